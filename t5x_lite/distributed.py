@@ -1,0 +1,268 @@
+"""Many processes: how they find each other, agree to stop, and meet.
+
+Everything rests on JAX's own runtime (`jax.distributed`): nothing here opens a
+socket. A program calls `initialize` before it touches a device, and the train
+loop asks `StopSignal.requested(step)` once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import types
+
+import jax
+from orbax.checkpoint import multihost
+
+from t5x_lite.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+# A lost process is noticed within this many seconds; JAX's own default is 100.
+HEARTBEAT_TIMEOUT_SECONDS = 60
+# How long `barrier` and the end of a run wait for the slowest process.
+BARRIER_TIMEOUT_SECONDS = 300
+
+
+class LostProcessError(RuntimeError):
+  """Another process of the run died, so a collective could not finish."""
+
+  exit_code = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessGroup:
+  """Where the coordinator is, how many processes there are, and which is this.
+
+  An empty address or a None asks JAX's cluster detection for that value.
+  """
+
+  coordinator_address: str = ''
+  process_count: int | None = None
+  process_index: int | None = None
+  source: str = 'flags'
+
+
+def detect(environ: Mapping[str, str]) -> ProcessGroup | None:
+  """Returns the process group that the environment describes, or None for one.
+
+  Launchers are asked in this order: our own variables (set by
+  `launch/local_multiprocess.sh` and the Kubernetes manifest), SLURM, Open MPI,
+  Cloud TPU. An allocation of one process is not a group, so that a shell
+  inside a SLURM job runs the same command as a laptop does.
+  """
+
+  def number(name: str) -> int | None:
+    value = environ.get(name, '')
+    return int(value) if value.isdigit() else None
+
+  address = environ.get('JAX_COORDINATOR_ADDRESS', '')
+  count = number('JAX_NUM_PROCESSES')
+  index = number('JAX_PROCESS_ID')
+  if index is None:
+    index = number('JOB_COMPLETION_INDEX')  # a Kubernetes indexed job
+  if address and count is not None and index is not None:
+    if count == 1:
+      return None
+    return ProcessGroup(
+      coordinator_address=address,
+      process_count=count,
+      process_index=index,
+      source='JAX_COORDINATOR_ADDRESS',
+    )
+  if (number('SLURM_NTASKS') or 1) > 1 and number('SLURM_PROCID') is not None:
+    return ProcessGroup(source='SLURM')
+  if (number('OMPI_COMM_WORLD_SIZE') or 1) > 1:
+    return ProcessGroup(source='Open MPI')
+  workers = environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
+  if len(workers) > 1 or (number('MEGASCALE_NUM_SLICES') or 1) > 1:
+    return ProcessGroup(source='Cloud TPU')
+  return None
+
+
+def initialize(
+  *,
+  coordinator_address: str = '',
+  process_count: int | None = None,
+  process_index: int | None = None,
+  initialization_timeout: int = 300,
+  heartbeat_timeout: int = HEARTBEAT_TIMEOUT_SECONDS,
+) -> None:
+  """Joins the other processes of this run; does nothing for a single process.
+
+  Call it before anything touches a JAX device.
+
+  Args:
+    coordinator_address: `host:port` of process 0. Empty: ask the environment.
+    process_count: processes in the run.
+    process_index: this process, 0 to process_count - 1.
+    initialization_timeout: seconds to wait for every process to appear.
+    heartbeat_timeout: seconds of silence after which a process counts as lost.
+
+  Raises:
+    UsageError: if only some of the three addresses are given, or they
+      contradict each other.
+  """
+  given = (coordinator_address or None, process_count, process_index)
+  if all(value is None for value in given):
+    group = detect(os.environ)
+    if group is None:
+      return
+  else:
+    group = _checked_group(coordinator_address, process_count, process_index)
+    if group is None:
+      return
+  # XLA:CPU talks between processes through gloo; other backends ignore this.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  try:
+    jax.distributed.initialize(
+      coordinator_address=group.coordinator_address or None,
+      num_processes=group.process_count,
+      process_id=group.process_index,
+      initialization_timeout=initialization_timeout,
+      heartbeat_timeout_seconds=heartbeat_timeout,
+      shutdown_timeout_seconds=BARRIER_TIMEOUT_SECONDS,
+    )
+  except RuntimeError as error:
+    raise LostProcessError(
+      f'could not join the other processes (found through {group.source}) '
+      f'within {initialization_timeout} s: {first_line(error)}'
+    ) from error
+  log.info(
+    'process %d of %d, found through %s',
+    jax.process_index(),
+    jax.process_count(),
+    group.source,
+  )
+
+
+def _checked_group(
+  address: str, count: int | None, index: int | None
+) -> ProcessGroup | None:
+  """Turns the three flags into a group, or says which of them is wrong."""
+  if count == 1 and not index:
+    return None
+  if not address or count is None or index is None:
+    raise UsageError(
+      'give all of coordinator_address, process_count and process_index, or '
+      f'none of them (got {address!r}, {count} and {index})'
+    )
+  if ':' not in address:
+    raise UsageError(
+      f'coordinator_address={address!r} has no port: write host:port'
+    )
+  if not 0 <= index < count:
+    raise UsageError(
+      f'process_index={index} is outside 0..{count - 1} (process_count={count})'
+    )
+  return ProcessGroup(
+    coordinator_address=address, process_count=count, process_index=index
+  )
+
+
+def is_primary() -> bool:
+  """True for the one process that writes logs, metrics and small files."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str, timeout: int = BARRIER_TIMEOUT_SECONDS) -> None:
+  """Waits until every process is here.
+
+  Raises:
+    LostProcessError: if one does not arrive within `timeout` seconds.
+  """
+  if jax.process_count() == 1:
+    return
+  try:
+    multihost.sync_global_processes(name, timeout=timeout)
+  except Exception as error:
+    raise LostProcessError(
+      f'a process did not reach {name!r} within {timeout} s: '
+      f'{first_line(error)}'
+    ) from error
+
+
+def first_line(error: BaseException) -> str:
+  """The first line of an error: XLA's run to pages."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def lost_process_is_an_error() -> Iterator[None]:
+  """Turns a collective that failed since its peer is gone into one clear line.
+
+  gloo raises at once when a peer's connection closes. Where the transport
+  waits instead (TPU, NCCL), the coordination service ends this process after
+  the heartbeat timeout.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1 or not _is_connection_error(str(error)):
+      raise
+    raise LostProcessError(
+      f'process {jax.process_index()} of {jax.process_count()} lost another '
+      'process of the run and stops; start all of them again to continue from '
+      f'the last checkpoint ({first_line(error)})'
+    ) from error
+
+
+def _is_connection_error(text: str) -> bool:
+  signs = ('gloo', 'connection', 'peer', 'unavailable', 'heartbeat', 'nccl')
+  return any(sign in text.lower() for sign in signs)
+
+
+class StopSignal:
+  """Says when to save and stop: after SIGTERM, or a first Ctrl-C.
+
+  With several processes, JAX's preemption service catches SIGTERM on any of
+  them and names one step at which all of them see True.
+  """
+
+  def __init__(self):
+    """Starts with nothing received."""
+    self.received = ''
+
+  def requested(self, step: int) -> bool:
+    """True at the step at which every process should save and stop."""
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      if multihost_utils.reached_preemption_sync_point(step):
+        self.received = 'SIGTERM'
+    return bool(self.received)
+
+  def _handle(self, number: int, frame: types.FrameType | None) -> None:
+    del frame
+    if self.received:  # asked twice: the user does not want to wait
+      raise KeyboardInterrupt
+    self.received = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[StopSignal]:
+  """Catches SIGTERM and the first Ctrl-C while the block runs.
+
+  Outside the main thread Python installs no handlers: the signal then does
+  what it did before. With several processes SIGTERM belongs to JAX's service.
+  """
+  stop = StopSignal()
+  numbers = [signal.SIGTERM, signal.SIGINT]
+  if jax.process_count() > 1:
+    numbers = []
+  previous = {}
+  try:
+    for number in numbers:
+      previous[number] = signal.signal(number, stop._handle)
+  except ValueError:  # not the main thread
+    pass
+  try:
+    yield stop
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
