@@ -1,0 +1,1 @@
+"""T5-family modules: one model file, every variant through its config."""

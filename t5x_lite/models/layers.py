@@ -1,0 +1,282 @@
+"""The layers of T5: norm, embedding, relative bias, attention, feed-forward.
+
+A module holds parameters with logical axes and static configuration, nothing
+else: no random state, no cache. Randomness and caches are arguments, so every
+transform is a plain `jax.*` one. Parameter names and initialisers are T5X's
+(t5x/examples/t5/layers.py).
+
+Legend: B batch, L length of queries, M length of keys, T slots of a cache,
+D emb_dim, H heads, K head_dim, F mlp_dim, V vocabulary, R buckets.
+"""
+
+import functools
+import operator
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import constrain
+
+# T5X adds this to the logits of masked pairs. It is finite, so a row in which
+# everything is masked (padding) averages values instead of making NaNs.
+MASK_VALUE = -1e10
+
+_ACTIVATIONS = {
+    'relu': jax.nn.relu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=True),
+    'silu': jax.nn.silu,
+    'swish': jax.nn.silu,
+    'linear': lambda x: x,
+}
+
+ATTENTION_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+DENSE_INIT = nnx.initializers.variance_scaling(
+    1.0, 'fan_in', 'truncated_normal')
+RELPOS_INIT = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
+EMBEDDING_INIT = nnx.initializers.normal(stddev=1.0)
+
+
+def param(rngs: nnx.Rngs, init, shape, axes: tuple[str, ...], dtype: str):
+  """Makes a parameter that knows its logical axes."""
+  # Drawn in float32 whatever the dtype at rest, so that dtypes share numbers.
+  value = init(rngs.params(), shape, jnp.float32).astype(dtype)
+  return nnx.Param(value, axes=axes)
+
+
+def dropout(
+    x: jax.Array, rate: float, key: jax.Array | None,
+    broadcast_dims: tuple[int, ...] = (-2,),
+) -> jax.Array:
+  """Drops entries of x; T5 draws one mask for all positions of a sequence.
+
+  Args:
+    x: any array.
+    rate: probability of dropping.
+    key: random key, or None to leave x alone.
+    broadcast_dims: dims that share one mask (-2 is the length).
+  """
+  if key is None or rate == 0.0:
+    return x
+  shape = list(x.shape)
+  for dim in broadcast_dims:
+    shape[dim] = 1
+  keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+  keep = jnp.broadcast_to(keep, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def split_key(key: jax.Array | None, num: int):
+  """Splits a key that may be None into as many keys or Nones."""
+  return [None] * num if key is None else list(jax.random.split(key, num))
+
+
+class Linear(nnx.Module):
+  """A matrix without bias."""
+
+  def __init__(self, shape, axes, cfg: T5Config, *, init=DENSE_INIT, rngs):
+    self.dtype = cfg.dtype
+    self.kernel = param(rngs, init, shape, axes, cfg.param_dtype)
+
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    return x_BLD @ self.kernel[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Root mean square norm: no mean, no bias, computed in float32."""
+
+  def __init__(self, cfg: T5Config, *, rngs):
+    self.epsilon = cfg.layer_norm_epsilon
+    self.dtype = cfg.dtype
+    self.scale = param(
+        rngs, nnx.initializers.ones, (cfg.emb_dim,), ('embed',),
+        cfg.param_dtype)
+
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    x_BLD = x_BLD.astype(jnp.float32)
+    mean2_BL1 = jnp.mean(jax.lax.square(x_BLD), axis=-1, keepdims=True)
+    y_BLD = x_BLD * jax.lax.rsqrt(mean2_BL1 + self.epsilon)
+    # Cast before scaling, as T5X does.
+    scale_11D = self.scale[...].astype(self.dtype)[None, None, :]
+    return y_BLD.astype(self.dtype) * scale_11D
+
+
+class Embedding(nnx.Module):
+  """Token embedding; also the output projection where the head is tied."""
+
+  def __init__(self, cfg: T5Config, *, rngs):
+    self.dtype = cfg.dtype
+    self.embedding = param(
+        rngs, EMBEDDING_INIT, (cfg.vocab_size, cfg.emb_dim),
+        ('vocab', 'embed'), cfg.param_dtype)
+
+  def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+    # A gather. T5X multiplies by a one-hot, V times the work.
+    return jnp.take(self.embedding[...], tokens_BL, axis=0).astype(self.dtype)
+
+
+def relative_position_bucket(
+    distance: np.ndarray, *, bidirectional: bool, num_buckets: int,
+    max_distance: int,
+) -> np.ndarray:
+  """Returns the bucket of each distance, key position minus query position.
+
+  Half of the buckets are for exact small distances, the rest grow
+  logarithmically up to max_distance. numpy, so that it is a constant of the
+  program and rounds alike on every backend.
+
+  Source: t5x/examples/t5/layers.py _relative_position_bucket; Raffel et al.
+  2020, section 2.1.
+  """
+  bucket = np.zeros_like(distance, dtype=np.int32)
+  n = -distance
+  if bidirectional:
+    num_buckets //= 2
+    bucket += (n < 0).astype(np.int32) * num_buckets
+    n = np.abs(n)
+  else:
+    n = np.maximum(n, 0)
+  max_exact = num_buckets // 2
+  large = max_exact + (
+      np.log(n.astype(np.float32) / max_exact + np.finfo(np.float32).eps)
+      / np.log(max_distance / max_exact)
+      * (num_buckets - max_exact)
+  ).astype(np.int32)
+  large = np.minimum(large, num_buckets - 1)
+  return bucket + np.where(n < max_exact, n, large).astype(np.int32)
+
+
+class RelativePositionBias(nnx.Module):
+  """A learned bias per head and distance bucket."""
+
+  def __init__(self, cfg: T5Config, *, bidirectional: bool, rngs):
+    self.num_buckets = cfg.relpos_num_buckets
+    self.max_distance = cfg.relpos_max_distance
+    self.bidirectional = bidirectional
+    self.rel_embedding = param(
+        rngs, RELPOS_INIT, (cfg.num_heads, cfg.relpos_num_buckets),
+        ('heads', 'relpos_buckets'), cfg.param_dtype)
+
+  def by_distance(self, first: int, last: int) -> jax.Array:
+    """Returns the bias [H, last - first + 1] of distances first..last."""
+    buckets = relative_position_bucket(
+        np.arange(first, last + 1), bidirectional=self.bidirectional,
+        num_buckets=self.num_buckets, max_distance=self.max_distance)
+    return self.rel_embedding[...].astype(jnp.float32)[:, buckets]
+
+  def __call__(self, L: int, M: int) -> jax.Array:
+    """Returns bias_1HLM in float32.
+
+    Each row is the row above it moved by one, so the L x M values are a
+    skewed copy of L + M - 1 of them. Reshaping instead of gathering keeps the
+    gradient a sum over diagonals instead of a scatter of L x M values.
+    """
+    # One value more than is used, so that rows read P - 1 apart drift by one.
+    values_HP = self.by_distance(-(L - 1), M)
+    H, P = values_HP.shape
+    skewed = jnp.broadcast_to(values_HP[:, None, :], (H, L, P))
+    skewed = skewed.reshape(H, L * P)[:, : L * (P - 1)].reshape(H, L, P - 1)
+    # Row i now holds distance c - i - (L - 1) in column c, for c >= i.
+    return skewed[None, :, :, L - 1 : L - 1 + M]
+
+  def at(self, index: jax.Array, T: int) -> jax.Array:
+    """Returns the bias [B or 1, H, 1, T] of queries at position index.
+
+    Args:
+      index: int32 scalar, or one position a row, [B].
+      T: number of keys, at positions 0..T-1.
+    """
+    values_HT = self.by_distance(-(T - 1), T - 1)
+    index_B = jnp.atleast_1d(index)
+    rows_BHT = jax.vmap(
+        lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1)
+    )(index_B)
+    return rows_BHT[:, :, None, :]
+
+
+class Attention(nnx.Module):
+  """Multi-head attention; logits are not divided by sqrt(K)."""
+
+  def __init__(self, cfg: T5Config, *, rngs):
+    self.cfg = cfg
+    D, J = cfg.emb_dim, cfg.num_heads * cfg.head_dim
+
+    # The missing 1/sqrt(K) is folded into the query's initialiser (T5X).
+    def query_init(*args):
+      return ATTENTION_INIT(*args) / np.sqrt(cfg.head_dim).astype(np.float32)
+
+    def project(init):
+      return Linear((D, J), ('embed', 'joined_kv'), cfg, init=init, rngs=rngs)
+
+    self.query = project(query_init)
+    self.key = project(ATTENTION_INIT)
+    self.value = project(ATTENTION_INIT)
+    self.out = Linear(
+        (J, D), ('joined_kv', 'embed'), cfg, init=ATTENTION_INIT, rngs=rngs)
+
+  def _heads(self, x_BLJ: jax.Array) -> jax.Array:
+    B, L, _ = x_BLJ.shape
+    x_BLHK = x_BLJ.reshape(B, L, self.cfg.num_heads, self.cfg.head_dim)
+    return constrain(x_BLHK, 'batch', 'length', 'heads', 'kv')
+
+  def keys_values(self, x_BMD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns k_BMHK and v_BMHK."""
+    return self._heads(self.key(x_BMD)), self._heads(self.value(x_BMD))
+
+  def attend(
+      self, x_BLD, k_BMHK, v_BMHK, *, bias_1HLM=None, mask_B1LM=None, key=None
+  ) -> jax.Array:
+    """Attends from x to given keys and values.
+
+    Args:
+      x_BLD: what queries are made of.
+      k_BMHK: keys.
+      v_BMHK: values.
+      bias_1HLM: added to the logits (float32), broadcast over the batch.
+      mask_B1LM: True where a query may see a key; None shows everything.
+      key: random key of the dropout of attention weights.
+    """
+    q_BLHK = self._heads(self.query(x_BLD))
+    logits_BHLM = jnp.einsum(
+        'BLHK,BMHK->BHLM', q_BLHK, k_BMHK, preferred_element_type=jnp.float32)
+    if bias_1HLM is not None:
+      logits_BHLM += jnp.broadcast_to(bias_1HLM, logits_BHLM.shape)
+    if mask_B1LM is not None:
+      logits_BHLM = jnp.where(mask_B1LM, logits_BHLM, MASK_VALUE)
+    weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMHK.dtype)
+    weights_BHLM = dropout(weights_BHLM, self.cfg.dropout_rate, key)
+    y_BLHK = jnp.einsum('BHLM,BMHK->BLHK', weights_BHLM, v_BMHK)
+    B, L, H, K = y_BLHK.shape
+    return self.out(y_BLHK.reshape(B, L, H * K))
+
+  def __call__(self, x_BLD, memory_BMD, **kwargs) -> jax.Array:
+    """Attends from x to memory; see `attend` for the other arguments."""
+    k_BMHK, v_BMHK = self.keys_values(memory_BMD)
+    return self.attend(x_BLD, k_BMHK, v_BMHK, **kwargs)
+
+
+class MLP(nnx.Module):
+  """Feed-forward block: wi, or wi_0 * wi_1 where gated, then wo."""
+
+  def __init__(self, cfg: T5Config, *, rngs):
+    self.cfg = cfg
+    gated = len(cfg.mlp_activations) > 1
+    self.names = tuple(
+        f'wi_{i}' if gated else 'wi' for i in range(len(cfg.mlp_activations)))
+    for name in self.names:
+      setattr(self, name, Linear(
+          (cfg.emb_dim, cfg.mlp_dim), ('embed', 'mlp'), cfg, rngs=rngs))
+    self.wo = Linear(
+        (cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, rngs=rngs)
+
+  def __call__(self, x_BLD: jax.Array, *, key=None) -> jax.Array:
+    hidden_BLF = functools.reduce(operator.mul, [
+        _ACTIVATIONS[activation](getattr(self, name)(x_BLD))
+        for name, activation in zip(
+            self.names, self.cfg.mlp_activations, strict=True)
+    ])
+    hidden_BLF = dropout(hidden_BLF, self.cfg.dropout_rate, key)
+    hidden_BLF = constrain(hidden_BLF, 'batch', 'length', 'mlp')
+    return self.wo(hidden_BLF)

@@ -1,0 +1,483 @@
+"""T5: encoder, decoder, both, or either alone, from one config.
+
+`T5` is built only inside a traced function: at rest parameters are a plain
+nested dict (`init_params`), and `nnx.merge(graphdef, params)` makes the module
+again. The relative position bias is shared by the layers of a stack (T5) or
+owned by each (umT5); scanned and unrolled layers run the same code.
+
+Legend: B batch, L decoder length, M encoder length, T slots of a cache,
+N layers, D emb_dim, H heads, K head_dim, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from t5x_lite.models import layers
+from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import constrain
+
+_SAVED_NAMES = ('attention_out', 'cross_attention_out', 'mlp_out')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """What the decoder remembers between steps.
+
+  Attributes:
+    key_NBTHK: self-attention keys; slots at and after index are unwritten.
+    value_NBTHK: self-attention values.
+    cross_key_NBMHK: keys of the encoder output, computed once; or None.
+    cross_value_NBMHK: values of the encoder output; or None.
+    cross_mask_B11M: True at real encoder positions; or None.
+    index: int32, the position of the next token: a scalar, or [B].
+  """
+
+  key_NBTHK: jax.Array
+  value_NBTHK: jax.Array
+  cross_key_NBMHK: jax.Array | None
+  cross_value_NBMHK: jax.Array | None
+  cross_mask_B11M: jax.Array | None
+  index: jax.Array
+
+
+class EncoderLayer(nnx.Module):
+  """Self-attention and feed-forward, each with a norm before and a residual."""
+
+  def __init__(self, cfg: T5Config, *, rngs):
+    self.cfg = cfg
+    self.pre_attention_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
+    self.attention = layers.Attention(cfg, rngs=rngs)
+    self.pre_mlp_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
+    self.mlp = layers.MLP(cfg, rngs=rngs)
+    if cfg.relpos_per_layer:
+      self.relpos_bias = layers.RelativePositionBias(
+          cfg, bidirectional=True, rngs=rngs)
+
+  def __call__(self, x_BMD, *, bias, mask, key) -> jax.Array:
+    keys = layers.split_key(key, 4)
+    rate, M = self.cfg.dropout_rate, x_BMD.shape[1]
+    if self.cfg.relpos_per_layer:
+      bias = self.relpos_bias(M, M)
+    y_BMD = self.pre_attention_layer_norm(x_BMD)
+    y_BMD = self.attention(
+        y_BMD, y_BMD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
+    y_BMD = checkpoint_name(y_BMD, 'attention_out')
+    x_BMD = x_BMD + layers.dropout(y_BMD, rate, keys[1])
+    y_BMD = self.mlp(self.pre_mlp_layer_norm(x_BMD), key=keys[2])
+    y_BMD = checkpoint_name(y_BMD, 'mlp_out')
+    x_BMD = x_BMD + layers.dropout(y_BMD, rate, keys[3])
+    return constrain(x_BMD, 'batch', 'length', 'embed')
+
+
+class DecoderLayer(nnx.Module):
+  """Causal self-attention, cross-attention where there is an encoder, MLP."""
+
+  def __init__(self, cfg: T5Config, *, rngs):
+    self.cfg = cfg
+    # With shared parameters the encoder layer lends its attention and MLP.
+    if not cfg.share_encoder_decoder:
+      self.pre_self_attention_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
+      self.self_attention = layers.Attention(cfg, rngs=rngs)
+    if cfg.has_encoder:
+      self.pre_cross_attention_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
+      self.encoder_decoder_attention = layers.Attention(cfg, rngs=rngs)
+    if not cfg.share_encoder_decoder:
+      self.pre_mlp_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
+      self.mlp = layers.MLP(cfg, rngs=rngs)
+    if cfg.relpos_per_layer:
+      self.relpos_bias = layers.RelativePositionBias(
+          cfg, bidirectional=False, rngs=rngs)
+
+  def self_block(self, lender: EncoderLayer | None):
+    """Returns the norm and the attention of the self-attention block."""
+    if lender is None:
+      return self.pre_self_attention_layer_norm, self.self_attention
+    return lender.pre_attention_layer_norm, lender.attention
+
+  def _rest(self, x_BLD, cross_kv, cross_mask, lender, keys) -> jax.Array:
+    """What follows self-attention: cross-attention and feed-forward."""
+    rate = self.cfg.dropout_rate
+    if self.cfg.has_encoder:
+      y_BLD = self.pre_cross_attention_layer_norm(x_BLD)
+      y_BLD = self.encoder_decoder_attention.attend(
+          y_BLD, *cross_kv, mask_B1LM=cross_mask, key=keys[0])
+      y_BLD = checkpoint_name(y_BLD, 'cross_attention_out')
+      x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[1])
+    owner = self if lender is None else lender
+    y_BLD = owner.mlp(owner.pre_mlp_layer_norm(x_BLD), key=keys[2])
+    y_BLD = checkpoint_name(y_BLD, 'mlp_out')
+    x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[3])
+    return constrain(x_BLD, 'batch', 'length', 'embed')
+
+  def __call__(
+      self, x_BLD, encoded_BMD, lender, *, bias, mask, cross_mask, key
+  ) -> jax.Array:
+    keys = layers.split_key(key, 6)
+    L = x_BLD.shape[1]
+    if self.cfg.relpos_per_layer:
+      bias = self.relpos_bias(L, L)
+    norm, attention = self.self_block(lender)
+    y_BLD = norm(x_BLD)
+    y_BLD = attention(
+        y_BLD, y_BLD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
+    y_BLD = checkpoint_name(y_BLD, 'attention_out')
+    x_BLD = x_BLD + layers.dropout(y_BLD, self.cfg.dropout_rate, keys[1])
+    cross_kv = None
+    if self.cfg.has_encoder:
+      cross_kv = self.encoder_decoder_attention.keys_values(encoded_BMD)
+    return self._rest(x_BLD, cross_kv, cross_mask, lender, keys[2:])
+
+  def step(self, x_B1D, i, cache: Cache, cross_kv, lender, *, bias, mask):
+    """One position; returns x_B1D and the cache with layer i written."""
+    norm, attention = self.self_block(lender)
+    T = cache.key_NBTHK.shape[2]
+    if self.cfg.relpos_per_layer:
+      bias = self.relpos_bias.at(cache.index, T)
+    y_B1D = norm(x_B1D)
+    k_B1HK, v_B1HK = attention.keys_values(y_B1D)
+    key_NBTHK = _write(cache.key_NBTHK, k_B1HK, i, cache.index)
+    value_NBTHK = _write(cache.value_NBTHK, v_B1HK, i, cache.index)
+    y_B1D = attention.attend(
+        y_B1D, key_NBTHK[i], value_NBTHK[i], bias_1HLM=bias, mask_B1LM=mask)
+    x_B1D = self._rest(
+        x_B1D + y_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4)
+    return x_B1D, dataclasses.replace(
+        cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
+
+
+def _write(cache_NBTHK, new_B1HK, i, index):
+  """Writes one position of layer i in place, instead of copying the cache."""
+  new_B1HK = new_B1HK.astype(cache_NBTHK.dtype)
+  if index.ndim == 0:
+    return jax.lax.dynamic_update_slice(
+        cache_NBTHK, new_B1HK[None], (i, 0, index, 0, 0))
+  rows_B = jnp.arange(new_B1HK.shape[0])
+  return cache_NBTHK.at[i, rows_B, index].set(new_B1HK[:, 0])
+
+
+def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
+  """Makes layers: one module with a leading axis, or a list of modules."""
+  keys = jax.random.split(rngs.params(), num_layers)
+
+  def make(key):
+    return layer_cls(cfg, rngs=nnx.Rngs(params=key))
+
+  if not cfg.scan_layers:
+    return nnx.List([make(key) for key in keys])
+  stacked = jax.vmap(make)(keys)
+  return jax.tree.map(
+      lambda p: p.copy(axes=('layers', *p.get_metadata('axes'))),
+      stacked, is_leaf=_is_variable)
+
+
+def _is_variable(x) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def _remat(body, policy: str):
+  """Wraps one layer so that its backward pass recomputes per the policy."""
+  if policy == 'none':
+    return body
+  policies = {
+      'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+      'save_names': jax.checkpoint_policies.save_only_these_names(
+          *_SAVED_NAMES),
+      'full': None,
+  }
+  return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+
+
+def _run(body, x, stacks, keys, cfg: T5Config, num_layers: int):
+  """Runs body over the layers, scanned or unrolled.
+
+  Args:
+    body: (x, layers, key) -> x for one layer.
+    x: the residual stream.
+    stacks: stacked layers, or lists of layers; None entries pass through.
+    keys: [N] random keys or None.
+    cfg: the model's config.
+    num_layers: N.
+  """
+  def step(x, xs):
+    return body(x, *xs), None
+
+  step = _remat(step, cfg.remat_policy)
+  if cfg.scan_layers:
+    return jax.lax.scan(step, x, (stacks, keys), length=num_layers)[0]
+  for i in range(num_layers):
+    at_i = [s if s is None else s[i] for s in stacks]
+    x, _ = step(x, (at_i, None if keys is None else keys[i]))
+  return x
+
+
+class Stack(nnx.Module):
+  """Layers, the bias they share, and the final norm."""
+
+  def __init__(self, layer_cls, cfg: T5Config, num_layers: int, *,
+               bidirectional: bool, norm_name: str, rngs):
+    if not cfg.relpos_per_layer:
+      self.relpos_bias = layers.RelativePositionBias(
+          cfg, bidirectional=bidirectional, rngs=rngs)
+    self.layers = _stack(layer_cls, cfg, num_layers, rngs=rngs)
+    setattr(self, norm_name, layers.RMSNorm(cfg, rngs=rngs))
+
+  def bias(self, L: int, M: int):
+    return self.relpos_bias(L, M) if hasattr(self, 'relpos_bias') else None
+
+
+class T5(nnx.Module):
+  """A T5-family model; see `T5Config` for what the config decides."""
+
+  def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
+    self.cfg = cfg
+    # The table is owned here and passed down: plain jax transforms silently
+    # untie a module that is reachable twice.
+    self.token_embedder = layers.Embedding(cfg, rngs=rngs)
+    if cfg.has_encoder:
+      self.encoder = Stack(
+          EncoderLayer, cfg, cfg.num_encoder_layers, bidirectional=True,
+          norm_name='encoder_norm', rngs=rngs)
+    if cfg.has_decoder:
+      self.decoder = Stack(
+          DecoderLayer, cfg, cfg.num_decoder_layers, bidirectional=False,
+          norm_name='decoder_norm', rngs=rngs)
+      if not cfg.logits_via_embedding:
+        self.decoder.logits_dense = layers.Linear(
+            (cfg.emb_dim, cfg.vocab_size), ('embed', 'vocab'), cfg, rngs=rngs)
+
+  def _real(self, tokens_BM, segment_ids_BM):
+    """True where a position is not padding."""
+    if segment_ids_BM is not None:
+      # A real token may have the id of padding inside a packed row.
+      return segment_ids_BM != 0
+    return tokens_BM != self.cfg.pad_id
+
+  def _embed(self, tokens_BL, key) -> jax.Array:
+    x_BLD = self.token_embedder(tokens_BL)
+    x_BLD = layers.dropout(x_BLD, self.cfg.dropout_rate, key)
+    return constrain(x_BLD, 'batch', 'length', 'embed')
+
+  def encode(
+      self, encoder_input_tokens, *, encoder_segment_ids=None, dropout_key=None
+  ) -> jax.Array:
+    """Returns encoded_BMD.
+
+    Args:
+      encoder_input_tokens: [B, M] token ids; pad_id is padding unless segment
+        ids say otherwise.
+      encoder_segment_ids: [B, M], 0 for padding; positions see only their own
+        segment.
+      dropout_key: random key, or None for no dropout.
+    """
+    cfg = self.cfg
+    keys = layers.split_key(dropout_key, 3)
+    real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
+    mask_B1MM = real_BM[:, None, None, :]
+    if encoder_segment_ids is not None:
+      mask_B1MM &= _same_segment(encoder_segment_ids, encoder_segment_ids)
+    M = encoder_input_tokens.shape[1]
+    bias_1HMM = self.encoder.bias(M, M)
+
+    def body(x_BMD, layer, key):
+      return layer[0](x_BMD, bias=bias_1HMM, mask=mask_B1MM, key=key)
+
+    x_BMD = _run(
+        body, self._embed(encoder_input_tokens, keys[0]),
+        [self.encoder.layers], _layer_keys(keys[1], cfg.num_encoder_layers),
+        cfg, cfg.num_encoder_layers)
+    x_BMD = self.encoder.encoder_norm(x_BMD)
+    # Alone among the dropouts, this one is not broadcast over the length.
+    return layers.dropout(x_BMD, cfg.dropout_rate, keys[2], ())
+
+  def decode(
+      self, encoded_BMD, encoder_input_tokens, decoder_input_tokens, *,
+      encoder_segment_ids=None, decoder_segment_ids=None,
+      decoder_causal_attention=None, dropout_key=None,
+  ) -> jax.Array:
+    """Returns hidden_BLD, the decoder's output before the projection.
+
+    Args:
+      encoded_BMD: from `encode`; None when there is no encoder.
+      encoder_input_tokens: [B, M], for the padding mask; None likewise.
+      decoder_input_tokens: [B, L], targets shifted right.
+      encoder_segment_ids: [B, M] of packed rows.
+      decoder_segment_ids: [B, L] of packed rows.
+      decoder_causal_attention: [B, L], 1 at prefix positions, which see each
+        other in both directions (prefix LM).
+      dropout_key: random key, or None for no dropout.
+    """
+    cfg = self.cfg
+    keys = layers.split_key(dropout_key, 3)
+    L = decoder_input_tokens.shape[1]
+    mask_11LL = jnp.tril(jnp.ones((1, 1, L, L), bool))
+    if decoder_causal_attention is not None:
+      prefix_BL = decoder_causal_attention != 0
+      mask_11LL = mask_11LL | (
+          prefix_BL[:, None, :, None] & prefix_BL[:, None, None, :])
+    mask_B1LL = mask_11LL
+    if decoder_segment_ids is not None:
+      mask_B1LL = mask_11LL & _same_segment(
+          decoder_segment_ids, decoder_segment_ids)
+    cross_mask = None
+    if cfg.has_encoder:
+      real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
+      cross_mask = real_BM[:, None, None, :]
+      if encoder_segment_ids is not None and decoder_segment_ids is not None:
+        cross_mask &= _same_segment(decoder_segment_ids, encoder_segment_ids)
+    bias_1HLL = self.decoder.bias(L, L)
+
+    def body(x_BLD, layer, key):
+      return layer[0](
+          x_BLD, encoded_BMD, layer[1], bias=bias_1HLL, mask=mask_B1LL,
+          cross_mask=cross_mask, key=key)
+
+    x_BLD = _run(
+        body, self._embed(decoder_input_tokens, keys[0]),
+        [self.decoder.layers, self._lenders()],
+        _layer_keys(keys[1], cfg.num_decoder_layers),
+        cfg, cfg.num_decoder_layers)
+    x_BLD = self.decoder.decoder_norm(x_BLD)
+    return layers.dropout(x_BLD, cfg.dropout_rate, keys[2])
+
+  def _lenders(self):
+    return self.encoder.layers if self.cfg.share_encoder_decoder else None
+
+  def head(self) -> tuple[jax.Array, float]:
+    """Returns the projection [D, V] and the factor its input is scaled by."""
+    if not self.cfg.logits_via_embedding:
+      return self.decoder.logits_dense.kernel[...], 1.0
+    scaled = self.cfg.scale_tied_logits
+    return self.token_embedder.embedding[...].T, (
+        self.cfg.emb_dim**-0.5 if scaled else 1.0)
+
+  def project(self, hidden_BLD: jax.Array) -> jax.Array:
+    """Returns logits_BLV in float32."""
+    kernel_DV, scale = self.head()
+    # As T5X, in float32 whatever the dtype of the activations.
+    logits_BLV = (
+        hidden_BLD.astype(jnp.float32) * scale) @ kernel_DV.astype(jnp.float32)
+    return constrain(logits_BLV, 'batch', 'length', 'vocab')
+
+  def hidden(self, batch: dict[str, jax.Array], *, dropout_key=None):
+    """Returns hidden_BLD of a training batch, packed or not."""
+    keys = layers.split_key(dropout_key, 2)
+    encoded_BMD = None
+    if self.cfg.has_encoder:
+      encoded_BMD = self.encode(
+          batch['encoder_input_tokens'],
+          encoder_segment_ids=batch.get('encoder_segment_ids'),
+          dropout_key=keys[0])
+    return self.decode(
+        encoded_BMD, batch.get('encoder_input_tokens'),
+        batch['decoder_input_tokens'],
+        encoder_segment_ids=batch.get('encoder_segment_ids'),
+        decoder_segment_ids=batch.get('decoder_segment_ids'),
+        decoder_causal_attention=batch.get('decoder_causal_attention'),
+        dropout_key=keys[1])
+
+  def __call__(self, batch: dict[str, jax.Array], *, dropout_key=None):
+    """Returns logits_BLV of a training batch."""
+    return self.project(self.hidden(batch, dropout_key=dropout_key))
+
+  def init_cache(
+      self, encoded_BMD, encoder_input_tokens, *, batch_size: int,
+      max_decode_length: int,
+  ) -> Cache:
+    """Returns an empty cache; cross-attention keys and values are made here.
+
+    Args:
+      encoded_BMD: from `encode`; None when there is no encoder.
+      encoder_input_tokens: [B, M]; None likewise.
+      batch_size: B.
+      max_decode_length: T, positions that can be decoded.
+    """
+    cfg = self.cfg
+    shape = (cfg.num_decoder_layers, batch_size, max_decode_length,
+             cfg.num_heads, cfg.head_dim)
+    # Two arrays, not one twice: the decoding loop donates them.
+    key_NBTHK, value_NBTHK = (jnp.zeros(shape, cfg.dtype) for _ in range(2))
+    cross_k = cross_v = cross_mask = None
+    if cfg.has_encoder:
+      def cross(layer):
+        return layer.encoder_decoder_attention.keys_values(encoded_BMD)
+
+      if cfg.scan_layers:
+        cross_k, cross_v = jax.lax.map(cross, self.decoder.layers)
+      else:
+        pairs = [cross(layer) for layer in self.decoder.layers]
+        cross_k, cross_v = (jnp.stack(x) for x in zip(*pairs, strict=True))
+      cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
+    return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask,
+                 jnp.zeros((), jnp.int32))
+
+  def decode_step(self, tokens_B, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Feeds one token a row; returns logits_BV of the next, and the cache."""
+    cfg = self.cfg
+    T = cache.key_NBTHK.shape[2]
+    seen_BT = jnp.arange(T)[None, :] <= jnp.atleast_1d(cache.index)[:, None]
+    mask_B11T = seen_BT[:, None, None, :]
+    bias = None
+    if not cfg.relpos_per_layer:
+      bias = self.decoder.relpos_bias.at(cache.index, T)
+    x_B1D = self._embed(tokens_B[:, None], None)
+    step = functools.partial(_decode_layer, bias=bias, mask=mask_B11T)
+    cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
+    lenders = self._lenders()
+    if cfg.scan_layers:
+      xs = (jnp.arange(cfg.num_decoder_layers), self.decoder.layers, cross,
+            lenders)
+      (x_B1D, cache), _ = jax.lax.scan(step, (x_B1D, cache), xs)
+    else:
+      for i, layer in enumerate(self.decoder.layers):
+        lender = None if lenders is None else lenders[i]
+        cross_i = tuple(None if c is None else c[i] for c in cross)
+        (x_B1D, cache), _ = step((x_B1D, cache), (i, layer, cross_i, lender))
+    hidden_B1D = self.decoder.decoder_norm(x_B1D)
+    cache = dataclasses.replace(cache, index=cache.index + 1)
+    return self.project(hidden_B1D)[:, 0], cache
+
+
+def _decode_layer(carry, xs, *, bias, mask):
+  x_B1D, cache = carry
+  i, layer, cross_kv, lender = xs
+  return layer.step(
+      x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
+
+
+def _same_segment(a_BL, b_BM) -> jax.Array:
+  return a_BL[:, None, :, None] == b_BM[:, None, None, :]
+
+
+def _layer_keys(key, num_layers: int):
+  return None if key is None else jax.random.split(key, num_layers)
+
+
+def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
+  """Returns (graphdef, shapes, axes) without allocating anything.
+
+  Args:
+    cfg: the model's config.
+
+  Returns:
+    graphdef: what `nnx.merge(graphdef, params)` needs beside the parameters.
+    shapes: nested dict of ShapeDtypeStructs.
+    axes: the same dict with a tuple of logical axis names at each leaf.
+  """
+  model = nnx.eval_shape(lambda: T5(cfg, rngs=nnx.Rngs(params=0)))
+  graphdef, state = nnx.split(model, graph=False)
+  axes = jax.tree.map(
+      lambda p: p.replace(p.get_metadata('axes')), state, is_leaf=_is_variable)
+  return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def init_params(cfg: T5Config, key: jax.Array) -> dict:
+  """Draws parameters: a nested dict of arrays. Jit it with out_shardings."""
+  model = T5(cfg, rngs=nnx.Rngs(params=key))
+  return nnx.to_pure_dict(nnx.split(model, graph=False)[1])
