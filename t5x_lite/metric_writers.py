@@ -1,0 +1,240 @@
+"""Where metrics go: metrics.jsonl, TensorBoard, and the terminal.
+
+No TensorFlow: TensorBoard's own package writes its event format. Only process
+0 writes. Names are plain for training ('loss', 'learning_rate'), and start
+with 'eval/TASK/' (teacher-forced) or 'infer_eval/TASK/' (decoded) otherwise.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from etils import epath
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer import record_writer
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = 'metrics.jsonl'
+TENSORBOARD = 'tensorboard'
+_CLEAR_LINE = '\r\x1b[K'
+
+
+def read_metrics(model_dir: str) -> list[dict[str, Any]]:
+  """Returns the lines of MODEL_DIR/metrics.jsonl, oldest first.
+
+  The last line of a run that was killed may be cut short; it is left out.
+  """
+  path = epath.Path(model_dir) / METRICS_FILE
+  if not path.exists():
+    return []
+  entries = []
+  for line in path.read_text().splitlines():
+    try:
+      entries.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return entries
+
+
+class MetricWriter:
+  """Writes scalars by step into a run directory."""
+
+  def __init__(self, model_dir: str, *, first_step: int, active: bool = True):
+    """Opens the files; what a killed run wrote past its checkpoint goes.
+
+    Args:
+      model_dir: the run directory; must exist.
+      first_step: the step that training continues from.
+      active: False on all processes but one; the writer then does nothing.
+    """
+    self._active = active
+    if not active:
+      return
+    root = epath.Path(model_dir)
+    _drop_later(root / METRICS_FILE, first_step)
+    self._jsonl = (root / METRICS_FILE).open('a')
+    directory = root / TENSORBOARD
+    directory.mkdir(parents=True, exist_ok=True)
+    name = f'events.out.tfevents.{time.time():.0f}.{os.getpid()}.t5x_lite'
+    self._events = record_writer.RecordWriter((directory / name).open('wb'))
+    self._event(file_version='brain.Event:2')
+    # TensorBoard then forgets what it has seen past this step.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._event(step=first_step, session_log=start)
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Writes one line and one event; flushed, so that a reader can follow."""
+    if not self._active or not metrics:
+      return
+    scalars = {name: float(value) for name, value in metrics.items()}
+    entry: dict[str, Any] = {'step': step, 'time': round(time.time(), 3)}
+    for name, value in scalars.items():
+      # JSON has no NaN or infinity.
+      entry[name] = value if math.isfinite(value) else None
+    self._jsonl.write(json.dumps(entry) + '\n')
+    self._jsonl.flush()
+    values = [
+      summary_pb2.Summary.Value(tag=name, simple_value=value)
+      for name, value in scalars.items()
+    ]
+    self._event(step=step, summary=summary_pb2.Summary(value=values))
+    self._events.flush()
+
+  def _event(self, **fields: Any) -> None:
+    event = event_pb2.Event(wall_time=time.time(), **fields)
+    self._events.write(event.SerializeToString())
+
+  def close(self) -> None:
+    """Closes the files."""
+    if self._active:
+      self._jsonl.close()
+      self._events.close()
+
+  def __enter__(self) -> 'MetricWriter':
+    """Returns the writer itself."""
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    """Closes the files."""
+    self.close()
+
+
+def _drop_later(path: epath.Path, step: int) -> None:
+  """Rewrites a metrics file without lines past `step` or cut short."""
+  if not path.exists():
+    return
+  kept = []
+  lines = path.read_text().splitlines()
+  for line in lines:
+    try:
+      entry = json.loads(line)
+    except json.JSONDecodeError:
+      continue
+    if entry.get('step', 0) <= step:
+      kept.append(line)
+  if len(kept) < len(lines):
+    temporary = path.parent / (path.name + '.tmp')
+    temporary.write_text(''.join(line + '\n' for line in kept))
+    temporary.replace(path)
+
+
+def format_duration(seconds: float) -> str:
+  """Returns seconds as 0:42, 12:05, 3:07:21 or 4d 03:10."""
+  seconds = round(seconds)
+  minutes, seconds = divmod(seconds, 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f'{days}d {hours:02}:{minutes:02}'
+  if hours:
+    return f'{hours}:{minutes:02}:{seconds:02}'
+  return f'{minutes}:{seconds:02}'
+
+
+def format_count(value: float) -> str:
+  """Returns a count in three digits: 950, 12.3k, 4.56M."""
+  for unit in ('', 'k', 'M', 'G', 'T', 'P'):
+    if abs(value) < 999.5:
+      return f'{value:.3g}{unit}'
+    value /= 1000
+  return f'{value:.3g}E'
+
+
+class Progress:
+  """One line that rewrites itself on a terminal; plain log lines elsewhere."""
+
+  def __init__(
+    self,
+    *,
+    first_step: int,
+    total_steps: int,
+    stream: TextIO | None = None,
+    active: bool = True,
+  ):
+    """Starts the clock.
+
+    Args:
+      first_step: where this process starts.
+      total_steps: where the run ends.
+      stream: the terminal, if it is one; stderr when None.
+      active: False on all processes but one.
+    """
+    self._stream = stream if stream is not None else sys.stderr
+    self._tty = active and self._stream.isatty()
+    self._active = active
+    self._first_step = first_step
+    self._total_steps = total_steps
+    self._start = time.monotonic()
+    self._paused = 0.0
+    self._shown = False
+    self._filters: list[logging.Handler] = []
+
+  def __enter__(self) -> 'Progress':
+    """Makes log lines start on a clean line while the progress line shows."""
+    if self._tty:
+      self._filters = list(logging.getLogger().handlers)
+      for handler in self._filters:
+        handler.addFilter(self._clean_line)
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    """Leaves the terminal as it was."""
+    for handler in self._filters:
+      handler.removeFilter(self._clean_line)
+    self.clear()
+
+  def _clean_line(self, record: logging.LogRecord) -> bool:
+    del record
+    self.clear()
+    return True
+
+  def clear(self) -> None:
+    """Removes the progress line until the next update."""
+    if self._tty and self._shown:
+      self._stream.write(_CLEAR_LINE)
+      self._stream.flush()
+      self._shown = False
+
+  def pause(self, seconds: float) -> None:
+    """Leaves time that was not training out of the estimate."""
+    self._paused += seconds
+
+  def eta(self, step: int) -> float:
+    """Seconds of training left, from the average so far."""
+    done = max(1, step - self._first_step)
+    spent = time.monotonic() - self._start - self._paused
+    return max(0.0, spent / done * (self._total_steps - step))
+
+  def update(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Shows where the run is."""
+    if not self._active:
+      return
+    parts = [f'step {step}/{self._total_steps}']
+    for name, label, form in (
+      ('loss', 'loss', '.4f'),
+      ('accuracy', 'accuracy', '.3f'),
+      ('learning_rate', 'lr', '.3g'),
+      ('seconds_per_step', 's/step', '.3g'),
+    ):
+      if name in metrics:
+        parts.append(f'{label} {metrics[name]:{form}}')
+    if 'target_tokens_per_second' in metrics:
+      rate = format_count(metrics['target_tokens_per_second'])
+      parts.append(f'{rate} target tokens/s')
+    if 'mfu' in metrics:
+      parts.append(f'MFU {metrics["mfu"]:.1%}')
+    parts.append(f'ETA {format_duration(self.eta(step))}')
+    line = '  '.join(parts)
+    if not self._tty:
+      log.info('%s', line)
+      return
+    columns = os.get_terminal_size(self._stream.fileno()).columns
+    self._stream.write(_CLEAR_LINE + line[: max(10, columns - 1)])
+    self._stream.flush()
+    self._shown = True
