@@ -1,0 +1,443 @@
+"""Adafactor with T5X's semantics on logical axes, as an optax transform.
+
+What is factored, averaged and clipped is a layer's parameter, not the array
+that holds it: a stacked [layers, ...] parameter gets exactly the update that
+each of its layers would get alone. optax.adafactor knows no logical axes and
+takes its RMS, scale and largest dims over the whole stack.
+
+Sources: Shazeer and Stern 2018 (arXiv 1804.04235); t5x/adafactor.py.
+"""
+
+import dataclasses
+import enum
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import DTypeLike
+
+from t5x_lite.errors import UsageError
+
+Path = tuple[Any, ...]
+Axes = tuple[str | None, ...]
+
+
+class FactorDim(enum.Enum):
+  """What Adafactor does with a dim."""
+
+  NONE = 'none'  # the parameter is not factored
+  BATCH = 'batch'  # many parameters in one array: nothing is averaged over it
+  ROW = 'row'
+  COLUMN = 'column'
+
+
+def standard_logical_factor_rules() -> dict[str, FactorDim]:
+  """Returns T5X's role of each logical axis (t5x/adafactor.py:104)."""
+  none, batch = FactorDim.NONE, FactorDim.BATCH
+  row, column = FactorDim.ROW, FactorDim.COLUMN
+  return {
+    'vocab': column,
+    'embed': row,
+    'mlp': column,
+    'heads': column,
+    'kv': column,
+    'joined_kv': column,
+    'relpos_buckets': none,
+    'layers': batch,  # scanned layers
+    'stack': batch,
+    'q_wi_fused': column,
+    'o_wo_fused': column,
+    'multiquery_heads': column,
+    'kv_fused': column,
+    'layer_norm_scale': none,
+    'mlp_activations': column,
+  }
+
+
+class AdafactorState(NamedTuple):
+  """Moments in float32, each a nested dict of only the parameters that have it.
+
+  A factored parameter is in v_row and v_col, any other in v; m is empty without
+  momentum. T5X keeps a zeros((1,)) in every unused place instead.
+
+  Attributes:
+    count: updates done, an int32 scalar.
+    m: momentum, of the parameter's shape.
+    v_row: second moment averaged over the column dims.
+    v_col: second moment averaged over the row dims.
+    v: second moment, of the parameter's shape.
+  """
+
+  count: Array
+  m: dict
+  v_row: dict
+  v_col: dict
+  v: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Factoring:
+  """How one parameter is handled; dims are indices into its shape.
+
+  Attributes:
+    averaging_dims: over which RMS and parameter scale are taken: all but BATCH.
+    row_dims: dims of v_row that v_col lacks; empty if not factored.
+    column_dims: dims of v_col that v_row lacks; empty if not factored.
+  """
+
+  averaging_dims: tuple[int, ...]
+  row_dims: tuple[int, ...] = ()
+  column_dims: tuple[int, ...] = ()
+
+
+def factoring(
+  shape: Sequence[int],
+  axes: Axes | None,
+  *,
+  factored: bool = True,
+  min_dim_size_to_factor: int = 128,
+  rules: Mapping[str, FactorDim] | None = None,
+) -> Factoring:
+  """Returns how a parameter is factored, as T5X does for each of its layers.
+
+  BATCH dims set aside, what is left is one layer's parameter. Up to two dims it
+  goes by size: the larger is the column, if both reach min_dim_size_to_factor
+  (T5X's fall-back to the heuristic, adafactor.py:384). From three dims on it
+  goes by ROW and COLUMN, whole groups of dims at a time.
+
+  T5X itself takes the second road for every stacked parameter and so factors
+  those with dims below min_dim_size_to_factor, which it does not for the same
+  layers unstacked. Here both forms give the same update.
+
+  Args:
+    shape: of the array.
+    axes: logical axes of its dims; None means no BATCH dims and no roles.
+    factored: False for unfactored second moments everywhere.
+    min_dim_size_to_factor: least size of both dims of a matrix.
+    rules: role of each logical axis; None for T5X's.
+
+  Raises:
+    UsageError: if an axis has no role, or a parameter of three or more dims
+      mixes ROW and COLUMN with NONE, or has no axes.
+  """
+  rules = standard_logical_factor_rules() if rules is None else rules
+  if axes is None:
+    roles = [FactorDim.NONE] * len(shape)
+  else:
+    unknown = [axis for axis in axes if axis is not None and axis not in rules]
+    if unknown:
+      raise UsageError(
+        f'Adafactor has no role for the logical axis {unknown[0]!r} of a '
+        f'parameter with axes {axes}; known are {", ".join(rules)}.'
+      )
+    roles = [FactorDim.NONE if a is None else rules[a] for a in axes]
+  dims = tuple(i for i, r in enumerate(roles) if r is not FactorDim.BATCH)
+  if not factored or len(dims) < 2:
+    return Factoring(dims)
+  if len(dims) == 2:
+    row, column = sorted(dims, key=lambda i: shape[i])  # ties keep their order
+    if shape[row] < min_dim_size_to_factor:
+      return Factoring(dims)
+    return Factoring(dims, (row,), (column,))
+  if axes is None:
+    raise UsageError(
+      f'Adafactor needs the logical axes of a parameter of shape {shape}: '
+      'from three dims on they say which are factored together.'
+    )
+  row_dims = tuple(i for i in dims if roles[i] is FactorDim.ROW)
+  column_dims = tuple(i for i in dims if roles[i] is FactorDim.COLUMN)
+  if not row_dims or not column_dims:
+    return Factoring(dims)
+  if len(row_dims) + len(column_dims) < len(dims):
+    raise UsageError(
+      f'Adafactor cannot factor axes {axes}: some of them have the role NONE.'
+    )
+  return Factoring(dims, row_dims, column_dims)
+
+
+def moment_dims(
+  moment: str,
+  shape: Sequence[int],
+  axes: Axes,
+  *,
+  rules: Mapping[str, FactorDim] | None = None,
+) -> tuple[int, ...]:
+  """Returns which of a parameter's dims a moment of it has.
+
+  Args:
+    moment: field of AdafactorState: 'm', 'v', 'v_row' or 'v_col'.
+    shape: of the parameter.
+    axes: of the parameter.
+    rules: as given to adafactor.
+  """
+  layout = factoring(shape, axes, min_dim_size_to_factor=0, rules=rules)
+  gone = {'v_row': layout.column_dims, 'v_col': layout.row_dims}
+  return tuple(i for i in range(len(shape)) if i not in gone.get(moment, ()))
+
+
+def adafactor(
+  *,
+  axes: Any = None,
+  factored: bool = True,
+  multiply_by_parameter_scale: bool | Sequence[tuple[str, bool]] = True,
+  beta1: float | None = None,
+  decay_rate: float = 0.8,
+  step_offset: int = 0,
+  clipping_threshold: float | None = 1.0,
+  weight_decay_rate: float | None = None,
+  weight_decay_rate_lr_exponent: float | None = None,
+  min_dim_size_to_factor: int = 128,
+  epsilon1: float = 1e-30,
+  epsilon2: float = 1e-3,
+  dtype_momentum: DTypeLike = jnp.float32,
+  logical_factor_rules: Mapping[str, FactorDim] | None = None,
+  max_parameter_scale: float | None = None,
+  skip_nan_updates: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns T5X's Adafactor; parameters + learning_rate * updates is its step.
+
+  For a layer's parameter p and its gradient g at step t = 1, 2, ...:
+
+    beta2 = 1 - (t - step_offset)^-decay_rate
+    v     = beta2 v + (1 - beta2) (g^2 + epsilon1), kept as the means of its
+            rows and columns and used as their outer product over the mean
+    u     = g / sqrt(v);  u = u / max(1, rms(u) / clipping_threshold)
+    step  = -learning_rate max(epsilon2, rms(p)) u
+
+  Args:
+    axes: logical axes of each parameter, a tree of tuples; None for parameters
+      that are neither stacked nor of more than two dims.
+    factored: whether matrices keep row and column means instead of all of v.
+    multiply_by_parameter_scale: whether the step is relative to rms(p), for all
+      parameters or by (regular expression searched in 'a/b/c', bool) pairs, of
+      which the first that matches counts.
+    beta1: momentum of the steps, or None for none and no memory for it.
+    decay_rate: exponent above.
+    step_offset: number of updates to take away from t, to restart the second
+      moments at fine-tuning.
+    clipping_threshold: of rms(u), or None for no clipping.
+    weight_decay_rate: p is also multiplied by 1 - weight_decay_rate, whatever
+      the learning rate.
+    weight_decay_rate_lr_exponent: if set, multiplies the above (1 if None) by
+      learning_rate to this power.
+    min_dim_size_to_factor: least size of both dims of a factored matrix.
+    epsilon1: added to the squared gradient.
+    epsilon2: least parameter scale.
+    dtype_momentum: in which the momentum is kept.
+    logical_factor_rules: role of each logical axis; None for T5X's.
+    max_parameter_scale: largest parameter scale, or None.
+    skip_nan_updates: an element whose update or moment turns NaN keeps its old
+      value.
+
+  Returns:
+    A transform whose update needs params, and the extra argument learning_rate
+    with momentum or weight decay, whose terms are not proportional to it.
+
+  Source: t5x/adafactor.py Adafactor, arguments and defaults included.
+  """
+  axes_of = {} if axes is None else dict(_flatten(axes, is_leaf=_is_axes))
+  decays = weight_decay_rate is not None or weight_decay_rate_lr_exponent
+  needs_rate = beta1 is not None or decays
+
+  def layout_of(path, shape) -> Factoring:
+    if axes is not None and path not in axes_of:
+      raise UsageError(
+        f'Adafactor was given no logical axes for {path_name(path)}.'
+      )
+    return factoring(
+      shape,
+      axes_of.get(path),
+      factored=factored,
+      rules=logical_factor_rules,
+      min_dim_size_to_factor=min_dim_size_to_factor,
+    )
+
+  def has_scale(path) -> bool:
+    if isinstance(multiply_by_parameter_scale, bool):
+      return multiply_by_parameter_scale
+    for pattern, value in multiply_by_parameter_scale:
+      if re.search(pattern, path_name(path)):
+        return value
+    raise UsageError(
+      'No pattern of multiply_by_parameter_scale matches '
+      f'{path_name(path)}; end with a (".*", True).'
+    )
+
+  def init(params) -> AdafactorState:
+    moments = {}
+    for path, p in _flatten(params):
+      layout = layout_of(path, p.shape)
+      shapes = {'v': p.shape}
+      if layout.row_dims:
+        shapes = {
+          'v_row': np.delete(p.shape, layout.column_dims).tolist(),
+          'v_col': np.delete(p.shape, layout.row_dims).tolist(),
+        }
+      moments[path] = {k: jnp.zeros(v, jnp.float32) for k, v in shapes.items()}
+      if beta1 is not None:
+        moments[path]['m'] = jnp.zeros(p.shape, dtype_momentum)
+    return _state(jnp.zeros((), jnp.int32), moments)
+
+  def update(updates, state, params=None, *, learning_rate=None, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError('Adafactor needs update(grads, state, params).')
+    if needs_rate and learning_rate is None:
+      raise ValueError(
+        'Adafactor with momentum or weight decay needs '
+        'update(..., learning_rate=...).'
+      )
+    # The caller multiplies by the rate, so what is not proportional to it is
+    # divided by it here; a rate of 0 must not make that NaN.
+    rate = jnp.float32(1.0 if learning_rate is None else learning_rate)
+    safe_rate = jnp.maximum(rate, jnp.finfo(jnp.float32).tiny)
+    step = jnp.asarray(state.count - step_offset, jnp.float32)
+    beta2 = 1.0 - (step + 1.0) ** -decay_rate
+    moments = _by_path(state)
+    new_moments: dict[Path, dict[str, Array]] = {}
+
+    def update_one(path, g, p):
+      layout = layout_of(path, p.shape)
+      g, p = g.astype(jnp.float32), p.astype(jnp.float32)
+      old = moments[path]
+      u, new = _precondition(g, layout, old, beta2, epsilon1)
+      if clipping_threshold is not None:
+        u /= jnp.maximum(1.0, _rms(u, layout) / clipping_threshold)
+      if has_scale(path):
+        scale = jnp.maximum(_rms(p, layout), epsilon2)
+        if max_parameter_scale is not None:
+          scale = jnp.minimum(scale, max_parameter_scale)
+        u *= scale
+      if beta1 is not None:
+        m = beta1 * old['m'].astype(jnp.float32) + (1 - beta1) * rate * u
+        new['m'] = m.astype(dtype_momentum)
+        u = m / safe_rate
+      if decays:
+        decay = 1.0 if weight_decay_rate is None else weight_decay_rate
+        if weight_decay_rate_lr_exponent:
+          decay *= rate**weight_decay_rate_lr_exponent
+        u += decay / safe_rate * p
+      if skip_nan_updates:
+        u = jnp.where(jnp.isnan(u), 0.0, u)
+        new = {k: jnp.where(jnp.isnan(x), old[k], x) for k, x in new.items()}
+      new_moments[path] = new
+      return -u
+
+    steps = jax.tree_util.tree_map_with_path(
+      lambda path, g, p: update_one(plain_path(path), g, p), updates, params
+    )
+    return steps, _state(state.count + 1, new_moments)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _precondition(
+  g: Array,
+  layout: Factoring,
+  old: Mapping[str, Array],
+  beta2: Array,
+  epsilon1: float,
+) -> tuple[Array, dict[str, Array]]:
+  """Returns g over the root of its new second moment, and that moment."""
+  squared = g * g + epsilon1
+  if not layout.row_dims:
+    v = beta2 * old['v'] + (1 - beta2) * squared
+    return g * v**-0.5, {'v': v}
+  row_mean = jnp.mean(squared, axis=layout.column_dims)
+  column_mean = jnp.mean(squared, axis=layout.row_dims)
+  v_row = beta2 * old['v_row'] + (1 - beta2) * row_mean
+  v_col = beta2 * old['v_col'] + (1 - beta2) * column_mean
+  row = jnp.expand_dims(v_row, layout.column_dims)
+  column = jnp.expand_dims(v_col, layout.row_dims)
+  # Two roots, as in T5X: the product of the moments could underflow.
+  row /= jnp.mean(row, axis=layout.row_dims, keepdims=True)
+  return g * row**-0.5 * column**-0.5, {'v_row': v_row, 'v_col': v_col}
+
+
+def _rms(x: Array, layout: Factoring) -> Array:
+  """Returns each layer's root mean square, as dims of size 1."""
+  mean = jnp.mean(x * x, axis=layout.averaging_dims, keepdims=True)
+  return jnp.sqrt(mean)
+
+
+def scale_by_parameter_rms(
+  *, axes: Any = None, epsilon2: float = 1e-3
+) -> optax.GradientTransformation:
+  """Returns updates times max(epsilon2, rms(p)), layer by layer.
+
+  Adafactor's parameter scale, for other optimizers.
+  """
+  axes_of = {} if axes is None else dict(_flatten(axes, is_leaf=_is_axes))
+
+  def update(updates, state, params=None):
+    if params is None:
+      raise ValueError(
+        'The parameter scale needs update(grads, state, params).'
+      )
+
+    def scale(path, u, p):
+      layout = factoring(p.shape, axes_of.get(plain_path(path)), factored=False)
+      return u * jnp.maximum(_rms(p.astype(jnp.float32), layout), epsilon2)
+
+    return jax.tree_util.tree_map_with_path(scale, updates, params), state
+
+  return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+# ---- Paths ----
+
+
+def _is_axes(x: Any) -> bool:
+  return isinstance(x, tuple) and all(
+    a is None or isinstance(a, str) for a in x
+  )
+
+
+def plain_path(path: Sequence[Any]) -> Path:
+  """Returns the plain keys of a pytree path: 'encoder', 0, 'kernel'."""
+  return tuple(
+    next(
+      getattr(k, name) for name in ('key', 'idx', 'name') if hasattr(k, name)
+    )
+    for k in path
+  )
+
+
+def path_name(path: Path) -> str:
+  """Returns 'encoder/layers/0/kernel'."""
+  return '/'.join(map(str, path))
+
+
+def _flatten(
+  tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[Path, Any]]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  return [(plain_path(path), leaf) for path, leaf in leaves]
+
+
+def _by_path(state: AdafactorState) -> dict[Path, dict[str, Array]]:
+  """Returns {path of parameter: {field: moment}}."""
+  result: dict[Path, dict[str, Array]] = {}
+  for field in ('m', 'v_row', 'v_col', 'v'):
+    for path, moment in _flatten(getattr(state, field)):
+      result.setdefault(path, {})[field] = moment
+  return result
+
+
+def _state(
+  count: Array, moments: Mapping[Path, Mapping[str, Array]]
+) -> AdafactorState:
+  """Returns the state with each field a nested dict; undoes _by_path."""
+  fields: dict[str, dict] = {'m': {}, 'v_row': {}, 'v_col': {}, 'v': {}}
+  for path, values in moments.items():
+    for field, moment in values.items():
+      node = fields[field]
+      for key in path[:-1]:
+        node = node.setdefault(key, {})
+      node[path[-1]] = moment
+  return AdafactorState(count=count, **fields)
