@@ -1,0 +1,30 @@
+"""What every test runs under; set before anything imports jax."""
+
+import os
+import pathlib
+import sys
+
+assert 'jax' not in sys.modules, 'jax must be imported after this file'
+
+_CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+
+# Environment variables and not jax.config, so that the programs which tests
+# start as processes of their own run under the same rules.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = ' '.join([
+  os.environ.get('XLA_FLAGS', ''),
+  '--xla_force_host_platform_device_count=8',
+]).strip()
+# A missing broadcast is a bug in waiting: x_BL + y_B must be written out.
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# Shared by the xdist workers and the programs that tests start.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+# Ahead-of-time TPU compiles: no lock file, no question to a metadata server.
+os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+# No test may wait for a network that is not there.
+os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ['TRANSFORMERS_OFFLINE'] = '1'
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+os.environ['TOKENIZERS_PARALLELISM'] = 'false'
