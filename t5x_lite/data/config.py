@@ -1,0 +1,156 @@
+"""DatasetConfig: which examples, in what order, cut into what batches.
+
+Apart from dataset.py so that a config can be made and checked without
+importing TensorFlow, which takes 15 seconds.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from t5x_lite.data import feature_converters
+from t5x_lite.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+  """Which examples, in what order, cut into what batches.
+
+  Attributes:
+    mixture_or_task_name: a name in SeqIO's registries.
+    task_feature_lengths: tokens per row for each task feature, a dict or pairs;
+      longer examples are trimmed.
+    batch_size: rows per step over all hosts.
+    split: the split to read.
+    shuffle: whether files and examples are shuffled (by `seed`).
+    seed: same seed, same stream.
+    pack: several examples share a row.
+    num_epochs: passes over the data; None repeats for ever. A finite stream
+      ends with a batch filled up with rows of zero weight.
+    drop_remainder: leave out that last batch if it is not full.
+    module: Python module(s), comma-separated, whose import registers tasks.
+    use_cached: read what seqio_cache_tasks wrote.
+    feature_converter: 'enc_dec', 'lm' or 'prefix_lm'.
+    loss_on_targets_only: see FeatureConverter.
+    decoder_start_id: first decoder input of every example.
+    segment_ids: give segment ids and positions; None means when packing.
+      Without them padding is where the token is 0, which is cheaper in the
+      model and right as long as no example contains id 0 (this is checked).
+    vocab_size: ids must be below; 0 takes the size of the task's vocabulary.
+    host_sharding: 'source', each host reads its own part of the examples; or
+      'replicated', each host makes every batch and keeps its rows, so that the
+      batches do not depend on the number of hosts, at the cost of reading
+      everything everywhere. Finite streams are always replicated: that gives
+      all hosts the same number of batches.
+    allow_process_count_change: start a new stream when a position was
+      saved by another number of processes; see DatasetIterator.restore.
+    allow_stateful_ops: accept a task whose TensorFlow ops keep hidden state
+      (tf.py_function, tf.random.uniform). Exact resumption is then up to it.
+    window: examples fetched at a time; no effect on the result.
+    num_open_rows: rows that packing fills at a time.
+    prefetch_batches: batches kept ready.
+    num_threads: TensorFlow threads; 0 means all cores, at most 16.
+  """
+
+  mixture_or_task_name: str
+  task_feature_lengths: Any
+  batch_size: int
+  split: str = 'train'
+  shuffle: bool = True
+  seed: int = 0
+  pack: bool = True
+  num_epochs: int | None = None
+  drop_remainder: bool = False
+  module: str = ''
+  use_cached: bool = False
+  feature_converter: str = 'enc_dec'
+  loss_on_targets_only: bool = True
+  decoder_start_id: int = 0
+  segment_ids: bool | None = None
+  vocab_size: int = 0
+  host_sharding: str = 'source'
+  allow_process_count_change: bool = False
+  allow_stateful_ops: bool = False
+  window: int = 256
+  num_open_rows: int = 64
+  prefetch_batches: int = 2
+  num_threads: int = 0
+
+  def __post_init__(self):
+    lengths = self.task_feature_lengths
+    pairs = lengths.items() if isinstance(lengths, Mapping) else lengths
+    try:
+      pairs = tuple((str(name), int(length)) for name, length in pairs)
+    except (TypeError, ValueError):
+      raise UsageError(
+        f'task_feature_lengths is {lengths!r}, must map names to lengths, '
+        "for example {'inputs': 512, 'targets': 114}"
+      ) from None
+    object.__setattr__(self, 'task_feature_lengths', pairs)
+    needed = ('inputs', 'targets')
+    if self.feature_converter == 'lm':
+      needed = ('targets',)
+    for name, value, allowed in (
+      (
+        'feature_converter',
+        self.feature_converter,
+        feature_converters.CONVERTERS,
+      ),
+      ('host_sharding', self.host_sharding, ('source', 'replicated')),
+    ):
+      if value not in allowed:
+        raise UsageError(f'{name} is {value!r}, must be one of {allowed}')
+    for name in needed:
+      if name not in self.lengths:
+        raise UsageError(
+          f'task_feature_lengths {self.lengths} lacks {name!r}, which '
+          f'feature_converter={self.feature_converter!r} needs'
+        )
+    for name, value in (
+      ('batch_size', self.batch_size),
+      ('window', self.window),
+      ('num_open_rows', self.num_open_rows),
+      ('prefetch_batches', self.prefetch_batches),
+      ('num_epochs', 1 if self.num_epochs is None else self.num_epochs),
+      *((f'task_feature_lengths[{k!r}]', v) for k, v in pairs),
+    ):
+      if value < 1:
+        raise UsageError(f'{name} is {value}, must be at least 1')
+    if self.pack and not self.has_segment_ids:
+      raise UsageError('pack=True needs segment_ids; leave segment_ids unset')
+
+  @property
+  def lengths(self) -> dict[str, int]:
+    """The task feature lengths as a dict."""
+    return dict(self.task_feature_lengths)
+
+  @property
+  def has_segment_ids(self) -> bool:
+    """Whether batches hold segment ids and positions."""
+    return self.pack if self.segment_ids is None else self.segment_ids
+
+  @property
+  def replicated(self) -> bool:
+    """Whether every host makes all rows and keeps its part of each batch."""
+    return self.host_sharding == 'replicated' or self.num_epochs is not None
+
+  @property
+  def converter(self) -> feature_converters.FeatureConverter:
+    """The rule from task features to model features."""
+    return feature_converters.FeatureConverter(
+      kind=self.feature_converter,
+      lengths=self.lengths,
+      decoder_start_id=self.decoder_start_id,
+      loss_on_targets_only=self.loss_on_targets_only,
+      segment_ids=self.has_segment_ids,
+    )
+
+
+def batch_spec(cfg: DatasetConfig) -> dict[str, tuple[tuple, np.dtype]]:
+  """Returns shape and dtype of every array of a GLOBAL batch; reads no data."""
+  return {
+    name: ((cfg.batch_size, length), dtype)
+    for name, (length, dtype) in cfg.converter.spec().items()
+  }

@@ -1,0 +1,461 @@
+"""From a SeqIO task or mixture to numpy batches, exactly resumable.
+
+A background thread turns windows of examples into rows (row_stream.py); the
+iterator hands out this host's rows of each batch as a dict of arrays.
+
+The position is the row stream's (the tf.data iterator at the end of a window
+and the examples in the packer's open rows) and the rows not handed out yet.
+`save` stops the thread between two windows, so a restored iterator continues
+with exactly the batch that `__next__` would have returned.
+"""
+
+import atexit
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from t5x_lite.data import packing, row_stream
+from t5x_lite.data.config import DatasetConfig, batch_spec
+from t5x_lite.errors import UsageError
+
+__all__ = [
+  'DatasetConfig',
+  'DatasetIterator',
+  'EvalDataset',
+  'batch_spec',
+  'make_eval_dataset',
+  'make_iterator',
+]
+
+Batch = dict[str, np.ndarray]
+
+# Fields that the stream of rows depends on. The batch size is not one of them:
+# a run may go on with larger batches and see the same rows in the same order.
+_STREAM_FIELDS = (
+  'mixture_or_task_name',
+  'split',
+  'task_feature_lengths',
+  'shuffle',
+  'seed',
+  'pack',
+  'num_epochs',
+  'use_cached',
+  'feature_converter',
+  'loss_on_targets_only',
+  'decoder_start_id',
+  'segment_ids',
+  'host_sharding',
+  'num_open_rows',
+)
+
+
+def make_iterator(
+  cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1
+) -> 'DatasetIterator':
+  """Returns this host's iterator over batches; reads nothing before `start`.
+
+  Args:
+    cfg: what to read.
+    process_index: this host.
+    process_count: how many hosts share each batch.
+
+  Raises:
+    UsageError: the config does not fit the task, or the task cannot be read.
+  """
+  return DatasetIterator(cfg, process_index, process_count)
+
+
+class _RowBuffer:
+  """Rows in order, pushed in chunks and popped in batches."""
+
+  def __init__(self):
+    self._chunks: collections.deque[packing.Rows] = collections.deque()
+    self.num_rows = 0
+
+  def push(self, rows: packing.Rows) -> None:
+    num = len(next(iter(rows.values()))) if rows else 0
+    if num:
+      self._chunks.append(rows)
+      self.num_rows += num
+
+  def pop(self, num: int) -> packing.Rows:
+    """Removes and returns the first `num` rows (or all, if fewer)."""
+    parts = []
+    while num and self._chunks:
+      rows = self._chunks.popleft()
+      size = len(next(iter(rows.values())))
+      if size > num:
+        self._chunks.appendleft({k: v[num:] for k, v in rows.items()})
+        rows = {k: v[:num] for k, v in rows.items()}
+        size = num
+      parts.append(rows)
+      num -= size
+      self.num_rows -= size
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+  def peek(self) -> packing.Rows:
+    """Returns all rows and keeps them."""
+    if self._chunks:
+      rows = self.pop(self.num_rows)
+      self.push(rows)
+      return rows
+    return {}
+
+
+class DatasetIterator:
+  """Batches of one host: `__next__` gives a dict of numpy arrays.
+
+  Not for several consumers: one thread calls `__next__`, `save` and `restore`.
+  """
+
+  def __init__(
+    self, cfg: DatasetConfig, process_index: int, process_count: int
+  ):
+    _check_processes(cfg, process_index, process_count)
+    self._cfg = cfg
+    self._index = process_index
+    self._count = process_count
+    self._batches = 0
+    self._thread: threading.Thread | None = None
+    self._condition = threading.Condition()
+    self._reset(cfg.seed)
+
+  def _reset(self, seed: int) -> None:
+    """Goes to the beginning of the stream of `seed`."""
+    self._seed = seed
+    self._stream = row_stream.RowStream(
+      self._cfg, seed, self._index, self._count
+    )
+    self._buffer = _RowBuffer()
+    self._window_rows = 0
+    self._busy = self._paused = self._closed = False
+    self._error: Exception | None = None
+
+  @property
+  def num_batches(self) -> int:
+    """How many batches were handed out since the stream began."""
+    return self._batches
+
+  # ---- The background thread ----
+
+  @property
+  def _rows_per_batch(self) -> int:
+    size = self._cfg.batch_size
+    return size if self._cfg.replicated else size // self._count
+
+  def start(self) -> None:
+    """Begins to read ahead (the first `__next__` does it too)."""
+    if self._thread is None and not self._closed:
+      self._thread = threading.Thread(
+        target=self._produce, name='t5x_lite-data', daemon=True
+      )
+      # A daemon thread inside TensorFlow must not outlive the interpreter.
+      atexit.register(self.close)
+      self._thread.start()
+
+  def _wants_rows(self) -> bool:
+    # A window's worth more than the batches asked for: while the next window
+    # is being made the consumer has them to draw on.
+    enough = self._cfg.prefetch_batches * self._rows_per_batch
+    return self._buffer.num_rows < enough + self._window_rows
+
+  def _produce(self) -> None:
+    condition = self._condition
+    while True:
+      with condition:
+        condition.wait_for(
+          lambda: self._closed or (not self._paused and self._wants_rows())
+        )
+        if self._closed or self._stream.ended:
+          return
+        self._busy = True
+      rows, error = {}, None
+      try:
+        rows = self._stream.next_rows()
+      except Exception as caught:  # raised again by __next__
+        error = caught
+      with condition:
+        before = self._buffer.num_rows
+        self._buffer.push(rows)
+        self._window_rows = self._buffer.num_rows - before
+        self._error = error
+        self._busy = False
+        condition.notify_all()
+        if error:
+          return
+
+  @contextlib.contextmanager
+  def _quiet(self):
+    """Holds the thread between two windows."""
+    with self._condition:
+      self._paused = True
+      self._condition.wait_for(lambda: not self._busy)
+    try:
+      yield
+    finally:
+      with self._condition:
+        self._paused = False
+        self._condition.notify_all()
+
+  def close(self) -> None:
+    """Stops reading ahead; the iterator cannot be used afterwards."""
+    with self._condition:
+      self._closed = True
+      self._condition.notify_all()
+    self._join()
+
+  def _join(self) -> None:
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+      atexit.unregister(self.close)
+
+  # ---- Batches ----
+
+  def __iter__(self) -> Self:
+    return self
+
+  def __next__(self) -> Batch:
+    if self._closed:
+      raise ValueError('the dataset iterator is closed')
+    self.start()
+    num = self._rows_per_batch
+    with self._condition:
+      self._condition.wait_for(
+        lambda: (
+          self._buffer.num_rows >= num or self._stream.ended or self._error
+        )
+      )
+      left = self._buffer.num_rows
+      if left < num and self._error:
+        raise self._error
+      if left == 0 or (left < num and self._cfg.drop_remainder):
+        raise StopIteration
+      rows = self._buffer.pop(num)
+      self._condition.notify_all()
+    self._batches += 1
+    rows = _fill(rows, num)
+    if self._cfg.replicated:
+      rows = _host_rows(rows, self._index, self._count)
+    return rows
+
+  # ---- Position ----
+
+  def save(self, directory) -> None:
+    """Writes the position, so that `restore` gives the batch due next.
+
+    One set of files per process, `process_I-of-N.*`. The files are complete
+    when this returns; committing the directory is the caller's.
+    """
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    prefix = directory / _file_stem(self._index, self._count)
+    with self._quiet():
+      if self._error:
+        raise self._error
+      arrays: dict[str, Any] = dict(self._stream.write(prefix))
+      arrays |= {f'rows/{k}': v for k, v in self._buffer.peek().items()}
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    prefix.with_suffix('.npz').write_bytes(stream.getvalue())
+    meta = {
+      'process_index': self._index,
+      'process_count': self._count,
+      'num_batches': self._batches,
+      'stream_seed': self._seed,
+      'config': _stream_config(self._cfg),
+    }
+    prefix.with_suffix('.json').write_text(json.dumps(meta, indent=1))
+
+  def restore(self, directory) -> None:
+    """Goes to a saved position.
+
+    With the process count of the save the continuation is exact, bit for bit;
+    so it is with any count if the hosts are replicated. Otherwise, if
+    cfg.allow_process_count_change, all hosts begin a new stream whose seed is
+    folded from the old seed and the number of batches seen: deterministic, but
+    examples of the current epoch may come again or later.
+
+    Raises:
+      UsageError: nothing saved there, or by a different config, or by another
+        number of processes without leave to change it.
+    """
+    directory = epath.Path(directory)
+    prefix = directory / _file_stem(self._index, self._count)
+    same_count = prefix.with_suffix('.json').exists()
+    if not same_count:
+      prefix = directory / _file_stem(0, _saved_process_count(directory))
+    meta = json.loads(prefix.with_suffix('.json').read_text())
+    _check_same_stream(self._cfg, meta['config'])
+    if not (same_count or self._cfg.replicated):
+      self._restart(meta)
+      return
+    with io.BytesIO(prefix.with_suffix('.npz').read_bytes()) as stream:
+      arrays = dict(np.load(stream))
+    self._rewind(meta['stream_seed'])
+    self._stream.read(prefix, arrays)
+    self._buffer.push(
+      {
+        name.removeprefix('rows/'): value
+        for name, value in arrays.items()
+        if name.startswith('rows/')
+      }
+    )
+    self._batches = meta['num_batches']
+
+  def _rewind(self, seed: int) -> None:
+    with self._condition:
+      self._closed = True  # ends the thread; _reset clears it
+      self._condition.notify_all()
+    self._join()
+    self._reset(seed)
+
+  def _restart(self, meta: dict[str, Any]) -> None:
+    old, batches = meta['process_count'], meta['num_batches']
+    if not self._cfg.allow_process_count_change:
+      raise UsageError(
+        f'the data position was saved by {old} processes and there are '
+        f'{self._count} now: run with {old}, or set '
+        'allow_process_count_change=True to go on with a fresh shuffle'
+      )
+    fold = np.random.SeedSequence([meta['stream_seed'], batches, old])
+    seed = int(fold.generate_state(1)[0]) & 0x7FFFFFFF
+    logging.warning(
+      'Data position saved by %d processes, now %d: the stream begins anew '
+      'with seed %d, folded from seed %d and the %d batches seen. Examples of '
+      'the current epoch may come again or later.',
+      old,
+      self._count,
+      seed,
+      meta['stream_seed'],
+      batches,
+    )
+    self._rewind(seed)
+    self._batches = batches
+
+
+def _file_stem(index: int, count: int) -> str:
+  return f'process_{index}-of-{count}'
+
+
+def _saved_process_count(directory: epath.Path) -> int:
+  """Returns the process count of the position saved in a directory."""
+  names = [path.name for path in directory.glob('process_0-of-*.json')]
+  counts = [re.fullmatch(r'process_0-of-(\d+)\.json', name) for name in names]
+  counts = [int(match[1]) for match in counts if match]
+  if len(counts) != 1:
+    raise UsageError(
+      f'{directory} holds {len(counts)} saved data positions, expected one'
+    )
+  return counts[0]
+
+
+def _stream_config(cfg: DatasetConfig) -> dict[str, Any]:
+  values = {name: getattr(cfg, name) for name in _STREAM_FIELDS}
+  return json.loads(json.dumps(values))  # tuples as lists, as they come back
+
+
+def _check_same_stream(cfg: DatasetConfig, saved: dict[str, Any]) -> None:
+  for name, now in _stream_config(cfg).items():
+    if saved.get(name, now) != now:
+      raise UsageError(
+        f'the data position was saved with {name}={saved[name]!r}, now it is '
+        f'{now!r}: change it back, or start without the saved data position'
+      )
+
+
+def _fill(rows: packing.Rows, num: int) -> Batch:
+  """Adds rows of padding up to `num`."""
+  missing = num - len(next(iter(rows.values())))
+  if not missing:
+    return rows
+  return {k: np.pad(v, ((0, missing), (0, 0))) for k, v in rows.items()}
+
+
+def _host_rows(rows: packing.Rows, index: int, count: int) -> Batch:
+  """Returns one host's part of a global batch."""
+  size = len(next(iter(rows.values()))) // count
+  return {k: v[index * size : (index + 1) * size] for k, v in rows.items()}
+
+
+def _check_processes(cfg: DatasetConfig, index: int, count: int) -> None:
+  if not 0 <= index < count:
+    raise UsageError(f'process_index is {index}, must be in [0, {count})')
+  if cfg.batch_size % count:
+    raise UsageError(
+      f'batch_size {cfg.batch_size} does not divide over {count} processes: '
+      f'take a multiple of {count}'
+    )
+
+
+class EvalDataset:
+  """A finite pass over a split for decoding and scoring, unpacked, in order.
+
+  Iterating gives `(batch, examples)`: this host's rows of each global batch,
+  and the raw examples of the WHOLE batch in row order (so every host can score
+  gathered predictions; rows after len(examples) are padding). An example is
+  what SeqIO passes to postprocess functions: untrimmed features and
+  `inputs_pretokenized`, `targets_pretokenized` and the like as numpy values,
+  text as bytes. Every pass reads the data again.
+  """
+
+  def __init__(
+    self, cfg: DatasetConfig, process_index: int, process_count: int
+  ):
+    _check_processes(cfg, process_index, process_count)
+    self._cfg = dataclasses.replace(
+      cfg, pack=False, shuffle=False, num_epochs=1
+    )
+    self._index = process_index
+    self._count = process_count
+    self._examples = row_stream.RawExamples(self._cfg)
+
+  def __iter__(self) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+    cfg = self._cfg
+    converter = cfg.converter
+    examples: list[dict[str, Any]] = []
+
+    def batch() -> tuple[Batch, list[dict[str, Any]]]:
+      ragged = {
+        name: packing.Ragged.from_arrays(
+          [example[name][:length] for example in examples], np.int64
+        )
+        for name, length in cfg.lengths.items()
+      }
+      self._examples.check_ids(ragged)
+      rows = packing.pad(
+        converter.prepare(ragged), converter.row_lengths, converter.aligned
+      )
+      rows = _fill(converter.convert(rows), cfg.batch_size)
+      return _host_rows(rows, self._index, self._count), examples
+
+    for example in self._examples:
+      examples.append(example)
+      if len(examples) == cfg.batch_size:
+        yield batch()
+        examples = []
+    if examples:
+      yield batch()
+
+
+def make_eval_dataset(
+  cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1
+) -> EvalDataset:
+  """Returns the pass over cfg's split that evaluation by decoding needs.
+
+  `pack`, `shuffle` and `num_epochs` of the config are ignored.
+
+  Raises:
+    UsageError: the config does not fit the task, or the task cannot be read.
+  """
+  return EvalDataset(cfg, process_index, process_count)

@@ -1,0 +1,257 @@
+"""A SeqIO task or mixture read as finished rows, with a savable position.
+
+SeqIO reads, preprocesses and trims the examples; they cross from TensorFlow to
+numpy as ragged windows, cheaply, and are packed (or padded) and converted
+there.
+"""
+
+import contextlib
+import difflib
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from etils import epath
+
+from t5x_lite.data import packing
+from t5x_lite.data.config import DatasetConfig
+from t5x_lite.errors import UsageError
+
+# TensorFlow only reads text here; it must not reserve an accelerator's memory.
+with contextlib.suppress(RuntimeError):  # already initialised by the caller
+  tf.config.set_visible_devices([], 'GPU')
+
+
+def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
+  """Returns the registered task or mixture, checked against the config.
+
+  Raises:
+    UsageError: no such name, split, feature or module.
+  """
+  for module in ('t5x_lite.data.tasks', *cfg.module.split(',')):
+    if not module.strip():
+      continue
+    try:
+      importlib.import_module(module.strip())
+    except ModuleNotFoundError as error:
+      raise UsageError(
+        f'module {module.strip()!r} cannot be imported: {error}; it must be '
+        'installed or on PYTHONPATH'
+      ) from error
+  name = cfg.mixture_or_task_name
+  known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+  if name not in known:
+    close = difflib.get_close_matches(name, known, n=3) or sorted(known)[:10]
+    raise UsageError(
+      f'mixture_or_task_name is {name!r}, which is not registered; did you '
+      f'mean one of {close}? Your own tasks need module=...'
+    )
+  provider = seqio.get_mixture_or_task(name)
+  if cfg.split not in provider.splits:
+    raise UsageError(
+      f'{name} has no split {cfg.split!r}, only {sorted(provider.splits)}'
+    )
+  for feature in cfg.lengths:
+    spec = provider.output_features.get(feature)
+    if spec is None:
+      raise UsageError(
+        f'task_feature_lengths names {feature!r}, but the output features of '
+        f'{name} are {sorted(provider.output_features)}'
+      )
+    if spec.rank != 1 or not spec.dtype.is_integer:
+      raise UsageError(
+        f'feature {feature!r} of {name} is {spec.dtype.name} of rank '
+        f'{spec.rank}; the converters take sequences of ids'
+      )
+  return provider
+
+
+def vocab_sizes(cfg: DatasetConfig) -> dict[str, int]:
+  """Returns the first id that is too large, for each task feature."""
+  features = task_provider(cfg).output_features
+  return {
+    name: cfg.vocab_size or features[name].vocabulary.vocab_size
+    for name in cfg.lengths
+  }
+
+
+def read_examples(
+  cfg: DatasetConfig,
+  provider: seqio.Task | seqio.Mixture,
+  seed: int,
+  shard: seqio.ShardInfo | None,
+  **options,
+) -> tf.data.Dataset:
+  """Returns SeqIO's dataset of examples, deterministic and polite."""
+  try:
+    dataset = provider.get_dataset(
+      sequence_length=cfg.lengths,
+      split=cfg.split,
+      use_cached=cfg.use_cached,
+      shuffle=cfg.shuffle,
+      seed=seed,
+      shard_info=shard,
+      num_epochs=cfg.num_epochs,
+      # SeqIO would hold the raw examples of small tasks in memory, and every
+      # checkpoint of the iterator with them; preprocessing is not saved by it.
+      try_in_mem_cache=False,
+      **options,
+    )
+  except (ValueError, OSError, tf.errors.NotFoundError) as error:
+    first_line = str(error).partition('\n')[0]
+    raise UsageError(
+      f'{cfg.mixture_or_task_name} cannot be read: {first_line}'
+    ) from error
+  tf_options = tf.data.Options()
+  tf_options.deterministic = True
+  tf_options.threading.private_threadpool_size = cfg.num_threads or min(
+    os.cpu_count() or 1, 16
+  )
+  if cfg.allow_stateful_ops:
+    tf_options.experimental_external_state_policy = (
+      tf.data.experimental.ExternalStatePolicy.IGNORE
+    )
+  return dataset.with_options(tf_options)
+
+
+def check_ids(
+  cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Examples
+) -> None:
+  """Refuses ids that the model has no row for, or would take for padding."""
+  task = cfg.mixture_or_task_name
+  for name, size in sizes.items():
+    values = examples[name].values
+    low, high = values.min(initial=0), values.max(initial=0)
+    if low < 0 or high >= size:
+      raise UsageError(
+        f'id {low if low < 0 else high} in {name!r} of {task} is outside '
+        f'[0, {size}): the task and the model need the same vocabulary'
+      )
+    if not cfg.has_segment_ids and not values.all():
+      raise UsageError(
+        f'id 0 occurs inside {name!r} of {task}, where it would be read as '
+        'padding: set segment_ids=True'
+      )
+
+
+class RawExamples:
+  """One ordered pass over the examples of a split, untrimmed, as numpy."""
+
+  def __init__(self, cfg: DatasetConfig):
+    self._cfg = cfg
+    self._sizes = vocab_sizes(cfg)
+    provider = task_provider(cfg)
+    options = {'trim_output_features': False}
+    if isinstance(provider, seqio.Mixture):
+      options['copy_pretokenized'] = True
+    self._dataset = read_examples(cfg, provider, cfg.seed, None, **options)
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    return iter(self._dataset.as_numpy_iterator())
+
+  def check_ids(self, examples: packing.Examples) -> None:
+    """See check_ids."""
+    check_ids(self._cfg, self._sizes, examples)
+
+
+class RowStream:
+  """Finished rows, a window of examples at a time, with a savable position."""
+
+  def __init__(
+    self, cfg: DatasetConfig, seed: int, index: int = 0, count: int = 1
+  ):
+    self._cfg = cfg
+    self._converter = cfg.converter
+    self._vocab_sizes = vocab_sizes(cfg)
+    self._packer = packing.Packer(
+      self._converter.row_lengths,
+      self._converter.aligned,
+      num_open_rows=cfg.num_open_rows,
+    )
+    self._num_examples = 0
+    self.ended = False
+    shard = None
+    if not cfg.replicated:
+      shard = seqio.ShardInfo(index=index, num_shards=count)
+    dataset = read_examples(cfg, task_provider(cfg), seed, shard)
+    features = tuple(cfg.lengths)
+    dataset = dataset.map(lambda ex: {name: ex[name] for name in features})
+    self._iterator = iter(dataset.ragged_batch(cfg.window))
+
+  def next_rows(self) -> packing.Rows:
+    """Returns the rows that the next window of examples finishes."""
+    try:
+      window = next(self._iterator)
+    except StopIteration:
+      return self._end()
+    examples = {
+      name: packing.Ragged(
+        ragged.flat_values.numpy(), ragged.row_lengths().numpy()
+      )
+      for name, ragged in window.items()
+    }
+    check_ids(self._cfg, self._vocab_sizes, examples)
+    sizes = np.sum([r.lengths for r in examples.values()], axis=0)
+    self._num_examples += len(sizes)
+    if not sizes.all():  # nothing to learn from, nothing to place
+      keep = np.flatnonzero(sizes)
+      examples = {n: packing.take(r, keep) for n, r in examples.items()}
+    examples = self._converter.prepare(examples)
+    if self._cfg.pack:
+      rows = self._packer.add(examples)
+    else:
+      rows = packing.pad(
+        examples, self._converter.row_lengths, self._converter.aligned
+      )
+    return self._converter.convert(rows)
+
+  def _end(self) -> packing.Rows:
+    if not self._num_examples:
+      raise UsageError(
+        f'{self._cfg.mixture_or_task_name} has no examples in split '
+        f'{self._cfg.split!r} (after its preprocessors and host sharding)'
+      )
+    self.ended = True
+    rows = self._packer.flush()
+    return self._converter.convert(rows) if rows else {}
+
+  def write(self, prefix: epath.Path) -> dict[str, np.ndarray]:
+    """Writes the tf.data position to files; returns the rest as arrays."""
+    try:
+      tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(prefix))
+    except tf.errors.FailedPreconditionError as error:
+      raise UsageError(
+        f'{self._cfg.mixture_or_task_name} uses a TensorFlow op with hidden '
+        'state, which no checkpoint can hold: use stateless random ops '
+        '(seqio.map_over_dataset(num_seeds=1)) or set allow_stateful_ops=True '
+        f'({str(error).partition(chr(10))[0][:200]})'
+      ) from error
+    state = {f'packer/{k}': v for k, v in self._packer.state().items()}
+    state['num_examples'] = np.array(self._num_examples)
+    state['ended'] = np.array(self.ended)
+    return state
+
+  def read(self, prefix: epath.Path, state: Mapping[str, np.ndarray]) -> None:
+    """Continues from what `write` wrote and returned."""
+    checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+    try:
+      checkpoint.read(os.fspath(prefix)).assert_consumed()
+    except (tf.errors.OpError, AssertionError) as error:
+      raise UsageError(
+        f'the saved position {prefix} does not fit the input pipeline of '
+        f'{self._cfg.mixture_or_task_name}: was the task or its data changed? '
+        f'({str(error).partition(chr(10))[0][:200]})'
+      ) from error
+    self._packer.set_state(
+      {
+        name.removeprefix('packer/'): value
+        for name, value in state.items()
+        if name.startswith('packer/')
+      }
+    )
+    self._num_examples = int(state['num_examples'])
+    self.ended = bool(state['ended'])
