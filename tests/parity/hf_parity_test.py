@@ -15,7 +15,7 @@ from t5x_lite import train_state
 from t5x_lite.models import t5
 from t5x_lite.models.config import NAMED_CONFIGS
 
-from . import hf_reference as ref
+from tests.parity import hf_reference as ref
 
 VERSIONS = ('1.0', '1.1')
 
@@ -126,6 +126,7 @@ def test_parameter_counts_of_named_sizes(name):
   hf.tie_word_embeddings = cfg.logits_via_embedding
   with torch.device('meta'):
     model = transformers.T5ForConditionalGeneration(hf)
+    model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
   _, shapes, _ = t5.abstract_params(cfg)
   expected = sum(p.numel() for p in model.parameters())
   assert train_state.count_params(shapes) == expected

@@ -29,6 +29,8 @@ def make_model(version: str, seed: int = 0, **overrides):
   torch.manual_seed(seed)
   model = transformers.T5ForConditionalGeneration(
       tiny_config(version, **overrides))
+  # Untied, transformers 5 also unties the two stacks' input tables.
+  model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
   with torch.no_grad():
     for name, p in model.named_parameters():
       # HF's initial norms are 1 and biases tiny; make each matter.
