@@ -1,0 +1,1 @@
+"""Embedded corpora and the official T5 vocabulary; see README.md beside it."""

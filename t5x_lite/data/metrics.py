@@ -1,0 +1,262 @@
+"""Metric functions over decoded text, in SeqIO's form; all results in percent.
+
+A metric is `fn(targets, predictions) -> {name: float}`. A target is one text,
+or a list of texts where several references are right; a prediction is judged
+against the reference it comes closest to.
+"""
+
+import collections
+import re
+import string
+from collections.abc import Callable, Sequence
+
+import sacrebleu
+
+from t5x_lite.errors import UsageError
+
+Target = str | Sequence[str]
+MetricFn = Callable[[Sequence[Target], Sequence[str]], dict[str, float]]
+
+
+def references(target: Target) -> list[str]:
+  """Returns the references of a target, one or several, as a list."""
+  return [target] if isinstance(target, str) else list(target)
+
+
+def split_references(
+  text: str, *, separator: str, is_target: bool = False, **unused
+) -> Target:
+  """Postprocessor: a target with alternatives becomes the list of them."""
+  del unused
+  return text.split(separator) if is_target else text
+
+
+def edit_distance(target: Sequence, prediction: Sequence) -> int:
+  """Returns the least number of insertions, deletions and substitutions."""
+  previous = list(range(len(prediction) + 1))
+  for i, wanted in enumerate(target, start=1):
+    current = [i]
+    for j, got in enumerate(prediction, start=1):
+      current.append(
+        min(
+          previous[j] + 1,
+          current[j - 1] + 1,
+          previous[j - 1] + (wanted != got),
+        )
+      )
+    previous = current
+  return previous[-1]
+
+
+# ---- Exact matches -----------------------------------------------------------
+
+
+def accuracy(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Share of predictions equal to a reference, spaces around them aside."""
+  return {'accuracy': _percent_equal(targets, predictions, str.strip)}
+
+
+def sequence_accuracy(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Share of predictions equal to a reference, character by character."""
+  return {'sequence_accuracy': _percent_equal(targets, predictions, str)}
+
+
+def squad(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Exact match and word F1 after SQuAD's normalisation, best reference each.
+
+  Source: Rajpurkar et al. 2016 evaluation script, v1.1.
+  """
+  _check(targets, predictions)
+  f1 = 0.0
+  for target, prediction in zip(targets, predictions, strict=True):
+    words = _normalize_squad(prediction).split()
+    f1 += max(
+      _f1(_normalize_squad(reference).split(), words)
+      for reference in references(target)
+    )
+  return {
+    'em': _percent_equal(targets, predictions, _normalize_squad),
+    'f1': 100.0 * f1 / len(targets),
+  }
+
+
+# ---- Error rates -------------------------------------------------------------
+
+
+def pronunciation_error_rates(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Word and phoneme error rate of grapheme-to-phoneme conversion.
+
+  word_error_rate: share of words whose phonemes equal no reference.
+  phoneme_error_rate: see `token_error_rate`; a phoneme is what stands between
+  spaces, its stress digit included.
+  """
+  return {
+    'word_error_rate': 100.0
+    - _percent_equal(targets, predictions, lambda text: tuple(text.split())),
+    'phoneme_error_rate': token_error_rate(targets, predictions, str.split),
+  }
+
+
+def transcription_error_rates(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Word and character error rate as in speech recognition."""
+  return {
+    'word_error_rate': token_error_rate(targets, predictions, str.split),
+    'character_error_rate': token_error_rate(targets, predictions, list),
+  }
+
+
+def mean_edit_distance(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Mean number of word edits to the closest reference (not a percentage)."""
+  _check(targets, predictions)
+  edits = sum(
+    _closest(target, prediction, str.split)[0]
+    for target, prediction in zip(targets, predictions, strict=True)
+  )
+  return {'edit_distance': edits / len(targets)}
+
+
+def token_error_rate(
+  targets: Sequence[Target],
+  predictions: Sequence[str],
+  tokenize: Callable[[str], Sequence],
+) -> float:
+  """Returns edits to the closest references over their length, in percent.
+
+  Both are summed over the corpus, so long targets weigh more. The closest
+  reference has the fewest edits, and of those the most tokens. With empty
+  references alone the rate is 0 if nothing was predicted, else 100.
+  """
+  _check(targets, predictions)
+  edits = length = 0
+  for target, prediction in zip(targets, predictions, strict=True):
+    distance, tokens = _closest(target, prediction, tokenize)
+    edits += distance
+    length += tokens
+  if not length:
+    return 100.0 if edits else 0.0
+  return 100.0 * edits / length
+
+
+# ---- Translation -------------------------------------------------------------
+
+
+def bleu(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Corpus BLEU with the tokenization `intl`, as the T5 paper reports it."""
+  score = sacrebleu.corpus_bleu(
+    list(predictions), _streams(targets, predictions), tokenize='intl'
+  )
+  return {'bleu': score.score}
+
+
+def chrf(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Corpus chrF2: characters, no words."""
+  score = sacrebleu.corpus_chrf(
+    list(predictions), _streams(targets, predictions)
+  )
+  return {'chrf': score.score}
+
+
+METRICS: dict[str, MetricFn] = {
+  'accuracy': accuracy,
+  'sequence_accuracy': sequence_accuracy,
+  'squad': squad,
+  'pronunciation_error_rates': pronunciation_error_rates,
+  'transcription_error_rates': transcription_error_rates,
+  'edit_distance': mean_edit_distance,
+  'bleu': bleu,
+  'chrf': chrf,
+}
+
+
+def get_metrics(names: Sequence[str]) -> list[MetricFn]:
+  """Returns metric functions by name.
+
+  Raises:
+    UsageError: if a name is not in METRICS.
+  """
+  for name in names:
+    if name not in METRICS:
+      raise UsageError(
+        f'There is no metric {name!r}; there are {", ".join(METRICS)}'
+      )
+  return [METRICS[name] for name in names]
+
+
+# ---- Parts -------------------------------------------------------------------
+
+
+def _check(targets: Sequence[Target], predictions: Sequence[str]) -> None:
+  if len(targets) != len(predictions) or not len(targets):
+    raise ValueError(
+      f'{len(targets)} targets and {len(predictions)} predictions; there must '
+      'be as many of one as of the other, and at least one'
+    )
+
+
+def _percent_equal(
+  targets: Sequence[Target],
+  predictions: Sequence[str],
+  normalize: Callable[[str], object],
+) -> float:
+  _check(targets, predictions)
+  equal = sum(
+    normalize(prediction) in [normalize(text) for text in references(target)]
+    for target, prediction in zip(targets, predictions, strict=True)
+  )
+  return 100.0 * equal / len(targets)
+
+
+def _closest(
+  target: Target, prediction: str, tokenize: Callable[[str], Sequence]
+) -> tuple[int, int]:
+  """Returns the edits to, and the tokens of, the closest reference."""
+  got = tokenize(prediction)
+  wanted = [tokenize(text) for text in references(target)]
+  edits, negative_length = min(
+    (edit_distance(tokens, got), -len(tokens)) for tokens in wanted
+  )
+  return edits, -negative_length
+
+
+def _streams(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> list[list[str | None]]:
+  """Returns sacrebleu's layout: one list per reference number."""
+  _check(targets, predictions)
+  lists = [references(target) for target in targets]
+  width = max(map(len, lists))
+  # None marks a reference that this example does not have.
+  return [
+    [texts[i] if i < len(texts) else None for texts in lists]
+    for i in range(width)
+  ]
+
+
+def _normalize_squad(text: str) -> str:
+  kept = ''.join(c for c in text.lower() if c not in string.punctuation)
+  return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', kept).split())
+
+
+def _f1(wanted: Sequence[str], got: Sequence[str]) -> float:
+  common = collections.Counter(wanted) & collections.Counter(got)
+  same = sum(common.values())
+  if not same:
+    return float(wanted == got)
+  precision, recall = same / len(got), same / len(wanted)
+  return 2 * precision * recall / (precision + recall)
