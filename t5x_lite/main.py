@@ -1,0 +1,311 @@
+"""The command line: `t5x-lite PROGRAM --gin_file=... --gin.NAME=value ...`.
+
+A program is a keyword-only function. Its arguments come from gin files, from
+`--gin.` bindings and from the few flags in the table below; its module is
+imported only when it is asked for, so that `--help` is instant and inference
+does without TensorFlow.
+
+Exit codes: 0 done; 2 a mistake of the user, told in one line on stderr; 3 a
+precompiled program that does not fit; 5 another process of the run was lost;
+130 interrupted; 1 anything else, with a traceback.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from t5x_lite.errors import UsageError
+
+PROGRAM_NAME = 't5x-lite'
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+  """A command-line flag that is an argument of the program's function."""
+
+  name: str
+  help: str
+  type: type = str
+  choices: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Where a program's function lives, and what it takes besides gin."""
+
+  function: str
+  help: str
+  positional: tuple[Flag, ...] = ()
+  flags: tuple[Flag, ...] = ()
+
+
+_DRY_RUN = Flag('dry_run', 'say what would be done, write nothing', bool)
+
+PROGRAMS: dict[str, Program] = {
+  'train': Program(
+    't5x_lite.train.train',
+    'train a model, or continue its run',
+    flags=(
+      Flag(
+        'dry_run',
+        'print configuration, parameters, sharding and memory, train nothing',
+        bool,
+      ),
+    ),
+  ),
+  'eval': Program(
+    't5x_lite.evaluate.evaluate',
+    'evaluate a run on tasks by their own metrics',
+  ),
+  'infer': Program(
+    't5x_lite.infer.infer',
+    'predict for every line of a file',
+    flags=(
+      Flag('model', 'run directory, or one STEP directory of it'),
+      Flag('input', 'text, TSV or JSONL, one example a line'),
+      Flag('output', 'JSONL, one object per input line'),
+      Flag('batch_size', 'examples decoded at a time', int),
+    ),
+  ),
+  'quickstart': Program(
+    't5x_lite.quickstart.quickstart',
+    'pretrain, fine-tune, evaluate and predict on the embedded text',
+  ),
+  'vocab': Program(
+    't5x_lite.train_vocabulary.train_vocabulary',
+    'train a SentencePiece vocabulary on your own text',
+    flags=(
+      Flag('input', 'text file, one sentence or paragraph a line'),
+      Flag('output', 'the .model file to write'),
+      Flag('vocab_size', 'pieces, sentinels not counted', int),
+    ),
+  ),
+  'convert': Program(
+    't5x_lite.interop.convert.convert',
+    'convert checkpoints between t5x_lite, Hugging Face and T5X',
+    positional=(
+      Flag('source', 'checkpoint to read; its format is detected'),
+      Flag('destination', 'directory to write'),
+    ),
+    flags=(
+      Flag('to', 'format to write', choices=('t5x_lite', 'hf', 't5x')),
+      Flag('dry_run', 'list how names map, write nothing', bool),
+    ),
+  ),
+  'precompile': Program(
+    't5x_lite.precompile.precompile',
+    'compile a step for TPUs that you do not have; does it fit, what bounds it',
+    flags=(
+      Flag('topology', 'for example v5p:8x8x8 or v5e:16x16'),
+      Flag('num_slices', 'slices of that topology', int),
+      Flag('json', 'end with one JSON object on the last line', bool),
+    ),
+  ),
+  'plan': Program(
+    't5x_lite.plan.plan',
+    'search mesh, remat policy and microbatches for a topology',
+    flags=(
+      Flag('topology', 'for example v5p:8x8x8 or v5e:16x16'),
+      Flag('num_slices', 'slices of that topology', int),
+      Flag('output', 'gin file to write the winning bindings to'),
+    ),
+  ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+  """Reports mistakes like every other mistake: one line, exit code 2."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UsageError(f'{message} (see {self.prog} --help)')
+
+
+def _make_parser() -> argparse.ArgumentParser:
+  parser = _Parser(
+    prog=PROGRAM_NAME,
+    description='T5 in JAX. `t5x-lite PROGRAM --help` lists its flags.',
+    allow_abbrev=False,
+  )
+  subparsers = parser.add_subparsers(
+    dest='program', metavar='PROGRAM', required=True, parser_class=_Parser
+  )
+  for name, program in PROGRAMS.items():
+    sub = subparsers.add_parser(
+      name, help=program.help, description=program.help, allow_abbrev=False
+    )
+    for flag in program.positional:
+      sub.add_argument(flag.name, metavar=flag.name.upper(), help=flag.help)
+    for flag in program.flags:
+      _add_flag(sub, flag)
+    _add_common_flags(sub)
+  return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
+  # None stands for a flag that was not given: gin or the default decides.
+  if flag.type is bool:
+    parser.add_argument(
+      f'--{flag.name}', action='store_const', const=True, help=flag.help
+    )
+  else:
+    parser.add_argument(
+      f'--{flag.name}', type=flag.type, choices=flag.choices, help=flag.help
+    )
+
+
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+  gin = parser.add_argument_group('configuration')
+  gin.add_argument(
+    '--gin_file',
+    action='append',
+    default=[],
+    metavar='FILE',
+    help='gin file; may be given several times, later ones win; configs/... '
+    'that came with the package is found from anywhere',
+  )
+  gin.add_argument(
+    '--gin_bindings',
+    action='append',
+    default=[],
+    metavar='STATEMENT',
+    help="a gin statement; --gin.NAME=value is short for 'NAME = value', where "
+    'a value that is no number, @reference or %%macro is a string',
+  )
+  gin.add_argument(
+    '--gin_search_paths',
+    default='',
+    metavar='DIRS',
+    help='comma-separated directories in which gin files are looked for',
+  )
+  processes = parser.add_argument_group(
+    'many processes (found by themselves on SLURM, Kubernetes, Open MPI, TPU)'
+  )
+  processes.add_argument('--coordinator_address', metavar='HOST:PORT')
+  processes.add_argument('--process_count', type=int, metavar='N')
+  processes.add_argument('--process_index', type=int, metavar='I')
+
+
+def _rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
+  """Turns --gin.NAME=value into --gin_bindings, so that their order stays."""
+  from t5x_lite import gin_utils
+
+  rewritten = []
+  for argument in argv:
+    match = re.fullmatch(r'--gin\.([^=\s]+)=(.*)', argument, re.DOTALL)
+    if match:
+      rewritten.append('--gin_bindings=' + gin_utils.binding(*match.groups()))
+    elif argument.startswith('--gin.'):
+      raise UsageError(f'{argument} needs a value: write {argument}=value')
+    else:
+      rewritten.append(argument)
+  return rewritten
+
+
+def _load(program: Program) -> Any:
+  module, name = program.function.rsplit('.', 1)
+  with _quiet_stderr():
+    return getattr(importlib.import_module(module), name)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+  """Holds back what libraries say while they are imported.
+
+  TensorFlow reports on oneDNN and CUDA from C++, before it has read the log
+  level it was given. Shown after all if the import fails.
+  """
+  sys.stderr.flush()
+  with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), 'wb') as stderr:
+    os.dup2(held.fileno(), 2)
+    try:
+      yield
+    except BaseException:
+      held.seek(0)
+      stderr.write(held.read())
+      raise
+    finally:
+      os.dup2(stderr.fileno(), 2)
+
+
+def _write_config(model_dir: str, text: str) -> None:
+  """Writes config.gin; a run that is killed meanwhile leaves all or nothing."""
+  from etils import epath
+
+  directory = epath.Path(model_dir)
+  directory.mkdir(parents=True, exist_ok=True)
+  temporary = directory / 'config.gin.tmp'
+  temporary.write_text(text)
+  temporary.replace(directory / 'config.gin')
+
+
+def _run(argv: Sequence[str]) -> Any:
+  """Parses the command line, checks everything, runs the program."""
+  if any(argument.startswith('--gin.') for argument in argv):
+    argv = _rewrite_gin_flags(argv)
+  args = _make_parser().parse_args(argv)
+  program = PROGRAMS[args.program]
+  flags = [flag.name for flag in (*program.positional, *program.flags)]
+  given = {name: getattr(args, name) for name in flags}
+  given = {name: value for name, value in given.items() if value is not None}
+
+  from t5x_lite import distributed, gin_utils
+
+  distributed.initialize(
+    coordinator_address=args.coordinator_address or '',
+    process_count=args.process_count,
+    process_index=args.process_index,
+  )
+  function = _load(program)
+  if 'summarize_config_fn' in inspect.signature(function).parameters:
+    given['summarize_config_fn'] = lambda model_dir: _write_config(
+      model_dir, configured.text
+    )
+  configured = gin_utils.configure(
+    function,
+    gin_files=args.gin_file,
+    bindings=args.gin_bindings,
+    search_paths=[path for path in args.gin_search_paths.split(',') if path],
+    given=given,
+    flags=flags,
+    programs=[program.function for program in PROGRAMS.values()],
+  )
+  return configured.call()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a program and returns the exit code."""
+  # TensorFlow reads the first at import; it only feeds data here.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  logging.basicConfig(
+    format='%(asctime)s %(levelname).1s %(message)s', datefmt='%H:%M:%S'
+  )
+  logging.getLogger('t5x_lite').setLevel(logging.INFO)
+  try:
+    _run(sys.argv[1:] if argv is None else argv)
+  except UsageError as error:
+    print(f'{PROGRAM_NAME}: {str(error).splitlines()[0]}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f'{PROGRAM_NAME}: interrupted', file=sys.stderr)
+    return 130
+  except Exception as error:
+    # What a run can meet without a bug in it names its exit code.
+    code = getattr(error, 'exit_code', None)
+    if code is None:
+      raise
+    print(f'{PROGRAM_NAME}: {str(error).splitlines()[0]}', file=sys.stderr)
+    return code
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
