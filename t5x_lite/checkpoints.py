@@ -14,17 +14,16 @@ Orbax is used through its v0 CheckpointManager and nowhere else than here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import logging
 import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from etils import epath
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from t5x_lite.errors import UsageError
 
@@ -335,7 +334,7 @@ class Checkpointer:
     iterator: SavableIterator | None,
     *,
     metrics: Mapping[str, float] | None = None,
-    seed: int = 0,
+    meta: Mapping[str, Any] | None = None,
   ) -> bool:
     """Starts saving; returns once the state and iterator may move on.
 
@@ -344,7 +343,7 @@ class Checkpointer:
       state: the TrainState; copied off the devices before this returns.
       iterator: the input iterator, standing before the batch of `step`.
       metrics: this step's metrics, for `keep_best`.
-      seed: of the run, for the record.
+      meta: small facts that the restart wants to know.
 
     Returns:
       False if this step was already saved.
@@ -357,8 +356,8 @@ class Checkpointer:
         {
           'format_version': FORMAT_VERSION,
           'step': step,
-          'seed': seed,
           'process_count': jax.process_count(),
+          **(meta or {}),
         }
       ),
     }
@@ -418,7 +417,7 @@ class Checkpointer:
     if iterator is not None and (self.directory / str(step) / 'data').is_dir():
       items['data'] = _DataRestore(iterator)
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return from_plain(restored.state, abstract_state), restored.meta
+    return from_plain(restored['state'], abstract_state), restored['meta']
 
   def wait(self) -> None:
     """Blocks until every started save is committed."""
@@ -436,7 +435,7 @@ def _preservation_policy(config: CheckpointConfig) -> Any:
   is not among the best, and a restart then loses work.
   """
   if not config.keep:
-    return _policies.PreserveAll()
+    return _policies.LatestN(None)  # all of them
   policies: list[Any] = [_policies.LatestN(config.keep)]
   if config.keep_best:
     sign = 1.0 if config.best_mode == 'max' else -1.0

@@ -7,14 +7,13 @@ loop asks `StopSignal.requested(step)` once a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
 import contextlib
 import dataclasses
 import logging
 import os
 import signal
 import types
+from collections.abc import Iterator, Mapping
 
 import jax
 from orbax.checkpoint import multihost

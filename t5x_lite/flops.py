@@ -6,6 +6,9 @@ needs, each multiply-add as two; recomputation (remat), softmax and norms are
 not. Source of the convention: Chowdhery et al. 2022 (PaLM), appendix B.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from t5x_lite.models.config import T5Config
 
 # Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from
@@ -78,5 +81,16 @@ def train_step_flops(
 ) -> float:
   """Returns the FLOPs of one training step: the backward pass costs two."""
   return 3 * forward_flops(
+    config, batch_size=batch_size, inputs=inputs, targets=targets
+  )
+
+
+def batch_train_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
+  """Returns the FLOPs of one training step on arrays (or shapes) of a batch."""
+  batch_size, targets = batch['decoder_target_tokens'].shape
+  inputs = 0
+  if config.has_encoder:
+    inputs = batch['encoder_input_tokens'].shape[1]
+  return train_step_flops(
     config, batch_size=batch_size, inputs=inputs, targets=targets
   )

@@ -5,6 +5,7 @@ No TensorFlow: TensorBoard's own package writes its event format. Only process
 with 'eval/TASK/' (teacher-forced) or 'infer_eval/TASK/' (decoded) otherwise.
 """
 
+import importlib
 import json
 import logging
 import math
@@ -15,8 +16,13 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from etils import epath
-from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import record_writer
+
+# Generated when imported: a type checker finds no names in them.
+_event_pb2: Any = importlib.import_module('tensorboard.compat.proto.event_pb2')
+_summary_pb2: Any = importlib.import_module(
+  'tensorboard.compat.proto.summary_pb2'
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +71,7 @@ class MetricWriter:
     self._events = record_writer.RecordWriter((directory / name).open('wb'))
     self._event(file_version='brain.Event:2')
     # TensorBoard then forgets what it has seen past this step.
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    start = _event_pb2.SessionLog(status=_event_pb2.SessionLog.START)
     self._event(step=first_step, session_log=start)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -80,14 +86,14 @@ class MetricWriter:
     self._jsonl.write(json.dumps(entry) + '\n')
     self._jsonl.flush()
     values = [
-      summary_pb2.Summary.Value(tag=name, simple_value=value)
+      _summary_pb2.Summary.Value(tag=name, simple_value=value)
       for name, value in scalars.items()
     ]
-    self._event(step=step, summary=summary_pb2.Summary(value=values))
+    self._event(step=step, summary=_summary_pb2.Summary(value=values))
     self._events.flush()
 
   def _event(self, **fields: Any) -> None:
-    event = event_pb2.Event(wall_time=time.time(), **fields)
+    event = _event_pb2.Event(wall_time=time.time(), **fields)
     self._events.write(event.SerializeToString())
 
   def close(self) -> None:
@@ -122,6 +128,70 @@ def _drop_later(path: epath.Path, step: int) -> None:
     temporary = path.parent / (path.name + '.tmp')
     temporary.write_text(''.join(line + '\n' for line in kept))
     temporary.replace(path)
+
+
+class Window:
+  """Averages training metrics over some steps and adds what they cost."""
+
+  def __init__(
+    self,
+    *,
+    batch_shapes: Mapping[str, tuple[int, ...]],
+    step_flops: float,
+    peak_flops: float | None,
+    num_devices: int,
+  ):
+    """Starts the clock.
+
+    Args:
+      batch_shapes: of the global batch, to tell how full it is.
+      step_flops: model FLOPs of one step; see flops.py.
+      peak_flops: of one device; None where it is not known, as on CPUs, and
+        then there is no utilisation to report.
+      num_devices: in all.
+    """
+    self._batch_shapes = batch_shapes
+    self._step_flops = step_flops
+    self._peak_flops = peak_flops
+    self._num_devices = num_devices
+    self._reset()
+
+  def _reset(self) -> None:
+    self._sums: dict[str, float] = {}
+    self._count = 0
+    self._start = time.monotonic()
+
+  def add(self, metrics: Mapping[str, float]) -> None:
+    """Adds one step's metrics."""
+    for name, value in metrics.items():
+      self._sums[name] = self._sums.get(name, 0.0) + value
+    self._count += 1
+
+  def pause(self, seconds: float) -> None:
+    """Leaves time that was not training out of the rates."""
+    self._start += seconds
+
+  def summary(self) -> dict[str, float]:
+    """Returns means and rates since the last summary, and starts anew."""
+    count = max(1, self._count)
+    seconds = max(1e-9, time.monotonic() - self._start) / count
+    metrics = {name: total / count for name, total in self._sums.items()}
+    metrics['seconds_per_step'] = seconds
+    for tokens, array in (
+      ('target_tokens', 'decoder_target_tokens'),
+      ('input_tokens', 'encoder_input_tokens'),
+    ):
+      if array in self._batch_shapes:
+        metrics[f'{tokens}_per_second'] = metrics[tokens] / seconds
+        # The rest of the batch is padding.
+        slots = math.prod(self._batch_shapes[array])
+        metrics[f'{tokens}_fill'] = metrics[tokens] / slots
+    rate = self._step_flops / seconds
+    metrics['model_tflops_per_second'] = rate / 1e12
+    if self._peak_flops is not None:
+      metrics['mfu'] = rate / (self._peak_flops * self._num_devices)
+    self._reset()
+    return metrics
 
 
 def format_duration(seconds: float) -> str:

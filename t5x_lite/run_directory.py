@@ -95,6 +95,7 @@ def write_run(
   vocabulary: VocabularyConfig,
   lengths: Mapping[str, int] | None = None,
   config: Mapping[str, Any] | None = None,
+  texts: Mapping[str, str] | None = None,
 ) -> None:
   """Writes everything but checkpoints that makes a directory a run.
 
@@ -106,6 +107,7 @@ def write_run(
     vocabulary: its vocabulary; the model file is copied.
     lengths: task feature lengths, inference's defaults.
     config: the program's arguments, dataclasses allowed, for the record.
+    texts: other small files, by name.
   """
   root = epath.Path(model_dir)
   root.mkdir(parents=True, exist_ok=True)
@@ -118,6 +120,8 @@ def write_run(
   _write_json(root / MODEL_FILE, entry)
   if config is not None:
     _write_json(root / CONFIG_FILE, to_json(config))
+  for name, text in (texts or {}).items():
+    (root / name).write_text(text)
 
 
 def check_resumable(
@@ -142,6 +146,19 @@ def check_resumable(
     raise UsageError(
       f'the run in {model_dir} was trained with another vocabulary than the '
       f'configuration names: {fix}'
+    )
+
+
+def check_vocabulary(path: str, vocabulary: VocabularyConfig) -> None:
+  """Raises UsageError if the run at `path` was trained with other ids."""
+  directory, _ = checkpoints.find_checkpoint(path)
+  root = epath.Path(directory).parent
+  if not _vocabulary_file(root).exists():
+    return  # not one of our runs, or only its checkpoints were kept
+  if not _same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
+    raise UsageError(
+      f'{path} was trained with another vocabulary than the configuration '
+      f'names: its ids would mean other tokens; see {_vocabulary_file(root)}'
     )
 
 

@@ -9,12 +9,15 @@ import contextlib
 import difflib
 import importlib
 import os
+import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
+from absl import logging
 from etils import epath
 
 from t5x_lite.data import packing
@@ -26,11 +29,11 @@ with contextlib.suppress(RuntimeError):  # already initialised by the caller
   tf.config.set_visible_devices([], 'GPU')
 
 
-def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
-  """Returns the registered task or mixture, checked against the config.
+def import_modules(cfg: DatasetConfig) -> None:
+  """Imports what registers the tasks that the config may name.
 
   Raises:
-    UsageError: no such name, split, feature or module.
+    UsageError: a module that cannot be imported.
   """
   for module in ('t5x_lite.data.tasks', *cfg.module.split(',')):
     if not module.strip():
@@ -42,6 +45,15 @@ def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
         f'module {module.strip()!r} cannot be imported: {error}; it must be '
         'installed or on PYTHONPATH'
       ) from error
+
+
+def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
+  """Returns the registered task or mixture, checked against the config.
+
+  Raises:
+    UsageError: no such name, split, feature or module.
+  """
+  import_modules(cfg)
   name = cfg.mixture_or_task_name
   known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
   if name not in known:
@@ -108,13 +120,9 @@ def read_examples(
     ) from error
   tf_options = tf.data.Options()
   tf_options.deterministic = True
-  tf_options.threading.private_threadpool_size = cfg.num_threads or min(
-    os.cpu_count() or 1, 16
-  )
-  if cfg.allow_stateful_ops:
-    tf_options.experimental_external_state_policy = (
-      tf.data.experimental.ExternalStatePolicy.IGNORE
-    )
+  half_the_cores = max((os.cpu_count() or 1) // 2, 1)
+  threads = cfg.num_threads or min(half_the_cores, 16)
+  tf_options.threading.private_threadpool_size = threads
   return dataset.with_options(tf_options)
 
 
@@ -138,6 +146,16 @@ def check_ids(
       )
 
 
+def _to_numpy(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:
+  if isinstance(tensor, tf.RaggedTensor):
+    lengths = tensor.row_lengths().numpy()
+    return packing.Ragged(tensor.flat_values.numpy(), lengths)
+  # tf.data batches features of one known length densely.
+  values = tensor.numpy()
+  lengths = np.full(values.shape[0], values.shape[1], np.int64)
+  return packing.Ragged(values.reshape(-1), lengths)
+
+
 class RawExamples:
   """One ordered pass over the examples of a split, untrimmed, as numpy."""
 
@@ -159,7 +177,14 @@ class RawExamples:
 
 
 class RowStream:
-  """Finished rows, a window of examples at a time, with a savable position."""
+  """Finished rows, a window of examples at a time, with a savable position.
+
+  The position is the tf.data iterator's own checkpoint, which holds shuffle
+  buffers, caches and seeds. Pipelines that run Python (tf.py_function,
+  Dataset.from_generator) have none: for those it is the number of examples
+  read, and `read` skips as many, which is exact if the Python code is
+  deterministic.
+  """
 
   def __init__(
     self, cfg: DatasetConfig, seed: int, index: int = 0, count: int = 1
@@ -179,8 +204,37 @@ class RowStream:
       shard = seqio.ShardInfo(index=index, num_shards=count)
     dataset = read_examples(cfg, task_provider(cfg), seed, shard)
     features = tuple(cfg.lengths)
-    dataset = dataset.map(lambda ex: {name: ex[name] for name in features})
-    self._iterator = iter(dataset.ragged_batch(cfg.window))
+    self._dataset = dataset.map(
+      lambda ex: {name: ex[name] for name in features}
+    )
+    self._iterator = iter(self._dataset.ragged_batch(cfg.window))
+    self._counted = not self._can_checkpoint()
+
+  def _can_checkpoint(self) -> bool:
+    """Tries it now: a run must not learn it at its first checkpoint."""
+    task = self._cfg.mixture_or_task_name
+    with tempfile.TemporaryDirectory() as directory:
+      try:
+        self._write_iterator(epath.Path(directory) / 'probe')
+        return True
+      except tf.errors.FailedPreconditionError as error:
+        match = re.search(r'(\w+) is stateful', str(error))
+    op = match[1] if match else 'an op'
+    if 'PyFunc' not in op and not self._cfg.allow_stateful_ops:
+      raise UsageError(
+        f'{task} uses {op}, a TensorFlow op with hidden state that no '
+        'checkpoint can hold: use stateless random ops (SeqIO: '
+        'map_over_dataset(num_seeds=1)), or set allow_stateful_ops=True and '
+        'do without exact resumption'
+      )
+    logging.warning(
+      '%s runs Python or keeps hidden state in its input pipeline (%s): a '
+      'resumed run reads it again from the start up to where it was, which '
+      'takes time and is exact only if that code is deterministic.',
+      task,
+      op,
+    )
+    return False
 
   def next_rows(self) -> packing.Rows:
     """Returns the rows that the next window of examples finishes."""
@@ -188,12 +242,7 @@ class RowStream:
       window = next(self._iterator)
     except StopIteration:
       return self._end()
-    examples = {
-      name: packing.Ragged(
-        ragged.flat_values.numpy(), ragged.row_lengths().numpy()
-      )
-      for name, ragged in window.items()
-    }
+    examples = {name: _to_numpy(tensor) for name, tensor in window.items()}
     check_ids(self._cfg, self._vocab_sizes, examples)
     sizes = np.sum([r.lengths for r in examples.values()], axis=0)
     self._num_examples += len(sizes)
@@ -213,30 +262,40 @@ class RowStream:
     if not self._num_examples:
       raise UsageError(
         f'{self._cfg.mixture_or_task_name} has no examples in split '
-        f'{self._cfg.split!r} (after its preprocessors and host sharding)'
+        f'{self._cfg.split!r} for this host: check its preprocessors, or set '
+        "host_sharding='replicated' if there are more hosts than examples"
       )
     self.ended = True
     rows = self._packer.flush()
     return self._converter.convert(rows) if rows else {}
 
+  def _write_iterator(self, prefix: epath.Path) -> None:
+    tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(prefix))
+
   def write(self, prefix: epath.Path) -> dict[str, np.ndarray]:
-    """Writes the tf.data position to files; returns the rest as arrays."""
-    try:
-      tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(prefix))
-    except tf.errors.FailedPreconditionError as error:
-      raise UsageError(
-        f'{self._cfg.mixture_or_task_name} uses a TensorFlow op with hidden '
-        'state, which no checkpoint can hold: use stateless random ops '
-        '(seqio.map_over_dataset(num_seeds=1)) or set allow_stateful_ops=True '
-        f'({str(error).partition(chr(10))[0][:200]})'
-      ) from error
+    """Writes tf.data's position to files; returns the rest as arrays."""
+    if not self._counted:
+      self._write_iterator(prefix)
     state = {f'packer/{k}': v for k, v in self._packer.state().items()}
     state['num_examples'] = np.array(self._num_examples)
     state['ended'] = np.array(self.ended)
     return state
 
   def read(self, prefix: epath.Path, state: Mapping[str, np.ndarray]) -> None:
-    """Continues from what `write` wrote and returned."""
+    """Goes from the beginning to what `write` wrote and returned."""
+    self._num_examples = int(state['num_examples'])
+    self.ended = bool(state['ended'])
+    self._packer.set_state(
+      {
+        name.removeprefix('packer/'): value
+        for name, value in state.items()
+        if name.startswith('packer/')
+      }
+    )
+    if self._counted:
+      rest = self._dataset.skip(self._num_examples)
+      self._iterator = iter(rest.ragged_batch(self._cfg.window))
+      return
     checkpoint = tf.train.Checkpoint(iterator=self._iterator)
     try:
       checkpoint.read(os.fspath(prefix)).assert_consumed()
@@ -246,12 +305,3 @@ class RowStream:
         f'{self._cfg.mixture_or_task_name}: was the task or its data changed? '
         f'({str(error).partition(chr(10))[0][:200]})'
       ) from error
-    self._packer.set_state(
-      {
-        name.removeprefix('packer/'): value
-        for name, value in state.items()
-        if name.startswith('packer/')
-      }
-    )
-    self._num_examples = int(state['num_examples'])
-    self.ended = bool(state['ended'])
