@@ -7,7 +7,8 @@ Legend: B batch, L decoded length, V vocabulary, P prompt length.
 """
 
 import dataclasses
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,19 +38,23 @@ class DecodingConfig:
   def __post_init__(self):
     if self.max_decode_length < 1:
       raise UsageError(
-          f'DecodingConfig.max_decode_length is {self.max_decode_length}; it '
-          'must be at least 1.')
+        f'DecodingConfig.max_decode_length is {self.max_decode_length}; it '
+        'must be at least 1.'
+      )
     if self.temperature < 0.0:
       raise UsageError(
-          f'DecodingConfig.temperature is {self.temperature}; it must be 0 '
-          '(greedy) or positive.')
+        f'DecodingConfig.temperature is {self.temperature}; it must be 0 '
+        '(greedy) or positive.'
+      )
     if self.top_k < 0:
       raise UsageError(
-          f'DecodingConfig.top_k is {self.top_k}; it must be 0 (all) or more.')
+        f'DecodingConfig.top_k is {self.top_k}; it must be 0 (all) or more.'
+      )
     if not 0.0 < self.top_p <= 1.0:
       raise UsageError(
-          f'DecodingConfig.top_p is {self.top_p}; it must be above 0 and at '
-          'most 1.')
+        f'DecodingConfig.top_p is {self.top_p}; it must be above 0 and at '
+        'most 1.'
+      )
 
 
 def _choose(logits_BV, key, config: DecodingConfig):
@@ -74,7 +79,8 @@ def _nucleus(logits_BV, top_p: float):
   # likeliest always stays.
   before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
   least_B1 = jnp.min(
-      jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
+  )
   return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
@@ -101,16 +107,16 @@ class _State:
 
 
 def decode(
-    step: StepFn,
-    cache: Any,
-    *,
-    batch_size: int,
-    config: DecodingConfig,
-    start_id: int,
-    eos_id: int,
-    pad_id: int,
-    key: jax.Array | None = None,
-    prompt_BP: jax.Array | None = None,
+  step: StepFn,
+  cache: Any,
+  *,
+  batch_size: int,
+  config: DecodingConfig,
+  start_id: int,
+  eos_id: int,
+  pad_id: int,
+  key: jax.Array | None = None,
+  prompt_BP: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Decodes greedily or by sampling.
 
@@ -142,31 +148,37 @@ def decode(
     if prompt_BP is not None:
       P = prompt_BP.shape[1]
       forced_B = jax.lax.dynamic_index_in_dim(
-          prompt_BP, jnp.minimum(s.position, P - 1), axis=1, keepdims=False)
+        prompt_BP, jnp.minimum(s.position, P - 1), axis=1, keepdims=False
+      )
       forced = (s.position < P) & (forced_B != pad_id)
       next_B = jnp.where(forced, forced_B, next_B)
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     score_B = jnp.take_along_axis(log_probs_BV, next_B[:, None], axis=1)[:, 0]
     next_B = jnp.where(s.ended_B, pad_id, next_B)
     return _State(
-        position=s.position + 1,
-        last_B=next_B,
-        tokens_BL=jax.lax.dynamic_update_slice(
-            s.tokens_BL, next_B[:, None], (0, s.position)),
-        scores_B=s.scores_B + jnp.where(s.ended_B, 0.0, score_B),
-        ended_B=s.ended_B | (next_B == eos_id),
-        cache=cache,
+      position=s.position + 1,
+      last_B=next_B,
+      tokens_BL=jax.lax.dynamic_update_slice(
+        s.tokens_BL, next_B[:, None], (0, s.position)
+      ),
+      scores_B=s.scores_B + jnp.where(s.ended_B, 0.0, score_B),
+      ended_B=s.ended_B | (next_B == eos_id),
+      cache=cache,
     )
 
   def going(s: _State) -> jax.Array:
     return (s.position < L) & ~jnp.all(s.ended_B)
 
-  state = jax.lax.while_loop(going, body, _State(
+  state = jax.lax.while_loop(
+    going,
+    body,
+    _State(
       position=jnp.zeros((), jnp.int32),
       last_B=jnp.full((batch_size,), start_id, jnp.int32),
       tokens_BL=jnp.full((batch_size, L), pad_id, jnp.int32),
       scores_B=jnp.zeros((batch_size,), jnp.float32),
       ended_B=jnp.zeros((batch_size,), bool),
       cache=cache,
-  ))
+    ),
+  )
   return state.tokens_BL, state.scores_B

@@ -8,13 +8,12 @@ optimizer, loss) is bound when the step is made.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
-from t5x_lite import decoding
-from t5x_lite import losses
+from t5x_lite import decoding, losses
 from t5x_lite.models.t5 import T5
 from t5x_lite.train_state import TrainState
 
@@ -28,10 +27,11 @@ def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key):
   kwargs = {'z_loss': loss.z_loss, 'label_smoothing': loss.label_smoothing}
   if loss.chunk is None:
     return losses.loss_sums(
-        model.project(hidden_BLD), targets_BL, weights, **kwargs)
+      model.project(hidden_BLD), targets_BL, weights, **kwargs
+    )
   return losses.chunked_cross_entropy(
-      model.project, hidden_BLD, targets_BL, weights, chunk=loss.chunk,
-      **kwargs)
+    model.project, hidden_BLD, targets_BL, weights, chunk=loss.chunk, **kwargs
+  )
 
 
 def _microbatches(batch: Batch, num: int) -> Batch:
@@ -39,6 +39,7 @@ def _microbatches(batch: Batch, num: int) -> Batch:
 
   Consecutive rows live on one device, so a microbatch takes every num-th row.
   """
+
   def cut(x):
     assert x.shape[0] % num == 0, (x.shape, num)
     return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
@@ -47,12 +48,12 @@ def _microbatches(batch: Batch, num: int) -> Batch:
 
 
 def make_train_step(
-    graphdef: Any,
-    tx: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
-    loss: losses.LossConfig,
-    *,
-    num_microbatches: int = 1,
+  graphdef: Any,
+  tx: optax.GradientTransformation,
+  schedule: Callable[[jax.Array], jax.Array],
+  loss: losses.LossConfig,
+  *,
+  num_microbatches: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns train_step(state, batch, key) -> (state, metrics).
 
@@ -72,10 +73,12 @@ def make_train_step(
   weight), accuracy, target_tokens, input_tokens, learning_rate, grad_norm,
   update_norm, param_norm.
   """
+
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
     key = jax.random.fold_in(key, state.step)
     weights, normalizer = losses.loss_weights_and_normalizer(
-        batch, loss.loss_normalizing_factor)
+      batch, loss.loss_normalizing_factor
+    )
 
     def loss_fn(params, batch, weights, key):
       sums = _sums(nnx.merge(graphdef, params), batch, weights, loss, key)
@@ -85,19 +88,24 @@ def make_train_step(
     if num_microbatches == 1:
       grads, sums = grad_fn(state.params, batch, weights, key)
     else:
+
       def add(total, xs):
         part, weights, i = xs
         new = grad_fn(state.params, part, weights, jax.random.fold_in(key, i))
         return jax.tree.map(
-            lambda a, b: a + b.astype(jnp.float32), total, new), None
+          lambda a, b: a + b.astype(jnp.float32), total, new
+        ), None
 
       zeros = jax.tree.map(
-          lambda x: jnp.zeros(x.shape, jnp.float32),
-          jax.eval_shape(grad_fn, state.params, batch, weights, key))
+        lambda x: jnp.zeros(x.shape, jnp.float32),
+        jax.eval_shape(grad_fn, state.params, batch, weights, key),
+      )
       parts, part_weights = _microbatches(
-          (dict(batch), weights), num_microbatches)
+        (dict(batch), weights), num_microbatches
+      )
       (grads, sums), _ = jax.lax.scan(
-          add, zeros, (parts, part_weights, jnp.arange(num_microbatches)))
+        add, zeros, (parts, part_weights, jnp.arange(num_microbatches))
+      )
 
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -107,16 +115,16 @@ def make_train_step(
     weight = jnp.sum(weights)
     weight = jnp.where(weight == 0, 1.0, weight)
     metrics = {
-        'loss': sums['loss'] / normalizer,
-        'cross_entropy': (sums['loss'] - sums['z_loss']) / weight,
-        'z_loss': sums['z_loss'] / weight,
-        'accuracy': sums['num_correct'] / num_tokens,
-        'target_tokens': sums['num_tokens'],
-        'input_tokens': _input_tokens(batch),
-        'learning_rate': learning_rate,
-        'grad_norm': optax.global_norm(grads),
-        'update_norm': optax.global_norm(updates),
-        'param_norm': optax.global_norm(params),
+      'loss': sums['loss'] / normalizer,
+      'cross_entropy': (sums['loss'] - sums['z_loss']) / weight,
+      'z_loss': sums['z_loss'] / weight,
+      'accuracy': sums['num_correct'] / num_tokens,
+      'target_tokens': sums['num_tokens'],
+      'input_tokens': _input_tokens(batch),
+      'learning_rate': learning_rate,
+      'grad_norm': optax.global_norm(grads),
+      'update_norm': optax.global_norm(updates),
+      'param_norm': optax.global_norm(params),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -132,7 +140,7 @@ def _input_tokens(batch: Batch) -> jax.Array:
 
 
 def make_eval_step(
-    graphdef: Any, loss: losses.LossConfig
+  graphdef: Any, loss: losses.LossConfig
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
   """Returns eval_step(params, batch) -> sums, to be added over batches.
 
@@ -151,25 +159,36 @@ def make_eval_step(
 
 
 def make_predict_step(
-    graphdef: Any, config: decoding.DecodingConfig
+  graphdef: Any, config: decoding.DecodingConfig
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Returns predict_step(params, batch, key) -> (tokens_BL, scores_B).
 
   The batch needs encoder_input_tokens (unpacked); `decoder_prompt_tokens`, if
   there, is what every output begins with. See `decoding.decode`.
   """
+
   def predict_step(params, batch: Batch, key: jax.Array | None = None):
     model = nnx.merge(graphdef, params)
     cfg = model.cfg
     inputs = batch['encoder_input_tokens']
     encoded = model.encode(inputs)
     cache = model.init_cache(
-        encoded, inputs, batch_size=inputs.shape[0],
-        max_decode_length=config.max_decode_length)
+      encoded,
+      inputs,
+      batch_size=inputs.shape[0],
+      max_decode_length=config.max_decode_length,
+    )
     return decoding.decode(
-        model.decode_step, cache, batch_size=inputs.shape[0], config=config,
-        start_id=cfg.decoder_start_id, eos_id=cfg.eos_id, pad_id=cfg.pad_id,
-        key=key, prompt_BP=batch.get('decoder_prompt_tokens'))
+      model.decode_step,
+      cache,
+      batch_size=inputs.shape[0],
+      config=config,
+      start_id=cfg.decoder_start_id,
+      eos_id=cfg.eos_id,
+      pad_id=cfg.pad_id,
+      key=key,
+      prompt_BP=batch.get('decoder_prompt_tokens'),
+    )
 
   return predict_step
 
@@ -179,11 +198,13 @@ def make_score_step(graphdef: Any) -> Callable[[Any, Batch], jax.Array]:
 
   Natural logarithm, summed over the tokens whose loss weight is not 0.
   """
+
   def score_step(params, batch: Batch) -> jax.Array:
     weights, _ = losses.loss_weights_and_normalizer(batch, None)
     logits_BLV = nnx.merge(graphdef, params)(batch)
     loss_BL, _ = losses.cross_entropy_with_logits(
-        logits_BLV, batch['decoder_target_tokens'])
+      logits_BLV, batch['decoder_target_tokens']
+    )
     return -jnp.sum(loss_BL * weights, axis=-1)
 
   return score_step

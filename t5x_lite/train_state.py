@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import optax
+from jax.sharding import Mesh
 
-from t5x_lite import optimizers
-from t5x_lite import partitioning
+from t5x_lite import optimizers, partitioning
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 
@@ -54,28 +53,33 @@ class StateSpec:
 
 
 def make_spec(
-    cfg: T5Config,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    rules: partitioning.LogicalAxisRules,
+  cfg: T5Config,
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  rules: partitioning.LogicalAxisRules,
 ) -> StateSpec:
   """Describes the state of a model and optimizer on a mesh."""
   graphdef, params, params_axes = t5.abstract_params(cfg)
   shapes = TrainState(
-      jax.ShapeDtypeStruct((), jnp.int32), params,
-      jax.eval_shape(tx.init, params))
+    jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params)
+  )
   axes = TrainState(
-      (), params_axes, optimizers.opt_state_axes(tx, params, params_axes))
+    (), params_axes, optimizers.opt_state_axes(tx, params, params_axes)
+  )
   shardings = partitioning.shardings(shapes, axes, mesh, rules)
   shapes = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes, shardings)
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
   return StateSpec(graphdef, shapes, axes, shardings)
 
 
 def init_state(
-    cfg: T5Config, tx: optax.GradientTransformation, spec: StateSpec,
-    key: jax.Array,
+  cfg: T5Config,
+  tx: optax.GradientTransformation,
+  spec: StateSpec,
+  key: jax.Array,
 ) -> TrainState:
   """Draws a new state, each array made where it will live."""
   init = functools.partial(_init, cfg=cfg, tx=tx)
@@ -88,14 +92,18 @@ def _init(key, *, cfg, tx):
 
 
 def start_from(
-    params: Any, tx: optax.GradientTransformation, spec: StateSpec,
-    step: int = 0,
+  params: Any,
+  tx: optax.GradientTransformation,
+  spec: StateSpec,
+  step: int = 0,
 ) -> TrainState:
   """Makes a state from given parameters with a fresh optimizer state."""
   init = jax.jit(tx.init, out_shardings=spec.shardings.opt_state)
   return TrainState(
-      jax.device_put(jnp.asarray(step, jnp.int32), spec.shardings.step),
-      params, init(params))
+    jax.device_put(jnp.asarray(step, jnp.int32), spec.shardings.step),
+    params,
+    init(params),
+  )
 
 
 def count_params(params: Any) -> int:

@@ -32,8 +32,8 @@ class T5Config:
       of T5 1.1 (tanh approximation, as in T5X and HF's `gelu_new`).
     logits_via_embedding: tie the output projection to the embedding and scale
       its input by emb_dim**-0.5 (T5 1.0).
-    scale_tied_logits: the factor emb_dim**-0.5 of a tied head; a few tied
-      checkpoints in the wild were trained without it.
+    scale_logits: multiply the head's input by emb_dim**-0.5; None does so with
+      a tied head alone, as T5 does. A few checkpoints in the wild differ.
     dropout_rate: probability of dropping, wherever T5X drops.
     dtype: of activations; norms, softmax and logits are float32 regardless.
     param_dtype: of parameters at rest.
@@ -65,7 +65,7 @@ class T5Config:
   num_decoder_layers: int = 8
   mlp_activations: tuple[str, ...] = ('gelu', 'linear')
   logits_via_embedding: bool = False
-  scale_tied_logits: bool = True
+  scale_logits: bool | None = None
   dropout_rate: float = 0.0
   dtype: str = 'bfloat16'
   param_dtype: str = 'float32'
@@ -84,43 +84,54 @@ class T5Config:
   def __post_init__(self):
     # gin and JSON hand over lists; the config must stay hashable.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
-    for name in ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim',
-                 'relpos_num_buckets', 'relpos_max_distance'):
+    for name in (
+      'vocab_size',
+      'emb_dim',
+      'num_heads',
+      'head_dim',
+      'mlp_dim',
+      'relpos_num_buckets',
+      'relpos_max_distance',
+    ):
       if getattr(self, name) < 1:
         raise UsageError(
-            f'T5Config.{name} is {getattr(self, name)}; it must be at least 1.'
+          f'T5Config.{name} is {getattr(self, name)}; it must be at least 1.'
         )
     for name, allowed in (
-        ('architecture', ARCHITECTURES), ('dtype', DTYPES),
-        ('param_dtype', DTYPES), ('remat_policy', REMAT_POLICIES)):
+      ('architecture', ARCHITECTURES),
+      ('dtype', DTYPES),
+      ('param_dtype', DTYPES),
+      ('remat_policy', REMAT_POLICIES),
+    ):
       if getattr(self, name) not in allowed:
         raise UsageError(
-            f'T5Config.{name} is {getattr(self, name)!r}; allowed are '
-            f'{", ".join(allowed)}.'
+          f'T5Config.{name} is {getattr(self, name)!r}; allowed are '
+          f'{", ".join(allowed)}.'
         )
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
         raise UsageError(
-            f'T5Config.mlp_activations has {activation!r}; allowed are '
-            f'{", ".join(ACTIVATIONS)}.'
+          f'T5Config.mlp_activations has {activation!r}; allowed are '
+          f'{", ".join(ACTIVATIONS)}.'
         )
     if not 0.0 <= self.dropout_rate < 1.0:
       raise UsageError(
-          f'T5Config.dropout_rate is {self.dropout_rate}; it must be at least '
-          '0 and below 1.'
+        f'T5Config.dropout_rate is {self.dropout_rate}; it must be at least '
+        '0 and below 1.'
       )
     if self.has_encoder and self.num_encoder_layers < 1:
       raise UsageError('T5Config.num_encoder_layers must be at least 1.')
     if self.has_decoder and self.num_decoder_layers < 1:
       raise UsageError('T5Config.num_decoder_layers must be at least 1.')
     if self.share_encoder_decoder and (
-        self.architecture != 'encoder_decoder'
-        or self.num_encoder_layers != self.num_decoder_layers):
+      self.architecture != 'encoder_decoder'
+      or self.num_encoder_layers != self.num_decoder_layers
+    ):
       raise UsageError(
-          'T5Config.share_encoder_decoder needs architecture '
-          "'encoder_decoder' with as many encoder as decoder layers; got "
-          f'{self.architecture!r} with {self.num_encoder_layers} and '
-          f'{self.num_decoder_layers}.'
+        'T5Config.share_encoder_decoder needs architecture '
+        "'encoder_decoder' with as many encoder as decoder layers; got "
+        f'{self.architecture!r} with {self.num_encoder_layers} and '
+        f'{self.num_decoder_layers}.'
       )
 
   @property
@@ -138,52 +149,63 @@ class T5Config:
 
 def _sizes(family: dict[str, Any], **sizes: tuple[int, ...]):
   """Named configs of one family from (emb, heads, head, mlp, enc, dec)."""
-  names = ('emb_dim', 'num_heads', 'head_dim', 'mlp_dim',
-           'num_encoder_layers', 'num_decoder_layers')
+  names = (
+    'emb_dim',
+    'num_heads',
+    'head_dim',
+    'mlp_dim',
+    'num_encoder_layers',
+    'num_decoder_layers',
+  )
   return {
-      size: T5Config(**family, **dict(zip(names, values, strict=True)))
-      for size, values in sizes.items()
+    size: T5Config(**family, **dict(zip(names, values, strict=True)))
+    for size, values in sizes.items()
   }
 
 
 _T5_1_0: dict[str, Any] = {
-    'mlp_activations': ('relu',), 'logits_via_embedding': True}
+  'mlp_activations': ('relu',),
+  'logits_via_embedding': True,
+}
 _T5_1_1_SIZES = {
-    'small': (512, 6, 64, 1024, 8, 8),
-    'base': (768, 12, 64, 2048, 12, 12),
-    'large': (1024, 16, 64, 2816, 24, 24),
-    'xl': (2048, 32, 64, 5120, 24, 24),
-    'xxl': (4096, 64, 64, 10240, 24, 24),
+  'small': (512, 6, 64, 1024, 8, 8),
+  'base': (768, 12, 64, 2048, 12, 12),
+  'large': (1024, 16, 64, 2816, 24, 24),
+  'xl': (2048, 32, 64, 5120, 24, 24),
+  'xxl': (4096, 64, 64, 10240, 24, 24),
 }
 
 # Sources: Raffel et al. 2020, section 3.7 (T5 1.0); t5x/examples/t5/*/*.gin
 # (1.1, mT5, ByT5, umT5); Tay et al. 2022 (UL2). A test compares every
 # parameter count with HF's PyTorch model built on the meta device.
 _FAMILIES: dict[str, dict[str, T5Config]] = {
-    't5_1_0': _sizes(
-        _T5_1_0,
-        small=(512, 8, 64, 2048, 6, 6),
-        base=(768, 12, 64, 3072, 12, 12),
-        large=(1024, 16, 64, 4096, 24, 24),
-        **{'3b': (1024, 32, 128, 16384, 24, 24),
-           '11b': (1024, 128, 128, 65536, 24, 24)},
-    ),
-    't5_1_1': _sizes({}, **_T5_1_1_SIZES),
-    'mt5': _sizes({'vocab_size': 250112}, **_T5_1_1_SIZES),
-    'umt5': _sizes(
-        {'vocab_size': 256384, 'relpos_per_layer': True}, **_T5_1_1_SIZES),
-    'byt5': _sizes(
-        {'vocab_size': 384},
-        small=(1472, 6, 64, 3584, 12, 4),
-        base=(1536, 12, 64, 3968, 18, 6),
-        large=(1536, 16, 64, 3840, 36, 12),
-        xl=(2560, 32, 64, 6720, 36, 12),
-        xxl=(4672, 64, 64, 12352, 36, 12),
-    ),
-    'ul2': _sizes(
-        {'mlp_activations': ('silu', 'linear')},
-        **{'20b': (4096, 16, 256, 16384, 32, 32)},
-    ),
+  't5_1_0': _sizes(
+    _T5_1_0,
+    small=(512, 8, 64, 2048, 6, 6),
+    base=(768, 12, 64, 3072, 12, 12),
+    large=(1024, 16, 64, 4096, 24, 24),
+    **{
+      '3b': (1024, 32, 128, 16384, 24, 24),
+      '11b': (1024, 128, 128, 65536, 24, 24),
+    },
+  ),
+  't5_1_1': _sizes({}, **_T5_1_1_SIZES),
+  'mt5': _sizes({'vocab_size': 250112}, **_T5_1_1_SIZES),
+  'umt5': _sizes(
+    {'vocab_size': 256384, 'relpos_per_layer': True}, **_T5_1_1_SIZES
+  ),
+  'byt5': _sizes(
+    {'vocab_size': 384},
+    small=(1472, 6, 64, 3584, 12, 4),
+    base=(1536, 12, 64, 3968, 18, 6),
+    large=(1536, 16, 64, 3840, 36, 12),
+    xl=(2560, 32, 64, 6720, 36, 12),
+    xxl=(4672, 64, 64, 12352, 36, 12),
+  ),
+  'ul2': _sizes(
+    {'mlp_activations': ('silu', 'linear')},
+    **{'20b': (4096, 16, 256, 16384, 32, 32)},
+  ),
 }
 # The same architecture under the name of its fine-tuned or adapted weights.
 _FAMILIES['t5_1_1_lm'] = _FAMILIES['t5_1_1']
@@ -191,9 +213,9 @@ _FAMILIES['flan_t5'] = _FAMILIES['t5_1_1']
 _FAMILIES['flan_ul2'] = _FAMILIES['ul2']
 
 NAMED_CONFIGS: dict[str, T5Config] = {
-    f'{family}_{size}': config
-    for family, sizes in _FAMILIES.items()
-    for size, config in sizes.items()
+  f'{family}_{size}': config
+  for family, sizes in _FAMILIES.items()
+  for size, config in sizes.items()
 }
 
 
@@ -205,7 +227,10 @@ def named_config(name: str, **overrides: Any) -> T5Config:
   """
   if name not in NAMED_CONFIGS:
     close = difflib.get_close_matches(name, NAMED_CONFIGS, n=3)
-    hint = f'did you mean {" or ".join(close)}?' if close else (
-        f'allowed are {", ".join(NAMED_CONFIGS)}.')
+    hint = (
+      f'did you mean {" or ".join(close)}?'
+      if close
+      else (f'allowed are {", ".join(NAMED_CONFIGS)}.')
+    )
     raise UsageError(f'No model size is named {name!r}; {hint}')
   return dataclasses.replace(NAMED_CONFIGS[name], **overrides)

@@ -12,10 +12,10 @@ D emb_dim, H heads, K head_dim, F mlp_dim, V vocabulary, R buckets.
 import functools
 import operator
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from t5x_lite.models.config import T5Config
 from t5x_lite.partitioning import constrain
@@ -25,16 +25,17 @@ from t5x_lite.partitioning import constrain
 MASK_VALUE = -1e10
 
 _ACTIVATIONS = {
-    'relu': jax.nn.relu,
-    'gelu': functools.partial(jax.nn.gelu, approximate=True),
-    'silu': jax.nn.silu,
-    'swish': jax.nn.silu,
-    'linear': lambda x: x,
+  'relu': jax.nn.relu,
+  'gelu': functools.partial(jax.nn.gelu, approximate=True),
+  'silu': jax.nn.silu,
+  'swish': jax.nn.silu,
+  'linear': lambda x: x,
 }
 
 ATTENTION_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 DENSE_INIT = nnx.initializers.variance_scaling(
-    1.0, 'fan_in', 'truncated_normal')
+  1.0, 'fan_in', 'truncated_normal'
+)
 RELPOS_INIT = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 EMBEDDING_INIT = nnx.initializers.normal(stddev=1.0)
 
@@ -47,8 +48,10 @@ def param(rngs: nnx.Rngs, init, shape, axes: tuple[str, ...], dtype: str):
 
 
 def dropout(
-    x: jax.Array, rate: float, key: jax.Array | None,
-    broadcast_dims: tuple[int, ...] = (-2,),
+  x: jax.Array,
+  rate: float,
+  key: jax.Array | None,
+  broadcast_dims: tuple[int, ...] = (-2,),
 ) -> jax.Array:
   """Drops entries of x; T5 draws one mask for all positions of a sequence.
 
@@ -91,8 +94,8 @@ class RMSNorm(nnx.Module):
     self.epsilon = cfg.layer_norm_epsilon
     self.dtype = cfg.dtype
     self.scale = param(
-        rngs, nnx.initializers.ones, (cfg.emb_dim,), ('embed',),
-        cfg.param_dtype)
+      rngs, nnx.initializers.ones, (cfg.emb_dim,), ('embed',), cfg.param_dtype
+    )
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     x_BLD = x_BLD.astype(jnp.float32)
@@ -109,8 +112,12 @@ class Embedding(nnx.Module):
   def __init__(self, cfg: T5Config, *, rngs):
     self.dtype = cfg.dtype
     self.embedding = param(
-        rngs, EMBEDDING_INIT, (cfg.vocab_size, cfg.emb_dim),
-        ('vocab', 'embed'), cfg.param_dtype)
+      rngs,
+      EMBEDDING_INIT,
+      (cfg.vocab_size, cfg.emb_dim),
+      ('vocab', 'embed'),
+      cfg.param_dtype,
+    )
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
     # A gather. T5X multiplies by a one-hot, V times the work.
@@ -118,8 +125,11 @@ class Embedding(nnx.Module):
 
 
 def relative_position_bucket(
-    distance: np.ndarray, *, bidirectional: bool, num_buckets: int,
-    max_distance: int,
+  distance: np.ndarray,
+  *,
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
 ) -> np.ndarray:
   """Returns the bucket of each distance, key position minus query position.
 
@@ -140,9 +150,9 @@ def relative_position_bucket(
     n = np.maximum(n, 0)
   max_exact = num_buckets // 2
   large = max_exact + (
-      np.log(n.astype(np.float32) / max_exact + np.finfo(np.float32).eps)
-      / np.log(max_distance / max_exact)
-      * (num_buckets - max_exact)
+    np.log(n.astype(np.float32) / max_exact + np.finfo(np.float32).eps)
+    / np.log(max_distance / max_exact)
+    * (num_buckets - max_exact)
   ).astype(np.int32)
   large = np.minimum(large, num_buckets - 1)
   return bucket + np.where(n < max_exact, n, large).astype(np.int32)
@@ -156,14 +166,21 @@ class RelativePositionBias(nnx.Module):
     self.max_distance = cfg.relpos_max_distance
     self.bidirectional = bidirectional
     self.rel_embedding = param(
-        rngs, RELPOS_INIT, (cfg.num_heads, cfg.relpos_num_buckets),
-        ('heads', 'relpos_buckets'), cfg.param_dtype)
+      rngs,
+      RELPOS_INIT,
+      (cfg.num_heads, cfg.relpos_num_buckets),
+      ('heads', 'relpos_buckets'),
+      cfg.param_dtype,
+    )
 
   def by_distance(self, first: int, last: int) -> jax.Array:
     """Returns the bias [H, last - first + 1] of distances first..last."""
     buckets = relative_position_bucket(
-        np.arange(first, last + 1), bidirectional=self.bidirectional,
-        num_buckets=self.num_buckets, max_distance=self.max_distance)
+      np.arange(first, last + 1),
+      bidirectional=self.bidirectional,
+      num_buckets=self.num_buckets,
+      max_distance=self.max_distance,
+    )
     return self.rel_embedding[...].astype(jnp.float32)[:, buckets]
 
   def __call__(self, L: int, M: int) -> jax.Array:
@@ -191,7 +208,7 @@ class RelativePositionBias(nnx.Module):
     values_HT = self.by_distance(-(T - 1), T - 1)
     index_B = jnp.atleast_1d(index)
     rows_BHT = jax.vmap(
-        lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1)
+      lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1)
     )(index_B)
     return rows_BHT[:, :, None, :]
 
@@ -214,7 +231,8 @@ class Attention(nnx.Module):
     self.key = project(ATTENTION_INIT)
     self.value = project(ATTENTION_INIT)
     self.out = Linear(
-        (J, D), ('joined_kv', 'embed'), cfg, init=ATTENTION_INIT, rngs=rngs)
+      (J, D), ('joined_kv', 'embed'), cfg, init=ATTENTION_INIT, rngs=rngs
+    )
 
   def _heads(self, x_BLJ: jax.Array) -> jax.Array:
     B, L, _ = x_BLJ.shape
@@ -226,7 +244,7 @@ class Attention(nnx.Module):
     return self._heads(self.key(x_BMD)), self._heads(self.value(x_BMD))
 
   def attend(
-      self, x_BLD, k_BMHK, v_BMHK, *, bias_1HLM=None, mask_B1LM=None, key=None
+    self, x_BLD, k_BMHK, v_BMHK, *, bias_1HLM=None, mask_B1LM=None, key=None
   ) -> jax.Array:
     """Attends from x to given keys and values.
 
@@ -240,7 +258,8 @@ class Attention(nnx.Module):
     """
     q_BLHK = self._heads(self.query(x_BLD))
     logits_BHLM = jnp.einsum(
-        'BLHK,BMHK->BHLM', q_BLHK, k_BMHK, preferred_element_type=jnp.float32)
+      'BLHK,BMHK->BHLM', q_BLHK, k_BMHK, preferred_element_type=jnp.float32
+    )
     if bias_1HLM is not None:
       logits_BHLM += jnp.broadcast_to(bias_1HLM, logits_BHLM.shape)
     if mask_B1LM is not None:
@@ -264,19 +283,28 @@ class MLP(nnx.Module):
     self.cfg = cfg
     gated = len(cfg.mlp_activations) > 1
     self.names = tuple(
-        f'wi_{i}' if gated else 'wi' for i in range(len(cfg.mlp_activations)))
+      f'wi_{i}' if gated else 'wi' for i in range(len(cfg.mlp_activations))
+    )
     for name in self.names:
-      setattr(self, name, Linear(
-          (cfg.emb_dim, cfg.mlp_dim), ('embed', 'mlp'), cfg, rngs=rngs))
+      setattr(
+        self,
+        name,
+        Linear((cfg.emb_dim, cfg.mlp_dim), ('embed', 'mlp'), cfg, rngs=rngs),
+      )
     self.wo = Linear(
-        (cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, rngs=rngs)
+      (cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, rngs=rngs
+    )
 
   def __call__(self, x_BLD: jax.Array, *, key=None) -> jax.Array:
-    hidden_BLF = functools.reduce(operator.mul, [
+    hidden_BLF = functools.reduce(
+      operator.mul,
+      [
         _ACTIVATIONS[activation](getattr(self, name)(x_BLD))
         for name, activation in zip(
-            self.names, self.cfg.mlp_activations, strict=True)
-    ])
+          self.names, self.cfg.mlp_activations, strict=True
+        )
+      ],
+    )
     hidden_BLF = dropout(hidden_BLF, self.cfg.dropout_rate, key)
     hidden_BLF = constrain(hidden_BLF, 'batch', 'length', 'mlp')
     return self.wo(hidden_BLF)

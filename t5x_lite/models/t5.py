@@ -13,10 +13,10 @@ import dataclasses
 import functools
 from typing import Any
 
-from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.models import layers
 from t5x_lite.models.config import T5Config
@@ -58,7 +58,8 @@ class EncoderLayer(nnx.Module):
     self.mlp = layers.MLP(cfg, rngs=rngs)
     if cfg.relpos_per_layer:
       self.relpos_bias = layers.RelativePositionBias(
-          cfg, bidirectional=True, rngs=rngs)
+        cfg, bidirectional=True, rngs=rngs
+      )
 
   def __call__(self, x_BMD, *, bias, mask, key) -> jax.Array:
     keys = layers.split_key(key, 4)
@@ -67,7 +68,8 @@ class EncoderLayer(nnx.Module):
       bias = self.relpos_bias(M, M)
     y_BMD = self.pre_attention_layer_norm(x_BMD)
     y_BMD = self.attention(
-        y_BMD, y_BMD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
+      y_BMD, y_BMD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0]
+    )
     y_BMD = checkpoint_name(y_BMD, 'attention_out')
     x_BMD = x_BMD + layers.dropout(y_BMD, rate, keys[1])
     y_BMD = self.mlp(self.pre_mlp_layer_norm(x_BMD), key=keys[2])
@@ -93,7 +95,8 @@ class DecoderLayer(nnx.Module):
       self.mlp = layers.MLP(cfg, rngs=rngs)
     if cfg.relpos_per_layer:
       self.relpos_bias = layers.RelativePositionBias(
-          cfg, bidirectional=False, rngs=rngs)
+        cfg, bidirectional=False, rngs=rngs
+      )
 
   def self_block(self, lender: EncoderLayer | None):
     """Returns the norm and the attention of the self-attention block."""
@@ -107,7 +110,8 @@ class DecoderLayer(nnx.Module):
     if self.cfg.has_encoder:
       y_BLD = self.pre_cross_attention_layer_norm(x_BLD)
       y_BLD = self.encoder_decoder_attention.attend(
-          y_BLD, *cross_kv, mask_B1LM=cross_mask, key=keys[0])
+        y_BLD, *cross_kv, mask_B1LM=cross_mask, key=keys[0]
+      )
       y_BLD = checkpoint_name(y_BLD, 'cross_attention_out')
       x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[1])
     owner = self if lender is None else lender
@@ -117,7 +121,7 @@ class DecoderLayer(nnx.Module):
     return constrain(x_BLD, 'batch', 'length', 'embed')
 
   def __call__(
-      self, x_BLD, encoded_BMD, lender, *, bias, mask, cross_mask, key
+    self, x_BLD, encoded_BMD, lender, *, bias, mask, cross_mask, key
   ) -> jax.Array:
     keys = layers.split_key(key, 6)
     L = x_BLD.shape[1]
@@ -125,8 +129,7 @@ class DecoderLayer(nnx.Module):
       bias = self.relpos_bias(L, L)
     norm, attention = self.self_block(lender)
     y_BLD = norm(x_BLD)
-    y_BLD = attention(
-        y_BLD, y_BLD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
+    y_BLD = attention(y_BLD, y_BLD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
     y_BLD = checkpoint_name(y_BLD, 'attention_out')
     x_BLD = x_BLD + layers.dropout(y_BLD, self.cfg.dropout_rate, keys[1])
     cross_kv = None
@@ -145,11 +148,14 @@ class DecoderLayer(nnx.Module):
     key_NBTHK = _write(cache.key_NBTHK, k_B1HK, i, cache.index)
     value_NBTHK = _write(cache.value_NBTHK, v_B1HK, i, cache.index)
     y_B1D = attention.attend(
-        y_B1D, key_NBTHK[i], value_NBTHK[i], bias_1HLM=bias, mask_B1LM=mask)
+      y_B1D, key_NBTHK[i], value_NBTHK[i], bias_1HLM=bias, mask_B1LM=mask
+    )
     x_B1D = self._rest(
-        x_B1D + y_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4)
+      x_B1D + y_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4
+    )
     return x_B1D, dataclasses.replace(
-        cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
+      cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK
+    )
 
 
 def _write(cache_NBTHK, new_B1HK, i, index):
@@ -157,7 +163,8 @@ def _write(cache_NBTHK, new_B1HK, i, index):
   new_B1HK = new_B1HK.astype(cache_NBTHK.dtype)
   if index.ndim == 0:
     return jax.lax.dynamic_update_slice(
-        cache_NBTHK, new_B1HK[None], (i, 0, index, 0, 0))
+      cache_NBTHK, new_B1HK[None], (i, 0, index, 0, 0)
+    )
   rows_B = jnp.arange(new_B1HK.shape[0])
   return cache_NBTHK.at[i, rows_B, index].set(new_B1HK[:, 0])
 
@@ -173,8 +180,10 @@ def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
     return nnx.List([make(key) for key in keys])
   stacked = jax.vmap(make)(keys)
   return jax.tree.map(
-      lambda p: p.copy(axes=('layers', *p.get_metadata('axes'))),
-      stacked, is_leaf=_is_variable)
+    lambda p: p.copy(axes=('layers', *p.get_metadata('axes'))),
+    stacked,
+    is_leaf=_is_variable,
+  )
 
 
 def _is_variable(x) -> bool:
@@ -186,10 +195,9 @@ def _remat(body, policy: str):
   if policy == 'none':
     return body
   policies = {
-      'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-      'save_names': jax.checkpoint_policies.save_only_these_names(
-          *_SAVED_NAMES),
-      'full': None,
+    'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    'save_names': jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES),
+    'full': None,
   }
   return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
 
@@ -205,6 +213,7 @@ def _run(body, x, stacks, keys, cfg: T5Config, num_layers: int):
     cfg: the model's config.
     num_layers: N.
   """
+
   def step(x, xs):
     return body(x, *xs), None
 
@@ -220,11 +229,20 @@ def _run(body, x, stacks, keys, cfg: T5Config, num_layers: int):
 class Stack(nnx.Module):
   """Layers, the bias they share, and the final norm."""
 
-  def __init__(self, layer_cls, cfg: T5Config, num_layers: int, *,
-               bidirectional: bool, norm_name: str, rngs):
+  def __init__(
+    self,
+    layer_cls,
+    cfg: T5Config,
+    num_layers: int,
+    *,
+    bidirectional: bool,
+    norm_name: str,
+    rngs,
+  ):
     if not cfg.relpos_per_layer:
       self.relpos_bias = layers.RelativePositionBias(
-          cfg, bidirectional=bidirectional, rngs=rngs)
+        cfg, bidirectional=bidirectional, rngs=rngs
+      )
     self.layers = _stack(layer_cls, cfg, num_layers, rngs=rngs)
     setattr(self, norm_name, layers.RMSNorm(cfg, rngs=rngs))
 
@@ -242,15 +260,26 @@ class T5(nnx.Module):
     self.token_embedder = layers.Embedding(cfg, rngs=rngs)
     if cfg.has_encoder:
       self.encoder = Stack(
-          EncoderLayer, cfg, cfg.num_encoder_layers, bidirectional=True,
-          norm_name='encoder_norm', rngs=rngs)
+        EncoderLayer,
+        cfg,
+        cfg.num_encoder_layers,
+        bidirectional=True,
+        norm_name='encoder_norm',
+        rngs=rngs,
+      )
     if cfg.has_decoder:
       self.decoder = Stack(
-          DecoderLayer, cfg, cfg.num_decoder_layers, bidirectional=False,
-          norm_name='decoder_norm', rngs=rngs)
+        DecoderLayer,
+        cfg,
+        cfg.num_decoder_layers,
+        bidirectional=False,
+        norm_name='decoder_norm',
+        rngs=rngs,
+      )
       if not cfg.logits_via_embedding:
         self.decoder.logits_dense = layers.Linear(
-            (cfg.emb_dim, cfg.vocab_size), ('embed', 'vocab'), cfg, rngs=rngs)
+          (cfg.emb_dim, cfg.vocab_size), ('embed', 'vocab'), cfg, rngs=rngs
+        )
 
   def _real(self, tokens_BM, segment_ids_BM):
     """True where a position is not padding."""
@@ -265,7 +294,7 @@ class T5(nnx.Module):
     return constrain(x_BLD, 'batch', 'length', 'embed')
 
   def encode(
-      self, encoder_input_tokens, *, encoder_segment_ids=None, dropout_key=None
+    self, encoder_input_tokens, *, encoder_segment_ids=None, dropout_key=None
   ) -> jax.Array:
     """Returns encoded_BMD.
 
@@ -289,17 +318,27 @@ class T5(nnx.Module):
       return layer[0](x_BMD, bias=bias_1HMM, mask=mask_B1MM, key=key)
 
     x_BMD = _run(
-        body, self._embed(encoder_input_tokens, keys[0]),
-        [self.encoder.layers], _layer_keys(keys[1], cfg.num_encoder_layers),
-        cfg, cfg.num_encoder_layers)
+      body,
+      self._embed(encoder_input_tokens, keys[0]),
+      [self.encoder.layers],
+      _layer_keys(keys[1], cfg.num_encoder_layers),
+      cfg,
+      cfg.num_encoder_layers,
+    )
     x_BMD = self.encoder.encoder_norm(x_BMD)
     # Alone among the dropouts, this one is not broadcast over the length.
     return layers.dropout(x_BMD, cfg.dropout_rate, keys[2], ())
 
   def decode(
-      self, encoded_BMD, encoder_input_tokens, decoder_input_tokens, *,
-      encoder_segment_ids=None, decoder_segment_ids=None,
-      decoder_causal_attention=None, dropout_key=None,
+    self,
+    encoded_BMD,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    *,
+    encoder_segment_ids=None,
+    decoder_segment_ids=None,
+    decoder_causal_attention=None,
+    dropout_key=None,
   ) -> jax.Array:
     """Returns hidden_BLD, the decoder's output before the projection.
 
@@ -320,11 +359,13 @@ class T5(nnx.Module):
     if decoder_causal_attention is not None:
       prefix_BL = decoder_causal_attention != 0
       mask_11LL = mask_11LL | (
-          prefix_BL[:, None, :, None] & prefix_BL[:, None, None, :])
+        prefix_BL[:, None, :, None] & prefix_BL[:, None, None, :]
+      )
     mask_B1LL = mask_11LL
     if decoder_segment_ids is not None:
       mask_B1LL = mask_11LL & _same_segment(
-          decoder_segment_ids, decoder_segment_ids)
+        decoder_segment_ids, decoder_segment_ids
+      )
     cross_mask = None
     if cfg.has_encoder:
       real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
@@ -335,14 +376,23 @@ class T5(nnx.Module):
 
     def body(x_BLD, layer, key):
       return layer[0](
-          x_BLD, encoded_BMD, layer[1], bias=bias_1HLL, mask=mask_B1LL,
-          cross_mask=cross_mask, key=key)
+        x_BLD,
+        encoded_BMD,
+        layer[1],
+        bias=bias_1HLL,
+        mask=mask_B1LL,
+        cross_mask=cross_mask,
+        key=key,
+      )
 
     x_BLD = _run(
-        body, self._embed(decoder_input_tokens, keys[0]),
-        [self.decoder.layers, self._lenders()],
-        _layer_keys(keys[1], cfg.num_decoder_layers),
-        cfg, cfg.num_decoder_layers)
+      body,
+      self._embed(decoder_input_tokens, keys[0]),
+      [self.decoder.layers, self._lenders()],
+      _layer_keys(keys[1], cfg.num_decoder_layers),
+      cfg,
+      cfg.num_decoder_layers,
+    )
     x_BLD = self.decoder.decoder_norm(x_BLD)
     return layers.dropout(x_BLD, cfg.dropout_rate, keys[2])
 
@@ -351,18 +401,21 @@ class T5(nnx.Module):
 
   def head(self) -> tuple[jax.Array, float]:
     """Returns the projection [D, V] and the factor its input is scaled by."""
-    if not self.cfg.logits_via_embedding:
-      return self.decoder.logits_dense.kernel[...], 1.0
-    scaled = self.cfg.scale_tied_logits
-    return self.token_embedder.embedding[...].T, (
-        self.cfg.emb_dim**-0.5 if scaled else 1.0)
+    cfg = self.cfg
+    tied = cfg.logits_via_embedding
+    scaled = tied if cfg.scale_logits is None else cfg.scale_logits
+    scale = cfg.emb_dim**-0.5 if scaled else 1.0
+    if tied:
+      return self.token_embedder.embedding[...].T, scale
+    return self.decoder.logits_dense.kernel[...], scale
 
   def project(self, hidden_BLD: jax.Array) -> jax.Array:
     """Returns logits_BLV in float32."""
     kernel_DV, scale = self.head()
     # As T5X, in float32 whatever the dtype of the activations.
-    logits_BLV = (
-        hidden_BLD.astype(jnp.float32) * scale) @ kernel_DV.astype(jnp.float32)
+    logits_BLV = (hidden_BLD.astype(jnp.float32) * scale) @ kernel_DV.astype(
+      jnp.float32
+    )
     return constrain(logits_BLV, 'batch', 'length', 'vocab')
 
   def hidden(self, batch: dict[str, jax.Array], *, dropout_key=None):
@@ -371,24 +424,31 @@ class T5(nnx.Module):
     encoded_BMD = None
     if self.cfg.has_encoder:
       encoded_BMD = self.encode(
-          batch['encoder_input_tokens'],
-          encoder_segment_ids=batch.get('encoder_segment_ids'),
-          dropout_key=keys[0])
-    return self.decode(
-        encoded_BMD, batch.get('encoder_input_tokens'),
-        batch['decoder_input_tokens'],
+        batch['encoder_input_tokens'],
         encoder_segment_ids=batch.get('encoder_segment_ids'),
-        decoder_segment_ids=batch.get('decoder_segment_ids'),
-        decoder_causal_attention=batch.get('decoder_causal_attention'),
-        dropout_key=keys[1])
+        dropout_key=keys[0],
+      )
+    return self.decode(
+      encoded_BMD,
+      batch.get('encoder_input_tokens'),
+      batch['decoder_input_tokens'],
+      encoder_segment_ids=batch.get('encoder_segment_ids'),
+      decoder_segment_ids=batch.get('decoder_segment_ids'),
+      decoder_causal_attention=batch.get('decoder_causal_attention'),
+      dropout_key=keys[1],
+    )
 
   def __call__(self, batch: dict[str, jax.Array], *, dropout_key=None):
     """Returns logits_BLV of a training batch."""
     return self.project(self.hidden(batch, dropout_key=dropout_key))
 
   def init_cache(
-      self, encoded_BMD, encoder_input_tokens, *, batch_size: int,
-      max_decode_length: int,
+    self,
+    encoded_BMD,
+    encoder_input_tokens,
+    *,
+    batch_size: int,
+    max_decode_length: int,
   ) -> Cache:
     """Returns an empty cache; cross-attention keys and values are made here.
 
@@ -399,12 +459,18 @@ class T5(nnx.Module):
       max_decode_length: T, positions that can be decoded.
     """
     cfg = self.cfg
-    shape = (cfg.num_decoder_layers, batch_size, max_decode_length,
-             cfg.num_heads, cfg.head_dim)
+    shape = (
+      cfg.num_decoder_layers,
+      batch_size,
+      max_decode_length,
+      cfg.num_heads,
+      cfg.head_dim,
+    )
     # Two arrays, not one twice: the decoding loop donates them.
     key_NBTHK, value_NBTHK = (jnp.zeros(shape, cfg.dtype) for _ in range(2))
     cross_k = cross_v = cross_mask = None
     if cfg.has_encoder:
+
       def cross(layer):
         return layer.encoder_decoder_attention.keys_values(encoded_BMD)
 
@@ -414,8 +480,14 @@ class T5(nnx.Module):
         pairs = [cross(layer) for layer in self.decoder.layers]
         cross_k, cross_v = (jnp.stack(x) for x in zip(*pairs, strict=True))
       cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
-    return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask,
-                 jnp.zeros((), jnp.int32))
+    return Cache(
+      key_NBTHK,
+      value_NBTHK,
+      cross_k,
+      cross_v,
+      cross_mask,
+      jnp.zeros((), jnp.int32),
+    )
 
   def decode_step(self, tokens_B, cache: Cache) -> tuple[jax.Array, Cache]:
     """Feeds one token a row; returns logits_BV of the next, and the cache."""
@@ -431,8 +503,12 @@ class T5(nnx.Module):
     cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
     lenders = self._lenders()
     if cfg.scan_layers:
-      xs = (jnp.arange(cfg.num_decoder_layers), self.decoder.layers, cross,
-            lenders)
+      xs = (
+        jnp.arange(cfg.num_decoder_layers),
+        self.decoder.layers,
+        cross,
+        lenders,
+      )
       (x_B1D, cache), _ = jax.lax.scan(step, (x_B1D, cache), xs)
     else:
       for i, layer in enumerate(self.decoder.layers):
@@ -448,7 +524,8 @@ def _decode_layer(carry, xs, *, bias, mask):
   x_B1D, cache = carry
   i, layer, cross_kv, lender = xs
   return layer.step(
-      x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
+    x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask
+  ), None
 
 
 def _same_segment(a_BL, b_BM) -> jax.Array:
@@ -473,7 +550,8 @@ def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
   model = nnx.eval_shape(lambda: T5(cfg, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model, graph=False)
   axes = jax.tree.map(
-      lambda p: p.replace(p.get_metadata('axes')), state, is_leaf=_is_variable)
+    lambda p: p.replace(p.get_metadata('axes')), state, is_leaf=_is_variable
+  )
   return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 

@@ -1,20 +1,16 @@
 """Our numbers against HF's PyTorch T5, 1.0 and 1.1: logits, gradients, steps."""
 
-from flax import nnx
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
-from t5x_lite import losses
-from t5x_lite import optimizers
-from t5x_lite import steps
-from t5x_lite import train_state
+from t5x_lite import losses, optimizers, steps, train_state
 from t5x_lite.models import t5
 from t5x_lite.models.config import NAMED_CONFIGS
-
 from tests.parity import hf_reference as ref
 
 VERSIONS = ('1.0', '1.1')
@@ -37,7 +33,8 @@ def test_tree_is_the_models_tree(pair):
   _, _, cfg, params = pair
   _, shapes, _ = t5.abstract_params(cfg)
   assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
-      lambda x: x.shape, shapes)
+    lambda x: x.shape, shapes
+  )
 
 
 def test_logits(pair):
@@ -56,34 +53,34 @@ def test_gradients(pair):
   model.zero_grad()
   loss = ref.hf_loss(model, b)
   loss.backward()
-  theirs = ref.to_params(
-      {k: p.grad for k, p in model.named_parameters()}, cfg)
+  theirs = ref.to_params({k: p.grad for k, p in model.named_parameters()}, cfg)
   graphdef, _, _ = t5.abstract_params(cfg)
 
   def loss_fn(p):
     logits = nnx.merge(graphdef, p)(b)
-    ce, _ = losses.cross_entropy_with_logits(
-        logits, b['decoder_target_tokens'])
+    ce, _ = losses.cross_entropy_with_logits(logits, b['decoder_target_tokens'])
     w = b['decoder_loss_weights']
     return (ce * w).sum() / w.sum()
 
   value, ours = jax.jit(jax.value_and_grad(loss_fn))(params)
   np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
   for (path, a), e in zip(
-      jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs),
-      strict=True):
+    jax.tree_util.tree_leaves_with_path(ours),
+    jax.tree.leaves(theirs),
+    strict=True,
+  ):
     error = np.linalg.norm(a - e) / np.linalg.norm(e)
     assert error < 1e-3, (jax.tree_util.keystr(path), error)
 
 
 def test_twenty_steps_of_adamw(pair):
-  import torch  # noqa: PLC0415
+  import torch
 
   version, _, cfg, params = pair
   model = ref.make_model(version)
   opt = torch.optim.AdamW(
-      model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
-      weight_decay=0.01)
+    model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
+  )
   theirs = []
   for i in range(20):
     opt.zero_grad()
@@ -93,15 +90,22 @@ def test_twenty_steps_of_adamw(pair):
     theirs.append(loss.item())
 
   config = optimizers.OptimizerConfig(
-      name='adamw', weight_decay=0.01, weight_decay_exclude='$^',
-      b1=0.9, b2=0.999, eps=1e-8)
+    name='adamw',
+    weight_decay=0.01,
+    weight_decay_exclude='$^',
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+  )
   graphdef, shapes, axes = t5.abstract_params(cfg)
   tx = optimizers.make_optimizer(config, axes, shapes)
-  step = jax.jit(steps.make_train_step(
-      graphdef, tx, lambda step: 1e-3, losses.LossConfig()))
+  step = jax.jit(
+    steps.make_train_step(graphdef, tx, lambda step: 1e-3, losses.LossConfig())
+  )
   params = jax.tree.map(jax.numpy.asarray, params)
   state = train_state.TrainState(
-      jax.numpy.zeros((), 'int32'), params, tx.init(params))
+    jax.numpy.zeros((), 'int32'), params, tx.init(params)
+  )
   ours = []
   for i in range(20):
     state, metrics = step(state, ref.batch(seed=i), jax.random.key(0))
@@ -111,18 +115,23 @@ def test_twenty_steps_of_adamw(pair):
 
 
 @pytest.mark.parametrize(
-    'name', [n for n in NAMED_CONFIGS if n.startswith(('t5_1_0', 't5_1_1'))])
+  'name', [n for n in NAMED_CONFIGS if n.startswith(('t5_1_0', 't5_1_1'))]
+)
 def test_parameter_counts_of_named_sizes(name):
-  import torch  # noqa: PLC0415
-  import transformers  # noqa: PLC0415
+  import torch
+  import transformers
 
   cfg = NAMED_CONFIGS[name]
   hf = transformers.T5Config(
-      vocab_size=cfg.vocab_size, d_model=cfg.emb_dim, d_kv=cfg.head_dim,
-      d_ff=cfg.mlp_dim, num_layers=cfg.num_encoder_layers,
-      num_decoder_layers=cfg.num_decoder_layers, num_heads=cfg.num_heads,
-      feed_forward_proj='gated-gelu' if len(cfg.mlp_activations) > 1
-      else 'relu')
+    vocab_size=cfg.vocab_size,
+    d_model=cfg.emb_dim,
+    d_kv=cfg.head_dim,
+    d_ff=cfg.mlp_dim,
+    num_layers=cfg.num_encoder_layers,
+    num_decoder_layers=cfg.num_decoder_layers,
+    num_heads=cfg.num_heads,
+    feed_forward_proj='gated-gelu' if len(cfg.mlp_activations) > 1 else 'relu',
+  )
   hf.tie_word_embeddings = cfg.logits_via_embedding
   with torch.device('meta'):
     model = transformers.T5ForConditionalGeneration(hf)

@@ -14,10 +14,18 @@ def tiny_config(version: str, **overrides):
   """Returns an HF config of a tiny T5 1.0 or 1.1, genuinely (un)tied."""
   gated = version == '1.1'
   cfg = transformers.T5Config(
-      vocab_size=96, d_model=24, d_kv=8, d_ff=40, num_layers=2,
-      num_decoder_layers=3, num_heads=3, dropout_rate=0.0,
-      feed_forward_proj='gated-gelu' if gated else 'relu',
-      decoder_start_token_id=0, **overrides)
+    vocab_size=96,
+    d_model=24,
+    d_kv=8,
+    d_ff=40,
+    num_layers=2,
+    num_decoder_layers=3,
+    num_heads=3,
+    dropout_rate=0.0,
+    feed_forward_proj='gated-gelu' if gated else 'relu',
+    decoder_start_token_id=0,
+    **overrides,
+  )
   # transformers 5 forces True in the constructor whatever is passed.
   cfg.tie_word_embeddings = not gated
   cfg.scale_decoder_outputs = not gated
@@ -28,7 +36,8 @@ def make_model(version: str, seed: int = 0, **overrides):
   """Returns a random model whose logits are of ordinary size."""
   torch.manual_seed(seed)
   model = transformers.T5ForConditionalGeneration(
-      tiny_config(version, **overrides))
+    tiny_config(version, **overrides)
+  )
   # Untied, transformers 5 also unties the two stacks' input tables.
   model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
   with torch.no_grad():
@@ -45,13 +54,20 @@ def make_model(version: str, seed: int = 0, **overrides):
 
 def our_config(version: str, **overrides):
   """The same tiny shape as a T5Config."""
-  from t5x_lite.models.config import T5Config  # noqa: PLC0415
+  from t5x_lite.models.config import T5Config
 
   fields = dict(
-      vocab_size=96, emb_dim=24, head_dim=8, mlp_dim=40, num_encoder_layers=2,
-      num_decoder_layers=3, num_heads=3, dtype='float32',
-      mlp_activations=('gelu', 'linear') if version == '1.1' else ('relu',),
-      logits_via_embedding=version == '1.0')
+    vocab_size=96,
+    emb_dim=24,
+    head_dim=8,
+    mlp_dim=40,
+    num_encoder_layers=2,
+    num_decoder_layers=3,
+    num_heads=3,
+    dtype='float32',
+    mlp_activations=('gelu', 'linear') if version == '1.1' else ('relu',),
+    logits_via_embedding=version == '1.0',
+  )
   fields.update(overrides)
   return T5Config(**fields)
 
@@ -65,21 +81,30 @@ def to_params(tensors: dict, cfg) -> dict:
 
   def attention(side, n, where):
     return {
-        ours: {'kernel': stack(side, n, f'{where}.{theirs}.weight')
-               .transpose(0, 2, 1)}
-        for ours, theirs in (
-            ('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'o'))}
+      ours: {
+        'kernel': stack(side, n, f'{where}.{theirs}.weight').transpose(0, 2, 1)
+      }
+      for ours, theirs in (
+        ('query', 'q'),
+        ('key', 'k'),
+        ('value', 'v'),
+        ('out', 'o'),
+      )
+    }
 
   def norm(side, n, layer):
     return {'scale': stack(side, n, f'{layer}.layer_norm.weight')}
 
   def mlp(side, n, layer):
-    names = (['wi_0', 'wi_1'] if len(cfg.mlp_activations) > 1 else ['wi'])
+    names = ['wi_0', 'wi_1'] if len(cfg.mlp_activations) > 1 else ['wi']
     return {
-        name: {'kernel': stack(
-            side, n, f'{layer}.DenseReluDense.{name}.weight')
-            .transpose(0, 2, 1)}
-        for name in [*names, 'wo']}
+      name: {
+        'kernel': stack(
+          side, n, f'{layer}.DenseReluDense.{name}.weight'
+        ).transpose(0, 2, 1)
+      }
+      for name in [*names, 'wo']
+    }
 
   def bias(side):
     path = f'{side}.block.0.layer.0.SelfAttention.relative_attention_bias'
@@ -87,33 +112,32 @@ def to_params(tensors: dict, cfg) -> dict:
 
   n, m = cfg.num_encoder_layers, cfg.num_decoder_layers
   decoder = {
-      'relpos_bias': bias('decoder'),
-      'layers': {
-          'pre_self_attention_layer_norm': norm('decoder', m, 0),
-          'self_attention': attention('decoder', m, '0.SelfAttention'),
-          'pre_cross_attention_layer_norm': norm('decoder', m, 1),
-          'encoder_decoder_attention': attention(
-              'decoder', m, '1.EncDecAttention'),
-          'pre_mlp_layer_norm': norm('decoder', m, 2),
-          'mlp': mlp('decoder', m, 2),
-      },
-      'decoder_norm': {'scale': get['decoder.final_layer_norm.weight']},
+    'relpos_bias': bias('decoder'),
+    'layers': {
+      'pre_self_attention_layer_norm': norm('decoder', m, 0),
+      'self_attention': attention('decoder', m, '0.SelfAttention'),
+      'pre_cross_attention_layer_norm': norm('decoder', m, 1),
+      'encoder_decoder_attention': attention('decoder', m, '1.EncDecAttention'),
+      'pre_mlp_layer_norm': norm('decoder', m, 2),
+      'mlp': mlp('decoder', m, 2),
+    },
+    'decoder_norm': {'scale': get['decoder.final_layer_norm.weight']},
   }
   if not cfg.logits_via_embedding:
     decoder['logits_dense'] = {'kernel': get['lm_head.weight'].T}
   return {
-      'token_embedder': {'embedding': get['shared.weight']},
-      'encoder': {
-          'relpos_bias': bias('encoder'),
-          'layers': {
-              'pre_attention_layer_norm': norm('encoder', n, 0),
-              'attention': attention('encoder', n, '0.SelfAttention'),
-              'pre_mlp_layer_norm': norm('encoder', n, 1),
-              'mlp': mlp('encoder', n, 1),
-          },
-          'encoder_norm': {'scale': get['encoder.final_layer_norm.weight']},
+    'token_embedder': {'embedding': get['shared.weight']},
+    'encoder': {
+      'relpos_bias': bias('encoder'),
+      'layers': {
+        'pre_attention_layer_norm': norm('encoder', n, 0),
+        'attention': attention('encoder', n, '0.SelfAttention'),
+        'pre_mlp_layer_norm': norm('encoder', n, 1),
+        'mlp': mlp('encoder', n, 1),
       },
-      'decoder': decoder,
+      'encoder_norm': {'scale': get['encoder.final_layer_norm.weight']},
+    },
+    'decoder': decoder,
   }
 
 
@@ -123,13 +147,13 @@ def batch(seed: int = 0, size: int = 4, M: int = 150, L: int = 12):
   inputs = rng.integers(2, 96, (size, M)).astype(np.int32)
   targets = rng.integers(2, 96, (size, L)).astype(np.int32)
   for row in range(size):
-    inputs[row, M - 7 * row:] = 0
-    targets[row, L - row:] = 0
+    inputs[row, M - 7 * row :] = 0
+    targets[row, L - row :] = 0
   return {
-      'encoder_input_tokens': inputs,
-      'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-      'decoder_target_tokens': targets,
-      'decoder_loss_weights': (targets != 0).astype(np.float32),
+    'encoder_input_tokens': inputs,
+    'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_target_tokens': targets,
+    'decoder_loss_weights': (targets != 0).astype(np.float32),
   }
 
 
@@ -137,8 +161,9 @@ def hf_logits(model, b):
   """Runs HF on one of our batches."""
   inputs = torch.tensor(b['encoder_input_tokens']).long()
   return model(
-      input_ids=inputs, attention_mask=(inputs != 0).long(),
-      decoder_input_ids=torch.tensor(b['decoder_input_tokens']).long(),
+    input_ids=inputs,
+    attention_mask=(inputs != 0).long(),
+    decoder_input_ids=torch.tensor(b['decoder_input_tokens']).long(),
   ).logits
 
 
@@ -148,4 +173,5 @@ def hf_loss(model, b):
   targets = torch.where(targets == 0, -100, targets)
   logits = hf_logits(model, b)
   return torch.nn.functional.cross_entropy(
-      logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+  )
