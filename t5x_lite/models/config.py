@@ -136,10 +136,12 @@ class T5Config:
 
   @property
   def has_encoder(self) -> bool:
+    """Whether there is an encoder."""
     return self.architecture != 'decoder'
 
   @property
   def has_decoder(self) -> bool:
+    """Whether there is a decoder."""
     return self.architecture != 'encoder'
 
   def replace(self, **changes: Any) -> 'T5Config':

@@ -84,6 +84,7 @@ class Linear(nnx.Module):
     self.kernel = param(rngs, init, shape, axes, cfg.param_dtype)
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    """Multiplies the last dim, in the compute dtype."""
     return x_BLD @ self.kernel[...].astype(self.dtype)
 
 
@@ -98,6 +99,7 @@ class RMSNorm(nnx.Module):
     )
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    """Normalises the last dim."""
     x_BLD = x_BLD.astype(jnp.float32)
     mean2_BL1 = jnp.mean(jax.lax.square(x_BLD), axis=-1, keepdims=True)
     y_BLD = x_BLD * jax.lax.rsqrt(mean2_BL1 + self.epsilon)
@@ -120,6 +122,7 @@ class Embedding(nnx.Module):
     )
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+    """Returns x_BLD in the compute dtype."""
     # A gather. T5X multiplies by a one-hot, V times the work.
     return jnp.take(self.embedding[...], tokens_BL, axis=0).astype(self.dtype)
 
@@ -296,6 +299,7 @@ class MLP(nnx.Module):
     )
 
   def __call__(self, x_BLD: jax.Array, *, key=None) -> jax.Array:
+    """Transforms each position; key is that of the dropout inside."""
     hidden_BLF = functools.reduce(
       operator.mul,
       [

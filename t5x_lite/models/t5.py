@@ -62,6 +62,7 @@ class EncoderLayer(nnx.Module):
       )
 
   def __call__(self, x_BMD, *, bias, mask, key) -> jax.Array:
+    """Runs the layer on the residual stream."""
     keys = layers.split_key(key, 4)
     rate, M = self.cfg.dropout_rate, x_BMD.shape[1]
     if self.cfg.relpos_per_layer:
@@ -123,6 +124,7 @@ class DecoderLayer(nnx.Module):
   def __call__(
     self, x_BLD, encoded_BMD, lender, *, bias, mask, cross_mask, key
   ) -> jax.Array:
+    """Runs the layer on the residual stream; lender owns shared weights."""
     keys = layers.split_key(key, 6)
     L = x_BLD.shape[1]
     if self.cfg.relpos_per_layer:
@@ -247,6 +249,7 @@ class Stack(nnx.Module):
     setattr(self, norm_name, layers.RMSNorm(cfg, rngs=rngs))
 
   def bias(self, L: int, M: int):
+    """Returns the bias all layers share, or None if each has its own."""
     return self.relpos_bias(L, M) if hasattr(self, 'relpos_bias') else None
 
 
