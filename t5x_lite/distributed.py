@@ -16,6 +16,7 @@ import types
 from collections.abc import Iterator, Mapping
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from t5x_lite.errors import UsageError
@@ -230,38 +231,44 @@ class StopSignal:
   def requested(self, step: int) -> bool:
     """True at the step at which every process should save and stop."""
     if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
       if multihost_utils.reached_preemption_sync_point(step):
         self.received = 'SIGTERM'
     return bool(self.received)
 
-  def _handle(self, number: int, frame: types.FrameType | None) -> None:
+  def handle(self, number: int, frame: types.FrameType | None) -> None:
+    """Receives a signal; the second one interrupts."""
     del frame
     if self.received:  # asked twice: the user does not want to wait
       raise KeyboardInterrupt
     self.received = signal.Signals(number).name
 
 
+_active: StopSignal | None = None
+
+
 @contextlib.contextmanager
 def stop_signal() -> Iterator[StopSignal]:
   """Catches SIGTERM and the first Ctrl-C while the block runs.
 
-  Outside the main thread Python installs no handlers: the signal then does
-  what it did before. With several processes SIGTERM belongs to JAX's service.
+  A block inside another one shares its signal, so that a program of several
+  phases learns that one of them was stopped. With several processes SIGTERM
+  belongs to JAX's service. Outside the main thread Python installs no
+  handlers: the signals then do what they did before.
   """
+  global _active
+  if _active is not None:
+    yield _active
+    return
   stop = StopSignal()
-  numbers = [signal.SIGTERM, signal.SIGINT]
-  if jax.process_count() > 1:
-    numbers = []
   previous = {}
-  try:
-    for number in numbers:
-      previous[number] = signal.signal(number, stop._handle)
-  except ValueError:  # not the main thread
-    pass
+  if jax.process_count() == 1:
+    with contextlib.suppress(ValueError):  # not the main thread
+      for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, stop.handle)
+  _active = stop
   try:
     yield stop
   finally:
+    _active = None
     for number, handler in previous.items():
       signal.signal(number, handler)

@@ -46,14 +46,17 @@ def sharding_table(spec: train_state.StateSpec) -> str:
   axes = treedef.flatten_up_to(spec.axes)
   rows = [('array', 'shape', 'dtype', 'logical axes', 'sharding', 'per device')]
   for name, leaf, names in zip(shapes, leaves, axes, strict=True):
-    cut = [_mesh_axes(part) for part in leaf.sharding.spec]
+    sizes = leaf.sharding.mesh.shape
+    cut = [_mesh_axes(part, sizes) for part in leaf.sharding.spec]
+    if set(cut) <= {'-'}:
+      cut = ['replicated']
     rows.append(
       (
         name,
         'x'.join(str(dim) for dim in leaf.shape) or 'scalar',
         str(leaf.dtype),
         ' '.join(axis or '-' for axis in names) or '-',
-        ' '.join(cut) or 'replicated',
+        ' '.join(cut),
         format_bytes(bytes_per_device(leaf)),
       )
     )
@@ -65,11 +68,10 @@ def sharding_table(spec: train_state.StateSpec) -> str:
   return ''.join(lines)
 
 
-def _mesh_axes(part: Any) -> str:
-  """Returns one entry of a partition spec as text."""
-  if part is None:
-    return '-'
-  return part if isinstance(part, str) else '+'.join(part)
+def _mesh_axes(part: Any, sizes: Mapping[str, int]) -> str:
+  """Returns one entry of a partition spec as text; axes of size 1 cut nothing."""
+  names = (part,) if isinstance(part, str) else part or ()
+  return '+'.join(name for name in names if sizes[name] > 1) or '-'
 
 
 def parameter_summary(params: Any) -> str:
