@@ -70,6 +70,9 @@ def evaluate(
     predictor = evaluators_lib.make_predictor(
       run.model, config, mesh=device_mesh, rules=rules, decoding=decoding
     )
+    num_steps = None
+    if num_examples is not None:
+      num_steps = -(-num_examples // predictor.batch_size)
     for decoded in evaluators_lib.decoded_evaluators(
       config, run.vocabulary, predictor, num_examples=num_examples
     ):
@@ -82,6 +85,7 @@ def evaluate(
           mesh=device_mesh,
           rules=rules,
           loss=losses.LossConfig(),
+          num_steps=num_steps,
         )
       evaluators.append((decoded, forced))
   evaluators_lib.check_distinct([decoded.name for decoded, _ in evaluators])

@@ -7,6 +7,7 @@ nothing.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -60,6 +61,31 @@ class _Cached:
     self._items = items
 
 
+# One compilation serves all datasets. The mesh and rules are in the keys since
+# `partitioning.constrain` writes them into what is traced.
+
+
+@functools.cache
+def _eval_step(
+  model: T5Config,
+  loss: losses.LossConfig,
+  mesh: jax.sharding.Mesh,
+  rules: partitioning.LogicalAxisRules,
+) -> Callable[..., Any]:
+  del mesh, rules
+  return jax.jit(steps.make_eval_step(t5.abstract_params(model)[0], loss))
+
+
+@functools.cache
+def _score_step(
+  model: T5Config,
+  mesh: jax.sharding.Mesh,
+  rules: partitioning.LogicalAxisRules,
+) -> Callable[..., Any]:
+  del mesh, rules
+  return jax.jit(steps.make_score_step(t5.abstract_params(model)[0]))
+
+
 class TeacherForced:
   """Loss, perplexity and accuracy of the next token, over one pass."""
 
@@ -90,8 +116,7 @@ class TeacherForced:
     partitioning.check_batch_size(config.batch_size, mesh)
     self._mesh, self._rules = mesh, rules
     self._num_steps = num_steps
-    graphdef, _, _ = t5.abstract_params(model)
-    self._step = jax.jit(steps.make_eval_step(graphdef, loss))
+    self._step = _eval_step(model, loss, mesh, rules)
     self._batches = _Cached(self._read, config.batch_size)
 
   def _read(self) -> Iterator[dict[str, np.ndarray]]:
@@ -169,8 +194,7 @@ class Decoded:
       process_count=jax.process_count(),
     )
     self._batches = _Cached(lambda: iter(self._dataset), predictor.batch_size)
-    graphdef, _, _ = t5.abstract_params(predictor.model)
-    self._score = jax.jit(steps.make_score_step(graphdef))
+    self._score = _score_step(predictor.model, predictor.mesh, predictor.rules)
 
   def run(self, params: Any) -> Result:
     """Returns the metrics of these parameters, and the predictions."""

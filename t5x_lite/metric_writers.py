@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -304,7 +305,7 @@ class Progress:
     if not self._tty:
       log.info('%s', line)
       return
-    columns = os.get_terminal_size(self._stream.fileno()).columns
+    columns = shutil.get_terminal_size().columns
     self._stream.write(_CLEAR_LINE + line[: max(10, columns - 1)])
     self._stream.flush()
     self._shown = True

@@ -7,7 +7,7 @@ depend on the data. No TensorFlow.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,19 @@ def to_host(array: jax.Array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+@functools.cache
+def _predict_step(
+  model: T5Config,
+  config: decoding.DecodingConfig,
+  mesh: Mesh,
+  rules: partitioning.LogicalAxisRules,
+) -> Callable[..., Any]:
+  """Shares compilations; tracing writes the mesh and rules into the step."""
+  del mesh, rules
+  graphdef, _, _ = t5.abstract_params(model)
+  return jax.jit(steps.make_predict_step(graphdef, config))
+
+
 class Predictor:
   """A decoding model: parameters are an argument, compilations are kept."""
 
@@ -115,8 +128,8 @@ class Predictor:
     self.buckets = bucket_lengths(max_input_length)
     self.rules = rules
     self._key = jax.random.key(seed)
-    graphdef, self._shapes, self._axes = t5.abstract_params(model)
-    self._step = jax.jit(steps.make_predict_step(graphdef, decoding))
+    _, self._shapes, self._axes = t5.abstract_params(model)
+    self._step = _predict_step(model, decoding, mesh, rules)
 
   @functools.cached_property
   def abstract_params(self) -> Any:

@@ -124,11 +124,12 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def show_predictions(directory: str, tasks: Sequence[str], num: int) -> None:
-  """Prints the first predictions of each task beside their references."""
+  """Prints predictions from all over each task beside their references."""
   for task in tasks:
     print(f'\n{task}')
     path = epath.Path(directory) / f'{task}.jsonl'
-    for line in path.read_text().splitlines()[:num]:
+    lines = path.read_text().splitlines()
+    for line in lines[:: -(-len(lines) // num)]:
       entry = json.loads(line)
       print(f'  input       {entry["input"]}')
       print(f'  prediction  {entry["prediction"]}')

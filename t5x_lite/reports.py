@@ -69,7 +69,7 @@ def sharding_table(spec: train_state.StateSpec) -> str:
 
 
 def _mesh_axes(part: Any, sizes: Mapping[str, int]) -> str:
-  """Returns one entry of a partition spec as text; axes of size 1 cut nothing."""
+  """Returns one entry of a spec as text; mesh axes of size 1 cut nothing."""
   names = (part,) if isinstance(part, str) else part or ()
   return '+'.join(name for name in names if sizes[name] > 1) or '-'
 

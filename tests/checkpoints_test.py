@@ -124,9 +124,7 @@ def test_state_and_iterator_may_move_on_while_a_save_is_under_way(tmp_path):
   checkpointer.wait()
   for i in expected:
     path = str(tmp_path / 'checkpoints' / str(i))
-    assert_same_bits(
-      checkpoints.load_state(path, abstract(state)), expected[i]
-    )
+    assert_same_bits(checkpoints.load_state(path, abstract(state)), expected[i])
     iterator.restore(os.path.join(path, 'data'))
     assert iterator.position == i
 
