@@ -1,0 +1,351 @@
+"""Reads Hugging Face T5 folders: config.json and safetensors, nothing else.
+
+Numbers are read slice by slice from the files, one or several with an index.
+Whether the head is tied is decided by the tensors that are there: config.json
+has said either about the same weights over the years.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from etils import epath
+
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import names
+from t5x_lite.interop.tensors import Index, Tensor, blocks
+from t5x_lite.models.config import T5Config
+
+CONFIG = 'config.json'
+WEIGHTS = 'model.safetensors'
+WEIGHTS_INDEX = 'model.safetensors.index.json'
+MODEL_TYPES = ('t5', 'mt5', 'umt5')
+
+DTYPES = {
+  'F64': np.dtype(np.float64),
+  'F32': np.dtype(np.float32),
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+}
+
+SHORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
+
+# Elements compared at a time, to see whether two tables are the same.
+_COMPARED = 1 << 24
+
+# Copies of the embedding that old versions saved, and a table of the decoder's
+# cross-attention that Mesh TensorFlow made and nothing reads.
+_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
+_UNREAD = (
+  'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
+)
+
+# 'gelu' is the exact one unless it is gated: T5 1.1's gated-gelu is the tanh
+# approximation, by an exception in Hugging Face's own config class.
+_ACTIVATIONS = {
+  'relu': 'relu',
+  'gelu_new': 'gelu',
+  'gelu_pytorch_tanh': 'gelu',
+  'silu': 'silu',
+  'swish': 'silu',
+  'linear': 'linear',
+}
+
+
+def is_hf(path: epath.Path) -> bool:
+  """True if a directory looks like a saved transformers model."""
+  if not (path / CONFIG).is_file():
+    return False
+  try:
+    return 'model_type' in json.loads((path / CONFIG).read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+    return False
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    UsageError: if the file is not there or not one.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise UsageError(f'{path} does not exist') from error
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise UsageError(f'{path} is not JSON: {error}') from error
+  if not isinstance(value, dict):
+    raise UsageError(f'{path} holds no JSON object')
+  return value
+
+
+# ---- Files ------------------------------------------------------------------
+
+
+def weight_files(directory: epath.Path) -> list[epath.Path]:
+  """Returns the safetensors files of a folder.
+
+  Raises:
+    UsageError: if there are none, or only pickles.
+  """
+  index = directory / WEIGHTS_INDEX
+  if index.is_file():
+    found = sorted(set(read_json(index).get('weight_map', {}).values()))
+    for name in found:
+      if os.path.basename(name) != name or not (directory / name).is_file():
+        raise UsageError(
+          f'{index} names the file {name!r}, which is not in {directory}'
+        )
+    return [directory / name for name in found]
+  if (directory / WEIGHTS).is_file():
+    return [directory / WEIGHTS]
+  files = sorted(directory.glob('*.safetensors'))
+  if len(files) == 1:
+    return files
+  pickles = sorted(
+    p.name
+    for p in directory.iterdir()
+    if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+  )
+  if pickles:
+    raise UsageError(
+      f'{directory / pickles[0]} is a pickle, which can run any code when it '
+      'is opened, so it is not read; where torch is installed and the source '
+      'trusted, convert it once with: python -c "import transformers as t; '
+      "t.AutoModelForSeq2SeqLM.from_pretrained('SRC', weights_only=True)"
+      ".save_pretrained('DST')\""
+    )
+  raise UsageError(
+    f'{directory} has no {WEIGHTS} and no {WEIGHTS_INDEX}; give the folder '
+    'that save_pretrained wrote'
+  )
+
+
+def _opened(path: epath.Path) -> Any:
+  try:
+    return safetensors.safe_open(os.fspath(path), framework='numpy')
+  except (safetensors.SafetensorError, OSError) as error:
+    raise UsageError(
+      f'{path} is not a safetensors file, or is cut short: {error}'
+    ) from error
+
+
+def read_tensors(directory: epath.Path) -> dict[str, Tensor]:
+  """Returns every tensor of a folder by its name in the files."""
+  result: dict[str, Tensor] = {}
+  for path in weight_files(directory):
+    file = _opened(path)
+    for name in file.keys():
+      part = file.get_slice(name)
+      kind = part.get_dtype()
+      origin = f'{name} in {path.name}'
+      if kind not in DTYPES:
+        raise UsageError(
+          f'{origin} has the type {kind}; known are {", ".join(DTYPES)}'
+        )
+      if name in result:
+        raise UsageError(f'{origin} is also {result[name].origin}')
+      result[name] = Tensor(
+        tuple(part.get_shape()), DTYPES[kind], _fetch(file, name), origin
+      )
+  return result
+
+
+def _fetch(file: Any, name: str) -> Callable[[Index], np.ndarray]:
+  """Returns a reader of parts of one tensor."""
+
+  def fetch(index: Index) -> np.ndarray:
+    return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+  return fetch
+
+
+# ---- Names ------------------------------------------------------------------
+
+
+def canonical(
+  found: Mapping[str, Tensor], *, per_layer: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+  """Returns (tensors by canonical name, names that are no T5's).
+
+  Args:
+    found: by name in the files.
+    per_layer: whether each layer has its own table of relative positions.
+
+  Raises:
+    UsageError: if the encoder and the decoder do not share their embedding.
+  """
+  rest = dict(found)
+  rest.pop(_UNREAD, None)
+  shared = rest.get('shared.weight')
+  for copy in _COPIES:
+    other = rest.pop(copy, None)
+    if other is None:
+      continue
+    if shared is None:
+      shared = rest['shared.weight'] = other
+    elif not _same(shared, other):
+      raise UsageError(
+        f'{other.origin} differs from {shared.origin}; the T5 family has one '
+        'embedding for both stacks'
+      )
+  head = rest.get('lm_head.weight')
+  if head is not None and shared is not None and _same(head, shared):
+    del rest['lm_head.weight']
+  known = {names.hf_name(name): name for name in _candidates(rest)}
+  result = {}
+  for hf, tensor in rest.items():
+    name = known.get(hf)
+    if name is None:
+      continue
+    matrix = names.is_transposed(name) and len(tensor.shape) == 2
+    result[name] = tensor.transposed() if matrix else tensor
+  if not per_layer:
+    # The table that Hugging Face keeps in the first block is the stack's.
+    for side in ('encoder', 'decoder'):
+      name = f'{side}/layers_0/relpos_bias/rel_embedding'
+      if name in result:
+        result[f'{side}/relpos_bias/rel_embedding'] = result.pop(name)
+  return result, sorted(hf for hf in rest if hf not in known)
+
+
+def _candidates(found: Mapping[str, Tensor]) -> Iterator[str]:
+  """Yields the canonical names that a model of any depth can have."""
+  depth = {'encoder': 0, 'decoder': 0}
+  for name in found:
+    side, _, rest = name.partition('.block.')
+    number = rest.partition('.')[0]
+    if side in depth and number.isdigit():
+      depth[side] = max(depth[side], int(number) + 1)
+  yield from names.whole_names()
+  for side, layers in depth.items():
+    for i in range(layers):
+      yield from names.layer_names(side, i)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+  """True if two tensors are equal bit for bit; reads a part at a time."""
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return False
+  return all(
+    a.read(index).tobytes() == b.read(index).tobytes()
+    for index in blocks(a.shape, _COMPARED)
+  )
+
+
+# ---- Configuration ----------------------------------------------------------
+
+
+def activations(entry: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns mlp_activations of a config.json.
+
+  Raises:
+    UsageError: if there is no such activation here.
+  """
+  kind = entry.get('feed_forward_proj', 'relu')
+  name = kind.removeprefix('gated-')
+  gated = name != kind
+  if gated and name == 'gelu':
+    name = 'gelu_new'
+  name = entry.get('dense_act_fn') or name
+  if name not in _ACTIVATIONS:
+    raise UsageError(
+      f'config.json has feed_forward_proj={kind!r} (activation {name!r}); '
+      f'supported activations are {", ".join(_ACTIVATIONS)}'
+    )
+  return (_ACTIVATIONS[name], *(('linear',) if gated else ()))
+
+
+def model_config(
+  entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> T5Config:
+  """Returns the config of a folder.
+
+  Args:
+    entry: config.json.
+    tensors: canonical; they decide on the head, the stacks and the biases.
+
+  Raises:
+    UsageError: if it is another kind of model.
+  """
+  if 'token_embedder/embedding' not in tensors:
+    raise UsageError('no shared.weight among the tensors: not a T5 model')
+  tied = 'decoder/logits_dense/kernel' not in tensors
+  has_decoder = 'decoder/decoder_norm/scale' in tensors
+  layers = _number(entry, 'num_layers', 6)
+  return T5Config(
+    # The table, not vocab_size, which old files leave at the tokenizer's.
+    vocab_size=tensors['token_embedder/embedding'].shape[0],
+    emb_dim=_number(entry, 'd_model', 512),
+    num_heads=_number(entry, 'num_heads', 8),
+    head_dim=_number(entry, 'd_kv', 64),
+    mlp_dim=_number(entry, 'd_ff', 2048),
+    num_encoder_layers=layers,
+    num_decoder_layers=_number(entry, 'num_decoder_layers', layers),
+    mlp_activations=activations(entry),
+    dropout_rate=_number(entry, 'dropout_rate', 0.1, float),
+    logits_via_embedding=tied and has_decoder,
+    scale_logits=_scale_logits(entry, tied) if has_decoder else None,
+    relpos_num_buckets=_number(entry, 'relative_attention_num_buckets', 32),
+    relpos_max_distance=_number(entry, 'relative_attention_max_distance', 128),
+    relpos_per_layer=is_per_layer(entry),
+    layer_norm_epsilon=_number(entry, 'layer_norm_epsilon', 1e-6, float),
+    architecture='encoder_decoder' if has_decoder else 'encoder',
+    pad_id=_number(entry, 'pad_token_id', 0),
+    eos_id=_number(entry, 'eos_token_id', 1),
+    decoder_start_id=_number(entry, 'decoder_start_token_id', 0),
+    dtype='float32',
+  )
+
+
+def check_model_type(entry: Mapping[str, Any]) -> None:
+  """Raises UsageError unless config.json is of the T5 family."""
+  kind = entry.get('model_type')
+  if kind not in MODEL_TYPES:
+    raise UsageError(
+      f'config.json has model_type={kind!r}; supported are '
+      f'{", ".join(MODEL_TYPES)}'
+    )
+
+
+def is_per_layer(entry: Mapping[str, Any]) -> bool:
+  """True if every layer has its own table of relative positions (umT5)."""
+  return entry.get('model_type') == 'umt5'
+
+
+def _number(
+  entry: Mapping[str, Any], key: str, default: Any, kind: type = int
+) -> Any:
+  value = entry.get(key)
+  if isinstance(value, list) and value:
+    value = value[0]  # eos_token_id may be several
+  if value is None:
+    return default
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    raise UsageError(f'config.json has {key}={value!r}, which is no number')
+  return kind(value)
+
+
+def _scale_logits(entry: Mapping[str, Any], tied: bool) -> bool | None:
+  """Returns T5Config.scale_logits: None where the model follows T5's rule.
+
+  The rule: the input of a tied head is scaled by emb_dim**-0.5, that of an
+  untied one is not. transformers 5 always ties, so it writes the factor of
+  model_type t5 as scale_decoder_outputs, has dropped it from mt5, and applies
+  it to umt5 whatever the head (a deviation from the published umT5, which is
+  untied and unscaled; up to version 4 it followed the rule).
+  """
+  kind = entry['model_type']
+  says_tied = entry.get('tie_word_embeddings') is not False
+  version = str(entry.get('transformers_version', '4')).partition('.')[0]
+  if kind == 't5':
+    scaled = bool(entry.get('scale_decoder_outputs', says_tied))
+  elif kind == 'mt5' and version.isdigit() and int(version) >= 5:
+    scaled = False
+  else:
+    scaled = tied and says_tied
+  return None if scaled == tied else scaled

@@ -1,0 +1,244 @@
+"""Writes Hugging Face folders: config, tokenizer, and safetensors in shards.
+
+A shard's header says where every tensor goes before the first is read, so the
+numbers stream through memory one tensor at a time.
+"""
+
+import dataclasses
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import hf, hf_tokenizer, names
+from t5x_lite.interop.tensors import Tensor, Tensors, blocks
+from t5x_lite.models.config import T5Config
+from t5x_lite.vocabularies import VocabularyConfig
+
+# As transformers shards.
+SHARD_BYTES = 5_000_000_000
+# Elements of an untransposed tensor that are in memory at a time.
+_PART = 1 << 26
+
+_PROJECTIONS: dict[tuple[str, ...], str] = {
+  ('relu',): 'relu',
+  ('gelu',): 'gelu_new',
+  ('silu',): 'silu',
+  ('swish',): 'silu',
+  ('gelu', 'linear'): 'gated-gelu',
+  ('silu', 'linear'): 'gated-silu',
+  ('swish', 'linear'): 'gated-silu',
+  ('relu', 'linear'): 'gated-relu',
+}
+_HF_DTYPES = {dtype: name for name, dtype in hf.DTYPES.items()}
+
+
+def model_config(cfg: T5Config, dtype: str) -> dict[str, Any]:
+  """Returns config.json of a model.
+
+  Raises:
+    UsageError: if transformers has no such architecture.
+  """
+  if cfg.architecture == 'decoder':
+    raise UsageError(
+      "architecture='decoder': transformers has no decoder-only T5; save it "
+      "with format='t5x_lite' or 't5x'"
+    )
+  projection = _PROJECTIONS.get(cfg.mlp_activations)
+  if projection is None:
+    raise UsageError(
+      f'mlp_activations={cfg.mlp_activations} has no name in transformers; '
+      f'there are {", ".join(map(str, _PROJECTIONS))}'
+    )
+  kind = 'umt5' if cfg.relpos_per_layer else 't5'
+  has_decoder = cfg.architecture == 'encoder_decoder'
+  architecture = {'t5': 'T5', 'umt5': 'UMT5'}[kind] + (
+    'ForConditionalGeneration' if has_decoder else 'EncoderModel'
+  )
+  tied = cfg.logits_via_embedding
+  scaled = tied if cfg.scale_logits is None else cfg.scale_logits
+  entry = {
+    'architectures': [architecture],
+    'model_type': kind,
+    'is_encoder_decoder': has_decoder,
+    'vocab_size': cfg.vocab_size,
+    'd_model': cfg.emb_dim,
+    'd_kv': cfg.head_dim,
+    'd_ff': cfg.mlp_dim,
+    'num_layers': cfg.num_encoder_layers,
+    'num_decoder_layers': cfg.num_decoder_layers,
+    'num_heads': cfg.num_heads,
+    'relative_attention_num_buckets': cfg.relpos_num_buckets,
+    'relative_attention_max_distance': cfg.relpos_max_distance,
+    'dropout_rate': cfg.dropout_rate,
+    'layer_norm_epsilon': cfg.layer_norm_epsilon,
+    'initializer_factor': 1.0,
+    'feed_forward_proj': projection,
+    'dense_act_fn': projection.removeprefix('gated-').replace(
+      'gelu', 'gelu_new'
+    )
+    if projection.startswith('gated-')
+    else projection,
+    'is_gated_act': projection.startswith('gated-'),
+    # Up to transformers 4 this is also whether the head's input is scaled.
+    'tie_word_embeddings': tied,
+    'use_cache': True,
+    'pad_token_id': cfg.pad_id,
+    'eos_token_id': cfg.eos_id,
+    'decoder_start_token_id': cfg.decoder_start_id,
+    'torch_dtype': dtype,
+  }
+  if scaled != tied:
+    # The factor by itself; known from transformers 5 on.
+    entry['scale_decoder_outputs'] = scaled
+  return entry
+
+
+def generation_config(cfg: T5Config) -> dict[str, Any]:
+  """Returns generation_config.json."""
+  return {
+    'pad_token_id': cfg.pad_id,
+    'eos_token_id': cfg.eos_id,
+    'decoder_start_token_id': cfg.decoder_start_id,
+  }
+
+
+def by_hf_name(tensors: Tensors, cfg: T5Config) -> dict[str, Tensor]:
+  """Returns tensors as Hugging Face names and turns them.
+
+  A model with shared parameters is written with two copies of them.
+  """
+  full = dict(tensors)
+  if cfg.share_encoder_decoder:
+    for name in names.shapes(cfg.replace(share_encoder_decoder=False)):
+      if name not in full:
+        lender = names.lender(name)
+        assert lender is not None, name
+        full[name] = full[lender]
+  return {
+    names.hf_name(name): tensor.transposed()
+    if names.is_transposed(name)
+    else tensor
+    for name, tensor in full.items()
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One file to write: its name, and its tensors in order."""
+
+  file: str
+  tensors: Sequence[tuple[str, Tensor]]
+
+
+def plan_shards(
+  tensors: Mapping[str, Tensor], itemsize: int, limit: int = SHARD_BYTES
+) -> list[Shard]:
+  """Cuts tensors, in order, into files of at most limit bytes.
+
+  Args:
+    tensors: by Hugging Face's name.
+    itemsize: bytes an element, as written.
+    limit: bytes; a larger tensor gets a file of its own.
+  """
+  groups: list[list[tuple[str, Tensor]]] = [[]]
+  filled = 0
+  for name, tensor in tensors.items():
+    size = tensor.size * itemsize
+    if groups[-1] and filled + size > limit:
+      groups.append([])
+      filled = 0
+    groups[-1].append((name, tensor))
+    filled += size
+  if len(groups) == 1:
+    return [Shard(hf.WEIGHTS, groups[0])]
+  return [
+    Shard(f'model-{i:05}-of-{len(groups):05}.safetensors', group)
+    for i, group in enumerate(groups, 1)
+  ]
+
+
+def write_shard(
+  path: epath.Path,
+  shard: Shard,
+  dtype: np.dtype,
+  progress: Callable[[str], None],
+) -> None:
+  """Writes one safetensors file.
+
+  Format: 8 bytes of header length, the header as JSON, then the tensors one
+  after the other, row-major and little-endian.
+  """
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  at = 0
+  for name, tensor in shard.tensors:
+    end = at + tensor.size * dtype.itemsize
+    header[name] = {
+      'dtype': _HF_DTYPES[dtype],
+      'shape': list(tensor.shape),
+      'data_offsets': [at, end],
+    }
+    at = end
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # tensors begin at a multiple of 8
+  with path.open('wb') as file:
+    file.write(struct.pack('<Q', len(text)))
+    file.write(text)
+    for name, tensor in shard.tensors:
+      for index in blocks(tensor.shape, _PART):
+        part = tensor.read(index).astype(dtype, order='C', copy=False)
+        file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+      progress(name)
+
+
+def write(
+  directory: epath.Path,
+  *,
+  tensors: Tensors,
+  cfg: T5Config,
+  vocabulary: VocabularyConfig | None,
+  dtype: str,
+  shard_bytes: int = SHARD_BYTES,
+  progress: Callable[[str], None] = lambda name: None,
+) -> None:
+  """Writes a folder that from_pretrained of transformers reads.
+
+  Args:
+    directory: exists, and is empty.
+    tensors: checked, by canonical name.
+    cfg: the model.
+    vocabulary: None or passed-through ids write no tokenizer.
+    dtype: 'float32', 'bfloat16' or 'float16', of the numbers on disk.
+    shard_bytes: most bytes a file.
+    progress: called with each tensor's name once it is written.
+  """
+  config = model_config(cfg, dtype)
+  kind = np.dtype(hf.DTYPES[hf.SHORT_DTYPES[dtype]])
+  turned = by_hf_name(tensors, cfg)
+  shards = plan_shards(turned, kind.itemsize, shard_bytes)
+  for shard in shards:
+    write_shard(directory / shard.file, shard, kind, progress)
+  if len(shards) > 1:
+    index = {
+      'metadata': {
+        'total_size': sum(t.size for t in turned.values()) * kind.itemsize
+      },
+      'weight_map': {
+        name: shard.file for shard in shards for name, _ in shard.tensors
+      },
+    }
+    _write_json(directory / hf.WEIGHTS_INDEX, index)
+  if vocabulary is not None:
+    hf_tokenizer.write_vocabulary(vocabulary, directory)
+  if cfg.has_decoder:
+    _write_json(directory / 'generation_config.json', generation_config(cfg))
+  # Last: a folder with a config.json is whole.
+  _write_json(directory / hf.CONFIG, config)
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+  path.write_text(json.dumps(value, indent=2) + '\n')

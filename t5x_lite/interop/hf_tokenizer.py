@@ -1,0 +1,240 @@
+"""Vocabularies as Hugging Face keeps them: spiece.model and tokenizer files.
+
+Folders written by transformers 5 hold only tokenizer.json; its Unigram model
+says all that a SentencePiece file does, so one is made from it.
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from t5x_lite import vocabularies
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import sentencepiece_model
+from t5x_lite.interop.sentencepiece_model import Model, Piece
+from t5x_lite.vocabularies import VocabularyConfig
+
+SPIECE = 'spiece.model'
+TOKENIZER = 'tokenizer.json'
+TOKENIZER_CONFIG = 'tokenizer_config.json'
+SPECIAL = ('<pad>', '</s>', '<unk>')
+
+_META = '▁'
+
+
+def read_vocabulary(
+  directory: epath.Path, scratch: epath.Path
+) -> VocabularyConfig | None:
+  """Returns the vocabulary of a folder, or None if it has none that we read.
+
+  Args:
+    directory: a saved model or tokenizer.
+    scratch: where a model file is made if the folder has only tokenizer.json.
+
+  Raises:
+    UsageError: if a file is damaged.
+  """
+  config = _read_json(directory / TOKENIZER_CONFIG)
+  if str(config.get('tokenizer_class', '')).startswith('ByT5'):
+    return VocabularyConfig(kind='byte', extra_ids=_byte_extra_ids(config))
+  tokenizer = directory / TOKENIZER
+  if (directory / SPIECE).is_file():
+    extra_ids = config.get('extra_ids')
+    if extra_ids is None and tokenizer.is_file():
+      extra_ids = _sentinels(_read_json(tokenizer))
+    return VocabularyConfig(
+      path=str(directory / SPIECE),
+      extra_ids=100 if extra_ids is None else int(extra_ids),
+    )
+  if not tokenizer.is_file():
+    return None
+  entry = _read_json(tokenizer)
+  if entry.get('model', {}).get('type') != 'Unigram':
+    return None
+  model, extra_ids = _model_of_tokenizer(entry)
+  scratch.mkdir(parents=True, exist_ok=True)
+  (scratch / SPIECE).write_bytes(sentencepiece_model.serialize(model))
+  return VocabularyConfig(path=str(scratch / SPIECE), extra_ids=extra_ids)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  if not path.is_file():
+    return {}
+  try:
+    return dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise UsageError(f'{path} is not JSON: {error}') from error
+
+
+def _byte_extra_ids(config: Mapping[str, Any]) -> int:
+  """The class writes extra_ids=0 and lists the sentinels themselves."""
+  listed = config.get('extra_special_tokens') or config.get(
+    'additional_special_tokens'
+  )
+  if listed:
+    return sum('<extra_id_' in str(token) for token in listed)
+  return int(config.get('extra_ids', 125))
+
+
+def _sentinels(entry: Mapping[str, Any]) -> int:
+  """Returns how many <extra_id_...> end a tokenizer.json's vocabulary."""
+  vocab = entry.get('model', {}).get('vocab', [])
+  count = 0
+  while count < len(vocab) and vocab[-1 - count][0] == f'<extra_id_{count}>':
+    count += 1
+  return count
+
+
+def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[Model, int]:
+  """Returns (the SentencePiece model of a tokenizer.json, its sentinels)."""
+  extra_ids = _sentinels(entry)
+  vocab = entry['model']['vocab']
+  vocab = vocab[: len(vocab) - extra_ids]
+  byte_fallback = bool(entry['model'].get('byte_fallback'))
+  added = {t['content'] for t in entry.get('added_tokens', ())}
+  pieces = []
+  for token, (text, score) in enumerate(vocab):
+    kind = sentencepiece_model.NORMAL
+    if token < len(SPECIAL):
+      kind = (
+        sentencepiece_model.UNKNOWN
+        if token == vocabularies.UNK_ID
+        else sentencepiece_model.CONTROL
+      )
+    elif byte_fallback and len(text) == 6 and text.startswith('<0x'):
+      kind = sentencepiece_model.BYTE
+    elif text in added or text.startswith(f'{_META}<extra_id_'):
+      kind = sentencepiece_model.USER_DEFINED
+    pieces.append(Piece(text, score, kind))
+  normalizer = entry.get('normalizer') or {}
+  charsmap = b''
+  for part in normalizer.get('normalizers', [normalizer]):
+    if part.get('type') == 'Precompiled':
+      charsmap = base64.b64decode(part['precompiled_charsmap'] or '')
+  return Model(pieces, charsmap, byte_fallback=byte_fallback), extra_ids
+
+
+# ---- Writing ----------------------------------------------------------------
+
+
+def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
+  """Writes what AutoTokenizer.from_pretrained reads, the model file included.
+
+  Passed-through ids have no tokenizer; nothing is written for them.
+  """
+  if vocabulary.kind == 'passthrough':
+    return
+  config: dict[str, Any] = {
+    'pad_token': SPECIAL[0],
+    'eos_token': SPECIAL[1],
+    'unk_token': SPECIAL[2],
+    'extra_ids': vocabulary.extra_ids,
+  }
+  if vocabulary.kind == 'byte':
+    config['tokenizer_class'] = 'ByT5Tokenizer'
+    config['additional_special_tokens'] = _sentinel_names(vocabulary)
+  else:
+    data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
+    model = sentencepiece_model.parse(data)
+    if model.model_type != sentencepiece_model.UNIGRAM:
+      raise UsageError(
+        f'{vocabularies.model_path(vocabulary)} is not a unigram model; '
+        "transformers' T5 tokenizer reads only those"
+      )
+    (directory / SPIECE).write_bytes(data)
+    text = json.dumps(_tokenizer(model, vocabulary), ensure_ascii=False)
+    (directory / TOKENIZER).write_text(text)
+    # T5Tokenizer has no byte fallback; the plain class takes tokenizer.json
+    # as it is, and is what mT5's folders need.
+    plain = model.byte_fallback
+    config['tokenizer_class'] = (
+      'PreTrainedTokenizerFast' if plain else 'T5Tokenizer'
+    )
+    if plain:
+      del config['extra_ids']
+    elif vocabulary.extra_ids:
+      config['additional_special_tokens'] = _sentinel_names(vocabulary)
+  (directory / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+
+
+def _sentinel_names(vocabulary: VocabularyConfig) -> list[str]:
+  return [f'<extra_id_{i}>' for i in range(vocabulary.extra_ids)]
+
+
+def _tokenizer(model: Model, vocabulary: VocabularyConfig) -> dict[str, Any]:
+  """Returns a tokenizer.json: SentencePiece's model in tokenizers' terms."""
+  texts = [*SPECIAL, *(piece.text for piece in model.pieces[len(SPECIAL) :])]
+  texts += reversed(_sentinel_names(vocabulary))
+  scores = [piece.score for piece in model.pieces]
+  scores += [0.0] * vocabulary.extra_ids
+
+  def added(token: int, text: str, special: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip'), False)
+    return {
+      'id': token, 'content': text, **flags,
+      'normalized': False, 'special': special,
+    }  # fmt: skip
+
+  tokens = [added(i, text, True) for i, text in enumerate(SPECIAL)]
+  tokens += [
+    added(i, piece.text, False)
+    for i, piece in enumerate(model.pieces)
+    if piece.kind == sentencepiece_model.USER_DEFINED
+    # A piece that begins a word is found by the model itself.
+    and not piece.text.startswith(_META)
+  ]
+  tokens += [
+    added(i, texts[i], True) for i in range(len(model.pieces), len(texts))
+  ]
+  metaspace = {
+    'type': 'Metaspace', 'replacement': _META, 'prepend_scheme': 'always',
+    'split': True,
+  }  # fmt: skip
+  eos = {'SpecialToken': {'id': SPECIAL[1], 'type_id': 0}}
+  first, second = (
+    {'Sequence': {'id': name, 'type_id': 0}} for name in ('A', 'B')
+  )
+  decoder: dict[str, Any] = metaspace
+  if model.byte_fallback:
+    decoder = {
+      'type': 'Sequence',
+      'decoders': [{'type': 'ByteFallback'}, metaspace],
+    }
+  return {
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': tokens,
+    'normalizer': {
+      'type': 'Precompiled',
+      'precompiled_charsmap': base64.b64encode(model.charsmap).decode(),
+    }
+    if model.charsmap
+    else None,
+    'pre_tokenizer': {
+      'type': 'Sequence',
+      'pretokenizers': [{'type': 'WhitespaceSplit'}, metaspace],
+    },
+    'post_processor': {
+      'type': 'TemplateProcessing',
+      'single': [first, eos],
+      'pair': [first, eos, second, eos],
+      'special_tokens': {
+        SPECIAL[1]: {
+          'id': SPECIAL[1],
+          'ids': [vocabularies.EOS_ID],
+          'tokens': [SPECIAL[1]],
+        }
+      },
+    },
+    'decoder': decoder,
+    'model': {
+      'type': 'Unigram',
+      'unk_id': vocabularies.UNK_ID,
+      'vocab': list(zip(texts, scores, strict=True)),
+      'byte_fallback': model.byte_fallback,
+    },
+  }

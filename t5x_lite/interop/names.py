@@ -1,0 +1,193 @@
+"""One table of names: ours, T5X's and Hugging Face's, for both directions.
+
+The canonical name of a tensor is T5X's of an unrolled model, such as
+'encoder/layers_3/mlp/wo/kernel'; one layer's tensor in T5X's orientation. Our
+trees have the same names with the layers stacked or in a list, T5X's scanned
+ones stack them on axis 1, and Hugging Face transposes every matrix.
+
+Sources: t5x/examples/t5/network.py and layers.py; t5x/examples/scalable_t5;
+transformers/models/t5/modeling_t5.py.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from t5x_lite.models import t5
+from t5x_lite.models.config import T5Config
+
+# Ours below encoder/layers_I or decoder/layers_I, and Hugging Face's below
+# encoder.block.I or decoder.block.I.
+_ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
+
+
+def _block(attention: Sequence[tuple[str, str, str]], mlp: int):
+  """Returns {ours: Hugging Face's} of one layer.
+
+  Args:
+    attention: (our norm, our module, their module) of each attention.
+    mlp: the number of the feed-forward sub-layer.
+  """
+  table = {}
+  for i, (norm, ours, theirs) in enumerate(attention):
+    table[f'{norm}/scale'] = f'layer.{i}.layer_norm.weight'
+    for our_name, their_name in _ATTENTION.items():
+      table[f'{ours}/{our_name}/kernel'] = (
+        f'layer.{i}.{theirs}.{their_name}.weight'
+      )
+  table['relpos_bias/rel_embedding'] = (
+    'layer.0.SelfAttention.relative_attention_bias.weight'
+  )
+  table['pre_mlp_layer_norm/scale'] = f'layer.{mlp}.layer_norm.weight'
+  for name in ('wi', 'wi_0', 'wi_1', 'wo'):
+    table[f'mlp/{name}/kernel'] = f'layer.{mlp}.DenseReluDense.{name}.weight'
+  return table
+
+
+_BLOCKS = {
+  'encoder': _block(
+    [('pre_attention_layer_norm', 'attention', 'SelfAttention')], mlp=1
+  ),
+  'decoder': _block(
+    [
+      ('pre_self_attention_layer_norm', 'self_attention', 'SelfAttention'),
+      (
+        'pre_cross_attention_layer_norm',
+        'encoder_decoder_attention',
+        'EncDecAttention',
+      ),
+    ],
+    mlp=2,
+  ),
+}
+
+_WHOLE = {
+  'token_embedder/embedding': 'shared.weight',
+  'encoder/encoder_norm/scale': 'encoder.final_layer_norm.weight',
+  'decoder/decoder_norm/scale': 'decoder.final_layer_norm.weight',
+  'decoder/logits_dense/kernel': 'lm_head.weight',
+  # One table a stack: Hugging Face keeps it in the first block.
+  **{
+    f'{side}/relpos_bias/rel_embedding': (
+      f'{side}.block.0.{_BLOCKS[side]["relpos_bias/rel_embedding"]}'
+    )
+    for side in _BLOCKS
+  },
+}
+
+# What a decoder layer of a model with shared parameters borrows of the
+# encoder's (Raffel et al. 2020, Table 2, 'Enc-dec, shared').
+_BORROWED = {
+  'pre_self_attention_layer_norm': 'pre_attention_layer_norm',
+  'self_attention': 'attention',
+  'pre_mlp_layer_norm': 'pre_mlp_layer_norm',
+  'mlp': 'mlp',
+}
+
+
+def hf_name(name: str) -> str:
+  """Returns Hugging Face's name of a canonical one."""
+  if name in _WHOLE:
+    return _WHOLE[name]
+  match = re.fullmatch(r'(encoder|decoder)/layers_(\d+)/(.+)', name)
+  assert match, name
+  side, layer, rest = match.groups()
+  return f'{side}.block.{layer}.{_BLOCKS[side][rest]}'
+
+
+def whole_names() -> list[str]:
+  """Returns the canonical names that belong to no layer."""
+  return [n for n in _WHOLE if not n.endswith('/rel_embedding')]
+
+
+def layer_names(side: str, layer: int) -> list[str]:
+  """Returns the canonical names that one layer of any variant can have."""
+  return [f'{side}/layers_{layer}/{rest}' for rest in _BLOCKS[side]]
+
+
+def is_transposed(name: str) -> bool:
+  """True if Hugging Face stores the transpose: all matrices but embeddings."""
+  return name.endswith(('/kernel', '/rel_embedding'))
+
+
+def t5x_name(name: str, cfg: T5Config) -> str:
+  """Returns T5X's name of a canonical one, below 'target/'."""
+  if cfg.architecture == 'decoder' and name == 'token_embedder/embedding':
+    # t5x/examples/decoder_only/network.py makes it inside the decoder.
+    return 'decoder/token_embedder/embedding'
+  return name
+
+
+def t5x_scanned_name(name: str) -> tuple[str, int | None]:
+  """Returns (T5X's name in a scanned model, the layer), None for no layer.
+
+  scalable_t5 names the scanned module after its stack: encoder/encoder/...
+  """
+  match = re.fullmatch(r'(encoder|decoder)/layers_(\d+)/(.+)', name)
+  if not match:
+    return name, None
+  side, layer, rest = match.groups()
+  return f'{side}/{side}/{rest}', int(layer)
+
+
+def lender(name: str) -> str | None:
+  """Returns the encoder's tensor that a shared decoder's tensor is, or None."""
+  match = re.fullmatch(r'decoder/(layers_\d+)/([^/]+)/(.+)', name)
+  if not match or match[2] not in _BORROWED:
+    return None
+  return f'encoder/{match[1]}/{_BORROWED[match[2]]}/{match[3]}'
+
+
+def path_of(keys: Sequence[Any]) -> tuple[str, ...]:
+  """Returns the plain keys of a pytree path."""
+  return tuple(
+    str(next(getattr(k, n) for n in ('key', 'idx', 'name') if hasattr(k, n)))
+    for k in keys
+  )
+
+
+def leaf_names(path: Sequence[str], num_layers: int) -> list[str]:
+  """Returns the canonical names of the tensors in one leaf of our tree.
+
+  Args:
+    path: the leaf's keys; a list's index is the layer's number.
+    num_layers: how many layers a stacked leaf holds.
+
+  Returns:
+    One name, or one a layer for a leaf that is stacked.
+  """
+  if 'layers' not in path:
+    return ['/'.join(path)]
+  side, _, *rest = path
+  if rest[0].isdigit():
+    return ['/'.join((side, f'layers_{rest[0]}', *rest[1:]))]
+  return ['/'.join((side, f'layers_{i}', *rest)) for i in range(num_layers)]
+
+
+def num_layers(cfg: T5Config, path: Sequence[str]) -> int:
+  """Returns the depth of the stack a leaf belongs to."""
+  side = path[0]
+  return cfg.num_encoder_layers if side == 'encoder' else cfg.num_decoder_layers
+
+
+def leaves(cfg: T5Config) -> Iterator[tuple[tuple[str, ...], Any, list[str]]]:
+  """Yields (path, shape and dtype, canonical names) of our tree's leaves."""
+  _, shapes, _ = t5.abstract_params(cfg)
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    path = path_of(keys)
+    yield path, leaf, leaf_names(path, num_layers(cfg, path))
+
+
+def shapes(cfg: T5Config) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of every tensor of a model by canonical name.
+
+  The order is that of our tree: all layers of one parameter together.
+  """
+  result = {}
+  # Stacked shapes need one layer's abstract module, however deep the model.
+  for path, leaf, names in leaves(cfg.replace(scan_layers=True)):
+    shape = leaf.shape[1:] if 'layers' in path else leaf.shape
+    result.update(dict.fromkeys(names, shape))
+  return result

@@ -1,0 +1,194 @@
+"""Opens a checkpoint of any known format as tensors, config and vocabulary."""
+
+import dataclasses
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from t5x_lite import run_directory
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import hf, hf_tokenizer, names, t5x, zarr
+from t5x_lite.interop.tensors import Tensor
+from t5x_lite.models.config import T5Config
+from t5x_lite.vocabularies import VocabularyConfig
+
+FORMATS = ('t5x_lite', 'hf', 't5x')
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A checkpoint that is open for reading.
+
+  Attributes:
+    path: of the folder that was opened.
+    format: one of FORMATS.
+    config: the model.
+    tensors: by canonical name; read lazily.
+    unknown: names of tensors that are no part of a T5.
+    vocabulary: or None if the folder says nothing of one.
+    step: updates made, 0 if unknown.
+    moments: Adafactor's second moments by (field, canonical name).
+    lengths: task feature lengths of training; empty if unknown.
+  """
+
+  path: str
+  format: str
+  config: T5Config
+  tensors: Mapping[str, Tensor]
+  unknown: Sequence[str] = ()
+  vocabulary: VocabularyConfig | None = None
+  step: int = 0
+  moments: Mapping[tuple[str, str], Tensor] = dataclasses.field(
+    default_factory=dict
+  )
+  lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+# Files made while reading, such as a SentencePiece model from tokenizer.json;
+# they are removed when the process ends.
+_SCRATCH: list[tempfile.TemporaryDirectory] = []
+
+
+def open_source(path: str) -> Source:
+  """Opens a checkpoint, whatever its format.
+
+  Args:
+    path: a folder that transformers, T5X or `t5x-lite train` wrote, one of its
+      steps, or the name of a model on the Hugging Face hub.
+
+  Raises:
+    UsageError: if nothing there can be read.
+  """
+  place = epath.Path(path)
+  if not place.exists():
+    place = epath.Path(_from_hub(path))
+  if hf.is_hf(place):
+    return _open_hf(place)
+  if (run := _find_run(place)) is not None:
+    return _open_run(run)
+  found = t5x.find(place)
+  if found is not None:
+    return _open_t5x(found)
+  if any(place.glob('*.safetensors')) or any(place.glob('*.bin')):
+    raise UsageError(
+      f'{path} holds weights but no {hf.CONFIG}; copy it from where the '
+      'weights are from'
+    )
+  raise UsageError(
+    f'{path} holds no checkpoint: no {hf.CONFIG} of transformers, no '
+    f'{run_directory.MODEL_FILE} of t5x_lite, and neither {t5x.FILE} nor '
+    f'{t5x.PREFIX}STEP of T5X'
+  )
+
+
+def _from_hub(name: str) -> str:
+  """Downloads a model of the hub and returns its folder."""
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+    raise UsageError(f'{name} does not exist')
+  missing = (
+    f'{name} is no local folder, and as the name of a model on the hub it '
+    'cannot be fetched'
+  )
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise UsageError(
+      f'{missing}: huggingface_hub is not installed (pip install t5x_lite[hf])'
+    ) from error
+  try:
+    return huggingface_hub.snapshot_download(
+      name, allow_patterns=['*.json', '*.safetensors', hf_tokenizer.SPIECE]
+    )
+  except Exception as error:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise UsageError(f'{missing}: {reason}') from error
+
+
+def _open_hf(path: epath.Path) -> Source:
+  entry = hf.read_json(path / hf.CONFIG)
+  hf.check_model_type(entry)
+  found, unknown = hf.canonical(
+    hf.read_tensors(path), per_layer=hf.is_per_layer(entry)
+  )
+  scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
+  _SCRATCH.append(scratch)
+  return Source(
+    path=os.fspath(path),
+    format='hf',
+    config=hf.model_config(entry, found),
+    tensors=found,
+    unknown=unknown,
+    vocabulary=hf_tokenizer.read_vocabulary(path, epath.Path(scratch.name)),
+  )
+
+
+def _open_t5x(path: epath.Path) -> Source:
+  folder = t5x.folder_of(path)
+  found = t5x.read_tensors(path)
+  params = t5x.canonical(
+    {
+      name.removeprefix(t5x.TARGET): tensor
+      for name, tensor in found.items()
+      if name.startswith(t5x.TARGET)
+    }
+  )
+  config = t5x.model_config(params, folder)
+  known = names.shapes(config)
+  return Source(
+    path=os.fspath(folder),
+    format='t5x',
+    config=config,
+    tensors=params,
+    unknown=sorted(params.keys() - known.keys()),
+    vocabulary=default_vocabulary(config),
+    step=t5x.step(found),
+  )
+
+
+def default_vocabulary(config: T5Config) -> VocabularyConfig | None:
+  """Returns the published vocabulary of a size, None where there are several.
+
+  T5X's checkpoints do not name theirs.
+  """
+  if config.vocab_size in (32_100, 32_128):
+    return VocabularyConfig()
+  if config.vocab_size == 384:
+    return VocabularyConfig(kind='byte')
+  return None
+
+
+def _find_run(path: epath.Path) -> run_directory.Run | None:
+  """Returns the run of ours that a path means, or None if it is none."""
+  for parent in (path, path.parent, path.parent.parent):
+    if (parent / run_directory.MODEL_FILE).is_file():
+      return run_directory.load_run(os.fspath(path))
+  return None
+
+
+def _open_run(run: run_directory.Run) -> Source:
+  """Opens a checkpoint of ours as its arrays lie on disk."""
+  state = epath.Path(run.checkpoint) / 'state'
+  reader = zarr.Reader()
+  found = {}
+  stored = zarr.orbax_tensors(state, reader)
+  for path, _, parts in names.leaves(run.model):
+    name = '.'.join(('params', *path))
+    if name not in stored:
+      raise UsageError(f'{state} has no {name}')
+    if run.model.scan_layers and 'layers' in path:
+      for i, part in enumerate(parts):
+        found[part] = stored[name].layer(0, i)
+    else:
+      found[parts[0]] = stored[name]
+  return Source(
+    path=run.directory,
+    format='t5x_lite',
+    config=run.model,
+    tensors=found,
+    vocabulary=run.vocabulary,
+    step=run.step,
+    lengths=run.lengths,
+  )

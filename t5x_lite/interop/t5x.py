@@ -1,0 +1,294 @@
+"""Reads T5X checkpoints: legacy ones (msgpack and zarr) and Orbax's.
+
+A legacy checkpoint is one msgpack file that holds small arrays themselves and,
+in place of large ones, TensorStore specs of zarr arrays beside it. Since 2023
+T5X writes the same tree through Orbax.
+
+Sources: t5x/checkpoints.py (VERSION, Checkpointer,
+OrbaxCheckpointManagerInterface), t5x/checkpoint_utils.py
+detect_checkpoint_type.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax import serialization
+
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import tensors as tensors_lib
+from t5x_lite.interop import zarr
+from t5x_lite.interop.tensors import Tensor
+from t5x_lite.models.config import T5Config
+
+FILE = 'checkpoint'
+STATE = 'state'
+PREFIX = 'checkpoint_'
+VERSIONS = (2, 3)
+TARGET = 'target/'
+PARAM_STATES = 'state/param_states/'
+
+_PLACEHOLDER = 'PLACEHOLDER://'
+_METADATA = '_METADATA'
+_STACKS = ('encoder', 'decoder')
+
+
+def find(path: epath.Path) -> epath.Path | None:
+  """Returns the checkpoint that a path means, or None if there is none.
+
+  Args:
+    path: the msgpack file, a step's directory or a model_dir (the newest step
+      is meant).
+  """
+  if path.is_file():
+    return path if _is_msgpack(path) else None
+  if not path.is_dir():
+    return None
+  for child in (path, path / STATE):
+    if (child / FILE).is_file() or (child / _METADATA).is_file():
+      return child
+  steps = {}
+  for child in path.iterdir():
+    number = child.name.removeprefix(PREFIX)
+    if child.name.startswith(PREFIX) and number.isdigit():
+      steps[int(number)] = child
+  return find(steps[max(steps)]) if steps else None
+
+
+def _is_msgpack(path: epath.Path) -> bool:
+  """True if a file begins with a map of the keys that T5X writes."""
+  with path.open('rb') as file:
+    head = file.read(64)
+  return any(key in head for key in (b'version', b'optimizer', b'target'))
+
+
+def read_tensors(path: epath.Path) -> dict[str, Tensor]:
+  """Returns all arrays by T5X's names: target/..., state/step, ...
+
+  Args:
+    path: from `find`.
+
+  Raises:
+    UsageError: if the checkpoint is damaged or of an unknown version.
+  """
+  reader = zarr.Reader()
+  folder = path.parent if path.is_file() else path
+  file = path if path.is_file() else path / FILE
+  if not file.is_file():
+    # Orbax from 2023-06 on: the tree is in its own metadata.
+    return _named(zarr.orbax_tensors(folder, reader))
+  try:
+    contents = serialization.msgpack_restore(file.read_bytes())
+  except Exception as error:
+    raise UsageError(
+      f'{file} is not a msgpack file, or is cut short: {error}'
+    ) from error
+  if not isinstance(contents, dict):
+    raise UsageError(f'{file} holds no T5X checkpoint')
+  flat = dict(_flatten(contents, ()))
+  placeholders = {
+    '/'.join(keys).removeprefix('_optimizer/'): value[len(_PLACEHOLDER) :]
+    for keys, value in flat.items()
+    if isinstance(value, str) and value.startswith(_PLACEHOLDER)
+  }
+  if placeholders:
+    # Orbax before that: the tree in msgpack, all arrays in zarr beside it.
+    return {
+      name: zarr.file_tensor(folder / directory, name, reader)
+      for name, directory in placeholders.items()
+    }
+  version = contents.get('version')
+  if version not in VERSIONS:
+    raise UsageError(
+      f'{file} has version {version!r}; T5X checkpoints of version '
+      f'{" and ".join(map(str, VERSIONS))} are read'
+    )
+  result = {}
+  for keys, value in flat.items():
+    name = '/'.join(keys[1:])  # without 'optimizer'
+    if isinstance(value, dict):
+      result[name] = _legacy_tensor(folder, name, value, reader)
+    elif hasattr(value, 'shape'):
+      result[name] = tensors_lib.of_array(np.asarray(value), name)
+  return result
+
+
+def _flatten(
+  node: Mapping[str, Any], path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+  """Yields leaves; TensorStore specs, which are dicts, are leaves."""
+  for key, value in node.items():
+    is_spec = (
+      isinstance(value, dict)
+      and {'driver', 'kvstore', 'metadata'} <= value.keys()
+    )
+    if isinstance(value, dict) and not is_spec:
+      yield from _flatten(value, (*path, key))
+    else:
+      yield (*path, key), value
+
+
+def _legacy_tensor(
+  folder: epath.Path,
+  name: str,
+  spec: Mapping[str, Any],
+  reader: zarr.Reader,
+) -> Tensor:
+  """Opens the array that a spec in the msgpack file stands for."""
+  kvstore = spec['kvstore']
+  # Before TensorStore 0.1.14 the path was in the spec itself.
+  relative = (kvstore.get('path') or spec.get('path', '')).rstrip('/')
+  if not relative or '..' in relative.split('/') or relative.startswith('/'):
+    raise UsageError(f'{name} is stored at {relative!r}, not in {folder}')
+  dtype = spec.get('dtype')
+  if dtype == 'uint16':
+    raise UsageError(
+      f'{name} is uint16, T5X version 2 for bfloat16; load and save it with '
+      'T5X once to write version 3'
+    )
+  store: dict[str, Any] = {
+    'driver': 'zarr',
+    'kvstore': f'{zarr.url(folder / relative)}/',
+  }
+  if (folder / relative / '.zarray').exists():
+    return reader.tensor(store, name)
+  # The spec repeats the metadata, so the array can be read without its own.
+  store |= {'dtype': dtype, 'metadata': dict(spec['metadata'])}
+  return reader.tensor(store, name, assume_metadata=True)
+
+
+def _named(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  """Turns Orbax's names into T5X's: slashes, and no '_optimizer'."""
+  return {
+    name.replace('.', '/').removeprefix('_optimizer/'): tensor
+    for name, tensor in found.items()
+  }
+
+
+# ---- Names ------------------------------------------------------------------
+
+
+def canonical(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  """Returns tensors by canonical name, scanned stacks cut into layers.
+
+  Args:
+    found: by T5X's names below 'target/'.
+  """
+  axes = {side: _scan_axis(found, side) for side in _STACKS}
+  result = {}
+  for name, tensor in found.items():
+    name = re.sub(r'^decoder/token_embedder/', 'token_embedder/', name)
+    match = re.fullmatch(r'(encoder|decoder)/\1/(.+)', name)
+    if not match:
+      result[name] = tensor
+      continue
+    side, rest = match.groups()
+    axis = axes[side]
+    for i in range(tensor.shape[axis]):
+      result[f'{side}/layers_{i}/{rest}'] = tensor.layer(axis, i)
+  return result
+
+
+def _scan_axis(found: Mapping[str, Tensor], side: str) -> int:
+  """Returns the dim of the layers: 1 as in all of T5X's configs, or 0."""
+  shapes = [
+    t.shape for name, t in found.items() if name.startswith(f'{side}/{side}/')
+  ]
+  for axis in (1, 0):
+    if len({shape[axis] for shape in shapes if len(shape) > axis}) == 1:
+      return axis
+  return 1
+
+
+# ---- Configuration ----------------------------------------------------------
+
+
+def model_config(tensors: Mapping[str, Tensor], folder: epath.Path) -> T5Config:
+  """Infers the config of a checkpoint, which does not hold one.
+
+  What shapes do not tell, the activations, is read from a config.gin in the
+  folder or the two above it; else a gated feed-forward block is T5 1.1's.
+
+  Raises:
+    UsageError: if the tensors are no T5's.
+  """
+
+  def shape(name: str) -> tuple[int, ...]:
+    if name not in tensors:
+      raise UsageError(f'{folder} has no target/{name}: not a T5 model')
+    return tensors[name].shape
+
+  depth = {
+    side: 1
+    + max(
+      (
+        int(m[1])
+        for m in (re.match(rf'{side}/layers_(\d+)/', name) for name in tensors)
+        if m
+      ),
+      default=-1,
+    )
+    for side in _STACKS
+  }
+  side = 'encoder' if depth['encoder'] else 'decoder'
+  attention = 'attention' if side == 'encoder' else 'self_attention'
+  per_layer = f'{side}/layers_0/relpos_bias/rel_embedding' in tensors
+  heads, buckets = shape(
+    f'{side}/layers_0/relpos_bias/rel_embedding'
+    if per_layer
+    else f'{side}/relpos_bias/rel_embedding'
+  )
+  vocab_size, emb_dim = shape('token_embedder/embedding')
+  joined = shape(f'{side}/layers_0/{attention}/query/kernel')[1]
+  gated = f'{side}/layers_0/mlp/wi_0/kernel' in tensors
+  architecture = 'encoder_decoder'
+  if not (depth['encoder'] and depth['decoder']):
+    architecture = side
+  return T5Config(
+    vocab_size=vocab_size,
+    emb_dim=emb_dim,
+    num_heads=heads,
+    head_dim=joined // heads,
+    mlp_dim=shape(f'{side}/layers_0/mlp/wo/kernel')[0],
+    num_encoder_layers=depth['encoder'],
+    num_decoder_layers=depth['decoder'],
+    mlp_activations=_gin_activations(folder)
+    or (('gelu', 'linear') if gated else ('relu',)),
+    logits_via_embedding=(
+      architecture != 'encoder' and 'decoder/logits_dense/kernel' not in tensors
+    ),
+    relpos_num_buckets=buckets,
+    relpos_per_layer=per_layer,
+    architecture=architecture,
+    dtype='float32',
+  )
+
+
+def _gin_activations(folder: epath.Path) -> tuple[str, ...]:
+  """Returns mlp_activations of a run's config.gin, or () without one."""
+  for place in (folder, folder.parent, folder.parent.parent):
+    file = place / 'config.gin'
+    if file.is_file():
+      match = re.search(
+        r'mlp_activations\s*=\s*[(\[]([^)\]]*)[)\]]', file.read_text()
+      )
+      if match:
+        return tuple(re.findall(r'[\'"]([\w]+)[\'"]', match[1]))
+  return ()
+
+
+def step(found: Mapping[str, Tensor]) -> int:
+  """Returns the number of updates of a checkpoint, 0 if it does not say."""
+  if 'state/step' not in found:
+    return 0
+  return int(np.asarray(found['state/step'].read()))
+
+
+def folder_of(path: epath.Path) -> epath.Path:
+  """Returns the directory of what `find` returned."""
+  return (
+    epath.Path(os.path.dirname(os.fspath(path))) if path.is_file() else path
+  )

@@ -1,0 +1,185 @@
+"""Tensors that are read when asked and only as far as asked.
+
+A checkpoint of any format is a mapping from canonical names (names.py) to
+these; so are a model in memory and what replaces a missing parameter.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import names
+from t5x_lite.models import t5
+from t5x_lite.models.config import T5Config
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """An array somewhere.
+
+  Attributes:
+    shape: of the whole.
+    dtype: as stored.
+    fetch: returns the part that an index of one slice a dim names.
+    origin: its name where it is stored, for messages.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  fetch: Callable[[Index], np.ndarray]
+  origin: str
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    """Returns the whole, or the part that one slice a dim names."""
+    return self.fetch(index or (slice(None),) * len(self.shape))
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return int(np.prod(self.shape))
+
+  def transposed(self) -> 'Tensor':
+    """Returns the transpose of a matrix."""
+    return dataclasses.replace(
+      self,
+      shape=self.shape[::-1],
+      fetch=lambda index: self.fetch(index[::-1]).T,
+    )
+
+  def layer(self, axis: int, i: int) -> 'Tensor':
+    """Returns what is at i of an axis, without that axis."""
+
+    def fetch(index: Index) -> np.ndarray:
+      full = (*index[:axis], slice(i, i + 1), *index[axis:])
+      return self.fetch(full).squeeze(axis)
+
+    shape = (*self.shape[:axis], *self.shape[axis + 1 :])
+    return dataclasses.replace(self, shape=shape, fetch=fetch)
+
+  def reshaped(self, shape: Sequence[int]) -> 'Tensor':
+    """Returns the same numbers in another shape; always reads the whole."""
+    shape = tuple(shape)
+    return dataclasses.replace(
+      self,
+      shape=shape,
+      fetch=lambda index: self.read().reshape(shape)[index],
+    )
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def of_array(array: Any, origin: str = 'memory') -> Tensor:
+  """Wraps a numpy or JAX array."""
+  return Tensor(
+    tuple(array.shape),
+    np.dtype(array.dtype),
+    lambda index: np.asarray(array[index] if index else array),
+    origin,
+  )
+
+
+def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
+  """Returns a model's parameters as tensors; nothing is copied yet."""
+  result = {}
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+    path = names.path_of(keys)
+    found = names.leaf_names(path, names.num_layers(cfg, path))
+    whole = of_array(leaf, '/'.join(path))
+    if cfg.scan_layers and 'layers' in path:
+      result.update({n: whole.layer(0, i) for i, n in enumerate(found)})
+    else:
+      result[found[0]] = whole
+  return result
+
+
+def check(tensors: Tensors, cfg: T5Config, where: str) -> None:
+  """Raises UsageError unless tensors has all of the model's, right in shape."""
+  for name, shape in names.shapes(cfg).items():
+    if name not in tensors:
+      raise UsageError(
+        f'{where} has no tensor for {name} of shape {shape}; map it from '
+        'another with an assignment map, or start it anew with strict=False'
+      )
+    if tensors[name].shape != shape:
+      raise UsageError(
+        f'{where}: {tensors[name].origin} has shape {tensors[name].shape}, '
+        f'the model needs {shape} for {name}'
+      )
+
+
+def place(tensors: Tensors, cfg: T5Config, shardings: Any = None) -> Any:
+  """Reads tensors into a parameter tree, each part to the device that keeps it.
+
+  One leaf at a time; of a leaf that is cut over devices, one part at a time.
+  No device ever holds more than its own share.
+
+  Args:
+    tensors: checked, by canonical name.
+    cfg: the model; its param_dtype is what they are cast to.
+    shardings: the tree of shardings; None is the first device.
+  """
+  graphdef, shapes, _ = t5.abstract_params(cfg)
+  del graphdef
+  if shardings is None:
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: one, shapes)
+
+  def make(keys: Any, leaf: Any, sharding: Any) -> jax.Array:
+    path = names.path_of(keys)
+    found = names.leaf_names(path, names.num_layers(cfg, path))
+    stacked = cfg.scan_layers and 'layers' in path
+    parts = [tensors[name] for name in found]
+    done: dict[Any, np.ndarray] = {}
+
+    def fetch(index: Index | None) -> np.ndarray:
+      index = index or ()
+      # Replicas ask for the same part once a device.
+      key = tuple((s.start, s.stop) for s in index)
+      if key not in done:
+        done[key] = _assemble(parts, index, leaf, stacked)
+      return done[key]
+
+    array = jax.make_array_from_callback(leaf.shape, sharding, fetch)
+    array.block_until_ready()
+    return array
+
+  return jax.tree_util.tree_map_with_path(make, shapes, shardings)
+
+
+def _assemble(
+  parts: Sequence[Tensor], index: Index, leaf: Any, stacked: bool
+) -> np.ndarray:
+  """Returns part of a leaf, filled layer by layer."""
+  if not stacked:
+    return np.asarray(parts[0].read(index or None)).astype(leaf.dtype)
+  layers = range(*index[0].indices(len(parts)))
+  shape = [
+    len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)
+  ]
+  out = np.empty(shape, leaf.dtype)
+  for row, layer in enumerate(layers):
+    out[row] = parts[layer].read(index[1:])
+  return out
+
+
+def blocks(shape: Sequence[int], limit: int) -> list[Index]:
+  """Cuts an array along its first dim into parts of at most limit elements.
+
+  A single row larger than that is a part of its own.
+  """
+  if not shape or int(np.prod(shape)) <= limit:
+    return [(slice(None),) * len(shape)]
+  rows = max(1, limit // max(1, int(np.prod(shape[1:]))))
+  starts = range(0, shape[0], rows)
+  rest = (slice(None),) * (len(shape) - 1)
+  return [
+    (slice(a, b), *rest) for a, b in itertools.pairwise((*starts, shape[0]))
+  ]
