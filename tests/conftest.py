@@ -11,10 +11,14 @@ _CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 # Environment variables and not jax.config, so that the programs which tests
 # start as processes of their own run under the same rules.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = ' '.join([
-  os.environ.get('XLA_FLAGS', ''),
-  '--xla_force_host_platform_device_count=8',
-]).strip()
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    # Tests compile more than they compute: half the time for the same sums.
+    '--xla_backend_optimization_level=0',
+  ]
+).strip()
 # A missing broadcast is a bug in waiting: x_BL + y_B must be written out.
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 # Shared by the xdist workers and the programs that tests start.

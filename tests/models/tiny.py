@@ -24,10 +24,12 @@ def config(**overrides) -> T5Config:
 
 def params(cfg: T5Config, seed: int = 0):
   """Random parameters in which no norm is 1 and no bias is negligible."""
-  tree = t5.init_params(cfg, jax.random.key(seed))
+  # One program, not one a parameter: compiling is what takes time here.
+  tree = jax.jit(t5.init_params, static_argnums=0)(cfg, jax.random.key(seed))
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(x.dtype), tree
+    lambda x: (x + 0.1 * rng.standard_normal(x.shape)).astype(x.dtype),
+    jax.device_get(tree),
   )
 
 
