@@ -41,9 +41,21 @@ class Walk:
     self.read: set[tuple[str, str]] = set()
 
   def visit(
-    self, scope: list[str], configurable: Any, *, called: bool = True
+    self,
+    scope: list[str],
+    configurable: Any,
+    *,
+    called: bool = True,
+    skip: Collection[str] = (),
   ) -> None:
-    """Follows a configurable in a scope; `called` unless only handed over."""
+    """Follows a configurable in a scope.
+
+    Args:
+      scope: as gin keeps it, outermost first.
+      configurable: gin's record of it.
+      called: whether gin calls it, or only hands it over.
+      skip: arguments whose bindings do not count.
+    """
     key = ('/'.join(scope), configurable.selector)
     if called:
       self.called.add(key)
@@ -53,24 +65,31 @@ class Walk:
       self.read.add(('/'.join(scope[:end]), configurable.selector))
     with gin.config_scope(list(scope)):
       bound = gin.get_bindings(configurable.selector, resolve_references=False)
+    bound = {name: value for name, value in bound.items() if name not in skip}
     self.bound[key] = bound
     for ref in gin_config.iterate_references(bound):
       self.visit(ref.scopes or scope, ref.configurable, called=ref.evaluate)
 
   def parameters(
-    self, root: str, given: Collection[str]
+    self, hidden: Collection[str]
   ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Bound values and defaults, as gin's formatter wants them.
-
-    Without those arguments of the program that were given by other means.
-    """
+    """Bound values and defaults, as gin's formatter wants them."""
     values = {
       key: {**_defaults(gin_config._REGISTRY[key[1]].wrapped), **bound}
       for key, bound in self.bound.items()
     }
-    for name in given:
-      values['', root].pop(name, None)
+    for bound in values.values():
+      for name in hidden:
+        bound.pop(name, None)
     return values
+
+  def takers(self, parameter: str) -> set[str]:
+    """Returns the selectors of all that have a parameter of this name."""
+    return {
+      selector
+      for _, selector in self.bound
+      if parameter in _signature(gin_config._REGISTRY[selector].wrapped)
+    }
 
 
 def _signature(wrapped: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -6,6 +6,8 @@ functions. This module finds and parses them; gin_checks.py judges the result.
 """
 
 import dataclasses
+import functools
+import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,6 +20,7 @@ from gin import config_parser
 from t5x_lite import gin_checks
 from t5x_lite.errors import UsageError
 
+SUMMARIZE = 'summarize_config_fn'
 _INCLUDE = re.compile(r"""^\s*include\s+['"]([^'"]+)['"]""", re.MULTILINE)
 
 
@@ -82,6 +85,7 @@ def configure(
   given: Mapping[str, Any] | None = None,
   flags: Collection[str] = (),
   programs: Collection[str] = (),
+  write_config: Callable[..., None] | None = None,
 ) -> Configured:
   """Parses gin files and bindings and checks them for one program.
 
@@ -95,6 +99,8 @@ def configure(
     flags: parameters of the program that have a command-line flag of that name.
     programs: dotted names of functions that gin files may configure even
       though this run does not call them.
+    write_config: writes `text` into a `model_dir`; given to everything here
+      that has a parameter `summarize_config_fn` (T5X's name).
 
   Raises:
     UsageError: for anything that cannot work or would do nothing.
@@ -107,7 +113,10 @@ def configure(
   own_text = '\n'.join([*sources.own_texts(), *bindings])
 
   gin.clear_config()
+  # No other prefixes of earlier calls, and not gin's reader of package data,
+  # which fails on a folder that could be a namespace package, as configs/ is.
   gin_config._LOCATION_PREFIXES[:] = prefixes
+  gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
   try:
     selector = gin_config._as_scope_and_selector(program)[1]
   except ValueError:
@@ -126,7 +135,7 @@ def configure(
     ) from error
 
   run = gin_checks.Walk()
-  run.visit([], gin_config._REGISTRY[selector])
+  run.visit([], gin_config._REGISTRY[selector], skip=given)
   others = gin_checks.Walk()
   for reference in gin_checks.references(text):
     others.visit(reference.scopes, reference.configurable)
@@ -137,7 +146,11 @@ def configure(
   gin_checks.check_macros(text, own_text)
   gin_checks.check_bindings_are_read(run.read | others.read, text)
   gin_checks.check_values(run, selector, given, flags)
-  resolved = gin_config._config_str(run.parameters(selector, given))
+  resolved = gin_config._config_str(run.parameters(hidden=[SUMMARIZE]))
+  if write_config is not None:
+    write = functools.partial(write_config, text=resolved)
+    for name in run.takers(SUMMARIZE):
+      gin.bind_parameter(('', name, SUMMARIZE), write)
   return Configured(lambda: gin.get_configurable(program)(**given), resolved)
 
 

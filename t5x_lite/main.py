@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
-import inspect
 import logging
 import os
 import re
@@ -73,7 +72,14 @@ PROGRAMS: dict[str, Program] = {
       Flag('model', 'run directory, or one STEP directory of it'),
       Flag('input', 'text, TSV or JSONL, one example a line'),
       Flag('output', 'JSONL, one object per input line'),
-      Flag('batch_size', 'examples decoded at a time', int),
+      Flag('input_format', 'auto, text, tsv or jsonl'),
+      Flag('field', 'JSON field or number of the TSV column, from 0'),
+      Flag('prefix', "put before every input, such as 'pronounce: '"),
+      Flag('batch_size', 'lines decoded at a time', int),
+      Flag('max_input_length', 'tokens; longer inputs are cut', int),
+      Flag('max_decode_length', 'tokens; by default as in training', int),
+      Flag('seed', 'of sampling', int),
+      Flag('resume', 'continue an output that was interrupted', bool),
     ),
   ),
   'quickstart': Program(
@@ -265,10 +271,6 @@ def _run(argv: Sequence[str]) -> Any:
     process_index=args.process_index,
   )
   function = _load(program)
-  if 'summarize_config_fn' in inspect.signature(function).parameters:
-    given['summarize_config_fn'] = lambda model_dir: _write_config(
-      model_dir, configured.text
-    )
   configured = gin_utils.configure(
     function,
     gin_files=args.gin_file,
@@ -277,6 +279,7 @@ def _run(argv: Sequence[str]) -> Any:
     given=given,
     flags=flags,
     programs=[program.function for program in PROGRAMS.values()],
+    write_config=_write_config,
   )
   return configured.call()
 
