@@ -6,6 +6,7 @@ sharded by the same rules.
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from t5x_lite import adafactor as adafactor_lib
@@ -30,34 +32,18 @@ __all__ = [
   'trainable_mask',
 ]
 
-# Of optax's optimizers those whose step is proportional to the learning rate
-# of the same step alone, which "updates at learning rate 1" needs. (adafactor
-# here is ours, not optax's.)
-OPTAX_OPTIMIZERS = (
-  'adabelief',
-  'adadelta',
-  'adagrad',
-  'adam',
-  'adamax',
-  'adamaxw',
-  'adamw',
-  'adan',
-  'amsgrad',
-  'lamb',
-  'lion',
-  'nadam',
-  'nadamw',
-  'novograd',
-  'optimistic_adam',
-  'radam',
-  'rmsprop',
-  'sgd',
-  'sign_sgd',
-  'signum',
-  'sm3',
-  'yogi',
-)
-OPTIMIZERS = ('adafactor', 'adamw_scale', *OPTAX_OPTIMIZERS)
+# Optax's optimizers whose step is proportional to the learning rate of the same
+# step alone, as "updates at learning rate 1" needs; a test checks each.
+_PROPORTIONAL = (
+  'adabelief adadelta adagrad adam adamax adamaxw adamw adan amsgrad '
+  'lamb lion nadam nadamw noisy_sgd novograd '
+  'optimistic_gradient_descent radam rmsprop sgd sign_sgd signum sm3 '
+  'yogi'
+).split()
+# Those that keep the learning rate inside, such as in their momentum.
+_RATE_INSIDE = ('fromage', 'lars')
+# optax's adafactor and what needs the loss's value are not among them.
+OPTIMIZERS = ('adafactor', 'adamw_scale', *_PROPORTIONAL, *_RATE_INSIDE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,15 +188,18 @@ def make_optimizer(
   arguments = _arguments(config)
   if 'axes' in accepted:
     arguments['axes'] = axes
-  if 'learning_rate' in accepted:
-    arguments['learning_rate'] = 1.0
   mask = {'mask', 'weight_decay_mask'} & set(accepted)
   native_decay = 'weight_decay' in accepted and mask
   if native_decay:
     # Even where it is 0: optax's own defaults are not.
     arguments['weight_decay'] = config.weight_decay
     arguments[mask.pop()] = decayed
-  parts.append(factory(**arguments))
+  if config.name in _RATE_INSIDE:
+    parts.append(_per_unit_rate(functools.partial(factory, **arguments)))
+  else:
+    if 'learning_rate' in accepted:
+      arguments['learning_rate'] = 1.0
+    parts.append(factory(**arguments))
   if config.weight_decay and not native_decay:
     parts.append(optax.add_decayed_weights(-config.weight_decay, decayed))
   tx = optax.chain(*parts)
@@ -221,6 +210,25 @@ def make_optimizer(
     trainable_mask(config, params),
   )
   return optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
+
+
+def _per_unit_rate(
+  make: Callable[..., optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+  """Returns make(learning_rate=...) as updates divided by the learning rate."""
+
+  def update(updates, state, params=None, *, learning_rate=None, **extra_args):
+    del extra_args
+    if learning_rate is None:
+      raise ValueError('This optimizer needs update(..., learning_rate=...).')
+    # A rate of 0 must not divide 0 by 0: the caller multiplies by it again.
+    rate = jnp.maximum(learning_rate, jnp.finfo(jnp.float32).tiny)
+    updates, state = make(learning_rate=rate).update(updates, state, params)
+    return jax.tree.map(lambda u: u / rate, updates), state
+
+  return optax.GradientTransformationExtraArgs(
+    make(learning_rate=1.0).init, update
+  )
 
 
 def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
