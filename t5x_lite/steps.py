@@ -49,7 +49,7 @@ def _microbatches(batch: Batch, num: int) -> Batch:
 
 def make_train_step(
   graphdef: Any,
-  tx: optax.GradientTransformation,
+  tx: optax.GradientTransformationExtraArgs,
   schedule: Callable[[jax.Array], jax.Array],
   loss: losses.LossConfig,
   *,
@@ -108,7 +108,9 @@ def make_train_step(
       )
 
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.params, learning_rate=learning_rate
+    )
     updates = jax.tree.map(lambda u: learning_rate.astype(u.dtype) * u, updates)
     params = optax.apply_updates(state.params, updates)
     num_tokens = jnp.maximum(sums['num_tokens'], 1.0)
