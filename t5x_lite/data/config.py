@@ -47,11 +47,11 @@ class DatasetConfig:
     allow_process_count_change: start a new stream when a position was
       saved by another number of processes; see DatasetIterator.restore.
     allow_stateful_ops: accept a task whose TensorFlow ops keep hidden state
-      (tf.py_function, tf.random.uniform). Exact resumption is then up to it.
+      (tf.random.uniform, variables): resuming is then not exact.
     window: examples fetched at a time; no effect on the result.
     num_open_rows: rows that packing fills at a time.
     prefetch_batches: batches kept ready.
-    num_threads: TensorFlow threads; 0 means all cores, at most 16.
+    num_threads: TensorFlow threads; 0 means half the cores, at most 16.
   """
 
   mixture_or_task_name: str

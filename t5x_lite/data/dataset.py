@@ -39,6 +39,8 @@ __all__ = [
 
 Batch = dict[str, np.ndarray]
 
+_PATIENCE_SECONDS = 60
+
 # Fields that the stream of rows depends on. The batch size is not one of them:
 # a run may go on with larger batches and see the same rows in the same order.
 _STREAM_FIELDS = (
@@ -131,8 +133,8 @@ class DatasetIterator:
     self._reset(cfg.seed)
 
   def _reset(self, seed: int) -> None:
-    """Goes to the beginning of the stream of `seed`."""
     self._seed = seed
+    self._untouched = True  # neither read from nor restored
     self._stream = row_stream.RowStream(
       self._cfg, seed, self._index, self._count
     )
@@ -155,6 +157,7 @@ class DatasetIterator:
 
   def start(self) -> None:
     """Begins to read ahead (the first `__next__` does it too)."""
+    self._untouched = False
     if self._thread is None and not self._closed:
       self._thread = threading.Thread(
         target=self._produce, name='t5x_lite-data', daemon=True
@@ -212,11 +215,11 @@ class DatasetIterator:
     with self._condition:
       self._closed = True
       self._condition.notify_all()
-    self._join()
+    self._join(timeout=_PATIENCE_SECONDS)
 
-  def _join(self) -> None:
+  def _join(self, timeout: float | None = None) -> None:
     if self._thread is not None:
-      self._thread.join()
+      self._thread.join(timeout)
       self._thread = None
       atexit.unregister(self.close)
 
@@ -231,11 +234,17 @@ class DatasetIterator:
     self.start()
     num = self._rows_per_batch
     with self._condition:
-      self._condition.wait_for(
+      while not self._condition.wait_for(
         lambda: (
           self._buffer.num_rows >= num or self._stream.ended or self._error
+        ),
+        timeout=_PATIENCE_SECONDS,
+      ):
+        logging.warning(
+          'Still waiting for a batch of %s; do its preprocessors drop every '
+          'example?',
+          self._cfg.mixture_or_task_name,
         )
-      )
       left = self._buffer.num_rows
       if left < num and self._error:
         raise self._error
@@ -303,6 +312,7 @@ class DatasetIterator:
     with io.BytesIO(prefix.with_suffix('.npz').read_bytes()) as stream:
       arrays = dict(np.load(stream))
     self._rewind(meta['stream_seed'])
+    self._untouched = False
     self._stream.read(prefix, arrays)
     self._buffer.push(
       {
@@ -314,6 +324,9 @@ class DatasetIterator:
     self._batches = meta['num_batches']
 
   def _rewind(self, seed: int) -> None:
+    """Goes to the beginning of the stream of `seed`."""
+    if self._untouched and seed == self._seed:
+      return
     with self._condition:
       self._closed = True  # ends the thread; _reset clears it
       self._condition.notify_all()

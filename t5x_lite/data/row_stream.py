@@ -7,6 +7,7 @@ there.
 
 import contextlib
 import difflib
+import functools
 import importlib
 import os
 import re
@@ -94,36 +95,65 @@ def vocab_sizes(cfg: DatasetConfig) -> dict[str, int]:
 def read_examples(
   cfg: DatasetConfig,
   provider: seqio.Task | seqio.Mixture,
+  *,
   seed: int,
-  shard: seqio.ShardInfo | None,
-  **options,
-) -> tf.data.Dataset:
-  """Returns SeqIO's dataset of examples, deterministic and polite."""
+  shard: seqio.ShardInfo | None = None,
+  trim: bool = True,
+) -> list[tf.data.Dataset]:
+  """Returns SeqIO's examples, deterministic and polite.
+
+  One dataset, or for a finite pass over a mixture one for each task: SeqIO
+  ends a finite mixture when the first of its tasks runs out, which would leave
+  most of the others out of an evaluation.
+  """
+  tasks = [provider]
+  if isinstance(provider, seqio.Mixture) and cfg.num_epochs is not None:
+    tasks = [task for task in provider.tasks if cfg.split in task.splits]
+  half_the_cores = max((os.cpu_count() or 1) // 2, 1)
+  options = tf.data.Options()
+  options.deterministic = True
+  options.threading.private_threadpool_size = cfg.num_threads or min(
+    half_the_cores, 16
+  )
   try:
-    dataset = provider.get_dataset(
-      sequence_length=cfg.lengths,
-      split=cfg.split,
-      use_cached=cfg.use_cached,
-      shuffle=cfg.shuffle,
-      seed=seed,
-      shard_info=shard,
-      num_epochs=cfg.num_epochs,
-      # SeqIO would hold the raw examples of small tasks in memory, and every
-      # checkpoint of the iterator with them; preprocessing is not saved by it.
-      try_in_mem_cache=False,
-      **options,
-    )
+    return [
+      task.get_dataset(
+        sequence_length=cfg.lengths,
+        split=cfg.split,
+        use_cached=cfg.use_cached,
+        shuffle=cfg.shuffle,
+        seed=seed,
+        shard_info=shard,
+        num_epochs=cfg.num_epochs,
+        trim_output_features=trim,
+        # SeqIO would hold the raw examples of small tasks in memory, and every
+        # checkpoint of the iterator with them; it saves no preprocessing.
+        try_in_mem_cache=False,
+      ).with_options(options)
+      for task in tasks
+    ]
   except (ValueError, OSError, tf.errors.NotFoundError) as error:
     first_line = str(error).partition('\n')[0]
     raise UsageError(
       f'{cfg.mixture_or_task_name} cannot be read: {first_line}'
     ) from error
-  tf_options = tf.data.Options()
-  tf_options.deterministic = True
-  half_the_cores = max((os.cpu_count() or 1) // 2, 1)
-  threads = cfg.num_threads or min(half_the_cores, 16)
-  tf_options.threading.private_threadpool_size = threads
-  return dataset.with_options(tf_options)
+
+
+def _token_dataset(
+  cfg: DatasetConfig, seed: int, shard: seqio.ShardInfo | None
+) -> tf.data.Dataset:
+  """Returns the features that the converter needs, of all tasks."""
+  provider = task_provider(cfg)
+  names = tuple(cfg.lengths)
+  datasets = [
+    dataset.map(lambda example: {name: example[name] for name in names})
+    for dataset in read_examples(cfg, provider, seed=seed, shard=shard)
+  ]
+  if cfg.shuffle and len(datasets) > 1:
+    return tf.data.Dataset.sample_from_datasets(
+      datasets, seed=seed, stop_on_empty_dataset=False
+    )
+  return functools.reduce(tf.data.Dataset.concatenate, datasets)
 
 
 def check_ids(
@@ -157,19 +187,17 @@ def _to_numpy(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:
 
 
 class RawExamples:
-  """One ordered pass over the examples of a split, untrimmed, as numpy."""
+  """Ordered passes over the examples of a split, untrimmed, as numpy."""
 
   def __init__(self, cfg: DatasetConfig):
     self._cfg = cfg
     self._sizes = vocab_sizes(cfg)
     provider = task_provider(cfg)
-    options = {'trim_output_features': False}
-    if isinstance(provider, seqio.Mixture):
-      options['copy_pretokenized'] = True
-    self._dataset = read_examples(cfg, provider, cfg.seed, None, **options)
+    self._datasets = read_examples(cfg, provider, seed=cfg.seed, trim=False)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
-    return iter(self._dataset.as_numpy_iterator())
+    for dataset in self._datasets:
+      yield from dataset.as_numpy_iterator()
 
   def check_ids(self, examples: packing.Examples) -> None:
     """See check_ids."""
@@ -202,16 +230,23 @@ class RowStream:
     shard = None
     if not cfg.replicated:
       shard = seqio.ShardInfo(index=index, num_shards=count)
-    dataset = read_examples(cfg, task_provider(cfg), seed, shard)
-    features = tuple(cfg.lengths)
-    self._dataset = dataset.map(
-      lambda ex: {name: ex[name] for name in features}
-    )
-    self._iterator = iter(self._dataset.ragged_batch(cfg.window))
-    self._counted = not self._can_checkpoint()
+    self._dataset = _token_dataset(cfg, seed, shard)
+    # Made once: a second iterator over a shuffled dataset has another order.
+    self._iterator: Iterator[dict[str, Any]] | None = None
+    # Whether the position is a count; at the beginning it is, 0.
+    self._counted = True
+    self._tried = False
+
+  def _iterate(self, skip: int = 0) -> Iterator[dict[str, Any]]:
+    rest = self._dataset.skip(skip) if skip else self._dataset
+    return iter(rest.ragged_batch(self._cfg.window))
 
   def _can_checkpoint(self) -> bool:
-    """Tries it now: a run must not learn it at its first checkpoint."""
+    """Tries it: a run must not learn it at its first checkpoint.
+
+    Only once a window was read, because tf.data makes the inner iterators,
+    whose state is the question, when they are first asked for an element.
+    """
     task = self._cfg.mixture_or_task_name
     with tempfile.TemporaryDirectory() as directory:
       try:
@@ -238,10 +273,15 @@ class RowStream:
 
   def next_rows(self) -> packing.Rows:
     """Returns the rows that the next window of examples finishes."""
+    if self._iterator is None:
+      self._iterator = self._iterate()
     try:
       window = next(self._iterator)
     except StopIteration:
       return self._end()
+    if not self._tried:
+      self._tried = True
+      self._counted = not self._can_checkpoint()
     examples = {name: _to_numpy(tensor) for name, tensor in window.items()}
     check_ids(self._cfg, self._vocab_sizes, examples)
     sizes = np.sum([r.lengths for r in examples.values()], axis=0)
@@ -279,6 +319,7 @@ class RowStream:
     state = {f'packer/{k}': v for k, v in self._packer.state().items()}
     state['num_examples'] = np.array(self._num_examples)
     state['ended'] = np.array(self.ended)
+    state['counted'] = np.array(self._counted)
     return state
 
   def read(self, prefix: epath.Path, state: Mapping[str, np.ndarray]) -> None:
@@ -292,9 +333,9 @@ class RowStream:
         if name.startswith('packer/')
       }
     )
+    self._counted = bool(state['counted'])
+    self._iterator = self._iterate(skip=self._num_examples * self._counted)
     if self._counted:
-      rest = self._dataset.skip(self._num_examples)
-      self._iterator = iter(rest.ragged_batch(self._cfg.window))
       return
     checkpoint = tf.train.Checkpoint(iterator=self._iterator)
     try:
