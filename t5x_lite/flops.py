@@ -1,4 +1,4 @@
-"""Model FLOPs by our own formula, and what chips can do at most.
+"""Model FLOPs by our own formula.
 
 XLA's cost analysis counts the body of a scan once, so that it cannot be used
 for utilisation. Counted here are the matrix multiplications that the model
@@ -9,40 +9,8 @@ not. Source of the convention: Chowdhery et al. 2022 (PaLM), appendix B.
 from collections.abc import Mapping
 from typing import Any
 
+from t5x_lite.hardware import peak_flops as peak_flops
 from t5x_lite.models.config import T5Config
-
-# Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from
-# the vendors' data sheets. A TPU v2/v3 chip shows as two devices, and so does
-# TPU7x. Longer names first: the first that a device's kind starts with counts.
-PEAK_FLOPS: dict[str, float] = {
-  'TPU v2': 22.5e12,
-  'TPU v3': 61.5e12,
-  'TPU v4 lite': 137e12,
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5e': 197e12,
-  'TPU v5': 459e12,
-  'TPU v6': 918e12,
-  'TPU7x': 1153.5e12,
-  'Tesla V100': 125e12,
-  'Tesla T4': 65e12,
-  'NVIDIA A100': 312e12,
-  'NVIDIA A10': 125e12,
-  'NVIDIA L4': 121e12,
-  'NVIDIA L40': 181e12,
-  'NVIDIA H100 PCIe': 756e12,
-  'NVIDIA H100': 989e12,
-  'NVIDIA H200': 989e12,
-  'NVIDIA GH200': 989e12,
-  'NVIDIA B200': 2250e12,
-  'NVIDIA GB200': 2450e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """Returns a device's peak FLOP/s, or None if it is not in the table."""
-  names = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-  return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def forward_flops(

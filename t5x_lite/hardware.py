@@ -1,0 +1,196 @@
+"""What accelerators can do: memory, bandwidths, and how they are wired.
+
+Numbers are the vendors'. They feed default meshes, ahead-of-time reports and
+the planner, none of which needs them to better than some per cent.
+"""
+
+import dataclasses
+import re
+
+from t5x_lite.errors import UsageError
+
+GIB = 2**30
+
+# Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from
+# the vendors' data sheets. A TPU v2/v3 chip shows as two devices, and so does
+# TPU7x. Longer names first: the first that a device's kind starts with counts.
+PEAK_FLOPS: dict[str, float] = {
+  'TPU v2': 22.5e12,
+  'TPU v3': 61.5e12,
+  'TPU v4 lite': 137e12,
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5': 459e12,
+  'TPU v6': 918e12,
+  'TPU7x': 1153.5e12,
+  'Tesla V100': 125e12,
+  'Tesla T4': 65e12,
+  'NVIDIA A100': 312e12,
+  'NVIDIA A10': 125e12,
+  'NVIDIA L4': 121e12,
+  'NVIDIA L40': 181e12,
+  'NVIDIA H100 PCIe': 756e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
+  'NVIDIA GH200': 989e12,
+  'NVIDIA B200': 2250e12,
+  'NVIDIA GB200': 2450e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Returns a device's peak FLOP/s, or None if it is not in the table."""
+  names = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+  return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """One device as JAX counts them, in bytes and seconds.
+
+  Attributes:
+    name: as in a topology ('v5p'), or the GPU's.
+    kind: prefix of jax.Device.device_kind.
+    hbm_bytes: memory that a program can use. For TPUs this is what XLA:TPU
+      (libtpu 0.0.42) itself says in its out-of-memory errors, a little less
+      than what is sold.
+    hbm_bandwidth: bytes/s.
+    link_bandwidth: bytes/s one way: of one ICI link, or of all of NVLink.
+    torus_dims: dims of the ICI torus, each with two links; 0 is a full switch.
+    wrap: least extent from which a torus dim closes to a ring: 4 where cubes
+      are joined optically (v4, v5p), 16 on v5e and v6e.
+    dcn_bandwidth: bytes/s one way to other slices or nodes, per chip.
+    model_axis: default size of the mesh's model axis: one cube edge, or the
+      GPUs that NVLink joins.
+  """
+
+  name: str
+  kind: str
+  hbm_bytes: int
+  hbm_bandwidth: float
+  link_bandwidth: float
+  torus_dims: int
+  wrap: int
+  dcn_bandwidth: float
+  model_axis: int
+
+  @property
+  def peak_flops(self) -> float:
+    """Peak dense bfloat16 FLOP/s."""
+    peak = peak_flops(self.kind)
+    assert peak is not None, self.kind
+    return peak
+
+
+def _tpu(
+  name: str,
+  kind: str,
+  hbm: float,
+  hbm_bandwidth: float,
+  link: float,
+  dims: int,
+  wrap: int,
+  dcn: float,
+) -> Chip:
+  return Chip(
+    name=name,
+    kind=kind,
+    hbm_bytes=int(hbm * GIB),
+    hbm_bandwidth=hbm_bandwidth * 1e9,
+    link_bandwidth=link * 1e9,
+    torus_dims=dims,
+    wrap=wrap,
+    dcn_bandwidth=dcn * 1e9,
+    model_axis=4,
+  )
+
+
+def _gpu(
+  name: str,
+  hbm: float,
+  hbm_bandwidth: float,
+  nvlink: float,
+  nodes: float,
+  model_axis: int = 8,
+) -> Chip:
+  return Chip(
+    name=name,
+    kind=name,
+    hbm_bytes=int(hbm * 1e9),
+    hbm_bandwidth=hbm_bandwidth * 1e9,
+    link_bandwidth=nvlink * 1e9,
+    torus_dims=0,
+    wrap=0,
+    dcn_bandwidth=nodes * 1e9,
+    model_axis=model_axis,
+  )
+
+
+# TPU sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "System
+# architecture" (HBM GB/s; bidirectional ICI per chip / ports / 2; DCN per chip
+# or per pod / chips). v4's DCN and its links' 45 GB/s: "How to Scale Your
+# Model" (jax-ml.github.io/scaling-book), section 2.
+# GPU sources: NVIDIA's data sheets; NVLink one way is half of what they give,
+# between nodes one 400 Gb/s adapter a GPU is assumed (200 Gb/s for A100).
+CHIPS: tuple[Chip, ...] = (
+  _tpu('v4', 'TPU v4', 30.75, 1228, 45, 3, 4, 6.25),
+  _tpu('v5e', 'TPU v5 lite', 15.75, 819, 50, 2, 16, 3.125),
+  _tpu('v5p', 'TPU v5', 95.74, 2765, 100, 3, 4, 6.25),
+  _tpu('v6e', 'TPU v6', 31.25, 1638, 100, 2, 16, 12.5),
+  _gpu('NVIDIA A100-SXM4-40GB', 40, 1555, 300, 25),
+  _gpu('NVIDIA A100-SXM4-80GB', 80, 2039, 300, 25),
+  _gpu('NVIDIA H100 80GB', 80, 3350, 450, 50),
+  _gpu('NVIDIA H200', 141, 4800, 450, 50),
+  _gpu('NVIDIA B200', 180, 8000, 900, 50),
+  _gpu('NVIDIA L4', 24, 300, 32, 12.5, model_axis=1),
+)
+
+
+def find_chip(device_kind: str) -> Chip | None:
+  """Returns the chip of a jax.Device.device_kind, or None if unknown."""
+  found = [chip for chip in CHIPS if device_kind.startswith(chip.kind)]
+  return max(found, key=lambda chip: len(chip.kind)) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """A TPU slice by name, such as 'v5p:8x8x8'.
+
+  Attributes:
+    chip: what it is made of.
+    shape: chips along each torus dim.
+  """
+
+  chip: Chip
+  shape: tuple[int, ...]
+
+  @property
+  def name(self) -> str:
+    """As JAX wants it."""
+    return f'{self.chip.name}:{"x".join(map(str, self.shape))}'
+
+
+def parse_topology(text: str) -> Topology:
+  """Returns the topology that 'v5e:16x16' names.
+
+  Raises:
+    UsageError: if there is no such chip or the shape cannot be.
+  """
+  tpus = {chip.name: chip for chip in CHIPS if chip.torus_dims}
+  match = re.fullmatch(r'(\w+):(\d+(?:x\d+){1,2})', text)
+  if match is None or match[1] not in tpus:
+    raise UsageError(
+      f'--topology={text} is none; write CHIP:AxB for v5e and v6e and '
+      f'CHIP:AxBxC for v4 and v5p, with CHIP one of {", ".join(tpus)}, for '
+      'example v5e:16x16'
+    )
+  chip = tpus[match[1]]
+  shape = tuple(int(size) for size in match[2].split('x'))
+  if len(shape) != chip.torus_dims or min(shape) < 1:
+    example = 'x'.join(['8'] * chip.torus_dims)
+    raise UsageError(
+      f'--topology={text}: a {chip.name} slice has {chip.torus_dims} '
+      f'dimensions, for example {chip.name}:{example}'
+    )
+  return Topology(chip, shape)

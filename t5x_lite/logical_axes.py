@@ -1,0 +1,262 @@
+"""From logical axes to shardings: rules, partition specs, constraints.
+
+Parameters and activations name their dims logically ('embed', 'mlp', 'batch',
+...); rules map those names to mesh axes. Words: an `axis` belongs to the mesh
+or is a logical name, a `dim` to an array.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5x_lite.errors import UsageError
+
+Rule = tuple[str, str | tuple[str, ...] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogicalAxisRules:
+  """Which mesh axes each logical axis is cut over.
+
+  Attributes:
+    rules: (logical name, mesh axis or axes or None) pairs; the first that can
+      be kept counts.
+    by_parameter: (regular expression, rules) pairs: rules that come before
+      all others for arrays in whose path the expression is found.
+    strict: how many of the first `rules` are the user's own, which must be
+      kept or be an error; the standard ones give way silently.
+  """
+
+  rules: tuple[Rule, ...]
+  by_parameter: tuple[tuple[str, tuple[Rule, ...]], ...] = ()
+  strict: int = 0
+
+  def of(self, path: str) -> tuple[Rule, ...]:
+    """Returns all rules for the array at a path, in order of precedence."""
+    return (*self.own(path), *self.rules)
+
+  def own(self, path: str) -> tuple[Rule, ...]:
+    """Returns the rules that are only for the array at a path."""
+    return tuple(
+      rule
+      for pattern, rules in self.by_parameter
+      if path and re.search(pattern, path)
+      for rule in rules
+    )
+
+
+def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  if target is None:
+    return ()
+  return (target,) if isinstance(target, str) else tuple(target)
+
+
+def spec(
+  axes: Sequence[str | None],
+  shape: Sequence[int],
+  mesh_sizes: Mapping[str, int],
+  rules: LogicalAxisRules,
+  path: str = '',
+) -> PartitionSpec:
+  """Returns the partition spec of an array with these logical axes.
+
+  Rules are tried in order; each mesh axis is used at most once an array (as in
+  flax's logical_to_mesh_axes). A rule whose mesh axes do not divide the dim is
+  passed over, so the dim stays whole rather than being padded.
+
+  Args:
+    axes: a logical name, or None for a dim that stays whole, for each dim.
+    shape: of the array.
+    mesh_sizes: mesh axes and their sizes.
+    rules: see LogicalAxisRules.
+    path: of a parameter, such as 'encoder/layers/mlp/wo/kernel'.
+
+  Raises:
+    UsageError: if a name has no rule at all.
+  """
+  assert len(axes) == len(shape), (axes, shape)
+  result: list[Any] = [None] * len(axes)
+  done = [name is None for name in axes]
+  used: set[str] = set()
+  applicable = rules.of(path)
+  for name, target in applicable:
+    for i, axis in enumerate(axes):
+      if axis != name or done[i]:
+        continue
+      names = _mesh_axes(target)
+      size = math.prod(mesh_sizes[n] for n in names)
+      if not names:
+        done[i] = True
+      elif used.isdisjoint(names) and shape[i] % size == 0:
+        result[i] = target
+        used.update(names)
+        done[i] = True
+        break
+  known = {name for name, _ in applicable}
+  for axis in axes:
+    if axis is not None and axis not in known:
+      raise UsageError(
+        f'no rule names the logical axis {axis!r}; rules exist for '
+        f'{", ".join(sorted(known))}'
+      )
+  return PartitionSpec(*result)
+
+
+def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules):
+  """Returns a NamedSharding for every leaf.
+
+  Args:
+    shapes: pytree of arrays or ShapeDtypeStructs.
+    axes: the same tree with a tuple of logical names in place of each array.
+    mesh: the mesh.
+    rules: see LogicalAxisRules. Rules for single parameters also cut what the
+      optimizer keeps for them, whose paths end with the parameter's.
+  """
+  sizes = dict(mesh.shape)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x, names: NamedSharding(
+      mesh, spec(names, x.shape, sizes, rules, _path_name(path))
+    ),
+    shapes,
+    axes,
+  )
+
+
+def _path_name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+# ---- Checks of the user's own rules ----
+
+
+def check_rules(
+  shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules
+) -> None:
+  """Raises UsageError if a rule that the user wrote cannot be kept.
+
+  The standard rules give way to each other: with both parameter and activation
+  dims cut, 'embed' takes what is left. A rule that somebody asked for and that
+  does nothing would only show in the memory of the first run.
+
+  Args:
+    shapes: parameters or their shapes.
+    axes: logical axes of each.
+    mesh: the mesh.
+    rules: see LogicalAxisRules.
+  """
+  sizes = dict(mesh.shape)
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+  arrays = {
+    _path_name(path): (leaf.shape, names)
+    for (path, leaf), names in zip(
+      leaves, treedef.flatten_up_to(axes), strict=True
+    )
+  }
+  names = {name for name, _ in rules.rules[rules.strict :]}
+  for _, own in (('', rules.rules[: rules.strict]), *rules.by_parameter):
+    for rule in own:
+      _check_names(rule, names, sizes)
+  for pattern, _ in rules.by_parameter:
+    if not any(re.search(pattern, path) for path in arrays):
+      close = difflib.get_close_matches(pattern, arrays, n=1, cutoff=0.3)
+      hint = f'; did you mean {close[0]}?' if close else ''
+      raise UsageError(
+        f'parameter_rules: no parameter matches {pattern!r}{hint}'
+      )
+  for path, (shape, axis_names) in arrays.items():
+    wanted = (*rules.own(path), *rules.rules[: rules.strict])
+    _check_array(path, shape, axis_names, sizes, rules, wanted)
+
+
+def _check_names(rule: Rule, names: set[str], sizes: Mapping[str, int]) -> None:
+  name, target = rule
+  if name not in names:
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f'; did you mean {close[0]!r}?' if close else ''
+    raise UsageError(
+      f'the rule {rule} names the logical axis {name!r}; there are '
+      f'{", ".join(sorted(names))}{hint}'
+    )
+  for axis in _mesh_axes(target):
+    if axis not in sizes:
+      raise UsageError(
+        f'the rule {rule} names the mesh axis {axis!r}; the mesh has '
+        f'{", ".join(sizes)}'
+      )
+
+
+def _check_array(
+  path: str,
+  shape: Sequence[int],
+  axes: Sequence[str | None],
+  sizes: Mapping[str, int],
+  rules: LogicalAxisRules,
+  wanted: Sequence[Rule],
+) -> None:
+  """Checks that the first rule wanted for each dim of an array is kept."""
+  result = spec(axes, shape, sizes, rules, path)
+  for i, axis in enumerate(axes):
+    rule = next((r for r in wanted if r[0] == axis), None)
+    if rule is None or result[i] == rule[1]:
+      continue
+    if axis in axes[:i]:  # the rule was for the first dim of that name
+      continue
+    mesh_axes = _mesh_axes(rule[1])
+    size = math.prod(sizes[n] for n in mesh_axes)
+    if shape[i] % size:
+      raise UsageError(
+        f'the rule {rule} cannot cut {path}: {size} devices do not divide its '
+        f'dim {axis!r} of {shape[i]}'
+      )
+    for j, other in enumerate(result):
+      if j != i and set(_mesh_axes(other)) & set(mesh_axes):
+        raise UsageError(
+          f'the rule {rule} collides in {path}: its dim {axes[j]!r} is cut '
+          f'over {other!r} already; add ({axes[j]!r}, None) before it'
+        )
+
+
+# ---- Activations ----
+
+# Set while a program traces its step; read by the model's constraints. A
+# context, not an argument, so that the model's signatures stay about the model.
+_ACTIVE: contextvars.ContextVar[tuple[Mesh, LogicalAxisRules] | None] = (
+  contextvars.ContextVar('t5x_lite_axis_rules', default=None)
+)
+
+
+@contextlib.contextmanager
+def axis_rules(mesh: Mesh, rules: LogicalAxisRules) -> Iterator[None]:
+  """Makes `constrain` effective for what is traced inside."""
+  token = _ACTIVE.set((mesh, rules))
+  try:
+    yield
+  finally:
+    _ACTIVE.reset(token)
+
+
+def active_mesh() -> Mesh | None:
+  """Returns the mesh of the `axis_rules` that is being traced, if any."""
+  active = _ACTIVE.get()
+  return None if active is None else active[0]
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Constrains an activation's sharding by logical names.
+
+  Outside `axis_rules`, or on one device, it returns x unchanged.
+  """
+  active = _ACTIVE.get()
+  if active is None or active[0].size == 1:
+    return x
+  mesh, rules = active
+  partition = spec(axes, x.shape, dict(mesh.shape), rules)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
