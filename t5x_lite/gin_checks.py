@@ -5,13 +5,22 @@ binding that nobody reads and a value of the wrong type it accepts, and T5X with
 it. `Walk` follows a program's bindings as gin would evaluate them.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import re
+import tokenize
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any
 
 import gin
@@ -294,30 +303,46 @@ def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
   return f'; did you mean {" or ".join(close)}?' if close else ''
 
 
-def explain(error: Exception) -> str:
-  """Turns gin's message of several lines into one, with a suggestion."""
-  if isinstance(error, SyntaxError):
-    where = error.filename or 'a binding'
-    line = (error.text or '').strip()
-    return f'{where}, line {error.lineno}: {error.msg.strip()} ({line})'
+@contextlib.contextmanager
+def explained(source: str) -> Iterator[None]:
+  """Turns what gin raises while it parses `source` into a UsageError."""
+  try:
+    yield
+  except tokenize.TokenError as error:
+    message, (line, _) = error.args
+    raise UsageError(f'{source}, line {line}: {message}') from error
+  except SyntaxError as error:
+    text = (error.text or '').strip()
+    message = error.msg.strip().rstrip('.')
+    raise UsageError(
+      f'{source}, line {error.lineno}: {message} ({text})'
+    ) from error
+  except ImportError as error:
+    raise UsageError(f'{_explain(error)}; is it installed?') from error
+  except (AttributeError, NameError, OSError, ValueError) as error:
+    raise UsageError(_explain(error)) from error
+
+
+def _explain(error: Exception) -> str:
+  """Returns gin's message of several lines as one, with a suggestion."""
   lines = str(error).splitlines() or [type(error).__name__]
   message = lines[0].rstrip('.')
   if match := re.match(
     r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message
   ):
-    wrapped = gin_config._parse_context().get_configurable(match[1])
-    names = _signature(wrapped.wrapped) if wrapped else {}
+    configurable = gin_config._parse_context().get_configurable(match[1])
+    names = _signature(configurable.wrapped) if configurable else {}
     message = f'{match[1]} has no parameter {match[2]!r}'
     message += suggest(match[2], names) or f'; it has {", ".join(names)}'
   elif match := re.match(
-    r".*No configurable matching (?:reference )?'@?(.+?)(?:\(\))?'", message
+    r"No configurable matching (?:reference )?'@?(.+?)(?:\(\))?'", message
   ):
     known = {
-      '.'.join(s.split('.')[-2:])
-      for s in gin_config._REGISTRY.matching_selectors('')
+      '.'.join(configurable.selector.split('.')[-2:])
+      for configurable in gin_config._INVERSE_REGISTRY.values()
     }
     message = f'the gin files configure no {match[1]!r}'
-    message += suggest(match[1], known)
+    message += suggest(match[1].split('.')[-1], known, cutoff=0.5)
   found = _LOCATION.findall(str(error))
   if found and found[0][0]:
     message = f'{found[0][0]}, line {found[0][1]}: {message}'

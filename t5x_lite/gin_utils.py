@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 import re
+import tokenize
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def binding(name: str, text: str) -> str:
     [statement] = config_parser.ConfigParser(f'x.y = {text}', Delegate())
     if isinstance(statement, config_parser.BindingStatement):
       return f'{name} = {text}'
-  except (SyntaxError, ValueError):
+  except (SyntaxError, ValueError, tokenize.TokenError):
     pass
   return f'{name} = {text!r}'
 
@@ -122,17 +123,12 @@ def configure(
   except ValueError:
     gin.external_configurable(program, module=program.__module__)
     selector = gin_config._as_scope_and_selector(program)[1]
-  try:
-    gin.parse_config('from __gin__ import dynamic_registration\n')
-    for path in paths:
+  gin.parse_config('from __gin__ import dynamic_registration\n')
+  for path in paths:
+    with gin_checks.explained(str(path)):
       gin.parse_config_file(str(path))
+  with gin_checks.explained('a binding'):
     gin.parse_config(list(bindings))
-  except (ValueError, NameError, AttributeError, SyntaxError) as error:
-    raise UsageError(gin_checks.explain(error)) from error
-  except ImportError as error:
-    raise UsageError(
-      f'{gin_checks.explain(error)}; is it installed?'
-    ) from error
 
   run = gin_checks.Walk()
   run.visit([], gin_config._REGISTRY[selector], skip=given)

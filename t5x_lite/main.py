@@ -90,9 +90,13 @@ PROGRAMS: dict[str, Program] = {
     't5x_lite.train_vocabulary.train_vocabulary',
     'train a SentencePiece vocabulary on your own text',
     flags=(
-      Flag('input', 'text file, one sentence or paragraph a line'),
+      Flag('input', 'text, TSV or JSONL file, or a glob pattern'),
+      Flag('task', 'or the text of this SeqIO task or mixture'),
       Flag('output', 'the .model file to write'),
       Flag('vocab_size', 'pieces, sentinels not counted', int),
+      Flag('model_type', 'unigram or bpe'),
+      Flag('character_coverage', 'share of characters with a piece', float),
+      Flag('byte_fallback', 'spell other characters as bytes', bool),
     ),
   ),
   'convert': Program(

@@ -6,7 +6,7 @@ import sys
 
 assert 'jax' not in sys.modules, 'jax must be imported after this file'
 
-_CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+_ROOT = pathlib.Path(__file__).parents[1]
 
 # Environment variables and not jax.config, so that the programs which tests
 # start as processes of their own run under the same rules.
@@ -19,10 +19,14 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_backend_optimization_level=0',
   ]
 ).strip()
+# They also find the package, installed or not, from any directory.
+os.environ['PYTHONPATH'] = os.pathsep.join(
+  filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')])
+)
 # A missing broadcast is a bug in waiting: x_BL + y_B must be written out.
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 # Shared by the xdist workers and the programs that tests start.
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{_ROOT}/.cache/jax')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 # Ahead-of-time TPU compiles: no lock file, no question to a metadata server.
 os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'

@@ -1,0 +1,208 @@
+"""Every shipped gin file parses, and builds what it says it builds."""
+
+import dataclasses
+import math
+import pathlib
+
+import gin
+import jax
+import pytest
+
+from t5x_lite import (
+  evaluate,
+  gin_utils,
+  infer,
+  main,
+  quickstart,
+  train,
+  vocabularies,
+)
+from t5x_lite.errors import UsageError
+from t5x_lite.models import t5
+from t5x_lite.models.config import NAMED_CONFIGS, T5Config
+from t5x_lite.optimizers import OptimizerConfig
+from t5x_lite.vocabularies import VocabularyConfig
+
+CONFIGS = gin_utils.shipped_root() / 'configs'
+MODELS = sorted(path.stem for path in CONFIGS.glob('models/*.gin'))
+EXPERIMENTS = sorted(path.name for path in CONFIGS.glob('experiments/*.gin'))
+PROGRAMS = [program.function for program in main.PROGRAMS.values()]
+
+# Parameters as published: HF's checkpoints of the same name hold so many.
+PARAMETERS = {
+  't5_1_0_small': 60_506_624,
+  't5_1_0_base': 222_903_552,
+  't5_1_0_large': 737_668_096,
+  't5_1_0_3b': 2_851_598_336,
+  't5_1_0_11b': 11_307_321_344,
+  't5_1_1_small': 76_961_152,
+  't5_1_1_base': 247_577_856,
+  't5_1_1_large': 783_150_080,
+  't5_1_1_xl': 2_849_757_184,
+  't5_1_1_xxl': 11_135_332_352,
+  'mt5_small': 300_176_768,
+  'mt5_base': 582_401_280,
+  'mt5_large': 1_229_581_312,
+  'mt5_xl': 3_742_619_648,
+  'mt5_xxl': 12_921_057_280,
+  'byt5_small': 299_637_760,
+  'byt5_base': 581_653_248,
+  'byt5_large': 1_228_183_552,
+  'byt5_xl': 3_737_801_728,
+  'byt5_xxl': 12_906_899_328,
+}
+
+REQUIRED = {
+  'MIXTURE_OR_TASK_NAME': 'pronounce',
+  'TASK_FEATURE_LENGTHS': "{'inputs': 64, 'targets': 32}",
+  'TRAIN_STEPS': '1000',
+  'MODEL_DIR': '/tmp/run',
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  yield
+  gin.clear_config()
+
+
+def arguments(program, files, settings=()):
+  """Returns what gin would call a program with."""
+  gin_utils.configure(
+    program,
+    gin_files=files,
+    bindings=[gin_utils.binding(*item) for item in dict(settings).items()],
+    programs=PROGRAMS,
+  )
+  return gin.get_bindings(program)
+
+
+def model_settings(name):
+  settings = dict(REQUIRED)
+  if name.startswith(('mt5', 'umt5')):
+    # Theirs is not shipped; any SentencePiece model will do here.
+    settings['VOCABULARY_PATH'] = vocabularies.model_path(VocabularyConfig())
+  return settings
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_models_are_the_named_ones(name):
+  files = [f'configs/models/{name}.gin', 'configs/runs/pretrain.gin']
+  built = arguments(train.train, files, model_settings(name))
+  assert isinstance(built['model'], T5Config)
+  assert built['model'] == NAMED_CONFIGS[name]
+  assert built['loss'].z_loss == 1e-4
+  size = vocabularies.make_vocabulary(built['vocabulary']).vocab_size
+  assert size <= built['model'].vocab_size
+  _, params, _ = t5.abstract_params(built['model'])
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+  if name in PARAMETERS:
+    assert count == PARAMETERS[name]
+  else:
+    assert name.startswith(('umt5', 'ul2'))
+  # The file's first line says how many there are.
+  first = (CONFIGS / 'models' / f'{name}.gin').read_text().splitlines()[0]
+  said = f'{count / 1e9:.1f}B' if count >= 1e9 else f'{count / 1e6:.0f}M'
+  assert f' {said} parameters' in first
+
+
+def test_every_published_size_has_a_file():
+  same_shape = ('t5_1_1_lm_', 'flan_')
+  names = {n for n in NAMED_CONFIGS if not n.startswith(same_shape)}
+  assert names == set(MODELS)
+
+
+def test_pretraining_is_t5s():
+  files = ['configs/models/t5_1_1_small.gin', 'configs/runs/pretrain.gin']
+  built = arguments(train.train, files, REQUIRED)
+  optimizer = built['optimizer']
+  assert isinstance(optimizer, OptimizerConfig)
+  assert optimizer.name == 'adafactor'
+  assert optimizer.schedule.factors == 'constant * rsqrt_decay'
+  assert optimizer.schedule.warmup_steps == 10_000
+  assert built['dataset'].batch_size == 128
+  assert built['dataset'].pack
+  assert built['model'].dropout_rate == 0.0
+  assert [cfg.split for cfg in built['train_eval']] == ['validation']
+
+
+def test_files_may_come_in_any_order():
+  files = ['configs/models/t5_1_1_small.gin', 'configs/runs/pretrain.gin']
+  built = arguments(train.train, files, REQUIRED)
+  assert arguments(train.train, files[::-1], REQUIRED) == built
+
+
+def test_finetuning_starts_from_a_checkpoint():
+  files = ['configs/models/t5_1_1_small.gin', 'configs/runs/finetune.gin']
+  with pytest.raises(UsageError, match='INITIAL_CHECKPOINT_PATH'):
+    arguments(train.train, files, REQUIRED)
+  settings = {**REQUIRED, 'INITIAL_CHECKPOINT_PATH': '/tmp/old'}
+  built = arguments(train.train, files, settings)
+  assert built['checkpoint'].restore_path == '/tmp/old'
+  assert not built['checkpoint'].restore_optimizer
+  assert built['optimizer'].schedule.factors == 'constant'
+  assert built['optimizer'].schedule.base_learning_rate == 1e-3
+  assert built['model'].dropout_rate == 0.1
+  [decoded] = built['infer_eval']
+  assert (decoded.split, decoded.pack) == ('validation', False)
+
+
+def test_eval_and_infer_need_no_model_file():
+  settings = {k: v for k, v in REQUIRED.items() if k != 'TRAIN_STEPS'}
+  built = arguments(evaluate.evaluate, ['configs/runs/eval.gin'], settings)
+  assert built['datasets'][0].split == 'validation'
+  configured = gin_utils.configure(
+    infer.infer,
+    gin_files=['configs/runs/infer.gin'],
+    bindings=['TEMPERATURE = 0.5'],
+    given={'model': 'a', 'input': 'b', 'output': 'c'},
+  )
+  assert 'temperature = %TEMPERATURE' in configured.text
+  assert gin.get_bindings(infer.infer)['decoding'].temperature == 0.5
+
+
+def test_required_settings_are_named_together():
+  files = ['configs/models/t5_1_1_small.gin', 'configs/runs/pretrain.gin']
+  with pytest.raises(UsageError) as caught:
+    arguments(train.train, files)
+  for name in REQUIRED:
+    assert f'--gin.{name}=' in str(caught.value)
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_experiments_open_with_what_they_are_for(name):
+  """What it reproduces, on what, how long, and the command itself."""
+  text = (CONFIGS / 'experiments' / name).read_text()
+  header = text.split('from __gin__')[0]
+  for word in ('Reproduces:', 'Hardware:', 'Time:', 'Expected', 'Command:'):
+    assert word in header
+  assert f'--gin_file=configs/experiments/{name}' in header
+
+
+def test_the_quickstart_trains_two_phases_of_one_model():
+  built = arguments(
+    quickstart.quickstart, ['configs/experiments/quickstart.gin']
+  )
+  assert built['output_dir'] == 'runs/quickstart'
+  phases = {}
+  for name in ('pretrain', 'finetune'):
+    with gin.config_scope(name):
+      phases[name] = gin.get_bindings(train.train)
+  assert phases['pretrain']['model'] == phases['finetune']['model']
+  assert phases['pretrain']['vocabulary'] == phases['finetune']['vocabulary']
+  assert 'span_corruption' in phases['pretrain']['dataset'].mixture_or_task_name
+  assert [cfg.split for cfg in built['test']] == ['test']
+  for phase in phases.values():
+    assert dataclasses.is_dataclass(phase['dataset'])
+    assert phase['dataset'].split == 'train'
+
+
+def test_configs_bind_only_programs_and_their_dataclasses():
+  """No config reaches into layers (house rule)."""
+  for path in CONFIGS.rglob('*.gin'):
+    for line in path.read_text().splitlines():
+      words = line.split()
+      if words[:1] == ['from'] and words[1] != '__gin__':
+        assert words[1] in ('t5x_lite', 't5x_lite.data', 't5x_lite.models')
+        module = pathlib.Path(*words[1].split('.'), words[3] + '.py')
+        assert (pathlib.Path(train.__file__).parents[1] / module).is_file()

@@ -1,0 +1,182 @@
+import subprocess
+import sys
+import textwrap
+
+import gin
+import pytest
+
+from t5x_lite import main as main_lib
+from t5x_lite.main import Flag, Program, main
+
+TOY = """
+from t5x_lite.errors import UsageError
+
+def run(*, text: str, times: int = 1, verbose: bool = False,
+        dry_run: bool = False, summarize_config_fn=None):
+  if text == 'usage':
+    raise UsageError('text is usage\\nsecond line')
+  if text == 'interrupt':
+    raise KeyboardInterrupt
+  if text == 'bug':
+    raise RuntimeError('a bug')
+  if text == 'lost':
+    raise Lost('lost a process\\nwith details')
+  if not dry_run:
+    summarize_config_fn('out')
+  print(text * times, verbose)
+
+class Lost(RuntimeError):
+  exit_code = 5
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+  """`t5x-lite toy TEXT`, in an empty working directory."""
+  (tmp_path / 'toy_program.py').write_text(TOY)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, 'toy_program', raising=False)
+  program = Program(
+    'toy_program.run',
+    'a toy',
+    positional=(Flag('text', 'what to print'),),
+    flags=(
+      Flag('times', 'how often', int),
+      Flag('verbose', 'say more', bool),
+      Flag('dry_run', 'write nothing', bool),
+    ),
+  )
+  monkeypatch.setitem(main_lib.PROGRAMS, 'toy', program)
+  empty = tmp_path / 'cwd'
+  empty.mkdir()
+  monkeypatch.chdir(empty)
+  with gin.config.interactive_mode():
+    yield empty
+  gin.clear_config()
+  sys.modules.pop('toy_program', None)
+
+
+def test_flags_become_arguments(toy, capfd):
+  assert main(['toy', 'ab', '--times=2', '--verbose']) == 0
+  assert capfd.readouterr().out == 'abab True\n'
+
+
+def test_gin_bindings_become_arguments_and_flags_win(toy, capfd):
+  assert main(['toy', 'ab', '--gin.toy_program.run.times=3']) == 0
+  assert main(['toy', 'ab', '--gin_bindings=run.times = 2']) == 0
+  assert main(['toy', 'ab', '--gin.run.times=3', '--times=1']) == 0
+  assert capfd.readouterr().out == 'ababab False\nabab False\nab False\n'
+
+
+def test_the_resolved_config_is_written_by_the_program(toy):
+  assert main(['toy', 'ab', '--gin.run.times=3']) == 0
+  text = (toy / 'out' / 'config.gin').read_text()
+  assert 'run.times = 3' in text
+  assert not (toy / 'out' / 'config.gin.tmp').exists()
+
+
+def test_a_dry_run_writes_nothing(toy):
+  assert main(['toy', 'ab', '--dry_run']) == 0
+  assert list(toy.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    ([], 'the following arguments are required: PROGRAM'),
+    (['trian'], "invalid choice: 'trian'"),
+    (['toy'], 'required: TEXT'),
+    (['toy', 'a', '--tims=2'], 'unrecognized arguments: --tims=2'),
+    (['toy', 'a', '--times=x'], "invalid int value: 'x'"),
+    (['toy', 'a', '--gin.run.times'], 'write --gin.run.times=value'),
+    (['toy', 'a', '--gin.run.tims=2'], 'did you mean times'),
+    (['toy', 'a', '--gin.run.times=two'], 'must be of type int'),
+    (['toy', 'a', '--gin_file=no.gin'], "no gin file 'no.gin'"),
+    (['toy', 'usage'], 'text is usage'),
+    (['toy', 'a', '--process_index=1'], 'give all of coordinator_address'),
+    (['train'], 'required settings are missing'),
+    (['train', '--gin_file=configs/runs/pretrain.gin'], '%'),
+    (['infer', '--input=x'], 'add --model=... --output=...'),
+  ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(toy, capfd, argv, message):
+  assert main(argv) == 2
+  out, err = capfd.readouterr()
+  assert out == ''
+  assert message in err
+  assert err.startswith('t5x-lite: ') and err.count('\n') == 1
+  assert list(toy.iterdir()) == []
+
+
+def test_other_exits(toy, capfd):
+  assert main(['toy', 'interrupt']) == 130
+  assert main(['toy', 'lost']) == 5
+  assert capfd.readouterr().err == (
+    't5x-lite: interrupted\nt5x-lite: lost a process\n'
+  )
+  with pytest.raises(RuntimeError, match='a bug'):
+    main(['toy', 'bug'])
+
+
+@pytest.mark.parametrize('program', main_lib.PROGRAMS)
+def test_every_program_has_help_and_only_flags_it_understands(program, capsys):
+  with pytest.raises(SystemExit) as caught:
+    main([program, '--help'])
+  assert caught.value.code == 0
+  assert '--gin_file' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', main_lib.PROGRAMS)
+def test_every_flag_is_an_argument_of_its_function(name):
+  import inspect
+
+  program = main_lib.PROGRAMS[name]
+  parameters = inspect.signature(main_lib._load(program)).parameters
+  for flag in (*program.positional, *program.flags):
+    assert flag.name in parameters
+  for parameter in parameters.values():
+    assert parameter.kind is parameter.KEYWORD_ONLY
+
+
+def test_imports_are_as_late_as_they_can_be():
+  code = textwrap.dedent("""
+    import sys, t5x_lite.main
+    try:
+      t5x_lite.main.main(['--help'])
+    except SystemExit:
+      pass
+    print(sorted({'jax', 'tensorflow', 'gin', 'numpy'} & set(sys.modules)))
+  """)
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True
+  )
+  assert result.stdout.endswith('[]\n'), result.stderr
+
+
+def test_as_a_process_with_clean_stderr(tmp_path):
+  """What a person sees."""
+  flags = ['--model=no_such_run', '--input=-', '--output=-']
+  result = subprocess.run(
+    [sys.executable, '-m', 't5x_lite.main', 'infer', *flags],
+    capture_output=True,
+    text=True,
+    input='hello\n',
+    cwd=tmp_path,
+  )
+  assert result.returncode == 2
+  assert result.stdout == ''
+  assert 'no_such_run' in result.stderr
+  assert result.stderr.count('\n') == 1
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_version_matches_the_metadata():
+  import importlib.metadata
+
+  import t5x_lite
+
+  try:
+    installed = importlib.metadata.version('t5x_lite')
+  except importlib.metadata.PackageNotFoundError:
+    pytest.skip('t5x_lite is not installed here')
+  assert installed == t5x_lite.__version__
