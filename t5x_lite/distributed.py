@@ -170,6 +170,34 @@ def is_primary() -> bool:
   return jax.process_index() == 0
 
 
+def data_shard(
+  sharding: jax.sharding.Sharding, batch_size: int
+) -> tuple[int, int]:
+  """Returns which part of every batch this process loads, and of how many.
+
+  Processes that only share a model axis need the same rows, so there may be
+  fewer parts than processes.
+
+  Args:
+    sharding: of a batch; its leading dim is cut into consecutive blocks.
+    batch_size: rows of the global batch.
+
+  Raises:
+    UsageError: if a process would need rows that are not one equal block.
+  """
+  indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+  bounds = {index[0].indices(batch_size)[:2] for index in indices if index}
+  first, last = min(a for a, _ in bounds), max(b for _, b in bounds)
+  size = last - first
+  if sum(b - a for a, b in bounds) != size or first % size or batch_size % size:
+    raise UsageError(
+      'the mesh gives this process rows of the batch that do not follow each '
+      'other: let data x fsdp be a multiple of the number of processes, or '
+      'model a multiple of the devices of a process'
+    )
+  return first // size, batch_size // size
+
+
 def barrier(name: str, timeout: int = BARRIER_TIMEOUT_SECONDS) -> None:
   """Waits until every process is here.
 

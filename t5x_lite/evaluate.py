@@ -14,7 +14,6 @@ from etils import epath
 from t5x_lite import (
   checks,
   losses,
-  partitioning,
   prediction,
   run_directory,
 )
@@ -45,7 +44,7 @@ def evaluate(
     datasets: tasks or mixtures, their splits and lengths.
     output: directory for metrics.json and TASK.jsonl (input, prediction and
       target of each example); by default MODEL_DIR/eval/STEP.
-    mesh: devices; all as data parallel by default.
+    mesh: how devices are arranged; decided by their number by default.
     decoding: how to decode; greedy, as long as the targets, by default.
     num_examples: of each task, the first this many; None for all.
     teacher_forced: also measure loss and token accuracy.
@@ -59,9 +58,7 @@ def evaluate(
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
   run = run_directory.load_run(model_dir)
-  mesh_config = mesh or MeshConfig()
-  device_mesh = partitioning.make_mesh(mesh_config)
-  rules = partitioning.logical_axis_rules(mesh_config)
+  device_mesh, rules = prediction.mesh_and_rules(run.model, mesh)
   evaluators: list[
     tuple[evaluators_lib.Decoded, evaluators_lib.TeacherForced | None]
   ] = []

@@ -20,7 +20,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from t5x_lite import checks, losses, partitioning, prediction, steps
+from t5x_lite import (
+  checks,
+  distributed,
+  losses,
+  partitioning,
+  prediction,
+  steps,
+)
 from t5x_lite.data import dataset as data
 from t5x_lite.data import row_stream
 from t5x_lite.data.config import DatasetConfig
@@ -59,6 +66,11 @@ class _Cached:
           items = None
       yield item
     self._items = items
+
+
+def _data_shard(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
+  sharding = partitioning.batch_sharding(mesh)
+  return distributed.data_shard(sharding, batch_size)
 
 
 # One compilation serves all datasets. The mesh and rules are in the keys since
@@ -120,10 +132,9 @@ class TeacherForced:
     self._batches = _Cached(self._read, config.batch_size)
 
   def _read(self) -> Iterator[dict[str, np.ndarray]]:
+    index, count = _data_shard(self._mesh, self._config.batch_size)
     iterator = data.make_iterator(
-      self._config,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      self._config, process_index=index, process_count=count
     )
     try:
       yield from itertools.islice(iterator, self._num_steps)
@@ -188,10 +199,9 @@ class Decoded:
     self._num_examples = num_examples
     self._length = config.lengths['inputs']
     self.config = dataclasses.replace(config, batch_size=predictor.batch_size)
+    index, count = _data_shard(predictor.mesh, predictor.batch_size)
     self._dataset = data.make_eval_dataset(
-      self.config,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      self.config, process_index=index, process_count=count
     )
     self._batches = _Cached(lambda: iter(self._dataset), predictor.batch_size)
     self._score = _score_step(predictor.model, predictor.mesh, predictor.rules)

@@ -19,7 +19,6 @@ import jax
 
 from t5x_lite import (
   metric_writers,
-  partitioning,
   prediction,
   run_directory,
   vocabularies,
@@ -72,7 +71,7 @@ def infer(
     max_input_length: tokens; what is longer is truncated and says so.
     max_decode_length: tokens; as long as the training targets by default.
     decoding: how tokens are chosen; greedy by default.
-    mesh: how devices are arranged; all data parallel by default.
+    mesh: how devices are arranged; decided by their number by default.
     seed: of sampling.
     resume: continue an output that was interrupted.
 
@@ -102,11 +101,11 @@ def infer(
     decoding = dataclasses.replace(
       decoding, max_decode_length=max_decode_length
     )
-  mesh_config = mesh or MeshConfig()
+  device_mesh, rules = prediction.mesh_and_rules(run.model, mesh)
   predictor = prediction.Predictor(
     run.model,
-    mesh=partitioning.make_mesh(mesh_config),
-    rules=partitioning.logical_axis_rules(mesh_config),
+    mesh=device_mesh,
+    rules=rules,
     decoding=decoding,
     batch_size=batch_size,
     max_input_length=max_input_length,

@@ -15,7 +15,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from t5x_lite import checkpoints, decoding, partitioning, run_directory, steps
+from t5x_lite import (
+  checkpoints,
+  decoding,
+  partitioning,
+  run_directory,
+  steps,
+  train_state,
+)
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
@@ -184,6 +191,20 @@ def _strip(row: list[int], pad_id: int) -> list[int]:
   while row and row[-1] == pad_id:
     row = row[:-1]
   return row
+
+
+def mesh_and_rules(
+  model: T5Config, config: partitioning.MeshConfig | None
+) -> tuple[Mesh, partitioning.LogicalAxisRules]:
+  """Returns the mesh that a config means for a model, and its rules."""
+  _, shapes, _ = t5.abstract_params(model)
+  config = partitioning.resolve(
+    config or partitioning.MeshConfig(),
+    num_params=train_state.count_params(shapes),
+    num_heads=model.num_heads,
+  )
+  mesh = partitioning.make_mesh(config)
+  return mesh, partitioning.logical_axis_rules(config)
 
 
 def load_params(run: run_directory.Run, predictor: Predictor) -> Any:

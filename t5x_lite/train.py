@@ -86,7 +86,7 @@ def train(
     model_dir: the run directory.
     total_steps: updates in all, those of earlier starts of the run included.
     loss: what is minimised.
-    mesh: how devices are arranged; all data parallel by default.
+    mesh: how devices are arranged; decided by their number by default.
     checkpoint: when to save, what to keep, where a new run starts from.
     train_eval: teacher-forced evaluations: 'eval/TASK/loss' and others.
     infer_eval: evaluations of decoded text by the tasks' own metrics:
@@ -109,13 +109,21 @@ def train(
   """
   loss, mesh = loss or LossConfig(), mesh or MeshConfig()
   checkpoint = checkpoint or CheckpointConfig()
-  config = dict(locals())
+  arguments = dict(locals())
 
   # ---- Mesh and abstract state: nothing is allocated yet ----
+  _, params_shapes, params_axes = t5.abstract_params(model)
+  mesh = partitioning.resolve(
+    mesh,
+    num_params=train_state.count_params(params_shapes),
+    num_heads=model.num_heads,
+    batch_size=dataset.batch_size,
+  )
   device_mesh = partitioning.make_mesh(mesh)
   rules = partitioning.logical_axis_rules(mesh)
+  partitioning.check_rules(params_shapes, params_axes, device_mesh, rules)
   for name in ('total_steps', 'eval_period', 'stats_period'):
-    checks.check_positive(f'train.{name}', config[name])
+    checks.check_positive(f'train.{name}', arguments[name])
   checks.check_model(model, vocabulary)
   dataset, *evals = [
     checks.resolve_dataset(one, model, vocabulary)
@@ -125,7 +133,6 @@ def train(
   checks.check_batch(dataset, device_mesh, num_microbatches)
   checks.check_start(model_dir, checkpoint, model, vocabulary)
   schedule = optimizers.make_schedule(optimizer.schedule, total_steps)
-  _, params_shapes, params_axes = t5.abstract_params(model)
   tx = optimizers.make_optimizer(optimizer, params_axes, params_shapes)
   spec = train_state.make_spec(model, tx, device_mesh, rules)
   step_fn = steps.make_train_step(
@@ -155,15 +162,14 @@ def train(
 
   log.info('%s', reports.parameter_summary(spec.shapes.params))
   if dry_run:
-    reports.print_dry_run(config, spec, device_mesh, compile_step())
+    reports.print_dry_run(arguments, spec, device_mesh, compile_step())
     return None
 
   # ---- Input pipeline and evaluators: they check their tasks ----
-  process = {
-    'process_index': jax.process_index(),
-    'process_count': jax.process_count(),
-  }
-  iterator = data.make_iterator(dataset, **process)
+  shard, num_shards = distributed.data_shard(sharding, dataset.batch_size)
+  iterator = data.make_iterator(
+    dataset, process_index=shard, process_count=num_shards
+  )
   evaluation = evaluators.Evaluators(
     model,
     vocabulary,
@@ -187,7 +193,7 @@ def train(
         model=model,
         vocabulary=vocabulary,
         lengths=dataset.lengths,
-        config=config,
+        config=arguments,
         texts={reports.SHARDING_FILE: reports.sharding_table(spec)},
       )
       if summarize_config_fn is not None:
