@@ -330,7 +330,7 @@ def _explain(error: Exception) -> str:
   if match := re.match(
     r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message
   ):
-    configurable = gin_config._parse_context().get_configurable(match[1])
+    configurable = gin_config._REGISTRY.get_match(match[1])
     names = _signature(configurable.wrapped) if configurable else {}
     message = f'{match[1]} has no parameter {match[2]!r}'
     message += suggest(match[2], names) or f'; it has {", ".join(names)}'

@@ -23,8 +23,8 @@ from tests.gin_utils_test import configure, toy  # noqa: F401
       r'train/toy\.Model\.emb_dim would do nothing',
     ),
     (
-      ['STEPS=1', 'toy.run.data=None', 'toy.Model.name=%MODLE'],
-      r'%MODLE is used and never set.*mean MODEL',
+      ['STEPS=1', 'toy.run.data=None', 'toy.Model.name=%MODEEL'],
+      r'%MODEEL is used and never set.*mean MODEL',
     ),
     (['STEPS=many'], r"toy\.run\.steps is 'many'; it must be of type int"),
     (['STEPS=1.5'], r'steps is 1\.5; it must be of type int'),
