@@ -249,7 +249,7 @@ def _literal(value: Any, macros: Mapping[str, Any]) -> Any:
   for _ in range(len(macros) + 1):
     if not (
       isinstance(value, gin_config.ConfigurableReference)
-      and value.configurable.selector == MACRO
+      and value.config_key[1] == MACRO
     ):
       break
     value = macros.get('/'.join(value.scopes), value)
@@ -267,7 +267,7 @@ def _fits(value: Any, hint: Any) -> bool:
   if not isinstance(kind, type):
     return True
   if isinstance(value, gin_config.ConfigurableReference):
-    wrapped = value.configurable.wrapped
+    wrapped = gin_config._REGISTRY[value.config_key[1]].wrapped
     if not (value.evaluate and isinstance(wrapped, type)):
       return not value.evaluate or kind is not type(None)
     return issubclass(wrapped, kind)
