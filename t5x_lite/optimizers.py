@@ -188,12 +188,11 @@ def make_optimizer(
   arguments = _arguments(config)
   if 'axes' in accepted:
     arguments['axes'] = axes
-  mask = {'mask', 'weight_decay_mask'} & set(accepted)
-  native_decay = 'weight_decay' in accepted and mask
+  mask = next((n for n in ('mask', 'weight_decay_mask') if n in accepted), None)
+  native_decay = 'weight_decay' in accepted and mask is not None
   if native_decay:
     # Even where it is 0: optax's own defaults are not.
-    arguments['weight_decay'] = config.weight_decay
-    arguments[mask.pop()] = decayed
+    arguments |= {'weight_decay': config.weight_decay, mask: decayed}
   if config.name in _RATE_INSIDE:
     parts.append(_per_unit_rate(functools.partial(factory, **arguments)))
   else:

@@ -26,7 +26,7 @@ SHAPES = ('factors', 'constant', 'linear', 'cosine', 'wsd')
 def unknown(name: str, value: str, allowed: Iterable[str]) -> UsageError:
   """Returns the error for a misspelt choice, with the closest one there is."""
   allowed = sorted(allowed)
-  close = difflib.get_close_matches(value, allowed, n=1)
+  close = difflib.get_close_matches(value.lower(), allowed, n=1)
   hint = f' Did you mean {close[0]!r}?' if close else ''
   return UsageError(
     f'{name} is {value!r}; allowed: {", ".join(allowed)}.{hint}'
