@@ -93,9 +93,20 @@ class VocabularyConfig:
 class Vocabulary(Protocol):
   """What a program may ask of a vocabulary."""
 
-  pad_id: int
-  eos_id: int
-  unk_id: int | None
+  @property
+  def pad_id(self) -> int:
+    """Id of padding."""
+    ...
+
+  @property
+  def eos_id(self) -> int:
+    """Id that ends a sequence."""
+    ...
+
+  @property
+  def unk_id(self) -> int | None:
+    """Id of what the vocabulary cannot say."""
+    ...
 
   @property
   def vocab_size(self) -> int:
@@ -136,6 +147,7 @@ class SentencePieceVocabulary:
   """A SentencePiece model, with sentinels as user-defined pieces at its end."""
 
   pad_id = PAD_ID
+  eos_id = EOS_ID
   unk_id = UNK_ID
 
   def __init__(self, path: str, *, extra_ids: int):
@@ -169,7 +181,6 @@ class SentencePieceVocabulary:
         '--pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1, or with '
         '`t5x-lite vocab`'
       )
-    self.eos_id = EOS_ID
 
   @property
   def vocab_size(self) -> int:

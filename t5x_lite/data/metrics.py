@@ -236,14 +236,16 @@ def _closest(
 
 def _streams(
   targets: Sequence[Target], predictions: Sequence[str]
-) -> list[list[str | None]]:
-  """Returns sacrebleu's layout: one list per reference number."""
+) -> list[list[str]]:
+  """Returns sacrebleu's layout: one list per reference number.
+
+  Examples with fewer references repeat their first, which changes no score.
+  """
   _check(targets, predictions)
   lists = [references(target) for target in targets]
   width = max(map(len, lists))
-  # None marks a reference that this example does not have.
   return [
-    [texts[i] if i < len(texts) else None for texts in lists]
+    [texts[i] if i < len(texts) else texts[0] for texts in lists]
     for i in range(width)
   ]
 

@@ -178,7 +178,8 @@ def random_spans_noise_mask(
     axis=1,
   )
   mask = tf.repeat(
-    tf.tile([False, True], [spans]), tf.reshape(span_lengths, [-1])
+    tf.tile([False, True], tf.reshape(spans, [1])),
+    tf.reshape(span_lengths, [-1]),
   )
   return mask[:length]
 

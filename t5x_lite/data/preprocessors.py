@@ -11,6 +11,7 @@ Source: t5/data/preprocessors.py at fce4b1a (`span_corruption` 1931,
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 
 import seqio
@@ -76,8 +77,8 @@ def restore_references(example):
 
 
 def _quote(text: str) -> str:
-  """Returns a regular expression (RE2) of a literal text."""
-  return r'\Q' + text + r'\E'
+  """Returns the regular expression (RE2) of a literal text."""
+  return re.sub(r'([!-/:-@\[-`{-~])', r'\\\1', text)
 
 
 # ---- Sequence shaping --------------------------------------------------------
@@ -163,9 +164,10 @@ def split_tokens(
       )
       length = tf.cast(tf.exp(log_length), tf.int32)
     starts = tf.range(0, tf.size(tokens), length)
-    return tf.data.Dataset.from_tensor_slices(starts).map(
-      lambda start: {feature_key: tokens[start : start + length]}
+    segments = tf.RaggedTensor.from_row_splits(
+      tokens, tf.concat([starts, [tf.size(tokens)]], axis=0), validate=False
     )
+    return tf.data.Dataset.from_tensor_slices({feature_key: segments})
 
   return split(_drop_empty(dataset, feature_key)).flat_map(lambda x: x)
 
@@ -276,7 +278,7 @@ def span_corruption(
   _, spans = objectives.num_noise_tokens_and_spans(
     tokens_length, noise_density, mean_noise_span_length
   )
-  capacity = _check_sentinels(output_features, num_sentinels, spans)
+  _check_sentinels(output_features, num_sentinels, spans)
   dataset = select_random_chunk(dataset)
   if merge_examples_to_reduce_padding:
     dataset = reduce_concat_tokens(dataset)
@@ -291,8 +293,6 @@ def span_corruption(
     ),
     inputs_fn=objectives.noise_span_to_unique_sentinel,
     targets_fn=objectives.nonnoise_span_to_unique_sentinel,
-    # One more than the spans: the mask ends in noise, nothing is cleared.
-    max_spans=capacity + 1,
   )
 
 

@@ -8,7 +8,8 @@ first asked for, and returns that name.
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -44,7 +45,8 @@ class TaskRecipe:
     shuffle_buffer_size: examples; None where the source shuffles whole.
   """
 
-  make_source: Callable[[], seqio.DataSource]
+  # Any: seqio.DataSource does not meet the registry's own annotation.
+  make_source: Callable[[], Any]
   preprocessors: tuple[Preprocessor, ...] = ()
   token_preprocessors: tuple[Preprocessor, ...] = ()
   features: tuple[str, ...] = ('inputs', 'targets')
@@ -126,13 +128,7 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
       _CATALOG[name].register(full_name, vocabulary)
     return full_name
   if not is_registered(name):
-    known = [*_CATALOG, *_registered()]
-    close = difflib.get_close_matches(name, known, n=3) or sorted(_CATALOG)
-    raise UsageError(
-      f'There is no task or mixture {name!r}; did you mean '
-      f'{", ".join(close)}? Tasks of your own: set the module that registers '
-      'them in DatasetConfig.module'
-    )
+    raise _unknown(name)
   wanted = to_seqio(vocabulary)
   provider = seqio.get_mixture_or_task(name)
   for key, feature in provider.output_features.items():
@@ -180,9 +176,57 @@ def register_mixture(
   add(name, MixtureRecipe(rates=dict(rates)), vocabulary)
 
 
+def texts(name: str, split: str = 'train') -> Iterator[str]:
+  """Yields the text of a task or mixture as it is before the tokenization.
+
+  Raises:
+    UsageError: if there is no such name or split.
+  """
+  full_name = resolve(name, VOCABULARIES['byte']) if name in _CATALOG else name
+  if not is_registered(full_name):
+    raise _unknown(name)
+  provider = seqio.get_mixture_or_task(full_name)
+  if split not in provider.splits:
+    raise UsageError(
+      f'{name!r} has no split {split!r}, only {", ".join(provider.splits)}'
+    )
+  for task in seqio.get_subtasks(provider):
+    if split not in task.splits:
+      continue
+    dataset = task.source.get_dataset(split=split, shuffle=False)
+    for preprocessor in task.preprocessors:
+      if isinstance(preprocessor, seqio.CacheDatasetPlaceholder):
+        break
+      if preprocessor in _TOKENIZERS:
+        break
+      dataset = seqio.utils.add_kwargs_to_transform(
+        preprocessor, output_features=task.output_features
+      )(dataset)
+    for example in dataset.as_numpy_iterator():
+      for key in task.output_features:
+        if isinstance(example.get(key), bytes):
+          yield example[key].decode('utf-8')
+
+
+_TOKENIZERS = (
+  seqio.preprocessors.tokenize,
+  seqio.preprocessors.tokenize_and_append_eos,
+)
+
+
 def is_registered(name: str) -> bool:
   """Returns whether SeqIO knows a task or mixture of this full name."""
   return name in _registered()
+
+
+def _unknown(name: str) -> UsageError:
+  known = [*_CATALOG, *_registered()]
+  close = difflib.get_close_matches(name, known, n=3) or sorted(_CATALOG)
+  return UsageError(
+    f'There is no task or mixture {name!r}; did you mean {", ".join(close)}? '
+    'Tasks of your own: name the module that registers them in '
+    'DatasetConfig.module'
+  )
 
 
 def _registered() -> set[str]:

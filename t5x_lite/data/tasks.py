@@ -29,6 +29,7 @@ from t5x_lite.data.recipes import (
   register_mixture,
   resolve,
   suffix,
+  texts,
 )
 from t5x_lite.data.sources import read_pairs
 
@@ -42,6 +43,7 @@ __all__ = [
   'register_text_task',
   'resolve',
   'suffix',
+  'texts',
 ]
 
 # Paragraphs of Shakespeare that stay together when documents are shuffled.

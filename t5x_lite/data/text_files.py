@@ -6,7 +6,6 @@ formats through this module.
 
 import glob
 import gzip
-import io
 import json
 import os
 import zlib
@@ -91,8 +90,8 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
   try:
     with epath.Path(path).open('rb') as raw:
       binary = gzip.open(raw) if path.endswith('.gz') else raw
-      # BufferedReader splits at b'\n' alone.
-      for number, line in enumerate(io.BufferedReader(binary), start=1):
+      # Binary files split at b'\n' alone.
+      for number, line in enumerate(binary, start=1):
         if number == 1:
           line = line.removeprefix(b'\xef\xbb\xbf')
         line = line.removesuffix(b'\n').removesuffix(b'\r')
@@ -137,6 +136,26 @@ def rows(
     yield from _tsv_rows(path, fields)
   else:
     yield from _jsonl_rows(path, fields)
+
+
+def texts(
+  path: str, fields: Sequence[str | int] = (), file_format: str = ''
+) -> Iterator[str]:
+  """Yields every text of a file: the fields of `rows`, or all there are.
+
+  Without fields, that is every column of a TSV file, and every value of a JSONL
+  file that is text.
+  """
+  file_format = format_of(path, file_format)
+  if fields or file_format == 'text':
+    for row in rows(path, fields, file_format):
+      yield from row
+  elif file_format == 'tsv':
+    for _, line in lines(path):
+      yield from filter(str.strip, line.split('\t'))
+  else:
+    for _, entry in _jsonl_entries(path):
+      yield from (v for v in entry.values() if isinstance(v, str) and v.strip())
 
 
 def _tsv_rows(
@@ -190,17 +209,7 @@ def _tsv_columns(
 def _jsonl_rows(
   path: str, fields: Sequence[str | int]
 ) -> Iterator[tuple[str, ...]]:
-  for number, line in lines(path):
-    if not line.strip():
-      continue
-    try:
-      entry = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise UsageError(f'{path}:{number} is not JSON: {error}') from error
-    if not isinstance(entry, dict):
-      raise UsageError(
-        f'{path}:{number} is not a JSON object but {type(entry).__name__}'
-      )
+  for number, entry in _jsonl_entries(path):
     row = []
     for field in fields:
       value = entry.get(str(field))
@@ -212,3 +221,18 @@ def _jsonl_rows(
         )
       row.append(str(value))
     yield tuple(row)
+
+
+def _jsonl_entries(path: str) -> Iterator[tuple[int, dict[str, object]]]:
+  for number, line in lines(path):
+    if not line.strip():
+      continue
+    try:
+      entry = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise UsageError(f'{path}:{number} is not JSON: {error}') from error
+    if not isinstance(entry, dict):
+      raise UsageError(
+        f'{path}:{number} is not a JSON object but {type(entry).__name__}'
+      )
+    yield number, entry

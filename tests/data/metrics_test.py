@@ -1,0 +1,144 @@
+import itertools
+import random
+
+import pytest
+import sacrebleu
+
+from t5x_lite.data import metrics
+from t5x_lite.errors import UsageError
+
+
+def reference_edit_distance(a, b):
+  """By definition: recursion over the last tokens, no table."""
+  if not a or not b:
+    return len(a) + len(b)
+  if a[-1] == b[-1]:
+    return reference_edit_distance(a[:-1], b[:-1])
+  return 1 + min(
+    reference_edit_distance(a[:-1], b),
+    reference_edit_distance(a, b[:-1]),
+    reference_edit_distance(a[:-1], b[:-1]),
+  )
+
+
+def test_edit_distance_equals_its_definition():
+  generator = random.Random(0)
+  words = [
+    ''.join(w) for n in range(4) for w in itertools.product('ab', repeat=n)
+  ]
+  for a, b in itertools.product(words, words):
+    assert metrics.edit_distance(a, b) == reference_edit_distance(a, b)
+  for _ in range(50):
+    a, b = (
+      [generator.randrange(3) for _ in range(generator.randrange(7))]
+      for _ in range(2)
+    )
+    assert metrics.edit_distance(a, b) == reference_edit_distance(a, b)
+
+
+def test_edit_distance_is_a_metric():
+  generator = random.Random(1)
+  words = [''.join(generator.choices('abc', k=6)) for _ in range(12)]
+  for a, b, c in itertools.product(words, repeat=3):
+    assert metrics.edit_distance(a, b) == metrics.edit_distance(b, a)
+    assert (metrics.edit_distance(a, b) == 0) == (a == b)
+    assert metrics.edit_distance(a, c) <= (
+      metrics.edit_distance(a, b) + metrics.edit_distance(b, c)
+    )
+
+
+def test_pronunciation_is_right_if_it_equals_any_reference():
+  targets = [['AH0', 'EY1'], ['B AW1 T'], 'S IY1']
+  scores = metrics.pronunciation_error_rates(targets, ['EY1', 'B AW1 T', 'S'])
+  # One of three words is wrong; one of 1 + 3 + 2 phonemes is missing.
+  assert scores['word_error_rate'] == pytest.approx(100 / 3)
+  assert scores['phoneme_error_rate'] == pytest.approx(100 / 6)
+
+
+def test_phoneme_error_rate_counts_against_the_closest_reference():
+  # 1 edit to the second of 2 phonemes, 3 to the first of 4.
+  rate = metrics.token_error_rate([['A B C D', 'X Y']], ['X'], str.split)
+  assert rate == pytest.approx(50.0)
+  # Both are one edit away: the longer one counts.
+  rate = metrics.token_error_rate([['A', 'A B C']], ['A B'], str.split)
+  assert rate == pytest.approx(100 / 3)
+  # Spaces are no phonemes, and errors may exceed the reference.
+  rate = metrics.token_error_rate(['A'], [' B   B '], str.split)
+  assert rate == pytest.approx(200.0)
+  assert metrics.token_error_rate([''], [''], str.split) == 0.0
+  assert metrics.token_error_rate([''], ['A'], str.split) == 100.0
+
+
+def test_transcription_error_rates():
+  scores = metrics.transcription_error_rates(['the cat'], ['the hat'])
+  assert scores['word_error_rate'] == pytest.approx(50.0)
+  assert scores['character_error_rate'] == pytest.approx(100 / 7)
+
+
+def test_accuracies():
+  targets, predictions = ['de', ['fr', 'fr-CA'], 'nl'], [' de', 'fr-CA', 'da']
+  assert metrics.accuracy(targets, predictions)['accuracy'] == (
+    pytest.approx(200 / 3)
+  )
+  assert metrics.sequence_accuracy(targets, predictions) == {
+    'sequence_accuracy': pytest.approx(100 / 3)
+  }
+
+
+def test_mean_edit_distance():
+  scores = metrics.mean_edit_distance([['a b', 'c'], 'x'], ['a', 'x'])
+  assert scores == {'edit_distance': 0.5}
+
+
+def test_squad_normalises_and_takes_the_best_answer():
+  targets = [['the Cat', 'dog'], ['New York City']]
+  scores = metrics.squad(targets, ['cat!', 'York city'])
+  assert scores['em'] == pytest.approx(50.0)
+  # The second: precision 1, recall 2/3.
+  assert scores['f1'] == pytest.approx((100 + 80) / 2)
+  assert metrics.squad([['a']], ['the'])['f1'] == pytest.approx(100.0)
+
+
+def test_bleu_and_chrf_are_sacrebleus():
+  targets = ['Der Hund schläft heute im Garten .', 'Es regnet sehr stark .']
+  predictions = ['Der Hund schläft im Garten .', 'Es regnet stark .']
+  assert metrics.bleu(targets, targets)['bleu'] == pytest.approx(100.0)
+  assert metrics.bleu(targets, predictions)['bleu'] == pytest.approx(
+    sacrebleu.corpus_bleu(predictions, [targets], tokenize='intl').score
+  )
+  assert metrics.chrf(targets, predictions)['chrf'] == pytest.approx(
+    sacrebleu.corpus_chrf(predictions, [targets]).score
+  )
+
+
+def test_references_may_differ_in_number():
+  predictions = ['The cat sat on the mat .', 'It rains a lot today .']
+  two = [['A dog stood there once .', predictions[0]], [predictions[1]]]
+  one = [[two[0][0]], two[1]]
+  assert metrics.bleu(two, predictions)['bleu'] == pytest.approx(100.0)
+  assert metrics.chrf(two, predictions)['chrf'] == pytest.approx(100.0)
+  assert metrics.bleu(one, predictions)['bleu'] < 90.0
+
+
+def test_split_references():
+  split = metrics.split_references
+  assert split('A B | C', separator=' | ', is_target=True) == ['A B', 'C']
+  assert split('A | B', separator=' | ', is_target=False, example={}) == 'A | B'
+
+
+@pytest.mark.parametrize('name', metrics.METRICS)
+def test_every_metric_is_perfect_on_itself_and_returns_floats(name):
+  texts = ['one two three four five six', 'a b c d e f g']
+  scores = metrics.METRICS[name](texts, texts)
+  for key, value in scores.items():
+    assert isinstance(value, float)
+    assert value == pytest.approx(
+      0.0 if key.endswith(('error_rate', 'distance')) else 100.0
+    )
+
+
+def test_errors():
+  with pytest.raises(ValueError, match=r'2 targets and 1 predictions'):
+    metrics.accuracy(['a', 'b'], ['a'])
+  with pytest.raises(UsageError, match=r"no metric 'bluer'.*bleu"):
+    metrics.get_metrics(['accuracy', 'bluer'])
