@@ -1,16 +1,17 @@
 """Opens a checkpoint of any known format as tensors, config and vocabulary."""
 
 import dataclasses
+import functools
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
 from t5x_lite import run_directory
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import hf, hf_tokenizer, names, t5x, zarr
+from t5x_lite.interop import hf, hf_tokenizer, moments, names, t5x, zarr
 from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models.config import T5Config
 from t5x_lite.vocabularies import VocabularyConfig
@@ -30,7 +31,8 @@ class Source:
     unknown: names of tensors that are no part of a T5.
     vocabulary: or None if the folder says nothing of one.
     step: updates made, 0 if unknown.
-    moments: Adafactor's second moments by (field, canonical name).
+    read_moments: returns Adafactor's second moments by canonical name; empty if
+      there are none, or another optimizer's.
     lengths: task feature lengths of training; empty if unknown.
   """
 
@@ -41,9 +43,7 @@ class Source:
   unknown: Sequence[str] = ()
   vocabulary: VocabularyConfig | None = None
   step: int = 0
-  moments: Mapping[tuple[str, str], Tensor] = dataclasses.field(
-    default_factory=dict
-  )
+  read_moments: Callable[[], moments.Moments] = dict
   lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -145,6 +145,7 @@ def _open_t5x(path: epath.Path) -> Source:
     unknown=sorted(params.keys() - known.keys()),
     vocabulary=default_vocabulary(config),
     step=t5x.step(found),
+    read_moments=functools.partial(moments.of_t5x, found, config),
   )
 
 
@@ -190,5 +191,6 @@ def _open_run(run: run_directory.Run) -> Source:
     tensors=found,
     vocabulary=run.vocabulary,
     step=run.step,
+    read_moments=functools.partial(moments.of_run, stored, run.model),
     lengths=run.lengths,
   )

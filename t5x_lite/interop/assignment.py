@@ -1,0 +1,212 @@
+"""Which tensor of a checkpoint becomes which of a model.
+
+Equal names by default; regular expressions map others, as T5X's
+assignment_map does, or leave them out. Strict by default: nothing is missing,
+nothing is left over, unless a rule says so.
+
+Source: t5x/state_utils.py apply_assignment_map.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import names
+from t5x_lite.interop.source import Source
+from t5x_lite.interop.tensors import Index, Tensor
+from t5x_lite.models import t5
+from t5x_lite.models.config import T5Config
+
+# (pattern, replacement); see `assign`.
+AssignmentMap = Sequence[tuple[str, str | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What became of every tensor.
+
+  Attributes:
+    loaded: (the model's name, where it is from).
+    skipped: tensors of the checkpoint that the model does not take.
+    initialised: the model's tensors that are drawn anew.
+  """
+
+  loaded: Sequence[tuple[str, str]]
+  skipped: Sequence[str]
+  initialised: Sequence[str]
+
+  def summary(self) -> str:
+    """Returns one line."""
+    text = f'{len(self.loaded)} tensors loaded'
+    if self.skipped:
+      text += f', {len(self.skipped)} skipped ({_some(self.skipped)})'
+    if self.initialised:
+      text += (
+        f', {len(self.initialised)} newly initialised '
+        f'({_some(self.initialised)})'
+      )
+    return text
+
+
+def assign(
+  source: Source,
+  cfg: T5Config,
+  *,
+  assignment_map: AssignmentMap = (),
+  strict: bool = True,
+  seed: int = 0,
+) -> tuple[dict[str, Tensor], Report]:
+  r"""Returns the model's tensors by canonical name, and what became of each.
+
+  Args:
+    source: an open checkpoint.
+    cfg: the model that is wanted.
+    assignment_map: (pattern, replacement) pairs. A pattern that matches one of
+      the model's canonical names in full gives the checkpoint's name for it,
+      \1 and the like filled in; a replacement of None draws the tensor anew.
+      A pattern with None that matches a name of the checkpoint in full drops
+      that tensor. The first pair that matches counts.
+    strict: refuse missing and left-over tensors that no rule speaks of;
+      otherwise draw the former anew and skip the latter.
+    seed: of the tensors that are drawn anew.
+
+  Raises:
+    UsageError: if a tensor is missing, left over or of another shape, or a
+      pattern matches nothing.
+  """
+  rules = [(_compile(pattern), repl) for pattern, repl in assignment_map]
+  used: set[int] = set()
+
+  def rule(name: str) -> tuple[re.Match, str | None] | None:
+    for i, (pattern, replacement) in enumerate(rules):
+      match = pattern.fullmatch(name)
+      if match:
+        used.add(i)
+        return match, replacement
+    return None
+
+  fresh = _Fresh(cfg, seed)
+  result: dict[str, Tensor] = {}
+  loaded, initialised, taken = [], [], set()
+  for name, shape in names.shapes(cfg).items():
+    found = rule(name)
+    old = name
+    if found is not None:
+      match, replacement = found
+      old = '' if replacement is None else match.expand(replacement)
+    if found is not None and old and old not in source.tensors:
+      raise UsageError(
+        f'the assignment map takes {name} from {old}, which {source.path} '
+        f'does not have; it has {_some(list(source.tensors))}'
+      )
+    tensor = source.tensors.get(old)
+    if tensor is None:
+      if found is None and strict:
+        raise UsageError(
+          f'{source.path} has no tensor for {name} of shape {shape}; map it '
+          'from another in assignment_map, or draw it anew with '
+          f'({re.escape(name)!r}, None) or strict=False'
+        )
+      result[name] = fresh.tensor(name)
+      initialised.append(name)
+      continue
+    if tensor.shape != shape:
+      raise UsageError(
+        f'{source.path}: {tensor.origin} gives {name} the shape '
+        f'{tensor.shape}, the model needs {shape}'
+      )
+    result[name] = tensor
+    taken.add(old)
+    loaded.append((name, tensor.origin))
+  skipped = []
+  for name in (*source.tensors, *source.unknown):
+    if name in taken:
+      continue
+    found = rule(name)
+    dropped = found is not None and found[1] is None
+    if strict and not dropped and not _without_stack(name, source, cfg):
+      raise UsageError(
+        f'{source.path} has {name}, which the model has no place for; drop it '
+        f'with ({re.escape(name)!r}, None) in assignment_map, or all such with '
+        'strict=False'
+      )
+    skipped.append(name)
+  for i, (pattern, _) in enumerate(rules):
+    if i not in used:
+      raise UsageError(
+        f'the pattern {pattern.pattern!r} of assignment_map matches nothing; '
+        f'there are {_some(list(result))}'
+      )
+  return result, Report(loaded, skipped, initialised)
+
+
+def _compile(pattern: str) -> re.Pattern:
+  try:
+    return re.compile(pattern)
+  except re.error as error:
+    raise UsageError(
+      f'{pattern!r} in assignment_map is no regular expression: {error}'
+    ) from error
+
+
+def _some(found: Sequence[str], limit: int = 3) -> str:
+  more = f', and {len(found) - limit} more' if len(found) > limit else ''
+  return ', '.join(found[:limit]) + more
+
+
+def _without_stack(name: str, source: Source, cfg: T5Config) -> bool:
+  """True for a stack that the wanted architecture leaves out on purpose."""
+  return cfg.architecture != source.config.architecture and (
+    (not cfg.has_decoder and name.startswith('decoder/'))
+    or (not cfg.has_encoder and name.startswith('encoder/'))
+    or (
+      not cfg.has_encoder
+      and ('/encoder_decoder_attention/' in name or 'pre_cross_' in name)
+    )
+  )
+
+
+class _Fresh:
+  """Draws parameters as a new model has them, when first asked."""
+
+  def __init__(self, cfg: T5Config, seed: int):
+    self._cfg = cfg.replace(scan_layers=True)
+    self._seed = seed
+    self._wanted: set[tuple[str, ...]] = set()
+    self._places = {
+      name: (path, layer if 'layers' in path else None)
+      for path, _, found in names.leaves(self._cfg)
+      for layer, name in enumerate(found)
+    }
+    self._shapes = names.shapes(cfg)
+
+  def tensor(self, name: str) -> Tensor:
+    path, layer = self._places[name]
+    self._wanted.add(path)
+
+    def fetch(index: Index) -> np.ndarray:
+      whole = self._drawn[path]
+      return (whole if layer is None else whole[layer])[index]
+
+    return Tensor(
+      self._shapes[name], np.dtype(np.float32), fetch, 'newly initialised'
+    )
+
+  @functools.cached_property
+  def _drawn(self) -> dict[tuple[str, ...], np.ndarray]:
+    """All that were asked for, in one go; what is not is never computed."""
+
+    def draw(key: jax.Array) -> dict[str, Any]:
+      params = t5.init_params(self._cfg, key)
+      leaves = jax.tree_util.tree_leaves_with_path(params)
+      found = {names.path_of(keys): leaf for keys, leaf in leaves}
+      return {'/'.join(path): found[path] for path in sorted(self._wanted)}
+
+    drawn = jax.device_get(jax.jit(draw)(jax.random.key(self._seed)))
+    return {path: drawn['/'.join(path)] for path in self._wanted}
