@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -262,6 +263,25 @@ def _restore_items(directory: str, step: int, wanted: Any, what: str) -> Any:
       path, args=ocp.args.Composite(state=arguments)
     )
   return from_plain(restored['state'], wanted)
+
+
+def load_arrays(path: str) -> dict[str, Any]:
+  """Returns every array of a checkpoint's state by name, as numpy arrays.
+
+  For inspection and conversion: no model is needed, all of it must fit into
+  this process's memory.
+  """
+  directory, step = find_checkpoint(path)
+  item = epath.Path(directory).absolute() / str(step) / 'state'
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    tree = checkpointer.metadata(item).item_metadata.tree
+    restore_args = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+    )
+    plain = checkpointer.restore(
+      item, args=ocp.args.PyTreeRestore(restore_args=restore_args)
+    )
+  return flatten_names(plain)
 
 
 def load_params(path: str, abstract_params: Any) -> Any:
