@@ -20,6 +20,7 @@ import optax
 from t5x_lite import adafactor as adafactor_lib
 from t5x_lite.adafactor import Axes, Path, path_name
 from t5x_lite.errors import UsageError
+from t5x_lite.master_weights import master_weights
 from t5x_lite.schedules import ScheduleConfig, make_schedule, unknown
 
 __all__ = [
@@ -66,6 +67,8 @@ class OptimizerConfig:
     b1: the optimizer's momentum, if not its default (Adafactor's beta1).
     b2: the optimizer's second-moment decay, if not its default.
     eps: the optimizer's epsilon, if not its default.
+    master_weights: keep float32 copies of the parameters and update those; for
+      T5Config.param_dtype 'bfloat16'.
     kwargs: any other arguments of the optimizer, by its own names.
   """
 
@@ -78,6 +81,7 @@ class OptimizerConfig:
   b1: float | None = None
   b2: float | None = None
   eps: float | None = None
+  master_weights: bool = False
   kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -202,6 +206,8 @@ def make_optimizer(
   if config.weight_decay and not native_decay:
     parts.append(optax.add_decayed_weights(-config.weight_decay, decayed))
   tx = optax.chain(*parts)
+  if config.master_weights:
+    tx = master_weights(tx)
   if config.trainable is None:
     return tx
   labels = jax.tree.map(
