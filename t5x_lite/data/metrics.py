@@ -97,12 +97,25 @@ def pronunciation_error_rates(
   word_error_rate: share of words whose phonemes equal no reference.
   phoneme_error_rate: see `token_error_rate`; a phoneme is what stands between
   spaces, its stress digit included.
+  The same with `_no_stress`: digits left out on both sides, to read beside
+  results on the 39 phonemes of ARPAbet without stress.
   """
-  return {
-    'word_error_rate': 100.0
-    - _percent_equal(targets, predictions, lambda text: tuple(text.split())),
-    'phoneme_error_rate': token_error_rate(targets, predictions, str.split),
-  }
+  rates = {}
+  for suffix, tokenize in (('', _phonemes), ('_no_stress', _bare_phonemes)):
+    equal = _percent_equal(targets, predictions, tokenize)
+    rates[f'word_error_rate{suffix}'] = 100.0 - equal
+    rates[f'phoneme_error_rate{suffix}'] = token_error_rate(
+      targets, predictions, tokenize
+    )
+  return rates
+
+
+def _phonemes(text: str) -> list[str]:
+  return text.split()
+
+
+def _bare_phonemes(text: str) -> list[str]:
+  return [phoneme.rstrip('012') for phoneme in text.split()]
 
 
 def transcription_error_rates(

@@ -164,9 +164,8 @@ def split_tokens(
       )
       length = tf.cast(tf.exp(log_length), tf.int32)
     starts = tf.range(0, tf.size(tokens), length)
-    segments = tf.RaggedTensor.from_row_splits(
-      tokens, tf.concat([starts, [tf.size(tokens)]], axis=0), validate=False
-    )
+    limits = tf.minimum(starts + length, tf.size(tokens))
+    segments = tf.gather(tokens, tf.ragged.range(starts, limits))
     return tf.data.Dataset.from_tensor_slices({feature_key: segments})
 
   return split(_drop_empty(dataset, feature_key)).flat_map(lambda x: x)
@@ -317,9 +316,8 @@ def iid_denoising(
       noise), 'mass' (each noise token becomes <extra_id_0>, the targets are the
       whole text) or 'bert' (as 'mass', but one noise token in ten becomes a
       random one).
-    num_sentinels: see `objectives.sentinel_capacity`; only for
-      'replace_spans'. The rare sequence with more spans keeps its later tokens
-      uncorrupted.
+    num_sentinels: see `objectives.sentinel_capacity`. The rare sequence with
+      more spans keeps its later tokens uncorrupted.
 
   Raises:
     UsageError: if the style is unknown, the targets are too short or the
@@ -339,6 +337,8 @@ def iid_denoising(
     # A span starts at a noise token after a token of text.
     expected = math.ceil(length * noise_density * (1 - noise_density))
     max_spans = _check_sentinels(output_features, num_sentinels, expected)
+  elif style != 'drop':
+    _check_sentinels(output_features, num_sentinels, 1)
   dataset = select_random_chunk(dataset)
   dataset = reduce_concat_tokens(dataset)
   dataset = split_tokens_to_length(

@@ -4,10 +4,10 @@ No TensorFlow here: the vocabulary trainer and file inference read the same
 formats through this module.
 """
 
-import glob
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -30,9 +30,14 @@ def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
     patterns = [os.fspath(patterns)]
   files = []
   for pattern in patterns:
-    if glob.has_magic(pattern):
-      root, name = os.path.split(pattern)
-      found = sorted(os.fspath(path) for path in epath.Path(root).glob(name))
+    if wildcard := re.search(r'[*?[]', pattern):
+      if '**' in pattern:
+        raise UsageError(f"{pattern!r} has '**'; name each folder with '*'")
+      # The folder before the first wildcard, and the rest.
+      start = wildcard.start()
+      root, slash, _ = pattern[:start].rpartition('/')
+      found = epath.Path(root + slash).glob(pattern[len(root + slash) :])
+      found = sorted(os.fspath(path) for path in found if not path.is_dir())
     else:
       path = epath.Path(pattern)
       found = [pattern] if path.exists() and not path.is_dir() else []
@@ -165,7 +170,7 @@ def _tsv_rows(
   columns: list[int] | None = None
   width = 0
   for number, line in lines(path):
-    if not line.strip('\t '):
+    if not line.strip(' '):
       continue
     cells = line.split('\t')
     if columns is None:

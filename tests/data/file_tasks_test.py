@@ -83,7 +83,7 @@ def test_references(name, tmp_path):
   ]
   assert targets == [['AH0', 'EY1'], ['B IY1']]
   scores = [metric(targets, ['EY1', 'B IY1']) for metric in task.metric_fns]
-  assert scores[0] == {'word_error_rate': 0.0, 'phoneme_error_rate': 0.0}
+  assert set(scores[0].values()) == {0.0}
   assert scores[1] == {'accuracy': 100.0}
 
 

@@ -280,6 +280,19 @@ def test_what_cannot_work_is_said_before_any_example(
     function(dataset(documents(9)), lengths, FEATURES, **defaults | settings)
 
 
+def test_masks_need_a_sentinel():
+  features = dict.fromkeys(
+    ('inputs', 'targets'), seqio.Feature(seqio.PassThroughVocabulary(50, 1))
+  )
+  with pytest.raises(UsageError, match=r'needs 1 sentinels .* has 0'):
+    preprocessors.iid_denoising(
+      dataset(documents(9)),
+      {'inputs': 64, 'targets': 64},
+      features,
+      style='mass',
+    )
+
+
 def test_reused_ids_lift_the_limit():
   run(
     preprocessors.iid_denoising,

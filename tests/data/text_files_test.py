@@ -27,9 +27,13 @@ def test_only_line_feeds_end_lines(tmp_path, name):
 
 @pytest.mark.parametrize('name', ['x.tsv', 'x.tsv.gz'])
 def test_tsv_keeps_odd_rows(tmp_path, name):
-  path = write(tmp_path / name, f'{ODD}\t1\t\n\n"x\t2\ty"\n')
-  assert list(text_files.rows(path, [0, 1])) == [(ODD, '1'), ('"x', '2')]
-  assert list(text_files.rows(path, [2])) == [('',), ('y"',)]
+  path = write(tmp_path / name, f'{ODD}\t1\t\n\n\t\t\n"x\t2\ty"\n')
+  assert list(text_files.rows(path, [0, 1])) == [
+    (ODD, '1'),
+    ('', ''),
+    ('"x', '2'),
+  ]
+  assert list(text_files.rows(path, [2])) == [('',), ('',), ('y"',)]
 
 
 def test_tsv_columns_by_name(tmp_path):
@@ -98,6 +102,11 @@ def test_expand(tmp_path):
   b = write(tmp_path / 'b.txt', 'b')
   a = write(tmp_path / 'a.txt', 'a')
   assert text_files.expand(str(tmp_path / '*.txt')) == [a, b]
+  (tmp_path / 'sub' / 'deep').mkdir(parents=True)
+  c = write(tmp_path / 'sub' / 'deep' / 'c.txt', 'c')
+  assert text_files.expand(str(tmp_path / 's*' / '*' / '[bc].txt')) == [c]
+  with pytest.raises(UsageError, match=r'name each folder'):
+    text_files.expand(str(tmp_path / '**' / 'c.txt'))
   assert text_files.expand([b, a]) == [b, a]
   assert text_files.expand(tmp_path / 'a.txt') == [a]
   for missing in (tmp_path / 'c.txt', tmp_path / '*.tsv', tmp_path):
