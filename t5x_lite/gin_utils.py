@@ -7,6 +7,7 @@ functions. This module finds and parses them; gin_checks.py judges the result.
 
 import dataclasses
 import functools
+import inspect
 import os
 import pathlib
 import re
@@ -86,6 +87,7 @@ def configure(
   given: Mapping[str, Any] | None = None,
   flags: Collection[str] = (),
   programs: Collection[str] = (),
+  inherits: str = '',
   write_config: Callable[..., None] | None = None,
 ) -> Configured:
   """Parses gin files and bindings and checks them for one program.
@@ -100,6 +102,8 @@ def configure(
     flags: parameters of the program that have a command-line flag of that name.
     programs: dotted names of functions that gin files may configure even
       though this run does not call them.
+    inherits: dotted name of a function whose bindings also count for the
+      program's parameters of the same name, where it has none of its own.
     write_config: writes `text` into a `model_dir`; given to everything here
       that has a parameter `summarize_config_fn` (T5X's name).
 
@@ -129,6 +133,8 @@ def configure(
       gin.parse_config_file(str(path))
   with gin_checks.explained('a binding'):
     gin.parse_config(list(bindings))
+  if inherits:
+    _inherit(selector, inherits, program)
 
   run = gin_checks.Walk()
   run.visit([], gin_config._REGISTRY[selector], skip=given)
@@ -148,6 +154,18 @@ def configure(
     for name in run.takers(SUMMARIZE):
       gin.bind_parameter(('', name, SUMMARIZE), write)
   return Configured(lambda: gin.get_configurable(program)(**given), resolved)
+
+
+def _inherit(selector: str, source: str, program: Callable[..., Any]) -> None:
+  """Binds the program's parameters as those of another function are bound."""
+  own = gin_config._CONFIG.get(('', selector), {})
+  names = set(inspect.signature(program).parameters) - set(own)
+  for (scope, name), bound in list(gin_config._CONFIG.items()):
+    dotted = gin_checks.dotted_name(gin_config._REGISTRY[name])
+    if scope or dotted != source:
+      continue
+    for argument in names & set(bound):
+      gin.bind_parameter(('', selector, argument), bound[argument])
 
 
 class _Sources:

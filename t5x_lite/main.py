@@ -45,6 +45,8 @@ class Program:
   help: str
   positional: tuple[Flag, ...] = ()
   flags: tuple[Flag, ...] = ()
+  # The program whose experiment files this one also reads.
+  inherits: str = ''
 
 
 _DRY_RUN = Flag('dry_run', 'say what would be done, write nothing', bool)
@@ -108,6 +110,8 @@ PROGRAMS: dict[str, Program] = {
     ),
     flags=(
       Flag('to', 'format to write', choices=('t5x_lite', 'hf', 't5x')),
+      Flag('dtype', 'of the numbers written; by default as they are'),
+      Flag('vocabulary', "a SentencePiece model, 't5', 'byte' or 'none'"),
       Flag('dry_run', 'list how names map, write nothing', bool),
     ),
   ),
@@ -117,8 +121,11 @@ PROGRAMS: dict[str, Program] = {
     flags=(
       Flag('topology', 'for example v5p:8x8x8 or v5e:16x16'),
       Flag('num_slices', 'slices of that topology', int),
+      Flag('step', 'what is compiled', choices=('train', 'decode')),
       Flag('json', 'end with one JSON object on the last line', bool),
+      Flag('hlo_file', "where to write the compiled program's text"),
     ),
+    inherits='t5x_lite.train.train',
   ),
   'plan': Program(
     't5x_lite.plan.plan',
@@ -126,8 +133,11 @@ PROGRAMS: dict[str, Program] = {
     flags=(
       Flag('topology', 'for example v5p:8x8x8 or v5e:16x16'),
       Flag('num_slices', 'slices of that topology', int),
+      Flag('num_compiles', 'candidates that the compiler judges', int),
+      Flag('json', 'end with one JSON object on the last line', bool),
       Flag('output', 'gin file to write the winning bindings to'),
     ),
+    inherits='t5x_lite.train.train',
   ),
 }
 
@@ -231,13 +241,15 @@ def _quiet_stderr() -> Iterator[None]:
   """Holds back what libraries say while they are imported.
 
   TensorFlow reports on oneDNN and CUDA from C++, before it has read the log
-  level it was given. Shown after all if the import fails.
+  level it was given. Shown after all if it ends in a bug.
   """
   sys.stderr.flush()
   with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), 'wb') as stderr:
     os.dup2(held.fileno(), 2)
     try:
       yield
+    except UsageError:
+      raise
     except BaseException:
       held.seek(0)
       stderr.write(held.read())
@@ -275,16 +287,18 @@ def _run(argv: Sequence[str]) -> Any:
     process_index=args.process_index,
   )
   function = _load(program)
-  configured = gin_utils.configure(
-    function,
-    gin_files=args.gin_file,
-    bindings=args.gin_bindings,
-    search_paths=[path for path in args.gin_search_paths.split(',') if path],
-    given=given,
-    flags=flags,
-    programs=[program.function for program in PROGRAMS.values()],
-    write_config=_write_config,
-  )
+  with _quiet_stderr():  # gin files import modules too
+    configured = gin_utils.configure(
+      function,
+      gin_files=args.gin_file,
+      bindings=args.gin_bindings,
+      search_paths=[path for path in args.gin_search_paths.split(',') if path],
+      given=given,
+      flags=flags,
+      programs=[program.function for program in PROGRAMS.values()],
+      inherits=program.inherits,
+      write_config=_write_config,
+    )
   return configured.call()
 
 
@@ -309,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = getattr(error, 'exit_code', None)
     if code is None:
       raise
-    print(f'{PROGRAM_NAME}: {str(error).splitlines()[0]}', file=sys.stderr)
+    if str(error):  # some have said it all already
+      print(f'{PROGRAM_NAME}: {str(error).splitlines()[0]}', file=sys.stderr)
     return code
   return 0
 

@@ -325,15 +325,27 @@ def _model_axis(
   chip = find_chip(devices[0].device_kind)
   most = 2 if chip is None else chip.model_axis
   if devices[0].platform == 'gpu':  # NVLink ends where the node ends
-    first = devices[0].process_index
-    most = sum(device.process_index == first for device in devices)
+    most = _gpus_per_node(devices)
   while per_slice % most or (num_heads or most) % most:
     most -= 1
   return most
 
 
 def _slice(device: jax.Device) -> int:
+  # On GPUs JAX calls a node a slice; there any axis may span them.
+  if device.platform != 'tpu':
+    return 0
   return getattr(device, 'slice_index', None) or 0
+
+
+def _gpus_per_node(devices: Sequence[jax.Device]) -> int:
+  """Returns how many GPUs NVLink joins, with one process a node or a GPU."""
+
+  def node(device: jax.Device) -> int:
+    index = getattr(device, 'slice_index', None)
+    return device.process_index if index is None else index
+
+  return sum(node(device) == node(devices[0]) for device in devices)
 
 
 def make_mesh(
@@ -392,8 +404,7 @@ def _check_nvlink(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
   """Refuses a model axis that crosses nodes unevenly (as T5X does)."""
   if devices[0].platform != 'gpu':
     return
-  first = devices[0].process_index
-  local = sum(device.process_index == first for device in devices)
+  local = _gpus_per_node(devices)
   model = config.model or 1
   if model % local and local % model:
     raise UsageError(

@@ -24,7 +24,7 @@ class Device:
   device_kind: str = 'cpu'
   platform: str = 'cpu'
   process_index: int = 0
-  slice_index: int = 0
+  slice_index: int | None = None
 
 
 def tpus(count, kind='TPU v5', slices=1):
@@ -36,6 +36,12 @@ def tpus(count, kind='TPU v5', slices=1):
 def gpus(count, per_node=8):
   kind = 'NVIDIA H100 80GB HBM3'
   return [Device(i, kind, 'gpu', i // per_node) for i in range(count)]
+
+
+def gpus_of_slurm(count, per_node):
+  """One process a GPU; JAX then gives the node as slice_index."""
+  kind = 'NVIDIA H100 80GB HBM3'
+  return [Device(i, kind, 'gpu', i, i // per_node) for i in range(count)]
 
 
 def sizes(config, devices, **hints):
@@ -57,6 +63,8 @@ def sizes(config, devices, **hints):
     # The model axis stays inside NVLink.
     (MeshConfig(preset='fsdp_tp'), gpus(16), {}, (1, 2, 8)),
     (MeshConfig(preset='fsdp_tp'), gpus(16, per_node=4), {}, (1, 4, 4)),
+    (MeshConfig(preset='fsdp_tp'), gpus_of_slurm(16, 8), {}, (1, 2, 8)),
+    (MeshConfig(preset='fsdp'), gpus_of_slurm(16, 8), {}, (1, 16, 1)),
     (MeshConfig(num_partitions=2), tpus(8), {}, (4, 1, 2)),
     (MeshConfig(num_partitions=2, parameter_dims=2), tpus(8), {}, (1, 4, 2)),
     (MeshConfig(data=2, fsdp=-1, model=2), tpus(8), {}, (2, 2, 2)),
@@ -182,7 +190,12 @@ NUM_STEPS = 20
 def train(mesh_config, dropout_rate, num_microbatches=1, optimizer='adafactor'):
   """Returns the losses of 20 steps on random tokens, on the first devices."""
   cfg = tiny.config(
-    emb_dim=128, mlp_dim=256, vocab_size=256, dropout_rate=dropout_rate
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    emb_dim=64,
+    mlp_dim=128,
+    vocab_size=128,
+    dropout_rate=dropout_rate,
   )
   devices = jax.devices()[: 8 if mesh_config is not None else 1]
   mesh_config = mesh_config or MeshConfig()

@@ -1,0 +1,363 @@
+"""Reads what a compiled program does out of its HLO text.
+
+XLA's own cost analysis counts the body of a loop once, and a scan over layers
+is a loop. Here a loop counts as often as it runs. What is read: collectives
+with their bytes and device groups, traffic to device memory, and the cycles
+that XLA:TPU itself estimates.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+_COMPUTATION = re.compile(r'^(ENTRY )?%([\w.\-]+) .*\{$')
+_OP = re.compile(r'^  (ROOT )?%([\w.\-]+) = (.*)$')
+_ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
+_CALLS = re.compile(
+  r'(?:calls|called_computations|branch_computations|body|true_computation|'
+  r'false_computation)=(?:\{([^}]*)\}|(%[\w.\-]+))'
+)
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_CHANNEL = re.compile(r'channel_id=(\d+)')
+
+_ITEM_BITS = {
+  'pred': 8,
+  's4': 4,
+  'u4': 4,
+  's8': 8,
+  'u8': 8,
+  's16': 16,
+  'u16': 16,
+  'bf16': 16,
+  'f16': 16,
+  's32': 32,
+  'u32': 32,
+  'f32': 32,
+  's64': 64,
+  'u64': 64,
+  'f64': 64,
+}
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+  'send',
+)
+# These move no data of their own.
+_FREE = {
+  'after-all',
+  'bitcast',
+  'call',
+  'conditional',
+  'constant',
+  'get-tuple-element',
+  'iota',
+  'opt-barrier',
+  'parameter',
+  'partition-id',
+  'tuple',
+  'while',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective of the program.
+
+  Attributes:
+    kind: one of KINDS.
+    bytes: that a device receives each time, in the ring algorithm.
+    group: indices of the devices of the first group.
+    count: how often it runs in one call of the program.
+  """
+
+  kind: str
+  bytes: float
+  group: tuple[int, ...]
+  count: int
+
+
+@dataclasses.dataclass
+class _Op:
+  name: str
+  type: str
+  opcode: str
+  rest: str
+  root: bool
+
+  @property
+  def operands(self) -> list[str]:
+    end = self.rest.find('), ')
+    return re.findall(r'%([\w.\-]+)', self.rest[: end if end >= 0 else None])
+
+  @property
+  def calls(self) -> list[str]:
+    found = [a or b for a, b in _CALLS.findall(self.rest)]
+    if self.opcode == 'call':
+      found += re.findall(r'to_apply=(%[\w.\-]+)', self.rest)
+    return [name for part in found for name in re.findall(r'%([\w.\-]+)', part)]
+
+
+def _parse_op(match: re.Match[str]) -> _Op | None:
+  text = match[3]
+  if text.startswith('('):
+    end = _closing(text)
+    kind, rest = text[:end], text[end + 1 :]
+  else:
+    kind, _, rest = text.partition(' ')
+  opcode, found, rest = rest.partition('(')
+  if not found:
+    return None
+  return _Op(match[2], kind, opcode, rest, bool(match[1]))
+
+
+def _closing(text: str) -> int:
+  """Returns where the parenthesis that the text begins with ends."""
+  depth = 0
+  for i, char in enumerate(text):
+    depth += (char == '(') - (char == ')')
+    if not depth:
+      return i + 1
+  return len(text)
+
+
+def _array_bytes(kind: str, *, in_hbm: bool = False) -> list[float]:
+  """Returns the bytes of each array of a type; of those in HBM only, if asked.
+
+  On TPU the layout's S(1) is on-chip memory; S(5) is the host's.
+  """
+  sizes = []
+  for dtype, dims, layout in _ARRAY.findall(kind):
+    if dtype in _ITEM_BITS and not (in_hbm and re.search(r'S\([1-9]', layout)):
+      count = math.prod(int(d) for d in dims.split(',') if d)
+      sizes.append(count * _ITEM_BITS[dtype] / 8)
+  return sizes
+
+
+def first_group(text: str, num_devices: int) -> tuple[int, ...]:
+  """Returns the devices of the first replica group of a collective.
+
+  Args:
+    text: the attributes, with replica groups as a list {{0,1},{2,3}}, as iota
+      [2,2]<=[4], or as axes of a mesh; or source_target_pairs.
+    num_devices: of the program; an empty list of groups means all of them.
+  """
+  if match := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', text):
+    return int(match[1]), int(match[2])
+  if match := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
+    return tuple(int(i) for i in match[1].split(','))
+  if match := re.search(
+    r'replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', text
+  ):
+    shape = [int(i) for i in match[1].split(',')]
+    ids = _iota(match[2], math.prod(shape)).reshape(shape[0], -1)
+    return tuple(int(i) for i in ids[0])
+  if match := re.search(
+    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? '
+    r'\{([^}]*)\}',
+    text,
+  ):
+    sizes = {
+      name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])
+    }
+    ids = _iota(match[2] or '', math.prod(sizes.values()))
+    ids = ids.reshape(list(sizes.values()))
+    grouped = re.findall(r"'(\w+)'", match[3])
+    index = tuple(slice(None) if name in grouped else 0 for name in sizes)
+    return tuple(int(i) for i in ids[index].flat)
+  return tuple(range(num_devices))
+
+
+def _iota(text: str, size: int) -> np.ndarray:
+  """Returns the device ids that '[4,2]T(1,0)' stands for."""
+  ids = np.arange(size)
+  if match := re.search(r'\[([\d,]+)\]', text):
+    ids = ids.reshape([int(i) for i in match[1].split(',')])
+  if match := re.search(r'T\(([\d,]+)\)', text):
+    ids = ids.transpose([int(i) for i in match[1].split(',')])
+  return ids.reshape(-1)
+
+
+class Program:
+  """A compiled program's HLO."""
+
+  def __init__(self, text: str, num_devices: int):
+    """Parses the text of jax.stages.Compiled.as_text()."""
+    self._num_devices = num_devices
+    self._computations: dict[str, list[_Op]] = {}
+    self._entry = ''
+    ops: list[_Op] = []
+    for line in text.splitlines():
+      if match := _OP.match(line):
+        op = _parse_op(match)
+        if op is not None:
+          ops.append(op)
+      elif match := _COMPUTATION.match(line):
+        ops = self._computations[match[2]] = []
+        if match[1]:
+          self._entry = match[2]
+
+  def collectives(self) -> list[Collective]:
+    """Returns all collectives, those of fused computations included."""
+    found: collections.Counter[Collective] = collections.Counter()
+    for name, times in self._counts().items():
+      # One collective may show as several pieces, overlapped with compute.
+      channels: dict[str, Collective] = {}
+      for i, (computation, op) in enumerate(self._with_fused(name)):
+        one = self._collective(computation, op)
+        if one is not None:
+          match = _CHANNEL.search(op.rest)
+          channels.setdefault(match[1] if match else f'#{i}', one)
+      for one in channels.values():
+        found[one] += times
+    return [
+      dataclasses.replace(one, count=count) for one, count in found.items()
+    ]
+
+  def hbm_bytes(self) -> float:
+    """Returns the bytes read from and written to device memory.
+
+    Every operand and result that is not on-chip counts once per operation, but
+    of arrays that are only sliced or updated in place, only the part.
+    """
+    total = 0.0
+    for name, times in self._counts().items():
+      ops = self._computations[name]
+      types = {op.name: op.type for op in ops}
+      total += times * sum(self._traffic(op, types) for op in ops)
+    return total
+
+  def estimated_cycles(self) -> int:
+    """Returns XLA:TPU's own estimate, loops multiplied out; 0 elsewhere."""
+    total = 0
+    for name, times in self._counts().items():
+      for op in self._computations[name]:
+        if match := _CYCLES.search(op.rest):
+          total += times * int(match[1])
+    return total
+
+  def _counts(self) -> Mapping[str, int]:
+    """Returns how often each computation that is not fused runs."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def visit(name: str, times: int) -> None:
+      counts[name] += times
+      for op in self._computations.get(name, ()):
+        if op.opcode == 'while':
+          trips = self._trips(op)
+          for called in op.calls:
+            visit(called, times * trips)
+        elif op.opcode in ('call', 'conditional', 'async-start'):
+          for called in op.calls:
+            visit(called, times)
+
+    visit(self._entry, 1)
+    return counts
+
+  def _trips(self, op: _Op) -> int:
+    """Returns how often a loop runs: what its condition compares with."""
+    if match := re.search(r'known_trip_count":\{"n":"(\d+)"', op.rest):
+      return int(match[1])
+    match = re.search(r'condition=%([\w.\-]+)', op.rest)
+    condition = self._computations.get(match[1] if match else '', [])
+    ops = {one.name: one for one in condition}
+    # The comparison may lie in a fusion; its constant is an operand then.
+    for one in condition:
+      if one.root:
+        for name in one.operands:
+          source = ops.get(name)
+          if source is not None and source.opcode == 'constant':
+            number = re.match(r'(\d+)\)', source.rest)
+            if number:
+              return int(number[1])
+    return 1  # ends by its data, as decoding does
+
+  def _with_fused(self, name: str) -> Iterator[tuple[str, _Op]]:
+    """Yields the operations of a computation and of all fused into it."""
+    for op in self._computations.get(name, ()):
+      yield name, op
+      if op.opcode in ('fusion', 'custom-call'):
+        for called in op.calls:
+          yield from self._with_fused(called)
+
+  def _collective(self, computation: str, op: _Op) -> Collective | None:
+    kind = op.opcode.removesuffix('-start')
+    if kind not in KINDS:
+      return None
+    sizes = _array_bytes(op.type)
+    if not sizes:
+      return None
+    group = first_group(op.rest, self._num_devices)
+    n = len(group)
+    if kind in ('all-gather', 'all-to-all'):
+      # A start op's type lists operands before results.
+      size = max(sizes) if op.opcode.endswith('-start') else sum(sizes)
+      received = size * (n - 1) / n
+    elif kind == 'all-reduce':
+      size = sum(sizes)
+      received = 2 * size * (n - 1) / n
+      if computation.startswith('all-reduce-scatter'):  # TPU fuses the slice
+        kind, received = 'reduce-scatter', size * (n - 1) / n
+    elif kind == 'reduce-scatter':
+      size = min(sizes) if op.opcode.endswith('-start') else sum(sizes)
+      received = size * (n - 1)
+    else:
+      received = sizes[0]
+    if n == 1 or not received:
+      return None
+    return Collective(kind, received, group, 1)
+
+  def _traffic(self, op: _Op, types: Mapping[str, str]) -> float:
+    if op.opcode in _FREE or op.opcode.endswith(('-done', '-update')):
+      return 0.0
+    operands = [types.get(name, '') for name in op.operands]
+    if op.opcode == 'dynamic-slice':
+      return 2 * sum(_array_bytes(op.type, in_hbm=True))
+    if op.opcode == 'dynamic-update-slice':
+      return 2 * sum(_array_bytes(operands[1], in_hbm=True))
+    if op.opcode.endswith('-start'):  # its type repeats its operands
+      return sum(_array_bytes(op.type, in_hbm=True))
+    result = sum(_array_bytes(op.type, in_hbm=True))
+    if op.opcode == 'fusion' and op.calls:
+      return self._fusion_traffic(op.calls[0], op.type, operands)
+    return result + sum(
+      sum(_array_bytes(kind, in_hbm=True)) for kind in operands
+    )
+
+  def _fusion_traffic(
+    self, name: str, result: str, operands: Sequence[str]
+  ) -> float:
+    ops = self._computations.get(name, [])
+    types = {op.name: op.type for op in ops}
+    users: dict[str, list[_Op]] = collections.defaultdict(list)
+    for op in ops:
+      for operand in op.operands:
+        users[operand].append(op)
+    total = 0.0
+    updated = 0.0  # bytes of results that are updated in place
+    for op in ops:
+      if op.opcode != 'parameter':
+        continue
+      index = int(op.rest.partition(')')[0])
+      if index >= len(operands):
+        continue
+      whole = sum(_array_bytes(operands[index], in_hbm=True))
+      kinds = {
+        user.opcode if user.operands[0] == op.name else 'index'
+        for user in users[op.name]
+      }
+      if whole and kinds == {'dynamic-slice'}:
+        whole = sum(sum(_array_bytes(u.type)) for u in users[op.name])
+      elif whole and kinds == {'dynamic-update-slice'}:
+        user = users[op.name][0]
+        updated += whole
+        whole = 2 * sum(_array_bytes(types.get(user.operands[1], '')))
+      total += whole
+    written = sum(_array_bytes(result, in_hbm=True))
+    return total + max(0.0, written - updated)
