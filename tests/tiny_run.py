@@ -14,6 +14,7 @@ from t5x_lite.data.config import DatasetConfig
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.optimizers import OptimizerConfig
+from t5x_lite.partitioning import MeshConfig
 from t5x_lite.schedules import ScheduleConfig
 from t5x_lite.vocabularies import VocabularyConfig
 
@@ -93,6 +94,7 @@ def main() -> None:
   given = json.loads(sys.argv[1])
   period = given.pop('period', 2)
   data = given.pop('dataset', {})
+  mesh = MeshConfig(**given.pop('mesh', {}))
   try:
     distributed.initialize(heartbeat_timeout=10)
     train.train(
@@ -100,6 +102,7 @@ def main() -> None:
         given.pop('model_dir'),
         checkpoint=CheckpointConfig(period=period, keep=2),
         dataset=dataset(**data),
+        mesh=mesh,
         **given,
       )
     )

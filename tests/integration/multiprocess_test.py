@@ -1,0 +1,151 @@
+"""Several processes on this machine train as one does."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from t5x_lite import checkpoints, metric_writers
+
+ROOT = pathlib.Path(__file__).parents[2]
+# All processes make every batch, so that it is the same for any number.
+DATA = {'host_sharding': 'replicated'}
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def start(model_dir, count, *, devices=1, **arguments):
+  """Starts `count` processes of one training."""
+  given = {'model_dir': str(model_dir), 'total_steps': 6, 'dataset': DATA}
+  command = [
+    sys.executable,
+    '-m',
+    'tests.tiny_run',
+    json.dumps({**given, **arguments}),
+  ]
+  environ = {
+    **os.environ,
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{free_port()}',
+    'JAX_NUM_PROCESSES': str(count),
+  }
+  processes = []
+  for index in range(count):
+    log = open(f'{model_dir}.{index}.log', 'ab')
+    processes.append(
+      subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**environ, 'JAX_PROCESS_ID': str(index)},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+      )
+    )
+  return processes
+
+
+def read_log(model_dir, index):
+  return pathlib.Path(f'{model_dir}.{index}.log').read_text()
+
+
+def wait(processes, model_dir, timeout=300):
+  codes = [process.wait(timeout=timeout) for process in processes]
+  logs = '\n'.join(
+    read_log(model_dir, i)[-2000:] for i in range(len(processes))
+  )
+  assert codes == [0] * len(codes), logs
+
+
+def losses(model_dir):
+  entries = metric_writers.read_metrics(str(model_dir))
+  return {e['step']: e['loss'] for e in entries if 'loss' in e}
+
+
+def steps_logged(model_dir):
+  path = pathlib.Path(model_dir) / 'metrics.jsonl'
+  return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def when_logged(processes, model_dir, least, timeout=240.0):
+  end = time.monotonic() + timeout
+  while steps_logged(model_dir) < least:
+    assert time.monotonic() < end, read_log(model_dir, 0)[-2000:]
+    assert all(process.poll() is None for process in processes)
+    time.sleep(0.01)
+
+
+@pytest.fixture(scope='module')
+def single(tmp_path_factory):
+  model_dir = tmp_path_factory.mktemp('single') / 'run'
+  wait(start(model_dir, 1, devices=2), model_dir)
+  return model_dir
+
+
+def test_two_processes_train_as_one_stopped_and_killed(single, tmp_path):
+  """Losses equal; SIGTERM to one saves on all; a lost one ends the others."""
+  model_dir = tmp_path / 'run'
+
+  # SIGTERM to the second process: both save at the same step and exit with 0.
+  processes = start(model_dir, 2, total_steps=2000, period=1000)
+  when_logged(processes, model_dir, 3)
+  processes[1].send_signal(signal.SIGTERM)
+  wait(processes, model_dir)
+  _, stopped = checkpoints.find_checkpoint(str(model_dir))
+  assert stopped < 1000
+  for index in range(2):
+    assert f'saved at step {stopped} of 2000' in read_log(model_dir, index)
+  expected = losses(single)
+  for step, loss in losses(model_dir).items():
+    if step in expected:
+      np.testing.assert_allclose(loss, expected[step], rtol=1e-5)
+
+  # SIGKILL: the other stops within a bounded time and says why.
+  processes = start(model_dir, 2, total_steps=2000, period=1000)
+  when_logged(processes, model_dir, stopped + 3)
+  processes[1].send_signal(signal.SIGKILL)
+  assert processes[0].wait(timeout=90) != 0
+  assert 'lost another process' in read_log(model_dir, 0)
+
+  # Started again they continue, and one process can take over.
+  total = stopped + 2
+  wait(start(model_dir, 2, total_steps=total), model_dir)
+  assert checkpoints.find_checkpoint(str(model_dir))[1] == total
+  wait(start(model_dir, 1, total_steps=total + 1), model_dir)
+  assert list(losses(model_dir)) == list(range(1, total + 2))
+
+
+@pytest.mark.slow
+def test_four_processes_with_a_model_axis_across_them(single, tmp_path):
+  model_dir = tmp_path / 'run'
+  wait(start(model_dir, 4, mesh={'data': 2, 'model': 2}), model_dir)
+  expected = losses(single)
+  for step, loss in losses(model_dir).items():
+    np.testing.assert_allclose(loss, expected[step], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_processes_end_bit_identical(tmp_path):
+  """With each host reading its own part of the data."""
+  arguments = dict(dataset={}, total_steps=20)
+  wait(start(tmp_path / 'a', 2, **arguments), tmp_path / 'a')
+  processes = start(tmp_path / 'b', 2, **arguments)
+  when_logged(processes, tmp_path / 'b', 7)
+  for process in processes:
+    process.kill()
+    process.wait()
+  wait(start(tmp_path / 'b', 2, **arguments), tmp_path / 'b')
+  a, b = (checkpoints.load_arrays(str(tmp_path / name)) for name in ('a', 'b'))
+  assert a.keys() == b.keys()
+  for name, array in a.items():
+    assert array.tobytes() == b[name].tobytes(), name
