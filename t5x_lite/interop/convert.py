@@ -98,10 +98,7 @@ def convert(
   opened = dataclasses.replace(
     opened, vocabulary=_vocabulary(vocabulary, opened)
   )
-  if to == 'hf':
-    hf_export.model_config(cfg, dtype)
-  elif to == 't5x':
-    t5x_export.check(cfg, dtype)
+  check_target(cfg, to)
   if dry_run:
     _print_mapping(opened, tensors, cfg, to, report, sys.stdout)
     return destination
@@ -124,6 +121,14 @@ def convert(
   )
   log.info('%s: %s', destination, report.summary())
   return destination
+
+
+def check_target(cfg: T5Config, to: str) -> None:
+  """Raises UsageError if a format has no such model."""
+  if to == 'hf':
+    hf_export.model_config(cfg, cfg.param_dtype)
+  elif to == 't5x':
+    t5x_export.check(cfg, cfg.param_dtype)
 
 
 def write(

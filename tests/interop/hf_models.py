@@ -51,7 +51,7 @@ VARIANTS = (
   Variant('mt5', **_MT5),
   Variant('mt5_tied_unrolled', untied=False, scan_layers=False, **_MT5),
   Variant(
-    'byt5', fields=(*_GATED, ('num_layers', 3), ('num_decoder_layers', 1))
+    'byt5', fields=(*_GATED, ('num_layers', 4), ('num_decoder_layers', 1))
   ),
   Variant('umt5_untied', **_UMT5),
   Variant('umt5_tied', untied=False, **_UMT5),
@@ -68,8 +68,9 @@ SIZES = {
   'd_model': 24,
   'd_kv': 8,
   'd_ff': 40,
-  'num_layers': 2,
-  'num_decoder_layers': 3,
+  # transformers 5 cannot generate with a decoder deeper than its encoder.
+  'num_layers': 3,
+  'num_decoder_layers': 2,
   'num_heads': 3,
   'dropout_rate': 0.0,
   'decoder_start_token_id': 0,

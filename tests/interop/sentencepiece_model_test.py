@@ -1,0 +1,71 @@
+import pytest
+import sentencepiece
+
+from t5x_lite import vocabularies
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import sentencepiece_model
+from t5x_lite.vocabularies import VocabularyConfig
+
+TEXTS = (
+  'translate English to German: That is good.',
+  'Hi  {a}\n b é ﬁ ｆｕｌｌ',
+  'Zürich – „Grüße“ 2021, 日本語',
+)
+
+
+@pytest.fixture(scope='module')
+def official():
+  path = vocabularies.model_path(VocabularyConfig())
+  with open(path, 'rb') as file:
+    return file.read()
+
+
+def processor(data):
+  result = sentencepiece.SentencePieceProcessor()
+  result.LoadFromSerializedProto(data)
+  return result
+
+
+def test_reads_what_sentencepiece_reads(official):
+  model = sentencepiece_model.parse(official)
+  theirs = processor(official)
+  assert len(model.pieces) == theirs.GetPieceSize()
+  for i in (0, 1, 2, 3, 4711, len(model.pieces) - 1):
+    assert model.pieces[i].text == theirs.IdToPiece(i)
+    assert model.pieces[i].score == pytest.approx(theirs.GetScore(i))
+  kinds = [piece.kind for piece in model.pieces[:3]]
+  assert kinds == [
+    sentencepiece_model.CONTROL,
+    sentencepiece_model.CONTROL,
+    sentencepiece_model.UNKNOWN,
+  ]
+  assert model.charsmap
+
+
+def test_what_is_written_again_gives_the_same_ids(official):
+  model = sentencepiece_model.parse(official)
+  again = sentencepiece_model.serialize(model)
+  assert sentencepiece_model.parse(again) == model
+  ours, theirs = processor(again), processor(official)
+  for text in TEXTS:
+    assert ours.EncodeAsIds(text) == theirs.EncodeAsIds(text)
+  assert (ours.pad_id(), ours.eos_id(), ours.unk_id()) == (0, 1, 2)
+
+
+def test_added_pieces_follow_and_change_nothing_else(official):
+  grown = sentencepiece_model.insert_pieces(official, ['{', '<html>'])
+  ours, theirs = processor(grown), processor(official)
+  size = theirs.GetPieceSize()
+  assert ours.GetPieceSize() == size + 2
+  assert [ours.IdToPiece(size), ours.IdToPiece(size + 1)] == ['{', '<html>']
+  assert ours.EncodeAsIds('a { b <html>').count(size) == 1
+  assert size + 1 in ours.EncodeAsIds('a { b <html>')
+  assert ours.EncodeAsIds(TEXTS[0]) == theirs.EncodeAsIds(TEXTS[0])
+
+
+@pytest.mark.parametrize(
+  'data', [b'', b'\x00\x01', b'not a model', b'\x0a\xff']
+)
+def test_other_files_are_refused(data):
+  with pytest.raises(UsageError, match='not a SentencePiece model'):
+    sentencepiece_model.parse(data)
