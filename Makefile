@@ -6,7 +6,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 # Tests spend their time in compilers that take a core each; more workers than
 # cores only cost memory (about 3 GB each, most of it TensorFlow and torch).
 WORKERS ?= 2
@@ -40,6 +40,7 @@ $(RUN):
 	  { echo 't5x_lite needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	@case "$$(ls -d $(VENV)/.run-$(call checksum,requirements.lock)-* 2>/dev/null)" in \
 	  '') rm -rf $(VENV) && $(PYTHON) -m venv $(VENV);; esac
+	@echo 'installing, about 2 minutes'
 	sed '/^# Tests/,$$d' requirements.lock > $(VENV)/run.lock
 	$(BIN)/python $(PIP_INSTALL) -r $(VENV)/run.lock
 	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .

@@ -13,6 +13,9 @@ from t5x_lite import (
   gin_utils,
   infer,
   main,
+  optimizers,
+  plan,
+  precompile,
   quickstart,
   train,
   vocabularies,
@@ -177,6 +180,39 @@ def test_experiments_open_with_what_they_are_for(name):
   for word in ('Reproduces:', 'Hardware:', 'Time:', 'Expected', 'Command:'):
     assert word in header
   assert f'--gin_file=configs/experiments/{name}' in header
+
+
+@pytest.mark.parametrize(
+  'name', [name for name in EXPERIMENTS if name != 'quickstart.gin']
+)
+def test_experiments_build_what_train_takes(name):
+  files = [f'configs/experiments/{name}']
+  settings = model_settings(name)
+  for setting in REQUIRED:
+    if setting != 'MODEL_DIR':
+      del settings[setting]  # an experiment says these itself
+  built = arguments(train.train, files, settings)
+  _, params, axes = t5.abstract_params(built['model'])
+  tx = optimizers.make_optimizer(built['optimizer'], axes, params)
+  assert jax.tree.leaves(jax.eval_shape(tx.init, params))
+  optimizers.make_schedule(built['optimizer'].schedule, built['total_steps'])
+  assert built['model_dir'] == '/tmp/run'
+
+
+def test_experiments_can_be_precompiled_and_planned_as_they_are():
+  files = ['configs/experiments/t5_1_1_xxl_pretrain.gin']
+  for program in (precompile.precompile, plan.plan):
+    gin_utils.configure(
+      program,
+      gin_files=files,
+      given={'topology': 'v5p:8x8x8'},
+      programs=PROGRAMS,
+      inherits='t5x_lite.train.train',
+    )
+    built = gin.get_bindings(program)
+    assert built['model'].emb_dim == 4096
+    assert built['mesh'].preset == 'fsdp_tp'
+    assert built['dataset'].batch_size == 2048
 
 
 def test_the_quickstart_trains_two_phases_of_one_model():
