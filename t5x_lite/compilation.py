@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from t5x_lite import (
@@ -42,6 +43,7 @@ class Program:
     jitted: the step, with output shardings and donation.
     arguments: ShapeDtypeStructs with shardings, for each argument.
     spec: the train state's description; None for decoding.
+    tx: the optimizer; None for decoding.
   """
 
   mesh_config: MeshConfig
@@ -50,6 +52,7 @@ class Program:
   jitted: Callable[..., Any]
   arguments: tuple[Any, ...]
   spec: train_state.StateSpec | None = None
+  tx: optax.GradientTransformationExtraArgs | None = None
 
   def lower(self) -> jax.stages.Lowered:
     """Traces the step."""
@@ -118,10 +121,12 @@ def train_program(
   mesh, device_mesh, rules, shapes, axes = _place(
     model, mesh, batch_size, devices
   )
-  if batch_size % num_microbatches:
+  ways = device_mesh.shape['data'] * device_mesh.shape['fsdp']
+  if num_microbatches < 1 or batch_size % (num_microbatches * ways):
     raise UsageError(
-      f'num_microbatches={num_microbatches} does not divide the batch size '
-      f'{batch_size}'
+      f'the batch size {batch_size} does not divide into '
+      f'num_microbatches={num_microbatches} on {ways} data shards: use a '
+      f'multiple of {num_microbatches * ways}'
     )
   tx = optimizers.make_optimizer(optimizer, axes, shapes)
   spec = train_state.make_spec(model, tx, device_mesh, rules)
@@ -138,7 +143,7 @@ def train_program(
     out_shardings=(spec.shardings, partitioning.replicated(device_mesh)),
   )
   arguments = (spec.shapes, _batch(batch, device_mesh), _key(device_mesh))
-  return Program(mesh, device_mesh, rules, jitted, arguments, spec)
+  return Program(mesh, device_mesh, rules, jitted, arguments, spec, tx)
 
 
 def decode_program(

@@ -18,15 +18,14 @@ import jax
 from t5x_lite import (
   checkpoints,
   checks,
+  compilation,
   distributed,
   evaluators,
   flops,
   metric_writers,
-  optimizers,
   partitioning,
   reports,
   run_directory,
-  steps,
   train_state,
 )
 from t5x_lite.checkpoints import CheckpointConfig
@@ -34,7 +33,6 @@ from t5x_lite.data import dataset as data
 from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.decoding import DecodingConfig
 from t5x_lite.losses import LossConfig
-from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.optimizers import OptimizerConfig
 from t5x_lite.partitioning import MeshConfig
@@ -111,17 +109,7 @@ def train(
   checkpoint = checkpoint or CheckpointConfig()
   arguments = dict(locals())
 
-  # ---- Mesh and abstract state: nothing is allocated yet ----
-  _, params_shapes, params_axes = t5.abstract_params(model)
-  mesh = partitioning.resolve(
-    mesh,
-    num_params=train_state.count_params(params_shapes),
-    num_heads=model.num_heads,
-    batch_size=dataset.batch_size,
-  )
-  device_mesh = partitioning.make_mesh(mesh)
-  rules = partitioning.logical_axis_rules(mesh)
-  partitioning.check_rules(params_shapes, params_axes, device_mesh, rules)
+  # ---- What must fit together ----
   for name in ('total_steps', 'eval_period', 'stats_period'):
     checks.check_positive(f'train.{name}', arguments[name])
   checks.check_model(model, vocabulary)
@@ -130,14 +118,26 @@ def train(
     for one in (dataset, *train_eval, *infer_eval)
   ]
   train_eval, infer_eval = evals[: len(train_eval)], evals[len(train_eval) :]
-  checks.check_batch(dataset, device_mesh, num_microbatches)
   checks.check_start(model_dir, checkpoint, model, vocabulary)
-  schedule = optimizers.make_schedule(optimizer.schedule, total_steps)
-  tx = optimizers.make_optimizer(optimizer, params_axes, params_shapes)
-  spec = train_state.make_spec(model, tx, device_mesh, rules)
-  step_fn = steps.make_train_step(
-    spec.graphdef, tx, schedule, loss, num_microbatches=num_microbatches
+
+  # ---- The step, its mesh and abstract state: nothing is allocated yet ----
+  program = compilation.train_program(
+    model=model,
+    optimizer=optimizer,
+    loss=loss,
+    batch=batch_spec(dataset),
+    mesh=mesh,
+    total_steps=total_steps,
+    num_microbatches=num_microbatches,
   )
+  device_mesh, rules, spec, tx = (
+    program.mesh,
+    program.rules,
+    program.spec,
+    program.tx,
+  )
+  assert spec is not None and tx is not None
+  checks.check_batch(dataset, device_mesh, num_microbatches)
 
   # ---- Compile the step ahead of time; report memory ----
   make_key = jax.jit(
@@ -146,17 +146,11 @@ def train(
   )
   key = make_key()
   sharding = partitioning.batch_sharding(device_mesh)
-  batch_shapes = {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    for name, (shape, dtype) in batch_spec(dataset).items()
-  }
+  _, batch_shapes, _ = program.arguments
 
   def compile_step() -> jax.stages.Compiled:
     start = time.monotonic()
-    outputs = (spec.shardings, partitioning.replicated(device_mesh))
-    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=outputs)
-    with partitioning.axis_rules(device_mesh, rules):
-      compiled = jitted.lower(spec.shapes, batch_shapes, key).compile()
+    compiled = program.lower().compile()
     log.info('compiled in %.1f s', time.monotonic() - start)
     return compiled
 
