@@ -32,6 +32,7 @@ _DEFAULT_EXTRA_IDS = {'sentencepiece': 100, 'byte': 125, 'passthrough': 0}
 
 VOCABULARY_FILE = 'vocabulary.json'
 MODEL_FILE = 'vocabulary.model'
+_PACKAGED = 'package:'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,9 @@ class VocabularyConfig:
   Attributes:
     kind: 'sentencepiece'; 'byte' (UTF-8 bytes plus three, as in ByT5); or
       'passthrough' (the data already holds ids).
-    path: a SentencePiece model file; empty means the official T5 vocabulary,
-      which ships with the package. Only for 'sentencepiece'.
+    path: a SentencePiece model file; 'package:NAME' is one that ships with the
+      package (`t5`, `quickstart`), and empty means 'package:t5', the official
+      vocabulary. Only for 'sentencepiece'.
     extra_ids: number of sentinel ids after the ordinary ones; -1 takes the
       kind's own number (100, 125 for bytes, 0 for passthrough).
     size: number of ids. Only for 'passthrough'.
@@ -268,11 +270,13 @@ def make_vocabulary(config: VocabularyConfig) -> Vocabulary:
 
 
 def model_path(config: VocabularyConfig) -> str:
-  """Returns the SentencePiece file of a config; '' is the packaged one."""
-  if config.path:
-    return config.path
+  """Returns the SentencePiece file of a config; '' is the official T5 one."""
+  path = config.path or f'{_PACKAGED}t5'
+  if not path.startswith(_PACKAGED):
+    return path
   corpora = importlib.resources.files('t5x_lite.data.corpora')
-  return str(corpora / 't5.sentencepiece.model')
+  name = path.removeprefix(_PACKAGED)
+  return str(corpora / f'{name}.sentencepiece.model')
 
 
 @functools.lru_cache(maxsize=64)

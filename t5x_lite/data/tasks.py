@@ -137,10 +137,10 @@ add(
   'quickstart_mixture',
   MixtureRecipe(
     rates={
-      'pronounce': 0.6,
-      'language_id': 0.25,
-      'translate_en_de': 0.08,
-      'translate_en_fr': 0.07,
+      'pronounce': 0.7,
+      'language_id': 0.26,
+      'translate_en_de': 0.02,
+      'translate_en_fr': 0.02,
     }
   ),
 )
