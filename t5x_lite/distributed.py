@@ -33,6 +33,8 @@ class LostProcessError(RuntimeError):
   """Another process of the run died, so a collective could not finish."""
 
   exit_code = 5
+  # JAX's own clean-up at exit waits for the lost process to say goodbye.
+  exit_at_once = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

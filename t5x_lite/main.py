@@ -325,6 +325,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     if str(error):  # some have said it all already
       print(f'{PROGRAM_NAME}: {str(error).splitlines()[0]}', file=sys.stderr)
+    if getattr(error, 'exit_at_once', False):
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(code)
     return code
   return 0
 

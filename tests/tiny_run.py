@@ -108,7 +108,6 @@ def main() -> None:
     )
   except distributed.LostProcessError as error:
     print(f'lost: {error}', flush=True)
-    # Not sys.exit: JAX would wait for the lost process to say goodbye.
     os._exit(error.exit_code)
 
 

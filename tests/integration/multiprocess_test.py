@@ -114,8 +114,10 @@ def test_two_processes_train_as_one_stopped_and_killed(single, tmp_path):
   processes = start(model_dir, 2, total_steps=2000, period=1000)
   when_logged(processes, model_dir, stopped + 3)
   processes[1].send_signal(signal.SIGKILL)
+  # gloo tells at once, or JAX's coordination service after its timeout.
   assert processes[0].wait(timeout=90) != 0
-  assert 'lost another process' in read_log(model_dir, 0)
+  log = read_log(model_dir, 0)
+  assert 'lost another process' in log or 'another task died' in log
 
   # Started again they continue, and one process can take over.
   total = stopped + 2
