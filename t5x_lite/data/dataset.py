@@ -17,6 +17,7 @@ import io
 import json
 import re
 import threading
+import uuid
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -142,6 +143,7 @@ class DatasetIterator:
     self._window_rows = 0
     self._busy = self._paused = self._closed = False
     self._error: Exception | None = None
+    self._ended = False
 
   @property
   def num_batches(self) -> int:
@@ -179,7 +181,7 @@ class DatasetIterator:
         condition.wait_for(
           lambda: self._closed or (not self._paused and self._wants_rows())
         )
-        if self._closed or self._stream.ended:
+        if self._closed or self._ended:
           return
         self._busy = True
       rows, error = {}, None
@@ -192,6 +194,8 @@ class DatasetIterator:
         self._buffer.push(rows)
         self._window_rows = self._buffer.num_rows - before
         self._error = error
+        # Only now: the consumer must not see the end before the last rows.
+        self._ended = self._stream.ended
         self._busy = False
         condition.notify_all()
         if error:
@@ -235,9 +239,7 @@ class DatasetIterator:
     num = self._rows_per_batch
     with self._condition:
       while not self._condition.wait_for(
-        lambda: (
-          self._buffer.num_rows >= num or self._stream.ended or self._error
-        ),
+        lambda: self._buffer.num_rows >= num or self._ended or self._error,
         timeout=_PATIENCE_SECONDS,
       ):
         logging.warning(
@@ -263,28 +265,35 @@ class DatasetIterator:
   def save(self, directory) -> None:
     """Writes the position, so that `restore` gives the batch due next.
 
-    One set of files per process, `process_I-of-N.*`. The files are complete
-    when this returns; committing the directory is the caller's.
+    One set of files per process index, `process_I-of-N.json` and those it
+    names. The files are complete when this returns; committing the directory
+    is the caller's.
     """
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    prefix = directory / _file_stem(self._index, self._count)
+    stem = _file_stem(self._index, self._count)
+    # Hosts that share a model axis share an index, and each has read ahead
+    # as far as it came: their files must not mix. The last to finish counts.
+    files = f'{stem}.{uuid.uuid4().hex[:8]}'
     with self._quiet():
       if self._error:
         raise self._error
-      arrays: dict[str, Any] = dict(self._stream.write(prefix))
+      arrays: dict[str, Any] = dict(self._stream.write(directory / files))
       arrays |= {f'rows/{k}': v for k, v in self._buffer.peek().items()}
     stream = io.BytesIO()
     np.savez(stream, **arrays)
-    prefix.with_suffix('.npz').write_bytes(stream.getvalue())
+    (directory / f'{files}.npz').write_bytes(stream.getvalue())
     meta = {
       'process_index': self._index,
       'process_count': self._count,
       'num_batches': self._batches,
       'stream_seed': self._seed,
+      'files': files,
       'config': _stream_config(self._cfg),
     }
-    prefix.with_suffix('.json').write_text(json.dumps(meta, indent=1))
+    unfinished = directory / f'{files}.json.unfinished'
+    unfinished.write_text(json.dumps(meta, indent=1))
+    unfinished.replace(directory / f'{stem}.json')
 
   def restore(self, directory) -> None:
     """Goes to a saved position.
@@ -300,20 +309,22 @@ class DatasetIterator:
         number of processes without leave to change it.
     """
     directory = epath.Path(directory)
-    prefix = directory / _file_stem(self._index, self._count)
-    same_count = prefix.with_suffix('.json').exists()
+    path = directory / f'{_file_stem(self._index, self._count)}.json'
+    same_count = path.exists()
     if not same_count:
-      prefix = directory / _file_stem(0, _saved_process_count(directory))
-    meta = json.loads(prefix.with_suffix('.json').read_text())
+      count = _saved_process_count(directory)
+      path = directory / f'{_file_stem(0, count)}.json'
+    meta = json.loads(path.read_text())
     _check_same_stream(self._cfg, meta['config'])
     if not (same_count or self._cfg.replicated):
       self._restart(meta)
       return
-    with io.BytesIO(prefix.with_suffix('.npz').read_bytes()) as stream:
+    files = meta['files']
+    with io.BytesIO((directory / f'{files}.npz').read_bytes()) as stream:
       arrays = dict(np.load(stream))
     self._rewind(meta['stream_seed'])
     self._untouched = False
-    self._stream.read(prefix, arrays)
+    self._stream.read(directory / files, arrays)
     self._buffer.push(
       {
         name.removeprefix('rows/'): value
@@ -321,6 +332,7 @@ class DatasetIterator:
         if name.startswith('rows/')
       }
     )
+    self._ended = self._stream.ended
     self._batches = meta['num_batches']
 
   def _rewind(self, seed: int) -> None:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import dataset
+from t5x_lite.data import dataset, row_stream
 from t5x_lite.errors import UsageError
 
 LENGTHS = {'inputs': 24, 'targets': 16}
@@ -222,6 +223,20 @@ def test_finite_pass_over_a_mixture_is_complete(shuffle):
   assert example_numbers(found) == [*range(100), *range(200, 300)]
 
 
+def test_the_end_is_not_seen_before_the_last_rows(monkeypatch):
+  next_rows = row_stream.RowStream.next_rows
+
+  def slow(self):
+    rows = next_rows(self)
+    time.sleep(0.3 * self.ended)
+    return rows
+
+  cfg = config(num_epochs=1, batch_size=8)
+  want = all_batches(cfg)
+  monkeypatch.setattr(row_stream.RowStream, 'next_rows', slow)
+  assert_equal(all_batches(cfg), want)
+
+
 # ---- Hosts ----
 
 
@@ -357,6 +372,23 @@ def test_processes_write_and_find_their_own_files(tmp_path):
     iterator.restore(tmp_path)
     assert_equal(take(iterator, 4), want[index])
     iterator.close()
+
+
+def test_hosts_with_the_same_rows_do_not_mix_their_files(tmp_path):
+  # Both write process_0-of-1, having read ahead differently far.
+  want = batches(config('dt_random'), 20)
+  for prefetch in (40, 1):
+    iterator = dataset.make_iterator(
+      config('dt_random', prefetch_batches=prefetch)
+    )
+    take(iterator, 3)
+    iterator.save(tmp_path)
+    iterator.close()
+  assert len(list(tmp_path.glob('*.npz'))) == 2
+  fresh = dataset.make_iterator(config('dt_random'))
+  fresh.restore(tmp_path)
+  assert_equal(take(fresh, 17), want[3:])
+  fresh.close()
 
 
 def test_other_process_count_needs_leave_and_is_deterministic(tmp_path, caplog):
