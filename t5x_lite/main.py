@@ -35,6 +35,7 @@ class Flag:
   help: str
   type: type = str
   choices: tuple[str, ...] | None = None
+  many: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ PROGRAMS: dict[str, Program] = {
     't5x_lite.train_vocabulary.train_vocabulary',
     'train a SentencePiece vocabulary on your own text',
     flags=(
-      Flag('input', 'text, TSV or JSONL file, or a glob pattern'),
+      Flag('input', 'text, TSV or JSONL files or glob patterns', many=True),
       Flag('task', 'or the text of this SeqIO task or mixture'),
       Flag('output', 'the .model file to write'),
       Flag('vocab_size', 'pieces, sentinels not counted', int),
@@ -178,7 +179,11 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     )
   else:
     parser.add_argument(
-      f'--{flag.name}', type=flag.type, choices=flag.choices, help=flag.help
+      f'--{flag.name}',
+      type=flag.type,
+      choices=flag.choices,
+      nargs='+' if flag.many else None,
+      help=flag.help,
     )
 
 

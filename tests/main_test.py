@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -59,6 +60,19 @@ def toy(tmp_path, monkeypatch):
 def test_flags_become_arguments(toy, capfd):
   assert main(['toy', 'ab', '--times=2', '--verbose']) == 0
   assert capfd.readouterr().out == 'abab True\n'
+
+
+def test_a_flag_may_take_what_the_shell_expands(toy, monkeypatch):
+  vocab = main_lib.PROGRAMS['vocab']
+  monkeypatch.setitem(
+    main_lib.PROGRAMS, 'vocab', dataclasses.replace(vocab, function='given.get')
+  )
+  (toy.parent / 'given.py').write_text(
+    'def get(*, input, output):\n  open(output, "w").write(" ".join(input))\n'
+  )
+  flags = ['--input', 'a.txt', 'b.txt', '--output', 'seen']
+  assert main(['vocab', *flags]) == 0
+  assert (toy / 'seen').read_text() == 'a.txt b.txt'
 
 
 def test_gin_bindings_become_arguments_and_flags_win(toy, capfd):
