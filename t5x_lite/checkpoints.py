@@ -49,10 +49,14 @@ class CheckpointConfig:
       'eval/cmudict/loss'. Its value counts for a checkpoint of the same step.
     best_mode: 'min' or 'max'.
     restore_path: where a run that has no checkpoint of its own starts from:
-      another run's directory, or one STEP directory of it.
+      another run's directory or one STEP directory of it, or a checkpoint of
+      T5X or transformers.
     restore_optimizer: take step and optimizer state from restore_path as well
       (to continue that run elsewhere) instead of only the parameters (to
       fine-tune).
+    assignment_map: (pattern, replacement) pairs that map the parameters' names
+      to those at restore_path; see interop/assignment.py.
+    strict: refuse a restore_path with missing or left-over parameters.
   """
 
   period: int = 1000
@@ -62,9 +66,23 @@ class CheckpointConfig:
   best_mode: str = 'min'
   restore_path: str = ''
   restore_optimizer: bool = False
+  assignment_map: Sequence[tuple[str, str | None]] = ()
+  strict: bool = True
 
   def __post_init__(self):
     """Validates once, so that nothing fails hours into a run."""
+    pairs = tuple(tuple(pair) for pair in self.assignment_map)
+    object.__setattr__(self, 'assignment_map', pairs)
+    if any(len(pair) != 2 for pair in pairs):
+      raise UsageError(
+        f'CheckpointConfig.assignment_map={self.assignment_map!r} must be '
+        "pairs (pattern, replacement), such as ('decoder.*', None)"
+      )
+    if self.restore_optimizer and (pairs or not self.strict):
+      raise UsageError(
+        'CheckpointConfig.restore_optimizer takes a state as it is: leave out '
+        'assignment_map and strict'
+      )
     if self.period < 1:
       raise UsageError(
         f'CheckpointConfig.period={self.period} must be at least 1 step'
@@ -209,6 +227,11 @@ def _steps_in(directory: epath.Path) -> list[int]:
     for path in directory.iterdir()
     if path.name.isdigit() and (path / 'state').is_dir()
   )
+
+
+def has_checkpoint(model_dir: str) -> bool:
+  """Whether a run has a checkpoint that it can continue from."""
+  return bool(_steps_in(epath.Path(model_dir) / CHECKPOINTS))
 
 
 def find_checkpoint(path: str) -> tuple[str, int]:

@@ -8,8 +8,7 @@ import dataclasses
 
 import jax
 
-from t5x_lite import checkpoints, partitioning, run_directory, vocabularies
-from t5x_lite.checkpoints import CheckpointConfig
+from t5x_lite import partitioning, run_directory, vocabularies
 from t5x_lite.data import recipes, row_stream
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.errors import UsageError
@@ -89,16 +88,10 @@ def check_batch(
     )
 
 
-def check_start(
-  model_dir: str,
-  checkpoint: CheckpointConfig,
-  model: T5Config,
-  vocabulary: VocabularyConfig,
+def check_model_dir(
+  model_dir: str, model: T5Config, vocabulary: VocabularyConfig
 ) -> None:
-  """Refuses to continue another model's run, or to start from nothing."""
+  """Refuses to continue another model's run."""
   if not model_dir:
     raise UsageError("model_dir is '': name the run's directory")
   run_directory.check_resumable(model_dir, model=model, vocabulary=vocabulary)
-  if checkpoint.restore_path:
-    checkpoints.find_checkpoint(checkpoint.restore_path)
-    run_directory.check_vocabulary(checkpoint.restore_path, vocabulary)

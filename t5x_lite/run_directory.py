@@ -114,7 +114,7 @@ def write_run(
   kept = vocabulary
   if _vocabulary_file(root).exists():
     kept = vocabularies.load_vocabulary(root)
-  if kept == vocabulary or not _same_vocabulary(kept, vocabulary):
+  if kept == vocabulary or not same_vocabulary(kept, vocabulary):
     vocabularies.save_vocabulary(vocabulary, root)
   entry = {'model': dataclasses.asdict(model), 'lengths': dict(lengths or {})}
   _write_json(root / MODEL_FILE, entry)
@@ -142,23 +142,10 @@ def check_resumable(
       )
   if not _vocabulary_file(root).exists():
     return
-  if not _same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
+  if not same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
     raise UsageError(
       f'the run in {model_dir} was trained with another vocabulary than the '
       f'configuration names: {fix}'
-    )
-
-
-def check_vocabulary(path: str, vocabulary: VocabularyConfig) -> None:
-  """Raises UsageError if the run at `path` was trained with other ids."""
-  directory, _ = checkpoints.find_checkpoint(path)
-  root = epath.Path(directory).parent
-  if not _vocabulary_file(root).exists():
-    return  # not one of our runs, or only its checkpoints were kept
-  if not _same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
-    raise UsageError(
-      f'{path} was trained with another vocabulary than the configuration '
-      f'names: its ids would mean other tokens; see {_vocabulary_file(root)}'
     )
 
 
@@ -166,7 +153,7 @@ def _vocabulary_file(root: epath.Path) -> epath.Path:
   return root / vocabularies.VOCABULARY_FILE
 
 
-def _same_vocabulary(a: VocabularyConfig, b: VocabularyConfig) -> bool:
+def same_vocabulary(a: VocabularyConfig, b: VocabularyConfig) -> bool:
   """True if two configs give the same ids, wherever their files lie."""
   if dataclasses.replace(a, path='') != dataclasses.replace(b, path=''):
     return False

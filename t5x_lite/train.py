@@ -26,7 +26,7 @@ from t5x_lite import (
   partitioning,
   reports,
   run_directory,
-  train_state,
+  start,
 )
 from t5x_lite.checkpoints import CheckpointConfig
 from t5x_lite.data import dataset as data
@@ -118,7 +118,10 @@ def train(
     for one in (dataset, *train_eval, *infer_eval)
   ]
   train_eval, infer_eval = evals[: len(train_eval)], evals[len(train_eval) :]
-  checks.check_start(model_dir, checkpoint, model, vocabulary)
+  checks.check_model_dir(model_dir, model, vocabulary)
+  new = None
+  if not checkpoints.has_checkpoint(model_dir):
+    new = start.open_start(checkpoint, model, vocabulary, seed=seed)
 
   # ---- The step, its mesh and abstract state: nothing is allocated yet ----
   program = compilation.train_program(
@@ -149,9 +152,9 @@ def train(
   _, batch_shapes, _ = program.arguments
 
   def compile_step() -> jax.stages.Compiled:
-    start = time.monotonic()
+    began = time.monotonic()
     compiled = program.lower().compile()
-    log.info('compiled in %.1f s', time.monotonic() - start)
+    log.info('compiled in %.1f s', time.monotonic() - began)
     return compiled
 
   log.info('%s', reports.parameter_summary(spec.shapes.params))
@@ -204,18 +207,9 @@ def train(
       if meta['seed'] != seed:
         log.warning('the seed is %d, it was %d before', seed, meta['seed'])
       log.info('continues %s from step %d', model_dir, int(state.step))
-    elif checkpoint.restore_path and checkpoint.restore_optimizer:
-      state = checkpoints.load_state(checkpoint.restore_path, spec.shapes)
-      log.info('starts from %s, optimizer included', checkpoint.restore_path)
-    elif checkpoint.restore_path:
-      params = checkpoints.load_params(
-        checkpoint.restore_path, spec.shapes.params
-      )
-      state = train_state.start_from(params, tx, spec)
-      log.info('starts from the parameters of %s', checkpoint.restore_path)
     else:
-      state = train_state.init_state(model, tx, spec, key)
-      log.info('starts from scratch with seed %d', seed)
+      assert new is not None
+      state = new.make(tx, spec, key)
     step = first_step = int(state.step)
     if first_step >= total_steps:
       log.info('already at step %d of %d: done', first_step, total_steps)
@@ -265,7 +259,7 @@ def train(
     def evaluate_and_save(*, last: bool = False, hurry: bool = False) -> None:
       """Does what is due at this step, before its update."""
       nonlocal evaluated
-      start = time.monotonic()
+      began = time.monotonic()
       metrics = {}
       due = not hurry and (last or step % eval_period == 0)
       if due and step > max(evaluated, 0):
@@ -275,8 +269,8 @@ def train(
       if last or checkpointer.should_save(step):
         meta = {'seed': seed, 'evaluated': evaluated}
         checkpointer.save(step, state, iterator, metrics=metrics, meta=meta)
-      window.pause(time.monotonic() - start)
-      progress.pause(time.monotonic() - start)
+      window.pause(time.monotonic() - began)
+      progress.pause(time.monotonic() - began)
 
     # ---- Loop ----
     stack.enter_context(distributed.lost_process_is_an_error())

@@ -1,7 +1,6 @@
 import pytest
 
 from t5x_lite import checks, partitioning
-from t5x_lite.checkpoints import CheckpointConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.partitioning import MeshConfig
 from t5x_lite.vocabularies import VocabularyConfig
@@ -55,15 +54,11 @@ def test_the_batch_must_divide():
     checks.check_batch(tiny_run.dataset(batch_size=8), mesh, 0)
 
 
-def test_a_start_needs_a_directory_and_its_checkpoint(tmp_path):
+def test_a_run_needs_a_directory(tmp_path):
   cfg = tiny_run.model()
-  start = CheckpointConfig()
-  checks.check_start(str(tmp_path), start, cfg, BYTES)
+  checks.check_model_dir(str(tmp_path), cfg, BYTES)
   with pytest.raises(UsageError, match="model_dir is ''"):
-    checks.check_start('', start, cfg, BYTES)
-  with pytest.raises(UsageError, match='no such checkpoint'):
-    start = CheckpointConfig(restore_path='/nowhere')
-    checks.check_start(str(tmp_path), start, cfg, BYTES)
+    checks.check_model_dir('', cfg, BYTES)
 
 
 def test_counts_are_positive():

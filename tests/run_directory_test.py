@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from t5x_lite import run_directory
+from t5x_lite import run_directory, vocabularies
 from t5x_lite.checkpoints import CheckpointConfig, Checkpointer
 from t5x_lite.errors import UsageError
 from t5x_lite.vocabularies import VocabularyConfig, make_vocabulary
@@ -77,12 +77,15 @@ def test_what_may_change_when_a_run_continues(tmp_path):
     check(str(tmp_path), model=tiny.config(), vocabulary=VocabularyConfig())
 
 
-def test_fine_tuning_needs_the_vocabulary_of_pretraining(tmp_path):
-  write(tmp_path)
-  save_checkpoint(tmp_path)
-  run_directory.check_vocabulary(str(tmp_path), BYTES)
-  with pytest.raises(UsageError, match='another vocabulary'):
-    run_directory.check_vocabulary(str(tmp_path), VocabularyConfig())
+def test_same_vocabulary_goes_by_content(tmp_path):
+  official = VocabularyConfig()
+  copy = tmp_path / 'copy.model'
+  copy.write_bytes(open(vocabularies.model_path(official), 'rb').read())
+  same = run_directory.same_vocabulary
+  assert same(official, VocabularyConfig(path=str(copy)))
+  assert not same(official, VocabularyConfig(path=str(copy), extra_ids=7))
+  assert not same(official, BYTES)
+  assert same(BYTES, VocabularyConfig(kind='byte'))
 
 
 def test_what_is_no_run_says_so(tmp_path):

@@ -270,7 +270,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     (dict(mesh=MeshConfig(data=3)), 'does not multiply'),
     (
       dict(checkpoint=CheckpointConfig(restore_path='/nowhere')),
-      'no such checkpoint',
+      '/nowhere does not exist',
     ),
     (
       dict(train_eval=[tiny_run.dataset(split='validation')] * 2),

@@ -34,11 +34,11 @@ def start(model_dir, **arguments):
 def finish(model_dir, **arguments):
   process = start(model_dir, **arguments)
   log = pathlib.Path(f'{model_dir}.log')
-  assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+  assert process.wait(timeout=500) == 0, log.read_text()[-3000:]
   return log.read_text()
 
 
-def kill_when(process, due, timeout=240.0):
+def kill_when(process, due, timeout=400.0):
   """Sends SIGKILL as soon as `due()`; returns False if it ended before."""
   end = time.monotonic() + timeout
   while time.monotonic() < end:

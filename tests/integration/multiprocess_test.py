@@ -59,7 +59,7 @@ def read_log(model_dir, index):
   return pathlib.Path(f'{model_dir}.{index}.log').read_text()
 
 
-def wait(processes, model_dir, timeout=300):
+def wait(processes, model_dir, timeout=500):
   codes = [process.wait(timeout=timeout) for process in processes]
   logs = '\n'.join(
     read_log(model_dir, i)[-2000:] for i in range(len(processes))
@@ -77,7 +77,7 @@ def steps_logged(model_dir):
   return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def when_logged(processes, model_dir, least, timeout=240.0):
+def when_logged(processes, model_dir, least, timeout=400.0):
   end = time.monotonic() + timeout
   while steps_logged(model_dir) < least:
     assert time.monotonic() < end, read_log(model_dir, 0)[-2000:]
