@@ -19,13 +19,15 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from t5x_lite import plain_trees
+from t5x_lite.distributed import LostProcessError
 from t5x_lite.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -142,60 +144,15 @@ class _DataRestore(ocp.args.CheckpointArgs):
   iterator: SavableIterator
 
 
-# ---- Trees on disk are plain dicts ------------------------------------------
-
-
-def _names(path: Sequence[Any]) -> tuple[str, ...]:
-  """The names along a pytree key path, whatever kind of node they index."""
-  names = []
-  for key in path:
-    for attribute in ('key', 'name', 'idx'):
-      if hasattr(key, attribute):
-        names.append(str(getattr(key, attribute)))
-        break
-  return tuple(names)
-
-
-def flatten_names(tree: Any) -> dict[str, Any]:
-  """Returns the leaves by their path, 'params/encoder/...', in tree order."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {'/'.join(_names(path)): leaf for path, leaf in leaves}
-
-
-def to_plain(tree: Any) -> dict[str, Any]:
-  """Returns any pytree as nested dicts with string keys.
-
-  What a checkpoint holds then does not depend on the classes (optax's
-  NamedTuples, our dataclasses) that hold it in memory.
-  """
-  plain: dict[str, Any] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    *parents, last = _names(path)
-    node = plain
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[last] = leaf
-  return plain
-
-
-def from_plain(plain: Mapping[str, Any], like: Any) -> Any:
-  """Inverts `to_plain` for a tree of the same structure as `like`."""
-
-  def leaf(path: Sequence[Any], _: Any) -> Any:
-    node: Any = plain
-    for name in _names(path):
-      node = node[name]
-    return node
-
-  return jax.tree_util.tree_map_with_path(leaf, like)
+# ---- Comparing with what is wanted ----
 
 
 def _explain_mismatch(
   where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str
 ) -> None:
   """Raises one clear line unless the trees agree in names and shapes."""
-  saved_flat = flatten_names(saved)
-  wanted_flat = flatten_names(wanted)
+  saved_flat = plain_trees.flatten_names(saved)
+  wanted_flat = plain_trees.flatten_names(wanted)
   fix = f'use the {what} that wrote it, or another model_dir to start a new run'
   for name, leaf in wanted_flat.items():
     if name not in saved_flat:
@@ -265,7 +222,7 @@ def find_checkpoint(path: str) -> tuple[str, int]:
 def _restore_items(directory: str, step: int, wanted: Any, what: str) -> Any:
   """Restores the part of {step, params, opt_state} that `wanted` names."""
   path = epath.Path(directory).absolute() / str(step)
-  plain = to_plain(wanted)
+  plain = plain_trees.to_plain(wanted)
   # Items that stay unread are named too: Orbax warns of those it cannot read.
   handler = ocp.CompositeCheckpointHandler(
     state=ocp.PyTreeCheckpointHandler(),
@@ -285,7 +242,7 @@ def _restore_items(directory: str, step: int, wanted: Any, what: str) -> Any:
     restored = checkpointer.restore(
       path, args=ocp.args.Composite(state=arguments)
     )
-  return from_plain(restored['state'], wanted)
+  return plain_trees.from_plain(restored['state'], wanted)
 
 
 def load_arrays(path: str) -> dict[str, Any]:
@@ -304,7 +261,7 @@ def load_arrays(path: str) -> dict[str, Any]:
     plain = checkpointer.restore(
       item, args=ocp.args.PyTreeRestore(restore_args=restore_args)
     )
-  return flatten_names(plain)
+  return plain_trees.flatten_names(plain)
 
 
 def load_params(path: str, abstract_params: Any) -> Any:
@@ -394,7 +351,7 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return False
     items: dict[str, Any] = {
-      'state': ocp.args.StandardSave(to_plain(state)),
+      'state': ocp.args.StandardSave(plain_trees.to_plain(state)),
       'meta': ocp.args.JsonSave(
         {
           'format_version': FORMAT_VERSION,
@@ -444,7 +401,7 @@ class Checkpointer:
     """
     step = self.latest_step
     assert step is not None, 'restore needs a checkpoint'
-    wanted = to_plain(abstract_state)
+    wanted = plain_trees.to_plain(abstract_state)
     where = os.fspath(self.directory / str(step))
     saved = self._manager.item_metadata(step)['state']
     _explain_mismatch(
@@ -460,7 +417,9 @@ class Checkpointer:
     if iterator is not None and (self.directory / str(step) / 'data').is_dir():
       items['data'] = _DataRestore(iterator)
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return from_plain(restored['state'], abstract_state), restored['meta']
+    return plain_trees.from_plain(restored['state'], abstract_state), restored[
+      'meta'
+    ]
 
   def wait(self) -> None:
     """Blocks until every started save is committed."""
@@ -469,6 +428,15 @@ class Checkpointer:
   def close(self) -> None:
     """Finishes the saves under way and lets go of the directory."""
     self._manager.close()
+
+  def __enter__(self) -> Self:
+    """Returns the checkpointer itself."""
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    """Closes, but does not wait for a process that is gone."""
+    if kind is None or not issubclass(kind, LostProcessError):
+      self.close()
 
 
 def _preservation_policy(config: CheckpointConfig) -> Any:

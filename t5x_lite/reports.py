@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from t5x_lite import checkpoints, run_directory, train_state
+from t5x_lite import plain_trees, run_directory, train_state
 
 SHARDING_FILE = 'sharding.txt'
 
@@ -41,7 +41,7 @@ def sharding_table(spec: train_state.StateSpec) -> str:
 
   Columns: name, shape, dtype, logical axes, mesh axes and bytes per device.
   """
-  shapes = checkpoints.flatten_names(spec.shapes)
+  shapes = plain_trees.flatten_names(spec.shapes)
   leaves, treedef = jax.tree.flatten(spec.shapes)
   axes = treedef.flatten_up_to(spec.axes)
   rows = [('array', 'shape', 'dtype', 'logical axes', 'sharding', 'per device')]
@@ -77,7 +77,7 @@ def _mesh_axes(part: Any, sizes: Mapping[str, int]) -> str:
 def parameter_summary(params: Any) -> str:
   """Returns the parameter count, in all and by top-level part."""
   parts: dict[str, int] = collections.defaultdict(int)
-  for name, leaf in checkpoints.flatten_names(params).items():
+  for name, leaf in plain_trees.flatten_names(params).items():
     parts[name.split('/')[0]] += math.prod(leaf.shape)
   total = sum(parts.values())
   detail = ', '.join(f'{name} {count:,}' for name, count in parts.items())

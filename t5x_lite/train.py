@@ -196,8 +196,9 @@ def train(
       if summarize_config_fn is not None:
         summarize_config_fn(model_dir)
     distributed.barrier('run directory')
-    checkpointer = checkpoints.Checkpointer(model_dir, checkpoint)
-    stack.callback(checkpointer.close)
+    checkpointer = stack.enter_context(
+      checkpoints.Checkpointer(model_dir, checkpoint)
+    )
 
     # ---- Start: 1. own checkpoint  2. checkpoint.restore_path  3. scratch ----
     evaluated = -1

@@ -154,14 +154,6 @@ def test_plain_layout_on_disk(tmp_path):
   assert "'value'" not in saved
 
 
-def test_plain_trees_round_trip():
-  params = {'a': {0: jnp.ones(2), 1: jnp.zeros(3)}}
-  tree = (params, optax.chain(optax.adam(1.0), optax.ema(0.9)).init(params))
-  plain = checkpoints.to_plain(tree)
-  assert set(plain['0']['a']) == {'0', '1'}
-  assert_same_bits(checkpoints.from_plain(plain, tree), tree)
-
-
 # ---- What is kept ----
 
 

@@ -12,6 +12,7 @@ from t5x_lite import (
   evaluate,
   evaluators,
   metric_writers,
+  plain_trees,
   run_directory,
 )
 from t5x_lite.checkpoints import CheckpointConfig
@@ -25,7 +26,7 @@ from tests import tiny_run
 def leaves(state):
   return {
     name: np.asarray(leaf)
-    for name, leaf in checkpoints.flatten_names(state).items()
+    for name, leaf in plain_trees.flatten_names(state).items()
   }
 
 

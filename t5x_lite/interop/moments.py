@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import adafactor, checkpoints, optimizers
+from t5x_lite import adafactor, optimizers, plain_trees
 from t5x_lite.interop import names, t5x
 from t5x_lite.interop.tensors import Tensor, of_array
 from t5x_lite.models import t5
@@ -292,7 +292,7 @@ def to_run(
     assert keys[-1] == 'count', keys
     return np.asarray(step, leaf.dtype)
 
-  state = checkpoints.to_plain(jax.eval_shape(tx.init, shapes))
+  state = plain_trees.to_plain(jax.eval_shape(tx.init, shapes))
   result = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     keys = names.path_of(path)
