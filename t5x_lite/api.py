@@ -16,7 +16,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from t5x_lite import partitioning, prediction, steps, vocabularies
+from t5x_lite import (
+  grow_vocabulary,
+  partitioning,
+  prediction,
+  steps,
+  vocabularies,
+)
 from t5x_lite.decoding import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import assignment, convert, source, tensors
@@ -351,8 +357,7 @@ class Model:
         f'format is {format!r}; allowed are {", ".join(source.FORMATS)}'
       )
     target = epath.Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-      raise UsageError(f'{directory} is already there; name a new directory')
+    convert.check_destination(target)
     config = self.config.replace(param_dtype=dtype or self.config.param_dtype)
     convert.check_target(config, format)
     convert.write(
@@ -363,6 +368,35 @@ class Model:
       vocabulary=self.vocabulary_config,
       step=self.step,
       lengths=self.lengths,
+    )
+
+  def grow_vocabulary(
+    self, tokens: Sequence[str] = (), *, extra_ids: int | None = None
+  ) -> 'Model':
+    """Returns the model with more tokens or sentinels.
+
+    Args:
+      tokens: new pieces; their rows begin as the mean of the old ones.
+      extra_ids: number of sentinels in all.
+    """
+    if self.vocabulary_config is None:
+      raise UsageError('this model came without a vocabulary')
+    grown, config, vocabulary, _ = grow_vocabulary.grow(
+      tensors.of_params(self.params, self.config),
+      self.config,
+      self.vocabulary_config,
+      tokens=tokens,
+      extra_ids=extra_ids,
+    )
+    shardings = _shardings(config, self.mesh, self.rules)
+    return Model(
+      config,
+      tensors.place(grown, config, shardings),
+      vocabulary,
+      mesh=self.mesh,
+      rules=self.rules,
+      lengths=self.lengths,
+      step=self.step,
     )
 
   def train(self, *, model_dir: str, **arguments: Any) -> 'Model':

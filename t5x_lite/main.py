@@ -116,6 +116,20 @@ PROGRAMS: dict[str, Program] = {
       Flag('dry_run', 'list how names map, write nothing', bool),
     ),
   ),
+  'grow_vocab': Program(
+    't5x_lite.grow_vocabulary.grow_vocabulary',
+    'add tokens or sentinels to a model and its vocabulary',
+    positional=(
+      Flag('source', 'checkpoint to read; its format is detected'),
+      Flag('destination', 'directory to write'),
+    ),
+    flags=(
+      Flag('tokens_file', 'new tokens, one a line'),
+      Flag('extra_ids', 'sentinels in all; as many as there are', int),
+      Flag('to', 'format to write', choices=('t5x_lite', 'hf', 't5x')),
+      Flag('dry_run', 'say what would change, write nothing', bool),
+    ),
+  ),
   'precompile': Program(
     't5x_lite.precompile.precompile',
     'compile a step for TPUs that you do not have; does it fit, what bounds it',

@@ -81,10 +81,7 @@ def convert(
     raise UsageError(f'convert.shard_bytes is {shard_bytes}; it counts bytes')
   opened = open_source(source)
   target = epath.Path(destination)
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise UsageError(
-      f'{destination} is already there; name a directory that is not'
-    )
+  check_destination(target)
   cfg = opened.config.replace(scan_layers=scan_layers)
   dtype = dtype or _stored_dtype(opened)
   if dtype not in hf.SHORT_DTYPES:
@@ -121,6 +118,12 @@ def convert(
   )
   log.info('%s: %s', destination, report.summary())
   return destination
+
+
+def check_destination(target: epath.Path) -> None:
+  """Raises UsageError if something is there already."""
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise UsageError(f'{target} is already there; name a new directory')
 
 
 def check_target(cfg: T5Config, to: str) -> None:

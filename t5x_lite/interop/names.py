@@ -9,8 +9,10 @@ Sources: t5x/examples/t5/network.py and layers.py; t5x/examples/scalable_t5;
 transformers/models/t5/modeling_t5.py.
 """
 
+import functools
 import re
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -172,15 +174,21 @@ def num_layers(cfg: T5Config, path: Sequence[str]) -> int:
   return cfg.num_encoder_layers if side == 'encoder' else cfg.num_decoder_layers
 
 
-def leaves(cfg: T5Config) -> Iterator[tuple[tuple[str, ...], Any, list[str]]]:
-  """Yields (path, shape and dtype, canonical names) of our tree's leaves."""
+@functools.lru_cache(maxsize=64)
+def leaves(
+  cfg: T5Config,
+) -> Sequence[tuple[tuple[str, ...], jax.ShapeDtypeStruct, Sequence[str]]]:
+  """Returns (path, shape and dtype, canonical names) of our tree's leaves."""
   _, shapes, _ = t5.abstract_params(cfg)
+  result = []
   for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     path = path_of(keys)
-    yield path, leaf, leaf_names(path, num_layers(cfg, path))
+    result.append((path, leaf, leaf_names(path, num_layers(cfg, path))))
+  return result
 
 
-def shapes(cfg: T5Config) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=64)
+def shapes(cfg: T5Config) -> Mapping[str, tuple[int, ...]]:
   """Returns the shape of every tensor of a model by canonical name.
 
   The order is that of our tree: all layers of one parameter together.
@@ -190,4 +198,4 @@ def shapes(cfg: T5Config) -> dict[str, tuple[int, ...]]:
   for path, leaf, names in leaves(cfg.replace(scan_layers=True)):
     shape = leaf.shape[1:] if 'layers' in path else leaf.shape
     result.update(dict.fromkeys(names, shape))
-  return result
+  return types.MappingProxyType(result)

@@ -81,7 +81,7 @@ def write(
     array.write(tensor.read()).result()
     shapes[keys] = tensor.shape
     progress('.'.join(keys))
-  (state / '_METADATA').write_text(zarr.orbax_metadata(shapes))
+  (state / zarr.METADATA).write_text(zarr.orbax_metadata(shapes))
   (root / '_CHECKPOINT_METADATA').write_text(
     json.dumps({'item_handlers': {STATE: _HANDLER}, 'custom_metadata': {}})
   )

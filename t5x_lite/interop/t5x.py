@@ -32,7 +32,6 @@ TARGET = 'target/'
 PARAM_STATES = 'state/param_states/'
 
 _PLACEHOLDER = 'PLACEHOLDER://'
-_METADATA = '_METADATA'
 _STACKS = ('encoder', 'decoder')
 
 
@@ -48,7 +47,7 @@ def find(path: epath.Path) -> epath.Path | None:
   if not path.is_dir():
     return None
   for child in (path, path / STATE):
-    if (child / FILE).is_file() or (child / _METADATA).is_file():
+    if (child / FILE).is_file() or (child / zarr.METADATA).is_file():
       return child
   steps = {}
   for child in path.iterdir():
@@ -155,6 +154,8 @@ def _legacy_tensor(
   }
   if (folder / relative / '.zarray').exists():
     return reader.tensor(store, name)
+  if not (folder / relative).is_dir():
+    raise UsageError(f'{name} should be in {folder / relative}: not there')
   # The spec repeats the metadata, so the array can be read without its own.
   store |= {'dtype': dtype, 'metadata': dict(spec['metadata'])}
   return reader.tensor(store, name, assume_metadata=True)

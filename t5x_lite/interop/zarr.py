@@ -15,6 +15,7 @@ from t5x_lite.interop.tensors import Index, Tensor
 # As T5X: large enough for object stores, small enough to be read in parts.
 CHUNK_BYTES = 64 << 20
 
+METADATA = '_METADATA'
 _ZARRAY = '.zarray'
 _OCDBT = 'manifest.ocdbt'
 
@@ -92,8 +93,16 @@ def _line(error: Exception) -> str:
   return str(error).splitlines()[0][:300]
 
 
-def file_tensor(directory: epath.Path, name: str, reader: Reader) -> Tensor:
+def file_tensor(
+  directory: epath.Path, name: str, reader: Reader, *, complete: bool = False
+) -> Tensor:
   """Opens an array that has a directory of its own.
+
+  Args:
+    directory: where.
+    name: for messages.
+    reader: of the checkpoint.
+    complete: chunks of zeros are stored too, so one that is missing was lost.
 
   Raises:
     UsageError: if it is not there or damaged.
@@ -101,7 +110,7 @@ def file_tensor(directory: epath.Path, name: str, reader: Reader) -> Tensor:
   if not (directory / _ZARRAY).exists():
     raise UsageError(f'cannot read {name}: {directory} has no {_ZARRAY}')
   spec = {'driver': 'zarr', 'kvstore': f'{url(directory)}/'}
-  return reader.tensor(spec, name)
+  return reader.tensor({**spec, 'fill_missing_data_reads': not complete}, name)
 
 
 def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
@@ -110,24 +119,36 @@ def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
   Returns:
     Tensors by Orbax's names: the tree's keys joined by dots.
   """
+  complete = _stores_zeros(directory)
   if not (directory / _OCDBT).exists():
     return {
-      child.name: file_tensor(child, child.name, reader)
+      child.name: file_tensor(child, child.name, reader, complete=complete)
       for child in sorted(directory.iterdir())
       if (child / _ZARRAY).exists()
     }
   store = {'driver': 'ocdbt', 'base': f'{url(directory)}/'}
   listing = ts.KvStore.open(store).result().list().result()
   suffix = f'/{_ZARRAY}'.encode()
-  found = sorted(
-    key[: -len(suffix)].decode() for key in listing if key.endswith(suffix)
-  )
-  return {
-    name: reader.tensor(
-      {'driver': 'zarr', 'kvstore': {**store, 'path': f'{name}/'}}, name
-    )
-    for name in found
-  }
+  result = {}
+  for key in sorted(listing):
+    if key.endswith(suffix):
+      name = key[: -len(suffix)].decode()
+      spec = {'driver': 'zarr', 'kvstore': {**store, 'path': f'{name}/'}}
+      spec['fill_missing_data_reads'] = not complete
+      result[name] = reader.tensor(spec, name)
+  return result
+
+
+def _stores_zeros(directory: epath.Path) -> bool:
+  """True if an Orbax item says that chunks of zeros are stored as well."""
+  file = directory / METADATA
+  if not file.is_file():
+    return False
+  try:
+    entry = json.loads(file.read_text())
+  except ValueError as error:
+    raise UsageError(f'{file} is not JSON: {error}') from error
+  return bool(entry.get('store_array_data_equal_to_fill_value'))
 
 
 # ---- Writing ----------------------------------------------------------------
@@ -164,6 +185,8 @@ def create(
     'driver': 'zarr',
     'kvstore': f'{url(path)}/',
     'dtype': dtype.name,
+    # A chunk of zeros is stored too, so that one that is missing was lost.
+    'store_data_equal_to_fill_value': True,
     'metadata': {
       'shape': list(shape),
       'chunks': list(chunks),

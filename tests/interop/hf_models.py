@@ -93,7 +93,11 @@ def make(variant: Variant, seed: int = 0):
 
 def randomize(model):
   """Makes every parameter matter: HF's norms start at 1, its biases tiny."""
+  tied = model.lm_head.weight is model.shared.weight
   with torch.no_grad():
+    if tied:
+      # Else each token predicts itself, whatever the layers do.
+      model.shared.weight.mul_(0.3)
     for name, p in model.named_parameters():
       if 'layer_norm' in name:
         p.copy_(1.0 + 0.1 * torch.randn_like(p))

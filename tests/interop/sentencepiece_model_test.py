@@ -8,8 +8,8 @@ from t5x_lite.vocabularies import VocabularyConfig
 
 TEXTS = (
   'translate English to German: That is good.',
-  'Hi  {a}\n b é ﬁ ｆｕｌｌ',
-  'Zürich – „Grüße“ 2021, 日本語',
+  'Hi  {a}\n b é ﬁ ½',
+  'Zürich - „Grüße“ 2021, 日本語',
 )
 
 

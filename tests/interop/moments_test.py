@@ -1,0 +1,174 @@
+"""Adafactor's state between T5X's arrays and ours.
+
+The arrays of a scanned and of an unrolled T5X run are constructed here, by
+T5X's rules as t5x/adafactor.py states them.
+"""
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from t5x_lite import checkpoints, optimizers
+from t5x_lite.interop import convert, moments, names, source, t5x, tensors
+from t5x_lite.interop.moments import Moment
+from t5x_lite.models import t5
+from tests.models import tiny
+
+# Some matrices are factored (both dims at least 128), wide and tall ones; the
+# attention's are square, where which dim is the row is a matter of convention.
+SIZES = dict(
+  vocab_size=64,
+  emb_dim=128,
+  num_heads=4,
+  head_dim=32,
+  mlp_dim=136,
+  num_encoder_layers=2,
+  num_decoder_layers=1,
+)
+
+
+def config(**fields):
+  return tiny.config(**{**SIZES, **fields})
+
+
+def random_moments(cfg, seed=0):
+  rng = np.random.default_rng(seed)
+  result = {}
+  for name, shape in names.shapes(cfg).items():
+    if len(shape) == 2 and min(shape) >= 128:
+      result[name] = Moment(
+        means=(
+          rng.random(shape[0], np.float32), rng.random(shape[1], np.float32)
+        )
+      )  # fmt: skip
+    else:
+      result[name] = Moment(rng.random(shape, np.float32))
+  return result
+
+
+def same(a, b):
+  assert a.keys() == b.keys()
+  for name, moment in a.items():
+    other = b[name]
+    assert (moment.whole is None) == (other.whole is None), name
+    if moment.whole is not None:
+      np.testing.assert_array_equal(moment.whole, other.whole)
+    else:
+      for x, y in zip(moment.means, other.means, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def flat(tree, prefix=t5x.PARAM_STATES):
+  return {
+    prefix + '/'.join(names.path_of(keys)): tensors.of_array(leaf)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def test_unrolled_t5x_state():
+  cfg = config()
+  given = random_moments(cfg)
+  tree = moments.to_t5x(given, cfg)
+  kernel = tree['encoder']['layers_1']['mlp']['wi_0']['kernel']
+  # T5X: v_row keeps the smaller dim, unused places are zeros((1,)).
+  assert kernel['v_row'].shape == (128,)
+  assert kernel['v_col'].shape == (136,)
+  assert kernel['v'].shape == kernel['m'].shape == (1,)
+  tall = tree['encoder']['layers_1']['mlp']['wo']['kernel']
+  assert (tall['v_row'].size, tall['v_col'].size) == (128, 136)
+  assert tree['token_embedder']['embedding']['v'].shape == (64, 128)
+  same(moments.of_t5x(flat(tree), cfg), given)
+
+
+def test_scanned_t5x_state():
+  cfg = config(relpos_per_layer=True)
+  given = random_moments(cfg)
+  tree = moments.to_t5x(given, cfg)
+  layer = tree['encoder']['encoder']
+  # ('embed', 'layers', 'mlp'): v_row keeps embed, v_col the rest.
+  assert layer['mlp']['wi_0']['kernel']['v_row'].shape == (128, 2)
+  assert layer['mlp']['wi_0']['kernel']['v_col'].shape == (2, 136)
+  # ('mlp', 'layers', 'embed')
+  assert layer['mlp']['wo']['kernel']['v_row'].shape == (2, 128)
+  assert layer['mlp']['wo']['kernel']['v_col'].shape == (136, 2)
+  assert layer['relpos_bias']['rel_embedding']['v'].shape == (4, 2, 32)
+  assert layer['pre_mlp_layer_norm']['scale']['v'].shape == (128, 2)
+  same(moments.of_t5x(flat(tree), cfg), given)
+
+
+def test_small_scanned_matrices_which_t5x_factors_and_we_do_not():
+  cfg = tiny.config(relpos_per_layer=True)
+  rng = np.random.default_rng(0)
+  first, second = rng.random(16), rng.random(32)
+  given = {
+    name: Moment(np.zeros(shape, np.float32))
+    for name, shape in names.shapes(cfg).items()
+  }
+  name = 'encoder/layers_1/mlp/wi_0/kernel'
+  given[name] = Moment(np.outer(first, second))
+  tree = moments.to_t5x(given, cfg)
+  back = moments.of_t5x(flat(tree), cfg)
+  np.testing.assert_allclose(
+    back[name].as_whole(), given[name].whole, rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_ours_and_back(scan_layers):
+  cfg = config(scan_layers=scan_layers)
+  given = random_moments(cfg)
+  state = moments.to_run(given, cfg, step=9)
+  stored = {'.'.join(('opt_state', *keys)): t for keys, t in state.items()}
+  same(moments.of_run(stored, cfg), given)
+  count = [t for keys, t in state.items() if keys[-1] == 'count']
+  assert [int(t.read()) for t in count] == [9]
+
+
+def test_another_optimizer_is_no_adafactor():
+  cfg = config()
+  assert moments.of_t5x({}, cfg) == {}
+  assert moments.of_run({}, cfg) == {}
+
+
+@pytest.mark.parametrize('relpos_per_layer', [False, True])
+def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
+  cfg = config(relpos_per_layer=relpos_per_layer)
+  found = tensors.of_params(tiny.params(cfg), cfg)
+  given = random_moments(cfg)
+  convert.write(
+    epath.Path(tmp_path / 't5x'), tensors=found, cfg=cfg, to='t5x',
+    vocabulary=None, step=21, second_moments=given,
+  )  # fmt: skip
+  run = str(tmp_path / 'run')
+  convert.convert(source=str(tmp_path / 't5x'), destination=run)
+  # What train restores with restore_optimizer=True, through Orbax.
+  restored = source.open_source(run)
+  _, shapes, axes = t5.abstract_params(restored.config)
+  tx = optimizers.make_optimizer(optimizers.OptimizerConfig(), axes, shapes)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  wanted = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+    {
+      'step': jax.ShapeDtypeStruct((), np.int32),
+      'params': shapes,
+      'opt_state': jax.eval_shape(tx.init, shapes),
+    },
+  )
+  state = checkpoints.load_state(run, wanted)
+  assert int(state['step']) == 21
+  inner = state['opt_state'][0]
+  assert int(inner.count) == 21
+  kernel = inner.v_row['encoder']['layers']['mlp']['wo']['kernel']
+  for i in range(2):
+    _, second = given[f'encoder/layers_{i}/mlp/wo/kernel'].means
+    np.testing.assert_array_equal(kernel[i], second)
+  back = str(tmp_path / 'back')
+  convert.convert(source=run, destination=back, to='t5x')
+  same(source.open_source(back).read_moments(), given)
+
+
+def test_a_new_state_is_all_zeros():
+  cfg = config()
+  tree = moments.to_t5x(moments.new(cfg), cfg)
+  assert not any(leaf.any() for leaf in jax.tree.leaves(tree))

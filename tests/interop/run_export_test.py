@@ -1,0 +1,49 @@
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+
+from t5x_lite import checkpoints, partitioning, run_directory
+from t5x_lite.interop import run_export, tensors
+from t5x_lite.models import t5
+from t5x_lite.partitioning import MeshConfig
+from t5x_lite.vocabularies import VocabularyConfig
+from tests.models import tiny
+
+
+@pytest.mark.parametrize('scan_layers', [True, False])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
+  cfg = tiny.config(scan_layers=scan_layers, param_dtype=dtype)
+  params = tiny.params(cfg)
+  run_export.write(
+    epath.Path(tmp_path),
+    tensors=tensors.of_params(params, cfg),
+    cfg=cfg,
+    vocabulary=VocabularyConfig(kind='passthrough', size=64),
+    step=12,
+    lengths={'inputs': 7},
+    origin='somewhere',
+  )
+  run = run_directory.load_run(str(tmp_path))
+  assert (run.step, run.model, run.lengths) == (12, cfg, {'inputs': 7})
+  assert run.vocabulary.size == 64
+  config = MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
+  mesh = partitioning.make_mesh(config)
+  _, shapes, axes = t5.abstract_params(cfg)
+  shardings = partitioning.shardings(
+    shapes, axes, mesh, partitioning.logical_axis_rules(config)
+  )
+  wanted = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+  restored = checkpoints.load_params(str(tmp_path), wanted)
+  jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+def test_numpy_dtype():
+  assert run_export.numpy_dtype('bfloat16') == ml_dtypes.bfloat16
+  assert run_export.numpy_dtype('float16') == np.float16
