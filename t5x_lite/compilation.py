@@ -130,6 +130,16 @@ def train_program(
     )
   tx = optimizers.make_optimizer(optimizer, axes, shapes)
   spec = train_state.make_spec(model, tx, device_mesh, rules)
+  if mesh.offload_optimizer:
+    if device_mesh.devices.flat[0].platform == 'cpu':
+      raise UsageError(
+        'MeshConfig.offload_optimizer is True, but CPUs have no memory of '
+        'their own to save; set it to False'
+      )
+    tx = _offloaded(tx, spec.shardings.opt_state)
+    spec = train_state.make_spec(
+      model, tx, device_mesh, rules, opt_state_memory='pinned_host'
+    )
   step = steps.make_train_step(
     spec.graphdef,
     tx,
@@ -144,6 +154,18 @@ def train_program(
   )
   arguments = (spec.shapes, _batch(batch, device_mesh), _key(device_mesh))
   return Program(mesh, device_mesh, rules, jitted, arguments, spec, tx)
+
+
+def _offloaded(
+  tx: optax.GradientTransformationExtraArgs, shardings: Any
+) -> optax.GradientTransformationExtraArgs:
+  """Returns tx for a state that lies in host memory between updates."""
+
+  def update(updates, state, params=None, **extra_args):
+    state = jax.device_put(state, shardings)
+    return tx.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def decode_program(

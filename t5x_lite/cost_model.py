@@ -318,7 +318,8 @@ def levers(setup: Setup) -> list[Lever]:
       found.append(Lever(text, new))
 
   if setup.chunk is None:
-    consider('losses.LossConfig.chunk = 64', chunk=64)
+    chunk = max(1, min(64, setup.targets // 4))
+    consider(f'losses.LossConfig.chunk = {chunk}', chunk=chunk)
   policies = ('none', 'minimal', 'save_names', 'full')
   at = policies.index(setup.model.remat_policy)
   for policy in policies[at + 1 :]:

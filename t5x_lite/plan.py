@@ -5,6 +5,7 @@ compiler judges the best few and what the experiment itself says.
 """
 
 import dataclasses
+import functools
 import json as json_lib
 import logging
 import math
@@ -216,6 +217,14 @@ class Search:
     """Rows of a global batch."""
     return next(iter(self.batch.values()))[0][0]
 
+  @functools.cached_property
+  def _trees(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Shapes and logical axes of parameters and of the optimizer's state."""
+    _, shapes, axes = t5.abstract_params(self.model)
+    tx = optimizers.make_optimizer(self.optimizer, axes, shapes)
+    opt_axes = optimizers.opt_state_axes(tx, shapes, axes)
+    return (shapes, axes), (jax.eval_shape(tx.init, shapes), opt_axes)
+
   def candidates(self, num_devices: int) -> list[Candidate]:
     """Returns all candidates, the best predicted first."""
     found = []
@@ -261,8 +270,7 @@ class Search:
 
   def _state_bytes(self, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Returns bytes per device of all of the state, and of parameters."""
-    _, shapes, axes = t5.abstract_params(self.model)
-    tx = optimizers.make_optimizer(self.optimizer, axes, shapes)
+    trees = self._trees
     rules = partitioning.logical_axis_rules(with_sizes(self.mesh, sizes))
 
     def total(shapes: Any, axes: Any) -> int:
@@ -274,9 +282,7 @@ class Search:
         )
       )
 
-    params = total(shapes, axes)
-    opt_axes = optimizers.opt_state_axes(tx, shapes, axes)
-    opt_state = total(jax.eval_shape(tx.init, shapes), opt_axes)
+    params, opt_state = (total(shapes, axes) for shapes, axes in trees)
     if self.mesh.offload_optimizer:
       opt_state = 0
     return params + opt_state, params

@@ -57,8 +57,19 @@ def make_spec(
   tx: optax.GradientTransformation,
   mesh: Mesh,
   rules: partitioning.LogicalAxisRules,
+  *,
+  opt_state_memory: str | None = None,
 ) -> StateSpec:
-  """Describes the state of a model and optimizer on a mesh."""
+  """Describes the state of a model and optimizer on a mesh.
+
+  Args:
+    cfg: the model's.
+    tx: the optimizer.
+    mesh: the mesh.
+    rules: from logical axes to mesh axes.
+    opt_state_memory: JAX's memory kind for the optimizer's arrays, such as
+      'pinned_host'; None is the device's own.
+  """
   graphdef, params, params_axes = t5.abstract_params(cfg)
   shapes = TrainState(
     jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params)
@@ -67,6 +78,13 @@ def make_spec(
     (), params_axes, optimizers.opt_state_axes(tx, params, params_axes)
   )
   shardings = partitioning.shardings(shapes, axes, mesh, rules)
+  if opt_state_memory is not None:
+    opt_state = jax.tree.map(
+      lambda x, s: s.with_memory_kind(opt_state_memory) if x.ndim else s,
+      shapes.opt_state,
+      shardings.opt_state,
+    )
+    shardings = dataclasses.replace(shardings, opt_state=opt_state)
   shapes = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
