@@ -137,8 +137,8 @@ add(
   'quickstart_mixture',
   MixtureRecipe(
     rates={
-      'pronounce': 0.52,
-      'language_id': 0.44,
+      'pronounce': 0.46,
+      'language_id': 0.5,
       'translate_en_de': 0.02,
       'translate_en_fr': 0.02,
     }
