@@ -6,7 +6,7 @@ that are there or for a topology that is only described.
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ class Program:
   mesh_config: MeshConfig
   mesh: Mesh
   rules: LogicalAxisRules
-  jitted: Callable[..., Any]
+  jitted: jax.stages.Wrapped
   arguments: tuple[Any, ...]
   spec: train_state.StateSpec | None = None
   tx: optax.GradientTransformationExtraArgs | None = None

@@ -199,7 +199,9 @@ def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
     ('layers', None),
   ]
   return LogicalAxisRules(
-    tuple(rules), config.parameter_rules, len(config.additional_rules)
+    tuple(rules),
+    tuple(config.parameter_rules),
+    len(config.additional_rules),
   )
 
 
@@ -275,7 +277,9 @@ def resolve(
     num_partitions=None,
     num_slices=num_slices,
     parameter_dims=_parameter_dims(config),
-    **sizes,
+    data=sizes['data'],
+    fsdp=sizes['fsdp'],
+    model=sizes['model'],
   )
 
 

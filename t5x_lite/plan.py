@@ -186,7 +186,9 @@ def with_sizes(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
     preset='auto',
     num_partitions=None,
     parameter_dims=2,
-    **{name: sizes[name] for name in MESH_AXES},
+    data=sizes['data'],
+    fsdp=sizes['fsdp'],
+    model=sizes['model'],
   )
 
 

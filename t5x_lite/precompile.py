@@ -202,7 +202,7 @@ def compile_step(
   report['compile_seconds'] = round(time.monotonic() - start, 1)
   report.update(_memory(compiled, chip))
   report.update(_model_flops(model, batch, decoding))
-  text = compiled.as_text()
+  text = compiled.as_text() or ''
   if hlo_file:
     epath.Path(hlo_file).write_text(text)
   report.update(_costs(setup, chip, program, text, decoding is None))

@@ -37,7 +37,7 @@ def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key):
   )
 
 
-def _microbatches(batch: Batch, num: int) -> Batch:
+def _microbatches(batch: Any, num: int) -> Any:
   """Cuts [B, ...] into [num, B / num, ...], each spread over all devices.
 
   Consecutive rows live on one device, so a microbatch takes every num-th row.

@@ -41,7 +41,8 @@ def _rows(name: str) -> Iterator[list[str]]:
 
 def phonemes() -> list[str]:
   """Returns the CMU dictionary's phonemes, vowels with their three stresses."""
-  return [v + stress for v in _VOWELS for stress in '012'] + _CONSONANTS
+  stressed = [f'{vowel}{stress}' for vowel in _VOWELS for stress in range(3)]
+  return [*stressed, *_CONSONANTS]
 
 
 def frequent_words(num: int = _WORDS_PER_LANGUAGE) -> list[str]:

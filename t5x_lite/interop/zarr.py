@@ -133,8 +133,11 @@ def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
   for key in sorted(listing):
     if key.endswith(suffix):
       name = key[: -len(suffix)].decode()
-      spec = {'driver': 'zarr', 'kvstore': {**store, 'path': f'{name}/'}}
-      spec['fill_missing_data_reads'] = not complete
+      spec = {
+        'driver': 'zarr',
+        'kvstore': {**store, 'path': f'{name}/'},
+        'fill_missing_data_reads': not complete,
+      }
       result[name] = reader.tensor(spec, name)
   return result
 

@@ -159,10 +159,11 @@ def _sizes(family: dict[str, Any], **sizes: tuple[int, ...]):
     'num_encoder_layers',
     'num_decoder_layers',
   )
-  return {
-    size: T5Config(**family, **dict(zip(names, values, strict=True)))
-    for size, values in sizes.items()
-  }
+  configs = {}
+  for size, values in sizes.items():
+    fields: dict[str, Any] = dict(zip(names, values, strict=True))
+    configs[size] = T5Config(**family, **fields)
+  return configs
 
 
 _T5_1_0: dict[str, Any] = {

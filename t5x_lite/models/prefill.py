@@ -65,7 +65,7 @@ def prefill(
       x_BPD, pair = body(x_BPD, layer)
       pairs.append(pair)
     k_NBPHK, v_NBPHK = (jnp.stack(p) for p in zip(*pairs, strict=True))
-  hidden_BPD = model.decoder.decoder_norm(x_BPD)
+  hidden_BPD = model.decoder.norm(x_BPD)
   # What follows a prompt is predicted at its last token; slots after it hold
   # padding, and are written over before they are seen.
   last_B = lengths_B - 1

@@ -11,6 +11,7 @@ N layers, D emb_dim, H heads, K head_dim, V vocabulary.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -96,6 +97,7 @@ class Stack(nnx.Module):
     *,
     bidirectional: bool,
     norm_name: str,
+    head: bool = False,
     rngs,
   ):
     if not cfg.relpos_per_layer:
@@ -103,7 +105,16 @@ class Stack(nnx.Module):
         cfg, bidirectional=bidirectional, rngs=rngs
       )
     self.layers = _stack(layer_cls, cfg, num_layers, rngs=rngs)
+    self.norm_name = norm_name
     setattr(self, norm_name, layers.RMSNorm(cfg, rngs=rngs))
+    if head:
+      self.logits_dense = layers.Linear(
+        (cfg.emb_dim, cfg.vocab_size), ('embed', 'vocab'), cfg, rngs=rngs
+      )
+
+  def norm(self, x_BLD: jax.Array) -> jax.Array:
+    """Applies the final norm, whose name is T5X's."""
+    return getattr(self, self.norm_name)(x_BLD)
 
   def bias(self, L: int, M: int):
     """Returns the bias all layers share, or None if each has its own."""
@@ -134,12 +145,9 @@ class T5(nnx.Module):
         cfg.num_decoder_layers,
         bidirectional=False,
         norm_name='decoder_norm',
+        head=not cfg.logits_via_embedding,
         rngs=rngs,
       )
-      if not cfg.logits_via_embedding:
-        self.decoder.logits_dense = layers.Linear(
-          (cfg.emb_dim, cfg.vocab_size), ('embed', 'vocab'), cfg, rngs=rngs
-        )
 
   def _real(self, tokens_BM, segment_ids_BM):
     """True where a position is not padding."""
@@ -185,7 +193,7 @@ class T5(nnx.Module):
       cfg,
       cfg.num_encoder_layers,
     )
-    x_BMD = self.encoder.encoder_norm(x_BMD)
+    x_BMD = self.encoder.norm(x_BMD)
     # Alone among the dropouts, this one is not broadcast over the length.
     return layers.dropout(x_BMD, cfg.dropout_rate, keys[2], ())
 
@@ -253,7 +261,7 @@ class T5(nnx.Module):
       cfg,
       cfg.num_decoder_layers,
     )
-    x_BLD = self.decoder.decoder_norm(x_BLD)
+    x_BLD = self.decoder.norm(x_BLD)
     return layers.dropout(x_BLD, cfg.dropout_rate, keys[2])
 
   def _lenders(self):
@@ -278,7 +286,7 @@ class T5(nnx.Module):
     )
     return constrain(logits_BLV, 'batch', 'length', 'vocab')
 
-  def hidden(self, batch: dict[str, jax.Array], *, dropout_key=None):
+  def hidden(self, batch: Mapping[str, jax.Array], *, dropout_key=None):
     """Returns hidden_BLD of a training batch, packed or not."""
     keys = layers.split_key(dropout_key, 2)
     encoded_BMD = None
@@ -298,7 +306,7 @@ class T5(nnx.Module):
       dropout_key=keys[1],
     )
 
-  def __call__(self, batch: dict[str, jax.Array], *, dropout_key=None):
+  def __call__(self, batch: Mapping[str, jax.Array], *, dropout_key=None):
     """Returns logits_BLV of a training batch."""
     return self.project(self.hidden(batch, dropout_key=dropout_key))
 
@@ -375,7 +383,7 @@ class T5(nnx.Module):
         lender = None if lenders is None else lenders[i]
         cross_i = tuple(None if c is None else c[i] for c in cross)
         (x_B1D, cache), _ = step((x_B1D, cache), (i, layer, cross_i, lender))
-    hidden_B1D = self.decoder.decoder_norm(x_B1D)
+    hidden_B1D = self.decoder.norm(x_B1D)
     cache = dataclasses.replace(cache, index=cache.index + 1)
     return self.project(hidden_B1D)[:, 0], cache
 
