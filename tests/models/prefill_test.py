@@ -42,7 +42,7 @@ def test_continuations_are_those_of_the_whole_sequence(fields, bidirectional):
     )
     result = [logits]
     for i in range(NEW):
-      rows = jnp.arange(3)
+      rows = np.arange(3)
       logits, cache = model.decode_step(whole[rows, lengths + i], cache)
       result.append(logits)
     return jnp.stack(result, axis=1)

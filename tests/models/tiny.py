@@ -101,6 +101,8 @@ def unstack(tree, cfg: T5Config):
     ('encoder', cfg.num_encoder_layers),
     ('decoder', cfg.num_decoder_layers),
   ):
+    if side not in out:
+      continue
     layers = out[side]['layers']
     out[side]['layers'] = {
       i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(n)
