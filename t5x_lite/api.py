@@ -87,6 +87,30 @@ def load(
   )
 
 
+def new(
+  config: T5Config,
+  vocabulary: VocabularyConfig | None = None,
+  *,
+  mesh: MeshConfig | None = None,
+  seed: int = 0,
+) -> 'Model':
+  """Returns a model that has not been trained.
+
+  Args:
+    config: the architecture.
+    vocabulary: None for ids without text.
+    mesh: how the parameters are spread over devices; one device by default.
+    seed: of the parameters.
+  """
+  device_mesh, rules = _mesh(config, mesh)
+  init = jax.jit(
+    functools.partial(t5.init_params, config),
+    out_shardings=_shardings(config, device_mesh, rules),
+  )
+  params = init(jax.random.key(seed))
+  return Model(config, params, vocabulary, mesh=device_mesh, rules=rules)
+
+
 def _mesh(
   config: T5Config, mesh: MeshConfig | None
 ) -> tuple[Mesh, partitioning.LogicalAxisRules]:
@@ -112,8 +136,10 @@ class Model:
   Attributes:
     config: its architecture.
     params: nested dict of arrays.
-    vocabulary_config: names its vocabulary; None if it has none.
+    vocabulary_config: names its vocabulary; None for ids without text.
     vocabulary: encodes and decodes text; None likewise.
+    mesh: where the parameters are; one device by default.
+    rules: how arrays are cut over it.
     lengths: task feature lengths of training; empty if unknown.
     step: updates made so far.
     report: what was loaded, skipped and newly initialised; None if the model
@@ -132,17 +158,7 @@ class Model:
     step: int = 0,
     report: assignment.Report | None = None,
   ):
-    """Wraps parameters; see `load` for the usual way.
-
-    Args:
-      config: the architecture.
-      params: as `t5.init_params(config, key)` returns them.
-      vocabulary: None for ids without text.
-      mesh: where params are; one device by default.
-      rules: how arrays are cut over the mesh.
-      lengths: task feature lengths of training.
-      step: updates made so far.
-      report: of the assignment.
+    """Wraps parameters; see `load` and `new` for the usual ways.
 
     Raises:
       UsageError: if the vocabulary has more ids than the embedding has rows.
@@ -292,7 +308,16 @@ class Model:
         new, log_probs = predictor.predict(self.params, part, index=index)
       else:
         key = jax.random.fold_in(jax.random.key(seed), index)
-        new, log_probs = self._continue(part, config, key, bidirectional_prefix)
+        new, log_probs = prediction.continue_prompts(
+          self.config,
+          self.params,
+          part,
+          decoding=config,
+          mesh=self.mesh,
+          rules=self.rules,
+          key=key,
+          bidirectional=bidirectional_prefix,
+        )
       outputs += new
       scores += log_probs
     results: Any = outputs
@@ -315,29 +340,6 @@ class Model:
       max_input_length=length,
       seed=seed,
     )
-
-  def _continue(
-    self,
-    rows: Sequence[Sequence[int]],
-    config: DecodingConfig,
-    key: jax.Array,
-    bidirectional: bool,
-  ) -> tuple[list[list[int]], list[float]]:
-    """Continues prompts with a model that has no encoder."""
-    prompts = [[self.config.decoder_start_id, *row] for row in rows]
-    longest = max(map(len, prompts))
-    length = prediction.bucket(longest, prediction.bucket_lengths(longest))
-    lengths = np.asarray([len(row) for row in prompts], np.int32)
-    step = _step(steps.make_continue_step, self.config, config, bidirectional)
-    with partitioning.axis_rules(self.mesh, self.rules):
-      tokens, scores = step(
-        self.params, self._padded(prompts, length), lengths, key
-      )
-    outputs = []
-    for row in np.asarray(tokens).tolist():
-      eos = self.config.eos_id
-      outputs.append(row[: row.index(eos)] if eos in row else row)
-    return outputs, np.asarray(scores).tolist()
 
   # ---- Saving and training ----
 

@@ -186,6 +186,68 @@ class Predictor:
     )
 
 
+@functools.cache
+def _continue_step(
+  model: T5Config,
+  config: decoding.DecodingConfig,
+  bidirectional: bool,
+  mesh: Mesh,
+  rules: partitioning.LogicalAxisRules,
+) -> Callable[..., Any]:
+  """As `_predict_step`."""
+  del mesh, rules
+  graphdef, _, _ = t5.abstract_params(model)
+  return jax.jit(steps.make_continue_step(graphdef, config, bidirectional))
+
+
+def continue_prompts(
+  model: T5Config,
+  params: Any,
+  rows: Sequence[Sequence[int]],
+  *,
+  decoding: decoding.DecodingConfig,
+  mesh: Mesh,
+  rules: partitioning.LogicalAxisRules,
+  key: jax.Array,
+  bidirectional: bool = False,
+) -> tuple[list[list[int]], list[float]]:
+  """Decodes what follows each prompt, by a model without an encoder.
+
+  Args:
+    model: the architecture.
+    params: its parameters.
+    rows: token ids of each prompt.
+    decoding: how tokens are chosen; its length counts new tokens alone.
+    mesh: where the parameters are.
+    rules: how arrays are cut over it.
+    key: of sampling.
+    bidirectional: the prompt's tokens see each other in both directions.
+
+  Returns:
+    Token ids up to and without EOS, and the log-probability of each output.
+  """
+  prompts = [[model.decoder_start_id, *row] for row in rows]
+  longest = max(map(len, prompts))
+  array = pad_rows(
+    prompts,
+    batch_size=len(prompts),
+    length=bucket(longest, bucket_lengths(longest)),
+    pad_id=model.pad_id,
+  )
+  lengths = np.asarray([len(row) for row in prompts], np.int32)
+  step = _continue_step(model, decoding, bidirectional, mesh, rules)
+  with partitioning.axis_rules(mesh, rules):
+    tokens, scores = step(params, array, lengths, key)
+  outputs = []
+  for row in to_host(tokens).tolist():
+    eos = model.eos_id
+    ended = eos in row
+    outputs.append(
+      row[: row.index(eos)] if ended else _strip(row, model.pad_id)
+    )
+  return outputs, to_host(scores).tolist()
+
+
 def _strip(row: list[int], pad_id: int) -> list[int]:
   """Removes the padding after a row that never ended."""
   while row and row[-1] == pad_id:
