@@ -87,6 +87,8 @@ def open_start(
   theirs = opened.vocabulary if opened.format != 't5x' else None
   if theirs is not None:
     _check_vocabulary(config, theirs, vocabulary)
+  if config.strict:
+    assignment.check_numerics(opened, model)
   found, report = assignment.assign(
     opened,
     model,

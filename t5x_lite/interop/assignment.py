@@ -146,6 +146,38 @@ def assign(
   return result, Report(loaded, skipped, initialised)
 
 
+# Fields of T5Config that change what the same numbers compute.
+_NUMERICS = (
+  'num_heads',
+  'head_dim',
+  'mlp_activations',
+  'scale_logits',
+  'relpos_max_distance',
+  'layer_norm_epsilon',
+  'pad_id',
+  'eos_id',
+  'decoder_start_id',
+)
+
+
+def check_numerics(source: Source, cfg: T5Config) -> None:
+  """Raises UsageError if the model would compute something else with these.
+
+  Shapes do not show it: gelu or silu, a scaled head or not. A T5X checkpoint
+  does not say, so it is taken at the configuration's word.
+  """
+  if source.format == 't5x':
+    return
+  for field in _NUMERICS:
+    theirs, ours = getattr(source.config, field), getattr(cfg, field)
+    if theirs != ours:
+      raise UsageError(
+        f'{source.path} has {field}={theirs!r}, the configuration {ours!r}: '
+        f'set T5Config.{field}, or CheckpointConfig.strict=False to change it '
+        'on purpose'
+      )
+
+
 def _compile(pattern: str) -> re.Pattern:
   try:
     return re.compile(pattern)

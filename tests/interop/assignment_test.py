@@ -117,3 +117,21 @@ def test_an_architecture_can_leave_a_stack_out(opened):
   result, report = assignment.assign(known(opened), encoder)
   assert all(not name.startswith('decoder') for name in result)
   assert report.skipped and all(n.startswith('decoder') for n in report.skipped)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'mlp_activations': ('silu', 'linear')},
+    {'scale_logits': True},
+    {'decoder_start_id': 2},
+    {'num_heads': 2, 'head_dim': 16},
+  ],
+)
+def test_other_numerics_than_the_checkpoints(opened, change):
+  run = known(opened, format='t5x_lite')
+  assignment.check_numerics(run, CFG.replace(dropout_rate=0.1, vocab_size=99))
+  with pytest.raises(errors.UsageError, match=f'has {next(iter(change))}='):
+    assignment.check_numerics(run, CFG.replace(**change))
+  # T5X's checkpoints hold no configuration to compare with.
+  assignment.check_numerics(known(opened), CFG.replace(**change))
