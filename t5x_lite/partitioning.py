@@ -143,7 +143,8 @@ class MeshConfig:
     for rule in self.additional_rules:
       _check_rule('additional_rules', rule)
     for rule in self.parameter_rules:
-      if not (len(rule) == 2 and isinstance(rule[0], str)):
+      is_pair = not isinstance(rule, str) and len(rule) == 2
+      if not (is_pair and isinstance(rule[0], str)):
         raise UsageError(
           f'MeshConfig.parameter_rules has {rule!r}; each entry is '
           '(regular expression, ((logical axis, mesh axis), ...)).'
