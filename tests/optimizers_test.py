@@ -9,12 +9,14 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_lite import optimizers, partitioning
 from t5x_lite.errors import UsageError
+from t5x_lite.models import t5
 from t5x_lite.optimizers import (
   OptimizerConfig,
   make_optimizer,
   opt_state_axes,
   trainable_mask,
 )
+from tests.models import tiny
 
 AXES = {
   'embedding': ('vocab', 'embed'),
@@ -337,3 +339,39 @@ def test_8_devices_are_1(config):
 def test_bad_settings(kwargs, match):
   with pytest.raises(UsageError, match=match):
     OptimizerConfig(**kwargs)
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    {},
+    {'scan_layers': False},
+    {'logits_via_embedding': True, 'mlp_activations': ('relu',)},
+    {'relpos_per_layer': True},
+    {'architecture': 'decoder'},
+  ],
+)
+def test_every_parameter_of_every_model_has_axes_for_its_moments(overrides):
+  cfg = tiny.config(emb_dim=128, head_dim=32, mlp_dim=256, **overrides)
+  _, params, axes = t5.abstract_params(cfg)
+  tx = make_optimizer(OptimizerConfig(), axes, params)
+  state = jax.eval_shape(tx.init, params)[0]
+  moments = opt_state_axes(tx, params, axes)[0]
+  factored = 0
+  for shape, roles in zip(
+    jax.tree.leaves(params),
+    jax.tree.structure(params).flatten_up_to(axes),
+    strict=True,
+  ):
+    matrix = [
+      n for n, r in zip(shape.shape, roles, strict=True) if r != 'layers'
+    ]
+    factored += len(matrix) == 2 and min(matrix) >= 128
+  assert len(jax.tree.leaves(state.v_row)) == factored > 5
+
+  def check(x, names):
+    assert x.ndim == len(names) > 0
+    assert ('layers' in names) == (cfg.scan_layers and x.shape[0] in (2, 3))
+
+  for field in ('v_row', 'v_col', 'v'):
+    jax.tree.map(check, getattr(state, field), getattr(moments, field))
