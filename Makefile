@@ -1,5 +1,6 @@
 # make quickstart   train, evaluate and try a T5 on the embedded text (10 minutes on 2 cores)
-# make test         the whole test suite
+# make test         the tests
+# make test-slow    the proofs that take minutes each
 # make lint         formatter, linter, types, import floors, spelling
 # make lock         renew requirements.lock (needs Python 3.11)
 
@@ -18,14 +19,17 @@ checksum = $(shell cat $(1) | cksum | cut -d' ' -f1)
 RUN := $(VENV)/.run-$(call checksum,requirements.lock)-$(call checksum,pyproject.toml setup.py)
 DEV := $(RUN)-dev
 
-.PHONY: quickstart test lint lock env clean
+.PHONY: quickstart test test-slow lint lock env clean
 
 # Two devices of one thread each use two cores better than one device of two.
 quickstart: $(RUN)
 	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 $(BIN)/t5x-lite quickstart --gin_file=configs/experiments/quickstart.gin
 
 test: $(DEV)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(DEV)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
