@@ -10,23 +10,21 @@ with exactly the batch that `__next__` would have returned.
 """
 
 import atexit
-import collections
 import contextlib
-import dataclasses
 import io
 import json
 import re
 import threading
 import uuid
-from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
 from absl import logging
 from etils import epath
 
-from t5x_lite.data import packing, row_stream
+from t5x_lite.data import row_buffer, row_stream
 from t5x_lite.data.config import DatasetConfig, batch_spec
+from t5x_lite.data.eval_dataset import EvalDataset, make_eval_dataset
 from t5x_lite.errors import UsageError
 
 __all__ = [
@@ -78,43 +76,6 @@ def make_iterator(
   return DatasetIterator(cfg, process_index, process_count)
 
 
-class _RowBuffer:
-  """Rows in order, pushed in chunks and popped in batches."""
-
-  def __init__(self):
-    self._chunks: collections.deque[packing.Rows] = collections.deque()
-    self.num_rows = 0
-
-  def push(self, rows: packing.Rows) -> None:
-    num = len(next(iter(rows.values()))) if rows else 0
-    if num:
-      self._chunks.append(rows)
-      self.num_rows += num
-
-  def pop(self, num: int) -> packing.Rows:
-    """Removes and returns the first `num` rows (or all, if fewer)."""
-    parts = []
-    while num and self._chunks:
-      rows = self._chunks.popleft()
-      size = len(next(iter(rows.values())))
-      if size > num:
-        self._chunks.appendleft({k: v[num:] for k, v in rows.items()})
-        rows = {k: v[:num] for k, v in rows.items()}
-        size = num
-      parts.append(rows)
-      num -= size
-      self.num_rows -= size
-    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-
-  def peek(self) -> packing.Rows:
-    """Returns all rows and keeps them."""
-    if self._chunks:
-      rows = self.pop(self.num_rows)
-      self.push(rows)
-      return rows
-    return {}
-
-
 class DatasetIterator:
   """Batches of one host: `__next__` gives a dict of numpy arrays.
 
@@ -124,7 +85,7 @@ class DatasetIterator:
   def __init__(
     self, cfg: DatasetConfig, process_index: int, process_count: int
   ):
-    _check_processes(cfg, process_index, process_count)
+    row_buffer.check_processes(cfg, process_index, process_count)
     self._cfg = cfg
     self._index = process_index
     self._count = process_count
@@ -139,7 +100,7 @@ class DatasetIterator:
     self._stream = row_stream.RowStream(
       self._cfg, seed, self._index, self._count
     )
-    self._buffer = _RowBuffer()
+    self._buffer = row_buffer.RowBuffer()
     self._window_rows = 0
     self._busy = self._paused = self._closed = False
     self._error: Exception | None = None
@@ -255,9 +216,9 @@ class DatasetIterator:
       rows = self._buffer.pop(num)
       self._condition.notify_all()
     self._batches += 1
-    rows = _fill(rows, num)
+    rows = row_buffer.fill(rows, num)
     if self._cfg.replicated:
-      rows = _host_rows(rows, self._index, self._count)
+      rows = row_buffer.host_rows(rows, self._index, self._count)
     return rows
 
   # ---- Position ----
@@ -397,90 +358,3 @@ def _check_same_stream(cfg: DatasetConfig, saved: dict[str, Any]) -> None:
         f'the data position was saved with {name}={saved[name]!r}, now it is '
         f'{now!r}: change it back, or start without the saved data position'
       )
-
-
-def _fill(rows: packing.Rows, num: int) -> Batch:
-  """Adds rows of padding up to `num`."""
-  missing = num - len(next(iter(rows.values())))
-  if not missing:
-    return rows
-  return {k: np.pad(v, ((0, missing), (0, 0))) for k, v in rows.items()}
-
-
-def _host_rows(rows: packing.Rows, index: int, count: int) -> Batch:
-  """Returns one host's part of a global batch."""
-  size = len(next(iter(rows.values()))) // count
-  return {k: v[index * size : (index + 1) * size] for k, v in rows.items()}
-
-
-def _check_processes(cfg: DatasetConfig, index: int, count: int) -> None:
-  if not 0 <= index < count:
-    raise UsageError(f'process_index is {index}, must be in [0, {count})')
-  if cfg.batch_size % count:
-    raise UsageError(
-      f'batch_size {cfg.batch_size} does not divide over {count} processes: '
-      f'take a multiple of {count}'
-    )
-
-
-class EvalDataset:
-  """A finite pass over a split for decoding and scoring, unpacked, in order.
-
-  Iterating gives `(batch, examples)`: this host's rows of each global batch,
-  and the raw examples of the WHOLE batch in row order (so every host can score
-  gathered predictions; rows after len(examples) are padding). An example is
-  what SeqIO passes to postprocess functions: untrimmed features and
-  `inputs_pretokenized`, `targets_pretokenized` and the like as numpy values,
-  text as bytes. Every pass reads the data again.
-  """
-
-  def __init__(
-    self, cfg: DatasetConfig, process_index: int, process_count: int
-  ):
-    _check_processes(cfg, process_index, process_count)
-    self._cfg = dataclasses.replace(
-      cfg, pack=False, shuffle=False, num_epochs=1
-    )
-    self._index = process_index
-    self._count = process_count
-    self._examples = row_stream.RawExamples(self._cfg)
-
-  def __iter__(self) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
-    cfg = self._cfg
-    converter = cfg.converter
-    examples: list[dict[str, Any]] = []
-
-    def batch() -> tuple[Batch, list[dict[str, Any]]]:
-      ragged = {
-        name: packing.Ragged.from_arrays(
-          [example[name][:length] for example in examples], np.int64
-        )
-        for name, length in cfg.lengths.items()
-      }
-      self._examples.check_ids(ragged)
-      rows = packing.pad(
-        converter.prepare(ragged), converter.row_lengths, converter.aligned
-      )
-      rows = _fill(converter.convert(rows), cfg.batch_size)
-      return _host_rows(rows, self._index, self._count), examples
-
-    for example in self._examples:
-      examples.append(example)
-      if len(examples) == cfg.batch_size:
-        yield batch()
-        examples = []
-    if examples:
-      yield batch()
-
-
-def make_eval_dataset(
-  cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1
-) -> EvalDataset:
-  """Returns the pass over cfg's split that evaluation by decoding needs.
-
-  `pack`, `shuffle` and `num_epochs` of the config are ignored.
-
-  Raises:
-    UsageError: the config does not fit the task, or the task cannot be read.
-  """
-  return EvalDataset(cfg, process_index, process_count)
