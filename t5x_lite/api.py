@@ -430,6 +430,8 @@ class Model:
 
   def _rows(self, inputs: Any, *, eos: bool = True) -> list[list[int]]:
     """Returns token ids, one list an input."""
+    if not isinstance(inputs, str) and not len(inputs):
+      raise UsageError('there is no input')
     if _is_text(inputs):
       if self.vocabulary is None:
         raise UsageError(
@@ -439,8 +441,6 @@ class Model:
       texts = [inputs] if isinstance(inputs, str) else inputs
       end = [self.vocabulary.eos_id] if eos else []
       return [[*self.vocabulary.encode(text), *end] for text in texts]
-    if not len(inputs):
-      raise UsageError('there is no input')
     if np.ndim(inputs[0]) == 0:
       inputs = [inputs]
     rows = [[int(i) for i in row] for row in inputs]
@@ -480,9 +480,9 @@ class Model:
 def _is_text(inputs: Any) -> bool:
   if isinstance(inputs, str):
     return True
-  return not isinstance(inputs, (np.ndarray, jax.Array)) and all(
-    isinstance(one, str) for one in inputs
-  )
+  if isinstance(inputs, (np.ndarray, jax.Array)) or not len(inputs):
+    return False
+  return all(isinstance(one, str) for one in inputs)
 
 
 @functools.lru_cache(maxsize=32)
