@@ -6,13 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 import seqio
 
 from t5x_lite.data import metrics as metrics_lib
-from t5x_lite.data import preprocessors, recipes, sources, text_files
+from t5x_lite.data import (
+  preprocessors,
+  recipes,
+  sources,
+  text_files,
+  text_preprocessors,
+)
 from t5x_lite.errors import UsageError
 from t5x_lite.vocabularies import VocabularyConfig
 
 # Text files up to this size together are read into memory; larger ones are
 # streamed.
 MAX_IN_MEMORY_BYTES = 1 << 30
+
+# Rows of a text-to-text task that are tokenized together.
+_ROWS_AT_ONCE = 128
 
 
 def _objective(fn: Callable, **settings) -> recipes.Preprocessor:
@@ -213,25 +222,29 @@ def supervised(
     metric_fns: for the evaluation.
     separator: between the references of a target; '' means there is one.
   """
-  before = []
-  after = []
+  steps = []
   postprocess_fn = None
   if separator:
-    before.append(
-      functools.partial(preprocessors.first_reference, separator=separator)
+    steps.append(
+      functools.partial(text_preprocessors.first_reference, separator=separator)
     )
-    after.append(preprocessors.restore_references)
     postprocess_fn = functools.partial(
       metrics_lib.split_references, separator=separator
     )
   if prefix:
-    before.append(functools.partial(preprocessors.prefix_inputs, prefix=prefix))
+    steps.append(
+      functools.partial(text_preprocessors.prefix_inputs, prefix=prefix)
+    )
+  steps.append(text_preprocessors.tokenize_rows)
+  if separator:
+    steps.append(text_preprocessors.restore_references)
   return recipes.TaskRecipe(
     make_source=functools.cache(
-      functools.partial(sources.RowsDataSource, split_to_rows)
+      functools.partial(
+        sources.RowsDataSource, split_to_rows, rows_per_element=_ROWS_AT_ONCE
+      )
     ),
-    preprocessors=tuple(before),
-    token_preprocessors=tuple(after),
+    preprocessors=(*steps, text_preprocessors.split_rows),
     metric_fns=tuple(metric_fns),
     postprocess_fn=postprocess_fn,
   )
@@ -254,12 +267,18 @@ def unsupervised(
         f'{", ".join(OBJECTIVES)}'
       )
     objective = OBJECTIVES[objective]
+  steps = [
+    text_preprocessors.tokenize_documents,
+    seqio.CacheDatasetPlaceholder(),
+    objective,
+  ]
   is_lm = objective is preprocessors.full_lm
+  if not is_lm:
+    steps.append(seqio.preprocessors.append_eos_after_trim)
   return recipes.TaskRecipe(
     make_source=functools.cache(make_source),
-    token_preprocessors=(objective,),
+    preprocessors=tuple(steps),
     features=('targets',) if is_lm else ('inputs', 'targets'),
-    append_eos=not is_lm,
     # The examples of one joined text follow each other, so they are shuffled
     # once more.
     shuffle_buffer_size=1000,

@@ -1,4 +1,4 @@
-"""SeqIO preprocessors: text to features, sequence shaping, the objectives.
+"""SeqIO preprocessors of tokens: sequence shaping and the objectives.
 
 Every random choice comes from a stateless seed that SeqIO hands out
 (`seqio.map_over_dataset`), so a seeded pipeline repeats itself exactly and an
@@ -11,7 +11,6 @@ Source: t5/data/preprocessors.py at fce4b1a (`span_corruption` 1931,
 
 import functools
 import math
-import re
 from collections.abc import Mapping
 
 import seqio
@@ -28,57 +27,6 @@ Lengths = Mapping[str, int] | None
 MAX_CHUNK_TOKENS = 65536
 # Documents whose tokens are joined before they are cut into examples.
 CONCAT_DOCUMENTS = 128
-
-
-# ---- Text --------------------------------------------------------------------
-
-
-def prefix_inputs(dataset: tf.data.Dataset, *, prefix: str) -> tf.data.Dataset:
-  """Puts the name of the task in front of the inputs."""
-
-  @seqio.map_over_dataset
-  def add(example):
-    return {**example, 'inputs': tf.strings.join([prefix, example['inputs']])}
-
-  return add(dataset)
-
-
-def first_reference(
-  dataset: tf.data.Dataset, *, separator: str
-) -> tf.data.Dataset:
-  """Trains on the first of several references; keeps all for the metrics.
-
-  The targets become the first one. `restore_references` must follow the
-  tokenization.
-  """
-
-  @seqio.map_over_dataset
-  def split(example):
-    references = example['targets']
-    # Not tf.strings.split: it trims, and would lose an empty first one.
-    first = tf.strings.regex_replace(
-      references, f'(?s){_quote(separator)}.*', '', replace_global=False
-    )
-    return {**example, 'targets': first, 'references': references}
-
-  return split(dataset)
-
-
-@seqio.map_over_dataset
-def restore_references(example):
-  """Hands all references to the evaluation as `targets_pretokenized`.
-
-  SeqIO and evaluate.py take the targets of the metrics from there; the task's
-  postprocessor splits them.
-  """
-  example = dict(example)
-  example['targets_pretokenized'] = example.pop('references')
-  return example
-
-
-def _quote(text: str) -> str:
-  """Returns the regular expression (RE2) of a literal text."""
-  return re.sub(r'([!-/:-@\[-`{-~])', r'\\\1', text)
 
 
 # ---- Sequence shaping --------------------------------------------------------

@@ -11,11 +11,12 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from t5x_lite import vocabularies
-from t5x_lite.data import metrics
+from t5x_lite.data import metrics, text_preprocessors
 from t5x_lite.data.vocabularies import to_seqio
 from t5x_lite.errors import UsageError
 from t5x_lite.vocabularies import VocabularyConfig
@@ -36,10 +37,8 @@ class TaskRecipe:
 
   Attributes:
     make_source: makes the source; called once, its rows serve all vocabularies.
-    preprocessors: run on text, before the tokenization.
-    token_preprocessors: run on tokens, before EOS is appended.
+    preprocessors: SeqIO's, from rows to examples.
     features: names of the output features.
-    append_eos: whether to append EOS; not where a preprocessor has done so.
     metric_fns: for the evaluation; empty means only the loss.
     postprocess_fn: SeqIO's.
     shuffle_buffer_size: examples; None where the source shuffles whole.
@@ -48,9 +47,7 @@ class TaskRecipe:
   # Any: seqio.DataSource does not meet the registry's own annotation.
   make_source: Callable[[], Any]
   preprocessors: tuple[Preprocessor, ...] = ()
-  token_preprocessors: tuple[Preprocessor, ...] = ()
   features: tuple[str, ...] = ('inputs', 'targets')
-  append_eos: bool = True
   metric_fns: tuple[metrics.MetricFn, ...] = ()
   postprocess_fn: Callable | None = None
   shuffle_buffer_size: int | None = None
@@ -58,14 +55,10 @@ class TaskRecipe:
   def register(self, name: str, vocabulary: VocabularyConfig) -> None:
     """Adds the task to SeqIO's registry."""
     feature = seqio.Feature(vocabulary=to_seqio(vocabulary), add_eos=True)
-    steps = [*self.preprocessors, seqio.preprocessors.tokenize]
-    steps += [seqio.CacheDatasetPlaceholder(), *self.token_preprocessors]
-    if self.append_eos:
-      steps.append(seqio.preprocessors.append_eos_after_trim)
     seqio.TaskRegistry.add(
       name,
       source=self.make_source(),
-      preprocessors=steps,
+      preprocessors=list(self.preprocessors),
       output_features={key: feature for key in self.features},
       metric_fns=list(self.metric_fns),
       postprocess_fn=self.postprocess_fn,
@@ -195,8 +188,6 @@ def texts(name: str, split: str = 'train') -> Iterator[str]:
       continue
     dataset = task.source.get_dataset(split=split, shuffle=False)
     for preprocessor in task.preprocessors:
-      if isinstance(preprocessor, seqio.CacheDatasetPlaceholder):
-        break
       if preprocessor in _TOKENIZERS:
         break
       dataset = seqio.utils.add_kwargs_to_transform(
@@ -204,13 +195,17 @@ def texts(name: str, split: str = 'train') -> Iterator[str]:
       )(dataset)
     for example in dataset.as_numpy_iterator():
       for key in task.output_features:
-        if isinstance(example.get(key), bytes):
-          yield example[key].decode('utf-8')
+        # One text, or those of many rows.
+        for text in np.ravel(example.get(key, [])):
+          if isinstance(text, bytes):
+            yield text.decode('utf-8')
 
 
 _TOKENIZERS = (
   seqio.preprocessors.tokenize,
   seqio.preprocessors.tokenize_and_append_eos,
+  text_preprocessors.tokenize_rows,
+  text_preprocessors.tokenize_documents,
 )
 
 

@@ -26,12 +26,24 @@ class RowsDataSource(seqio.DataSource):
   numbers alone writes 25 MB).
   """
 
-  def __init__(self, split_to_rows: Mapping[str, Callable[[], Columns]]):
-    """Takes, for each split, a function that reads it; called when needed."""
+  def __init__(
+    self,
+    split_to_rows: Mapping[str, Callable[[], Columns]],
+    *,
+    rows_per_element: int | None = None,
+  ):
+    """Takes what to read; reads a split when it is first asked for.
+
+    Args:
+      split_to_rows: a function for each split.
+      rows_per_element: if given, an element of the data set is not a row but
+        vectors of this many, for preprocessors that take them.
+    """
     super().__init__(
       splits=split_to_rows.keys(), performs_internal_shuffling=True
     )
     self._read = dict(split_to_rows)
+    self._rows_per_element = rows_per_element
     self._columns: dict[str, dict[str, tf.Tensor]] = {}
     self._lock = threading.Lock()
 
@@ -71,16 +83,19 @@ class RowsDataSource(seqio.DataSource):
     if shard_info is not None:
       index, step = shard_info.index, shard_info.num_shards
     count = len(range(index, self.num_input_examples(split), step))
+    numbers = tf.data.Dataset.range(count, output_type=tf.int32)
+    if self._rows_per_element is not None:
+      numbers = numbers.batch(self._rows_per_element)
 
-    def row(i: tf.Tensor) -> dict[str, tf.Tensor]:
+    def rows(i: tf.Tensor) -> dict[str, tf.Tensor]:
       return {k: tf.gather(v, index + step * i) for k, v in columns.items()}
 
     if not shuffle or count < 2:
-      return tf.data.Dataset.range(count, output_type=tf.int32).map(row)
+      return numbers.map(rows)
 
     def epoch(epoch_seed: tf.Tensor) -> tf.data.Dataset:
-      return tf.data.Dataset.range(count, output_type=tf.int32).map(
-        lambda i: row(
+      return numbers.map(
+        lambda i: rows(
           tf.random.experimental.index_shuffle(i, epoch_seed, count - 1)
         )
       )

@@ -1,4 +1,4 @@
-"""Preprocessors over data sets: text, sequence shaping, the objectives."""
+"""Preprocessors over data sets of tokens: shaping and the objectives."""
 
 import itertools
 
@@ -35,37 +35,6 @@ def dataset(docs, key='targets'):
 def run(fn, docs, *args, seed=0, **kwargs):
   with seqio.map_seed_manager(seed):
     return list(fn(dataset(docs), *args, **kwargs).as_numpy_iterator())
-
-
-# ---- Text ----
-
-
-def texts(**columns):
-  return tf.data.Dataset.from_tensor_slices(columns)
-
-
-def test_prefix_inputs():
-  data = texts(inputs=['a', ''], targets=['x', 'y'])
-  data = preprocessors.prefix_inputs(data, prefix='task: ')
-  assert [e['inputs'] for e in data.as_numpy_iterator()] == [
-    b'task: a', b'task: ',
-  ]  # fmt: skip
-
-
-@pytest.mark.parametrize('separator', [' | ', '.', '||', '\\E'])
-def test_references_train_on_the_first_and_keep_all(separator):
-  rows = [['B AW1 T'], ['AH0', 'EY1', 'A'], ['', 'x'], [' sp ', 'ü\ny']]
-  targets = [separator.join(row) for row in rows]
-  data = texts(inputs=['w'] * 4, targets=targets)
-  data = preprocessors.first_reference(data, separator=separator)
-  features = {'inputs': FEATURES['inputs'], 'targets': FEATURES['targets']}
-  data = seqio.preprocessors.tokenize(data, features)
-  data = preprocessors.restore_references(data)
-  for row, example in zip(rows, data.as_numpy_iterator(), strict=True):
-    assert BYTES.decode(example['targets']) == row[0]
-    references = example['targets_pretokenized'].decode()
-    assert references.split(separator) == row
-    assert 'references' not in example
 
 
 # ---- Shaping ----

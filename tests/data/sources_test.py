@@ -2,6 +2,7 @@ import gzip
 import itertools
 import json
 
+import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
@@ -10,14 +11,18 @@ from t5x_lite.data import sources
 from t5x_lite.errors import UsageError
 
 
-def numbers(n):
+def numbers(n, **settings):
   return sources.RowsDataSource(
-    {'train': lambda: {'targets': [str(i) for i in range(n)]}}
+    {'train': lambda: {'targets': [str(i) for i in range(n)]}}, **settings
   )
 
 
 def values(dataset):
-  return [int(e['targets']) for e in dataset.as_numpy_iterator()]
+  return [
+    int(value)
+    for example in dataset.as_numpy_iterator()
+    for value in np.ravel(example['targets'])
+  ]
 
 
 def read(source, **settings):
@@ -29,6 +34,22 @@ def test_rows_in_order():
   assert read(source, shuffle=False) == list(range(7))
   assert source.num_input_examples('train') == 7
   assert source.splits == ('train',)
+
+
+def test_vectors_of_rows_are_the_same_rows():
+  together, apart = numbers(10, rows_per_element=4), numbers(10)
+  sizes = [
+    len(e['targets'])
+    for e in together.get_dataset('train', seed=0).as_numpy_iterator()
+  ]
+  assert sizes == [4, 4, 2]
+  for settings in (
+    {'shuffle': False},
+    {'shuffle': True, 'seed': 3},
+    {'shard_info': seqio.ShardInfo(1, 3), 'seed': 3},
+  ):
+    assert read(together, **settings) == read(apart, **settings)
+  assert together.num_input_examples('train') == 10
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 100])

@@ -1,0 +1,133 @@
+"""SeqIO preprocessors of text: prefixes, references, tokenization.
+
+Most of them take vectors of rows (`RowsDataSource(rows_per_element=...)`): a
+dozen TensorFlow ops and seven data set stages for every short row would cost
+many times the work that they do.
+"""
+
+import re
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+Features = Mapping[str, seqio.Feature]
+Lengths = Mapping[str, int] | None
+
+
+def prefix_inputs(dataset: tf.data.Dataset, *, prefix: str) -> tf.data.Dataset:
+  """Puts the name of the task in front of the inputs."""
+
+  @seqio.map_over_dataset
+  def add(example):
+    return {**example, 'inputs': tf.strings.join([prefix, example['inputs']])}
+
+  return add(dataset)
+
+
+def first_reference(
+  dataset: tf.data.Dataset, *, separator: str
+) -> tf.data.Dataset:
+  """Trains on the first of several references; keeps all for the metrics.
+
+  The targets become the first one. `restore_references` must follow the
+  tokenization.
+  """
+
+  @seqio.map_over_dataset
+  def split(example):
+    references = example['targets']
+    # Not tf.strings.split: it trims, and would lose an empty first one.
+    first = tf.strings.regex_replace(
+      references, f'(?s){_quote(separator)}.*', '', replace_global=False
+    )
+    return {**example, 'targets': first, 'references': references}
+
+  return split(dataset)
+
+
+@seqio.map_over_dataset
+def restore_references(example):
+  """Hands all references to the evaluation as `targets_pretokenized`.
+
+  SeqIO and evaluate.py take the targets of the metrics from there; the task's
+  postprocessor splits them.
+  """
+  example = dict(example)
+  example['targets_pretokenized'] = example.pop('references')
+  return example
+
+
+def tokenize_rows(
+  dataset: tf.data.Dataset,
+  sequence_length: Lengths,
+  output_features: Features,
+) -> tf.data.Dataset:
+  """Tokenizes vectors of rows, cuts, appends EOS; the rows stay together.
+
+  The same as `seqio.preprocessors.tokenize` and `append_eos_after_trim` on each
+  row, at a twentieth of the cost. `split_rows` takes the
+  rows apart.
+  """
+
+  @seqio.map_over_dataset
+  def tokenize(rows):
+    tokenized = {}
+    for key, texts in rows.items():
+      if key not in output_features:
+        tokenized[key] = texts
+        continue
+      feature = output_features[key]
+      tokens = _encode(feature.vocabulary, texts)
+      eos = int(feature.add_eos)
+      if sequence_length is not None and key in sequence_length:
+        tokens = tokens[:, : sequence_length[key] - eos]
+      if eos:
+        last = tf.fill([tf.size(texts), 1], feature.vocabulary.eos_id)
+        tokens = tf.concat([tokens, last], axis=1)
+      tokenized[key] = tokens
+      tokenized[f'{key}_pretokenized'] = texts
+    return tokenized
+
+  return tokenize(dataset)
+
+
+def split_rows(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """Makes an example of every row."""
+  return dataset.unbatch()
+
+
+def tokenize_documents(
+  dataset: tf.data.Dataset, output_features: Features
+) -> tf.data.Dataset:
+  """Tokenizes the targets, one text an example, without EOS or a copy.
+
+  `seqio.preprocessors.tokenize` does 256 texts at once, which for documents
+  means megabytes read ahead, and in every checkpoint of the iterator.
+  """
+  vocabulary = output_features['targets'].vocabulary
+
+  @seqio.map_over_dataset
+  def tokenize(example):
+    return {'targets': _encode(vocabulary, example['targets'][tf.newaxis])[0]}
+
+  return tokenize(dataset)
+
+
+def _encode(vocabulary: seqio.Vocabulary, texts: tf.Tensor) -> tf.RaggedTensor:
+  """Returns the ids of a vector of texts, as SeqIO has them of each."""
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    # SeqIO's own works on one text only.
+    characters = tf.strings.bytes_split(texts)
+    ids = tf.io.decode_raw(characters.flat_values, tf.uint8)
+    ids = tf.reshape(ids, [-1])
+    return characters.with_flat_values(tf.cast(ids, tf.int32) + 3)
+  if isinstance(vocabulary, seqio.PassThroughVocabulary):
+    # Ids in decimal, between spaces; SeqIO takes only ids that are numbers.
+    return tf.strings.to_number(tf.strings.split(texts), tf.int32)
+  return vocabulary.encode_tf(texts)
+
+
+def _quote(text: str) -> str:
+  """Returns the regular expression (RE2) of a literal text."""
+  return re.sub(r'([!-/:-@\[-`{-~])', r'\\\1', text)
