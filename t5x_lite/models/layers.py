@@ -17,12 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from t5x_lite.models import gradients
 from t5x_lite.models.config import T5Config
 from t5x_lite.partitioning import constrain
-
-# T5X adds this to the logits of masked pairs. It is finite, so a row in which
-# everything is masked (padding) averages values instead of making NaNs.
-MASK_VALUE = -1e10
 
 _ACTIVATIONS = {
   'relu': jax.nn.relu,
@@ -31,6 +28,11 @@ _ACTIVATIONS = {
   'swish': jax.nn.silu,
   'linear': lambda x: x,
 }
+
+# For functions of single entries, which are cheaper to compute again in the
+# backward pass than to keep (up to eight arrays for a gated GELU). Without the
+# barriers against XLA's own judgement: unrolled, it may well keep some.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 ATTENTION_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 DENSE_INIT = nnx.initializers.variance_scaling(
@@ -66,7 +68,11 @@ def dropout(
   shape = list(x.shape)
   for dim in broadcast_dims:
     shape[dim] = 1
-  keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+  return _drop(x, jax.random.bernoulli(key, 1.0 - rate, shape), rate)
+
+
+@functools.partial(_recomputed, static_argnums=2)
+def _drop(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
   keep = jnp.broadcast_to(keep, x.shape)
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
@@ -85,7 +91,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     """Multiplies the last dim, in the compute dtype."""
-    return x_BLD @ self.kernel[...].astype(self.dtype)
+    return gradients.matmul(x_BLD, self.kernel[...].astype(self.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -100,12 +106,16 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     """Normalises the last dim."""
-    x_BLD = x_BLD.astype(jnp.float32)
-    mean2_BL1 = jnp.mean(jax.lax.square(x_BLD), axis=-1, keepdims=True)
-    y_BLD = x_BLD * jax.lax.rsqrt(mean2_BL1 + self.epsilon)
-    # Cast before scaling, as T5X does.
-    scale_11D = self.scale[...].astype(self.dtype)[None, None, :]
-    return y_BLD.astype(self.dtype) * scale_11D
+    return _rms_norm(x_BLD, self.scale[...], self.epsilon, self.dtype)
+
+
+@functools.partial(_recomputed, static_argnums=(2, 3))
+def _rms_norm(x_BLD, scale_D, epsilon: float, dtype: str) -> jax.Array:
+  x_BLD = x_BLD.astype(jnp.float32)
+  mean2_BL1 = jnp.mean(jax.lax.square(x_BLD), axis=-1, keepdims=True)
+  y_BLD = x_BLD * jax.lax.rsqrt(mean2_BL1 + epsilon)
+  # Cast before scaling, as T5X does.
+  return y_BLD.astype(dtype) * scale_D.astype(dtype)[None, None, :]
 
 
 class Embedding(nnx.Module):
@@ -260,16 +270,10 @@ class Attention(nnx.Module):
       key: random key of the dropout of attention weights.
     """
     q_BLHK = self._heads(self.query(x_BLD))
-    logits_BHLM = jnp.einsum(
-      'BLHK,BMHK->BHLM', q_BLHK, k_BMHK, preferred_element_type=jnp.float32
-    )
-    if bias_1HLM is not None:
-      logits_BHLM += jnp.broadcast_to(bias_1HLM, logits_BHLM.shape)
-    if mask_B1LM is not None:
-      logits_BHLM = jnp.where(mask_B1LM, logits_BHLM, MASK_VALUE)
-    weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMHK.dtype)
-    weights_BHLM = dropout(weights_BHLM, self.cfg.dropout_rate, key)
-    y_BLHK = jnp.einsum('BHLM,BMHK->BLHK', weights_BHLM, v_BMHK)
+    # T5X draws one mask for all queries of a row, so that dropping weights is
+    # dropping keys: v_BMHK has L times fewer entries to scale.
+    v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))
+    y_BLHK = gradients.attention(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM)
     B, L, H, K = y_BLHK.shape
     return self.out(y_BLHK.reshape(B, L, H * K))
 
@@ -300,15 +304,22 @@ class MLP(nnx.Module):
 
   def __call__(self, x_BLD: jax.Array, *, key=None) -> jax.Array:
     """Transforms each position; key is that of the dropout inside."""
-    hidden_BLF = functools.reduce(
-      operator.mul,
-      [
-        _ACTIVATIONS[activation](getattr(self, name)(x_BLD))
-        for name, activation in zip(
-          self.names, self.cfg.mlp_activations, strict=True
-        )
-      ],
-    )
-    hidden_BLF = dropout(hidden_BLF, self.cfg.dropout_rate, key)
-    hidden_BLF = constrain(hidden_BLF, 'batch', 'length', 'mlp')
-    return self.wo(hidden_BLF)
+    inputs = [getattr(self, name)(x_BLD) for name in self.names]
+
+    # The product wo needs is not kept either: it comes from the inputs.
+    @_recomputed
+    def output(inputs, key):
+      hidden_BLF = functools.reduce(
+        operator.mul,
+        [
+          _ACTIVATIONS[activation](x)
+          for activation, x in zip(
+            self.cfg.mlp_activations, inputs, strict=True
+          )
+        ],
+      )
+      hidden_BLF = dropout(hidden_BLF, self.cfg.dropout_rate, key)
+      hidden_BLF = constrain(hidden_BLF, 'batch', 'length', 'mlp')
+      return self.wo(hidden_BLF)
+
+    return output(inputs, key)

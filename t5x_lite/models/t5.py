@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite.models import layers
+from t5x_lite.models import gradients, layers
 from t5x_lite.models.blocks import (
   SAVED_NAMES,
   Cache,
@@ -281,8 +281,8 @@ class T5(nnx.Module):
     """Returns logits_BLV in float32."""
     kernel_DV, scale = self.head()
     # As T5X, in float32 whatever the dtype of the activations.
-    logits_BLV = (hidden_BLD.astype(jnp.float32) * scale) @ kernel_DV.astype(
-      jnp.float32
+    logits_BLV = gradients.matmul(
+      hidden_BLD.astype(jnp.float32) * scale, kernel_DV.astype(jnp.float32)
     )
     return constrain(logits_BLV, 'batch', 'length', 'vocab')
 
