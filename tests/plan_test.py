@@ -69,7 +69,8 @@ def test_state_bytes_are_those_of_the_shards():
     num_microbatches=1,
   )
   assert cut == report['params_bytes'] + report['optimizer_bytes']
-  assert params < whole < 1.2 * params
+  # Adafactor keeps at most one value a parameter: those too small to factor.
+  assert params < whole < 2 * params
 
 
 def row(**overrides):
