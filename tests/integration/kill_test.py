@@ -14,6 +14,9 @@ import pytest
 
 from t5x_lite import checkpoints, metric_writers
 
+# Whole trainings in processes of their own: `make test-slow`.
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 30
 

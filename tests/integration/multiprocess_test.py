@@ -14,6 +14,9 @@ import pytest
 
 from t5x_lite import checkpoints, metric_writers
 
+# Whole trainings in processes of their own: `make test-slow`.
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 # All processes make every batch, so that it is the same for any number.
 DATA = {'host_sharding': 'replicated'}
