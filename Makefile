@@ -26,7 +26,7 @@ quickstart: $(RUN)
 	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 $(BIN)/t5x-lite quickstart --gin_file=configs/experiments/quickstart.gin
 
 test: $(DEV)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile -m 'not slow' $(PYTEST_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n $(WORKERS) --dist=loadfile -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
