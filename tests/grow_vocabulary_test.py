@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-import t5x_lite
-from t5x_lite import errors, grow_vocabulary, main, vocabularies
+from t5x_lite import api, errors, grow_vocabulary, main, vocabularies
 from t5x_lite.interop import convert, sentencepiece_model, source, tensors
 from t5x_lite.vocabularies import VocabularyConfig
 from tests.models import tiny
@@ -28,7 +27,7 @@ def vocabulary(tmp_path_factory):
 
 def model(vocabulary, **fields):
   cfg = tiny.config(vocab_size=70, **fields)
-  return t5x_lite.api.Model(cfg, tiny.params(cfg), vocabulary)
+  return api.Model(cfg, tiny.params(cfg), vocabulary)
 
 
 def rows(params, name):
@@ -127,7 +126,7 @@ def test_mistakes(vocabulary, arguments, match):
 def test_bytes_have_no_pieces():
   cfg = tiny.config(vocab_size=384)
   with pytest.raises(errors.UsageError, match="kind 'byte'"):
-    t5x_lite.api.Model(
+    api.Model(
       cfg, tiny.params(cfg), VocabularyConfig(kind='byte')
     ).grow_vocabulary(['{'])
 

@@ -138,28 +138,30 @@ def read_tensors(directory: epath.Path) -> dict[str, Tensor]:
   """Returns every tensor of a folder by its name in the files."""
   result: dict[str, Tensor] = {}
   for path in weight_files(directory):
-    file = _opened(path)
-    for name in file.keys():
-      part = file.get_slice(name)
-      kind = part.get_dtype()
-      origin = f'{name} in {path.name}'
-      if kind not in DTYPES:
-        raise UsageError(
-          f'{origin} has the type {kind}; known are {", ".join(DTYPES)}'
-        )
-      if name in result:
-        raise UsageError(f'{origin} is also {result[name].origin}')
-      result[name] = Tensor(
-        tuple(part.get_shape()), DTYPES[kind], _fetch(file, name), origin
-      )
+    with _opened(path) as file:
+      for name in file.keys():
+        part = file.get_slice(name)
+        kind = part.get_dtype()
+        origin = f'{name} in {path.name}'
+        if kind not in DTYPES:
+          raise UsageError(
+            f'{origin} has the type {kind}; known are {", ".join(DTYPES)}'
+          )
+        if name in result:
+          raise UsageError(f'{origin} is also {result[name].origin}')
+        shape = tuple(part.get_shape())
+        result[name] = Tensor(shape, DTYPES[kind], _fetch(path, name), origin)
   return result
 
 
-def _fetch(file: Any, name: str) -> Callable[[Index], np.ndarray]:
+def _fetch(path: epath.Path, name: str) -> Callable[[Index], np.ndarray]:
   """Returns a reader of parts of one tensor."""
 
   def fetch(index: Index) -> np.ndarray:
-    return file.get_slice(name)[index] if index else file.get_tensor(name)
+    # Opened each time: a file that stays open keeps every page that was ever
+    # read in the process's memory, in the end the whole model.
+    with _opened(path) as file:
+      return file.get_slice(name)[index] if index else file.get_tensor(name)
 
   return fetch
 
