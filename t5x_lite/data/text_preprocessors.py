@@ -66,8 +66,7 @@ def tokenize_rows(
   """Tokenizes vectors of rows, cuts, appends EOS; the rows stay together.
 
   The same as `seqio.preprocessors.tokenize` and `append_eos_after_trim` on each
-  row, at a twentieth of the cost. `split_rows` takes the
-  rows apart.
+  row, at a fraction of the cost. `split_rows` takes the rows apart.
   """
 
   @seqio.map_over_dataset
