@@ -329,6 +329,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     format='%(asctime)s %(levelname).1s %(message)s', datefmt='%H:%M:%S'
   )
   logging.getLogger('t5x_lite').setLevel(logging.INFO)
+  # A console script does not look there, `python -m` does: the user's own
+  # module of tasks is found either way.
+  if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())
   try:
     _run(sys.argv[1:] if argv is None else argv)
   except UsageError as error:

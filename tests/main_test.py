@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -194,3 +195,15 @@ def test_version_matches_the_metadata():
   except importlib.metadata.PackageNotFoundError:
     pytest.skip('t5x_lite is not installed here')
   assert installed == t5x_lite.__version__
+
+
+def test_modules_in_the_current_directory_are_found(tmp_path, monkeypatch):
+  """As a console script starts: its own folder is searched, not this one."""
+  (tmp_path / 'tasks_of_my_own.py').write_text('REGISTERED = True\n')
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', [p for p in sys.path if p not in ('', '.')])
+  with pytest.raises(ModuleNotFoundError):
+    importlib.import_module('tasks_of_my_own')
+  missing = ['infer', '--model', 'missing', '--input', 'x', '--output', 'y']
+  assert main(missing) == 2
+  assert importlib.import_module('tasks_of_my_own').REGISTERED
