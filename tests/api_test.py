@@ -182,6 +182,7 @@ def test_what_a_model_cannot_do(model, language_model):
     api.Model(model.config, model.params, VocabularyConfig())
 
 
+@pytest.mark.slow
 def test_training_starts_from_it(tmp_path):
   from tests import tiny_run
 
