@@ -146,6 +146,11 @@ def train_program(
     optimizers.make_schedule(optimizer.schedule, total_steps),
     loss,
     num_microbatches=num_microbatches,
+    trainable=(
+      None
+      if optimizer.trainable is None
+      else optimizers.trainable_mask(optimizer, shapes)
+    ),
   )
   jitted = jax.jit(
     step,

@@ -33,7 +33,12 @@ def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key):
       model.project(hidden_BLD), targets_BL, weights, **kwargs
     )
   return losses.chunked_cross_entropy(
-    model.project, hidden_BLD, targets_BL, weights, chunk=loss.chunk, **kwargs
+    model.projection(),
+    hidden_BLD,
+    targets_BL,
+    weights,
+    chunk=loss.chunk,
+    **kwargs,
   )
 
 
@@ -57,6 +62,7 @@ def make_train_step(
   loss: losses.LossConfig,
   *,
   num_microbatches: int = 1,
+  trainable: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns train_step(state, batch, key) -> (state, metrics).
 
@@ -70,6 +76,8 @@ def make_train_step(
     schedule: step -> learning rate. Evaluated once: what is logged is used.
     loss: what is minimised.
     num_microbatches: must divide the batch size.
+    trainable: tree of booleans from `optimizers.trainable_mask`, or None for
+      all. The gradient of a frozen parameter is 0 and costs nothing.
 
   The key is the run's; the step folds in its number. Metrics are float32
   scalars: loss (as minimised), cross_entropy and z_loss (nats per unit of loss
@@ -84,6 +92,12 @@ def make_train_step(
     )
 
     def loss_fn(params, batch, weights, key):
+      if trainable is not None:
+        params = jax.tree.map(
+          lambda p, train: p if train else jax.lax.stop_gradient(p),
+          params,
+          trainable,
+        )
       sums = _sums(nnx.merge(graphdef, params), batch, weights, loss, key)
       return sums['loss'] / normalizer, sums
 

@@ -109,6 +109,25 @@ def test_metrics_by_hand():
   )
 
 
+def test_frozen_parameters_have_no_gradient_and_no_part_in_its_norm():
+  cfg, batch = tiny.config(), tiny.batch()
+  _, _, state = setup(cfg)
+  only = optimizers.OptimizerConfig(name='sgd', trainable='^decoder/')
+  mask = optimizers.trainable_mask(only, state.params)
+  rate = 0.1
+  free, everything = train(cfg, batch, lr=rate)
+  frozen, metrics = train(cfg, batch, lr=rate, trainable=mask)
+
+  def moved(new):
+    return jax.tree.map(lambda a, b: (a - b) / rate, new.params, state.params)
+
+  expected = jax.tree.map(lambda train, d: d * train, mask, moved(free))
+  assert_same(moved(frozen), expected)
+  norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(expected)))
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-4)
+  assert metrics['grad_norm'] < everything['grad_norm']
+
+
 def test_eval_step_has_no_dropout_smoothing_or_z_loss():
   cfg = tiny.config(dropout_rate=0.5)
   graphdef, _, state = setup(cfg)

@@ -107,6 +107,9 @@ class DecoderLayer(nnx.Module):
       y_BLD = self.encoder_decoder_attention.attend(
         y_BLD, *cross_kv, mask_B1LM=cross_mask, key=keys[0]
       )
+      # Where an example has no inputs, a query would average its neighbours'.
+      seen_BL1 = jnp.any(cross_mask, axis=-1)[:, 0, :, None]
+      y_BLD = jnp.where(seen_BL1, y_BLD, 0)
       y_BLD = checkpoint_name(y_BLD, 'cross_attention_out')
       x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[1])
     owner = self if lender is None else lender

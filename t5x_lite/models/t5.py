@@ -11,7 +11,7 @@ N layers, D emb_dim, H heads, K head_dim, V vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -279,12 +279,18 @@ class T5(nnx.Module):
 
   def project(self, hidden_BLD: jax.Array) -> jax.Array:
     """Returns logits_BLV in float32."""
+    return _project(*self.head(), hidden_BLD)
+
+  def projection(self) -> Callable[[jax.Array], jax.Array]:
+    """Returns `project` for use in a loop: what it needs is gathered once.
+
+    A kernel cut over the fsdp axis would otherwise be gathered, and its
+    gradient reduced, in every iteration (docs/lab_notes.md).
+    """
     kernel_DV, scale = self.head()
-    # As T5X, in float32 whatever the dtype of the activations.
-    logits_BLV = gradients.matmul(
-      hidden_BLD.astype(jnp.float32) * scale, kernel_DV.astype(jnp.float32)
+    return functools.partial(
+      _project, constrain(kernel_DV, None, 'vocab'), scale
     )
-    return constrain(logits_BLV, 'batch', 'length', 'vocab')
 
   def hidden(self, batch: Mapping[str, jax.Array], *, dropout_key=None):
     """Returns hidden_BLD of a training batch, packed or not."""
@@ -394,6 +400,14 @@ def _decode_layer(carry, xs, *, bias, mask):
   return layer.step(
     x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask
   ), None
+
+
+def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:
+  # As T5X, in float32 whatever the dtype of the activations.
+  logits_BLV = gradients.matmul(
+    hidden_BLD.astype(jnp.float32) * scale, kernel_DV.astype(jnp.float32)
+  )
+  return constrain(logits_BLV, 'batch', 'length', 'vocab')
 
 
 def _same_segment(a_BL, b_BM) -> jax.Array:

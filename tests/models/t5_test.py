@@ -71,6 +71,7 @@ def test_init_does_not_depend_on_scanning():
 def test_packed_is_unpacked(model):
   cfg, params = model
   b = tiny.batch(B=8)
+  b['encoder_input_tokens'][2] = 0  # no inputs: must not see its neighbours'
   packed = tiny.pack(b, rows=2)
   logits = tiny.apply(cfg, params, '__call__', b)
   packed_logits = tiny.apply(cfg, params, '__call__', packed)
@@ -100,6 +101,7 @@ def test_token_zero_inside_a_segment_is_real():
 def test_cached_decode_is_full_decode(model):
   cfg, params = model
   b = tiny.batch()
+  b['encoder_input_tokens'][1] = 0
   full = tiny.apply(cfg, params, '__call__', b)
   for scan in (True, False):
     c = cfg.replace(scan_layers=scan)
