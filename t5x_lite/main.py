@@ -97,7 +97,7 @@ PROGRAMS: dict[str, Program] = {
       Flag('task', 'or the text of this SeqIO task or mixture'),
       Flag('output', 'the .model file to write'),
       Flag('vocab_size', 'pieces, sentinels not counted', int),
-      Flag('model_type', 'unigram or bpe'),
+      Flag('model_type', 'unigram, bpe or char'),
       Flag('character_coverage', 'share of characters with a piece', float),
       Flag('byte_fallback', 'spell other characters as bytes', bool),
     ),

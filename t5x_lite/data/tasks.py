@@ -137,10 +137,10 @@ add(
   'quickstart_mixture',
   MixtureRecipe(
     rates={
-      'pronounce': 0.42,
-      'language_id': 0.55,
-      'translate_en_de': 0.015,
-      'translate_en_fr': 0.015,
+      'pronounce': 0.48,
+      'language_id': 0.48,
+      'translate_en_de': 0.02,
+      'translate_en_fr': 0.02,
     }
   ),
 )
