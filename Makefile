@@ -1,6 +1,6 @@
 # make quickstart   train, evaluate and try a T5 on the embedded text (10 minutes on 2 cores)
-# make test         the tests
-# make test-slow    the proofs that take minutes each
+# make test         the tests, whole trainings and restarts included
+# make test-quick   the tests without those that take long
 # make lint         formatter, linter, types, import floors, spelling
 # make lock         renew requirements.lock (needs Python 3.11)
 
@@ -19,7 +19,7 @@ checksum = $(shell cat $(1) | cksum | cut -d' ' -f1)
 RUN := $(VENV)/.run-$(call checksum,requirements.lock)-$(call checksum,pyproject.toml setup.py)
 DEV := $(RUN)-dev
 
-.PHONY: quickstart test test-slow lint lock env clean
+.PHONY: quickstart test test-quick lint lock env clean
 
 # Two devices of one thread each use two cores better than one device of two, and
 # large pages spare the kernel from clearing small ones in every step.
@@ -27,11 +27,14 @@ quickstart: $(RUN)
 	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 	  $(BIN)/t5x-lite quickstart --gin_file=configs/experiments/quickstart.gin
 
-test: $(DEV)
-	PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n $(WORKERS) --dist=loadfile -m 'not slow' $(PYTEST_ARGS)
 
-test-slow: $(DEV)
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+PYTEST := PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n $(WORKERS) --dist=loadfile
+
+test: $(DEV)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-quick: $(DEV)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

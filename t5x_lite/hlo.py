@@ -205,17 +205,20 @@ class Program:
 
   def collectives(self) -> list[Collective]:
     """Returns all collectives, those of fused computations included."""
-    found: collections.Counter[Collective] = collections.Counter()
+    # One collective may show as several pieces, overlapped with compute: in one
+    # computation, or begun before a loop and carried through its iterations.
+    channels: dict[str, tuple[Collective, int]] = {}
     for name, times in self._counts().items():
-      # One collective may show as several pieces, overlapped with compute.
-      channels: dict[str, Collective] = {}
       for i, (computation, op) in enumerate(self._with_fused(name)):
         one = self._collective(computation, op)
         if one is not None:
           match = _CHANNEL.search(op.rest)
-          channels.setdefault(match[1] if match else f'#{i}', one)
-      for one in channels.values():
-        found[one] += times
+          key = match[1] if match else f'{name}#{i}'
+          one, before = channels.get(key, (one, times))
+          channels[key] = one, min(before, times)
+    found: collections.Counter[Collective] = collections.Counter()
+    for one, times in channels.values():
+      found[one] += times
     return [
       dataclasses.replace(one, count=count) for one, count in found.items()
     ]
@@ -317,30 +320,30 @@ class Program:
     if op.opcode in _FREE or op.opcode.endswith(('-done', '-update')):
       return 0.0
     operands = [types.get(name, '') for name in op.operands]
-    if op.opcode == 'dynamic-slice':
+    if op.opcode in ('dynamic-slice', 'slice'):
       return 2 * sum(_array_bytes(op.type, in_hbm=True))
     if op.opcode == 'dynamic-update-slice':
       return 2 * sum(_array_bytes(operands[1], in_hbm=True))
+    if op.opcode == 'slice-start':  # ((operands), result, context)
+      moved = _array_bytes(op.type[_closing(op.type[1:]) + 1 :])
+      return max(moved, default=0.0)
     if op.opcode.endswith('-start'):  # its type repeats its operands
       return sum(_array_bytes(op.type, in_hbm=True))
     result = sum(_array_bytes(op.type, in_hbm=True))
     if op.opcode == 'fusion' and op.calls:
-      return self._fusion_traffic(op.calls[0], op.type, operands)
+      return self._fusion_traffic(op, operands)
     return result + sum(
       sum(_array_bytes(kind, in_hbm=True)) for kind in operands
     )
 
-  def _fusion_traffic(
-    self, name: str, result: str, operands: Sequence[str]
-  ) -> float:
-    ops = self._computations.get(name, [])
+  def _fusion_traffic(self, fusion: _Op, operands: Sequence[str]) -> float:
+    """Returns what a fusion reads and writes, given its operands' types."""
+    ops = self._computations.get(fusion.calls[0], [])
     types = {op.name: op.type for op in ops}
-    users: dict[str, list[_Op]] = collections.defaultdict(list)
-    for op in ops:
-      for operand in op.operands:
-        users[operand].append(op)
+    users = _users(ops)
+    carried = _aliased(fusion.rest)
     total = 0.0
-    updated = 0.0  # bytes of results that are updated in place
+    updated = 0.0  # bytes of results that are updated in place, or not touched
     for op in ops:
       if op.opcode != 'parameter':
         continue
@@ -348,16 +351,61 @@ class Program:
       if index >= len(operands):
         continue
       whole = sum(_array_bytes(operands[index], in_hbm=True))
-      kinds = {
-        user.opcode if user.operands[0] == op.name else 'index'
+      if not whole:
+        continue
+      kinds = {user.opcode for user in users[op.name]}
+      if index in carried and kinds <= _CARRIERS:
+        # What a collective that is under way reads and writes.
+        updated += whole * carried[index]
+        continue
+      updates = [
+        user
         for user in users[op.name]
-      }
-      if whole and kinds == {'dynamic-slice'}:
-        whole = sum(sum(_array_bytes(u.type)) for u in users[op.name])
-      elif whole and kinds == {'dynamic-update-slice'}:
-        user = users[op.name][0]
+        if user.opcode == 'dynamic-update-slice' and user.operands[0] == op.name
+      ]
+      if updates and len(updates) == len(users[op.name]):
         updated += whole
-        whole = 2 * sum(_array_bytes(types.get(user.operands[1], '')))
-      total += whole
-    written = sum(_array_bytes(result, in_hbm=True))
+        total += 2 * sum(_array_bytes(types.get(updates[0].operands[1], '')))
+      else:
+        total += min(whole, self._read(op, users))
+    written = sum(_array_bytes(fusion.type, in_hbm=True))
     return total + max(0.0, written - updated)
+
+  def _read(self, op: _Op, users: Mapping[str, list[_Op]]) -> float:
+    """Returns how much of a value its users read, infinite if all of it."""
+    total = 0.0
+    for user in users[op.name]:
+      sliced = user.opcode in ('dynamic-slice', 'slice')
+      if sliced and user.operands[0] == op.name:
+        total += sum(_array_bytes(user.type))
+      elif user.opcode == 'bitcast':
+        total += self._read(user, users)
+      elif user.opcode == 'fusion' and user.calls:
+        inner = self._computations.get(user.calls[0], [])
+        inner_users = _users(inner)
+        for i, name in enumerate(user.operands):
+          for one in inner if name == op.name else ():
+            if one.opcode == 'parameter' and one.rest.startswith(f'{i})'):
+              total += self._read(one, inner_users)
+      elif not sliced:  # else it is an index
+        return math.inf
+    return total
+
+
+# What a fusion may do with the buffers of a collective that is under way.
+_CARRIERS = {*KINDS, 'custom-call', 'tuple'}
+
+
+def _users(ops: Sequence[_Op]) -> Mapping[str, list[_Op]]:
+  users: dict[str, list[_Op]] = collections.defaultdict(list)
+  for op in ops:
+    for operand in op.operands:
+      users[operand].append(op)
+  return users
+
+
+def _aliased(text: str) -> Mapping[int, int]:
+  """Returns, for each operand that results alias, how many do."""
+  match = re.search(r'output_to_operand_aliasing=\{(.*?\))\}', text)
+  found = re.findall(r'\{\d*\}: \((\d+),', match[1]) if match else []
+  return collections.Counter(int(i) for i in found)

@@ -6,8 +6,8 @@ imported only when it is asked for, so that `--help` is instant and inference
 does without TensorFlow.
 
 Exit codes: 0 done; 2 a mistake of the user, told in one line on stderr; 3 a
-precompiled program that does not fit; 5 another process of the run was lost;
-130 interrupted; 1 anything else, with a traceback.
+precompiled program that does not fit; 4 training diverged; 5 another process of
+the run was lost; 130 interrupted; 1 anything else, with a traceback.
 """
 
 import argparse

@@ -36,13 +36,33 @@ def test_cycles_are_multiplied_out(tpu_loop):
 
 
 def test_a_slice_of_a_stack_is_not_the_stack(tpu_loop):
-  # A row read and written, twice the index, the gathers and the scatter.
-  row = 128 * 4 * 2 + 4
-  gathers = (2 * 256 * 2 + 2 * 2 * 64 * 2) + (2 * 256 * 2 + 2 * 64 * 2)
+  # A row read and written, the gathers (one has an operand that it does not
+  # read) and the scatter. Indices are not counted.
+  row = 128 * 4 * 2
+  gathers = 2 * (2 * 256 * 2 + 2 * 64 * 2)
   scatter = 1024 * 4 + 512 * 4
   permute = 2 * 64 * 2 + (4 + 2 * 64 * 2 + 1024 * 4 + 24 * 128 * 4)
   expected = 24 * (row + gathers + scatter) + permute
   assert tpu_loop.hbm_bytes() == expected
+
+
+# An all-gather that begins before a loop and is carried through it, in the form
+# of XLA:TPU's; its buffers pass through the loop's fusion.
+CARRIED = TPU_LOOP.parent / 'tpu_carried.hlo'
+
+
+def test_a_collective_carried_through_a_loop_is_one():
+  [gather] = hlo.Program(CARRIED.read_text(), 2).collectives()
+  assert (gather.kind, gather.count) == ('all-gather', 1)
+  assert gather.bytes == 8 * 8 * 4 / 2
+
+
+def test_what_passes_through_a_fusion_is_not_traffic():
+  # Each of 3 iterations reads a row of the stack (inside a nested fusion) and
+  # writes a row; the start reads its operand and writes its results.
+  loop = 3 * (16 * 4 + 16 * 4)
+  start = 4 * 8 * 4 + (4 * 8 * 4 + 8 * 8 * 4)
+  assert hlo.Program(CARRIED.read_text(), 2).hbm_bytes() == loop + start
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from t5x_lite import checkpoints, metric_writers
 
-# Whole trainings in processes of their own: `make test-slow`.
+# Whole trainings in processes of their own; `make test-quick` leaves them out.
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]

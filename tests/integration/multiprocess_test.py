@@ -14,7 +14,7 @@ import pytest
 
 from t5x_lite import checkpoints, metric_writers
 
-# Whole trainings in processes of their own: `make test-slow`.
+# Whole trainings in processes of their own; `make test-quick` leaves them out.
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -130,7 +130,6 @@ def test_two_processes_train_as_one_stopped_and_killed(single, tmp_path):
   assert list(losses(model_dir)) == list(range(1, total + 2))
 
 
-@pytest.mark.slow
 def test_four_processes_with_a_model_axis_across_them(single, tmp_path):
   model_dir = tmp_path / 'run'
   wait(start(model_dir, 4, mesh={'data': 2, 'model': 2}), model_dir)
@@ -139,7 +138,6 @@ def test_four_processes_with_a_model_axis_across_them(single, tmp_path):
     np.testing.assert_allclose(loss, expected[step], rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_killed_processes_end_bit_identical(tmp_path):
   """With each host reading its own part of the data."""
   arguments = dict(dataset={}, total_steps=20)
