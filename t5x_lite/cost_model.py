@@ -277,7 +277,9 @@ def network_seconds(
     nodes = {d.process_index for d in group}
     amount = one.bytes * one.count
     far = len(slices) > 1 if chip.torus_dims else len(nodes) > 1
-    if far or one.kind == 'send':
+    if one.kind == 'send':  # each device sends its own to the other slices
+      times['DCN'] = times.get('DCN', 0.0) + amount / chip.dcn_bandwidth
+    elif far:
       width = len(group) / max(len(slices if chip.torus_dims else nodes), 1)
       times.setdefault('DCN', 0.0)
       times['DCN'] += amount / chip.dcn_bandwidth / max(width, 1)

@@ -378,7 +378,7 @@ class Program:
       sliced = user.opcode in ('dynamic-slice', 'slice')
       if sliced and user.operands[0] == op.name:
         total += sum(_array_bytes(user.type))
-      elif user.opcode == 'bitcast':
+      elif user.opcode in _PASSED_ON:
         total += self._read(user, users)
       elif user.opcode == 'fusion' and user.calls:
         inner = self._computations.get(user.calls[0], [])
@@ -392,6 +392,8 @@ class Program:
     return total
 
 
+# What is cut out after these is all that was needed before them.
+_PASSED_ON = {'bitcast', 'convert', 'copy', 'pad', 'reshape', 'transpose'}
 # What a fusion may do with the buffers of a collective that is under way.
 _CARRIERS = {*KINDS, 'custom-call', 'tuple'}
 

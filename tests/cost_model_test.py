@@ -128,3 +128,10 @@ def test_a_group_over_slices_uses_the_slow_network():
   seconds = cost_model.network_seconds(V5E, devices, [one])
   assert seconds['ICI'] == 0
   np.testing.assert_allclose(seconds['DCN'], 1e9 / V5E.dcn_bandwidth)
+
+
+def test_what_is_sent_to_other_slices_is_each_devices_own():
+  devices = grid(4, 4, slices=2)
+  one = Collective('send', 1e6, tuple(range(32)), 3)
+  seconds = cost_model.network_seconds(V5E, devices, [one])
+  np.testing.assert_allclose(seconds['DCN'], 3e6 / V5E.dcn_bandwidth)
