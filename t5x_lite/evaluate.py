@@ -3,6 +3,7 @@
 See evaluators.py for what is measured and how.
 """
 
+import dataclasses
 import json
 import logging
 import time
@@ -77,7 +78,7 @@ def evaluate(
       if teacher_forced:
         forced = evaluators_lib.TeacherForced(
           decoded.name,
-          decoded.config,
+          dataclasses.replace(decoded.config, shuffle=False),
           run.model,
           mesh=device_mesh,
           rules=rules,

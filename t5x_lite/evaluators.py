@@ -116,7 +116,8 @@ class TeacherForced:
 
     Args:
       name: to report under.
-      config: read in order, once; `shuffle` and `num_epochs` are ignored.
+      config: of a task; read once, the same batches every time. In a file
+        that is sorted, the first ones stand for the rest only with `shuffle`.
       model: the architecture.
       mesh: where it runs.
       rules: how arrays are cut over the mesh.
@@ -124,7 +125,7 @@ class TeacherForced:
       num_steps: batches at most; None for all.
     """
     self.name = name
-    self._config = dataclasses.replace(config, shuffle=False, num_epochs=1)
+    self._config = dataclasses.replace(config, num_epochs=1)
     partitioning.check_batch_size(config.batch_size, mesh)
     self._mesh, self._rules = mesh, rules
     self._num_steps = num_steps
@@ -280,18 +281,23 @@ def decoded_evaluators(
   num_examples: int | None = None,
 ) -> list[Decoded]:
   """Returns an evaluator for each task of a mixture that has the split."""
+  return [
+    Decoded(name, task, one, predictor, num_examples=num_examples)
+    for name, task, one in _by_task(config, vocabulary)
+  ]
+
+
+def _by_task(
+  config: DatasetConfig, vocabulary: VocabularyConfig
+) -> Iterator[tuple[str, Any, DatasetConfig]]:
+  """Yields name, task and config of each task that has the split."""
   provider = row_stream.task_provider(config)
-  evaluators = []
   for task in getattr(provider, 'tasks', None) or [provider]:
     if config.split not in task.splits:
       log.warning('%s has no split %r: left out', task.name, config.split)
       continue
     one = dataclasses.replace(config, mixture_or_task_name=task.name)
-    name = checks.short_name(task.name, vocabulary)
-    evaluators.append(
-      Decoded(name, task, one, predictor, num_examples=num_examples)
-    )
-  return evaluators
+    yield checks.short_name(task.name, vocabulary), task, one
 
 
 class Evaluators:
@@ -311,10 +317,12 @@ class Evaluators:
     decoding: DecodingConfig | None = None,
   ):
     """Checks the datasets; compiles and reads nothing yet. See `train`."""
+    # A mixture task by task, as T5X does: one number for all of them would be
+    # that of whichever comes first within num_steps.
     self._forced = [
       TeacherForced(
-        checks.short_name(config.mixture_or_task_name, vocabulary),
-        config,
+        name,
+        one,
         model,
         mesh=mesh,
         rules=rules,
@@ -322,6 +330,7 @@ class Evaluators:
         num_steps=eval_steps,
       )
       for config in train_eval
+      for name, _, one in _by_task(config, vocabulary)
     ]
     self._decoded = []
     for config in infer_eval:

@@ -86,11 +86,12 @@ def train(
     loss: what is minimised.
     mesh: how devices are arranged; decided by their number by default.
     checkpoint: when to save, what to keep, where a new run starts from.
-    train_eval: teacher-forced evaluations: 'eval/TASK/loss' and others.
+    train_eval: teacher-forced evaluations, a mixture's task by task:
+      'eval/TASK/loss' and others.
     infer_eval: evaluations of decoded text by the tasks' own metrics:
       'infer_eval/TASK/METRIC'.
     eval_period: steps between evaluations; the last step is evaluated too.
-    eval_steps: batches of each teacher-forced evaluation; None for all.
+    eval_steps: batches of each teacher-forced task; None for all.
     infer_eval_examples: examples of each decoded task; None for all.
     decoding: of infer_eval; greedy, as long as the targets, by default.
     stats_period: steps that a line of training metrics averages over.

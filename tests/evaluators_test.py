@@ -31,7 +31,7 @@ def config(name='language_id_byte', **overrides):
 def test_teacher_forced_is_the_mean_over_all_tokens(setting):
   """Padding rows of the last batch weigh nothing."""
   cfg, where, params = setting
-  one = config()
+  one = config(shuffle=False)
   forced = evaluators.TeacherForced(
     'x', one, cfg, **where, loss=LossConfig(), num_steps=2
   )
@@ -39,9 +39,7 @@ def test_teacher_forced_is_the_mean_over_all_tokens(setting):
   assert forced.run(params) == metrics
 
   total = weight = correct = 0.0
-  iterator = data.make_iterator(
-    dataclasses.replace(one, shuffle=False, num_epochs=1)
-  )
+  iterator = data.make_iterator(dataclasses.replace(one, num_epochs=1))
   for _ in range(2):
     batch = next(iterator)
     logits = tiny.apply(cfg, params, '__call__', batch)
@@ -58,6 +56,21 @@ def test_teacher_forced_is_the_mean_over_all_tokens(setting):
   )
   assert metrics['accuracy'] == pytest.approx(correct / weight)
   assert metrics['target_tokens'] == weight
+
+
+def test_a_mixture_is_evaluated_task_by_task(setting, tmp_path):
+  cfg, where, params = setting
+  both = evaluators.Evaluators(
+    cfg,
+    tiny_run.VOCABULARY,
+    **where,
+    train_eval=[config('quickstart_mixture_byte', shuffle=True)],
+    eval_steps=2,
+  )
+  metrics = both.run(params, 0, str(tmp_path))
+  tasks = {'pronounce', 'language_id', 'translate_en_de', 'translate_en_fr'}
+  assert {name.split('/')[1] for name in metrics} == tasks
+  assert both.run(params, 1, str(tmp_path)) == metrics
 
 
 class FakeTask:
