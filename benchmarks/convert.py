@@ -7,7 +7,7 @@ convert` over every format and back, each in a process of its own. Peaks are
 sampled from /proc: anonymous memory is what the process itself holds, file
 pages are parts of mapped checkpoints, which the kernel can take back at any
 time. The checkpoint that comes back must have the very bytes that went in.
-Needs four times the checkpoint's size on disk, and removes it all.
+Needs three times the checkpoint's size on disk, and removes it all.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 
-import ml_dtypes  # noqa: F401  (numpy learns 'bfloat16')
 import numpy as np
 from etils import epath
 
