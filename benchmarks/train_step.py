@@ -12,6 +12,10 @@ and CPU seconds are medians over all steps; on a machine shared with other work
 the CPU column is the one to read. The matmul ceiling is that of a jitted
 product of two square float32 matrices, measured in turns with the rest; FLOPs
 are those of `t5x_lite.flops`.
+
+Our programs make glibc keep freed memory where the CPU computes, and so does
+ours here (`--memory own`); `--memory kept` does the same for everyone,
+`--memory glibc` for nobody.
 """
 
 import argparse
@@ -23,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import side_by_side
+
+from t5x_lite import host_memory
 
 LEARNING_RATE = 1e-4
 BETAS = (0.9, 0.999)
@@ -53,6 +59,12 @@ def arguments() -> argparse.Namespace:
     '--huge_pages',
     action='store_true',
     help='start every contender with GLIBC_TUNABLES=glibc.malloc.hugetlb=1',
+  )
+  parser.add_argument(
+    '--memory',
+    choices=('own', 'kept', 'glibc'),
+    default='own',
+    help='who keeps freed memory: ours, as its programs do, everyone, nobody',
   )
   parser.add_argument('--skip', nargs='*', default=[], help='contenders')
   parser.add_argument('--weights', help=argparse.SUPPRESS)
@@ -267,7 +279,7 @@ def report(
     f'{args.model}, {cfg.num_encoder_layers}+{cfg.num_decoder_layers} layers, '
     f'batch {args.batch_size}, {args.inputs}/{args.targets} tokens, float32, '
     f'AdamW, dropout {args.dropout_rate}, scan {args.scan_layers}, huge pages '
-    f'{args.huge_pages}, {os.cpu_count()} cores'
+    f'{args.huge_pages}, memory {args.memory}, {os.cpu_count()} cores'
   )
   print(
     f'{work / 1e9:.0f} GFLOP a step; matmul ceiling {peak / 1e9:.0f} GFLOP/s, '
@@ -295,6 +307,9 @@ def main() -> None:
   """Starts the contenders, lets them run in turns, and prints a table."""
   args = arguments()
   if args.worker:
+    # Before jax or torch start threads.
+    if args.memory == 'kept' or (args.memory, args.worker) == ('own', 'ours'):
+      host_memory.keep_freed_memory({**os.environ, 'JAX_PLATFORMS': 'cpu'})
     WORKERS[args.worker](args)
     return
   names = ['ours', 'matmul']

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from t5x_lite import host_memory
 from t5x_lite.errors import UsageError
 
 PROGRAM_NAME = 't5x-lite'
@@ -48,6 +49,8 @@ class Program:
   flags: tuple[Flag, ...] = ()
   # The program whose experiment files this one also reads.
   inherits: str = ''
+  # It runs steps, whose temporaries are worth keeping (host_memory.py).
+  computes: bool = False
 
 
 _DRY_RUN = Flag('dry_run', 'say what would be done, write nothing', bool)
@@ -56,6 +59,7 @@ PROGRAMS: dict[str, Program] = {
   'train': Program(
     't5x_lite.train.train',
     'train a model, or continue its run',
+    computes=True,
     flags=(
       Flag(
         'dry_run',
@@ -67,10 +71,12 @@ PROGRAMS: dict[str, Program] = {
   'eval': Program(
     't5x_lite.evaluate.evaluate',
     'evaluate a run on tasks by their own metrics',
+    computes=True,
   ),
   'infer': Program(
     't5x_lite.infer.infer',
     'predict for every line of a file',
+    computes=True,
     flags=(
       Flag('model', 'run directory, or one STEP directory of it'),
       Flag('input', 'text, TSV or JSONL, one example a line'),
@@ -88,6 +94,7 @@ PROGRAMS: dict[str, Program] = {
   'quickstart': Program(
     't5x_lite.quickstart.quickstart',
     'pretrain, fine-tune, evaluate and predict on the embedded text',
+    computes=True,
   ),
   'vocab': Program(
     't5x_lite.train_vocabulary.train_vocabulary',
@@ -297,6 +304,9 @@ def _run(argv: Sequence[str]) -> Any:
   flags = [flag.name for flag in (*program.positional, *program.flags)]
   given = {name: getattr(args, name) for name in flags}
   given = {name: value for name, value in given.items() if value is not None}
+
+  if program.computes:
+    host_memory.keep_freed_memory()  # before a thread is started
 
   from t5x_lite import distributed, gin_utils
 

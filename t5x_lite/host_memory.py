@@ -1,0 +1,60 @@
+"""What the C library does with freed memory; matters where the CPU computes.
+
+XLA:CPU takes a step's temporaries from malloc and frees them after the step.
+glibc gives blocks that large back to the kernel, which then clears every page
+anew in the next step: a third of a step of T5 1.1 small on two cores, and half
+of it where a hypervisor has to find the pages too (docs/lab_notes.md).
+"""
+
+import ctypes
+import glob
+import os
+import sys
+import threading
+from collections.abc import Mapping
+
+# mallopt's parameters (malloc.h) and what they are set to.
+_MALLOPT = (
+  # All threads share one heap: only the first can hold blocks over 64 MB.
+  (-8, 1),  # M_ARENA_MAX
+  # Large blocks are taken from the heap like small ones.
+  (-4, 0),  # M_MMAP_MAX
+  # The heap's end is never given back.
+  (-1, -1),  # M_TRIM_THRESHOLD
+)
+
+_ACCELERATORS = (
+  '/dev/accel*',  # TPU
+  '/dev/vfio/[0-9]*',  # TPU v5e and newer
+  '/dev/nvidia[0-9]*',
+  '/dev/kfd',  # AMD
+)
+
+
+def computes_on_cpu(environ: Mapping[str, str]) -> bool:
+  """Guesses, without starting a JAX backend, whether JAX will use the CPU."""
+  platforms = environ.get('JAX_PLATFORMS', '')
+  if platforms:
+    return platforms.split(',')[0] == 'cpu'
+  return not any(glob.glob(pattern) for pattern in _ACCELERATORS)
+
+
+def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
+  """Makes glibc keep what is freed, for the next step; True if it does.
+
+  Call it first: it does nothing once there are threads, which have heaps of
+  their own. Nor where an accelerator computes, where the C library is not
+  glibc, and where the environment sets a MALLOC_ variable (MALLOC_ARENA_MAX=8,
+  say, leaves glibc as it is). The price is that the process never gets smaller
+  than it once was.
+  """
+  if sys.platform != 'linux' or not computes_on_cpu(environ):
+    return False
+  if any(name.startswith('MALLOC_') for name in environ):
+    return False
+  if threading.active_count() > 1:
+    return False
+  libc = ctypes.CDLL(None)
+  if not hasattr(libc, 'gnu_get_libc_version'):
+    return False
+  return all(libc.mallopt(name, value) for name, value in _MALLOPT)
