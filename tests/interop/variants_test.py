@@ -4,7 +4,9 @@ import math
 
 import pytest
 
+from t5x_lite import train_state
 from t5x_lite.interop import names
+from t5x_lite.models import t5
 from t5x_lite.models.config import NAMED_CONFIGS
 
 torch = pytest.importorskip('torch')
@@ -34,18 +36,22 @@ def test_parameter_counts(name):
     num_heads=cfg.num_heads,
     feed_forward_proj=gate,
   )
+  # transformers 5 forces True in the constructor, whatever it is given; and
+  # untied it also unties the input tables of the two stacks.
+  entry.tie_word_embeddings = cfg.logits_via_embedding
   with torch.device('meta'):
     model = transformers.AutoModelForSeq2SeqLM.from_config(entry)
+  model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
   expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
-  # transformers 5 ties whatever it is told.
-  assert 'lm_head.weight' not in expected
-  if not cfg.logits_via_embedding:
-    expected['lm_head.weight'] = (cfg.vocab_size, cfg.emb_dim)
+  assert ('lm_head.weight' in expected) != cfg.logits_via_embedding
   ours = {
     names.hf_name(n): s[::-1] if names.is_transposed(n) else s
     for n, s in names.shapes(cfg).items()
   }
   assert ours == expected
+  _, shapes, _ = t5.abstract_params(cfg)
+  expected_count = sum(p.numel() for p in model.parameters())
+  assert train_state.count_params(shapes) == expected_count
 
 
 @pytest.mark.parametrize(
