@@ -45,14 +45,14 @@ def faults(mode: str) -> tuple[int, int]:
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc')
 def test_second_step_finds_its_memory():
   first, second = faults('keep')
-  assert first > 100
+  assert first > 50  # pages may be of 2 MB
   assert second < 10
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc')
 def test_glibc_alone_gives_it_back():
   _, second = faults('leave')
-  assert second > 100
+  assert second > 50
 
 
 @pytest.mark.parametrize(
