@@ -2,8 +2,8 @@
 
 XLA:CPU takes a step's temporaries from malloc and frees them after the step.
 glibc gives blocks that large back to the kernel, which then clears every page
-anew in the next step: a third of a step of T5 1.1 small on two cores, and half
-of it where a hypervisor has to find the pages too (docs/lab_notes.md).
+anew in the next step: a third of a step of T5 1.1 small on two cores, and more
+than half where the pages were not used before (docs/lab_notes.md).
 """
 
 import ctypes

@@ -27,18 +27,33 @@ with concurrent.futures.ThreadPoolExecutor(1) as pool:
 """
 
 
-def faults(mode: str) -> tuple[int, int]:
-  # A thread allocates: the second heap of a process cannot grow that large.
+# The command line, and what it made of the question; then a usage error.
+PROGRAM = """
+import sys
+from t5x_lite import host_memory, main
+keep = host_memory.keep_freed_memory
+host_memory.keep_freed_memory = lambda: print(keep())
+main.main(sys.argv[1:])
+"""
+
+
+def run(script: str, *argv: str) -> list[str]:
+  """Returns the words that a fresh process printed."""
   env = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}
   env.pop('GLIBC_TUNABLES', None)
   done = subprocess.run(
-    [sys.executable, '-c', SCRIPT, mode],
+    [sys.executable, '-c', script, *argv],
     env={**env, 'JAX_PLATFORMS': 'cpu'},
     capture_output=True,
     text=True,
     check=True,
   )
-  first, second = map(int, done.stdout.split())
+  return done.stdout.split()
+
+
+def faults(mode: str) -> tuple[int, int]:
+  # A thread allocates: the second heap of a process cannot grow that large.
+  first, second = map(int, run(SCRIPT, mode))
   return first, second
 
 
@@ -55,6 +70,31 @@ def test_glibc_alone_gives_it_back():
   assert second > 50
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc')
+def test_the_command_line_is_early_enough():
+  assert run(PROGRAM, 'infer') == ['True']
+
+
+def test_programs_that_do_not_compute_leave_it():
+  assert run(PROGRAM, 'convert', 'nowhere', 'nowhere2') == []
+
+
+class AskedLibcError(Exception):
+  """Nothing spoke against changing malloc."""
+
+
+@pytest.fixture
+def alone(monkeypatch):
+  """A process without threads, which xdist's workers are not."""
+
+  def refuse(name):
+    raise AskedLibcError
+
+  monkeypatch.setattr(host_memory.sys, 'platform', 'linux')
+  monkeypatch.setattr(host_memory.threading, 'active_count', lambda: 1)
+  monkeypatch.setattr(host_memory.ctypes, 'CDLL', refuse)
+
+
 @pytest.mark.parametrize(
   'environ',
   [
@@ -63,8 +103,15 @@ def test_glibc_alone_gives_it_back():
     {'JAX_PLATFORMS': 'cpu', 'MALLOC_ARENA_MAX': '8'},
   ],
 )
-def test_left_alone(environ):
+def test_left_alone(alone, environ):
   assert not host_memory.keep_freed_memory(environ)
+
+
+def test_left_alone_only_for_a_reason(alone, monkeypatch):
+  with pytest.raises(AskedLibcError):
+    host_memory.keep_freed_memory({'JAX_PLATFORMS': 'cpu'})
+  monkeypatch.setattr(host_memory.threading, 'active_count', lambda: 2)
+  assert not host_memory.keep_freed_memory({'JAX_PLATFORMS': 'cpu'})
 
 
 def test_computes_on_cpu(monkeypatch):
