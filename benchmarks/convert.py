@@ -22,7 +22,7 @@ import time
 import numpy as np
 from etils import epath
 
-from t5x_lite.interop import convert, names
+from t5x_lite.interop import export, names
 from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models.config import T5Config, named_config
 
@@ -124,7 +124,7 @@ def main() -> None:
       f'{largest * bytes_each / GB:.2f} GB',
       flush=True,
     )
-    convert.write(
+    export.write(
       epath.Path(root / 'hf'),
       tensors=tensors,
       cfg=cfg,

@@ -4,7 +4,7 @@
 
 Both run the encoder once and then decode exactly `targets` tokens for each row
 with key and value caches, from the same weights; no row ends early. Ours is the
-jitted step of `t5x_lite.steps`, theirs is eager PyTorch, which is what
+jitted step of `t5x_lite.decoding.steps`, theirs is eager PyTorch, which is what
 `generate` runs. Read train_step.py for how they are measured.
 """
 
@@ -45,7 +45,7 @@ def run_ours(args: argparse.Namespace) -> None:
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   import jax
 
-  from t5x_lite import decoding, steps
+  from t5x_lite.decoding import sampling, steps
   from t5x_lite.models import t5
 
   # No token has the id -1, so no row ends.
@@ -61,7 +61,7 @@ def run_ours(args: argparse.Namespace) -> None:
   batch = {'encoder_input_tokens': jax.device_put(inputs.astype(np.int32))}
   predict = jax.jit(
     steps.make_predict_step(
-      graphdef, decoding.DecodingConfig(max_decode_length=args.targets)
+      graphdef, sampling.DecodingConfig(max_decode_length=args.targets)
     )
   )
 

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from t5x_lite.data import packing
-from t5x_lite.vocabularies import VocabularyConfig, make_vocabulary
+from t5x_lite.data.rows import packing
+from t5x_lite.data.vocabularies import VocabularyConfig, make_vocabulary
 
 BATCH = 64
 NUM_OPEN_ROWS = 64

@@ -5,7 +5,7 @@
 Both start from the same weights, see the same batch in every step (no padding)
 and use AdamW with the same arguments, so that their losses can be compared;
 dropout is the same rate in both (0 unless given: T5 1.1's pre-training). Ours
-is the jitted step of `t5x_lite.steps`, norms and metrics included; theirs is
+is the jitted step of `t5x_lite.training.steps`, norms and metrics included; theirs is
 loss, backward and a fused AdamW, eager and under torch.compile. Each has its
 own process with all cores, and they run in turns (see side_by_side.py). Wall
 and CPU seconds are medians over all steps; on a machine shared with other work
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import side_by_side
 
-from t5x_lite import host_memory
+from t5x_lite.parallel import host_memory
 
 LEARNING_RATE = 1e-4
 BETAS = (0.9, 0.999)
@@ -110,8 +110,8 @@ def run_ours(args: argparse.Namespace) -> None:
   import jax
   import jax.numpy as jnp
 
-  from t5x_lite import losses, optimizers, steps, train_state
   from t5x_lite.models import t5
+  from t5x_lite.training import losses, optimizers, steps, train_state
 
   cfg = model_config(args)
   graphdef, shapes, axes = t5.abstract_params(cfg)
@@ -259,7 +259,7 @@ def report(
   args: argparse.Namespace, contenders: list[side_by_side.Contender]
 ) -> None:
   """Prints a line for each contender."""
-  from t5x_lite import flops
+  from t5x_lite.compiler import flops
 
   cfg = model_config(args)
   by_name = {c.name: c for c in contenders}

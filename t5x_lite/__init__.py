@@ -2,34 +2,82 @@
 
 Names are imported when first used: `import t5x_lite` alone costs nothing, and
 neither it nor the model, the steps and the decoding ever import TensorFlow.
+
+Folders, from the top floor down; imports only go down (docs/architecture.md):
+gin_front, programs, evaluation, interop, runs, compiler, decoding, training,
+models, data, parallel. Beside them main.py is the command line, api.py the
+Python interface.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from t5x_lite.api import Model as Model
   from t5x_lite.api import load as load
+  from t5x_lite.api import new as new
+  from t5x_lite.data.config import DatasetConfig as DatasetConfig
+  from t5x_lite.data.tasks.catalog import register_mixture as register_mixture
+  from t5x_lite.data.tasks.from_files import (
+    register_file_task as register_file_task,
+  )
+  from t5x_lite.data.tasks.from_files import (
+    register_text_task as register_text_task,
+  )
+  from t5x_lite.data.vocabularies import VocabularyConfig as VocabularyConfig
+  from t5x_lite.decoding.config import DecodingConfig as DecodingConfig
   from t5x_lite.errors import UsageError as UsageError
   from t5x_lite.models.config import T5Config as T5Config
   from t5x_lite.models.config import named_config as named_config
+  from t5x_lite.parallel.host_memory import (
+    keep_freed_memory as keep_freed_memory,
+  )
+  from t5x_lite.parallel.partitioning import MeshConfig as MeshConfig
+  from t5x_lite.programs.convert import convert as convert
+  from t5x_lite.programs.evaluate import evaluate as evaluate
+  from t5x_lite.programs.infer import infer as infer
+  from t5x_lite.programs.train import train as train
+  from t5x_lite.runs.checkpoints import CheckpointConfig as CheckpointConfig
+  from t5x_lite.training.losses import LossConfig as LossConfig
+  from t5x_lite.training.optimizers import OptimizerConfig as OptimizerConfig
+  from t5x_lite.training.schedules import ScheduleConfig as ScheduleConfig
 
 __version__ = '0.1.0'
 
 _EXPORTS = {
-  'T5Config': 't5x_lite.models.config',
-  'UsageError': 't5x_lite.errors',
-  'load': 't5x_lite.api',
-  'named_config': 't5x_lite.models.config',
+  'CheckpointConfig': 'runs.checkpoints',
+  'DatasetConfig': 'data.config',
+  'DecodingConfig': 'decoding.config',
+  'LossConfig': 'training.losses',
+  'MeshConfig': 'parallel.partitioning',
+  'Model': 'api',
+  'OptimizerConfig': 'training.optimizers',
+  'ScheduleConfig': 'training.schedules',
+  'T5Config': 'models.config',
+  'UsageError': 'errors',
+  'VocabularyConfig': 'data.vocabularies',
+  'convert': 'programs.convert',
+  'evaluate': 'programs.evaluate',
+  'infer': 'programs.infer',
+  'keep_freed_memory': 'parallel.host_memory',
+  'load': 'api',
+  'named_config': 'models.config',
+  'new': 'api',
+  'register_file_task': 'data.tasks.from_files',
+  'register_mixture': 'data.tasks.catalog',
+  'register_text_task': 'data.tasks.from_files',
+  'train': 'programs.train',
 }
 
-__all__ = ['T5Config', 'UsageError', 'load', 'named_config']
+__all__ = list(_EXPORTS)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
   """Imports an exported name on first use (PEP 562)."""
   if name not in _EXPORTS:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  return getattr(importlib.import_module(_EXPORTS[name]), name)
+  module = importlib.import_module(f'{__name__}.{_EXPORTS[name]}')
+  return getattr(module, name)
 
 
 def __dir__() -> list[str]:

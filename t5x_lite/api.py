@@ -16,20 +16,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from t5x_lite import (
-  grow_vocabulary,
-  partitioning,
-  prediction,
-  steps,
-  vocabularies,
-)
-from t5x_lite.decoding import DecodingConfig
+from t5x_lite.data import vocabularies
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.decoding import prediction, steps
+from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import assignment, convert, source, tensors
+from t5x_lite.interop import assignment, export, source, tensors
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
-from t5x_lite.partitioning import MeshConfig
-from t5x_lite.vocabularies import VocabularyConfig
+from t5x_lite.parallel import partitioning
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.programs import grow_vocabulary
 
 Texts = str | Sequence[str]
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
@@ -359,10 +356,10 @@ class Model:
         f'format is {format!r}; allowed are {", ".join(source.FORMATS)}'
       )
     target = epath.Path(directory)
-    convert.check_destination(target)
+    export.check_destination(target)
     config = self.config.replace(param_dtype=dtype or self.config.param_dtype)
-    convert.check_target(config, format)
-    convert.write(
+    export.check_target(config, format)
+    export.write(
       target,
       tensors=tensors.of_params(self.params, self.config),
       cfg=config,
@@ -408,7 +405,8 @@ class Model:
       model_dir: the new run's directory; a run that is there is continued.
       **arguments: of `train.train`: dataset, optimizer, total_steps, ...
     """
-    from t5x_lite import checkpoints, train
+    from t5x_lite.programs import train
+    from t5x_lite.runs import checkpoints
 
     if self.vocabulary_config is None:
       raise UsageError('training needs a vocabulary; load with vocabulary=...')

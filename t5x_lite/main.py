@@ -22,8 +22,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from t5x_lite import host_memory
 from t5x_lite.errors import UsageError
+from t5x_lite.parallel import host_memory
 
 PROGRAM_NAME = 't5x-lite'
 
@@ -57,7 +57,7 @@ _DRY_RUN = Flag('dry_run', 'say what would be done, write nothing', bool)
 
 PROGRAMS: dict[str, Program] = {
   'train': Program(
-    't5x_lite.train.train',
+    't5x_lite.programs.train.train',
     'train a model, or continue its run',
     computes=True,
     flags=(
@@ -69,12 +69,12 @@ PROGRAMS: dict[str, Program] = {
     ),
   ),
   'eval': Program(
-    't5x_lite.evaluate.evaluate',
+    't5x_lite.programs.evaluate.evaluate',
     'evaluate a run on tasks by their own metrics',
     computes=True,
   ),
   'infer': Program(
-    't5x_lite.infer.infer',
+    't5x_lite.programs.infer.infer',
     'predict for every line of a file',
     computes=True,
     flags=(
@@ -92,12 +92,12 @@ PROGRAMS: dict[str, Program] = {
     ),
   ),
   'quickstart': Program(
-    't5x_lite.quickstart.quickstart',
+    't5x_lite.programs.quickstart.quickstart',
     'pretrain, fine-tune, evaluate and predict on the embedded text',
     computes=True,
   ),
   'vocab': Program(
-    't5x_lite.train_vocabulary.train_vocabulary',
+    't5x_lite.programs.train_vocabulary.train_vocabulary',
     'train a SentencePiece vocabulary on your own text',
     flags=(
       Flag('input', 'text, TSV or JSONL files or glob patterns', many=True),
@@ -110,7 +110,7 @@ PROGRAMS: dict[str, Program] = {
     ),
   ),
   'convert': Program(
-    't5x_lite.interop.convert.convert',
+    't5x_lite.programs.convert.convert',
     'convert checkpoints between t5x_lite, Hugging Face and T5X',
     positional=(
       Flag('source', 'checkpoint to read; its format is detected'),
@@ -124,7 +124,7 @@ PROGRAMS: dict[str, Program] = {
     ),
   ),
   'grow_vocab': Program(
-    't5x_lite.grow_vocabulary.grow_vocabulary',
+    't5x_lite.programs.grow_vocabulary.grow_vocabulary',
     'add tokens or sentinels to a model and its vocabulary',
     positional=(
       Flag('source', 'checkpoint to read; its format is detected'),
@@ -138,7 +138,7 @@ PROGRAMS: dict[str, Program] = {
     ),
   ),
   'precompile': Program(
-    't5x_lite.precompile.precompile',
+    't5x_lite.programs.precompile.precompile',
     'compile a step for TPUs that you do not have; does it fit, what bounds it',
     flags=(
       Flag('topology', 'for example v5p:8x8x8 or v5e:16x16'),
@@ -147,10 +147,10 @@ PROGRAMS: dict[str, Program] = {
       Flag('json', 'end with one JSON object on the last line', bool),
       Flag('hlo_file', "where to write the compiled program's text"),
     ),
-    inherits='t5x_lite.train.train',
+    inherits='t5x_lite.programs.train.train',
   ),
   'plan': Program(
-    't5x_lite.plan.plan',
+    't5x_lite.programs.plan.plan',
     'search mesh, remat policy and microbatches for a topology',
     flags=(
       Flag('topology', 'for example v5p:8x8x8 or v5e:16x16'),
@@ -159,7 +159,7 @@ PROGRAMS: dict[str, Program] = {
       Flag('json', 'end with one JSON object on the last line', bool),
       Flag('output', 'gin file to write the winning bindings to'),
     ),
-    inherits='t5x_lite.train.train',
+    inherits='t5x_lite.programs.train.train',
   ),
 }
 
@@ -242,13 +242,15 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def _rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
   """Turns --gin.NAME=value into --gin_bindings, so that their order stays."""
-  from t5x_lite import gin_utils
+  from t5x_lite.gin_front import configuration
 
   rewritten = []
   for argument in argv:
     match = re.fullmatch(r'--gin\.([^=\s]+)=(.*)', argument, re.DOTALL)
     if match:
-      rewritten.append('--gin_bindings=' + gin_utils.binding(*match.groups()))
+      rewritten.append(
+        '--gin_bindings=' + configuration.binding(*match.groups())
+      )
     elif argument.startswith('--gin.'):
       raise UsageError(f'{argument} needs a value: write {argument}=value')
     else:
@@ -308,7 +310,8 @@ def _run(argv: Sequence[str]) -> Any:
   if program.computes:
     host_memory.keep_freed_memory()  # before a thread is started
 
-  from t5x_lite import distributed, gin_utils
+  from t5x_lite.gin_front import configuration
+  from t5x_lite.parallel import distributed
 
   distributed.initialize(
     coordinator_address=args.coordinator_address or '',
@@ -317,7 +320,7 @@ def _run(argv: Sequence[str]) -> Any:
   )
   function = _load(program)
   with _quiet_stderr():  # gin files import modules too
-    configured = gin_utils.configure(
+    configured = configuration.configure(
       function,
       gin_files=args.gin_file,
       bindings=args.gin_bindings,

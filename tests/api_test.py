@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import t5x_lite
-from t5x_lite import api, errors, partitioning
-from t5x_lite.vocabularies import VocabularyConfig
+from t5x_lite import api, errors
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.parallel import partitioning
 from tests.models import tiny
 
 BYTES = VocabularyConfig(kind='byte')

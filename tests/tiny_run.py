@@ -8,15 +8,16 @@ from typing import Any
 
 import jax
 
-from t5x_lite import run_directory, train_state
-from t5x_lite.checkpoints import CheckpointConfig, Checkpointer
 from t5x_lite.data.config import DatasetConfig
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
-from t5x_lite.optimizers import OptimizerConfig
-from t5x_lite.partitioning import MeshConfig
-from t5x_lite.schedules import ScheduleConfig
-from t5x_lite.vocabularies import VocabularyConfig
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.runs import run_directory
+from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
+from t5x_lite.training import train_state
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 LENGTHS = {'inputs': 32, 'targets': 16}
 VOCABULARY = VocabularyConfig(kind='byte')
@@ -87,7 +88,8 @@ def save_untrained(model_dir: Any, *, seed: int = 0, **overrides: Any) -> Any:
 
 def main() -> None:
   """Trains with the arguments given as JSON, over those of `arguments`."""
-  from t5x_lite import distributed, train
+  from t5x_lite.parallel import distributed
+  from t5x_lite.programs import train
 
   logging.basicConfig(level=logging.WARNING)
   logging.getLogger('t5x_lite').setLevel(logging.INFO)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite.data import feature_converters
+from t5x_lite.data.rows import feature_converters
 from t5x_lite.errors import UsageError
 
 

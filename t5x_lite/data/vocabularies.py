@@ -1,25 +1,381 @@
-"""A `VocabularyConfig` as the SeqIO vocabulary that the tasks are built on."""
+"""Vocabularies without TensorFlow: SeqIO's ids, to the last sentinel.
 
+Inference and the numeric floors read text through this module; the input
+pipeline uses SeqIO's own classes (data/vocabularies.py) built from the same
+`VocabularyConfig`. Ids 0, 1, 2 are pad, eos, unk; sentinels are the last
+`extra_ids` ids, and <extra_id_0> is the very last one.
+"""
+
+import dataclasses
 import functools
+import hashlib
+import importlib.resources
+import json
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
 
-import seqio
+import sentencepiece
+from etils import epath
 
-from t5x_lite import vocabularies
+from t5x_lite.errors import UsageError
+
+PAD_ID = 0
+EOS_ID = 1
+UNK_ID = 2
+
+# What each kind has when nothing is said: 100 sentinels as in T5 (Raffel et al.
+# 2020, 3.1.4); 125 bring the 259 byte ids to the 384 of ByT5's embedding
+# (t5x/examples/t5/byt5/base.gin).
+_DEFAULT_EXTRA_IDS = {'sentencepiece': 100, 'byte': 125, 'passthrough': 0}
+
+VOCABULARY_FILE = 'vocabulary.json'
+MODEL_FILE = 'vocabulary.model'
+_PACKAGED = 'package:'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VocabularyConfig:
+  """Names a vocabulary. Two equal configs give the same ids for every text.
+
+  Attributes:
+    kind: 'sentencepiece'; 'byte' (UTF-8 bytes plus three, as in ByT5); or
+      'passthrough' (the data already holds ids).
+    path: a SentencePiece model file; 'package:NAME' is one that ships with the
+      package (`t5`, `quickstart`), and empty means 'package:t5', the official
+      vocabulary. Only for 'sentencepiece'.
+    extra_ids: number of sentinel ids after the ordinary ones; -1 takes the
+      kind's own number (100, 125 for bytes, 0 for passthrough).
+    size: number of ids. Only for 'passthrough'.
+  """
+
+  kind: Literal['sentencepiece', 'byte', 'passthrough'] = 'sentencepiece'
+  path: str = ''
+  extra_ids: int = -1
+  size: int = 0
+
+  def __post_init__(self):
+    if self.kind not in _DEFAULT_EXTRA_IDS:
+      allowed = ', '.join(repr(kind) for kind in _DEFAULT_EXTRA_IDS)
+      raise UsageError(
+        f'VocabularyConfig.kind is {self.kind!r}; it must be one of {allowed}'
+      )
+    if self.extra_ids == -1:
+      # Resolved here, so that equal vocabularies compare equal.
+      object.__setattr__(self, 'extra_ids', _DEFAULT_EXTRA_IDS[self.kind])
+    if self.extra_ids < 0:
+      raise UsageError(
+        f'VocabularyConfig.extra_ids is {self.extra_ids}; it must be 0 or '
+        'more, or -1 for the default of the kind'
+      )
+    if self.path and self.kind != 'sentencepiece':
+      raise UsageError(
+        f'VocabularyConfig.path is {self.path!r} with kind {self.kind!r}; '
+        "only kind='sentencepiece' reads a model file"
+      )
+    if self.kind == 'passthrough':
+      if self.size < 1:
+        raise UsageError(
+          f'VocabularyConfig.size is {self.size}; '
+          "kind='passthrough' needs the number of ids"
+        )
+      if self.extra_ids:
+        raise UsageError(
+          f'VocabularyConfig.extra_ids is {self.extra_ids}; with '
+          "kind='passthrough' count the sentinels in size instead"
+        )
+    elif self.size:
+      raise UsageError(
+        f'VocabularyConfig.size is {self.size} with kind {self.kind!r}; only '
+        "kind='passthrough' takes a size"
+      )
+
+
+class Vocabulary(Protocol):
+  """What a program may ask of a vocabulary."""
+
+  @property
+  def pad_id(self) -> int:
+    """Id of padding."""
+    ...
+
+  @property
+  def eos_id(self) -> int:
+    """Id that ends a sequence."""
+    ...
+
+  @property
+  def unk_id(self) -> int | None:
+    """Id of what the vocabulary cannot say."""
+    ...
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of ids, sentinels included."""
+    ...
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, without EOS."""
+    ...
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids up to the first EOS."""
+    ...
+
+
+def _clean(ids: Iterable[int], base_size: int, unk_id: int | None) -> list[int]:
+  """Cuts after the first EOS; ids from `base_size` on become unk, as in SeqIO.
+
+  A model whose embedding is padded beyond the vocabulary (32,128 rows for
+  32,100 ids) can predict such ids, so they are no error.
+
+  Source: seqio/vocabularies.py Vocabulary.decode.
+  """
+  clean = []
+  for token in ids:
+    token = int(token)
+    if token < 0:
+      raise UsageError(
+        f'Token id {token} cannot be decoded; ids are 0 to {base_size - 1}'
+      )
+    clean.append(token if unk_id is None or token < base_size else unk_id)
+    if token == EOS_ID:
+      break
+  return clean
+
+
+class SentencePieceVocabulary:
+  """A SentencePiece model, with sentinels as user-defined pieces at its end."""
+
+  pad_id = PAD_ID
+  eos_id = EOS_ID
+  unk_id = UNK_ID
+
+  def __init__(self, path: str, *, extra_ids: int):
+    """Reads the model.
+
+    Args:
+      path: the model file; may be on any file system epath knows.
+      extra_ids: number of sentinels to add.
+
+    Raises:
+      UsageError: if there is no such file, or it is not a SentencePiece model
+        with pad, eos, unk = 0, 1, 2.
+    """
+    model = _read_model(path)
+    self._processor = sentencepiece.SentencePieceProcessor()
+    try:
+      self._processor.LoadFromSerializedProto(model + _sentinels(extra_ids))
+    except RuntimeError as error:
+      raise UsageError(
+        f'{path} is not a SentencePiece model ({error}); train one with '
+        '`t5x-lite vocab --input FILE --output X.model`'
+      ) from error
+    ids = (
+      self._processor.pad_id(),
+      self._processor.eos_id(),
+      self._processor.unk_id(),
+    )
+    if ids != (PAD_ID, EOS_ID, UNK_ID):
+      raise UsageError(
+        f'{path} has pad, eos, unk = {ids}; T5 needs (0, 1, 2): train with '
+        '--pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1, or with '
+        '`t5x-lite vocab`'
+      )
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of ids, sentinels included."""
+    return self._processor.GetPieceSize()
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, without EOS."""
+    return self._processor.EncodeAsIds(text)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids up to the first EOS; unk shows as ' ⁇ '."""
+    return self._processor.DecodeIds(_clean(ids, self.vocab_size, UNK_ID))
+
+  def piece(self, token: int) -> str:
+    """Returns the piece of one id, for display."""
+    return self._processor.IdToPiece(token)
+
+
+class ByteVocabulary:
+  """UTF-8 bytes plus three (Xue et al. 2022, ByT5); decoding drops the rest."""
+
+  pad_id = PAD_ID
+  eos_id = EOS_ID
+  unk_id = UNK_ID
+  base_size = 3 + 256
+
+  def __init__(self, *, extra_ids: int):
+    self.vocab_size = self.base_size + extra_ids
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, without EOS."""
+    return [byte + 3 for byte in text.encode('utf-8')]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids up to the first EOS, less invalid UTF-8."""
+    clean = _clean(ids, self.base_size, UNK_ID)
+    return bytes(i - 3 for i in clean if i >= 3).decode('utf-8', 'ignore')
+
+
+class PassThroughVocabulary:
+  """Ids in, ids out. As text they are decimal numbers between spaces."""
+
+  pad_id = PAD_ID
+  eos_id = EOS_ID
+  unk_id = None
+
+  def __init__(self, size: int):
+    self.vocab_size = size
+
+  def encode(self, text: str | Sequence[int]) -> list[int]:
+    """Returns the ids named by a text such as '17 4 256', without EOS."""
+    try:
+      ids = [int(i) for i in (text.split() if isinstance(text, str) else text)]
+    except ValueError as error:
+      raise UsageError(
+        f'{text!r} is not a list of token ids ({error}); '
+        "kind='passthrough' reads numbers between spaces"
+      ) from error
+    for token in ids:
+      if not 0 <= token < self.vocab_size:
+        raise UsageError(
+          f'Token id {token} is outside 0 to {self.vocab_size - 1}; raise '
+          'VocabularyConfig.size or mend the data'
+        )
+    return ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the ids up to and with the first EOS, between spaces."""
+    return ' '.join(str(i) for i in _clean(ids, self.vocab_size, None))
 
 
 @functools.lru_cache(maxsize=16)
-def to_seqio(config: vocabularies.VocabularyConfig) -> seqio.Vocabulary:
-  """Returns SeqIO's vocabulary with the same ids; one object per equal config.
+def make_vocabulary(config: VocabularyConfig) -> Vocabulary:
+  """Returns the vocabulary a config names; one object per equal config.
 
   Raises:
     UsageError: if the model file is missing or not usable.
   """
-  # Fails with our message now, not with TensorFlow's in a pipeline thread.
-  vocabularies.make_vocabulary(config)
   if config.kind == 'byte':
-    return seqio.ByteVocabulary(extra_ids=config.extra_ids)
+    return ByteVocabulary(extra_ids=config.extra_ids)
   if config.kind == 'passthrough':
-    return seqio.PassThroughVocabulary(config.size, eos_id=vocabularies.EOS_ID)
-  return seqio.SentencePieceVocabulary(
-    vocabularies.model_path(config), extra_ids=config.extra_ids
-  )
+    return PassThroughVocabulary(config.size)
+  return SentencePieceVocabulary(model_path(config), extra_ids=config.extra_ids)
+
+
+def model_path(config: VocabularyConfig) -> str:
+  """Returns the SentencePiece file of a config; '' is the official T5 one."""
+  path = config.path or f'{_PACKAGED}t5'
+  if not path.startswith(_PACKAGED):
+    return path
+  corpora = importlib.resources.files('t5x_lite.data.corpora')
+  name = path.removeprefix(_PACKAGED)
+  return str(corpora / f'{name}.sentencepiece.model')
+
+
+@functools.lru_cache(maxsize=64)
+def fingerprint(config: VocabularyConfig) -> str:
+  """Returns a short name of the ids: equal for equal ids, wherever the file."""
+  if config.kind == 'byte':
+    return f'byte{config.extra_ids}'
+  if config.kind == 'passthrough':
+    return f'ids{config.size}'
+  sha256 = hashlib.sha256(_read_model(model_path(config))).hexdigest()
+  return f'spm_{sha256[:8]}_{config.extra_ids}'
+
+
+def sentinel_id(vocab_size: int, index: int) -> int:
+  """Returns the id of <extra_id_INDEX>: they count down from the last id."""
+  return vocab_size - 1 - index
+
+
+def save_vocabulary(
+  config: VocabularyConfig, directory: str | os.PathLike
+) -> None:
+  """Writes vocabulary.json and the model file, so the directory stands alone.
+
+  Only one process of a run may call this.
+
+  Raises:
+    UsageError: if the config's model file cannot be read.
+  """
+  entry = dataclasses.asdict(config)
+  model = None
+  if config.kind == 'sentencepiece':
+    model = _read_model(model_path(config))
+    entry['path'] = MODEL_FILE
+    entry['sha256'] = hashlib.sha256(model).hexdigest()
+  directory = epath.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  if model is not None:
+    (directory / MODEL_FILE).write_bytes(model)
+  # Written last: a directory with a vocabulary.json is complete.
+  (directory / VOCABULARY_FILE).write_text(json.dumps(entry, indent=2) + '\n')
+
+
+def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
+  """Reads the config that `save_vocabulary` wrote; its path is in `directory`.
+
+  Raises:
+    UsageError: if the directory holds no vocabulary, or the model file is not
+      the one that was saved (a changed file would shift every id).
+  """
+  directory = epath.Path(directory)
+  file = directory / VOCABULARY_FILE
+  if not file.exists():
+    raise UsageError(
+      f'{directory} holds no {VOCABULARY_FILE}; name a run directory that '
+      '`t5x-lite train` wrote'
+    )
+  try:
+    entry = json.loads(file.read_text())
+    sha256 = entry.pop('sha256', None)
+    config = VocabularyConfig(**entry)
+  except (json.JSONDecodeError, AttributeError, TypeError) as error:
+    raise UsageError(f'{file} is not a saved vocabulary: {error}') from error
+  if config.kind != 'sentencepiece':
+    return config
+  path = os.fspath(directory / config.path)
+  if hashlib.sha256(_read_model(path)).hexdigest() != sha256:
+    raise UsageError(
+      f'{path} is not the model that was saved with the run (its sha256 is '
+      f'not {sha256}); copy the original back'
+    )
+  return dataclasses.replace(config, path=path)
+
+
+def _read_model(path: str) -> bytes:
+  """Returns the bytes of a model file."""
+  try:
+    return epath.Path(path).read_bytes()
+  except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    raise UsageError(
+      f'Cannot read the vocabulary {path!r} ({error.strerror}); set '
+      "VocabularyConfig.path to a SentencePiece model, or to '' for the "
+      'official T5 one'
+    ) from error
+
+
+def _sentinels(extra_ids: int) -> bytes:
+  """Returns the sentinel pieces as bytes to append to a serialized model.
+
+  Concatenating protobuf messages appends to their repeated fields, so the
+  pieces can follow the model file byte for byte and nothing here needs the
+  protobuf package. The fields are SentencePiece's public ones: ModelProto
+  pieces = 1 { piece = 1, score = 2, type = 3 }, USER_DEFINED = 4.
+
+  Source: seqio/vocabularies.py _load_model_internal, for names and order.
+  """
+  pieces = []
+  for index in reversed(range(extra_ids)):
+    name = f'▁<extra_id_{index}>'.encode()
+    piece = b'\x0a' + bytes([len(name)]) + name
+    piece += b'\x15' + struct.pack('<f', 0.0) + b'\x18\x04'
+    pieces.append(b'\x0a' + bytes([len(piece)]) + piece)
+  return b''.join(pieces)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, hf_tokenizer, names
 from t5x_lite.interop.tensors import Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
-from t5x_lite.vocabularies import VocabularyConfig
 
 # As transformers shards.
 SHARD_BYTES = 5_000_000_000

@@ -11,11 +11,11 @@ from typing import Any
 
 from etils import epath
 
-from t5x_lite import vocabularies
+from t5x_lite.data import vocabularies
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import sentencepiece_model
 from t5x_lite.interop.sentencepiece_model import Model, Piece
-from t5x_lite.vocabularies import VocabularyConfig
 
 SPIECE = 'spiece.model'
 TOKENIZER = 'tokenizer.json'

@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import adafactor, optimizers, plain_trees
 from t5x_lite.interop import names, t5x
 from t5x_lite.interop.tensors import Tensor, of_array
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import pytrees
+from t5x_lite.training import adafactor, optimizers
 
 # The least dims that are factored, T5X's default and ours.
 MIN_DIM = 128
@@ -292,7 +293,7 @@ def to_run(
     assert keys[-1] == 'count', keys
     return np.asarray(step, leaf.dtype)
 
-  state = plain_trees.to_plain(jax.eval_shape(tx.init, shapes))
+  state = pytrees.to_plain(jax.eval_shape(tx.init, shapes))
   result = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     keys = names.path_of(path)

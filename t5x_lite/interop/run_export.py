@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from t5x_lite import checkpoints, run_directory
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import names, zarr
 from t5x_lite.interop.tensors import Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
-from t5x_lite.vocabularies import VocabularyConfig
+from t5x_lite.runs import checkpoints, run_directory
 
 STATE = 'state'
 _HANDLER = (

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
-from t5x_lite import run_directory
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, hf_tokenizer, moments, names, t5x, zarr
 from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models.config import T5Config
-from t5x_lite.vocabularies import VocabularyConfig
+from t5x_lite.runs import run_directory
 
 FORMATS = ('t5x_lite', 'hf', 't5x')
 

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from t5x_lite.models import gradients
+from t5x_lite.models import attention
 from t5x_lite.models.config import T5Config
-from t5x_lite.partitioning import constrain
+from t5x_lite.parallel.partitioning import constrain
 
 _ACTIVATIONS = {
   'relu': jax.nn.relu,
@@ -82,6 +83,32 @@ def split_key(key: jax.Array | None, num: int):
   return [None] * num if key is None else list(jax.random.split(key, num))
 
 
+@jax.custom_vjp
+def matmul(x_BLD: Array, w_DF: Array) -> Array:
+  """Returns x @ w; x may have any number of leading dims.
+
+  The gradient of w is taken as `x.T @ g`. JAX would ask for `(g.T @ x).T`, for
+  which XLA:CPU copies g.
+  """
+  return x_BLD @ w_DF
+
+
+def _matmul_fwd(x_BLD, w_DF):
+  return x_BLD @ w_DF, (x_BLD, w_DF)
+
+
+def _matmul_bwd(residuals, g_BLF):
+  x_BLD, w_DF = residuals
+  last = x_BLD.ndim - 1
+  rows = tuple(range(last))
+  dx_BLD = jax.lax.dot_general(g_BLF, w_DF, (((last,), (1,)), ((), ())))
+  dw_DF = jax.lax.dot_general(x_BLD, g_BLF, ((rows, rows), ((), ())))
+  return dx_BLD, dw_DF
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
 class Linear(nnx.Module):
   """A matrix without bias."""
 
@@ -91,7 +118,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     """Multiplies the last dim, in the compute dtype."""
-    return gradients.matmul(x_BLD, self.kernel[...].astype(self.dtype))
+    return matmul(x_BLD, self.kernel[...].astype(self.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -273,7 +300,7 @@ class Attention(nnx.Module):
     # T5X draws one mask for all queries of a row, so that dropping weights is
     # dropping keys: v_BMHK has L times fewer entries to scale.
     v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))
-    y_BLHK = gradients.attention(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM)
+    y_BLHK = attention.attention(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM)
     B, L, H, K = y_BLHK.shape
     return self.out(y_BLHK.reshape(B, L, H * K))
 

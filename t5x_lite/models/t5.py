@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite.models import gradients, layers
+from t5x_lite.models import layers
 from t5x_lite.models.blocks import (
   SAVED_NAMES,
   Cache,
@@ -26,7 +26,7 @@ from t5x_lite.models.blocks import (
   EncoderLayer,
 )
 from t5x_lite.models.config import T5Config
-from t5x_lite.partitioning import constrain
+from t5x_lite.parallel.partitioning import constrain
 
 
 def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
@@ -404,7 +404,7 @@ def _decode_layer(carry, xs, *, bias, mask):
 
 def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:
   # As T5X, in float32 whatever the dtype of the activations.
-  logits_BLV = gradients.matmul(
+  logits_BLV = layers.matmul(
     hidden_BLD.astype(jnp.float32) * scale, kernel_DV.astype(jnp.float32)
   )
   return constrain(logits_BLV, 'batch', 'length', 'vocab')

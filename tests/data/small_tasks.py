@@ -6,7 +6,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import dataset
+from t5x_lite.data.rows import dataset_iterator
 
 LENGTHS = {'inputs': 24, 'targets': 16}
 NUM_EXAMPLES = 300
@@ -107,7 +107,7 @@ def config(name='dt_plain', **kwargs):
     'window': 16,
     'num_open_rows': 4,
   }
-  return dataset.DatasetConfig(**values | kwargs)
+  return dataset_iterator.DatasetConfig(**values | kwargs)
 
 
 def take(iterator, num):
@@ -115,7 +115,7 @@ def take(iterator, num):
 
 
 def batches(cfg, num, index=0, count=1):
-  iterator = dataset.make_iterator(
+  iterator = dataset_iterator.make_iterator(
     cfg, process_index=index, process_count=count
   )
   try:
@@ -125,7 +125,7 @@ def batches(cfg, num, index=0, count=1):
 
 
 def all_batches(cfg, index=0, count=1):
-  iterator = dataset.make_iterator(
+  iterator = dataset_iterator.make_iterator(
     cfg, process_index=index, process_count=count
   )
   found = list(iterator)

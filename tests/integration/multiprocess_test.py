@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from t5x_lite import checkpoints, metric_writers
+from t5x_lite.runs import checkpoints, metric_writers
 
 # Whole trainings in processes of their own; `make test-quick` leaves them out.
 pytestmark = pytest.mark.slow

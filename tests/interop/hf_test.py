@@ -9,7 +9,8 @@ from etils import epath
 
 import t5x_lite
 from t5x_lite import errors
-from t5x_lite.interop import convert, hf
+from t5x_lite.interop import hf
+from t5x_lite.programs import convert
 
 pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

@@ -6,9 +6,10 @@ import pytest
 import sentencepiece
 from etils import epath
 
-from t5x_lite import errors, vocabularies
+from t5x_lite import errors
+from t5x_lite.data import vocabularies
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import hf_tokenizer
-from t5x_lite.vocabularies import VocabularyConfig
 
 transformers = pytest.importorskip('transformers')
 

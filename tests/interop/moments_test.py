@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from t5x_lite import checkpoints, optimizers
-from t5x_lite.interop import convert, moments, names, source, t5x, tensors
+from t5x_lite.interop import export, moments, names, source, t5x, tensors
 from t5x_lite.interop.moments import Moment
 from t5x_lite.models import t5
+from t5x_lite.programs import convert
+from t5x_lite.runs import checkpoints
+from t5x_lite.training import optimizers
 from tests.models import tiny
 
 # Some matrices are factored (both dims at least 128), wide and tall ones; the
@@ -136,7 +138,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   cfg = config(relpos_per_layer=relpos_per_layer)
   found = tensors.of_params(tiny.params(cfg), cfg)
   given = random_moments(cfg)
-  convert.write(
+  export.write(
     epath.Path(tmp_path / 't5x'), tensors=found, cfg=cfg, to='t5x',
     vocabulary=None, step=21, second_moments=given,
   )  # fmt: skip

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from t5x_lite import checkpoints, partitioning, run_directory
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import run_export, tensors
 from t5x_lite.models import t5
-from t5x_lite.partitioning import MeshConfig
-from t5x_lite.vocabularies import VocabularyConfig
+from t5x_lite.parallel import partitioning
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.runs import checkpoints, run_directory
 from tests.models import tiny
 
 

@@ -1,10 +1,10 @@
 import pytest
 import sentencepiece
 
-from t5x_lite import vocabularies
+from t5x_lite.data import vocabularies
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import sentencepiece_model
-from t5x_lite.vocabularies import VocabularyConfig
 
 TEXTS = (
   'translate English to German: That is good.',

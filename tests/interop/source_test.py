@@ -5,8 +5,8 @@ import pytest
 from etils import epath
 
 from t5x_lite import errors
-from t5x_lite.interop import convert, source, tensors
-from t5x_lite.vocabularies import VocabularyConfig
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.interop import export, source, tensors
 from tests.models import tiny
 
 
@@ -14,7 +14,7 @@ from tests.models import tiny
 def test_formats_are_told_apart(to, tmp_path):
   cfg = tiny.config(relpos_num_buckets=16)
   found = tensors.of_params(tiny.params(cfg), cfg)
-  convert.write(
+  export.write(
     epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to=to,
     vocabulary=None, step=3,
   )  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_name_of_the_hub_is_fetched(monkeypatch, tmp_path):
   huggingface_hub = pytest.importorskip('huggingface_hub')
   cfg = tiny.config()
   found = tensors.of_params(tiny.params(cfg), cfg)
-  convert.write(
+  export.write(
     epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to='hf',
     vocabulary=None,
   )  # fmt: skip

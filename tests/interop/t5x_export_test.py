@@ -11,14 +11,14 @@ from etils import epath
 from flax import serialization
 
 from t5x_lite import errors
-from t5x_lite.interop import convert, t5x_export, tensors
+from t5x_lite.interop import export, t5x_export, tensors
 from tests.models import tiny
 
 
 def test_specs_are_tensorstores_and_relative(tmp_path):
   cfg = tiny.config(relpos_per_layer=True)
   params = tiny.params(cfg)
-  convert.write(
+  export.write(
     epath.Path(tmp_path / 'out'), tensors=tensors.of_params(params, cfg),
     cfg=cfg, to='t5x', vocabulary=None, step=5,
   )  # fmt: skip

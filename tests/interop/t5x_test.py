@@ -17,7 +17,7 @@ from flax import serialization
 
 import t5x_lite
 from t5x_lite import errors
-from t5x_lite.interop import convert, names, source, t5x, tensors, zarr
+from t5x_lite.interop import export, names, source, t5x, tensors, zarr
 from tests.models import tiny
 
 FIXTURES = pathlib.Path(__file__).parents[3] / 'shared' / 'fixtures' / 't5x'
@@ -319,7 +319,7 @@ def test_constructed_orbax(umt5, dtype, use_ocdbt, tmp_path):
 def test_round_trips_are_bit_identical(fields, dtype, tmp_path):
   cfg = tiny.config(param_dtype=dtype, **fields)
   found = tensors.of_params(tiny.params(cfg), cfg)
-  convert.write(
+  export.write(
     epath.Path(tmp_path / 'out'),
     tensors=found,
     cfg=cfg,
@@ -340,7 +340,7 @@ def test_round_trips_are_bit_identical(fields, dtype, tmp_path):
 def test_the_newest_step_is_meant(umt5, tmp_path):
   cfg, found = umt5
   for step in (2, 10, 9):
-    convert.write(
+    export.write(
       epath.Path(tmp_path / f'{step}'), tensors=found, cfg=cfg, to='t5x',
       vocabulary=None, step=step,
     )  # fmt: skip
@@ -354,7 +354,7 @@ def test_the_newest_step_is_meant(umt5, tmp_path):
 
 def test_activations_of_a_gin_file_beside_it(umt5, tmp_path):
   cfg, found = umt5
-  convert.write(
+  export.write(
     epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to='t5x',
     vocabulary=None,
   )  # fmt: skip
@@ -403,7 +403,7 @@ def test_damaged_checkpoints(umt5, tmp_path):
 
 def test_a_missing_array_is_no_zero(umt5, tmp_path):
   cfg, found = umt5
-  convert.write(
+  export.write(
     epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to='t5x',
     vocabulary=None,
   )  # fmt: skip

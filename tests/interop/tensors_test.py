@@ -2,11 +2,11 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import partitioning
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import names, tensors
 from t5x_lite.models import t5
-from t5x_lite.partitioning import MeshConfig
+from t5x_lite.parallel import partitioning
+from t5x_lite.parallel.partitioning import MeshConfig
 from tests.models import tiny
 
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from t5x_lite import train_state
 from t5x_lite.interop import names
 from t5x_lite.models import t5
 from t5x_lite.models.config import NAMED_CONFIGS
+from t5x_lite.training import train_state
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

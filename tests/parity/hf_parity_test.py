@@ -8,8 +8,8 @@ from flax import nnx
 pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
-from t5x_lite import losses, optimizers, steps, train_state
 from t5x_lite.models import t5
+from t5x_lite.training import losses, optimizers, steps, train_state
 from tests.parity import hf_reference as ref
 
 VERSIONS = ('1.0', '1.1')

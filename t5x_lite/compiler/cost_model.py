@@ -1,0 +1,372 @@
+"""Predicts memory and time of a train step from shapes alone.
+
+Good enough to throw away what cannot work before the compiler is asked (see
+plan.py), and to say what would help when memory runs out. Bytes and seconds
+are per device and step.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from t5x_lite.compiler import flops
+from t5x_lite.compiler.hlo import Collective
+from t5x_lite.models.config import T5Config
+from t5x_lite.parallel.hardware import Chip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+  """What a prediction depends on.
+
+  Attributes:
+    model: the architecture.
+    batch: shape and dtype of every array of the global batch.
+    sizes: of the mesh axes 'data', 'fsdp' and 'model'.
+    num_microbatches: parts that a batch is cut into.
+    chunk: target positions whose logits are held at a time; None for all.
+    state_bytes: of parameters and optimizer state on a device.
+    params_bytes: of parameters on a device.
+    num_slices: that the data axis spans.
+    itemsize: of activations.
+  """
+
+  model: T5Config
+  batch: Mapping[str, tuple[tuple[int, ...], Any]]
+  sizes: Mapping[str, int]
+  num_microbatches: int
+  chunk: int | None
+  state_bytes: int
+  params_bytes: int
+  num_slices: int = 1
+
+  @property
+  def itemsize(self) -> int:
+    """Bytes of an activation."""
+    return 4 if self.model.dtype == 'float32' else 2
+
+  @property
+  def rows(self) -> float:
+    """Rows of a microbatch on a device."""
+    total = self.batch['decoder_target_tokens'][0][0]
+    ways = self.sizes['data'] * self.sizes['fsdp']
+    return total / ways / self.num_microbatches
+
+  @property
+  def inputs(self) -> int:
+    """Encoder tokens of a row."""
+    if not self.model.has_encoder:
+      return 0
+    return self.batch['encoder_input_tokens'][0][1]
+
+  @property
+  def targets(self) -> int:
+    """Decoder tokens of a row."""
+    return self.batch['decoder_target_tokens'][0][1]
+
+  @property
+  def num_layers(self) -> tuple[int, int]:
+    """Encoder and decoder layers that there are."""
+    model = self.model
+    return (
+      model.num_encoder_layers if model.has_encoder else 0,
+      model.num_decoder_layers if model.has_decoder else 0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Predicted bytes per device, by kind."""
+
+  state: float
+  gradients: float
+  saved: float
+  working: float
+  logits: float
+  weights: float
+
+  @property
+  def total(self) -> float:
+    """All of them; logits and a layer's work are never there together."""
+    return (
+      self.state
+      + self.gradients
+      + self.saved
+      + max(self.working, self.logits)
+      + self.weights
+    )
+
+
+def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
+  """Yields (layers, bytes of one layer's activations by kind) of each stack."""
+  model, b, s = setup.model, setup.rows, setup.itemsize
+  tp = setup.sizes['model']
+  D, F = model.emb_dim, model.mlp_dim / tp
+  H = model.num_heads / (tp if model.num_heads % tp == 0 else 1)
+  J = H * model.head_dim
+  M, L = setup.inputs, setup.targets
+  gates = len(model.mlp_activations)
+  encoder, decoder = setup.num_layers
+  for layers, q, cross in ((encoder, M, 0), (decoder, L, M)):
+    if not layers:
+      continue
+    blocks = 3 if cross else 2
+    yield (
+      layers,
+      {
+        'input': b * q * D * s,
+        'outs': b * q * D * s * blocks,
+        # Results of weight matrices: q, k, v, out, wi, wo (and of the cross
+        # attention, whose keys and values have the encoder's length).
+        'dots': b
+        * s
+        * (q * (3 * J + gates * F + 2 * D) + (q * (J + D) + 2 * cross * J)),
+        # Logits in float32, their softmax, and the weights in half precision.
+        'attention': b * H * q * (q + cross) * (4 + 4 + s),
+        'rest': b * q * (3 * D * 4 + (gates + 1) * F * s),
+      },
+    )
+
+
+def memory(setup: Setup) -> Memory:
+  """Predicts the peak of a train step."""
+  saved = working = 0.0
+  policy = setup.model.remat_policy
+  for layers, kinds in _layer_activations(setup):
+    kept = {
+      'full': ('input',),
+      'save_names': ('input', 'outs'),
+      'minimal': ('input', 'dots'),
+      'none': ('input', 'dots', 'attention', 'rest'),
+    }[policy]
+    saved += layers * sum(kinds[kind] for kind in kept)
+    # One layer forward again, and the gradients of what it made.
+    working = max(working, 2 * (sum(kinds.values()) - kinds['outs']))
+  model, tp = setup.model, setup.sizes['model']
+  positions = min(setup.chunk or setup.targets, setup.targets)
+  logits = 3 * 4 * setup.rows * positions * model.vocab_size / tp
+  # Accumulators beside the new gradients, and the optimizer's updates, which
+  # are made parameter by parameter.
+  gradients = setup.params_bytes * (2 if setup.num_microbatches > 1 else 1)
+  gradients += 0.25 * setup.params_bytes
+  encoder, decoder = setup.num_layers
+  layer = setup.params_bytes * setup.sizes['fsdp'] / max(encoder + decoder, 1)
+  weights = 0.0
+  if setup.sizes['fsdp'] > 1:  # one layer at work, one under way
+    weights = 2 * layer * setup.itemsize / 4
+  return Memory(
+    float(setup.state_bytes), gradients, saved, working, logits, weights
+  )
+
+
+# ---- Time ----
+
+
+def _flops(setup: Setup) -> tuple[float, float]:
+  """Returns forward FLOPs of the whole batch, and of its layers alone."""
+  rows = setup.batch['decoder_target_tokens'][0][0]
+  total = flops.forward_flops(
+    setup.model,
+    batch_size=rows,
+    inputs=setup.inputs,
+    targets=setup.targets,
+  )
+  head = 2 * setup.model.emb_dim * setup.model.vocab_size
+  return total, total - rows * setup.targets * head
+
+
+def forward_flops(setup: Setup) -> float:
+  """Returns the FLOPs of a forward pass over the whole batch."""
+  return _flops(setup)[0]
+
+
+def hardware_flops(setup: Setup) -> float:
+  """Returns the FLOPs of a train step, recomputation included."""
+  total, layers = _flops(setup)
+  again = {'none': 0.0, 'minimal': 0.0, 'save_names': 1.0, 'full': 1.0}
+  return 3 * total + again[setup.model.remat_policy] * layers
+
+
+def seconds(setup: Setup, chip: Chip) -> dict[str, float]:
+  """Predicts the times that a step takes at least, were each alone."""
+  devices = math.prod(setup.sizes.values())
+  received = _received(setup)
+  result = {
+    'compute': hardware_flops(setup) / devices / chip.peak_flops,
+    'HBM': _hbm_bytes(setup) / chip.hbm_bandwidth,
+    'ICI': sum(received.values()) / (2 * chip.link_bandwidth),
+  }
+  if setup.num_slices > 1:
+    slices = setup.num_slices
+    result['DCN'] = (
+      2 * setup.params_bytes * (slices - 1) / slices / chip.dcn_bandwidth
+    )
+  return result
+
+
+def collective_bytes(setup: Setup) -> float:
+  """Predicts the bytes that a device receives in a step."""
+  return sum(_received(setup).values())
+
+
+def _passes(setup: Setup) -> int:
+  """How often a step reads every weight: forward, twice backward, again."""
+  return 3 + (setup.model.remat_policy in ('full', 'save_names'))
+
+
+def _received(setup: Setup) -> dict[str, float]:
+  """Predicts the bytes of collectives that a device receives, by mesh axis."""
+  data, fsdp, tp = (setup.sizes[name] for name in ('data', 'fsdp', 'model'))
+  k, s = setup.num_microbatches, setup.itemsize
+  whole = setup.params_bytes * fsdp  # of a model shard
+  gathers = _passes(setup) - 1  # the two halves of backward share one
+  result = {
+    'fsdp': k * (fsdp - 1) / fsdp * whole * (gathers * s / 4 + 1),
+    'data': 2 * (data - 1) / data * setup.params_bytes * k,
+    'model': 0.0,
+  }
+  if tp > 1:
+    for layers, kinds in _layer_activations(setup):
+      # After each block one all-reduce forward, one backward (and again).
+      times = (_passes(setup) - 1) * 2 * (tp - 1) / tp
+      result['model'] += k * layers * kinds['outs'] * times
+  return result
+
+
+def _hbm_bytes(setup: Setup) -> float:
+  """Predicts traffic to device memory."""
+  k = setup.num_microbatches
+  weights = setup.params_bytes * setup.sizes['fsdp'] * setup.itemsize / 4
+  update = 3 * setup.params_bytes + 2 * setup.state_bytes
+  activations = sum(
+    layers * (kinds['input'] + kinds['dots'] + kinds['attention'])
+    for layers, kinds in _layer_activations(setup)
+  )
+  return (
+    k * _passes(setup) * weights
+    + update
+    + 2 * k * setup.params_bytes
+    + 4 * k * activations
+  )
+
+
+def network_seconds(
+  chip: Chip, devices: Sequence[jax.Device], found: Sequence[Collective]
+) -> dict[str, float]:
+  """Returns how long a program's collectives take, by network.
+
+  A collective over a whole closed torus dim sends both ways at once; one over
+  several dims uses the links of all.
+
+  Args:
+    chip: of the devices.
+    devices: in the order of the program's device assignment.
+    found: the program's collectives.
+  """
+  times = {'ICI': 0.0}
+  extents: list[int] = []
+  if chip.torus_dims:
+    coords = [_coords(device) for device in devices]
+    extents = [1 + max(dim) for dim in zip(*coords, strict=True)]
+  for one in found:
+    group = [devices[i] for i in one.group]
+    slices = {getattr(d, 'slice_index', None) or 0 for d in group}
+    nodes = {d.process_index for d in group}
+    amount = one.bytes * one.count
+    far = len(slices) > 1 if chip.torus_dims else len(nodes) > 1
+    if one.kind == 'send':  # each device sends its own to the other slices
+      times['DCN'] = times.get('DCN', 0.0) + amount / chip.dcn_bandwidth
+    elif far:
+      width = len(group) / max(len(slices if chip.torus_dims else nodes), 1)
+      times.setdefault('DCN', 0.0)
+      times['DCN'] += amount / chip.dcn_bandwidth / max(width, 1)
+    elif chip.torus_dims:
+      links = 0
+      for dim, extent in enumerate(extents):
+        spanned = len({_coords(d)[dim] for d in group})
+        closed = spanned == extent and extent >= chip.wrap
+        links += (spanned > 1) * (2 if closed else 1)
+      times['ICI'] += amount / chip.link_bandwidth / max(links, 1)
+    else:
+      times['ICI'] += amount / chip.link_bandwidth
+  return times
+
+
+def _coords(device: Any) -> list[int]:
+  return list(device.coords)
+
+
+# ---- What to change when memory runs out ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Lever:
+  """A change, and the predicted peak with it."""
+
+  text: str
+  bytes: float
+
+
+def levers(setup: Setup) -> list[Lever]:
+  """Returns changes that would lower the peak, cheapest first."""
+  found = []
+
+  def consider(text: str, **changes: Any) -> None:
+    new = memory(dataclasses.replace(setup, **changes)).total
+    if new < 0.99 * memory(setup).total:
+      found.append(Lever(text, new))
+
+  if setup.chunk is None:
+    chunk = max(1, min(64, setup.targets // 4))
+    consider(f'losses.LossConfig.chunk = {chunk}', chunk=chunk)
+  policies = ('none', 'minimal', 'save_names', 'full')
+  at = policies.index(setup.model.remat_policy)
+  for policy in policies[at + 1 :]:
+    model = setup.model.replace(remat_policy=policy)
+    consider(f"models.T5Config.remat_policy = '{policy}'", model=model)
+  rows = setup.rows
+  for more in (2, 4, 8, 16):
+    if rows % more == 0:
+      number = more * setup.num_microbatches
+      consider(
+        f'train.train.num_microbatches = {number}', num_microbatches=number
+      )
+  full = setup.model.replace(remat_policy='full')
+  if rows >= 2:
+    number = int(rows) * setup.num_microbatches
+    consider(
+      "remat_policy = 'full', chunk = 64 and num_microbatches = "
+      f'{number} together',
+      model=full,
+      chunk=64,
+      num_microbatches=number,
+    )
+  data = setup.sizes['data'] // setup.num_slices
+  if data > 1:
+    sizes = {
+      **setup.sizes,
+      'data': setup.num_slices,
+      'fsdp': setup.sizes['fsdp'] * data,
+    }
+    consider(
+      f'partitioning.MeshConfig.fsdp = {sizes["fsdp"]} (data = '
+      f'{setup.num_slices})',
+      sizes=sizes,
+      state_bytes=setup.state_bytes // data,
+      params_bytes=setup.params_bytes // data,
+    )
+  tp = setup.sizes['model']
+  if setup.sizes['fsdp'] % 2 == 0 and setup.model.num_heads % (2 * tp) == 0:
+    sizes = {
+      **setup.sizes,
+      'fsdp': setup.sizes['fsdp'] // 2,
+      'model': 2 * tp,
+    }
+    consider(
+      f'partitioning.MeshConfig.model = {2 * tp} (fsdp = {sizes["fsdp"]})',
+      sizes=sizes,
+    )
+  return found

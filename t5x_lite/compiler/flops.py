@@ -1,0 +1,64 @@
+"""Model FLOPs by our own formula.
+
+XLA's cost analysis counts the body of a scan once, so that it cannot be used
+for utilisation. Counted here are the matrix multiplications that the model
+needs, each multiply-add as two; recomputation (remat), softmax and norms are
+not. Source of the convention: Chowdhery et al. 2022 (PaLM), appendix B.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from t5x_lite.models.config import T5Config
+from t5x_lite.parallel.hardware import peak_flops as peak_flops
+
+
+def forward_flops(
+  config: T5Config, *, batch_size: int, inputs: int, targets: int
+) -> float:
+  """Returns the FLOPs of one forward pass over a batch.
+
+  Args:
+    config: the model.
+    batch_size: sequences.
+    inputs: encoder tokens a sequence, padding included.
+    targets: decoder tokens a sequence, padding included.
+  """
+  joined = config.num_heads * config.head_dim
+  matrices = len(config.mlp_activations) + 1
+  projection = 2 * config.emb_dim * joined  # of one token, one of q, k, v, out
+  mlp = 2 * matrices * config.emb_dim * config.mlp_dim
+  total = 0.0
+  if config.has_encoder:
+    attention = 4 * projection + 4 * inputs * joined
+    total += config.num_encoder_layers * inputs * (attention + mlp)
+  if config.has_decoder:
+    # A causal query sees half of the keys on average.
+    attention = 4 * projection + 2 * targets * joined
+    layer = targets * (attention + mlp)
+    if config.has_encoder:
+      layer += targets * (2 * projection + 4 * inputs * joined)
+      layer += inputs * 2 * projection
+    total += config.num_decoder_layers * layer
+    total += targets * 2 * config.emb_dim * config.vocab_size
+  return batch_size * total
+
+
+def train_step_flops(
+  config: T5Config, *, batch_size: int, inputs: int, targets: int
+) -> float:
+  """Returns the FLOPs of one training step: the backward pass costs two."""
+  return 3 * forward_flops(
+    config, batch_size=batch_size, inputs=inputs, targets=targets
+  )
+
+
+def batch_train_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
+  """Returns the FLOPs of one training step on arrays (or shapes) of a batch."""
+  batch_size, targets = batch['decoder_target_tokens'].shape
+  inputs = 0
+  if config.has_encoder:
+    inputs = batch['encoder_input_tokens'].shape[1]
+  return train_step_flops(
+    config, batch_size=batch_size, inputs=inputs, targets=targets
+  )

@@ -1,0 +1,389 @@
+"""SeqIO preprocessors of tokens: sequence shaping and the objectives.
+
+Every random choice comes from a stateless seed that SeqIO hands out
+(`seqio.map_over_dataset`), so a seeded pipeline repeats itself exactly and an
+iterator checkpoint continues it exactly.
+
+Source: t5/data/preprocessors.py at fce4b1a (`span_corruption` 1931,
+`select_random_chunk` 2183, `reduce_concat_tokens` 2216, `split_tokens` 2433,
+`denoise` 2846); the differences are said where they are.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+from t5x_lite.data.objectives import denoising
+from t5x_lite.errors import UsageError
+
+Features = Mapping[str, seqio.Feature]
+Lengths = Mapping[str, int] | None
+
+# t5 takes at most this many tokens of a document, so that one long document
+# does not fill a shuffle buffer.
+MAX_CHUNK_TOKENS = 65536
+# Documents whose tokens are joined before they are cut into examples.
+CONCAT_DOCUMENTS = 128
+
+
+# ---- Sequence shaping --------------------------------------------------------
+
+
+def select_random_chunk(
+  dataset: tf.data.Dataset,
+  *,
+  feature_key: str = 'targets',
+  max_length: int = MAX_CHUNK_TOKENS,
+) -> tf.data.Dataset:
+  """Keeps one of the consecutive chunks of `max_length` tokens of an example.
+
+  Shorter examples stay whole and empty ones are dropped; every token is kept
+  with the same probability within an example.
+  """
+
+  @seqio.map_over_dataset(num_seeds=1)
+  def select(example, seed):
+    tokens = example[feature_key]
+    # t5 splits the seed to draw an optional length first; so do we, to make
+    # the same choice from the same seed.
+    seed = tf.random.experimental.stateless_split(seed, 2)[1]
+    num_chunks = tf.cast(tf.math.ceil(tf.size(tokens) / max_length), tf.int32)
+    start = max_length * tf.random.stateless_uniform(
+      [], maxval=num_chunks, dtype=tf.int32, seed=seed
+    )
+    return {feature_key: tokens[start : start + max_length]}
+
+  return select(_drop_empty(dataset, feature_key))
+
+
+def reduce_concat_tokens(
+  dataset: tf.data.Dataset,
+  *,
+  feature_key: str = 'targets',
+  batch_size: int = CONCAT_DOCUMENTS,
+) -> tf.data.Dataset:
+  """Joins the tokens of `batch_size` examples into one.
+
+  Unlike t5's, it keeps ids 0 that are part of an example.
+  """
+  dataset = dataset.map(lambda example: example[feature_key])
+  return dataset.ragged_batch(batch_size).map(
+    lambda tokens: {feature_key: tokens.flat_values},
+    num_parallel_calls=tf.data.AUTOTUNE,
+  )
+
+
+def split_tokens(
+  dataset: tf.data.Dataset,
+  *,
+  max_tokens_per_segment: int,
+  min_tokens_per_segment: int | None = None,
+  feature_key: str = 'targets',
+) -> tf.data.Dataset:
+  """Cuts every example into segments, in order, each token in exactly one.
+
+  Args:
+    dataset: examples with `feature_key`; other features are dropped.
+    max_tokens_per_segment: tokens per segment; the last may have fewer.
+    min_tokens_per_segment: if given, the length of an example's segments is
+      drawn log-uniformly from here to the maximum.
+    feature_key: the feature to cut.
+  """
+  if max_tokens_per_segment < 1:
+    raise UsageError(
+      f'Segments of {max_tokens_per_segment} tokens hold nothing; raise '
+      'task_feature_lengths'
+    )
+
+  @seqio.map_over_dataset(num_seeds=1)
+  def split(example, seed):
+    tokens = example[feature_key]
+    if min_tokens_per_segment is None:
+      length = tf.constant(max_tokens_per_segment)
+    else:
+      log_length = tf.random.stateless_uniform(
+        [],
+        minval=math.log(min_tokens_per_segment),
+        maxval=math.log(max_tokens_per_segment),
+        seed=seed,
+      )
+      length = tf.cast(tf.exp(log_length), tf.int32)
+    starts = tf.range(0, tf.size(tokens), length)
+    limits = tf.minimum(starts + length, tf.size(tokens))
+    segments = tf.gather(tokens, tf.ragged.range(starts, limits))
+    return tf.data.Dataset.from_tensor_slices({feature_key: segments})
+
+  return split(_drop_empty(dataset, feature_key)).flat_map(lambda x: x)
+
+
+def split_tokens_to_length(
+  dataset: tf.data.Dataset,
+  sequence_length: Lengths,
+  output_features: Features,
+  *,
+  feature: str,
+) -> tf.data.Dataset:
+  """Cuts the targets into segments that fill `feature`, leaving room for EOS.
+
+  `feature` is 'inputs' or 'targets': t5's `split_tokens_to_inputs_length` and
+  `split_tokens_to_targets_length`.
+  """
+  length = _length(sequence_length, feature)
+  if output_features[feature].add_eos:
+    length -= 1
+  return split_tokens(dataset, max_tokens_per_segment=length)
+
+
+def _drop_empty(dataset: tf.data.Dataset, key: str) -> tf.data.Dataset:
+  return dataset.filter(lambda example: tf.size(example[key]) > 0)
+
+
+def _length(sequence_length: Lengths, feature: str) -> int:
+  if sequence_length is None or feature not in sequence_length:
+    raise UsageError(
+      f'This objective needs the length of {feature!r}; set it in '
+      'task_feature_lengths'
+    )
+  return sequence_length[feature]
+
+
+# ---- Objectives --------------------------------------------------------------
+
+
+def denoise(
+  dataset: tf.data.Dataset,
+  output_features: Features,
+  *,
+  noise_density: float,
+  noise_mask_fn: denoising.NoiseMaskFn,
+  inputs_fn: denoising.TokensFn,
+  targets_fn: denoising.TokensFn | None = None,
+  max_spans: int | None = None,
+) -> tf.data.Dataset:
+  """Maps `objectives.denoise_tokens` over the targets."""
+  vocabulary = output_features['targets'].vocabulary
+  if output_features['inputs'].vocabulary != vocabulary:
+    raise UsageError(
+      'A denoising task needs one vocabulary for inputs and targets; it has '
+      f'{output_features["inputs"].vocabulary} and {vocabulary}'
+    )
+
+  @seqio.map_over_dataset(num_seeds=1)
+  def corrupt(example, seed):
+    inputs, targets = denoising.denoise_tokens(
+      example['targets'],
+      seed,
+      vocabulary=vocabulary,
+      noise_density=noise_density,
+      noise_mask_fn=noise_mask_fn,
+      inputs_fn=inputs_fn,
+      targets_fn=targets_fn,
+      max_spans=max_spans,
+    )
+    return {'inputs': inputs, 'targets': targets}
+
+  return corrupt(dataset)
+
+
+def span_corruption(
+  dataset: tf.data.Dataset,
+  sequence_length: Lengths,
+  output_features: Features,
+  *,
+  noise_density: float = 0.15,
+  mean_noise_span_length: float = 3.0,
+  merge_examples_to_reduce_padding: bool = True,
+  reserved_for_packing: int = 0,
+  num_sentinels: int | None = None,
+) -> tf.data.Dataset:
+  """The pre-training objective of T5 1.0 and 1.1: spans become sentinels.
+
+  Args:
+    dataset: tokenized documents under `targets`, without EOS.
+    sequence_length: the inputs are filled exactly; the targets must have room
+      for what `objectives.random_spans_helper` solves (512 take 114).
+    output_features: give the vocabulary.
+    noise_density: share of the tokens that is noise.
+    mean_noise_span_length: tokens per noise span.
+    merge_examples_to_reduce_padding: join documents before cutting.
+    reserved_for_packing: make the inputs shorter by this many tokens, so that
+      several examples can be packed.
+    num_sentinels: see `objectives.sentinel_capacity`.
+
+  Raises:
+    UsageError: if the targets are too short or the sentinels too few.
+  """
+  tokens_length, targets_length = denoising.random_spans_helper(
+    _length(sequence_length, 'inputs') - reserved_for_packing,
+    noise_density=noise_density,
+    mean_noise_span_length=mean_noise_span_length,
+  )
+  _check_targets(sequence_length, targets_length)
+  _, spans = denoising.num_noise_tokens_and_spans(
+    tokens_length, noise_density, mean_noise_span_length
+  )
+  _check_sentinels(output_features, num_sentinels, spans)
+  dataset = select_random_chunk(dataset)
+  if merge_examples_to_reduce_padding:
+    dataset = reduce_concat_tokens(dataset)
+  dataset = split_tokens(dataset, max_tokens_per_segment=tokens_length)
+  return denoise(
+    dataset,
+    output_features,
+    noise_density=noise_density,
+    noise_mask_fn=functools.partial(
+      denoising.random_spans_noise_mask,
+      mean_noise_span_length=mean_noise_span_length,
+    ),
+    inputs_fn=denoising.noise_span_to_unique_sentinel,
+    targets_fn=denoising.nonnoise_span_to_unique_sentinel,
+  )
+
+
+def iid_denoising(
+  dataset: tf.data.Dataset,
+  sequence_length: Lengths,
+  output_features: Features,
+  *,
+  noise_density: float = 0.15,
+  style: str = 'replace_spans',
+  num_sentinels: int | None = None,
+) -> tf.data.Dataset:
+  """Tokens drawn independently are noise: the variants of the paper's table 5.
+
+  Args:
+    dataset: tokenized documents under `targets`, without EOS.
+    sequence_length: inputs and targets, EOS included.
+    output_features: give the vocabulary.
+    noise_density: probability of a token to be noise.
+    style: 'replace_spans' (the paper's baseline: each span becomes a sentinel,
+      the targets hold the noise), 'drop' (no sentinels; the targets hold the
+      noise), 'mass' (each noise token becomes <extra_id_0>, the targets are the
+      whole text) or 'bert' (as 'mass', but one noise token in ten becomes a
+      random one).
+    num_sentinels: see `objectives.sentinel_capacity`. The rare sequence with
+      more spans keeps its later tokens uncorrupted.
+
+  Raises:
+    UsageError: if the style is unknown, the targets are too short or the
+      expected number of spans exceeds the sentinels.
+  """
+  denoising.check_noise(noise_density)
+  if style not in _IID_STYLES:
+    raise UsageError(
+      f'style is {style!r}; it must be one of {", ".join(_IID_STYLES)}'
+    )
+  inputs_fn, targets_fn = _IID_STYLES[style]
+  length = _length(sequence_length, 'inputs')
+  if targets_fn is None:
+    _check_targets(sequence_length, length)
+  max_spans = None
+  if style == 'replace_spans':
+    # A span starts at a noise token after a token of text.
+    expected = math.ceil(length * noise_density * (1 - noise_density))
+    max_spans = _check_sentinels(output_features, num_sentinels, expected)
+  elif style != 'drop':
+    _check_sentinels(output_features, num_sentinels, 1)
+  dataset = select_random_chunk(dataset)
+  dataset = reduce_concat_tokens(dataset)
+  dataset = split_tokens_to_length(
+    dataset, sequence_length, output_features, feature='inputs'
+  )
+  return denoise(
+    dataset,
+    output_features,
+    noise_density=noise_density,
+    noise_mask_fn=denoising.iid_noise_mask,
+    inputs_fn=inputs_fn,
+    targets_fn=targets_fn,
+    max_spans=max_spans,
+  )
+
+
+_IID_STYLES = {
+  'replace_spans': (
+    denoising.noise_span_to_unique_sentinel,
+    denoising.nonnoise_span_to_unique_sentinel,
+  ),
+  'drop': (denoising.drop_noise_tokens, denoising.drop_nonnoise_tokens),
+  'mass': (denoising.noise_token_to_sentinel, None),
+  'bert': (denoising.noise_token_to_random_token_or_sentinel, None),
+}
+
+
+def deshuffling(
+  dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
+) -> tf.data.Dataset:
+  """All tokens shuffled in the inputs, the text as it was in the targets."""
+  _check_targets(sequence_length, _length(sequence_length, 'inputs'))
+  dataset = select_random_chunk(dataset)
+  dataset = split_tokens_to_length(
+    dataset, sequence_length, output_features, feature='inputs'
+  )
+  return denoise(
+    dataset,
+    output_features,
+    noise_density=1.0,
+    noise_mask_fn=denoising.iid_noise_mask,
+    inputs_fn=denoising.permute_noise_tokens,
+  )
+
+
+def prefix_lm(
+  dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
+) -> tf.data.Dataset:
+  """A random prefix in the inputs, what follows it in the targets."""
+  _check_targets(sequence_length, _length(sequence_length, 'inputs'))
+  dataset = select_random_chunk(dataset)
+  dataset = split_tokens_to_length(
+    dataset, sequence_length, output_features, feature='inputs'
+  )
+  return denoise(
+    dataset,
+    output_features,
+    noise_density=0.5,
+    noise_mask_fn=denoising.random_prefix_noise_mask,
+    inputs_fn=denoising.drop_nonnoise_tokens,
+    targets_fn=denoising.drop_noise_tokens,
+  )
+
+
+def full_lm(
+  dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
+) -> tf.data.Dataset:
+  """Targets alone: text cut to length, EOS only where a document ends."""
+  dataset = select_random_chunk(dataset)
+  dataset = seqio.preprocessors.append_eos(dataset, output_features)
+  dataset = reduce_concat_tokens(dataset)
+  return split_tokens(
+    dataset, max_tokens_per_segment=_length(sequence_length, 'targets')
+  )
+
+
+def _check_targets(sequence_length: Lengths, needed: int) -> None:
+  length = _length(sequence_length, 'targets')
+  if length < needed:
+    raise UsageError(
+      f'This objective makes targets of {needed} tokens from '
+      f'{_length(sequence_length, "inputs")} inputs, and '
+      f'task_feature_lengths has {length} for targets; set it to {needed}'
+    )
+
+
+def _check_sentinels(
+  output_features: Features, num_sentinels: int | None, spans: int
+) -> int:
+  """Returns the sentinels there are, if they are enough for the spans."""
+  capacity = denoising.sentinel_capacity(
+    output_features['targets'].vocabulary, num_sentinels
+  )
+  if spans > capacity:
+    raise UsageError(
+      f'The objective needs {spans} sentinels per sequence and the vocabulary '
+      f'has {capacity}; raise VocabularyConfig.extra_ids, make the sequences '
+      'shorter, or set num_sentinels to reuse ordinary ids'
+    )
+  return capacity

@@ -1,0 +1,360 @@
+"""From a SeqIO task or mixture to numpy batches, exactly resumable.
+
+A background thread turns windows of examples into rows (row_stream.py); the
+iterator hands out this host's rows of each batch as a dict of arrays.
+
+The position is the row stream's (the tf.data iterator at the end of a window
+and the examples in the packer's open rows) and the rows not handed out yet.
+`save` stops the thread between two windows, so a restored iterator continues
+with exactly the batch that `__next__` would have returned.
+"""
+
+import atexit
+import contextlib
+import io
+import json
+import re
+import threading
+import uuid
+from typing import Any, Self
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from t5x_lite.data.config import DatasetConfig, batch_spec
+from t5x_lite.data.rows import row_buffer, row_stream
+from t5x_lite.data.rows.eval_dataset import EvalDataset, make_eval_dataset
+from t5x_lite.errors import UsageError
+
+__all__ = [
+  'DatasetConfig',
+  'DatasetIterator',
+  'EvalDataset',
+  'batch_spec',
+  'make_eval_dataset',
+  'make_iterator',
+]
+
+Batch = dict[str, np.ndarray]
+
+_PATIENCE_SECONDS = 60
+
+# Fields that the stream of rows depends on. The batch size is not one of them:
+# a run may go on with larger batches and see the same rows in the same order.
+_STREAM_FIELDS = (
+  'mixture_or_task_name',
+  'split',
+  'task_feature_lengths',
+  'shuffle',
+  'seed',
+  'pack',
+  'num_epochs',
+  'use_cached',
+  'feature_converter',
+  'loss_on_targets_only',
+  'decoder_start_id',
+  'segment_ids',
+  'host_sharding',
+  'num_open_rows',
+)
+
+
+def make_iterator(
+  cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1
+) -> 'DatasetIterator':
+  """Returns this host's iterator over batches; reads nothing before `start`.
+
+  Args:
+    cfg: what to read.
+    process_index: this host.
+    process_count: how many hosts share each batch.
+
+  Raises:
+    UsageError: the config does not fit the task, or the task cannot be read.
+  """
+  return DatasetIterator(cfg, process_index, process_count)
+
+
+class DatasetIterator:
+  """Batches of one host: `__next__` gives a dict of numpy arrays.
+
+  Not for several consumers: one thread calls `__next__`, `save` and `restore`.
+  """
+
+  def __init__(
+    self, cfg: DatasetConfig, process_index: int, process_count: int
+  ):
+    row_buffer.check_processes(cfg, process_index, process_count)
+    self._cfg = cfg
+    self._index = process_index
+    self._count = process_count
+    self._batches = 0
+    self._thread: threading.Thread | None = None
+    self._condition = threading.Condition()
+    self._reset(cfg.seed)
+
+  def _reset(self, seed: int) -> None:
+    self._seed = seed
+    self._untouched = True  # neither read from nor restored
+    self._stream = row_stream.RowStream(
+      self._cfg, seed, self._index, self._count
+    )
+    self._buffer = row_buffer.RowBuffer()
+    self._window_rows = 0
+    self._busy = self._paused = self._closed = False
+    self._error: Exception | None = None
+    self._ended = False
+
+  @property
+  def num_batches(self) -> int:
+    """How many batches were handed out since the stream began."""
+    return self._batches
+
+  # ---- The background thread ----
+
+  @property
+  def _rows_per_batch(self) -> int:
+    size = self._cfg.batch_size
+    return size if self._cfg.replicated else size // self._count
+
+  def start(self) -> None:
+    """Begins to read ahead (the first `__next__` does it too)."""
+    self._untouched = False
+    if self._thread is None and not self._closed:
+      self._thread = threading.Thread(
+        target=self._produce, name='t5x_lite-data', daemon=True
+      )
+      # A daemon thread inside TensorFlow must not outlive the interpreter.
+      atexit.register(self.close)
+      self._thread.start()
+
+  def _wants_rows(self) -> bool:
+    # A window's worth more than the batches asked for: while the next window
+    # is being made the consumer has them to draw on.
+    enough = self._cfg.prefetch_batches * self._rows_per_batch
+    return self._buffer.num_rows < enough + self._window_rows
+
+  def _produce(self) -> None:
+    condition = self._condition
+    while True:
+      with condition:
+        condition.wait_for(
+          lambda: self._closed or (not self._paused and self._wants_rows())
+        )
+        if self._closed or self._ended:
+          return
+        self._busy = True
+      rows, error = {}, None
+      try:
+        rows = self._stream.next_rows()
+      except Exception as caught:  # raised again by __next__
+        error = caught
+      with condition:
+        before = self._buffer.num_rows
+        self._buffer.push(rows)
+        self._window_rows = self._buffer.num_rows - before
+        self._error = error
+        # Only now: the consumer must not see the end before the last rows.
+        self._ended = self._stream.ended
+        self._busy = False
+        condition.notify_all()
+        if error:
+          return
+
+  @contextlib.contextmanager
+  def _quiet(self):
+    """Holds the thread between two windows."""
+    with self._condition:
+      self._paused = True
+      self._condition.wait_for(lambda: not self._busy)
+    try:
+      yield
+    finally:
+      with self._condition:
+        self._paused = False
+        self._condition.notify_all()
+
+  def close(self) -> None:
+    """Stops reading ahead; the iterator cannot be used afterwards."""
+    with self._condition:
+      self._closed = True
+      self._condition.notify_all()
+    self._join(timeout=_PATIENCE_SECONDS)
+
+  def _join(self, timeout: float | None = None) -> None:
+    if self._thread is not None:
+      self._thread.join(timeout)
+      self._thread = None
+      atexit.unregister(self.close)
+
+  # ---- Batches ----
+
+  def __iter__(self) -> Self:
+    return self
+
+  def __next__(self) -> Batch:
+    if self._closed:
+      raise ValueError('the dataset iterator is closed')
+    self.start()
+    num = self._rows_per_batch
+    with self._condition:
+      while not self._condition.wait_for(
+        lambda: self._buffer.num_rows >= num or self._ended or self._error,
+        timeout=_PATIENCE_SECONDS,
+      ):
+        logging.warning(
+          'Still waiting for a batch of %s; do its preprocessors drop every '
+          'example?',
+          self._cfg.mixture_or_task_name,
+        )
+      left = self._buffer.num_rows
+      if left < num and self._error:
+        raise self._error
+      if left == 0 or (left < num and self._cfg.drop_remainder):
+        raise StopIteration
+      rows = self._buffer.pop(num)
+      self._condition.notify_all()
+    self._batches += 1
+    rows = row_buffer.fill(rows, num)
+    if self._cfg.replicated:
+      rows = row_buffer.host_rows(rows, self._index, self._count)
+    return rows
+
+  # ---- Position ----
+
+  def save(self, directory) -> None:
+    """Writes the position, so that `restore` gives the batch due next.
+
+    One set of files per process index, `process_I-of-N.json` and those it
+    names. The files are complete when this returns; committing the directory
+    is the caller's.
+    """
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    stem = _file_stem(self._index, self._count)
+    # Hosts that share a model axis share an index, and each has read ahead
+    # as far as it came: their files must not mix. The last to finish counts.
+    files = f'{stem}.{uuid.uuid4().hex[:8]}'
+    with self._quiet():
+      if self._error:
+        raise self._error
+      arrays: dict[str, Any] = dict(self._stream.write(directory / files))
+      arrays |= {f'rows/{k}': v for k, v in self._buffer.peek().items()}
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    (directory / f'{files}.npz').write_bytes(stream.getvalue())
+    meta = {
+      'process_index': self._index,
+      'process_count': self._count,
+      'num_batches': self._batches,
+      'stream_seed': self._seed,
+      'files': files,
+      'config': _stream_config(self._cfg),
+    }
+    unfinished = directory / f'{files}.json.unfinished'
+    unfinished.write_text(json.dumps(meta, indent=1))
+    unfinished.replace(directory / f'{stem}.json')
+
+  def restore(self, directory) -> None:
+    """Goes to a saved position.
+
+    With the process count of the save the continuation is exact, bit for bit;
+    so it is with any count if the hosts are replicated. Otherwise, if
+    cfg.allow_process_count_change, all hosts begin a new stream whose seed is
+    folded from the old seed and the number of batches seen: deterministic, but
+    examples of the current epoch may come again or later.
+
+    Raises:
+      UsageError: nothing saved there, or by a different config, or by another
+        number of processes without leave to change it.
+    """
+    directory = epath.Path(directory)
+    path = directory / f'{_file_stem(self._index, self._count)}.json'
+    same_count = path.exists()
+    if not same_count:
+      count = _saved_process_count(directory)
+      path = directory / f'{_file_stem(0, count)}.json'
+    meta = json.loads(path.read_text())
+    _check_same_stream(self._cfg, meta['config'])
+    if not (same_count or self._cfg.replicated):
+      self._restart(meta)
+      return
+    files = meta['files']
+    with io.BytesIO((directory / f'{files}.npz').read_bytes()) as stream:
+      arrays = dict(np.load(stream))
+    self._rewind(meta['stream_seed'])
+    self._untouched = False
+    self._stream.read(directory / files, arrays)
+    self._buffer.push(
+      {
+        name.removeprefix('rows/'): value
+        for name, value in arrays.items()
+        if name.startswith('rows/')
+      }
+    )
+    self._ended = self._stream.ended
+    self._batches = meta['num_batches']
+
+  def _rewind(self, seed: int) -> None:
+    """Goes to the beginning of the stream of `seed`."""
+    if self._untouched and seed == self._seed:
+      return
+    with self._condition:
+      self._closed = True  # ends the thread; _reset clears it
+      self._condition.notify_all()
+    self._join()
+    self._reset(seed)
+
+  def _restart(self, meta: dict[str, Any]) -> None:
+    old, batches = meta['process_count'], meta['num_batches']
+    if not self._cfg.allow_process_count_change:
+      raise UsageError(
+        f'the data position was saved by {old} processes and there are '
+        f'{self._count} now: run with {old}, or set '
+        'allow_process_count_change=True to go on with a fresh shuffle'
+      )
+    fold = np.random.SeedSequence([meta['stream_seed'], batches, old])
+    seed = int(fold.generate_state(1)[0]) & 0x7FFFFFFF
+    logging.warning(
+      'Data position saved by %d processes, now %d: the stream begins anew '
+      'with seed %d, folded from seed %d and the %d batches seen. Examples of '
+      'the current epoch may come again or later.',
+      old,
+      self._count,
+      seed,
+      meta['stream_seed'],
+      batches,
+    )
+    self._rewind(seed)
+    self._batches = batches
+
+
+def _file_stem(index: int, count: int) -> str:
+  return f'process_{index}-of-{count}'
+
+
+def _saved_process_count(directory: epath.Path) -> int:
+  """Returns the process count of the position saved in a directory."""
+  names = [path.name for path in directory.glob('process_0-of-*.json')]
+  counts = [re.fullmatch(r'process_0-of-(\d+)\.json', name) for name in names]
+  counts = [int(match[1]) for match in counts if match]
+  if len(counts) != 1:
+    raise UsageError(
+      f'{directory} holds {len(counts)} saved data positions, expected one'
+    )
+  return counts[0]
+
+
+def _stream_config(cfg: DatasetConfig) -> dict[str, Any]:
+  values = {name: getattr(cfg, name) for name in _STREAM_FIELDS}
+  return json.loads(json.dumps(values))  # tuples as lists, as they come back
+
+
+def _check_same_stream(cfg: DatasetConfig, saved: dict[str, Any]) -> None:
+  for name, now in _stream_config(cfg).items():
+    if saved.get(name, now) != now:
+      raise UsageError(
+        f'the data position was saved with {name}={saved[name]!r}, now it is '
+        f'{now!r}: change it back, or start without the saved data position'
+      )

@@ -1,0 +1,127 @@
+"""Task features to model features: what an architecture is fed. numpy only.
+
+A converter is two steps around packing: `prepare` arranges ragged task
+features (`inputs`, `targets`) into those that share a row, `convert` turns
+packed or padded rows into the arrays that the model takes, under SeqIO's names
+(seqio/feature_converters.py). Padding is where the segment id is 0, never
+where a token is 0.
+
+Differences from SeqIO: decoder_input_tokens is 0 on all padding (SeqIO's
+unpacked form leaves the last target one place after the end), loss weights are
+float32, and an example without targets contributes no loss.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from t5x_lite.data.rows import packing
+
+CONVERTERS = ('enc_dec', 'lm', 'prefix_lm')
+_PREFIX = 'targets_prefix'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureConverter:
+  """How one architecture reads `inputs` and `targets`.
+
+  Attributes:
+    kind: 'enc_dec' (encoder reads inputs, decoder writes targets), 'lm' (one
+      causal sequence: inputs, if the task has them, then targets) or
+      'prefix_lm' (the same, inputs fully visible: decoder_causal_attention is 1
+      on them and on the position that predicts the first target).
+    lengths: task feature -> length.
+    decoder_start_id: first decoder input of every example.
+    loss_on_targets_only: no loss on the inputs of 'lm' and 'prefix_lm'.
+    segment_ids: give *_segment_ids and *_positions too.
+  """
+
+  kind: str
+  lengths: Mapping[str, int]
+  decoder_start_id: int = 0
+  loss_on_targets_only: bool = True
+  segment_ids: bool = True
+
+  @property
+  def row_lengths(self) -> dict[str, int]:
+    """Row length of each feature that `prepare` returns and packing places."""
+    if self.kind == 'enc_dec':
+      return {name: self.lengths[name] for name in ('inputs', 'targets')}
+    return {'targets': sum(self.lengths.values())}
+
+  @property
+  def aligned(self) -> dict[str, str]:
+    """Features that follow another one value by value."""
+    return {} if self.kind == 'enc_dec' else {_PREFIX: 'targets'}
+
+  def prepare(self, examples: packing.Examples) -> packing.Examples:
+    """Arranges ragged task features into the features of a row."""
+    if self.kind == 'enc_dec':
+      return {name: _int32(examples[name]) for name in self.row_lengths}
+    targets = _int32(examples['targets'])
+    if 'inputs' not in self.lengths:
+      return {'targets': targets, _PREFIX: _full_like(targets, 0)}
+    inputs = _int32(examples['inputs'])
+    return {
+      'targets': packing.interleave(inputs, targets),
+      _PREFIX: packing.interleave(
+        _full_like(inputs, 1), _full_like(targets, 0)
+      ),
+    }
+
+  def convert(self, rows: packing.Rows) -> packing.Rows:
+    """Turns rows into model features."""
+    batch: packing.Rows = {}
+    targets = rows['targets']
+    segments = rows['targets_segment_ids']
+    positions = rows['targets_positions']
+    real = segments > 0
+    if self.kind == 'enc_dec':
+      batch['encoder_input_tokens'] = rows['inputs']
+      if self.segment_ids:
+        batch['encoder_segment_ids'] = rows['inputs_segment_ids']
+        batch['encoder_positions'] = rows['inputs_positions']
+    batch['decoder_target_tokens'] = targets
+    first = real & (positions == 0)
+    shifted = np.where(first, self.decoder_start_id, _shift_right(targets))
+    batch['decoder_input_tokens'] = (shifted * real).astype(np.int32)
+    weights = real
+    if self.kind != 'enc_dec':
+      prefix = rows[_PREFIX] > 0
+      if self.loss_on_targets_only:
+        weights = real & ~prefix
+      if self.kind == 'prefix_lm':
+        # One place further than the inputs (mesh_tensorflow's rule): where the
+        # last input is read and the first target predicted.
+        visible = real & (first | prefix | (_shift_right(prefix) > 0))
+        batch['decoder_causal_attention'] = visible.astype(np.int32)
+    batch['decoder_loss_weights'] = weights.astype(np.float32)
+    if self.segment_ids:
+      batch['decoder_segment_ids'] = segments
+      batch['decoder_positions'] = positions
+    return batch
+
+  def spec(self) -> dict[str, tuple[int, np.dtype]]:
+    """Returns the length and dtype of every model feature."""
+    empty = {
+      name: packing.Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
+      for name in self.lengths
+    }
+    rows = packing.pad(self.prepare(empty), self.row_lengths, self.aligned)
+    return {k: (v.shape[1], v.dtype) for k, v in self.convert(rows).items()}
+
+
+def _int32(ragged: packing.Ragged) -> packing.Ragged:
+  return packing.Ragged(ragged.values.astype(np.int32), ragged.lengths)
+
+
+def _full_like(ragged: packing.Ragged, value: int) -> packing.Ragged:
+  values = np.full(ragged.values.shape, value, np.int32)
+  return packing.Ragged(values, ragged.lengths)
+
+
+def _shift_right(rows: np.ndarray) -> np.ndarray:
+  shifted = np.zeros_like(rows)
+  shifted[:, 1:] = rows[:, :-1]
+  return shifted

@@ -1,0 +1,72 @@
+"""Rows between packer and model: queued, filled up, dealt out. numpy only."""
+
+import collections
+
+import numpy as np
+
+from t5x_lite.data.config import DatasetConfig
+from t5x_lite.data.rows import packing
+from t5x_lite.errors import UsageError
+
+
+class RowBuffer:
+  """Rows in order, pushed in chunks and popped in batches."""
+
+  def __init__(self):
+    self._chunks: collections.deque[packing.Rows] = collections.deque()
+    self.num_rows = 0
+
+  def push(self, rows: packing.Rows) -> None:
+    """Adds rows at the end; {} adds none."""
+    num = len(next(iter(rows.values()))) if rows else 0
+    if num:
+      self._chunks.append(rows)
+      self.num_rows += num
+
+  def pop(self, num: int) -> packing.Rows:
+    """Removes and returns the first `num` rows (or all, if fewer)."""
+    parts = []
+    while num and self._chunks:
+      rows = self._chunks.popleft()
+      size = len(next(iter(rows.values())))
+      if size > num:
+        self._chunks.appendleft({k: v[num:] for k, v in rows.items()})
+        rows = {k: v[:num] for k, v in rows.items()}
+        size = num
+      parts.append(rows)
+      num -= size
+      self.num_rows -= size
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+  def peek(self) -> packing.Rows:
+    """Returns all rows and keeps them."""
+    if self._chunks:
+      rows = self.pop(self.num_rows)
+      self.push(rows)
+      return rows
+    return {}
+
+
+def fill(rows: packing.Rows, num: int) -> packing.Rows:
+  """Adds rows of padding up to `num`."""
+  missing = num - len(next(iter(rows.values())))
+  if not missing:
+    return rows
+  return {k: np.pad(v, ((0, missing), (0, 0))) for k, v in rows.items()}
+
+
+def host_rows(rows: packing.Rows, index: int, count: int) -> packing.Rows:
+  """Returns one host's part of a global batch."""
+  size = len(next(iter(rows.values()))) // count
+  return {k: v[index * size : (index + 1) * size] for k, v in rows.items()}
+
+
+def check_processes(cfg: DatasetConfig, index: int, count: int) -> None:
+  """Refuses a batch that the processes cannot share equally."""
+  if not 0 <= index < count:
+    raise UsageError(f'process_index is {index}, must be in [0, {count})')
+  if cfg.batch_size % count:
+    raise UsageError(
+      f'batch_size {cfg.batch_size} does not divide over {count} processes: '
+      f'take a multiple of {count}'
+    )

@@ -1,0 +1,294 @@
+"""A SeqIO task or mixture read as finished rows, with a savable position.
+
+SeqIO reads, preprocesses and trims the examples; they cross from TensorFlow to
+numpy as ragged windows, cheaply, and are packed (or padded) and converted
+there.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+from etils import epath
+
+from t5x_lite.data.config import DatasetConfig
+from t5x_lite.data.rows import packing
+from t5x_lite.data.tasks import catalog
+from t5x_lite.errors import UsageError
+
+# TensorFlow only reads text here; it must not reserve an accelerator's memory.
+with contextlib.suppress(RuntimeError):  # already initialised by the caller
+  tf.config.set_visible_devices([], 'GPU')
+
+
+def vocab_sizes(cfg: DatasetConfig) -> dict[str, int]:
+  """Returns the first id that is too large, for each task feature."""
+  features = catalog.task_provider(cfg).output_features
+  return {
+    name: cfg.vocab_size or features[name].vocabulary.vocab_size
+    for name in cfg.lengths
+  }
+
+
+def read_examples(
+  cfg: DatasetConfig,
+  provider: seqio.Task | seqio.Mixture,
+  *,
+  seed: int,
+  shard: seqio.ShardInfo | None = None,
+  trim: bool = True,
+) -> list[tf.data.Dataset]:
+  """Returns SeqIO's examples, deterministic and polite.
+
+  One dataset, or for a finite pass over a mixture one for each task: SeqIO
+  ends a finite mixture when the first of its tasks runs out, which would leave
+  most of the others out of an evaluation.
+  """
+  tasks = [provider]
+  if isinstance(provider, seqio.Mixture) and cfg.num_epochs is not None:
+    tasks = [task for task in provider.tasks if cfg.split in task.splits]
+  half_the_cores = max((os.cpu_count() or 1) // 2, 1)
+  options = tf.data.Options()
+  options.deterministic = True
+  options.threading.private_threadpool_size = cfg.num_threads or min(
+    half_the_cores, 16
+  )
+  try:
+    return [
+      task.get_dataset(
+        sequence_length=cfg.lengths,
+        split=cfg.split,
+        use_cached=cfg.use_cached,
+        shuffle=cfg.shuffle,
+        seed=seed,
+        shard_info=shard,
+        num_epochs=cfg.num_epochs,
+        trim_output_features=trim,
+        # SeqIO would hold the raw examples of small tasks in memory, and every
+        # checkpoint of the iterator with them; it saves no preprocessing.
+        try_in_mem_cache=False,
+      ).with_options(options)
+      for task in tasks
+    ]
+  except (ValueError, OSError, tf.errors.NotFoundError) as error:
+    first_line = str(error).partition('\n')[0]
+    raise UsageError(
+      f'{cfg.mixture_or_task_name} cannot be read: {first_line}'
+    ) from error
+
+
+def _token_dataset(
+  cfg: DatasetConfig, seed: int, shard: seqio.ShardInfo | None
+) -> tf.data.Dataset:
+  """Returns the features that the converter needs, of all tasks."""
+  provider = catalog.task_provider(cfg)
+  names = tuple(cfg.lengths)
+  datasets = [
+    dataset.map(lambda example: {name: example[name] for name in names})
+    for dataset in read_examples(cfg, provider, seed=seed, shard=shard)
+  ]
+  if cfg.shuffle and len(datasets) > 1:
+    return tf.data.Dataset.sample_from_datasets(
+      datasets, seed=seed, stop_on_empty_dataset=False
+    )
+  return functools.reduce(tf.data.Dataset.concatenate, datasets)
+
+
+def check_ids(
+  cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Examples
+) -> None:
+  """Refuses ids that the model has no row for, or would take for padding."""
+  task = cfg.mixture_or_task_name
+  for name, size in sizes.items():
+    values = examples[name].values
+    low, high = values.min(initial=0), values.max(initial=0)
+    if low < 0 or high >= size:
+      raise UsageError(
+        f'id {low if low < 0 else high} in {name!r} of {task} is outside '
+        f'[0, {size}): the task and the model need the same vocabulary'
+      )
+    if not cfg.has_segment_ids and not values.all():
+      raise UsageError(
+        f'id 0 occurs inside {name!r} of {task}, where it would be read as '
+        'padding: set segment_ids=True'
+      )
+
+
+def _to_numpy(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:
+  if isinstance(tensor, tf.RaggedTensor):
+    lengths = tensor.row_lengths().numpy()
+    return packing.Ragged(tensor.flat_values.numpy(), lengths)
+  # tf.data batches features of one known length densely.
+  values = tensor.numpy()
+  lengths = np.full(values.shape[0], values.shape[1], np.int64)
+  return packing.Ragged(values.reshape(-1), lengths)
+
+
+class RawExamples:
+  """Ordered passes over the examples of a split, untrimmed, as numpy."""
+
+  def __init__(self, cfg: DatasetConfig):
+    self._cfg = cfg
+    self._sizes = vocab_sizes(cfg)
+    provider = catalog.task_provider(cfg)
+    self._datasets = read_examples(cfg, provider, seed=cfg.seed, trim=False)
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    for dataset in self._datasets:
+      yield from dataset.as_numpy_iterator()
+
+  def check_ids(self, examples: packing.Examples) -> None:
+    """See check_ids."""
+    check_ids(self._cfg, self._sizes, examples)
+
+
+class RowStream:
+  """Finished rows, a window of examples at a time, with a savable position.
+
+  The position is the tf.data iterator's own checkpoint, which holds shuffle
+  buffers, caches and seeds. Pipelines that run Python (tf.py_function,
+  Dataset.from_generator) have none: for those it is the number of examples
+  read, and `read` skips as many, which is exact if the Python code is
+  deterministic.
+  """
+
+  def __init__(
+    self, cfg: DatasetConfig, seed: int, index: int = 0, count: int = 1
+  ):
+    self._cfg = cfg
+    self._converter = cfg.converter
+    self._vocab_sizes = vocab_sizes(cfg)
+    self._packer = packing.Packer(
+      self._converter.row_lengths,
+      self._converter.aligned,
+      num_open_rows=cfg.num_open_rows,
+    )
+    self._num_examples = 0
+    self.ended = False
+    shard = None
+    if not cfg.replicated:
+      shard = seqio.ShardInfo(index=index, num_shards=count)
+    self._dataset = _token_dataset(cfg, seed, shard)
+    # Made once: a second iterator over a shuffled dataset has another order.
+    self._iterator: Iterator[dict[str, Any]] | None = None
+    # Whether the position is a count; at the beginning it is, 0.
+    self._counted = True
+    self._tried = False
+
+  def _iterate(self, skip: int = 0) -> Iterator[dict[str, Any]]:
+    rest = self._dataset.skip(skip) if skip else self._dataset
+    return iter(rest.ragged_batch(self._cfg.window))
+
+  def _can_checkpoint(self) -> bool:
+    """Tries it: a run must not learn it at its first checkpoint.
+
+    Only once a window was read, because tf.data makes the inner iterators,
+    whose state is the question, when they are first asked for an element.
+    """
+    task = self._cfg.mixture_or_task_name
+    with tempfile.TemporaryDirectory() as directory:
+      try:
+        self._write_iterator(epath.Path(directory) / 'probe')
+        return True
+      except tf.errors.FailedPreconditionError as error:
+        match = re.search(r'(\w+) is stateful', str(error))
+    op = match[1] if match else 'an op'
+    if 'PyFunc' not in op and not self._cfg.allow_stateful_ops:
+      raise UsageError(
+        f'{task} uses {op}, a TensorFlow op with hidden state that no '
+        'checkpoint can hold: use stateless random ops (SeqIO: '
+        'map_over_dataset(num_seeds=1)), or set allow_stateful_ops=True and '
+        'do without exact resumption'
+      )
+    logging.warning(
+      '%s runs Python or keeps hidden state in its input pipeline (%s): a '
+      'resumed run reads it again from the start up to where it was, which '
+      'takes time and is exact only if that code is deterministic.',
+      task,
+      op,
+    )
+    return False
+
+  def next_rows(self) -> packing.Rows:
+    """Returns the rows that the next window of examples finishes."""
+    if self._iterator is None:
+      self._iterator = self._iterate()
+    try:
+      window = next(self._iterator)
+    except StopIteration:
+      return self._end()
+    if not self._tried:
+      self._tried = True
+      self._counted = not self._can_checkpoint()
+    examples = {name: _to_numpy(tensor) for name, tensor in window.items()}
+    check_ids(self._cfg, self._vocab_sizes, examples)
+    sizes = np.sum([r.lengths for r in examples.values()], axis=0)
+    self._num_examples += len(sizes)
+    if not sizes.all():  # nothing to learn from, nothing to place
+      keep = np.flatnonzero(sizes)
+      examples = {n: packing.take(r, keep) for n, r in examples.items()}
+    examples = self._converter.prepare(examples)
+    if self._cfg.pack:
+      rows = self._packer.add(examples)
+    else:
+      rows = packing.pad(
+        examples, self._converter.row_lengths, self._converter.aligned
+      )
+    return self._converter.convert(rows)
+
+  def _end(self) -> packing.Rows:
+    if not self._num_examples:
+      raise UsageError(
+        f'{self._cfg.mixture_or_task_name} has no examples in split '
+        f'{self._cfg.split!r} for this host: check its preprocessors, or set '
+        "host_sharding='replicated' if there are more hosts than examples"
+      )
+    self.ended = True
+    rows = self._packer.flush()
+    return self._converter.convert(rows) if rows else {}
+
+  def _write_iterator(self, prefix: epath.Path) -> None:
+    tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(prefix))
+
+  def write(self, prefix: epath.Path) -> dict[str, np.ndarray]:
+    """Writes tf.data's position to files; returns the rest as arrays."""
+    if not self._counted:
+      self._write_iterator(prefix)
+    state = {f'packer/{k}': v for k, v in self._packer.state().items()}
+    state['num_examples'] = np.array(self._num_examples)
+    state['ended'] = np.array(self.ended)
+    state['counted'] = np.array(self._counted)
+    return state
+
+  def read(self, prefix: epath.Path, state: Mapping[str, np.ndarray]) -> None:
+    """Goes from the beginning to what `write` wrote and returned."""
+    self._num_examples = int(state['num_examples'])
+    self.ended = bool(state['ended'])
+    self._packer.set_state(
+      {
+        name.removeprefix('packer/'): value
+        for name, value in state.items()
+        if name.startswith('packer/')
+      }
+    )
+    self._counted = bool(state['counted'])
+    self._iterator = self._iterate(skip=self._num_examples * self._counted)
+    if self._counted:
+      return
+    checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+    try:
+      checkpoint.read(os.fspath(prefix)).assert_consumed()
+    except (tf.errors.OpError, AssertionError) as error:
+      raise UsageError(
+        f'the saved position {prefix} does not fit the input pipeline of '
+        f'{self._cfg.mixture_or_task_name}: was the task or its data changed? '
+        f'({str(error).partition(chr(10))[0][:200]})'
+      ) from error

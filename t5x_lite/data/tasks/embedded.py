@@ -1,0 +1,149 @@
+"""The embedded tasks and mixtures, and the doors to all others.
+
+Importing this module registers, for the official T5 vocabulary and for bytes,
+what `catalog()` lists: `pronounce_t5`, `pronounce_byte` and so on.
+`resolve(name, vocabulary)` does it for any other vocabulary.
+
+Names, prefixes and rates are part of every model trained with them, so they
+do not change.
+"""
+
+import functools
+import importlib.resources
+
+import seqio
+
+from t5x_lite.data import metrics
+from t5x_lite.data.objectives.named import OBJECTIVES
+from t5x_lite.data.tasks.catalog import (
+  VOCABULARIES,
+  MixtureRecipe,
+  add,
+  catalog,
+  register_catalog,
+  register_mixture,
+  resolve,
+  suffix,
+  texts,
+)
+from t5x_lite.data.tasks.from_files import (
+  register_file_task,
+  register_text_task,
+  supervised,
+)
+from t5x_lite.data.tasks.sources import read_pairs
+
+__all__ = [
+  'OBJECTIVES',
+  'VOCABULARIES',
+  'catalog',
+  'register_catalog',
+  'register_file_task',
+  'register_mixture',
+  'register_text_task',
+  'resolve',
+  'suffix',
+  'texts',
+]
+
+# Paragraphs of Shakespeare that stay together when documents are shuffled.
+_LINES_PER_DOCUMENT = 32
+
+
+def _path(corpus: str, split: str, ending: str) -> str:
+  folder = importlib.resources.files('t5x_lite.data.corpora')
+  return str(folder / f'{corpus}_{split}.{ending}.gz')
+
+
+def _add_pairs(
+  name: str,
+  corpus: str,
+  *,
+  prefix: str,
+  metric_fns: tuple[metrics.MetricFn, ...],
+  separator: str = '',
+) -> None:
+  """Adds a task of an embedded TSV corpus to the catalog."""
+  split_to_rows = {
+    split: functools.partial(read_pairs, _path(corpus, split, 'tsv'))
+    for split in ('train', 'validation', 'test')
+  }
+  add(
+    name,
+    supervised(
+      split_to_rows, prefix=prefix, metric_fns=metric_fns, separator=separator
+    ),
+  )
+
+
+_add_pairs(
+  'pronounce',
+  'cmudict',
+  prefix='pronounce: ',
+  metric_fns=(metrics.pronunciation_error_rates,),
+  separator=' | ',
+)
+_add_pairs(
+  'language_id',
+  'language_id',
+  prefix='language: ',
+  metric_fns=(metrics.accuracy,),
+)
+_add_pairs(
+  'translate_en_de',
+  'translate_en_de',
+  prefix='translate English to German: ',
+  metric_fns=(metrics.bleu, metrics.chrf),
+)
+_add_pairs(
+  'translate_en_fr',
+  'translate_en_fr',
+  prefix='translate English to French: ',
+  metric_fns=(metrics.bleu, metrics.chrf),
+)
+
+for _objective in OBJECTIVES:
+  register_text_task(
+    f'shakespeare_{_objective}',
+    train_file=_path('shakespeare', 'train', 'txt'),
+    validation_file=_path('shakespeare', 'validation', 'txt'),
+    lines_per_document=_LINES_PER_DOCUMENT,
+    objective=_objective,
+  )
+
+add(
+  'translate',
+  MixtureRecipe(
+    rates={
+      'translate_en_de': seqio.mixing_rate_num_examples,
+      'translate_en_fr': seqio.mixing_rate_num_examples,
+    }
+  ),
+)
+# Every row as often as any other.
+add(
+  'embedded_tasks',
+  MixtureRecipe(
+    rates={
+      'pronounce': seqio.mixing_rate_num_examples,
+      'language_id': seqio.mixing_rate_num_examples,
+      'translate_en_de': seqio.mixing_rate_num_examples,
+      'translate_en_fr': seqio.mixing_rate_num_examples,
+    }
+  ),
+)
+# The tasks that ten minutes can learn get most of the examples.
+add(
+  'quickstart_mixture',
+  MixtureRecipe(
+    rates={
+      'pronounce': 0.48,
+      'language_id': 0.48,
+      'translate_en_de': 0.02,
+      'translate_en_fr': 0.02,
+    }
+  ),
+)
+
+for _vocabulary in VOCABULARIES.values():
+  register_catalog(_vocabulary)

@@ -1,0 +1,244 @@
+"""Tasks from files of the user's own, in a couple of lines."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import seqio
+
+from t5x_lite.data import metrics as metrics_lib
+from t5x_lite.data import text_files
+from t5x_lite.data.objectives import preprocessors
+from t5x_lite.data.objectives.named import OBJECTIVES
+from t5x_lite.data.tasks import catalog, sources, text_preprocessors
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.errors import UsageError
+
+# Text files up to this size together are read into memory; larger ones are
+# streamed.
+MAX_IN_MEMORY_BYTES = 1 << 30
+
+# Rows of a text-to-text task that are tokenized together.
+_ROWS_AT_ONCE = 128
+
+
+def register_file_task(
+  name: str,
+  *,
+  train_file: str = '',
+  validation_file: str = '',
+  test_file: str = '',
+  file_format: str = '',
+  input_field: str | int = 'input',
+  target_field: str | int = 'target',
+  prefix: str = '',
+  metrics: Sequence[str] = ('accuracy',),
+  reference_separator: str = '',
+  vocabulary: VocabularyConfig | None = None,
+) -> None:
+  """Makes a text-to-text task of TSV or JSONL files, plain or gzip.
+
+  For instance
+  `register_file_task('mine', train_file='mine.jsonl', prefix='mine: ')`.
+
+  Args:
+    name: of the task.
+    train_file: path or glob pattern; likewise the other two. At least one.
+    validation_file: see train_file.
+    test_file: see train_file.
+    file_format: 'tsv' or 'jsonl'; empty to tell from the name.
+    input_field: JSONL key, TSV column name (the file then has a header) or TSV
+      column number from 0.
+    target_field: likewise.
+    prefix: put in front of every input, with its space: 'summarize: '.
+    metrics: names from `data.metrics.METRICS`.
+    reference_separator: if given, a target may hold several right answers
+      between separators; training takes the first, metrics the best.
+    vocabulary: if given, the task is registered as `name` with it; else `name`
+      joins the catalog, for whatever vocabulary the model has.
+
+  Raises:
+    UsageError: if the name is taken, a file is missing, or a metric unknown.
+      Rows are read, and checked, when first used.
+  """
+  split_to_files = _split_files(
+    name, train=train_file, validation=validation_file, test=test_file
+  )
+  for pattern in split_to_files.values():
+    for path in text_files.expand(pattern):
+      if text_files.format_of(path, file_format) == 'text':
+        raise UsageError(
+          f'{path!r} of task {name!r} is neither .tsv nor .jsonl; say '
+          "file_format='tsv' or 'jsonl', or use register_text_task for text "
+          'without targets'
+        )
+  recipe = supervised(
+    {
+      split: functools.partial(
+        sources.read_pairs,
+        pattern,
+        fields=(input_field, target_field),
+        file_format=file_format,
+      )
+      for split, pattern in split_to_files.items()
+    },
+    prefix=prefix,
+    metric_fns=metrics_lib.get_metrics(metrics),
+    separator=reference_separator,
+  )
+  catalog.add(name, recipe, vocabulary)
+
+
+def register_text_task(
+  name: str,
+  *,
+  train_file: str = '',
+  validation_file: str = '',
+  test_file: str = '',
+  file_format: str = '',
+  text_field: str | int = 'text',
+  lines_per_document: int = 1,
+  objective: str | catalog.Preprocessor = 'span_corruption',
+  vocabulary: VocabularyConfig | None = None,
+) -> None:
+  """Makes a pre-training task of text files, plain or gzip.
+
+  For instance `register_text_task('books', train_file='books/*.txt.gz')`.
+
+  Args:
+    name: of the task.
+    train_file: path or glob pattern; likewise the other two. At least one.
+      Files of text above 1 GiB together are streamed; TSV and JSONL are held
+      in memory.
+    validation_file: see train_file.
+    test_file: see train_file.
+    file_format: 'text', 'tsv' or 'jsonl'; empty to tell from the name.
+    text_field: where TSV or JSONL hold the text.
+    lines_per_document: neighbouring lines that belong together.
+    objective: name from OBJECTIVES, or a SeqIO preprocessor of tokens.
+    vocabulary: as in `register_file_task`.
+
+  Raises:
+    UsageError: if the name is taken, a file is missing or the objective
+      unknown.
+  """
+  split_to_files = _split_files(
+    name, train=train_file, validation=validation_file, test=test_file
+  )
+  if lines_per_document < 1:
+    raise UsageError(
+      f'lines_per_document is {lines_per_document}; it must be 1 or more'
+    )
+  files = [
+    path
+    for pattern in split_to_files.values()
+    for path in text_files.expand(pattern)
+  ]
+  is_text = all(text_files.format_of(f, file_format) == 'text' for f in files)
+  if is_text and text_files.total_bytes(files) > MAX_IN_MEMORY_BYTES:
+    if lines_per_document != 1:
+      raise UsageError(
+        f'The files of task {name!r} are too large for '
+        f'lines_per_document={lines_per_document}; write one document a line'
+      )
+    make_source = functools.partial(sources.stream_text, split_to_files)
+  else:
+    split_to_rows = {
+      split: functools.partial(
+        sources.read_documents,
+        pattern,
+        field=text_field,
+        file_format=file_format,
+        lines_per_document=lines_per_document,
+      )
+      for split, pattern in split_to_files.items()
+    }
+    make_source = functools.partial(sources.RowsDataSource, split_to_rows)
+  catalog.add(name, unsupervised(make_source, objective), vocabulary)
+
+
+def _split_files(name: str, **split_to_file: str) -> dict[str, str]:
+  found = {split: file for split, file in split_to_file.items() if file}
+  if not found:
+    raise UsageError(
+      f'The task {name!r} has no files; give train_file, validation_file or '
+      'test_file'
+    )
+  return found
+
+
+def supervised(
+  split_to_rows: Mapping[str, Callable[[], sources.Columns]],
+  *,
+  prefix: str,
+  metric_fns: Sequence[metrics_lib.MetricFn],
+  separator: str = '',
+) -> catalog.TaskRecipe:
+  """Returns the recipe of a task of inputs and targets.
+
+  Args:
+    split_to_rows: functions that read the columns `inputs` and `targets`.
+    prefix: put in front of every input.
+    metric_fns: for the evaluation.
+    separator: between the references of a target; '' means there is one.
+  """
+  steps = []
+  postprocess_fn = None
+  if separator:
+    steps.append(
+      functools.partial(text_preprocessors.first_reference, separator=separator)
+    )
+    postprocess_fn = functools.partial(
+      metrics_lib.split_references, separator=separator
+    )
+  if prefix:
+    steps.append(
+      functools.partial(text_preprocessors.prefix_inputs, prefix=prefix)
+    )
+  steps.append(text_preprocessors.tokenize_rows)
+  if separator:
+    steps.append(text_preprocessors.restore_references)
+  return catalog.TaskRecipe(
+    make_source=functools.cache(
+      functools.partial(
+        sources.RowsDataSource, split_to_rows, rows_per_element=_ROWS_AT_ONCE
+      )
+    ),
+    preprocessors=(*steps, text_preprocessors.split_rows),
+    metric_fns=tuple(metric_fns),
+    postprocess_fn=postprocess_fn,
+  )
+
+
+def unsupervised(
+  make_source: Callable[[], seqio.DataSource],
+  objective: str | catalog.Preprocessor,
+) -> catalog.TaskRecipe:
+  """Returns the recipe of a pre-training task.
+
+  Args:
+    make_source: its rows hold documents under `targets`.
+    objective: name from OBJECTIVES, or a preprocessor of tokens.
+  """
+  if isinstance(objective, str):
+    if objective not in OBJECTIVES:
+      raise UsageError(
+        f'There is no objective {objective!r}; there are '
+        f'{", ".join(OBJECTIVES)}'
+      )
+    objective = OBJECTIVES[objective]
+  steps = [
+    text_preprocessors.tokenize_documents,
+    seqio.CacheDatasetPlaceholder(),
+    objective,
+  ]
+  is_lm = objective is preprocessors.full_lm
+  if not is_lm:
+    steps.append(seqio.preprocessors.append_eos_after_trim)
+  return catalog.TaskRecipe(
+    make_source=functools.cache(make_source),
+    preprocessors=tuple(steps),
+    features=('targets',) if is_lm else ('inputs', 'targets'),
+    # The examples of one joined text follow each other, so they are shuffled
+    # once more.
+    shuffle_buffer_size=1000,
+  )

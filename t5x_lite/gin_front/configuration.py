@@ -1,0 +1,215 @@
+"""gin as a thin front over keyword-only functions and frozen dataclasses.
+
+Nothing in the library knows gin: gin files import modules themselves (`from
+__gin__ import dynamic_registration`) and bind their dataclasses and program
+functions. This module finds and parses them; validation.py judges the result.
+"""
+
+import dataclasses
+import functools
+import inspect
+import os
+import pathlib
+import re
+import tokenize
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import gin
+from gin import config as gin_config
+from gin import config_parser
+
+from t5x_lite.errors import UsageError
+from t5x_lite.gin_front import validation
+
+SUMMARIZE = 'summarize_config_fn'
+_INCLUDE = re.compile(r"""^\s*include\s+['"]([^'"]+)['"]""", re.MULTILINE)
+
+
+def shipped_root() -> pathlib.Path:
+  """Returns the directory whose `configs/` came with the package.
+
+  That is the package itself in an installed wheel, and the checkout around it
+  otherwise.
+  """
+  package = pathlib.Path(__file__).parents[1]
+  for root in (package, package.parent):
+    if (root / 'configs' / 'runs').is_dir():
+      return root
+  raise FileNotFoundError(f'no configs/ came with {package}')
+
+
+def binding(name: str, text: str) -> str:
+  """Returns `--gin.NAME=text` as a gin statement.
+
+  What is no Python literal, @reference or %macro is a string, so that a path
+  needs no second pair of quotes: --gin.MODEL_DIR=/tmp/run.
+  """
+
+  class Delegate(config_parser.ParserDelegate):
+    """Only looks whether the text is a value."""
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+      return scoped_configurable_name
+
+    def macro(self, macro_name):
+      return macro_name
+
+  try:
+    [statement] = config_parser.ConfigParser(f'x.y = {text}', Delegate())
+    if isinstance(statement, config_parser.BindingStatement):
+      return f'{name} = {text}'
+  except (SyntaxError, ValueError, tokenize.TokenError):
+    pass
+  return f'{name} = {text!r}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Configured:
+  """A program whose settings have been parsed and checked.
+
+  Attributes:
+    call: runs it.
+    text: the resolved configuration, defaults included, as a gin file that
+      gives the same run.
+  """
+
+  call: Callable[[], Any]
+  text: str
+
+
+def configure(
+  program: Callable[..., Any],
+  *,
+  gin_files: Sequence[str] = (),
+  bindings: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
+  given: Mapping[str, Any] | None = None,
+  flags: Collection[str] = (),
+  programs: Collection[str] = (),
+  inherits: str = '',
+  write_config: Callable[..., None] | None = None,
+) -> Configured:
+  """Parses gin files and bindings and checks them for one program.
+
+  Args:
+    program: the keyword-only function to run.
+    gin_files: names of gin files, later ones win.
+    bindings: gin statements, later ones win, and win over all files.
+    search_paths: directories for gin files besides the working directory;
+      `configs/...` of the package is found from anywhere.
+    given: arguments that do not come from gin; they win over it.
+    flags: parameters of the program that have a command-line flag of that name.
+    programs: dotted names of functions that gin files may configure even
+      though this run does not call them.
+    inherits: dotted name of a function whose bindings also count for the
+      program's parameters of the same name, where it has none of its own.
+    write_config: writes `text` into a `model_dir`; given to everything here
+      that has a parameter `summarize_config_fn` (T5X's name).
+
+  Raises:
+    UsageError: for anything that cannot work or would do nothing.
+  """
+  given = dict(given or {})
+  prefixes = ['', *search_paths, str(shipped_root())]
+  sources = _Sources(prefixes)
+  paths = [sources.read(name) for name in gin_files]
+  text = '\n'.join([*sources.texts.values(), *bindings])
+  own_text = '\n'.join([*sources.own_texts(), *bindings])
+
+  gin.clear_config()
+  # No other prefixes of earlier calls, and not gin's reader of package data,
+  # which fails on a folder that could be a namespace package, as configs/ is.
+  gin_config._LOCATION_PREFIXES[:] = prefixes
+  gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
+  try:
+    selector = gin_config._as_scope_and_selector(program)[1]
+  except ValueError:
+    gin.external_configurable(program, module=program.__module__)
+    selector = gin_config._as_scope_and_selector(program)[1]
+  gin.parse_config('from __gin__ import dynamic_registration\n')
+  for path in paths:
+    with validation.explained(str(path)):
+      gin.parse_config_file(str(path))
+  with validation.explained('a binding'):
+    gin.parse_config(list(bindings))
+  if inherits:
+    _inherit(selector, inherits, program)
+
+  run = validation.Walk()
+  run.visit([], gin_config._REGISTRY[selector], skip=given)
+  others = validation.Walk()
+  for reference in validation.references(text):
+    others.visit(reference.scopes, reference.configurable)
+  for (_, name), _ in list(gin_config._CONFIG.items()):
+    if validation.dotted_name(gin_config._REGISTRY[name]) in programs:
+      others.visit([], gin_config._REGISTRY[name])
+
+  validation.check_macros(text, own_text)
+  validation.check_bindings_are_read(run.read | others.read, text)
+  validation.check_values(run, selector, given, flags)
+  resolved = gin_config._config_str(run.parameters(hidden=[SUMMARIZE]))
+  if write_config is not None:
+    write = functools.partial(write_config, text=resolved)
+    for name in run.takers(SUMMARIZE):
+      gin.bind_parameter(('', name, SUMMARIZE), write)
+  return Configured(lambda: gin.get_configurable(program)(**given), resolved)
+
+
+def _inherit(selector: str, source: str, program: Callable[..., Any]) -> None:
+  """Binds the program's parameters as those of another function are bound."""
+  own = gin_config._CONFIG.get(('', selector), {})
+  names = set(inspect.signature(program).parameters) - set(own)
+  for (scope, name), bound in list(gin_config._CONFIG.items()):
+    dotted = validation.dotted_name(gin_config._REGISTRY[name])
+    if scope or dotted != source:
+      continue
+    for argument in names & set(bound):
+      gin.bind_parameter(('', selector, argument), bound[argument])
+
+
+class _Sources:
+  """Finds and reads gin files and all that they include, before gin does."""
+
+  def __init__(self, prefixes: Sequence[str]):
+    self._prefixes = prefixes
+    self.texts: dict[pathlib.Path, str] = {}
+
+  def read(
+    self, name: str, included_by: tuple[pathlib.Path, ...] = ()
+  ) -> pathlib.Path:
+    path = self._find(name, included_by)
+    if path in included_by:
+      raise UsageError(f'gin file {path} includes itself')
+    try:
+      self.texts[path] = path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+      raise UsageError(f'cannot read gin file {path}: {error}') from error
+    for included in _INCLUDE.findall(self.texts[path]):
+      self.read(included, (*included_by, path))
+    return path
+
+  def own_texts(self) -> list[str]:
+    """The texts of files that did not come with the package."""
+    shipped = shipped_root().resolve() / 'configs'
+    return [
+      text
+      for path, text in self.texts.items()
+      if shipped not in path.resolve().parents
+    ]
+
+  def _find(
+    self, name: str, included_by: tuple[pathlib.Path, ...]
+  ) -> pathlib.Path:
+    for prefix in self._prefixes:
+      path = pathlib.Path(prefix) / name
+      if path.is_file():
+        return path
+    root = shipped_root()
+    known = [str(f.relative_to(root)) for f in root.glob('configs/**/*.gin')]
+    hint = validation.suggest(name, known, cutoff=0.5)
+    where = f' (included by {included_by[-1]})' if included_by else ''
+    raise UsageError(
+      f'no gin file {name!r}{where} in the working directory, '
+      f'--gin_search_paths or the package{hint}'
+    )

@@ -1,0 +1,349 @@
+"""Checks of a parsed gin configuration: no setting may do nothing in silence.
+
+gin itself reports a misspelt parameter. A misspelt macro, a misspelt scope, a
+binding that nobody reads and a value of the wrong type it accepts, and T5X with
+it. `Walk` follows a program's bindings as gin would evaluate them.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import re
+import tokenize
+import types
+import typing
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
+from typing import Any
+
+import gin
+from gin import config as gin_config
+
+from t5x_lite.errors import UsageError
+
+MACRO = 'gin.macro'
+_STRING_OR_COMMENT = re.compile(
+  r"""'''.*?'''|\"\"\".*?\"\"\"|'[^'\n]*'|"[^"\n]*"|\#[^\n]*""", re.DOTALL
+)
+_LOCATION = re.compile(r'In (?:file "([^"]+)", )?[a-z ]*line (\d+)')
+
+
+class Walk:
+  """All that gin evaluates or may hand over when it calls a configurable.
+
+  Scopes follow gin's rules: a reference with a scope replaces the current one,
+  a reference without inherits it, a macro is evaluated in a scope of its name.
+  """
+
+  def __init__(self):
+    self.bound: dict[tuple[str, str], dict[str, Any]] = {}
+    # Those that gin itself calls, so that all arguments must come from gin.
+    self.called: set[tuple[str, str]] = set()
+    # Keys of gin's configuration that had a say.
+    self.read: set[tuple[str, str]] = set()
+
+  def visit(
+    self,
+    scope: list[str],
+    configurable: Any,
+    *,
+    called: bool = True,
+    skip: Collection[str] = (),
+  ) -> None:
+    """Follows a configurable in a scope.
+
+    Args:
+      scope: as gin keeps it, outermost first.
+      configurable: gin's record of it.
+      called: whether gin calls it, or only hands it over.
+      skip: arguments whose bindings do not count.
+    """
+    key = ('/'.join(scope), configurable.selector)
+    if called:
+      self.called.add(key)
+    if key in self.bound:
+      return
+    for end in range(len(scope) + 1):
+      self.read.add(('/'.join(scope[:end]), configurable.selector))
+    with gin.config_scope(list(scope)):
+      bound = gin.get_bindings(configurable.selector, resolve_references=False)
+    bound = {name: value for name, value in bound.items() if name not in skip}
+    self.bound[key] = bound
+    for ref in gin_config.iterate_references(bound):
+      self.visit(ref.scopes or scope, ref.configurable, called=ref.evaluate)
+
+  def parameters(
+    self, hidden: Collection[str]
+  ) -> dict[tuple[str, str], dict[str, Any]]:
+    """Bound values and defaults, as gin's formatter wants them."""
+    values = {
+      key: {**_defaults(gin_config._REGISTRY[key[1]].wrapped), **bound}
+      for key, bound in self.bound.items()
+    }
+    for bound in values.values():
+      for name in hidden:
+        bound.pop(name, None)
+    return values
+
+  def takers(self, parameter: str) -> set[str]:
+    """Returns the selectors of all that have a parameter of this name."""
+    return {
+      selector
+      for _, selector in self.bound
+      if parameter in _signature(gin_config._REGISTRY[selector].wrapped)
+    }
+
+
+def _signature(wrapped: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+  try:
+    return inspect.signature(wrapped).parameters
+  except (TypeError, ValueError):  # builtins
+    return {}
+
+
+def _defaults(wrapped: Callable[..., Any]) -> dict[str, Any]:
+  return {
+    name: parameter.default
+    for name, parameter in _signature(wrapped).items()
+    if parameter.default is not parameter.empty
+  }
+
+
+def _bare(text: str) -> str:
+  return _STRING_OR_COMMENT.sub(
+    lambda match: '' if match[0].startswith('#') else "''", text
+  )
+
+
+def references(text: str) -> Iterable[gin_config.ConfigurableReference]:
+  """All references written anywhere, overridden ones included.
+
+  What an experiment overrides in an included file is no misspelling.
+  """
+  for name in set(re.findall(r'@([\w./]+)', _bare(text))):
+    try:
+      yield gin_config.ConfigurableReference(name, evaluate=True)
+    except (KeyError, ValueError):  # several modules have such a name
+      continue
+
+
+def _macros() -> dict[str, Any]:
+  return {
+    scope: bound['value']
+    for (scope, selector), bound in gin_config._CONFIG.items()
+    if selector == MACRO
+  }
+
+
+def check_macros(text: str, own_text: str) -> None:
+  """Every macro that the user sets is used somewhere.
+
+  The package's own files may set one that a user's binding made useless.
+  """
+  used = set(re.findall(r'%([\w./]+)', _bare(text))) - {'gin.REQUIRED'}
+  own = set(re.findall(r'^\s*([\w./]+)\s*=', _bare(own_text), re.MULTILINE))
+  for name in _macros():
+    if name in own and name not in used:
+      raise UsageError(
+        f'nothing uses the gin macro {name}{suggest(name, used)}'
+      )
+
+
+def check_bindings_are_read(read: set[tuple[str, str]], text: str) -> None:
+  """Every binding is one that some walk came across."""
+  scopes = set(re.findall(r'@([\w/]+)/', _bare(text))) | set(_macros())
+  scopes |= {part for scope in scopes for part in scope.split('/')}
+  for (scope, selector), bound in gin_config._CONFIG.items():
+    if (scope, selector) in read or selector == MACRO:
+      continue
+    short = '.'.join(selector.split('.')[-2:])
+    name = f'{scope}/{short}' if scope else short
+    where = f'no scope {scope!r} ever calls' if scope else 'nothing refers to'
+    raise UsageError(
+      f'gin binding {name}.{next(iter(bound))} would do nothing: '
+      f'{where} {short}{suggest(scope, scopes) if scope else ""}'
+    )
+
+
+def check_values(
+  walk: Walk, root: str, given: Mapping[str, Any], flags: Collection[str]
+) -> None:
+  """Everything required is set, and what is set has the right type.
+
+  Args:
+    walk: of the program about to run.
+    root: the program's selector.
+    given: its arguments that do not come from gin.
+    flags: its parameters that have a command-line flag of that name.
+  """
+  macros = _macros()
+  required: list[str] = []
+  for (scope, selector), bound in walk.bound.items():
+    configurable = gin_config._REGISTRY[selector]
+    short = '.'.join(selector.split('.')[-2:])
+    prefix = f'{scope}/{short}' if scope else short
+    if selector == MACRO:
+      if scope not in macros:
+        raise UsageError(
+          f'the gin macro %{scope} is used and never set: add '
+          f'--gin.{scope}=...{suggest(scope, macros)}'
+        )
+      if _is_required(bound['value']):
+        required.append(f'--gin.{scope}')
+      continue
+    if selector == 'gin.constant':
+      continue
+    hints = _hints(configurable.wrapped)
+    is_root = (scope, selector) == ('', root)
+    for name, parameter in _signature(configurable.wrapped).items():
+      if is_root and name in given:
+        continue
+      setting = f'--gin.{prefix}.{name}'
+      if is_root and name in flags:
+        setting = f'--{name}'
+      if name not in bound:
+        if (
+          (scope, selector) in walk.called
+          and parameter.default is parameter.empty
+          and parameter.kind is parameter.KEYWORD_ONLY
+        ):
+          required.append(setting)
+      elif _is_required(bound[name]):
+        required.append(setting)
+      else:
+        value = _literal(bound[name], macros)
+        if not _fits(value, hints.get(name, Any)):
+          raise UsageError(
+            f'{prefix}.{name} is {value!r}; it must be of type '
+            f'{_type_name(hints[name])}'
+          )
+  if required:
+    missing = ' '.join(f'{setting}=...' for setting in dict.fromkeys(required))
+    raise UsageError(
+      f'required settings are missing: add {missing}, or a --gin_file with them'
+    )
+
+
+def _hints(wrapped: Callable[..., Any]) -> dict[str, Any]:
+  try:
+    return typing.get_type_hints(wrapped)
+  except (AttributeError, NameError, TypeError):  # not ours to judge
+    return {}
+
+
+def _is_required(value: Any) -> bool:
+  return isinstance(
+    value, gin_config.ConfigurableReference
+  ) and value.scopes == ['gin.REQUIRED']
+
+
+def _literal(value: Any, macros: Mapping[str, Any]) -> Any:
+  """Returns what a chain of macros stands for."""
+  for _ in range(len(macros) + 1):
+    if not (
+      isinstance(value, gin_config.ConfigurableReference)
+      and value.config_key[1] == MACRO
+    ):
+      break
+    value = macros.get('/'.join(value.scopes), value)
+  return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  """False only where a literal or an evaluated class is surely wrong."""
+  origin = typing.get_origin(hint)
+  if origin in (typing.Union, types.UnionType):
+    return any(_fits(value, part) for part in typing.get_args(hint))
+  if origin is typing.Literal:
+    return value in typing.get_args(hint)
+  kind = origin or hint
+  if not isinstance(kind, type):
+    return True
+  if isinstance(value, gin_config.ConfigurableReference):
+    wrapped = gin_config._REGISTRY[value.config_key[1]].wrapped
+    if not (value.evaluate and isinstance(wrapped, type)):
+      return not value.evaluate or kind is not type(None)
+    return issubclass(wrapped, kind)
+  if kind is float:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  if kind is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  if kind in (str, bool, type(None)):
+    return isinstance(value, kind)
+  if dataclasses.is_dataclass(kind):
+    return False
+  if issubclass(kind, Mapping):
+    return isinstance(value, dict)
+  if issubclass(kind, Sequence):
+    return isinstance(value, (list, tuple))
+  return True
+
+
+def _type_name(hint: Any) -> str:
+  name = hint.__name__ if isinstance(hint, type) else str(hint)
+  return name.replace('NoneType', 'None').replace('typing.', '')
+
+
+def dotted_name(configurable: Any) -> str:
+  """Where a configurable is defined: 't5x_lite.programs.train.train'."""
+  wrapped = configurable.wrapped
+  return f'{wrapped.__module__}.{wrapped.__qualname__}'
+
+
+def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+  """Returns '; did you mean ...?', or nothing."""
+  close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
+  return f'; did you mean {" or ".join(close)}?' if close else ''
+
+
+@contextlib.contextmanager
+def explained(source: str) -> Iterator[None]:
+  """Turns what gin raises while it parses `source` into a UsageError."""
+  try:
+    yield
+  except tokenize.TokenError as error:
+    message, (line, _) = error.args
+    raise UsageError(f'{source}, line {line}: {message}') from error
+  except SyntaxError as error:
+    text = (error.text or '').strip()
+    message = error.msg.strip().rstrip('.')
+    raise UsageError(
+      f'{source}, line {error.lineno}: {message} ({text})'
+    ) from error
+  except ImportError as error:
+    raise UsageError(f'{_explain(error)}; is it installed?') from error
+  except (AttributeError, NameError, OSError, ValueError) as error:
+    raise UsageError(_explain(error)) from error
+
+
+def _explain(error: Exception) -> str:
+  """Returns gin's message of several lines as one, with a suggestion."""
+  lines = str(error).splitlines() or [type(error).__name__]
+  message = lines[0].rstrip('.')
+  if match := re.match(
+    r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message
+  ):
+    configurable = gin_config._REGISTRY.get_match(match[1])
+    names = _signature(configurable.wrapped) if configurable else {}
+    message = f'{match[1]} has no parameter {match[2]!r}'
+    message += suggest(match[2], names) or f'; it has {", ".join(names)}'
+  elif match := re.match(
+    r"No configurable matching (?:reference )?'@?(.+?)(?:\(\))?'", message
+  ):
+    known = {
+      '.'.join(configurable.selector.split('.')[-2:])
+      for configurable in gin_config._INVERSE_REGISTRY.values()
+    }
+    message = f'the gin files configure no {match[1]!r}'
+    message += suggest(match[1].split('.')[-1], known, cutoff=0.5)
+  found = _LOCATION.findall(str(error))
+  if found and found[0][0]:
+    message = f'{found[0][0]}, line {found[0][1]}: {message}'
+  return message

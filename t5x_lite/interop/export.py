@@ -1,0 +1,118 @@
+"""Writes a model in any format; what is half written never gets its name."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+
+from etils import epath
+
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import hf_export, moments, run_export, t5x_export
+from t5x_lite.interop.tensors import Tensors
+from t5x_lite.models.config import T5Config
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 2.0
+
+
+def check_destination(target: epath.Path) -> None:
+  """Raises UsageError if something is there already."""
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise UsageError(f'{target} is already there; name a new directory')
+
+
+def check_target(cfg: T5Config, to: str) -> None:
+  """Raises UsageError if a format has no such model."""
+  if to == 'hf':
+    hf_export.model_config(cfg, cfg.param_dtype)
+  elif to == 't5x':
+    t5x_export.check(cfg, cfg.param_dtype)
+
+
+def write(
+  target: epath.Path,
+  *,
+  tensors: Tensors,
+  cfg: T5Config,
+  to: str,
+  vocabulary: VocabularyConfig | None,
+  step: int = 0,
+  second_moments: moments.Moments | None = None,
+  lengths: Mapping[str, int] | None = None,
+  origin: str = '',
+  shard_bytes: int = hf_export.SHARD_BYTES,
+) -> None:
+  """Writes a directory of a format; half-written ones never get the name.
+
+  Args:
+    target: must not exist, or be empty.
+    tensors: checked, by canonical name.
+    cfg: the model; its param_dtype is what is written.
+    to: one of FORMATS.
+    vocabulary: None for ids without text.
+    step: updates made so far.
+    second_moments: Adafactor's; None or empty for none.
+    lengths: task feature lengths, if known.
+    origin: where it comes from, for the record.
+    shard_bytes: most bytes of one file of format 'hf'.
+  """
+  temporary = target.parent / f'.{target.name}.tmp-{os.getpid()}'
+  temporary.mkdir(parents=True)
+  try:
+    common = {'tensors': tensors, 'cfg': cfg, 'progress': _Progress()}
+    if to == 'hf':
+      hf_export.write(
+        temporary,
+        vocabulary=vocabulary,
+        dtype=cfg.param_dtype,
+        shard_bytes=shard_bytes,
+        **common,
+      )
+    elif to == 't5x':
+      # T5X restores only with an optimizer's state; a new one, if need be.
+      states = second_moments or moments.new(cfg)
+      t5x_export.write(
+        temporary,
+        dtype=cfg.param_dtype,
+        step=step,
+        param_states=moments.to_t5x(states, cfg),
+        **common,
+      )
+    else:
+      run_export.write(
+        temporary,
+        vocabulary=vocabulary
+        or VocabularyConfig(kind='passthrough', size=cfg.vocab_size),
+        step=step,
+        moments=moments.to_run(second_moments, cfg, step)
+        if second_moments
+        else None,
+        lengths=lengths,
+        origin=origin,
+        **common,
+      )
+    if target.is_dir():
+      target.rmdir()
+    temporary.rename(target)
+  except BaseException:
+    temporary.rmtree()
+    raise
+
+
+class _Progress:
+  """Says every few seconds how far it is."""
+
+  def __init__(self):
+    self._done = 0
+    self._said = time.monotonic()
+
+  def __call__(self, name: str) -> None:
+    """Counts one array as written."""
+    self._done += 1
+    now = time.monotonic()
+    if now - self._said > REPORT_SECONDS:
+      self._said = now
+      log.info('%d arrays written, last %s', self._done, name)

@@ -1,0 +1,123 @@
+"""Where a new run starts from: another checkpoint, of any format, or nothing.
+
+A run that has a checkpoint of its own never comes here.
+"""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import optax
+
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import assignment, source, tensors
+from t5x_lite.models.config import T5Config
+from t5x_lite.runs import checkpoints, run_directory
+from t5x_lite.runs.checkpoints import CheckpointConfig
+from t5x_lite.training import train_state
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+  """A start that has been checked; nothing has been read but names.
+
+  Attributes:
+    path: of the checkpoint; '' starts from scratch.
+    model: the architecture.
+    seed: of parameters that are drawn.
+    found: the model's tensors by name, unread; None if there is no path.
+    with_optimizer: take step and optimizer state too.
+  """
+
+  path: str
+  model: T5Config
+  seed: int
+  found: Any = None
+  with_optimizer: bool = False
+
+  def make(
+    self,
+    tx: optax.GradientTransformation,
+    spec: train_state.StateSpec,
+    key: jax.Array,
+  ) -> train_state.TrainState:
+    """Returns the state, each array made where it will live."""
+    if not self.path:
+      log.info('starts from scratch with seed %d', self.seed)
+      return train_state.init_state(self.model, tx, spec, key)
+    if self.with_optimizer:
+      log.info('starts from %s, optimizer included', self.path)
+      return checkpoints.load_state(self.path, spec.shapes)
+    params = tensors.place(self.found, self.model, spec.shardings.params)
+    log.info('starts from the parameters of %s', self.path)
+    return train_state.start_from(params, tx, spec)
+
+
+def open_start(
+  config: CheckpointConfig,
+  model: T5Config,
+  vocabulary: VocabularyConfig,
+  *,
+  seed: int,
+) -> Start:
+  """Checks that a new run can start from where its configuration says.
+
+  Args:
+    config: its restore_path is a run of ours, or a checkpoint of T5X or
+      transformers.
+    model: the architecture to fill.
+    vocabulary: must be the checkpoint's own, where that says what it is.
+    seed: of parameters that are drawn.
+
+  Raises:
+    UsageError: if there is no checkpoint, or it is another model's.
+  """
+  if not config.restore_path:
+    return Start(path='', model=model, seed=seed)
+  opened = source.open_source(config.restore_path)
+  if config.restore_optimizer and opened.format != 't5x_lite':
+    raise UsageError(
+      f'{config.restore_path} is of the format {opened.format!r}; '
+      'restore_optimizer=True needs a run of t5x_lite'
+    )
+  # T5X's checkpoints do not say what their vocabulary is.
+  theirs = opened.vocabulary if opened.format != 't5x' else None
+  if theirs is not None:
+    _check_vocabulary(config, theirs, vocabulary)
+  if config.strict:
+    assignment.check_numerics(opened, model)
+  found, report = assignment.assign(
+    opened,
+    model,
+    assignment_map=config.assignment_map,
+    strict=config.strict,
+    seed=seed,
+  )
+  log.info('%s: %s', config.restore_path, report.summary())
+  return Start(
+    path=config.restore_path,
+    model=model,
+    seed=seed,
+    found=found,
+    with_optimizer=config.restore_optimizer,
+  )
+
+
+def _check_vocabulary(
+  config: CheckpointConfig, theirs: VocabularyConfig, ours: VocabularyConfig
+) -> None:
+  if run_directory.same_vocabulary(theirs, ours):
+    return
+  message = (
+    f'{config.restore_path} was trained with another vocabulary than '
+    'VocabularyConfig names, so its ids mean other tokens'
+  )
+  if config.strict:
+    raise UsageError(
+      f'{message}: use its own, or CheckpointConfig.strict=False'
+    )
+  log.warning('%s', message)

@@ -1,0 +1,455 @@
+"""Where arrays live: meshes of devices by name or size, and batches on them.
+
+Nothing else in the project names a mesh axis. How logical axes become
+shardings is in logical_axes.py, whose names are passed on here.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from t5x_lite.errors import UsageError
+from t5x_lite.parallel.hardware import find_chip
+from t5x_lite.parallel.logical_axes import (
+  LogicalAxisRules,
+  axis_rules,
+  check_rules,
+  constrain,
+  shardings,
+  spec,
+)
+
+__all__ = [
+  'BATCH_AXES',
+  'MESH_AXES',
+  'LogicalAxisRules',
+  'MeshConfig',
+  'axis_rules',
+  'batch_sharding',
+  'check_batch_size',
+  'check_rules',
+  'constrain',
+  'global_batch',
+  'logical_axis_rules',
+  'make_mesh',
+  'replicated',
+  'resolve',
+  'shardings',
+  'spec',
+]
+
+log = logging.getLogger(__name__)
+
+MESH_AXES = ('data', 'fsdp', 'model')
+BATCH_AXES = ('data', 'fsdp')
+PRESETS = ('auto', 'dp', 'fsdp', 'fsdp_tp')
+
+# What 'auto' takes for the state and gradients of a parameter: 4 bytes each
+# for itself, its gradient and Adafactor's transients.
+_BYTES_PER_PARAMETER = 12
+# ... and the part of a device's memory that it may fill with them before it
+# cuts the parameters; the rest is for activations.
+_REPLICATED_FRACTION = 0.4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """How devices are arranged, and what is cut along which mesh axis.
+
+  Sizes that are given win over the preset. 'data' is the only axis that spans
+  slices or, on GPUs, the first to span nodes; 'model' is innermost.
+
+  Attributes:
+    preset: 'auto' picks by the number and kind of devices, the model's size
+      and the batch size; 'dp' replicates parameters; 'fsdp' cuts parameters,
+      optimizer state and batch over all devices of a slice (ZeRO-3);
+      'fsdp_tp' cuts matrices over 'model' too, as many ways as `model` says or
+      as is usual for the chip.
+    data: replicas of the parameters; -1 takes the devices that are left.
+    fsdp: devices over which batch and parameters are cut.
+    model: tensor parallelism.
+    num_partitions: T5X's: model=num_partitions and the rest to data, or with
+      parameter_dims=2 to fsdp.
+    num_slices: TPU slices joined by the data-center network; None asks the
+      devices.
+    activation_dims: 1, or 2 to cut activations' embed over 'model' too.
+    parameter_dims: 1, or 2 to cut parameters' embed over 'fsdp'. None is 2,
+      but T5X's 1 with num_partitions.
+    additional_rules: (logical axis, mesh axis or axes or None) pairs that come
+      before the standard rules.
+    parameter_rules: (regular expression, pairs) pairs: such rules for only the
+      parameters in whose path the expression is found, for example
+      (('token_embedder', (('vocab', ('fsdp', 'model')), ('embed', None))),).
+    offload_optimizer: keep the optimizer's state in host memory between steps.
+  """
+
+  preset: str = 'auto'
+  data: int | None = None
+  fsdp: int | None = None
+  model: int | None = None
+  num_partitions: int | None = None
+  num_slices: int | None = None
+  activation_dims: int = 1
+  parameter_dims: int | None = None
+  additional_rules: Sequence[Any] = ()
+  parameter_rules: Sequence[Any] = ()
+  offload_optimizer: bool = False
+
+  def __post_init__(self):
+    for name in ('additional_rules', 'parameter_rules'):
+      object.__setattr__(self, name, _as_tuples(getattr(self, name)))
+    if self.preset not in PRESETS:
+      raise UsageError(
+        f'MeshConfig.preset is {self.preset!r}; allowed are '
+        f'{", ".join(PRESETS)}.'
+      )
+    sizes = {name: getattr(self, name) for name in MESH_AXES}
+    for name, size in sizes.items():
+      if size is not None and size != -1 and size < 1:
+        raise UsageError(
+          f'MeshConfig.{name} is {size}; it must be positive, or -1 for the '
+          'devices that are left.'
+        )
+    if sum(size == -1 for size in sizes.values()) > 1:
+      raise UsageError('At most one of MeshConfig data, fsdp, model can be -1.')
+    for name in ('num_partitions', 'num_slices'):
+      size = getattr(self, name)
+      if size is not None and size < 1:
+        raise UsageError(f'MeshConfig.{name} is {size}; it must be positive.')
+    for name in ('activation_dims', 'parameter_dims'):
+      if getattr(self, name) not in (1, 2, None):
+        raise UsageError(
+          f'MeshConfig.{name} is {getattr(self, name)}; allowed are 1 and 2.'
+        )
+    given = [name for name, size in sizes.items() if size is not None]
+    if self.num_partitions is not None and (given or self.preset != 'auto'):
+      raise UsageError(
+        f'MeshConfig.num_partitions is {self.num_partitions} beside '
+        f'{", ".join(given) or "preset"}; give one or the other.'
+      )
+    free = ['model'] if self.preset == 'fsdp_tp' else []
+    if self.preset != 'auto' and set(given) - set(free):
+      raise UsageError(
+        f'MeshConfig.preset is {self.preset!r} beside {", ".join(given)}; '
+        'give sizes or a preset.'
+      )
+    for rule in self.additional_rules:
+      _check_rule('additional_rules', rule)
+    for rule in self.parameter_rules:
+      is_pair = not isinstance(rule, str) and len(rule) == 2
+      if not (is_pair and isinstance(rule[0], str)):
+        raise UsageError(
+          f'MeshConfig.parameter_rules has {rule!r}; each entry is '
+          '(regular expression, ((logical axis, mesh axis), ...)).'
+        )
+      for inner in rule[1]:
+        _check_rule('parameter_rules', inner)
+
+
+def _as_tuples(value: Any) -> Any:
+  """Returns nested lists as tuples: gin hands over lists."""
+  if isinstance(value, Mapping):
+    value = tuple(value.items())
+  if isinstance(value, (list, tuple)):
+    return tuple(_as_tuples(item) for item in value)
+  return value
+
+
+def _check_rule(name: str, rule: Any) -> None:
+  target = rule[1] if isinstance(rule, tuple) and len(rule) == 2 else 0
+  targets = target if isinstance(target, tuple) else (target,)
+  if not all(t is None or isinstance(t, str) for t in targets) or len(
+    set(targets)
+  ) < len(targets):
+    raise UsageError(
+      f'MeshConfig.{name} has {rule!r}; a rule is (logical axis, mesh axis, '
+      f'several different ones, or None); mesh axes are {", ".join(MESH_AXES)}.'
+    )
+
+
+def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
+  """Returns the rules, in order of precedence.
+
+  Source: t5x/partitioning.py standard_logical_axis_rules. What T5X cuts over
+  'data' with two parameter dims is cut over 'fsdp' here.
+  """
+  rules: list[tuple[str, Any]] = [
+    *config.additional_rules,
+    ('batch', BATCH_AXES),
+    ('vocab', 'model'),
+    ('mlp', 'model'),
+    ('heads', 'model'),
+    ('kv', None),
+    ('joined_kv', 'model'),
+  ]
+  if config.activation_dims == 2:
+    rules.append(('embed', 'model'))
+  if _parameter_dims(config) == 2:
+    rules.append(('embed', 'fsdp'))
+  rules += [
+    ('embed', None),
+    ('relpos_buckets', None),
+    ('length', None),
+    ('layers', None),
+  ]
+  return LogicalAxisRules(
+    tuple(rules),
+    tuple(config.parameter_rules),
+    len(config.additional_rules),
+  )
+
+
+def _parameter_dims(config: MeshConfig) -> int:
+  if config.parameter_dims is not None:
+    return config.parameter_dims
+  return 1 if config.num_partitions is not None else 2
+
+
+# ---- Meshes ----
+
+
+def resolve(
+  config: MeshConfig,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  num_params: int = 0,
+  num_heads: int | None = None,
+  batch_size: int | None = None,
+) -> MeshConfig:
+  """Returns the config with every size a positive number.
+
+  Args:
+    config: what the user wrote.
+    devices: all of them by default.
+    num_params: of the model, for 'auto'.
+    num_heads: of the model, for 'fsdp_tp': 'model' should divide it.
+    batch_size: the global batch, for 'auto'.
+
+  Raises:
+    UsageError: if the axes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  num_slices = config.num_slices or len({_slice(d) for d in devices})
+  if len(devices) % num_slices:
+    raise UsageError(
+      f'MeshConfig.num_slices={num_slices} does not divide the '
+      f'{len(devices)} devices at hand.'
+    )
+  found = len({_slice(d) for d in devices})
+  if found > 1 and found != num_slices:
+    raise UsageError(
+      f'MeshConfig.num_slices={num_slices}, but the devices at hand come from '
+      f'{found} slices.'
+    )
+  per_slice = len(devices) // num_slices
+  if config.num_partitions is not None:
+    rest = 'fsdp' if _parameter_dims(config) == 2 else 'data'
+    sizes = {'data': num_slices, 'fsdp': 1, 'model': config.num_partitions}
+    sizes[rest] = -1
+  elif config.preset == 'fsdp_tp':
+    model = config.model or _model_axis(devices, per_slice, num_heads)
+    sizes = {'data': num_slices, 'fsdp': -1, 'model': model}
+  elif any(getattr(config, name) is not None for name in MESH_AXES):
+    sizes = {name: getattr(config, name) for name in MESH_AXES}
+    if -1 not in sizes.values() and sizes['data'] is None:
+      sizes['data'] = -1
+    sizes = {name: size or 1 for name, size in sizes.items()}
+  else:
+    sizes = _sizes_of_preset(
+      config.preset, devices, num_slices, num_params, batch_size
+    )
+  sizes = _complete(sizes, len(devices))
+  if sizes['data'] % num_slices:
+    raise UsageError(
+      f'MeshConfig.data={sizes["data"]} is no multiple of the {num_slices} '
+      'slices: only the data axis can span slices; give fsdp x model that '
+      f'divides {per_slice}.'
+    )
+  return dataclasses.replace(
+    config,
+    preset='auto',
+    num_partitions=None,
+    num_slices=num_slices,
+    parameter_dims=_parameter_dims(config),
+    data=sizes['data'],
+    fsdp=sizes['fsdp'],
+    model=sizes['model'],
+  )
+
+
+def _complete(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+  """Replaces a -1 by the devices that are left."""
+  known = math.prod(size for size in sizes.values() if size != -1)
+  rest = num_devices // known if num_devices % known == 0 else 0
+  full = {name: rest if size == -1 else size for name, size in sizes.items()}
+  if math.prod(full.values()) != num_devices:
+    raise UsageError(
+      f'The mesh {" ".join(f"{k}={v}" for k, v in sizes.items())} does not '
+      f'multiply to the {num_devices} devices at hand.'
+    )
+  return full
+
+
+def _sizes_of_preset(
+  preset: str,
+  devices: Sequence[jax.Device],
+  num_slices: int,
+  num_params: int,
+  batch_size: int | None,
+) -> dict[str, int]:
+  """Returns the sizes of 'dp', 'fsdp' or 'auto'."""
+  per_slice = len(devices) // num_slices
+  if preset == 'dp':
+    return {'data': -1, 'fsdp': 1, 'model': 1}
+  if preset == 'fsdp':
+    return {'data': num_slices, 'fsdp': -1, 'model': 1}
+  # The batch can be cut at most as often as it has rows; what is left cuts
+  # matrices instead.
+  ways = per_slice
+  if batch_size is not None:
+    while ways > 1 and (per_slice % ways or batch_size % (num_slices * ways)):
+      ways -= 1
+  chip = find_chip(devices[0].device_kind)
+  needed = num_params * _BYTES_PER_PARAMETER
+  if chip is None or needed <= _REPLICATED_FRACTION * chip.hbm_bytes:
+    return {'data': num_slices * ways, 'fsdp': 1, 'model': -1}
+  return {'data': num_slices, 'fsdp': ways, 'model': -1}
+
+
+def _model_axis(
+  devices: Sequence[jax.Device], per_slice: int, num_heads: int | None
+) -> int:
+  """Returns how many ways 'fsdp_tp' cuts matrices by default."""
+  chip = find_chip(devices[0].device_kind)
+  most = 2 if chip is None else chip.model_axis
+  if devices[0].platform == 'gpu':  # NVLink ends where the node ends
+    most = _gpus_per_node(devices)
+  while per_slice % most or (num_heads or most) % most:
+    most -= 1
+  return most
+
+
+def _slice(device: jax.Device) -> int:
+  # On GPUs JAX calls a node a slice; there any axis may span them.
+  if device.platform != 'tpu':
+    return 0
+  return getattr(device, 'slice_index', None) or 0
+
+
+def _gpus_per_node(devices: Sequence[jax.Device]) -> int:
+  """Returns how many GPUs NVLink joins, with one process a node or a GPU."""
+
+  def node(device: jax.Device) -> int:
+    index = getattr(device, 'slice_index', None)
+    return device.process_index if index is None else index
+
+  return sum(node(device) == node(devices[0]) for device in devices)
+
+
+def make_mesh(
+  config: MeshConfig,
+  devices: Sequence[jax.Device] | None = None,
+  **hints: Any,
+) -> Mesh:
+  """Returns a ('data', 'fsdp', 'model') mesh over the given devices, or all.
+
+  Args:
+    config: what the user wrote, resolved or not.
+    devices: all of them by default.
+    **hints: see `resolve`.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  config = resolve(config, devices, **hints)
+  sizes = [getattr(config, name) for name in MESH_AXES]
+  _check_nvlink(config, devices)
+  num_slices = config.num_slices or 1
+  per_slice = [sizes[0] // num_slices, *sizes[1:]]
+  groups = _groups(devices, num_slices)
+  array = np.stack([_arrange(per_slice, group) for group in groups])
+  # Since jax 0.9 the default axis type is Explicit, under which ordinary
+  # sharding constraints change their meaning.
+  return Mesh(array.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _groups(
+  devices: Sequence[jax.Device], num_slices: int
+) -> list[list[jax.Device]]:
+  """Returns the devices of each slice.
+
+  Devices that know of no slices (CPUs standing in for TPUs) are cut in order.
+  """
+  ordered = sorted(devices, key=_slice)
+  size = len(devices) // num_slices
+  return [ordered[i * size : (i + 1) * size] for i in range(num_slices)]
+
+
+def _arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Lays mesh axes along the torus of one slice; in order elsewhere."""
+  if devices[0].platform != 'tpu':
+    ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+    return np.array(ordered).reshape(shape)
+  try:
+    return mesh_utils.create_device_mesh(shape, devices)
+  except NotImplementedError:
+    # Some sizes fit no product of whole torus dims.
+    log.warning('the mesh %s cuts through the torus of the slice', shape)
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+
+
+def _check_nvlink(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
+  """Refuses a model axis that crosses nodes unevenly (as T5X does)."""
+  if devices[0].platform != 'gpu':
+    return
+  local = _gpus_per_node(devices)
+  model = config.model or 1
+  if model % local and local % model:
+    raise UsageError(
+      f'MeshConfig.model={model} is neither a factor nor a multiple of the '
+      f'{local} GPUs of a node.'
+    )
+
+
+# ---- Batches ----
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a batch: its leading dim over all data axes."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+  """Raises UsageError unless the batch divides over the mesh's data axes."""
+  ways = math.prod(mesh.shape[name] for name in BATCH_AXES)
+  if batch_size % ways:
+    raise UsageError(
+      f'The batch size {batch_size} does not divide over the mesh: data x '
+      f'fsdp is {ways}; use a multiple of {ways} or another mesh.'
+    )
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh):
+  """Turns this host's rows into arrays over the whole mesh.
+
+  Args:
+    batch: arrays with a leading batch dim, this process's share of it.
+    mesh: the mesh.
+  """
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array)
+    for name, array in batch.items()
+  }

@@ -1,0 +1,198 @@
+"""The convert program: a checkpoint in, the same numbers in another form out.
+
+Everything is checked before anything is written, and what is written gets its
+name only once it is whole.
+"""
+
+import dataclasses
+import logging
+import sys
+from typing import TextIO
+
+from etils import epath
+
+from t5x_lite.data import vocabularies
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import (
+  assignment,
+  export,
+  hf,
+  hf_export,
+  moments,
+  names,
+)
+from t5x_lite.interop.source import FORMATS, Source, open_source
+from t5x_lite.interop.tensors import Tensors
+from t5x_lite.models.config import T5Config
+
+log = logging.getLogger(__name__)
+
+
+def convert(
+  *,
+  source: str,
+  destination: str,
+  to: str = 't5x_lite',
+  dtype: str | None = None,
+  vocabulary: str | None = None,
+  scan_layers: bool = True,
+  assignment_map: assignment.AssignmentMap = (),
+  strict: bool = True,
+  optimizer_state: bool = True,
+  shard_bytes: int = hf_export.SHARD_BYTES,
+  dry_run: bool = False,
+) -> str:
+  """Converts a checkpoint and returns the directory written.
+
+  Memory holds one tensor at a time; a scanned T5X array counts as one.
+
+  Args:
+    source: a folder of t5x_lite, transformers or T5X, one of its steps, or the
+      name of a model on the Hugging Face hub; the format is detected.
+    destination: the directory to write; it must not exist yet.
+    to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a
+      model_dir with a legacy checkpoint).
+    dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; by
+      default as they are in the source.
+    vocabulary: a SentencePiece model file, 't5' for the official one, 'byte',
+      or 'none' for ids without text; by default what the source says.
+    scan_layers: of a t5x_lite model: layers stacked in one array.
+    assignment_map: see `assignment.assign`.
+    strict: likewise.
+    optimizer_state: carry Adafactor's second moments over, between t5x_lite
+      and T5X, where every tensor is loaded under its own name.
+    shard_bytes: most bytes of one file of format 'hf'.
+    dry_run: list how names map and write nothing.
+
+  Raises:
+    UsageError: if the source cannot be read, misses a tensor, or the target
+      format has no such model. Nothing is left behind then.
+  """
+  if to not in FORMATS:
+    raise UsageError(f'convert.to is {to!r}; allowed are {", ".join(FORMATS)}')
+  if shard_bytes < 1:
+    raise UsageError(f'convert.shard_bytes is {shard_bytes}; it counts bytes')
+  opened = open_source(source)
+  target = epath.Path(destination)
+  export.check_destination(target)
+  cfg = opened.config.replace(scan_layers=scan_layers)
+  dtype = dtype or _stored_dtype(opened)
+  if dtype not in hf.SHORT_DTYPES:
+    raise UsageError(
+      f'convert.dtype is {dtype!r}; allowed are {", ".join(hf.SHORT_DTYPES)}'
+    )
+  cfg = cfg.replace(param_dtype=dtype)
+  tensors, report = assignment.assign(
+    opened, cfg, assignment_map=assignment_map, strict=strict
+  )
+  opened = dataclasses.replace(
+    opened, vocabulary=_vocabulary(vocabulary, opened)
+  )
+  export.check_target(cfg, to)
+  if dry_run:
+    _print_mapping(opened, tensors, cfg, to, report, sys.stdout)
+    return destination
+  for line in _remarks(opened, cfg, to):
+    log.warning('%s', line)
+  carried: moments.Moments = {}
+  if optimizer_state and to != 'hf' and not assignment_map:
+    carried = opened.read_moments()
+  export.write(
+    target,
+    tensors=tensors,
+    cfg=cfg,
+    to=to,
+    vocabulary=opened.vocabulary,
+    step=opened.step,
+    second_moments=carried,
+    lengths=opened.lengths,
+    origin=source,
+    shard_bytes=shard_bytes,
+  )
+  log.info('%s: %s', destination, report.summary())
+  return destination
+
+
+def _stored_dtype(source: Source) -> str:
+  """Returns what most numbers are stored in, of the three there are here."""
+  sizes: dict[str, int] = {}
+  for tensor in source.tensors.values():
+    sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.size
+  name = max(sizes, key=lambda key: sizes[key])
+  return name if name in hf.SHORT_DTYPES else 'float32'
+
+
+def _vocabulary(name: str | None, source: Source) -> VocabularyConfig | None:
+  """Returns the vocabulary that is asked for, checked against the model."""
+  if name is None:
+    config = source.vocabulary
+  elif name == 'none':
+    config = None
+  elif name == 't5':
+    config = VocabularyConfig()
+  elif name == 'byte':
+    config = VocabularyConfig(kind='byte')
+  else:
+    config = VocabularyConfig(path=name)
+  if config is not None:
+    size = vocabularies.make_vocabulary(config).vocab_size
+    if size > source.config.vocab_size:
+      raise UsageError(
+        f'the vocabulary has {size} ids, the embedding of {source.path} only '
+        f'{source.config.vocab_size} rows; name another with --vocabulary'
+      )
+  return config
+
+
+def _remarks(source: Source, cfg: T5Config, to: str) -> list[str]:
+  """Returns what a user should know before relying on the result."""
+  lines = []
+  if source.vocabulary is None:
+    lines.append(
+      'no vocabulary: the result has ids but no text; name one with '
+      '--vocabulary'
+    )
+  scaled = cfg.scale_logits
+  if scaled is None:
+    scaled = cfg.logits_via_embedding
+  if to == 'hf' and cfg.relpos_per_layer and not scaled:
+    lines.append(
+      "transformers 5 multiplies every umT5's logits by d_model**-0.5, those "
+      'of the published models too, which have no such factor: greedy outputs '
+      'are equal, probabilities are not'
+    )
+  return lines
+
+
+def _print_mapping(
+  source: Source,
+  tensors: Tensors,
+  cfg: T5Config,
+  to: str,
+  report: assignment.Report,
+  out: TextIO,
+) -> None:
+  """Prints one line a tensor: from where, its shape, to where."""
+  places = {
+    'hf': names.hf_name,
+    't5x': lambda name: (
+      'target/'
+      + (
+        names.t5x_scanned_name(name)[0]
+        if cfg.relpos_per_layer
+        else names.t5x_name(name, cfg)
+      )
+    ),
+    't5x_lite': lambda name: name,
+  }[to]
+  for name, tensor in tensors.items():
+    shape = 'x'.join(map(str, tensor.shape))
+    print(f'{tensor.origin} -> {places(name)} [{shape}]', file=out)
+  for name in report.skipped:
+    print(f'{name} -> skipped', file=out)
+  count = sum(tensor.size for tensor in tensors.values())
+  print(f'{source.format} -> {to}: {report.summary()}', file=out)
+  print(f'{count:,} parameters as {cfg.param_dtype}', file=out)
+  for line in _remarks(source, cfg, to):
+    print(line, file=out)

@@ -1,0 +1,323 @@
+"""The infer program: a prediction for every line of a file, as it goes.
+
+Reads text, TSV or JSONL and writes one JSON object a line, in the order of the
+input. No TensorFlow: it starts in a few seconds.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
+
+import jax
+
+from t5x_lite.data import vocabularies
+from t5x_lite.decoding import prediction
+from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.runs import checkpoints, progress, run_directory
+
+log = logging.getLogger(__name__)
+
+FORMATS = ('auto', 'text', 'tsv', 'jsonl')
+_ENDINGS = {'.tsv': 'tsv', '.jsonl': 'jsonl', '.json': 'jsonl'}
+# Names under which a JSON object's input is looked for, best first.
+_FIELDS = ('input', 'inputs', 'text')
+# Relative positions reach as far as one likes, memory does not.
+MAX_INPUT_LENGTH = 1024
+REPORT_SECONDS = 10.0
+
+
+def infer(
+  *,
+  model: str,
+  input: str,
+  output: str,
+  input_format: str = 'auto',
+  field: str = '',
+  prefix: str = '',
+  batch_size: int = 32,
+  max_input_length: int = MAX_INPUT_LENGTH,
+  max_decode_length: int | None = None,
+  decoding: DecodingConfig | None = None,
+  mesh: MeshConfig | None = None,
+  seed: int = 0,
+  resume: bool = False,
+) -> int:
+  """Predicts for every line of a file and returns how many were written.
+
+  Args:
+    model: a run directory, or one STEP directory of its checkpoints.
+    input: the file to read; '-' is standard input.
+    output: the JSONL file to write, {'input', 'prediction', 'score'} a line,
+      the score being the prediction's log-probability; '-' is standard output.
+      An existing file is replaced, unless resume says to continue it.
+    input_format: 'text' (a line is an input), 'tsv' (its first column is) or
+      'jsonl' (a field of its object is); 'auto' goes by the file's ending.
+    field: the JSON field, or the number of the TSV column counted from 0; by
+      default 'input', 'inputs' or 'text', and column 0.
+    prefix: put before every input, such as 'pronounce: '.
+    batch_size: lines decoded at a time.
+    max_input_length: tokens; what is longer is truncated and says so.
+    max_decode_length: tokens; as long as the training targets by default.
+    decoding: how tokens are chosen; greedy by default.
+    mesh: how devices are arranged; decided by their number by default.
+    seed: of sampling.
+    resume: continue an output that was interrupted.
+
+  Raises:
+    UsageError: if the model, the input or a line of it cannot be read. A file
+      is read through before anything is written.
+  """
+  # ---- Check everything that can be checked before any work ----
+  for name, value in (
+    ('batch_size', batch_size),
+    ('max_input_length', max_input_length),
+  ):
+    if value < 1:
+      raise UsageError(f'infer.{name} is {value}; it must be at least 1')
+  read = make_reader(input, input_format, field)
+  _check_paths(input, output, resume)
+  num_lines = None
+  if input != '-':
+    num_lines = sum(1 for _ in read_lines(input, read))
+  run = run_directory.load_run(model)
+
+  # ---- Model ----
+  decoding = decoding or DecodingConfig(
+    max_decode_length=run.lengths.get('targets', 128)
+  )
+  if max_decode_length is not None:
+    decoding = dataclasses.replace(
+      decoding, max_decode_length=max_decode_length
+    )
+  device_mesh, rules = prediction.mesh_and_rules(run.model, mesh)
+  predictor = prediction.Predictor(
+    run.model,
+    mesh=device_mesh,
+    rules=rules,
+    decoding=decoding,
+    batch_size=batch_size,
+    max_input_length=max_input_length,
+    seed=seed,
+  )
+  vocabulary = vocabularies.make_vocabulary(run.vocabulary)
+  params = checkpoints.load_params(run.checkpoint, predictor.abstract_params)
+  log.info('predicting with %s', run.checkpoint)
+
+  # ---- Loop ----
+  done, truncated = 0, 0
+  start = report = time.monotonic()
+  with contextlib.ExitStack() as stack:
+    lines = enumerate(read_lines(input, read))
+    write = _no_writer
+    if jax.process_index() == 0:
+      if resume:
+        done = _resume(output, read_lines(input, read), predictor.batch_size)
+        log.info('continues %s after line %d', output, done)
+      write = stack.enter_context(_open_output(output, append=bool(done)))
+    lines = itertools.islice(lines, done, None)
+    for batch in _batches(lines, predictor.batch_size):
+      rows, cut = [], []
+      for _, text in batch:
+        ids = vocabulary.encode(prefix + text)
+        cut.append(len(ids) >= max_input_length)
+        # EOS takes the last place: the model saw no input without one.
+        rows.append([*ids[: max_input_length - 1], vocabulary.eos_id])
+      index = batch[0][0] // predictor.batch_size
+      outputs, scores = predictor.predict(params, rows, index=index)
+      for i, (number, text) in enumerate(batch):
+        entry: dict[str, Any] = {'input': text}
+        entry['prediction'] = vocabulary.decode(outputs[i])
+        entry['score'] = round(scores[i], 6)
+        if cut[i]:
+          entry['truncated'] = True
+          if not truncated:
+            log.warning(
+              'line %d is longer than max_input_length=%d tokens and was '
+              'truncated; such lines have "truncated": true',
+              number + 1,
+              max_input_length,
+            )
+          truncated += 1
+        write(entry)
+      done += len(batch)
+      if time.monotonic() > report:
+        of = '' if num_lines is None else f' of {num_lines}'
+        log.info('line %d%s', done, of)
+        report = time.monotonic() + REPORT_SECONDS
+  seconds = time.monotonic() - start
+  log.info(
+    '%d lines in %s%s',
+    done,
+    progress.format_duration(seconds),
+    f', {truncated} of them truncated' if truncated else '',
+  )
+  return done
+
+
+# ---- Reading ----------------------------------------------------------------
+
+
+def make_reader(
+  path: str, input_format: str, field: str
+) -> Callable[[str], str]:
+  """Returns what turns a line into an input; it raises ValueError if it cannot.
+
+  Raises:
+    UsageError: if there is no such format or column.
+  """
+  if input_format not in FORMATS:
+    raise UsageError(
+      f'input_format={input_format!r} is not one of {", ".join(FORMATS)}'
+    )
+  if input_format == 'auto':
+    ending = os.path.splitext(path)[1].lower()
+    input_format = _ENDINGS.get(ending, 'text')
+  if input_format == 'jsonl':
+    return lambda line: _from_json(line, field)
+  if input_format == 'tsv':
+    if field and not field.isdigit():
+      raise UsageError(
+        f'field={field!r} must be the number of a TSV column, counted from 0'
+      )
+    return lambda line: _from_tsv(line, int(field or 0))
+  return lambda line: line
+
+
+def _from_json(line: str, field: str) -> str:
+  try:
+    value = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'is not JSON ({error.msg})') from error
+  if isinstance(value, dict):
+    names = (field,) if field else _FIELDS
+    found = [name for name in names if name in value]
+    if not found:
+      raise ValueError(f'has no field {" or ".join(map(repr, names))}')
+    value = value[found[0]]
+  if not isinstance(value, str):
+    raise ValueError(f'has {type(value).__name__} where a text should be')
+  return value
+
+
+def _from_tsv(line: str, column: int) -> str:
+  columns = line.split('\t')
+  if column >= len(columns):
+    raise ValueError(f'has {len(columns)} columns, so no column {column}')
+  return columns[column]
+
+
+def read_lines(path: str, read: Callable[[str], str]) -> Iterator[str]:
+  """Yields the input of every line.
+
+  Raises:
+    UsageError: naming the file and line that cannot be read.
+  """
+  name = 'standard input' if path == '-' else path
+  with contextlib.ExitStack() as stack:
+    file: Iterable[bytes] = sys.stdin.buffer
+    if path != '-':
+      file = stack.enter_context(open(path, 'rb'))
+    for number, line in enumerate(file, start=1):
+      try:
+        text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
+        yield read(text.removesuffix('\n').removesuffix('\r'))
+      except UnicodeDecodeError as error:
+        raise UsageError(
+          f'{name}:{number} is not UTF-8 text ({error.reason})'
+        ) from error
+      except ValueError as error:
+        raise UsageError(f'{name}:{number} {error}') from error
+
+
+def _batches(
+  lines: Iterable[tuple[int, str]], size: int
+) -> Iterator[list[tuple[int, str]]]:
+  iterator = iter(lines)
+  while batch := list(itertools.islice(iterator, size)):
+    yield batch
+
+
+# ---- Writing ----------------------------------------------------------------
+
+
+def _check_paths(path: str, output: str, resume: bool) -> None:
+  """Refuses paths that would fail, or destroy the input, after minutes."""
+  if path != '-' and not os.path.isfile(path):
+    raise UsageError(f'no such input file: {path}')
+  if path == '-' and jax.process_count() > 1:
+    raise UsageError('with several processes the input must be a file')
+  if output == '-':
+    if resume:
+      raise UsageError('standard output cannot be resumed: name a file')
+    return
+  if resume and path == '-':
+    raise UsageError('standard input cannot be resumed: name a file')
+  folder = os.path.dirname(output) or '.'
+  if not os.path.isdir(folder):
+    raise UsageError(f'no such directory for the output: {folder}')
+  if os.path.isdir(output):
+    raise UsageError(f'the output {output} is a directory: name a file')
+  if os.path.exists(output) and path != '-' and os.path.samefile(path, output):
+    raise UsageError(f'input and output are the same file: {path}')
+
+
+def _no_writer(entry: dict[str, Any]) -> None:
+  """What processes other than the first do with predictions."""
+
+
+@contextlib.contextmanager
+def _open_output(
+  path: str, *, append: bool
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+  """Yields a function that writes one object, at once."""
+  with contextlib.ExitStack() as stack:
+    file: TextIO = sys.stdout
+    if path != '-':
+      mode = 'a' if append else 'w'
+      file = stack.enter_context(open(path, mode, encoding='utf-8'))
+
+    def write(entry: dict[str, Any]) -> None:
+      file.write(json.dumps(entry, ensure_ascii=False) + '\n')
+      file.flush()
+
+    yield write
+
+
+def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
+  """Cuts an output back to whole batches; returns how many lines are kept.
+
+  Whole batches, so that what follows is decoded in the same company as in a
+  run without interruption.
+
+  Raises:
+    UsageError: if the output belongs to another input.
+  """
+  if not os.path.exists(path):
+    return 0
+  ends = [0]  # byte offset after each good line
+  with open(path, 'rb') as file:
+    for line, text in zip(file, inputs, strict=False):
+      try:
+        written = json.loads(line)['input'] if line.endswith(b'\n') else None
+      except (json.JSONDecodeError, KeyError, TypeError):
+        written = None
+      if written is None:
+        break
+      if written != text:
+        raise UsageError(
+          f'{path}:{len(ends)} is not the prediction of line {len(ends)} of '
+          'this input: leave out resume to start over'
+        )
+      ends.append(ends[-1] + len(line))
+  kept = (len(ends) - 1) // batch_size * batch_size
+  os.truncate(path, ends[kept])
+  return kept

@@ -1,0 +1,398 @@
+"""Searches mesh, remat policy and microbatches for an experiment and hardware.
+
+A model of memory and time throws away what cannot work and ranks the rest; the
+compiler judges the best few and what the experiment itself says.
+"""
+
+import dataclasses
+import functools
+import json as json_lib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from t5x_lite.compiler import cost_model
+from t5x_lite.compiler.cost_model import Setup
+from t5x_lite.compiler.step_programs import BatchSpec
+from t5x_lite.data.config import DatasetConfig, batch_spec
+from t5x_lite.errors import UsageError
+from t5x_lite.models import t5
+from t5x_lite.models.config import REMAT_POLICIES, T5Config
+from t5x_lite.parallel import partitioning
+from t5x_lite.parallel.hardware import Chip, find_chip
+from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
+from t5x_lite.programs import precompile
+from t5x_lite.runs import size_report
+from t5x_lite.training import optimizers
+from t5x_lite.training.losses import LossConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+
+log = logging.getLogger(__name__)
+
+# Predictions are this far off; what is predicted to fill more is not tried.
+_MEMORY_MARGIN = 0.92
+_MOST_MICROBATCHES = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+  """One way to run the experiment, and what is predicted of it.
+
+  Attributes:
+    sizes: of the mesh axes.
+    remat_policy: of the model.
+    num_microbatches: parts that a batch is cut into.
+    peak_bytes: predicted, per device.
+    seconds: predicted times of a step, by what takes them.
+    written: it is what the experiment itself says.
+  """
+
+  sizes: Mapping[str, int]
+  remat_policy: str
+  num_microbatches: int
+  peak_bytes: float
+  seconds: Mapping[str, float]
+  written: bool = False
+
+  @property
+  def setting(self) -> tuple[Any, ...]:
+    """What distinguishes it."""
+    sizes = tuple(self.sizes[name] for name in MESH_AXES)
+    return (*sizes, self.remat_policy, self.num_microbatches)
+
+  @property
+  def rank(self) -> tuple[float, float]:
+    """Sorts the best first."""
+    return _rank(self.seconds)
+
+
+def _rank(seconds: Mapping[str, float]) -> tuple[float, float]:
+  """The time that bounds a step; among equals, what all of them add up to."""
+  return float(f'{max(seconds.values()):.3g}'), sum(seconds.values())
+
+
+def plan(
+  *,
+  model: T5Config,
+  dataset: DatasetConfig,
+  optimizer: OptimizerConfig,
+  total_steps: int = 1_000_000,
+  loss: LossConfig | None = None,
+  mesh: MeshConfig | None = None,
+  num_microbatches: int = 1,
+  topology: str,
+  num_slices: int = 1,
+  num_compiles: int = 3,
+  json: bool = False,
+  output: str = '',
+) -> dict[str, Any]:
+  """Finds how to run an experiment on a topology, and prints a ranked table.
+
+  Args:
+    model: the architecture; its remat policy is searched.
+    dataset: only its shapes are used.
+    optimizer: and its schedule.
+    total_steps: of the experiment.
+    loss: what is minimised.
+    mesh: as the experiment has it; its sizes are searched, the rest is kept.
+    num_microbatches: as the experiment has it; searched.
+    topology: a TPU slice such as 'v5p:8x8x8'.
+    num_slices: slices of that topology.
+    num_compiles: candidates that the compiler judges, beside the experiment's
+      own settings.
+    json: print the result as one JSON object on the last line.
+    output: gin file to write the winning bindings to.
+
+  Returns:
+    'winner' (None if nothing fits) and 'table', best first.
+
+  Raises:
+    UsageError: if the topology is not known.
+    DoesNotFitError: if nothing was found that fits.
+  """
+  if num_compiles < 1:
+    raise UsageError(f'--num_compiles={num_compiles} must be at least 1')
+  devices = precompile.find_devices(topology, num_slices)
+  chip = find_chip(devices[0].device_kind)
+  if chip is None:
+    raise UsageError(
+      f'--topology={topology}: nothing is known about the speed and memory of '
+      f'{devices[0].device_kind!r}'
+    )
+  loss, mesh = loss or LossConfig(), mesh or MeshConfig()
+  mesh = dataclasses.replace(mesh, num_slices=mesh.num_slices or num_slices)
+  search = Search(
+    model=model,
+    batch=batch_spec(dataset),
+    optimizer=optimizer,
+    loss=loss,
+    mesh=mesh,
+    num_slices=num_slices,
+    chip=chip,
+  )
+  candidates = search.candidates(len(devices))
+  fitting = [
+    c for c in candidates if c.peak_bytes <= _MEMORY_MARGIN * chip.hbm_bytes
+  ]
+  log.info('%d candidates, %d predicted to fit', len(candidates), len(fitting))
+  chosen = _choose(fitting or candidates[:1], num_compiles)
+  written = search.written(devices, num_microbatches)
+  if written is not None:
+    same = [c for c in chosen if c.setting == written.setting]
+    chosen = [written, *(c for c in chosen if c not in same)]
+
+  rows = []
+  for i, candidate in enumerate(chosen):
+    log.info('compiling %d of %d: %s', i + 1, len(chosen), candidate.setting)
+    report, _ = precompile.compile_step(
+      model=model.replace(remat_policy=candidate.remat_policy),
+      batch=batch_spec(dataset),
+      optimizer=optimizer,
+      total_steps=total_steps,
+      loss=loss,
+      mesh=with_sizes(mesh, candidate.sizes),
+      num_microbatches=candidate.num_microbatches,
+      topology=topology,
+      num_slices=num_slices,
+    )
+    rows.append(_row(candidate, report))
+  rows.sort(key=lambda row: (not row['fits'], row['rank']))
+  winner = rows[0] if rows[0]['fits'] else None
+  result = {
+    'topology': topology,
+    'num_slices': num_slices,
+    'devices': len(devices),
+    'candidates': len(candidates),
+    'winner': winner,
+    'table': rows,
+  }
+  print(format_table(rows))
+  if winner is not None:
+    bindings = gin_bindings(winner)
+    print(bindings, end='')
+    if output:
+      epath.Path(output).write_text(bindings)
+  if json:
+    print(json_lib.dumps(result), flush=True)
+  if winner is None:
+    raise precompile.DoesNotFitError
+  return result
+
+
+def with_sizes(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
+  """Returns the config with other sizes and the same rules."""
+  return dataclasses.replace(
+    mesh,
+    preset='auto',
+    num_partitions=None,
+    parameter_dims=2,
+    data=sizes['data'],
+    fsdp=sizes['fsdp'],
+    model=sizes['model'],
+  )
+
+
+def _choose(
+  candidates: Sequence[Candidate], num_compiles: int
+) -> list[Candidate]:
+  """Returns the best ones, at most one a mesh: small changes teach little."""
+  chosen: dict[tuple[Any, ...], Candidate] = {}
+  for candidate in candidates:
+    chosen.setdefault(candidate.setting[:3], candidate)
+  return list(chosen.values())[:num_compiles]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+  """What stays the same over all candidates."""
+
+  model: T5Config
+  batch: BatchSpec
+  optimizer: OptimizerConfig
+  loss: LossConfig
+  mesh: MeshConfig
+  num_slices: int
+  chip: Chip
+
+  @property
+  def batch_size(self) -> int:
+    """Rows of a global batch."""
+    return next(iter(self.batch.values()))[0][0]
+
+  @functools.cached_property
+  def _trees(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Shapes and logical axes of parameters and of the optimizer's state."""
+    _, shapes, axes = t5.abstract_params(self.model)
+    tx = optimizers.make_optimizer(self.optimizer, axes, shapes)
+    opt_axes = optimizers.opt_state_axes(tx, shapes, axes)
+    return (shapes, axes), (jax.eval_shape(tx.init, shapes), opt_axes)
+
+  def candidates(self, num_devices: int) -> list[Candidate]:
+    """Returns all candidates, the best predicted first."""
+    found = []
+    for sizes in self._meshes(num_devices):
+      state, params = self._state_bytes(sizes)
+      rows = self.batch_size // (sizes['data'] * sizes['fsdp'])
+      for policy in REMAT_POLICIES:
+        for parts in range(1, min(rows, _MOST_MICROBATCHES) + 1):
+          if rows % parts == 0:
+            found.append(self._predict(sizes, policy, parts, state, params))
+    return sorted(found, key=lambda candidate: candidate.rank)
+
+  def written(
+    self, devices: Sequence[jax.Device], num_microbatches: int
+  ) -> Candidate | None:
+    """Returns what the experiment says, unless it leaves that to 'auto'."""
+    if self.mesh.preset == 'auto' and not any(
+      getattr(self.mesh, name) for name in (*MESH_AXES, 'num_partitions')
+    ):
+      return None
+    resolved = partitioning.resolve(
+      self.mesh, devices, num_heads=self.model.num_heads
+    )
+    sizes = {name: getattr(resolved, name) for name in MESH_AXES}
+    candidate = self._predict(
+      sizes,
+      self.model.remat_policy,
+      num_microbatches,
+      *self._state_bytes(sizes),
+    )
+    return dataclasses.replace(candidate, written=True)
+
+  def _meshes(self, num_devices: int) -> Iterator[dict[str, int]]:
+    """Yields meshes on which the batch divides and heads are not cut."""
+    per_slice = num_devices // self.num_slices
+    for model in _divisors(per_slice):
+      if self.model.num_heads % model or model > 4 * self.chip.model_axis:
+        continue
+      for fsdp in _divisors(per_slice // model):
+        data = num_devices // (model * fsdp)
+        if self.batch_size % (data * fsdp) == 0:
+          yield {'data': data, 'fsdp': fsdp, 'model': model}
+
+  def _state_bytes(self, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Returns bytes per device of all of the state, and of parameters."""
+    trees = self._trees
+    rules = partitioning.logical_axis_rules(with_sizes(self.mesh, sizes))
+
+    def total(shapes: Any, axes: Any) -> int:
+      leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+      return sum(
+        _shard_bytes(path, leaf, names, sizes, rules)
+        for (path, leaf), names in zip(
+          leaves, treedef.flatten_up_to(axes), strict=True
+        )
+      )
+
+    params, opt_state = (total(shapes, axes) for shapes, axes in trees)
+    if self.mesh.offload_optimizer:
+      opt_state = 0
+    return params + opt_state, params
+
+  def _predict(
+    self,
+    sizes: Mapping[str, int],
+    policy: str,
+    num_microbatches: int,
+    state_bytes: int,
+    params_bytes: int,
+  ) -> Candidate:
+    setup = Setup(
+      model=self.model.replace(remat_policy=policy),
+      batch=self.batch,
+      sizes=sizes,
+      num_microbatches=num_microbatches,
+      chunk=self.loss.chunk,
+      state_bytes=state_bytes,
+      params_bytes=params_bytes,
+      num_slices=self.num_slices,
+    )
+    return Candidate(
+      sizes=sizes,
+      remat_policy=policy,
+      num_microbatches=num_microbatches,
+      peak_bytes=cost_model.memory(setup).total,
+      seconds=cost_model.seconds(setup, self.chip),
+    )
+
+
+def _divisors(number: int) -> list[int]:
+  return [i for i in range(1, number + 1) if number % i == 0]
+
+
+def _shard_bytes(path, leaf, names, sizes, rules) -> int:
+  where = jax.tree_util.keystr(path, simple=True, separator='/')
+  cut = partitioning.spec(names, leaf.shape, sizes, rules, where)
+  count = 1
+  for dim, axes in zip(leaf.shape, cut, strict=True):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    count *= dim // math.prod(sizes[axis] for axis in axes)
+  return count * leaf.dtype.itemsize
+
+
+# ---- The result ----
+
+
+def _row(candidate: Candidate, report: Mapping[str, Any]) -> dict[str, Any]:
+  seconds = report['roofline']
+  return {
+    'mesh': dict(candidate.sizes),
+    'remat_policy': candidate.remat_policy,
+    'num_microbatches': candidate.num_microbatches,
+    'written': candidate.written,
+    'fits': report['fits'],
+    'predicted_peak_bytes': int(candidate.peak_bytes),
+    'compiled_peak_bytes': report['peak_bytes_per_device'],
+    'hbm_bytes': report['hbm_bytes_per_device'],
+    'predicted_step_seconds': max(candidate.seconds.values()),
+    'roofline_step_seconds': report['roofline_step_seconds'],
+    'bound': report['bound'],
+    'compile_seconds': report['compile_seconds'],
+    'rank': _rank(seconds),
+  }
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the candidates as a table, best first."""
+  size = size_report.format_bytes
+  lines = [
+    f'{"":2}{"data":>6}{"fsdp":>6}{"model":>6}  {"remat":<11}{"parts":>5}'
+    f'{"predicted peak":>16}{"compiled peak":>16}{"predicted":>11}'
+    f'{"roofline":>11}  bound'
+  ]
+  for i, row in enumerate(rows):
+    mesh = ''.join(f'{row["mesh"][name]:>6}' for name in MESH_AXES)
+    verdict = row['bound'] if row['fits'] else 'DOES NOT FIT'
+    note = '  (as written)' if row['written'] else ''
+    lines.append(
+      f'{i + 1:<2}{mesh}  {row["remat_policy"]:<11}'
+      f'{row["num_microbatches"]:>5}{size(row["predicted_peak_bytes"]):>16}'
+      f'{size(row["compiled_peak_bytes"]):>16}'
+      f'{1e3 * row["predicted_step_seconds"]:>8.0f} ms'
+      f'{1e3 * row["roofline_step_seconds"]:>8.0f} ms  {verdict}{note}'
+    )
+  return '\n'.join(lines)
+
+
+def gin_bindings(row: Mapping[str, Any]) -> str:
+  """Returns a gin file with a row's settings, for after the experiment's."""
+  mesh = '\n'.join(f'  {name} = {row["mesh"][name]}' for name in MESH_AXES)
+  return f"""from __gin__ import dynamic_registration
+
+from t5x_lite.models import config as models
+from t5x_lite.parallel import partitioning
+from t5x_lite.programs import train
+
+partitioning.MeshConfig:
+  preset = 'auto'
+  num_partitions = None
+  parameter_dims = 2
+{mesh}
+
+models.T5Config.remat_policy = {row['remat_policy']!r}
+train.train.num_microbatches = {row['num_microbatches']}
+"""

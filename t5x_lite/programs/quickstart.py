@@ -1,0 +1,174 @@
+"""The quickstart program: a T5 learns real text and real tasks, start to end.
+
+Pretraining, fine-tuning from it, evaluation on the test splits, predictions
+beside their references and a picture of the loss curves. The sizes are the gin
+file's; this is only the order of things.
+
+  OUTPUT_DIR/            the fine-tuned run: `t5x-lite infer --model OUTPUT_DIR`
+  OUTPUT_DIR/pretrain/   the pretraining run
+  OUTPUT_DIR/test/       metrics.json, and TASK.jsonl with every prediction
+  OUTPUT_DIR/results.json, loss_curves.png
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from t5x_lite.data.config import DatasetConfig
+from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.evaluation import evaluators
+from t5x_lite.parallel import distributed
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.programs import evaluate
+from t5x_lite.runs import metric_writers, progress
+from t5x_lite.runs.checkpoints import CheckpointConfig
+
+log = logging.getLogger(__name__)
+
+RESULTS_FILE = 'results.json'
+CURVES_FILE = 'loss_curves.png'
+
+
+def quickstart(
+  *,
+  pretrain: Callable[..., Any],
+  finetune: Callable[..., Any],
+  test: Sequence[DatasetConfig],
+  output_dir: str = 'runs/quickstart',
+  finetune_checkpoint: CheckpointConfig | None = None,
+  mesh: MeshConfig | None = None,
+  decoding: DecodingConfig | None = None,
+  num_examples: int | None = None,
+  num_shown: int = 3,
+) -> dict[str, Any] | None:
+  """Runs all phases; one that is finished is not run again.
+
+  Args:
+    pretrain: `train` with everything bound but model_dir.
+    finetune: the same, and without checkpoint.
+    test: tasks or mixtures, at their test splits.
+    output_dir: becomes the fine-tuned run; see above for the rest.
+    finetune_checkpoint: its restore_path is set to the pretraining run.
+    mesh: devices of the test; all by default.
+    decoding: of the test; greedy by default.
+    num_examples: of each test task, the first this many; None for all.
+    num_shown: predictions of each task that are printed.
+
+  Returns:
+    What results.json holds, or None if a signal stopped a phase early.
+  """
+  pretrain_dir = os.path.join(output_dir, 'pretrain')
+  test_dir = os.path.join(output_dir, 'test')
+  checkpoint = dataclasses.replace(
+    finetune_checkpoint or CheckpointConfig(), restore_path=pretrain_dir
+  )
+  start = time.monotonic()
+  seconds: dict[str, float] = {}
+
+  def phase_ends(name: str) -> None:
+    seconds[name] = time.monotonic() - start - sum(seconds.values())
+    duration = progress.format_duration(seconds[name])
+    log.info('quickstart: %s took %s', name, duration)
+
+  # ---- Pretrain, fine-tune ----
+  with distributed.stop_signal() as stop:
+    state = pretrain(model_dir=pretrain_dir)
+    if state is None or stop.received:
+      return None
+    phase_ends('pretrain')
+    state = finetune(model_dir=output_dir, checkpoint=checkpoint)
+    if state is None or stop.received:
+      return None
+    phase_ends('finetune')
+
+  # ---- Test, show, draw ----
+  metrics = evaluate.evaluate(
+    model_dir=output_dir,
+    datasets=test,
+    output=test_dir,
+    mesh=mesh,
+    decoding=decoding,
+    num_examples=num_examples,
+  )
+  phase_ends('test')
+  results: dict[str, Any] = {'test': metrics, 'seconds': seconds}
+  if distributed.is_primary():
+    show_predictions(test_dir, list(metrics), num_shown)
+    draw_losses(
+      {'pretraining': pretrain_dir, 'fine-tuning': output_dir},
+      os.path.join(output_dir, CURVES_FILE),
+    )
+    phase_ends('report')
+    seconds['total'] = sum(seconds.values())
+    path = epath.Path(output_dir) / RESULTS_FILE
+    path.write_text(json.dumps(results, indent=2) + '\n')
+    print(f'\n{summary(results)}\n\nresults: {path}')
+    print(f'predict: t5x-lite infer --model {output_dir} --input FILE')
+  return results
+
+
+def summary(results: Mapping[str, Any]) -> str:
+  """Returns the test metrics and times as a few lines of text."""
+  lines = []
+  for task, metrics in results['test'].items():
+    shown = {k: v for k, v in metrics.items() if '/' not in k}
+    lines.append(f'{task:20} {evaluators.format_metrics(shown)}')
+  times = [
+    f'{name} {progress.format_duration(value)}'
+    for name, value in results['seconds'].items()
+  ]
+  return '\n'.join([*lines, f'{"time":20} {", ".join(times)}'])
+
+
+def show_predictions(directory: str, tasks: Sequence[str], num: int) -> None:
+  """Prints predictions from all over each task beside their references."""
+  for task in tasks:
+    print(f'\n{task}')
+    path = epath.Path(directory) / f'{task}.jsonl'
+    lines = path.read_text().splitlines()
+    for line in lines[:: -(-len(lines) // num)]:
+      entry = json.loads(line)
+      print(f'  input       {entry["input"]}')
+      print(f'  prediction  {entry["prediction"]}')
+      print(f'  reference   {entry["target"]}\n')
+
+
+def draw_losses(runs: Mapping[str, str], path: str) -> None:
+  """Writes a PNG of the training and evaluation losses of runs.
+
+  Args:
+    runs: run directory by title; each gets a panel.
+    path: the file to write.
+  """
+  from matplotlib import figure
+
+  # Not pyplot: that would look for a display.
+  canvas = figure.Figure(figsize=(5.5 * len(runs), 4), layout='constrained')
+  panels = canvas.subplots(1, len(runs), squeeze=False)[0]
+  for panel, (title, model_dir) in zip(panels, runs.items(), strict=True):
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in metric_writers.read_metrics(model_dir):
+      for name, value in entry.items():
+        is_loss = name == 'loss' or (
+          name.startswith('eval/') and name.endswith('/loss')
+        )
+        if is_loss and value is not None:
+          curves.setdefault(name, []).append((entry['step'], value))
+    for name, points in curves.items():
+      label = 'training' if name == 'loss' else name.removesuffix('/loss')
+      steps, values = zip(*points, strict=True)
+      style = '-' if name == 'loss' else 'o-'
+      panel.plot(steps, values, style, label=label, linewidth=1, markersize=3)
+    panel.set_title(title)
+    panel.set_xlabel('step')
+    panel.set_ylabel('loss (nats per token)')
+    panel.grid(alpha=0.3)
+    if curves:
+      panel.legend()
+  canvas.savefig(path, dpi=120)

@@ -1,0 +1,318 @@
+"""The train loop, from configuration to the last checkpoint, in one function.
+
+Reads top to bottom: check, mesh, data, start, compile, loop. There is no
+trainer class, since there is no second implementation. At the top of the loop
+`step` updates have been made; evaluation and checkpoints see that state, and
+only then does the iterator move.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from t5x_lite.compiler import flops, step_programs
+from t5x_lite.data.config import DatasetConfig, batch_spec
+from t5x_lite.data.rows import dataset_iterator as data
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.evaluation import evaluators
+from t5x_lite.interop import initial_checkpoint
+from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import distributed, partitioning
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.programs import start_checks
+from t5x_lite.runs import (
+  checkpoints,
+  metric_writers,
+  run_directory,
+  size_report,
+)
+from t5x_lite.runs.checkpoints import CheckpointConfig
+from t5x_lite.runs.progress import Progress, Window
+from t5x_lite.training.losses import LossConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.train_state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+  """The loss, the gradient or the parameters became NaN or infinite."""
+
+  exit_code = 4
+
+
+def train(
+  *,
+  model: T5Config,
+  vocabulary: VocabularyConfig,
+  dataset: DatasetConfig,
+  optimizer: OptimizerConfig,
+  model_dir: str,
+  total_steps: int,
+  loss: LossConfig | None = None,
+  mesh: MeshConfig | None = None,
+  checkpoint: CheckpointConfig | None = None,
+  train_eval: Sequence[DatasetConfig] = (),
+  infer_eval: Sequence[DatasetConfig] = (),
+  eval_period: int = 1000,
+  eval_steps: int | None = 20,
+  infer_eval_examples: int | None = None,
+  decoding: DecodingConfig | None = None,
+  stats_period: int = 100,
+  num_microbatches: int = 1,
+  seed: int = 0,
+  dry_run: bool = False,
+  summarize_config_fn: Callable[[str], None] | None = None,
+) -> TrainState | None:
+  """Trains a model and returns its last state.
+
+  Continues the run in `model_dir` if there is one. After SIGTERM it saves and
+  returns early, at the next step.
+
+  Args:
+    model: the architecture.
+    vocabulary: must be the tasks' own.
+    dataset: the training data; its batch size is global.
+    optimizer: and its learning-rate schedule.
+    model_dir: the run directory.
+    total_steps: updates in all, those of earlier starts of the run included.
+    loss: what is minimised.
+    mesh: how devices are arranged; decided by their number by default.
+    checkpoint: when to save, what to keep, where a new run starts from.
+    train_eval: teacher-forced evaluations, a mixture's task by task:
+      'eval/TASK/loss' and others.
+    infer_eval: evaluations of decoded text by the tasks' own metrics:
+      'infer_eval/TASK/METRIC'.
+    eval_period: steps between evaluations; the last step is evaluated too.
+    eval_steps: batches of each teacher-forced task; None for all.
+    infer_eval_examples: examples of each decoded task; None for all.
+    decoding: of infer_eval; greedy, as long as the targets, by default.
+    stats_period: steps that a line of training metrics averages over.
+    num_microbatches: parts that a batch is cut into to save memory.
+    seed: of parameters and dropout; the data has its own.
+    dry_run: print configuration, parameters, sharding and memory, write
+      nothing and return None.
+    summarize_config_fn: writes the resolved configuration into model_dir.
+
+  Raises:
+    UsageError: if the configuration cannot work; nothing is written then.
+    NonFiniteError: if training diverges; the last good checkpoint stays.
+    LostProcessError: if another process of the run has died.
+  """
+  loss, mesh = loss or LossConfig(), mesh or MeshConfig()
+  checkpoint = checkpoint or CheckpointConfig()
+  arguments = dict(locals())
+
+  # ---- What must fit together ----
+  for name in ('total_steps', 'eval_period', 'stats_period'):
+    start_checks.check_positive(f'train.{name}', arguments[name])
+  start_checks.check_model(model, vocabulary)
+  dataset, *evals = [
+    start_checks.resolve_dataset(one, model, vocabulary)
+    for one in (dataset, *train_eval, *infer_eval)
+  ]
+  train_eval, infer_eval = evals[: len(train_eval)], evals[len(train_eval) :]
+  start_checks.check_model_dir(model_dir, model, vocabulary)
+  new = None
+  if not checkpoints.has_checkpoint(model_dir):
+    new = initial_checkpoint.open_start(
+      checkpoint, model, vocabulary, seed=seed
+    )
+
+  # ---- The step, its mesh and abstract state: nothing is allocated yet ----
+  program = step_programs.train_program(
+    model=model,
+    optimizer=optimizer,
+    loss=loss,
+    batch=batch_spec(dataset),
+    mesh=mesh,
+    total_steps=total_steps,
+    num_microbatches=num_microbatches,
+  )
+  device_mesh, rules, spec, tx = (
+    program.mesh,
+    program.rules,
+    program.spec,
+    program.tx,
+  )
+  assert spec is not None and tx is not None
+  start_checks.check_batch(dataset, device_mesh, num_microbatches)
+
+  # ---- Compile the step ahead of time; report memory ----
+  make_key = jax.jit(
+    lambda: jax.random.key(seed),
+    out_shardings=partitioning.replicated(device_mesh),
+  )
+  key = make_key()
+  sharding = partitioning.batch_sharding(device_mesh)
+  _, batch_shapes, _ = program.arguments
+
+  def compile_step() -> jax.stages.Compiled:
+    began = time.monotonic()
+    compiled = program.lower().compile()
+    log.info('compiled in %.1f s', time.monotonic() - began)
+    return compiled
+
+  log.info('%s', size_report.parameter_summary(spec.shapes.params))
+  if dry_run:
+    size_report.print_dry_run(arguments, spec, device_mesh, compile_step())
+    return None
+
+  # ---- Input pipeline and evaluators: they check their tasks ----
+  shard, num_shards = distributed.data_shard(sharding, dataset.batch_size)
+  iterator = data.make_iterator(
+    dataset, process_index=shard, process_count=num_shards
+  )
+  evaluation = evaluators.Evaluators(
+    model,
+    vocabulary,
+    mesh=device_mesh,
+    rules=rules,
+    train_eval=train_eval,
+    infer_eval=infer_eval,
+    eval_steps=eval_steps,
+    infer_eval_examples=infer_eval_examples,
+    decoding=decoding,
+  )
+
+  with contextlib.ExitStack() as stack:
+    stack.callback(iterator.close)
+    # ---- Run directory: nothing is written before this line ----
+    primary = distributed.is_primary()
+    if primary:
+      stack.enter_context(run_directory.lock(model_dir))
+      run_directory.write_run(
+        model_dir,
+        model=model,
+        vocabulary=vocabulary,
+        lengths=dataset.lengths,
+        config=arguments,
+        texts={size_report.SHARDING_FILE: size_report.sharding_table(spec)},
+      )
+      if summarize_config_fn is not None:
+        summarize_config_fn(model_dir)
+    distributed.barrier('run directory')
+    checkpointer = stack.enter_context(
+      checkpoints.Checkpointer(model_dir, checkpoint)
+    )
+
+    # ---- Start: 1. own checkpoint  2. checkpoint.restore_path  3. scratch ----
+    evaluated = -1
+    if checkpointer.latest_step is not None:
+      state, meta = checkpointer.restore(spec.shapes, iterator)
+      evaluated = meta.get('evaluated', -1)
+      if meta['seed'] != seed:
+        log.warning('the seed is %d, it was %d before', seed, meta['seed'])
+      log.info('continues %s from step %d', model_dir, int(state.step))
+    else:
+      assert new is not None
+      state = new.make(tx, spec, key)
+    step = first_step = int(state.step)
+    if first_step >= total_steps:
+      log.info('already at step %d of %d: done', first_step, total_steps)
+      return state
+    iterator.start()
+    train_step = compile_step()
+    log.info('%s', size_report.compiled_memory(train_step))
+
+    # ---- Writers ----
+    writer = stack.enter_context(
+      metric_writers.MetricWriter(
+        model_dir, first_step=first_step, active=primary
+      )
+    )
+    progress = stack.enter_context(
+      Progress(first_step=first_step, total_steps=total_steps, active=primary)
+    )
+    window = Window(
+      batch_shapes={name: x.shape for name, x in batch_shapes.items()},
+      step_flops=flops.batch_train_flops(model, batch_shapes),
+      peak_flops=flops.peak_flops(jax.devices()[0].device_kind),
+      num_devices=jax.device_count(),
+    )
+
+    def collect(pending: tuple[int, Any] | None) -> None:
+      """Fetches a step's metrics, one step late; stops if it diverged."""
+      if pending is None:
+        return
+      at, metrics = pending
+      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      bad = [name for name, x in metrics.items() if not math.isfinite(x)]
+      if bad:
+        writer.write(at, metrics)
+        raise NonFiniteError(
+          f'{bad[0]} is {metrics[bad[0]]} at step {at}: stopped. '
+          f'{_last_good(checkpointer)} Try a lower learning rate, '
+          'OptimizerConfig.global_norm_clip or another data seed.'
+        )
+      window.add(metrics)
+      if at % stats_period == 0 or at == total_steps:
+        metrics = window.summary()
+        writer.write(at, metrics)
+        progress.update(at, metrics)
+
+    def evaluate_and_save(*, last: bool = False, hurry: bool = False) -> None:
+      """Does what is due at this step, before its update."""
+      nonlocal evaluated
+      began = time.monotonic()
+      metrics = {}
+      due = not hurry and (last or step % eval_period == 0)
+      if due and step > max(evaluated, 0):
+        metrics = evaluation.run(state.params, step, model_dir)
+        writer.write(step, metrics)
+        evaluated = step
+      if last or checkpointer.should_save(step):
+        meta = {'seed': seed, 'evaluated': evaluated}
+        checkpointer.save(step, state, iterator, metrics=metrics, meta=meta)
+      window.pause(time.monotonic() - began)
+      progress.pause(time.monotonic() - began)
+
+    # ---- Loop ----
+    stack.enter_context(distributed.lost_process_is_an_error())
+    stop = stack.enter_context(distributed.stop_signal())
+    pending = None
+    while step < total_steps and not stop.requested(step):
+      if step % eval_period == 0 or checkpointer.should_save(step):
+        collect(pending)  # a state that diverged must not be saved
+        pending = None
+        evaluate_and_save()
+      batch = next(iterator, None)
+      if batch is None:
+        log.warning('the data ended at step %d of %d', step, total_steps)
+        break
+      batch = partitioning.global_batch(batch, device_mesh)
+      with jax.transfer_guard('disallow'):
+        state, metrics = train_step(state, batch, key)  # asynchronous
+      collect(pending)
+      step += 1
+      pending = (step, metrics)
+
+    # ---- End: the last checkpoint, evaluated unless there is a hurry ----
+    collect(pending)
+    evaluate_and_save(last=True, hurry=bool(stop.received))
+    checkpointer.wait()
+    progress.clear()
+    if stop.received:
+      log.warning(
+        '%s: saved at step %d of %d and stopped; the same command continues',
+        stop.received,
+        step,
+        total_steps,
+      )
+    else:
+      log.info('finished %d steps in %s', step, model_dir)
+    return state
+
+
+def _last_good(checkpointer: checkpoints.Checkpointer) -> str:
+  checkpointer.wait()
+  latest = checkpointer.latest_step
+  if latest is None:
+    return 'There is no checkpoint yet.'
+  return f'The last checkpoint is of step {latest}.'

@@ -1,0 +1,299 @@
+"""Trains a SentencePiece vocabulary that T5 can use, from the user's own text.
+
+The same text and settings give the same bytes: sentences are sampled here with
+a seed, and SentencePiece gets a fixed number of threads, on which its sums
+depend.
+"""
+
+import dataclasses
+import io
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import sentencepiece
+from absl import logging
+from etils import epath
+
+from t5x_lite.data import text_files
+from t5x_lite.data.vocabularies import (
+  EOS_ID,
+  PAD_ID,
+  UNK_ID,
+  VocabularyConfig,
+  fingerprint,
+  make_vocabulary,
+)
+from t5x_lite.errors import UsageError
+
+MODEL_TYPES = ('unigram', 'bpe', 'char')
+
+# SentencePiece skips longer sentences (its default limit is 4,192 bytes), so
+# longer lines are cut.
+_MAX_SENTENCE_BYTES = 4096
+_NUM_THREADS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VocabularySummary:
+  """What was trained.
+
+  Attributes:
+    config: names the vocabulary, with T5's 100 sentinels.
+    vocab_size: pieces in the file, without the sentinels.
+    num_sentences: that the pieces were learnt from.
+    characters_per_token: on a sample of those sentences.
+    unknown_rate: share of the tokens there that are unk, in percent.
+  """
+
+  config: VocabularyConfig
+  vocab_size: int
+  num_sentences: int
+  characters_per_token: float
+  unknown_rate: float
+
+  def __str__(self) -> str:
+    return (
+      f'{self.config.path}: {self.vocab_size} pieces from '
+      f'{self.num_sentences} sentences, {self.characters_per_token:.2f} '
+      f'characters per token, {self.unknown_rate:.3f}% unknown'
+    )
+
+
+def train_vocabulary(
+  *,
+  output: str,
+  input: str | Sequence[str] = (),
+  task: str = '',
+  split: str = 'train',
+  vocab_size: int = 32_000,
+  model_type: str = 'unigram',
+  character_coverage: float = 0.9995,
+  byte_fallback: bool = False,
+  user_defined_symbols: Sequence[str] = (),
+  normalization: str = 'nmt_nfkc',
+  split_digits: bool = False,
+  file_format: str = '',
+  fields: Sequence[str | int] = (),
+  max_sentences: int = 5_000_000,
+  seed: int = 0,
+  overwrite: bool = False,
+) -> VocabularySummary:
+  """Trains a vocabulary with pad, eos, unk = 0, 1, 2 and no bos, as T5's.
+
+  Args:
+    output: the model file to write.
+    input: text, TSV or JSONL, plain or gzip; paths or glob patterns.
+    task: a registered task or mixture to take the text from instead.
+    split: of the task.
+    vocab_size: pieces, with the three special ones, without sentinels, which
+      are added when a vocabulary is loaded (`VocabularyConfig.extra_ids`).
+    model_type: 'unigram' (T5's), 'bpe' or 'char'.
+    character_coverage: share of the characters of the text that get a piece;
+      0.9995 is T5's, 1.0 suits small alphabets and small texts.
+    byte_fallback: spell other characters in bytes (256 more pieces) instead
+      of unk.
+    user_defined_symbols: pieces that are never cut.
+    normalization: SentencePiece's rule: 'nmt_nfkc' (T5's), 'nfkc',
+      'nmt_nfkc_cf' (lower case too) or 'identity'.
+    split_digits: whether every digit is a piece of its own.
+    file_format: 'text', 'tsv' or 'jsonl'; empty to tell from the names.
+    fields: TSV columns or JSONL keys to read; none means all text there is.
+    max_sentences: a larger text is sampled down to this many.
+    seed: of the sample.
+    overwrite: whether to replace an existing file.
+
+  Raises:
+    UsageError: if a setting cannot work, or the text has too few different
+      pieces or too many characters for `vocab_size`. Nothing is written then.
+  """
+  _check(
+    output=output,
+    has_one_source=bool(input) != bool(task),
+    vocab_size=vocab_size,
+    model_type=model_type,
+    character_coverage=character_coverage,
+    user_defined_symbols=user_defined_symbols,
+    normalization=normalization,
+    max_sentences=max_sentences,
+    overwrite=overwrite,
+  )
+  if task:
+    texts = _task_texts(task, split)
+  else:
+    files = text_files.expand(input)
+    texts = (
+      text
+      for path in files
+      for text in text_files.texts(path, fields, file_format)
+    )
+  sentences, total = _sample(_sentences(texts), max_sentences, seed)
+  if not sentences:
+    raise UsageError(f'There is no text in {task or input!r}')
+  if total > len(sentences):
+    logging.info('Learning from %d of %d sentences', len(sentences), total)
+  model = _train(
+    sentences,
+    vocab_size=vocab_size,
+    model_type=model_type,
+    character_coverage=character_coverage,
+    byte_fallback=byte_fallback,
+    user_defined_symbols=list(user_defined_symbols),
+    normalization_rule_name=normalization,
+    split_digits=split_digits,
+  )
+  path = epath.Path(output)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(model)
+  return _summary(VocabularyConfig(path=output), sentences)
+
+
+def _check(
+  *,
+  output: str,
+  has_one_source: bool,
+  vocab_size: int,
+  model_type: str,
+  character_coverage: float,
+  user_defined_symbols: Sequence[str],
+  normalization: str,
+  max_sentences: int,
+  overwrite: bool,
+) -> None:
+  """Raises UsageError for what can be told before reading any text."""
+  if not output:
+    raise UsageError('output is empty; name the model file to write')
+  if not has_one_source:
+    raise UsageError('Give either input or task: the text to learn from')
+  if vocab_size < 4:
+    raise UsageError(
+      f'vocab_size is {vocab_size}; it must be 4 or more, special pieces '
+      'included'
+    )
+  if model_type not in MODEL_TYPES:
+    raise UsageError(
+      f'model_type is {model_type!r}; it must be one of '
+      f'{", ".join(MODEL_TYPES)}'
+    )
+  if not 0.9 <= character_coverage <= 1.0:
+    raise UsageError(
+      f'character_coverage is {character_coverage}; it must lie between 0.9 '
+      'and 1.0'
+    )
+  if normalization not in ('nmt_nfkc', 'nfkc', 'nmt_nfkc_cf', 'identity'):
+    raise UsageError(
+      f"normalization is {normalization!r}; it must be 'nmt_nfkc', 'nfkc', "
+      "'nmt_nfkc_cf' or 'identity'"
+    )
+  if max_sentences < 1:
+    raise UsageError(f'max_sentences is {max_sentences}; it must be 1 or more')
+  for symbol in user_defined_symbols:
+    if not symbol or re.fullmatch(r'<pad>|</s>|<unk>|▁?<extra_id_\d+>', symbol):
+      raise UsageError(
+        f'user_defined_symbols holds {symbol!r}, which T5 defines itself; '
+        'leave it out'
+      )
+  if epath.Path(output).exists() and not overwrite:
+    raise UsageError(
+      f'{output} exists, and models trained with it need it as it is; choose '
+      'another name or set overwrite'
+    )
+
+
+def _task_texts(task: str, split: str) -> Iterator[str]:
+  # Not at the top: TensorFlow takes many seconds, and files do not need it.
+  from t5x_lite.data.tasks import embedded
+
+  return embedded.texts(task, split)
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+  """Yields lines, at most `_MAX_SENTENCE_BYTES` long, that hold something."""
+  for text in texts:
+    # A tab is SentencePiece's own mark; it would skip the line.
+    for line in text.replace('\t', ' ').split('\n'):
+      line = line.strip()
+      while len(line.encode()) > _MAX_SENTENCE_BYTES:
+        # As many whole characters as fit, then back to a space if there is one.
+        head = line.encode()[:_MAX_SENTENCE_BYTES].decode('utf-8', 'ignore')
+        cut = head.rfind(' ')
+        cut = cut if cut > 0 else len(head)
+        yield line[:cut]
+        line = line[cut:].strip()
+      if line:
+        yield line
+
+
+def _sample(
+  sentences: Iterable[str], maximum: int, seed: int
+) -> tuple[list[str], int]:
+  """Returns at most `maximum` sentences, each as likely, and how many came.
+
+  Source: reservoir sampling, Vitter 1985, algorithm R.
+  """
+  generator = random.Random(seed)
+  kept: list[str] = []
+  total = 0
+  for sentence in sentences:
+    total += 1
+    if len(kept) < maximum:
+      kept.append(sentence)
+    elif (place := generator.randrange(total)) < maximum:
+      kept[place] = sentence
+  return kept, total
+
+
+def _train(sentences: Sequence[str], **settings) -> bytes:
+  """Returns the bytes of a trained model."""
+  writer = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(sentences),
+      model_writer=writer,
+      pad_id=PAD_ID,
+      eos_id=EOS_ID,
+      unk_id=UNK_ID,
+      bos_id=-1,
+      num_threads=_NUM_THREADS,
+      # All of them, in this order: the sample was drawn already.
+      input_sentence_size=0,
+      shuffle_input_sentence=False,
+      minloglevel=2,
+      **settings,
+    )
+  except RuntimeError as error:
+    raise UsageError(_explain(str(error), settings['vocab_size'])) from error
+  return writer.getvalue()
+
+
+def _explain(message: str, vocab_size: int) -> str:
+  """Returns what to do about an error of SentencePiece's trainer."""
+  if found := re.search(r'too high.*<= (\d+)', message):
+    return (
+      f'vocab_size is {vocab_size}, but this text gives no more than '
+      f'{found[1]} pieces; set it to {found[1]} or less, or give more text'
+    )
+  if found := re.search(r'required_chars\. \d+ vs (\d+)', message):
+    return (
+      f'vocab_size is {vocab_size}, but the characters of this text alone '
+      f'need {found[1]}; set it higher, or lower character_coverage'
+    )
+  return f'SentencePiece cannot train on this text: {message.strip()}'
+
+
+def _summary(
+  config: VocabularyConfig, sentences: Sequence[str]
+) -> VocabularySummary:
+  # A later call may have written the same path: read what is there now.
+  make_vocabulary.cache_clear()
+  fingerprint.cache_clear()
+  vocabulary = make_vocabulary(config)
+  sample = sentences[:: max(1, len(sentences) // 10_000)]
+  tokens = [token for text in sample for token in vocabulary.encode(text)]
+  return VocabularySummary(
+    config=config,
+    vocab_size=vocabulary.vocab_size - config.extra_ids,
+    num_sentences=len(sentences),
+    characters_per_token=sum(map(len, sample)) / max(1, len(tokens)),
+    unknown_rate=100.0 * tokens.count(UNK_ID) / max(1, len(tokens)),
+  )

@@ -1,0 +1,193 @@
+"""How far a run is: metrics averaged over a window, and the progress line."""
+
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+log = logging.getLogger(__name__)
+
+_CLEAR_LINE = '\r\x1b[K'
+
+
+class Window:
+  """Averages training metrics over some steps and adds what they cost."""
+
+  def __init__(
+    self,
+    *,
+    batch_shapes: Mapping[str, tuple[int, ...]],
+    step_flops: float,
+    peak_flops: float | None,
+    num_devices: int,
+  ):
+    """Starts the clock.
+
+    Args:
+      batch_shapes: of the global batch, to tell how full it is.
+      step_flops: model FLOPs of one step; see flops.py.
+      peak_flops: of one device; None where it is not known, as on CPUs, and
+        then there is no utilisation to report.
+      num_devices: in all.
+    """
+    self._batch_shapes = batch_shapes
+    self._step_flops = step_flops
+    self._peak_flops = peak_flops
+    self._num_devices = num_devices
+    self._reset()
+
+  def _reset(self) -> None:
+    self._sums: dict[str, float] = {}
+    self._count = 0
+    self._start = time.monotonic()
+
+  def add(self, metrics: Mapping[str, float]) -> None:
+    """Adds one step's metrics."""
+    for name, value in metrics.items():
+      self._sums[name] = self._sums.get(name, 0.0) + value
+    self._count += 1
+
+  def pause(self, seconds: float) -> None:
+    """Leaves time that was not training out of the rates."""
+    self._start += seconds
+
+  def summary(self) -> dict[str, float]:
+    """Returns means and rates since the last summary, and starts anew."""
+    count = max(1, self._count)
+    seconds = max(1e-9, time.monotonic() - self._start) / count
+    metrics = {name: total / count for name, total in self._sums.items()}
+    metrics['seconds_per_step'] = seconds
+    for tokens, array in (
+      ('target_tokens', 'decoder_target_tokens'),
+      ('input_tokens', 'encoder_input_tokens'),
+    ):
+      if array in self._batch_shapes:
+        metrics[f'{tokens}_per_second'] = metrics[tokens] / seconds
+        # The rest of the batch is padding.
+        slots = math.prod(self._batch_shapes[array])
+        metrics[f'{tokens}_fill'] = metrics[tokens] / slots
+    rate = self._step_flops / seconds
+    metrics['model_tflops_per_second'] = rate / 1e12
+    if self._peak_flops is not None:
+      metrics['mfu'] = rate / (self._peak_flops * self._num_devices)
+    self._reset()
+    return metrics
+
+
+def format_duration(seconds: float) -> str:
+  """Returns seconds as 0:42, 12:05, 3:07:21 or 4d 03:10."""
+  seconds = round(seconds)
+  minutes, seconds = divmod(seconds, 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f'{days}d {hours:02}:{minutes:02}'
+  if hours:
+    return f'{hours}:{minutes:02}:{seconds:02}'
+  return f'{minutes}:{seconds:02}'
+
+
+def format_count(value: float) -> str:
+  """Returns a count in three digits: 950, 12.3k, 4.56M."""
+  for unit in ('', 'k', 'M', 'G', 'T', 'P'):
+    if abs(value) < 999.5:
+      return f'{value:.3g}{unit}'
+    value /= 1000
+  return f'{value:.3g}E'
+
+
+class Progress:
+  """One line that rewrites itself on a terminal; plain log lines elsewhere."""
+
+  def __init__(
+    self,
+    *,
+    first_step: int,
+    total_steps: int,
+    stream: TextIO | None = None,
+    active: bool = True,
+  ):
+    """Starts the clock.
+
+    Args:
+      first_step: where this process starts.
+      total_steps: where the run ends.
+      stream: the terminal, if it is one; stderr when None.
+      active: False on all processes but one.
+    """
+    self._stream = stream if stream is not None else sys.stderr
+    self._tty = active and self._stream.isatty()
+    self._active = active
+    self._first_step = first_step
+    self._total_steps = total_steps
+    self._start = time.monotonic()
+    self._paused = 0.0
+    self._shown = False
+    self._filters: list[logging.Handler] = []
+
+  def __enter__(self) -> 'Progress':
+    """Makes log lines start on a clean line while the progress line shows."""
+    if self._tty:
+      self._filters = list(logging.getLogger().handlers)
+      for handler in self._filters:
+        handler.addFilter(self._clean_line)
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    """Leaves the terminal as it was."""
+    for handler in self._filters:
+      handler.removeFilter(self._clean_line)
+    self.clear()
+
+  def _clean_line(self, record: logging.LogRecord) -> bool:
+    del record
+    self.clear()
+    return True
+
+  def clear(self) -> None:
+    """Removes the progress line until the next update."""
+    if self._tty and self._shown:
+      self._stream.write(_CLEAR_LINE)
+      self._stream.flush()
+      self._shown = False
+
+  def pause(self, seconds: float) -> None:
+    """Leaves time that was not training out of the estimate."""
+    self._paused += seconds
+
+  def eta(self, step: int) -> float:
+    """Seconds of training left, from the average so far."""
+    done = max(1, step - self._first_step)
+    spent = time.monotonic() - self._start - self._paused
+    return max(0.0, spent / done * (self._total_steps - step))
+
+  def update(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Shows where the run is."""
+    if not self._active:
+      return
+    parts = [f'step {step}/{self._total_steps}']
+    for name, label, form in (
+      ('loss', 'loss', '.4f'),
+      ('accuracy', 'accuracy', '.3f'),
+      ('learning_rate', 'lr', '.3g'),
+      ('seconds_per_step', 's/step', '.3g'),
+    ):
+      if name in metrics:
+        parts.append(f'{label} {metrics[name]:{form}}')
+    if 'target_tokens_per_second' in metrics:
+      rate = format_count(metrics['target_tokens_per_second'])
+      parts.append(f'{rate} target tokens/s')
+    if 'mfu' in metrics:
+      parts.append(f'MFU {metrics["mfu"]:.1%}')
+    parts.append(f'ETA {format_duration(self.eta(step))}')
+    line = '  '.join(parts)
+    if not self._tty:
+      log.info('%s', line)
+      return
+    columns = shutil.get_terminal_size().columns
+    self._stream.write(_CLEAR_LINE + line[: max(10, columns - 1)])
+    self._stream.flush()
+    self._shown = True

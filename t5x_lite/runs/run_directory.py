@@ -1,0 +1,218 @@
+"""What a run directory holds beside checkpoints, and how to open one.
+
+  MODEL_DIR/model.json                     the architecture, and the lengths
+                                           that it was trained with
+  MODEL_DIR/vocabulary.json, .model        the vocabulary, self-contained
+  MODEL_DIR/config.gin, config.json        the resolved configuration
+  MODEL_DIR/metrics.jsonl, tensorboard/    see metric_writers.py
+  MODEL_DIR/checkpoints/STEP/              see checkpoints.py
+
+Inference reads a run through this module, so nothing here may import
+TensorFlow.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from t5x_lite.data import vocabularies
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.models.config import T5Config
+from t5x_lite.runs import checkpoints
+
+MODEL_FILE = 'model.json'
+CONFIG_FILE = 'config.json'
+_LOCK_FILE = '.lock'
+
+# A run may be continued with these changed: no parameter depends on them.
+_FREE_FIELDS = ('dropout_rate', 'dtype', 'remat_policy')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """A trained model on disk.
+
+  Attributes:
+    directory: the run directory.
+    checkpoint: the directory of the step that is meant.
+    step: its number.
+    model: the architecture.
+    vocabulary: a config whose files lie in the run directory.
+    lengths: task feature lengths of training, {'inputs': ..., 'targets': ...};
+      empty if it did not say.
+  """
+
+  directory: str
+  checkpoint: str
+  step: int
+  model: T5Config
+  vocabulary: VocabularyConfig
+  lengths: dict[str, int]
+
+
+def load_run(path: str) -> Run:
+  """Opens a run directory (its newest checkpoint) or one checkpoint in it.
+
+  Raises:
+    UsageError: if there is no run, or no checkpoint in it.
+  """
+  directory, step = checkpoints.find_checkpoint(path)
+  root = epath.Path(directory).parent
+  model, lengths = _read_model(root)
+  return Run(
+    directory=os.fspath(root),
+    checkpoint=os.fspath(epath.Path(directory) / str(step)),
+    step=step,
+    model=model,
+    vocabulary=vocabularies.load_vocabulary(root),
+    lengths=lengths,
+  )
+
+
+def _read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
+  file = root / MODEL_FILE
+  if not file.exists():
+    raise UsageError(
+      f'{root} holds no {MODEL_FILE}; name a run directory that '
+      '`t5x-lite train` wrote'
+    )
+  try:
+    entry = json.loads(file.read_text())
+    return T5Config(**entry['model']), dict(entry.get('lengths', {}))
+  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    raise UsageError(f'{file} is not a saved model: {error}') from error
+
+
+def write_run(
+  model_dir: str,
+  *,
+  model: T5Config,
+  vocabulary: VocabularyConfig,
+  lengths: Mapping[str, int] | None = None,
+  config: Mapping[str, Any] | None = None,
+  texts: Mapping[str, str] | None = None,
+) -> None:
+  """Writes everything but checkpoints that makes a directory a run.
+
+  Only one process of a run may call this.
+
+  Args:
+    model_dir: the run directory; made if missing.
+    model: the architecture.
+    vocabulary: its vocabulary; the model file is copied.
+    lengths: task feature lengths, inference's defaults.
+    config: the program's arguments, dataclasses allowed, for the record.
+    texts: other small files, by name.
+  """
+  root = epath.Path(model_dir)
+  root.mkdir(parents=True, exist_ok=True)
+  kept = vocabulary
+  if _vocabulary_file(root).exists():
+    kept = vocabularies.load_vocabulary(root)
+  if kept == vocabulary or not same_vocabulary(kept, vocabulary):
+    vocabularies.save_vocabulary(vocabulary, root)
+  entry = {'model': dataclasses.asdict(model), 'lengths': dict(lengths or {})}
+  _write_json(root / MODEL_FILE, entry)
+  if config is not None:
+    _write_json(root / CONFIG_FILE, to_json(config))
+  for name, text in (texts or {}).items():
+    (root / name).write_text(text)
+
+
+def check_resumable(
+  model_dir: str, *, model: T5Config, vocabulary: VocabularyConfig
+) -> None:
+  """Raises UsageError if the run in this directory is another model's."""
+  root = epath.Path(model_dir)
+  if not (root / MODEL_FILE).exists():
+    return
+  saved, _ = _read_model(root)
+  fix = 'continue with the value it was trained with, or use another model_dir'
+  for field in dataclasses.fields(T5Config):
+    old, new = getattr(saved, field.name), getattr(model, field.name)
+    if old != new and field.name not in _FREE_FIELDS:
+      raise UsageError(
+        f'the run in {model_dir} has {field.name}={old!r}, the configuration '
+        f'{new!r}: {fix}'
+      )
+  if not _vocabulary_file(root).exists():
+    return
+  if not same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
+    raise UsageError(
+      f'the run in {model_dir} was trained with another vocabulary than the '
+      f'configuration names: {fix}'
+    )
+
+
+def _vocabulary_file(root: epath.Path) -> epath.Path:
+  return root / vocabularies.VOCABULARY_FILE
+
+
+def same_vocabulary(a: VocabularyConfig, b: VocabularyConfig) -> bool:
+  """True if two configs give the same ids, wherever their files lie."""
+  if dataclasses.replace(a, path='') != dataclasses.replace(b, path=''):
+    return False
+  if a.kind != 'sentencepiece':
+    return True
+  contents = [
+    epath.Path(vocabularies.model_path(config)).read_bytes()
+    for config in (a, b)
+  ]
+  return contents[0] == contents[1]
+
+
+def to_json(value: Any) -> Any:
+  """Returns configuration as what JSON can hold; the rest as its repr."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = {
+      field.name: to_json(getattr(value, field.name))
+      for field in dataclasses.fields(value)
+    }
+    return {'class': type(value).__name__, **fields}
+  if isinstance(value, Mapping):
+    return {str(key): to_json(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [to_json(item) for item in value]
+  if value is None or isinstance(value, (bool, int, float, str)):
+    return value
+  return getattr(value, '__qualname__', None) or repr(value)
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+  """Writes all of the file or nothing: a run may be killed at any moment."""
+  temporary = path.parent / (path.name + '.tmp')
+  temporary.write_text(json.dumps(value, indent=2) + '\n')
+  temporary.replace(path)
+
+
+@contextlib.contextmanager
+def lock(model_dir: str) -> Iterator[None]:
+  """Keeps a second run out of a local directory while this one works there.
+
+  The operating system lets go of the lock when the process ends, however it
+  ends. Object stores have no locks; there it does nothing.
+
+  Raises:
+    UsageError: if another process holds the directory.
+  """
+  if '://' in model_dir:
+    yield
+    return
+  import fcntl
+
+  os.makedirs(model_dir, exist_ok=True)
+  with open(os.path.join(model_dir, _LOCK_FILE), 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise UsageError(
+        f'another run is training in {model_dir}: wait for it, stop it, or '
+        'use another model_dir'
+      ) from error
+    yield

@@ -1,0 +1,132 @@
+"""What a run costs, as text: parameters, their sharding, bytes per device.
+
+Shown by `--dry_run`, logged when a run starts and kept in its directory.
+"""
+
+import collections
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from t5x_lite.parallel import pytrees
+from t5x_lite.runs import run_directory
+from t5x_lite.training import train_state
+
+SHARDING_FILE = 'sharding.txt'
+
+
+def format_bytes(size: float) -> str:
+  """Returns a size such as '1.5 GiB'."""
+  for unit in ('B', 'KiB', 'MiB', 'GiB', 'TiB'):
+    if abs(size) < 1024 or unit == 'TiB':
+      return f'{size:.0f} B' if unit == 'B' else f'{size:.2f} {unit}'
+    size /= 1024
+  raise AssertionError
+
+
+def bytes_per_device(leaf: Any) -> int:
+  """Returns what one device holds of an array with a sharding."""
+  shape = leaf.sharding.shard_shape(leaf.shape)
+  return math.prod(shape) * leaf.dtype.itemsize
+
+
+def tree_bytes_per_device(tree: Any) -> int:
+  """Returns what one device holds of all arrays of a tree."""
+  return sum(bytes_per_device(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def sharding_table(spec: train_state.StateSpec) -> str:
+  """Returns a line for every array of the state.
+
+  Columns: name, shape, dtype, logical axes, mesh axes and bytes per device.
+  """
+  shapes = pytrees.flatten_names(spec.shapes)
+  leaves, treedef = jax.tree.flatten(spec.shapes)
+  axes = treedef.flatten_up_to(spec.axes)
+  rows = [('array', 'shape', 'dtype', 'logical axes', 'sharding', 'per device')]
+  for name, leaf, names in zip(shapes, leaves, axes, strict=True):
+    sizes = leaf.sharding.mesh.shape
+    cut = [_mesh_axes(part, sizes) for part in leaf.sharding.spec]
+    if set(cut) <= {'-'}:
+      cut = ['replicated']
+    rows.append(
+      (
+        name,
+        'x'.join(str(dim) for dim in leaf.shape) or 'scalar',
+        str(leaf.dtype),
+        ' '.join(axis or '-' for axis in names) or '-',
+        ' '.join(cut),
+        format_bytes(bytes_per_device(leaf)),
+      )
+    )
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  lines = []
+  for row in rows:
+    cells = [row[i].ljust(widths[i]) for i in range(len(row))]
+    lines.append('  '.join(cells).rstrip() + '\n')
+  return ''.join(lines)
+
+
+def _mesh_axes(part: Any, sizes: Mapping[str, int]) -> str:
+  """Returns one entry of a spec as text; mesh axes of size 1 cut nothing."""
+  names = (part,) if isinstance(part, str) else part or ()
+  return '+'.join(name for name in names if sizes[name] > 1) or '-'
+
+
+def parameter_summary(params: Any) -> str:
+  """Returns the parameter count, in all and by top-level part."""
+  parts: dict[str, int] = collections.defaultdict(int)
+  for name, leaf in pytrees.flatten_names(params).items():
+    parts[name.split('/')[0]] += math.prod(leaf.shape)
+  total = sum(parts.values())
+  detail = ', '.join(f'{name} {count:,}' for name, count in parts.items())
+  return f'{total:,} parameters ({detail})'
+
+
+def state_memory(spec: train_state.StateSpec) -> str:
+  """Returns bytes per device of what stays there between steps."""
+  params = tree_bytes_per_device(spec.shapes.params)
+  opt_state = tree_bytes_per_device(spec.shapes.opt_state)
+  return (
+    f'per device: parameters {format_bytes(params)}, optimizer state '
+    f'{format_bytes(opt_state)}'
+  )
+
+
+def compiled_memory(compiled: jax.stages.Compiled) -> str:
+  """Returns the compiler's own account of a step's memory per device."""
+  stats = compiled.memory_analysis()
+  if stats is None:
+    return 'per device: the compiler reports no memory'
+  arguments = stats.argument_size_in_bytes
+  temporaries = stats.temp_size_in_bytes
+  outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  return (
+    f'per device, compiled: state and batch {format_bytes(arguments)}, '
+    f'temporaries {format_bytes(temporaries)}, new outputs '
+    f'{format_bytes(max(0, outputs))}, together '
+    f'{format_bytes(arguments + temporaries + max(0, outputs))}'
+  )
+
+
+def print_dry_run(
+  config: Mapping[str, Any],
+  spec: train_state.StateSpec,
+  mesh: jax.sharding.Mesh,
+  compiled: jax.stages.Compiled,
+) -> None:
+  """Prints what a run would be; the caller has written nothing."""
+  print('# Configuration')
+  print(json.dumps(run_directory.to_json(config), indent=2))
+  print('\n# Sharding')
+  sizes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
+  print(f'mesh: {sizes} on {mesh.size} x {mesh.devices.flat[0].device_kind}')
+  print(sharding_table(spec), end='')
+  print('\n# Size')
+  print(parameter_summary(spec.shapes.params))
+  print(state_memory(spec))
+  print(compiled_memory(compiled))
+  print('dry run: nothing was written')

@@ -1,0 +1,360 @@
+"""Optimizers by name: optax transforms giving updates at learning rate 1.
+
+The step multiplies them by the one learning rate that it also logs. What an
+optimizer keeps beside the parameters gets logical axes here, so that it is
+sharded by the same rules.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from t5x_lite.errors import UsageError
+from t5x_lite.training import adafactor as adafactor_lib
+from t5x_lite.training.adafactor import Axes, Path, path_name
+from t5x_lite.training.master_weights import master_weights
+from t5x_lite.training.schedules import ScheduleConfig, make_schedule, unknown
+
+__all__ = [
+  'OptimizerConfig',
+  'ScheduleConfig',
+  'adamw_scale',
+  'make_optimizer',
+  'make_schedule',
+  'opt_state_axes',
+  'trainable_mask',
+]
+
+# Optax's optimizers whose step is proportional to the learning rate of the same
+# step alone, as "updates at learning rate 1" needs; a test checks each.
+_PROPORTIONAL = (
+  'adabelief adadelta adagrad adam adamax adamaxw adamw adan amsgrad '
+  'lamb lion nadam nadamw noisy_sgd novograd '
+  'optimistic_gradient_descent radam rmsprop sgd sign_sgd signum sm3 '
+  'yogi'
+).split()
+# Those that keep the learning rate inside, such as in their momentum.
+_RATE_INSIDE = ('fromage', 'lars')
+# optax's adafactor and what needs the loss's value are not among them.
+OPTIMIZERS = ('adafactor', 'adamw_scale', *_PROPORTIONAL, *_RATE_INSIDE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """How parameters are updated.
+
+  Attributes:
+    name: 'adafactor' (T5X's), 'adamw', 'adamw_scale', 'sgd', 'lion', ...: one
+      of OPTIMIZERS.
+    schedule: the learning rate.
+    weight_decay: decoupled, times the learning rate (AdamW's). Adafactor's own,
+      independent of the learning rate, is kwargs weight_decay_rate.
+    weight_decay_exclude: regular expression searched in 'a/b/c' parameter
+      paths; what it matches is not decayed. Norms and relative position biases
+      by default.
+    global_norm_clip: gradients' largest global norm, or None.
+    trainable: regular expression searched in parameter paths; what it does not
+      match is frozen: no update, no optimizer state, no part in the global
+      norm. None trains all.
+    b1: the optimizer's momentum, if not its default (Adafactor's beta1).
+    b2: the optimizer's second-moment decay, if not its default.
+    eps: the optimizer's epsilon, if not its default.
+    master_weights: keep float32 copies of the parameters and update those; for
+      T5Config.param_dtype 'bfloat16'.
+    kwargs: any other arguments of the optimizer, by its own names.
+  """
+
+  name: str = 'adafactor'
+  schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+  weight_decay: float = 0.0
+  weight_decay_exclude: str = r'(^|/)(scale|bias|rel_embedding)$'
+  global_norm_clip: float | None = None
+  trainable: str | None = None
+  b1: float | None = None
+  b2: float | None = None
+  eps: float | None = None
+  master_weights: bool = False
+  kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if self.name not in OPTIMIZERS:
+      raise unknown('OptimizerConfig.name', self.name, OPTIMIZERS)
+    if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+      raise UsageError(
+        f'OptimizerConfig.weight_decay is {self.weight_decay}; it must be 0 '
+        'or more.'
+      )
+    if self.global_norm_clip is not None and not self.global_norm_clip > 0:
+      raise UsageError(
+        f'OptimizerConfig.global_norm_clip is {self.global_norm_clip}; it '
+        'must be positive, or None for no clipping.'
+      )
+    for name in ('trainable', 'weight_decay_exclude'):
+      try:
+        re.compile(getattr(self, name) or '')
+      except re.error as error:
+        raise UsageError(
+          f'OptimizerConfig.{name} is {getattr(self, name)!r}, which is no '
+          f'regular expression: {error}.'
+        ) from error
+    _arguments(self)
+
+
+def _factory(name: str) -> Callable[..., optax.GradientTransformation]:
+  if name == 'adafactor':
+    return adafactor_lib.adafactor
+  if name == 'adamw_scale':
+    return adamw_scale
+  return getattr(optax, name)
+
+
+def _arguments(config: OptimizerConfig) -> dict[str, Any]:
+  """Returns the keyword arguments of the optimizer's factory, checked."""
+  accepted = set(inspect.signature(_factory(config.name)).parameters)
+  # These are set by other fields, or not at all.
+  accepted -= {
+    'axes',
+    'learning_rate',
+    'mask',
+    'weight_decay',
+    'weight_decay_mask',
+  }
+  arguments = {}
+  for field in ('b1', 'b2', 'eps'):
+    value = getattr(config, field)
+    if value is None:
+      continue
+    name = 'beta1' if (config.name, field) == ('adafactor', 'b1') else field
+    if name not in accepted:
+      raise UsageError(
+        f'OptimizerConfig.{field} is {value}, but {config.name} has no such '
+        f'argument; its own are {", ".join(sorted(accepted))}.'
+      )
+    if not 0 <= value < (math.inf if field == 'eps' else 1):
+      raise UsageError(
+        f'OptimizerConfig.{field} is {value}; it must be at least 0'
+        f'{"." if field == "eps" else " and less than 1."}'
+      )
+    arguments[name] = value
+  for name, value in config.kwargs.items():
+    if name not in accepted:
+      raise unknown(
+        f'An argument of {config.name} in OptimizerConfig.kwargs',
+        name,
+        accepted,
+      )
+    arguments[name] = value
+  return arguments
+
+
+def make_optimizer(
+  config: OptimizerConfig, axes: Any, params: Any
+) -> optax.GradientTransformationExtraArgs:
+  """Returns a transform whose updates are for learning rate 1, already negated.
+
+  The step is params + learning_rate * updates, with
+  updates, state = tx.update(grads, state, params, learning_rate=learning_rate);
+  the extra argument serves Adafactor's terms that are not proportional to the
+  learning rate, and others ignore it.
+
+  Args:
+    config: the optimizer.
+    axes: logical axes of each parameter: params' tree with tuples of names.
+    params: the parameters or their shapes, to find those that are frozen.
+
+  Raises:
+    UsageError: if config.trainable matches no parameter.
+  """
+  parts: list[optax.GradientTransformation] = []
+  if config.global_norm_clip is not None:
+    parts.append(optax.clip_by_global_norm(config.global_norm_clip))
+
+  def decayed(tree):
+    return _map_paths(
+      lambda name: (
+        not re.search(config.weight_decay_exclude, name)
+        if config.weight_decay_exclude
+        else True
+      ),
+      tree,
+    )
+
+  factory = _factory(config.name)
+  accepted = inspect.signature(factory).parameters
+  arguments = _arguments(config)
+  if 'axes' in accepted:
+    arguments['axes'] = axes
+  mask = next((n for n in ('mask', 'weight_decay_mask') if n in accepted), None)
+  native_decay = 'weight_decay' in accepted and mask is not None
+  if native_decay:
+    # Even where it is 0: optax's own defaults are not.
+    arguments |= {'weight_decay': config.weight_decay, mask: decayed}
+  if config.name in _RATE_INSIDE:
+    parts.append(_per_unit_rate(functools.partial(factory, **arguments)))
+  else:
+    if 'learning_rate' in accepted:
+      arguments['learning_rate'] = 1.0
+    parts.append(factory(**arguments))
+  if config.weight_decay and not native_decay:
+    parts.append(optax.add_decayed_weights(-config.weight_decay, decayed))
+  tx = optax.chain(*parts)
+  if config.master_weights:
+    tx = master_weights(tx)
+  if config.trainable is None:
+    return tx
+  labels = jax.tree.map(
+    lambda trained: 'trained' if trained else 'frozen',
+    trainable_mask(config, params),
+  )
+  return optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
+
+
+def _per_unit_rate(
+  make: Callable[..., optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+  """Returns make(learning_rate=...) as updates divided by the learning rate."""
+
+  def update(updates, state, params=None, *, learning_rate=None, **extra_args):
+    del extra_args
+    if learning_rate is None:
+      raise ValueError('This optimizer needs update(..., learning_rate=...).')
+    # A rate of 0 must not divide 0 by 0: the caller multiplies by it again.
+    rate = jnp.maximum(learning_rate, jnp.finfo(jnp.float32).tiny)
+    updates, state = make(learning_rate=rate).update(updates, state, params)
+    return jax.tree.map(lambda u: u / rate, updates), state
+
+  return optax.GradientTransformationExtraArgs(
+    make(learning_rate=1.0).init, update
+  )
+
+
+def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
+  """Returns params' tree with True where config trains the parameter.
+
+  Raises:
+    UsageError: if it trains none.
+  """
+  pattern = config.trainable or ''
+  mask = _map_paths(lambda name: bool(re.search(pattern, name)), params)
+  if not any(jax.tree.leaves(mask)):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [_name(path) for path, _ in leaves]
+    raise UsageError(
+      f'OptimizerConfig.trainable is {pattern!r}, which matches none of the '
+      f'{len(names)} parameters, such as {", ".join(names[:3])}.'
+    )
+  return mask
+
+
+def _name(path: Any) -> str:
+  return path_name(adafactor_lib.plain_path(path))
+
+
+def _map_paths(fn: Callable[[str], Any], tree: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: fn(_name(path)), tree)
+
+
+def adamw_scale(
+  learning_rate: float = 1.0,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-6,
+  epsilon2: float = 1e-3,
+  weight_decay: float = 0.0,
+  mask: Any = None,
+  mu_dtype: Any = None,
+  axes: Any = None,
+) -> optax.GradientTransformation:
+  """Returns nanoT5's AdamW, whose step is relative to the parameter's RMS.
+
+  Args:
+    learning_rate: relative to max(epsilon2, rms(p)); nanoT5 peaks at 2e-2.
+    b1: as in Adam.
+    b2: as in Adam.
+    eps: as in Adam.
+    epsilon2: least parameter scale.
+    weight_decay: decoupled, not scaled by rms(p).
+    mask: what is decayed, as in optax.adamw.
+    mu_dtype: of the first moment; None for the parameters'.
+    axes: logical axes of the parameters; a stacked one is scaled layer by
+      layer.
+
+  Source: nanoT5/utils/copied_utils.py AdamWScale (Nawrot 2023,
+  arXiv 2309.02373); the RMS from Shazeer and Stern 2018, section 8.
+  """
+  return optax.chain(
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
+    adafactor_lib.scale_by_parameter_rms(axes=axes, epsilon2=epsilon2),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale(-learning_rate),
+  )
+
+
+# ---- Axes of the optimizer's state ----
+
+
+def opt_state_axes(
+  tx: optax.GradientTransformation, params: Any, axes: Any
+) -> Any:
+  """Returns the logical axes of every array in the optimizer's state.
+
+  A leaf belongs to the parameter whose path its own path ends with. One of the
+  parameter's shape has the parameter's axes; a factored second moment those
+  that are left; one with dims added in front has None for those; anything else,
+  and what belongs to no parameter, such as a count, is replicated.
+
+  Args:
+    tx: any optax transform: chains, masks and partitions included.
+    params: the parameters or their shapes.
+    axes: logical axes of each parameter: params' tree with tuples of names.
+
+  Returns:
+    The state's tree with a tuple of names (None for a dim that is not cut) for
+    each array. The state holds tuples too, so map over the state first:
+    jax.tree.map(fn, state, opt_state_axes(...)).
+  """
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+  known: dict[Path, tuple[tuple[int, ...], Axes]] = {
+    adafactor_lib.plain_path(path): (leaf.shape, leaf_axes)
+    for (path, leaf), leaf_axes in zip(
+      leaves, treedef.flatten_up_to(axes), strict=True
+    )
+  }
+
+  def find(path, leaf) -> Axes:
+    path = adafactor_lib.plain_path(path)
+    for start in range(len(path)):
+      if path[start:] in known:
+        shape, names = known[path[start:]]
+        field = str(path[start - 1]) if start else ''
+        return _leaf_axes(field, leaf.shape, shape, names)
+    return (None,) * leaf.ndim
+
+  state = jax.eval_shape(tx.init, params)
+  return jax.tree_util.tree_map_with_path(find, state)
+
+
+def _leaf_axes(
+  field: str,
+  shape: tuple[int, ...],
+  param_shape: tuple[int, ...],
+  axes: Axes,
+) -> Axes:
+  """Returns the axes of a state leaf that belongs to a parameter."""
+  added = len(shape) - len(param_shape)
+  if added >= 0 and shape[added:] == param_shape:
+    return (None,) * added + axes
+  if field in ('v_row', 'v_col'):
+    dims = adafactor_lib.moment_dims(field, param_shape, axes)
+    if shape == tuple(param_shape[i] for i in dims):
+      return tuple(axes[i] for i in dims)
+  return (None,) * len(shape)

@@ -1,0 +1,174 @@
+"""The pure train and eval steps.
+
+The train loop, ahead-of-time compilation and the benchmarks all jit these same
+functions. A step takes its arrays and returns arrays; what is static (model,
+optimizer, loss) is bound when the step is made.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from t5x_lite.models.t5 import T5
+from t5x_lite.training import losses
+from t5x_lite.training.train_state import TrainState
+
+Batch = Mapping[str, jax.Array]
+
+
+def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key):
+  """Returns the loss's sums over a batch; see `losses.loss_sums`."""
+  hidden_BLD = model.hidden(batch, dropout_key=key)
+  targets_BL = batch['decoder_target_tokens']
+  kwargs = {'z_loss': loss.z_loss, 'label_smoothing': loss.label_smoothing}
+  if loss.chunk is None:
+    return losses.loss_sums(
+      model.project(hidden_BLD), targets_BL, weights, **kwargs
+    )
+  return losses.chunked_cross_entropy(
+    model.projection(),
+    hidden_BLD,
+    targets_BL,
+    weights,
+    chunk=loss.chunk,
+    **kwargs,
+  )
+
+
+def _microbatches(batch: Any, num: int) -> Any:
+  """Cuts [B, ...] into [num, B / num, ...], each spread over all devices.
+
+  Consecutive rows live on one device, so a microbatch takes every num-th row.
+  """
+
+  def cut(x):
+    assert x.shape[0] % num == 0, (x.shape, num)
+    return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
+
+  return jax.tree.map(cut, batch)
+
+
+def make_train_step(
+  graphdef: Any,
+  tx: optax.GradientTransformationExtraArgs,
+  schedule: Callable[[jax.Array], jax.Array],
+  loss: losses.LossConfig,
+  *,
+  num_microbatches: int = 1,
+  trainable: Any = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns train_step(state, batch, key) -> (state, metrics).
+
+  Gradients of microbatches are added in float32; the loss's denominator is
+  that of the whole batch, so their number changes nothing but memory (T5X
+  normalises each microbatch by itself; t5x/trainer.py:704).
+
+  Args:
+    graphdef: from `train_state.make_spec`.
+    tx: gives updates at learning rate 1.
+    schedule: step -> learning rate. Evaluated once: what is logged is used.
+    loss: what is minimised.
+    num_microbatches: must divide the batch size.
+    trainable: tree of booleans from `optimizers.trainable_mask`, or None for
+      all. The gradient of a frozen parameter is 0 and costs nothing.
+
+  The key is the run's; the step folds in its number. Metrics are float32
+  scalars: loss (as minimised), cross_entropy and z_loss (nats per unit of loss
+  weight), accuracy, target_tokens, input_tokens, learning_rate, grad_norm,
+  update_norm, param_norm.
+  """
+
+  def train_step(state: TrainState, batch: Batch, key: jax.Array):
+    key = jax.random.fold_in(key, state.step)
+    weights, normalizer = losses.loss_weights_and_normalizer(
+      batch, loss.loss_normalizing_factor
+    )
+
+    def loss_fn(params, batch, weights, key):
+      if trainable is not None:
+        params = jax.tree.map(
+          lambda p, train: p if train else jax.lax.stop_gradient(p),
+          params,
+          trainable,
+        )
+      sums = _sums(nnx.merge(graphdef, params), batch, weights, loss, key)
+      return sums['loss'] / normalizer, sums
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if num_microbatches == 1:
+      grads, sums = grad_fn(state.params, batch, weights, key)
+    else:
+
+      def add(total, xs):
+        part, weights, i = xs
+        new = grad_fn(state.params, part, weights, jax.random.fold_in(key, i))
+        return jax.tree.map(
+          lambda a, b: a + b.astype(jnp.float32), total, new
+        ), None
+
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32),
+        jax.eval_shape(grad_fn, state.params, batch, weights, key),
+      )
+      parts, part_weights = _microbatches(
+        (dict(batch), weights), num_microbatches
+      )
+      (grads, sums), _ = jax.lax.scan(
+        add, zeros, (parts, part_weights, jnp.arange(num_microbatches))
+      )
+
+    learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.params, learning_rate=learning_rate
+    )
+    updates = jax.tree.map(lambda u: learning_rate.astype(u.dtype) * u, updates)
+    params = optax.apply_updates(state.params, updates)
+    num_tokens = jnp.maximum(sums['num_tokens'], 1.0)
+    weight = jnp.sum(weights)
+    weight = jnp.where(weight == 0, 1.0, weight)
+    metrics = {
+      'loss': sums['loss'] / normalizer,
+      'cross_entropy': (sums['loss'] - sums['z_loss']) / weight,
+      'z_loss': sums['z_loss'] / weight,
+      'accuracy': sums['num_correct'] / num_tokens,
+      'target_tokens': sums['num_tokens'],
+      'input_tokens': _input_tokens(batch),
+      'learning_rate': learning_rate,
+      'grad_norm': optax.global_norm(grads),
+      'update_norm': optax.global_norm(updates),
+      'param_norm': optax.global_norm(params),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def _input_tokens(batch: Batch) -> jax.Array:
+  """Counts real encoder positions; 0 where there is no encoder."""
+  if 'encoder_input_tokens' not in batch:
+    return jnp.zeros((), jnp.float32)
+  real = batch.get('encoder_segment_ids', batch['encoder_input_tokens']) != 0
+  return jnp.sum(real, dtype=jnp.float32)
+
+
+def make_eval_step(
+  graphdef: Any, loss: losses.LossConfig
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+  """Returns eval_step(params, batch) -> sums, to be added over batches.
+
+  Teacher-forced and without dropout, z-loss and label smoothing: 'loss' is the
+  summed cross entropy in nats, 'weight' its denominator; see
+  `losses.loss_sums` for the rest.
+  """
+  plain = losses.LossConfig(chunk=loss.chunk)
+
+  def eval_step(params, batch: Batch) -> dict[str, jax.Array]:
+    weights, _ = losses.loss_weights_and_normalizer(batch, None)
+    sums = _sums(nnx.merge(graphdef, params), batch, weights, plain, None)
+    return {**sums, 'weight': jnp.sum(weights)}
+
+  return eval_step

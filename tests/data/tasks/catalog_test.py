@@ -1,0 +1,125 @@
+import functools
+import itertools
+
+import pytest
+import seqio
+
+from t5x_lite.data import vocabularies
+from t5x_lite.data.tasks import catalog, sources
+from t5x_lite.data.tasks import seqio_vocabulary as seqio_vocabularies
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.errors import UsageError
+
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def name():
+  """A name no other test has used: SeqIO's registry lasts."""
+  return f'recipes_test_{next(_NUMBERS)}'
+
+
+def add(name, **settings):
+  rows = {'inputs': ['a', 'b'], 'targets': ['x', 'y']}
+  recipe = catalog.TaskRecipe(
+    make_source=functools.partial(
+      sources.RowsDataSource, {'train': lambda: rows}
+    ),
+    **settings,
+  )
+  catalog.add(name, recipe)
+
+
+def test_a_recipe_serves_every_vocabulary(name):
+  add(name)
+  assert name in catalog.catalog()
+  assert not catalog.is_registered(f'{name}_byte')
+  assert catalog.resolve(name, VocabularyConfig(kind='byte')) == f'{name}_byte'
+  assert catalog.resolve(name, VocabularyConfig()) == f'{name}_t5'
+  own = VocabularyConfig(kind='byte', extra_ids=7)
+  assert catalog.resolve(name, own) == f'{name}_byte7'
+  assert catalog.resolve(name, own) == f'{name}_byte7'
+  sizes = [
+    seqio.TaskRegistry.get(f'{name}_{suffix}')
+    .output_features['inputs']
+    .vocabulary.vocab_size
+    for suffix in ('byte', 't5', 'byte7')
+  ]
+  assert sizes == [384, 32_100, 266]
+
+
+def test_a_vocabulary_saved_with_a_run_is_the_same(name, tmp_path):
+  vocabularies.save_vocabulary(VocabularyConfig(), tmp_path)
+  saved = vocabularies.load_vocabulary(tmp_path)
+  assert catalog.suffix(saved) == 't5'
+  add(name)
+  full_name = catalog.resolve(name, VocabularyConfig())
+  assert catalog.resolve(name, saved) == full_name
+  # Also by the full name, though the files differ.
+  assert catalog.resolve(full_name, saved) == full_name
+
+
+def test_full_names_must_have_the_models_vocabulary(name):
+  add(name)
+  full_name = catalog.resolve(name, VocabularyConfig())
+  for other in (
+    VocabularyConfig(kind='byte'),
+    VocabularyConfig(extra_ids=28),
+  ):
+    with pytest.raises(UsageError, match=rf'{full_name}.* has the vocabulary'):
+      catalog.resolve(full_name, other)
+
+
+def test_tasks_that_others_registered(name):
+  feature = seqio.Feature(
+    seqio_vocabularies.to_seqio(VocabularyConfig(kind='byte'))
+  )
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.FunctionDataSource(lambda split, shuffle_files: None, ['x']),
+    output_features={'inputs': feature},
+  )
+  assert catalog.resolve(name, VocabularyConfig(kind='byte')) == name
+  with pytest.raises(UsageError, match=r'already'):
+    add(name)
+
+
+def test_unknown_names_get_a_suggestion(name):
+  add(name)
+  with pytest.raises(UsageError, match=rf'did you mean .*{name}'):
+    catalog.resolve(f'{name}x', VocabularyConfig())
+
+
+def test_mixtures(name):
+  parts = [f'{name}_a', f'{name}_b']
+  for part in parts:
+    add(part)
+  catalog.register_mixture(name, {parts[0]: 3.0, parts[1]: 1.0})
+  full_name = catalog.resolve(name, VocabularyConfig(kind='byte'))
+  mixture = seqio.MixtureRegistry.get(full_name)
+  rates = [mixture.get_rate(task) for task in mixture.tasks]
+  assert rates == [3.0, 1.0]
+  catalog.register_mixture(
+    f'{name}_fixed', {parts[0]: 1.0}, vocabulary=VocabularyConfig(kind='byte')
+  )
+  assert catalog.is_registered(f'{name}_fixed')
+  with pytest.raises(UsageError, match=r'names .*none.* not registered'):
+    catalog.register_mixture(f'{name}_2', {'none': 1.0})
+  with pytest.raises(UsageError, match=r'rate 0'):
+    catalog.register_mixture(f'{name}_2', {parts[0]: 0})
+  with pytest.raises(UsageError, match=r'choose another name'):
+    catalog.register_mixture(name, {parts[0]: 1.0})
+
+
+def test_texts_come_before_the_tokenization(name):
+  def shout(dataset):
+    return dataset.map(lambda e: {**e, 'inputs': e['inputs'] + '!'})
+
+  add(name, preprocessors=(shout,))
+  assert list(catalog.texts(name)) == ['a!', 'x', 'b!', 'y']
+  catalog.register_mixture(f'{name}_mix', {name: 1.0})
+  assert list(catalog.texts(f'{name}_mix')) == ['a!', 'x', 'b!', 'y']
+  with pytest.raises(UsageError, match=r'no split .*test.*, only train'):
+    list(catalog.texts(name, 'test'))
+  with pytest.raises(UsageError, match=r'There is no task'):
+    list(catalog.texts(f'{name}_none'))

@@ -1,0 +1,105 @@
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite.decoding import prediction, steps
+from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.models import t5
+from t5x_lite.parallel.partitioning import MeshConfig
+from tests.models import tiny
+
+ROWS = [[5, 6, 7, 1], [9, 1], [*range(3, 23), 1]]
+
+
+MESH = MeshConfig(data=1, model=8)
+
+
+def make_predictor(cfg, mesh=MESH, **overrides):
+  arguments = dict(
+    decoding=DecodingConfig(max_decode_length=6),
+    batch_size=4,
+    max_input_length=40,
+  )
+  device_mesh, rules = prediction.mesh_and_rules(cfg, mesh)
+  return prediction.Predictor(
+    cfg, mesh=device_mesh, rules=rules, **{**arguments, **overrides}
+  )
+
+
+def place(predictor, params):
+  return jax.tree.map(
+    lambda x, y: jax.device_put(x, y.sharding),
+    params,
+    predictor.abstract_params,
+  )
+
+
+@pytest.mark.parametrize(
+  'longest, lengths',
+  [(5, (5,)), (16, (16,)), (40, (16, 32, 40)), (64, (16, 32, 64))],
+)
+def test_buckets_are_few(longest, lengths):
+  assert prediction.bucket_lengths(longest) == lengths
+  for length in range(1, longest + 1):
+    chosen = prediction.bucket(length, lengths)
+    assert length <= chosen and chosen in lengths
+
+
+def test_missing_rows_are_no_empty_rows():
+  array = prediction.pad_rows([[3, 1]], batch_size=3, length=4, pad_id=0)
+  np.testing.assert_array_equal(array, [[3, 1, 0, 0]] * 3)
+
+
+def test_predictions_are_the_steps_own():
+  """Whatever the batch, bucket and mesh, a row decodes as it does alone."""
+  cfg = tiny.config()
+  params = tiny.params(cfg)
+  predictor = make_predictor(cfg)
+  outputs, scores = predictor.predict(place(predictor, params), ROWS)
+  assert len(outputs) == len(scores) == len(ROWS)
+
+  graphdef, _, _ = t5.abstract_params(cfg)
+  step = jax.jit(steps.make_predict_step(graphdef, predictor.decoding))
+  for row, output, score in zip(ROWS, outputs, scores, strict=True):
+    batch = {'encoder_input_tokens': np.array([row], np.int32)}
+    tokens, alone = step(params, batch)
+    expected = tokens[0].tolist()
+    if cfg.eos_id in expected:
+      expected = expected[: expected.index(cfg.eos_id)]
+    assert output == expected
+    assert score == pytest.approx(float(alone[0]), rel=1e-4)
+
+
+def test_one_compilation_a_bucket():
+  cfg = tiny.config()
+  predictor = make_predictor(cfg)
+  params = place(predictor, tiny.params(cfg))
+  for length in (3, 9, 16, 14, 1):
+    predictor.predict(params, [[2] * length])
+  size = predictor._step._cache_size()
+  predictor.predict(params, [[2] * 5, [3] * 11])
+  assert predictor._step._cache_size() == size
+
+
+def test_batches_fill_the_mesh():
+  predictor = make_predictor(
+    tiny.config(), MeshConfig(data=4, model=2), batch_size=5
+  )
+  assert predictor.batch_size == 8
+
+
+def test_sampling_differs_between_batches_and_not_between_runs():
+  cfg = tiny.config()
+  config = DecodingConfig(max_decode_length=6, temperature=1.0)
+  predictor = make_predictor(cfg, decoding=config)
+  params = place(predictor, tiny.params(cfg))
+  first, _ = predictor.predict(params, ROWS, index=0)
+  again, _ = predictor.predict(params, ROWS, index=0)
+  second, _ = predictor.predict(params, ROWS, index=1)
+  assert first == again != second
+
+
+def test_needs_an_encoder_and_a_decoder():
+  with pytest.raises(UsageError, match="architecture='decoder'"):
+    make_predictor(tiny.config(architecture='decoder'))

@@ -1,0 +1,177 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite.data.rows import dataset_iterator as data
+from t5x_lite.data.tasks import catalog
+from t5x_lite.decoding import prediction
+from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.evaluation import evaluators
+from t5x_lite.models import t5
+from t5x_lite.training.losses import LossConfig, cross_entropy_with_logits
+from tests import tiny_run
+from tests.models import tiny
+
+
+@pytest.fixture(scope='module')
+def setting():
+  """A model, where it runs and its parameters."""
+  cfg = tiny_run.model()
+  mesh, rules = prediction.mesh_and_rules(cfg, None)
+  params = t5.init_params(cfg, jax.random.key(0))
+  return cfg, dict(mesh=mesh, rules=rules), params
+
+
+def config(name='language_id_byte', **overrides):
+  return tiny_run.dataset(name, split='validation', pack=False, **overrides)
+
+
+def test_teacher_forced_is_the_mean_over_all_tokens(setting):
+  """Padding rows of the last batch weigh nothing."""
+  cfg, where, params = setting
+  one = config(shuffle=False)
+  forced = evaluators.TeacherForced(
+    'x', one, cfg, **where, loss=LossConfig(), num_steps=2
+  )
+  metrics = forced.run(params)
+  assert forced.run(params) == metrics
+
+  total = weight = correct = 0.0
+  iterator = data.make_iterator(dataclasses.replace(one, num_epochs=1))
+  for _ in range(2):
+    batch = next(iterator)
+    logits = tiny.apply(cfg, params, '__call__', batch)
+    targets = batch['decoder_target_tokens']
+    loss, _ = cross_entropy_with_logits(logits, targets)
+    weights = batch['decoder_loss_weights']
+    total += float(np.sum(loss * weights))
+    weight += float(weights.sum())
+    correct += float(np.sum((np.argmax(logits, -1) == targets) * weights))
+  iterator.close()
+  assert metrics['loss'] == pytest.approx(total / weight, rel=1e-5)
+  assert metrics['perplexity'] == pytest.approx(
+    np.exp(total / weight), rel=1e-4
+  )
+  assert metrics['accuracy'] == pytest.approx(correct / weight)
+  assert metrics['target_tokens'] == weight
+
+
+def test_a_mixture_is_evaluated_task_by_task(setting, tmp_path):
+  cfg, where, params = setting
+  both = evaluators.Evaluators(
+    cfg,
+    tiny_run.VOCABULARY,
+    **where,
+    train_eval=[config('quickstart_mixture_byte', shuffle=True)],
+    eval_steps=2,
+  )
+  metrics = both.run(params, 0, str(tmp_path))
+  tasks = {'pronounce', 'language_id', 'translate_en_de', 'translate_en_fr'}
+  assert {name.split('/')[1] for name in metrics} == tasks
+  assert both.run(params, 1, str(tmp_path)) == metrics
+
+
+class FakeTask:
+  """A task around a real one, with metric functions that show what they get."""
+
+  name = 'fake'
+
+  def __init__(self, task):
+    self.output_features = task.output_features
+    self.predict_metric_fns = [self.predict_metric]
+    self.score_metric_fns = [self.score_metric]
+
+  def postprocess_fn(self, text, *, example, is_target):
+    assert 'inputs_pretokenized' in example
+    return ('target' if is_target else 'prediction', text)
+
+  def predict_metric(self, targets, predictions):
+    self.targets, self.predictions = targets, predictions
+    return {'count': np.int64(len(targets)), 'text': 'not a number'}
+
+  def score_metric(self, targets, scores):
+    self.scores = scores
+    return {'mean': float(np.mean(scores))}
+
+
+def test_decoded_gives_tasks_what_seqio_gives_them(setting):
+  cfg, where, params = setting
+  one = config()
+  task = FakeTask(catalog.task_provider(one))
+  predictor = evaluators.make_predictor(
+    cfg, one, **where, decoding=DecodingConfig(max_decode_length=4)
+  )
+  decoded = evaluators.Decoded('x', task, one, predictor, num_examples=11)
+  result = decoded.run(params)
+
+  assert set(result.metrics) == {'count', 'mean'}
+  assert result.metrics['count'] == 11 == len(result.lines)
+  assert all(kind == 'target' for kind, _ in task.targets)
+  assert all(kind == 'prediction' for kind, _ in task.predictions)
+  for line, (_, target), (_, text) in zip(
+    result.lines, task.targets, task.predictions, strict=True
+  ):
+    assert line['input'].startswith('language: ')
+    assert (line['target'], line['prediction']) == (target, text)
+  # Scores are the log-probabilities of the references.
+  assert len(task.scores) == 11 and max(task.scores) < 0
+  assert decoded.run(params).lines == result.lines
+
+
+def test_every_task_of_a_mixture_is_evaluated_by_itself(setting):
+  cfg, where, _ = setting
+  one = config('quickstart_mixture_byte')
+  predictor = evaluators.make_predictor(cfg, one, **where, decoding=None)
+  assert predictor.decoding.max_decode_length == 16
+  found = evaluators.decoded_evaluators(one, tiny_run.VOCABULARY, predictor)
+  assert sorted(decoded.name for decoded in found) == [
+    'language_id',
+    'pronounce',
+    'translate_en_de',
+    'translate_en_fr',
+  ]
+
+
+def test_all_evaluators_report_under_their_kind(setting, tmp_path):
+  cfg, where, params = setting
+  both = evaluators.Evaluators(
+    cfg,
+    tiny_run.VOCABULARY,
+    **where,
+    train_eval=[config()],
+    infer_eval=[config()],
+    eval_steps=1,
+    infer_eval_examples=3,
+  )
+  metrics = both.run(params, 7, str(tmp_path))
+  assert 'eval/language_id/loss' in metrics
+  assert 'infer_eval/language_id/accuracy' in metrics
+  lines = (tmp_path / 'infer_eval/language_id/7.jsonl').read_text()
+  assert len(lines.splitlines()) == 3
+
+
+def test_names_must_be_distinct():
+  evaluators.check_distinct(['a', 'b'])
+  with pytest.raises(UsageError, match='a is to be evaluated twice'):
+    evaluators.check_distinct(['a', 'b', 'a'])
+
+
+def test_large_sets_are_not_kept(monkeypatch):
+  monkeypatch.setattr(evaluators, 'CACHED_ROWS', 6)
+  reads = []
+
+  def make(num):
+    reads.append(num)
+    return iter(range(num))
+
+  small = evaluators._Cached(lambda: make(3), 2)
+  large = evaluators._Cached(lambda: make(4), 2)
+  for cached in (small, large):
+    assert list(cached) == list(cached)
+  assert reads == [3, 4, 4]
+  partly = evaluators._Cached(lambda: make(3), 2)
+  next(iter(partly))
+  assert list(partly) == [0, 1, 2]

@@ -1,0 +1,49 @@
+import pytest
+
+from t5x_lite.errors import UsageError
+from t5x_lite.parallel import hardware
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name'),
+  [
+    ('TPU v4', 'v4'),
+    ('TPU v5 lite', 'v5e'),
+    ('TPU v5', 'v5p'),
+    ('TPU v6 lite', 'v6e'),
+    ('NVIDIA H100 80GB HBM3', 'NVIDIA H100 80GB'),
+    ('NVIDIA A100-SXM4-40GB', 'NVIDIA A100-SXM4-40GB'),
+  ],
+)
+def test_chips_are_found_by_what_jax_calls_them(kind, name):
+  chip = hardware.find_chip(kind)
+  assert chip is not None and chip.name == name
+  assert chip.peak_flops > 1e14
+  assert 1e10 < chip.hbm_bytes < 1e12
+
+
+def test_an_unknown_device_has_no_chip():
+  assert hardware.find_chip('cpu') is None
+  assert hardware.peak_flops('cpu') is None
+
+
+def test_every_chip_has_a_peak():
+  for chip in hardware.CHIPS:
+    assert chip.peak_flops > 0
+    # A chip that computes faster than 1000 FLOPs a byte does not exist yet.
+    assert 50 < chip.peak_flops / chip.hbm_bandwidth < 1000
+
+
+def test_topologies_by_name():
+  topology = hardware.parse_topology('v5p:8x8x16')
+  assert topology.chip.name == 'v5p'
+  assert topology.shape == (8, 8, 16)
+  assert topology.name == 'v5p:8x8x16'
+
+
+@pytest.mark.parametrize(
+  'text', ['v5p-1024', 'v5e:16', 'v7x:4x4', 'v5e:4x4x4', 'v4:2x2', 'v5e:0x4']
+)
+def test_a_wrong_topology_says_what_is_right(text):
+  with pytest.raises(UsageError, match='example'):
+    hardware.parse_topology(text)

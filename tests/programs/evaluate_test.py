@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from t5x_lite.errors import UsageError
+from t5x_lite.programs.evaluate import evaluate
+from tests import tiny_run
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  model_dir = tmp_path_factory.mktemp('run')
+  tiny_run.save_untrained(model_dir)
+  return model_dir
+
+
+def dataset(name='language_id', **overrides):
+  return tiny_run.dataset(name, **{'split': 'test', **overrides})
+
+
+def test_metrics_by_task_and_predictions_beside_references(run, tmp_path):
+  results = evaluate(
+    model_dir=str(run / 'checkpoints' / '1'),
+    datasets=[dataset(), dataset('pronounce')],
+    output=str(tmp_path / 'out'),
+    num_examples=9,
+  )
+  assert set(results) == {'language_id', 'pronounce'}
+  assert 0 <= results['language_id']['accuracy'] <= 100
+  assert results['pronounce']['phoneme_error_rate'] > 0
+  for metrics in results.values():
+    assert metrics['examples'] == 9
+    assert metrics['teacher_forced/loss'] > 0
+  saved = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+  assert saved == {
+    'checkpoint': str(run / 'checkpoints' / '1'),
+    'step': 1,
+    'tasks': results,
+  }
+  for task in results:
+    lines = (tmp_path / 'out' / f'{task}.jsonl').read_text().splitlines()
+    assert len(lines) == 9
+    assert set(json.loads(lines[0])) == {'input', 'prediction', 'target'}
+
+
+def test_by_default_results_lie_in_the_run(run):
+  evaluate(
+    model_dir=str(run),
+    datasets=[dataset()],
+    num_examples=1,
+    teacher_forced=False,
+  )
+  assert (run / 'eval' / '1' / 'metrics.json').exists()
+
+
+@pytest.mark.parametrize(
+  'overrides, message',
+  [
+    (dict(datasets=[]), 'datasets is empty'),
+    (dict(model_dir='/nowhere'), 'no such checkpoint or run'),
+    (dict(datasets=[dataset('langage_id')]), 'language_id'),
+    (dict(datasets=[dataset(split='dev')]), "no split 'dev'"),
+    (dict(datasets=[dataset('language_id_t5')]), 'vocabulary'),
+    (dict(datasets=[dataset(), dataset()]), 'evaluated twice'),
+  ],
+)
+def test_mistakes_are_one_clear_line(run, tmp_path, overrides, message):
+  arguments = dict(
+    model_dir=str(run), datasets=[dataset()], output=str(tmp_path / 'out')
+  )
+  with pytest.raises(UsageError, match=message):
+    evaluate(**{**arguments, **overrides})
+  assert not (tmp_path / 'out').exists()

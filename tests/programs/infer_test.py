@@ -1,0 +1,216 @@
+import io
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from t5x_lite.errors import UsageError
+from t5x_lite.programs import infer as infer_lib
+from t5x_lite.programs.infer import infer
+from tests import tiny_run
+
+WORDS = ['hello', 'a', '', 'pronounce', 'zebra', 'müßig', 'x' * 40]
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  model_dir = tmp_path_factory.mktemp('run')
+  tiny_run.save_untrained(model_dir)
+  return str(model_dir)
+
+
+@pytest.fixture
+def words(tmp_path):
+  path = tmp_path / 'words.txt'
+  path.write_text(''.join(word + '\n' for word in WORDS), encoding='utf-8')
+  return path
+
+
+def read(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- Predicting ----
+
+
+def test_one_object_a_line_in_order(run, words, tmp_path):
+  output = tmp_path / 'out.jsonl'
+  written = infer(model=run, input=str(words), output=str(output), batch_size=8)
+  entries = read(output)
+  assert written == len(WORDS)
+  assert [entry['input'] for entry in entries] == WORDS
+  for entry in entries:
+    assert isinstance(entry['prediction'], str)
+    assert entry['score'] < 0
+
+
+def test_formats_agree(run, words, tmp_path):
+  tsv, jsonl = tmp_path / 'a.tsv', tmp_path / 'a.jsonl'
+  tsv.write_text(''.join(f'{i}\t{w}\n' for i, w in enumerate(WORDS)))
+  lines = [json.dumps({'id': 3, 'word': word}) for word in WORDS]
+  jsonl.write_text('\n'.join(lines))
+  outputs = []
+  for path, field in ((words, ''), (tsv, '1'), (jsonl, 'word')):
+    output = tmp_path / 'out.jsonl'
+    infer(
+      model=run, input=str(path), output=str(output), field=field, batch_size=8
+    )
+    outputs.append(output.read_text())
+  assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_standard_streams(run, words, monkeypatch, capsys):
+  stdin = types.SimpleNamespace(buffer=io.BytesIO(words.read_bytes()))
+  monkeypatch.setattr(sys, 'stdin', stdin)
+  infer(model=run, input='-', output='-', batch_size=8)
+  lines = capsys.readouterr().out.splitlines()
+  assert [json.loads(line)['input'] for line in lines] == WORDS
+
+
+def test_a_prefix_is_for_the_model_alone(run, tmp_path):
+  bare, full = tmp_path / 'bare.txt', tmp_path / 'full.txt'
+  bare.write_text('hello\n')
+  full.write_text('say: hello\n')
+  entries = []
+  for path, prefix in ((bare, 'say: '), (full, '')):
+    output = tmp_path / 'out.jsonl'
+    infer(
+      model=run,
+      input=str(path),
+      output=str(output),
+      prefix=prefix,
+      batch_size=8,
+    )
+    entries += read(output)
+  assert entries[0]['prediction'] == entries[1]['prediction']
+  assert entries[0]['input'] == 'hello'
+
+
+def test_long_inputs_are_cut_and_say_so(run, words, tmp_path, caplog):
+  output = tmp_path / 'out.jsonl'
+  infer(
+    model=run,
+    input=str(words),
+    output=str(output),
+    max_input_length=10,
+    batch_size=8,
+  )
+  cut = [entry.get('truncated', False) for entry in read(output)]
+  assert cut == [len(w.encode()) > 9 for w in WORDS]
+  warnings = [r for r in caplog.records if r.levelname == 'WARNING']
+  assert 'max_input_length=10' in warnings[0].getMessage()
+
+
+def test_an_empty_file(run, tmp_path):
+  (tmp_path / 'in.txt').write_text('')
+  output = tmp_path / 'out.jsonl'
+  assert (
+    infer(model=run, input=str(tmp_path / 'in.txt'), output=str(output)) == 0
+  )
+  assert output.read_text() == ''
+
+
+def test_needs_no_tensorflow(run, words, tmp_path):
+  code = (
+    'import sys\n'
+    'from t5x_lite.programs.infer import infer\n'
+    f'infer(model={run!r}, input={str(words)!r}, output="-", batch_size=8)\n'
+    'assert "tensorflow" not in sys.modules\n'
+    'assert "seqio" not in sys.modules\n'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  assert len(result.stdout.splitlines()) == len(WORDS)
+
+
+# ---- Interruptions ----
+
+
+@pytest.mark.parametrize('kept', [0, 3, 9])
+def test_an_interrupted_output_is_continued(run, tmp_path, kept):
+  """What is written in two goes is what one go writes, byte for byte."""
+  path, output = tmp_path / 'in.txt', tmp_path / 'out.jsonl'
+  path.write_text(''.join(f'word {i}\n' for i in range(20)))
+  arguments = dict(model=run, input=str(path), output=str(output), batch_size=8)
+  infer(**arguments)
+  whole = output.read_bytes()
+  lines = whole.splitlines(keepends=True)
+  output.write_bytes(b''.join(lines[:kept]) + lines[kept][:7])
+  assert infer(**arguments, resume=True) == 20
+  assert output.read_bytes() == whole
+
+
+def test_resuming_checks_that_the_input_is_the_same(run, words, tmp_path):
+  output = tmp_path / 'out.jsonl'
+  output.write_text('{"input": "other", "prediction": ""}\n')
+  with pytest.raises(UsageError, match=r'out\.jsonl:1 is not the prediction'):
+    infer(model=run, input=str(words), output=str(output), resume=True)
+
+
+# ---- Mistakes ----
+
+
+@pytest.mark.parametrize(
+  'name, content, message',
+  [
+    (
+      'a.jsonl',
+      b'{"input": "a"}\n{"inptu": "b"}\n',
+      r'a\.jsonl:2 has no field',
+    ),
+    ('a.jsonl', b'{"input": "a"}\nnonsense\n', r'a\.jsonl:2 is not JSON'),
+    ('a.jsonl', b'{"text": 3}\n', r'a\.jsonl:1 has int'),
+    ('a.jsonl', b'{"text": "a"}\n\n{"text": "b"}\n', r'a\.jsonl:2 is not JSON'),
+    ('a.txt', b'fine\n\xff\xfe\n', r'a\.txt:2 is not UTF-8'),
+  ],
+)
+def test_an_unreadable_line_is_named_before_anything_is_written(
+  run, tmp_path, name, content, message
+):
+  (tmp_path / name).write_bytes(content)
+  output = tmp_path / 'out.jsonl'
+  output.write_text('precious')
+  with pytest.raises(UsageError, match=message):
+    infer(model=run, input=str(tmp_path / name), output=str(output))
+  assert output.read_text() == 'precious'
+
+
+@pytest.mark.parametrize(
+  'overrides, message',
+  [
+    (dict(model='/nowhere'), 'no such checkpoint or run'),
+    (dict(input='/nowhere.txt'), 'no such input file'),
+    (dict(output='/nowhere/out'), 'no such directory'),
+    (dict(input_format='csv'), "input_format='csv'"),
+    (dict(input_format='tsv', field='3'), 'no column 3'),
+    (dict(input_format='tsv', field='x'), "field='x'"),
+    (dict(batch_size=0), 'batch_size is 0'),
+    (dict(output='-', resume=True), 'cannot be resumed'),
+  ],
+)
+def test_mistakes_are_one_clear_line(run, words, tmp_path, overrides, message):
+  arguments = dict(
+    model=run, input=str(words), output=str(tmp_path / 'out.jsonl')
+  )
+  with pytest.raises(UsageError, match=message):
+    infer(**{**arguments, **overrides})
+
+
+def test_the_input_is_not_overwritten(run, words):
+  with pytest.raises(UsageError, match='same file'):
+    infer(model=run, input=str(words), output=str(words))
+
+
+def test_lines_end_where_the_file_says(tmp_path):
+  path = tmp_path / 'in.txt'
+  path.write_bytes('\ufeffa\u2028b\r\nc\n\nd'.encode())
+  assert list(infer_lib.read_lines(str(path), lambda line: line)) == [
+    'a\u2028b',
+    'c',
+    '',
+    'd',
+  ]

@@ -1,0 +1,309 @@
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.evaluation import evaluators
+from t5x_lite.parallel import distributed, pytrees
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.programs import evaluate
+from t5x_lite.programs.train import NonFiniteError, train
+from t5x_lite.runs import checkpoints, metric_writers, run_directory
+from t5x_lite.runs.checkpoints import CheckpointConfig
+from tests import tiny_run
+
+
+def leaves(state):
+  return {
+    name: np.asarray(leaf)
+    for name, leaf in pytrees.flatten_names(state).items()
+  }
+
+
+def assert_same_bits(a, b):
+  a, b = leaves(a), leaves(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].tobytes() == b[name].tobytes(), name
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of six steps with both kinds of evaluation, and its last state."""
+  model_dir = tmp_path_factory.mktemp('finished') / 'run'
+  state = train(
+    **tiny_run.arguments(
+      model_dir,
+      total_steps=6,
+      eval_period=3,
+      train_eval=[tiny_run.dataset(split='validation')],
+      infer_eval=[tiny_run.dataset(split='validation')],
+      eval_steps=2,
+      infer_eval_examples=5,
+      checkpoint=CheckpointConfig(
+        period=3, keep=1, keep_best=1, best_metric='eval/pronounce/loss'
+      ),
+      summarize_config_fn=lambda d: open(f'{d}/config.gin', 'w').close(),
+    )
+  )
+  return model_dir, state
+
+
+# ---- What a run leaves behind ----
+
+
+def test_run_directory_is_complete(finished):
+  model_dir, state = finished
+  names = {path.name for path in model_dir.iterdir()}
+  assert names >= {
+    'checkpoints',
+    'config.gin',
+    'config.json',
+    'infer_eval',
+    'metrics.jsonl',
+    'model.json',
+    'sharding.txt',
+    'tensorboard',
+    'vocabulary.json',
+  }
+  run = run_directory.load_run(str(model_dir))
+  assert run.step == 6 == int(state.step)
+  assert run.model == tiny_run.model()
+  assert run.lengths == tiny_run.LENGTHS
+  params = checkpoints.load_params(str(model_dir), state.params)
+  assert_same_bits(params, state.params)
+
+
+def test_metrics(finished):
+  entries = metric_writers.read_metrics(str(finished[0]))
+  training = [e for e in entries if 'loss' in e]
+  assert [e['step'] for e in training] == [1, 2, 3, 4, 5, 6]
+  for entry in training:
+    assert entry['loss'] > 0
+    assert entry['target_tokens_per_second'] > 0
+    assert entry['input_tokens_per_second'] > 0
+    assert entry['model_tflops_per_second'] > 0
+    assert 0 < entry['target_tokens_fill'] <= 1
+    for name in ('accuracy', 'z_loss', 'grad_norm', 'param_norm'):
+      assert name in entry
+  rates = [e['learning_rate'] for e in training]
+  np.testing.assert_allclose(rates[2:], 1e-2, rtol=1e-6)
+  assert training[-1]['loss'] < training[0]['loss']
+  evaluated = [e for e in entries if 'eval/pronounce/loss' in e]
+  assert [e['step'] for e in evaluated] == [3, 6]
+  assert 'infer_eval/pronounce/phoneme_error_rate' in evaluated[0]
+
+
+def test_predictions_lie_beside_references(finished):
+  path = finished[0] / 'infer_eval' / 'pronounce' / '6.jsonl'
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert len(lines) == 5
+  for line in lines:
+    assert line['input'].startswith('pronounce: ')
+    assert line['target'] and 'prediction' in line
+
+
+def test_evaluation_sees_the_state_of_its_step(finished):
+  """The last evaluation's loss is that of the last checkpoint's parameters."""
+  model_dir, _ = finished
+  entry = metric_writers.read_metrics(str(model_dir))[-1]
+  results = evaluate.evaluate(
+    model_dir=str(model_dir),
+    datasets=[tiny_run.dataset(split='validation')],
+    num_examples=5,
+  )
+  metrics = results['pronounce']
+  decoded = 'infer_eval/pronounce/phoneme_error_rate'
+  assert metrics['phoneme_error_rate'] == pytest.approx(entry[decoded])
+  assert metrics['examples'] == 5
+  saved = json.loads((model_dir / 'eval' / '6' / 'metrics.json').read_text())
+  assert saved['tasks'] == results
+  assert (model_dir / 'eval' / '6' / 'pronounce.jsonl').exists()
+
+
+# ---- Continuing ----
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(finished, tmp_path):
+  _, expected = finished
+  first = tiny_run.arguments(
+    tmp_path / 'run', total_steps=3, checkpoint=CheckpointConfig(period=2)
+  )
+  train(**first)
+  state = train(**{**first, 'total_steps': 6})
+  assert_same_bits(state, expected)
+  steps = [e['step'] for e in metric_writers.read_metrics(first['model_dir'])]
+  assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+  model_dir, state = finished
+  before = (model_dir / 'metrics.jsonl').read_text()
+  again = train(**tiny_run.arguments(model_dir, total_steps=6))
+  assert_same_bits(again, state)
+  assert (model_dir / 'metrics.jsonl').read_text() == before
+
+
+def test_sigterm_saves_and_returns(tmp_path, monkeypatch, finished):
+  """Stops between two steps; continued, it ends as if nothing had been."""
+  arguments = tiny_run.arguments(
+    tmp_path / 'run', total_steps=6, checkpoint=CheckpointConfig(period=100)
+  )
+  write = metric_writers.MetricWriter.write
+
+  def write_and_stop(self, step, metrics):
+    write(self, step, metrics)
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(metric_writers.MetricWriter, 'write', write_and_stop)
+  state = train(**arguments)
+  assert 2 <= int(state.step) < 6
+  run = run_directory.load_run(arguments['model_dir'])
+  assert run.step == int(state.step)
+  monkeypatch.undo()
+  assert_same_bits(train(**arguments), finished[1])
+
+
+def test_evaluation_that_a_stop_skipped_is_made_up_for(tmp_path, monkeypatch):
+  arguments = tiny_run.arguments(
+    tmp_path / 'run',
+    total_steps=4,
+    eval_period=2,
+    eval_steps=1,
+    train_eval=[tiny_run.dataset(split='validation')],
+  )
+
+  def stop_at_two(self, step):
+    self.received = 'SIGTERM' if step == 2 else ''
+    return bool(self.received)
+
+  monkeypatch.setattr(distributed.StopSignal, 'requested', stop_at_two)
+  train(**arguments)
+  assert run_directory.load_run(arguments['model_dir']).step == 2
+  monkeypatch.undo()
+  train(**arguments)
+  entries = metric_writers.read_metrics(arguments['model_dir'])
+  evaluated = [e['step'] for e in entries if 'eval/pronounce/loss' in e]
+  assert evaluated == [2, 4]
+
+
+def test_fine_tuning_starts_from_the_parameters(finished, tmp_path):
+  model_dir, pretrained = finished
+  arguments = tiny_run.arguments(
+    tmp_path / 'run',
+    total_steps=1,  # at a learning rate of 0, where the warm-up begins
+    checkpoint=CheckpointConfig(restore_path=str(model_dir)),
+  )
+  state = train(**arguments)
+  assert int(state.step) == 1
+  assert_same_bits(state.params, pretrained.params)
+  arguments['model_dir'] = str(tmp_path / 'all')
+  arguments['total_steps'] = 7
+  arguments['checkpoint'] = CheckpointConfig(
+    restore_path=str(model_dir), restore_optimizer=True
+  )
+  assert int(train(**arguments).step) == 7
+
+
+# ---- Going wrong ----
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good(tmp_path):
+  arguments = tiny_run.arguments(
+    tmp_path / 'run',
+    total_steps=50,
+    optimizer=tiny_run.optimizer(1e30),
+    checkpoint=CheckpointConfig(period=1, keep=0),
+  )
+  with pytest.raises(NonFiniteError, match=r'at step \d+: stopped\. The last'):
+    train(**arguments)
+  saved = checkpoints.load_params(
+    arguments['model_dir'],
+    jax.tree.map(lambda x: x, tiny_run.t5.abstract_params(tiny_run.model())[1]),
+  )
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved))
+  last = metric_writers.read_metrics(arguments['model_dir'])[-1]
+  assert None in last.values()
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+  arguments = tiny_run.arguments(tmp_path / 'run', dry_run=True)
+  assert train(**arguments) is None
+  assert list(tmp_path.iterdir()) == []
+  printed = capsys.readouterr().out
+  for text in (
+    '"emb_dim": 16',
+    'params/encoder/layers/attention/query/kernel',
+    'parameters (',
+    'per device: parameters',
+    'temporaries',
+    'nothing was written',
+  ):
+    assert text in printed
+
+
+@pytest.mark.parametrize(
+  'overrides, message',
+  [
+    (dict(total_steps=0), 'total_steps is 0'),
+    (dict(model_dir=''), 'model_dir'),
+    (
+      dict(dataset=tiny_run.dataset(batch_size=7), mesh=MeshConfig(data=8)),
+      'batch size 7',
+    ),
+    (dict(num_microbatches=2), 'num_microbatches=2'),
+    (dict(model=tiny_run.model(vocab_size=256)), '384 ids'),
+    (dict(dataset=tiny_run.dataset('pronunce')), 'pronounce'),
+    (dict(dataset=tiny_run.dataset(split='dev')), "no split 'dev'"),
+    (dict(dataset=tiny_run.dataset('pronounce_t5')), 'vocabulary'),
+    (dict(vocabulary=VocabularyConfig(kind='byte', extra_ids=300)), 'ids'),
+    (dict(mesh=MeshConfig(data=3)), 'does not multiply'),
+    (
+      dict(checkpoint=CheckpointConfig(restore_path='/nowhere')),
+      '/nowhere does not exist',
+    ),
+    (
+      dict(train_eval=[tiny_run.dataset(split='validation')] * 2),
+      'twice',
+    ),
+    (
+      dict(dataset=tiny_run.dataset(feature_converter='lm', segment_ids=True)),
+      "feature_converter='lm'",
+    ),
+  ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+  tmp_path, overrides, message
+):
+  arguments = tiny_run.arguments(tmp_path / 'run')
+  with pytest.raises(UsageError, match=message) as raised:
+    train(**{**arguments, **overrides})
+  assert '\n' not in str(raised.value)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_another_models_run_is_left_alone(finished):
+  model_dir, _ = finished
+  before = {p: p.read_bytes() for p in model_dir.rglob('*') if p.is_file()}
+  arguments = tiny_run.arguments(model_dir, total_steps=9)
+  with pytest.raises(UsageError, match='mlp_dim=32, the configuration 64'):
+    train(**{**arguments, 'model': tiny_run.model(mlp_dim=64)})
+  with run_directory.lock(str(model_dir)):
+    with pytest.raises(UsageError, match='another run'):
+      train(**arguments)
+  after = {p: p.read_bytes() for p in model_dir.rglob('*') if p.is_file()}
+  assert after == before
+
+
+def test_evaluators_are_cached(finished, monkeypatch):
+  """Small evaluation sets are read once a run."""
+  reads = []
+  cached = evaluators._Cached(lambda: iter([reads.append(1) or 1, 2]), 1)
+  assert list(cached) == list(cached) == [1, 2]
+  assert len(reads) == 1

@@ -1,0 +1,71 @@
+import jax
+import optax
+import pytest
+
+from t5x_lite.parallel import partitioning
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.runs import size_report
+from t5x_lite.training import train_state
+from tests.models import tiny
+
+
+@pytest.fixture(scope='module')
+def spec():
+  config = MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
+  mesh = partitioning.make_mesh(config)
+  rules = partitioning.logical_axis_rules(config)
+  return train_state.make_spec(tiny.config(), optax.adam(1.0), mesh, rules)
+
+
+def test_bytes_per_device_are_those_of_the_arrays(spec):
+  state = train_state.init_state(
+    tiny.config(), optax.adam(1.0), spec, jax.random.key(0)
+  )
+  device = jax.devices()[3]
+  held = sum(
+    shard.data.nbytes
+    for leaf in jax.tree.leaves(state)
+    for shard in leaf.addressable_shards
+    if shard.device == device
+  )
+  assert size_report.tree_bytes_per_device(spec.shapes) == held
+
+
+def test_sharding_table(spec):
+  lines = size_report.sharding_table(spec).splitlines()
+  assert len(lines) == 1 + len(jax.tree.leaves(spec.shapes))
+  assert lines[0].split()[:3] == ['array', 'shape', 'dtype']
+  [line] = [x for x in lines if x.startswith('params/token_embedder')]
+  assert line.split() == [
+    'params/token_embedder/embedding',
+    '64x16',
+    'float32',
+    'vocab',
+    'embed',
+    'model',
+    'fsdp',
+    '1.00',
+    'KiB',
+  ]
+  [line] = [x for x in lines if x.startswith('step')]
+  assert 'replicated' in line
+
+
+def test_summaries(spec):
+  text = size_report.parameter_summary(spec.shapes.params)
+  count = train_state.count_params(spec.shapes.params)
+  assert text.startswith(f'{count:,} parameters (')
+  assert 'optimizer state' in size_report.state_memory(spec)
+  compiled = (
+    jax.jit(lambda x: x @ x)
+    .lower(jax.ShapeDtypeStruct((64, 64), 'float32'))
+    .compile()
+  )
+  assert '16.00 KiB' in size_report.compiled_memory(compiled)
+
+
+@pytest.mark.parametrize(
+  'size, text', [(5, '5 B'), (2048, '2.00 KiB'), (3 * 2**30, '3.00 GiB')]
+)
+def test_format_bytes(size, text):
+  assert size_report.format_bytes(size) == text

@@ -1,0 +1,167 @@
+"""Microbatches, packing and unrolling change nothing; metrics are right."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from t5x_lite.models import t5
+from t5x_lite.training import losses, optimizers, steps, train_state
+from tests.models import tiny
+
+LOSS = losses.LossConfig(z_loss=1e-2, label_smoothing=0.1)
+KEY = jax.random.key(7)
+
+
+def setup(cfg, optimizer='sgd'):
+  graphdef, shapes, axes = t5.abstract_params(cfg)
+  tx = optimizers.make_optimizer(
+    optimizers.OptimizerConfig(name=optimizer), axes, shapes
+  )
+  params = tiny.params(cfg)
+  if not cfg.scan_layers:
+    params = tiny.unstack(tiny.params(cfg.replace(scan_layers=True)), cfg)
+  state = train_state.TrainState(
+    jnp.zeros((), jnp.int32), params, tx.init(params)
+  )
+  return graphdef, tx, state
+
+
+def train(cfg, batch, loss=LOSS, optimizer='sgd', lr=0.1, **kwargs):
+  graphdef, tx, state = setup(cfg, optimizer)
+  step = steps.make_train_step(graphdef, tx, lambda s: lr, loss, **kwargs)
+  return jax.jit(step)(state, batch, KEY)
+
+
+def assert_same(a, b, atol=1e-5):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+@pytest.mark.parametrize(
+  'rule', ['NUM_REAL_TARGET_TOKENS', 'AVERAGE_PER_SEQUENCE', None]
+)
+def test_microbatches_change_nothing(rule):
+  """Rows differ in length, so a mean of means would show."""
+  loss = dataclasses.replace(LOSS, loss_normalizing_factor=rule)
+  cfg, batch = tiny.config(), tiny.batch(B=8)
+  lr = 0.1 if rule else 1e-3
+  one, metrics = train(cfg, batch, loss, lr=lr)
+  four, metrics4 = train(cfg, batch, loss, lr=lr, num_microbatches=4)
+  assert_same(one.params, four.params)
+  for name in metrics:
+    np.testing.assert_allclose(metrics[name], metrics4[name], rtol=1e-4)
+
+
+def test_packed_loss_and_gradient_are_unpacked():
+  cfg, batch = tiny.config(), tiny.batch(B=8)
+  packed = tiny.pack(batch, rows=2)
+  for rule in ('NUM_REAL_TARGET_TOKENS', 'AVERAGE_PER_SEQUENCE'):
+    loss = dataclasses.replace(LOSS, loss_normalizing_factor=rule)
+    a, metrics_a = train(cfg, batch, loss)
+    b, metrics_b = train(cfg, packed, loss)
+    assert_same(a.params, b.params)
+    for name in ('loss', 'accuracy', 'target_tokens', 'input_tokens'):
+      np.testing.assert_allclose(metrics_a[name], metrics_b[name], rtol=1e-5)
+
+
+def test_scanned_update_is_unrolled_update():
+  """Also for Adafactor, whose norms must not span the stacked layers."""
+  cfg, batch = tiny.config(), tiny.batch()
+  for optimizer in ('sgd', 'adafactor'):
+    a, _ = train(cfg, batch, optimizer=optimizer)
+    b, _ = train(cfg.replace(scan_layers=False), batch, optimizer=optimizer)
+    assert_same(tiny.unstack(a.params, cfg), b.params)
+
+
+def test_chunked_loss_is_the_loss():
+  cfg, batch = tiny.config(), tiny.batch()
+  a, _ = train(cfg, batch)
+  b, _ = train(cfg, batch, dataclasses.replace(LOSS, chunk=4))
+  assert_same(a.params, b.params)
+
+
+def test_metrics_by_hand():
+  cfg, batch = tiny.config(), tiny.batch()
+  loss = losses.LossConfig()
+  state, metrics = train(cfg, batch, loss, lr=0.5)
+  logits = tiny.apply(cfg, tiny.params(cfg), '__call__', batch)
+  targets = batch['decoder_target_tokens']
+  real = targets != 0
+  log_probs = jax.nn.log_softmax(logits)
+  nll = -np.take_along_axis(np.asarray(log_probs), targets[..., None], -1)[
+    ..., 0
+  ]
+  np.testing.assert_allclose(metrics['loss'], nll[real].mean(), rtol=1e-5)
+  np.testing.assert_allclose(metrics['cross_entropy'], metrics['loss'])
+  right = np.asarray(logits.argmax(-1) == targets)[real]
+  np.testing.assert_allclose(metrics['accuracy'], right.mean(), rtol=1e-5)
+  assert metrics['target_tokens'] == real.sum()
+  assert metrics['input_tokens'] == (batch['encoder_input_tokens'] != 0).sum()
+  assert metrics['learning_rate'] == 0.5
+  assert int(state.step) == 1
+  # sgd: the update is the learning rate times the gradient.
+  np.testing.assert_allclose(
+    metrics['update_norm'], 0.5 * metrics['grad_norm'], rtol=1e-5
+  )
+
+
+def test_frozen_parameters_have_no_gradient_and_no_part_in_its_norm():
+  cfg, batch = tiny.config(), tiny.batch()
+  _, _, state = setup(cfg)
+  only = optimizers.OptimizerConfig(name='sgd', trainable='^decoder/')
+  mask = optimizers.trainable_mask(only, state.params)
+  rate = 0.1
+  free, everything = train(cfg, batch, lr=rate)
+  frozen, metrics = train(cfg, batch, lr=rate, trainable=mask)
+
+  def moved(new):
+    return jax.tree.map(lambda a, b: (a - b) / rate, new.params, state.params)
+
+  expected = jax.tree.map(lambda train, d: d * train, mask, moved(free))
+  assert_same(moved(frozen), expected)
+  norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(expected)))
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-4)
+  assert metrics['grad_norm'] < everything['grad_norm']
+
+
+def test_eval_step_has_no_dropout_smoothing_or_z_loss():
+  cfg = tiny.config(dropout_rate=0.5)
+  graphdef, _, state = setup(cfg)
+  batch = tiny.batch()
+  sums = jax.jit(steps.make_eval_step(graphdef, LOSS))(state.params, batch)
+  _, metrics = train(cfg.replace(dropout_rate=0.0), batch, losses.LossConfig())
+  np.testing.assert_allclose(
+    sums['loss'] / sums['weight'], metrics['loss'], rtol=1e-5
+  )
+
+
+def test_dropout_differs_by_step_and_repeats_by_key():
+  cfg = tiny.config(dropout_rate=0.5)
+  graphdef, tx, state = setup(cfg)
+  step = jax.jit(steps.make_train_step(graphdef, tx, lambda s: 0.0, LOSS))
+  batch = tiny.batch()
+  _, first = step(state, batch, KEY)
+  _, again = step(state, batch, KEY)
+  later = dataclasses.replace(state, step=state.step + 1)
+  _, second = step(later, batch, KEY)
+  assert first['loss'] == again['loss']
+  assert first['loss'] != second['loss']
+
+
+def test_steps_do_not_retrace_for_another_batch():
+  cfg = tiny.config()
+  graphdef, tx, state = setup(cfg)
+  traces = []
+
+  def counted(*args):
+    traces.append(1)
+    return steps.make_train_step(graphdef, tx, lambda s: 0.1, LOSS)(*args)
+
+  step = jax.jit(counted)
+  for seed in range(3):
+    state, _ = step(state, tiny.batch(seed=seed), KEY)
+  assert len(traces) == 1
+  assert nnx.merge(graphdef, state.params).cfg == cfg
