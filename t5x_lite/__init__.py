@@ -69,7 +69,7 @@ _EXPORTS = {
   'train': 'programs.train',
 }
 
-__all__ = list(_EXPORTS)  # noqa: PLE0605
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
