@@ -5,7 +5,7 @@
 Both start from the same weights, see the same batch in every step (no padding)
 and use AdamW with the same arguments, so that their losses can be compared;
 dropout is the same rate in both (0 unless given: T5 1.1's pre-training). Ours
-is the jitted step of t5x_lite.training.steps, norms and metrics in it; theirs is
+is t5x_lite.training.steps jitted, norms and metrics in it; theirs is
 loss, backward and a fused AdamW, eager and under torch.compile. Each has its
 own process with all cores, and they run in turns (see side_by_side.py). Wall
 and CPU seconds are medians over all steps; on a machine shared with other work

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
@@ -22,10 +21,11 @@ from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import assignment, export, source, tensors
-from t5x_lite.models import t5
+from t5x_lite.models import placed, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.placement import Placement, single_device
 from t5x_lite.programs import grow_vocabulary
 
 Texts = str | Sequence[str]
@@ -70,14 +70,14 @@ def load(
   found, report = assignment.assign(
     opened, config, assignment_map=assignment_map, strict=strict, seed=seed
   )
-  device_mesh, rules = _mesh(config, mesh)
-  params = tensors.place(found, config, _shardings(config, device_mesh, rules))
+  placement = _place(config, mesh)
+  shardings = placed.param_shardings(config, placement)
+  params = tensors.place(found, config, shardings)
   return Model(
     config,
     params,
     vocabulary or opened.vocabulary,
-    mesh=device_mesh,
-    rules=rules,
+    placement=placement,
     lengths=opened.lengths,
     step=opened.step,
     report=report,
@@ -99,32 +99,17 @@ def new(
     mesh: how the parameters are spread over devices; one device by default.
     seed: of the parameters.
   """
-  device_mesh, rules = _mesh(config, mesh)
+  placement = _place(config, mesh)
   init = jax.jit(
     functools.partial(t5.init_params, config),
-    out_shardings=_shardings(config, device_mesh, rules),
+    out_shardings=placed.param_shardings(config, placement),
   )
   params = init(jax.random.key(seed))
-  return Model(config, params, vocabulary, mesh=device_mesh, rules=rules)
+  return Model(config, params, vocabulary, placement=placement)
 
 
-def _mesh(
-  config: T5Config, mesh: MeshConfig | None
-) -> tuple[Mesh, partitioning.LogicalAxisRules]:
-  if mesh is not None:
-    return prediction.mesh_and_rules(config, mesh)
-  one = MeshConfig(data=1, fsdp=1, model=1)
-  return (
-    partitioning.make_mesh(one, jax.devices()[:1]),
-    partitioning.logical_axis_rules(one),
-  )
-
-
-def _shardings(
-  config: T5Config, mesh: Mesh, rules: partitioning.LogicalAxisRules
-) -> Any:
-  _, shapes, axes = t5.abstract_params(config)
-  return partitioning.shardings(shapes, axes, mesh, rules)
+def _place(config: T5Config, mesh: MeshConfig | None) -> Placement:
+  return single_device() if mesh is None else placed.place_model(config, mesh)
 
 
 class Model:
@@ -135,8 +120,7 @@ class Model:
     params: nested dict of arrays.
     vocabulary_config: names its vocabulary; None for ids without text.
     vocabulary: encodes and decodes text; None likewise.
-    mesh: where the parameters are; one device by default.
-    rules: how arrays are cut over it.
+    placement: where the parameters are; one device by default.
     lengths: task feature lengths of training; empty if unknown.
     step: updates made so far.
     report: what was loaded, skipped and newly initialised; None if the model
@@ -149,8 +133,7 @@ class Model:
     params: Any,
     vocabulary: VocabularyConfig | None = None,
     *,
-    mesh: Mesh | None = None,
-    rules: partitioning.LogicalAxisRules | None = None,
+    placement: Placement | None = None,
     lengths: Mapping[str, int] | None = None,
     step: int = 0,
     report: assignment.Report | None = None,
@@ -171,9 +154,7 @@ class Model:
           f'the vocabulary has {self.vocabulary.vocab_size} ids, the embedding '
           f'{config.vocab_size} rows: name another with vocabulary=...'
         )
-    default_mesh, default_rules = _mesh(config, None)
-    self.mesh = mesh or default_mesh
-    self.rules = rules or default_rules
+    self.placement = placement or single_device()
     self.lengths = dict(lengths or {})
     self.step = step
     self.report = report
@@ -207,7 +188,14 @@ class Model:
     arrays = {
       k: np.asarray(v, np.int32) for k, v in batch.items() if v is not None
     }
-    return self._call(_step(steps.make_logits_step, self.config), arrays)
+    length = arrays['decoder_input_tokens'].shape[1]
+    arrays = {
+      name: self._widened(
+        array, 0 if 'attention' in name else self.config.pad_id
+      )
+      for name, array in arrays.items()
+    }
+    return self._call(steps.make_logits_step, arrays)[:, :length]
 
   def encode(
     self, inputs: Texts | Ids, *, pooling: str | None = None
@@ -229,10 +217,8 @@ class Model:
     rows = self._rows(inputs)
     shape = np.shape(inputs) if isinstance(inputs, np.ndarray) else ()
     length = shape[1] if len(shape) == 2 else max(map(len, rows))
-    bucket = prediction.bucket(length, prediction.bucket_lengths(length))
-    tokens = self._padded(rows, bucket)
-    step = _step(steps.make_encode_step, self.config, pooling)
-    encoded = self._call(step, {'encoder_input_tokens': tokens})
+    batch = {'encoder_input_tokens': self._padded(rows, length)}
+    encoded = self._call(steps.make_encode_step, batch, pooling)
     return encoded[:, :length] if pooling is None else encoded
 
   def score(self, inputs: Texts | Ids | None, targets: Texts | Ids):
@@ -243,13 +229,13 @@ class Model:
       targets: texts or ids, as many as inputs.
     """
     wanted = self._rows(targets)
-    length = max(map(len, wanted))
-    batch = {'decoder_target_tokens': self._padded(wanted, length)}
-    weights = np.zeros((len(wanted), length), np.float32)
+    tokens = self._padded(wanted, max(map(len, wanted)))
+    batch = {'decoder_target_tokens': tokens}
+    weights = np.zeros(tokens.shape, np.float32)
     for i, row in enumerate(wanted):
       weights[i, : len(row)] = 1.0
     batch['decoder_loss_weights'] = weights
-    shifted = np.roll(batch['decoder_target_tokens'], 1, axis=1)
+    shifted = np.roll(tokens, 1, axis=1)
     shifted[:, 0] = self.config.decoder_start_id
     batch['decoder_input_tokens'] = shifted
     if self.config.has_encoder:
@@ -259,7 +245,7 @@ class Model:
           f'score got {len(rows)} inputs and {len(wanted)} targets'
         )
       batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
-    return self._call(_step(steps.make_score_step, self.config), batch)
+    return self._call(steps.make_score_step, batch)
 
   # ---- Text ----
 
@@ -296,23 +282,31 @@ class Model:
     rows = self._rows(inputs, eos=self.config.has_encoder)
     outputs: list[list[int]] = []
     scores: list[float] = []
-    for index, start in enumerate(range(0, len(rows), batch_size)):
-      part = rows[start : start + batch_size]
-      if self.config.has_encoder:
-        predictor = self._predictor(
-          config, min(batch_size, len(rows)), max(map(len, rows)), seed
-        )
+    # Few different sizes, so that what is compiled serves the next call too.
+    size = min(batch_size, prediction.padded_length(len(rows), shortest=1))
+    predictor = None
+    if self.config.has_encoder:
+      predictor = prediction.Predictor(
+        self.config,
+        placement=self.placement,
+        decoding=config,
+        batch_size=size,
+        max_input_length=prediction.padded_length(max(map(len, rows))),
+        seed=seed,
+      )
+    for index, start in enumerate(range(0, len(rows), size)):
+      part = rows[start : start + size]
+      if predictor is not None:
         new, log_probs = predictor.predict(self.params, part, index=index)
       else:
-        key = jax.random.fold_in(jax.random.key(seed), index)
         new, log_probs = prediction.continue_prompts(
           self.config,
           self.params,
           part,
+          placement=self.placement,
           decoding=config,
-          mesh=self.mesh,
-          rules=self.rules,
-          key=key,
+          batch_size=size,
+          key=jax.random.fold_in(jax.random.key(seed), index),
           bidirectional=bidirectional_prefix,
         )
       outputs += new
@@ -324,19 +318,6 @@ class Model:
     if isinstance(inputs, str):
       return (results[0], scores[0]) if return_scores else results[0]
     return (results, scores) if return_scores else results
-
-  def _predictor(
-    self, config: DecodingConfig, batch_size: int, length: int, seed: int
-  ) -> prediction.Predictor:
-    return prediction.Predictor(
-      self.config,
-      mesh=self.mesh,
-      rules=self.rules,
-      decoding=config,
-      batch_size=batch_size,
-      max_input_length=length,
-      seed=seed,
-    )
 
   # ---- Saving and training ----
 
@@ -387,19 +368,21 @@ class Model:
       tokens=tokens,
       extra_ids=extra_ids,
     )
-    shardings = _shardings(config, self.mesh, self.rules)
+    shardings = placed.param_shardings(config, self.placement)
     return Model(
       config,
       tensors.place(grown, config, shardings),
       vocabulary,
-      mesh=self.mesh,
-      rules=self.rules,
+      placement=self.placement,
       lengths=self.lengths,
       step=self.step,
     )
 
   def train(self, *, model_dir: str, **arguments: Any) -> 'Model':
     """Trains from these parameters and returns the trained model.
+
+    It lies where this one lies. With dry_run=True nothing is trained, and the
+    model itself comes back.
 
     Args:
       model_dir: the new run's directory; a run that is there is continued.
@@ -421,8 +404,10 @@ class Model:
         checkpoint=dataclasses.replace(checkpoint, restore_path=start),
         **arguments,
       )
-    assert state is not None
-    return load(model_dir)
+    if state is None:  # dry_run
+      return self
+    alone = self.placement.mesh.size == 1
+    return load(model_dir, mesh=None if alone else self.placement.config)
 
   # ---- Plumbing ----
 
@@ -452,26 +437,34 @@ class Model:
     return rows
 
   def _padded(self, rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """Returns rows as one array, as wide as the next size compiled for."""
     return prediction.pad_rows(
       rows,
       batch_size=len(rows),
-      length=max(1, length),
+      length=prediction.padded_length(length),
       pad_id=self.config.pad_id,
     )
 
-  def _call(self, function: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Runs a jitted function of params and a batch of any size."""
+  def _widened(self, array: np.ndarray, value: int) -> np.ndarray:
+    """Adds columns of a value likewise."""
+    missing = prediction.padded_length(array.shape[1]) - array.shape[1]
+    return np.pad(array, ((0, 0), (0, missing)), constant_values=value)
+
+  def _call(
+    self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any
+  ) -> np.ndarray:
+    """Runs a step of decoding/steps.py on a batch of any size."""
     size = len(next(iter(batch.values())))
-    ways = self.mesh.shape['data'] * self.mesh.shape['fsdp']
-    full = -(-size // ways) * ways
+    full = self.placement.whole_batch(
+      prediction.padded_length(size, shortest=1)
+    )
     batch = {
       name: np.concatenate([array, np.repeat(array[:1], full - size, axis=0)])
       for name, array in batch.items()
     }
-    with partitioning.axis_rules(self.mesh, self.rules):
-      result = function(
-        self.params, partitioning.global_batch(batch, self.mesh)
-      )
+    step = placed.jit_step(make_step, self.config, self.placement, *arguments)
+    mesh = self.placement.mesh
+    result = step(self.params, partitioning.global_batch(batch, mesh))
     return prediction.to_host(result)[:size]
 
 
@@ -481,10 +474,3 @@ def _is_text(inputs: Any) -> bool:
   if isinstance(inputs, (np.ndarray, jax.Array)) or not len(inputs):
     return False
   return all(isinstance(one, str) for one in inputs)
-
-
-@functools.lru_cache(maxsize=32)
-def _step(make: Any, cfg: T5Config, *arguments: Any) -> Any:
-  """Returns a jitted step of steps.py; models of one config share it."""
-  graphdef, _, _ = t5.abstract_params(cfg)
-  return jax.jit(make(graphdef, *arguments))

@@ -1,5 +1,6 @@
 """The Python interface; parity with transformers is interop/hf_test's."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -7,6 +8,7 @@ import t5x_lite
 from t5x_lite import api, errors
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.parallel import partitioning
+from t5x_lite.parallel.placement import make_placement
 from tests.models import tiny
 
 BYTES = VocabularyConfig(kind='byte')
@@ -188,12 +190,51 @@ def test_training_starts_from_it(tmp_path):
   from tests import tiny_run
 
   cfg = tiny_run.model(num_heads=4)
-  start = api.Model(cfg, tiny.params(cfg), BYTES)
+  placement = make_placement(partitioning.MeshConfig(data=8))
+  start = api.Model(cfg, tiny.params(cfg), BYTES, placement=placement)
   arguments = tiny_run.arguments(tmp_path / 'run', total_steps=2)
   del arguments['model'], arguments['vocabulary']
+  assert start.train(**arguments, dry_run=True) is start
   trained = start.train(**arguments)
   assert trained.step == 2
   assert trained.config == cfg
+  assert trained.placement == placement
   before = start.params['decoder']['decoder_norm']['scale']
   after = np.asarray(trained.params['decoder']['decoder_norm']['scale'])
   assert 0 < np.abs(before - after).max() < 0.1
+
+
+def test_new_lengths_and_batch_sizes_compile_nothing_new(model):
+  compiled = []
+  listener = compiled.append
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: listener(name)
+  )
+
+  def compilations(call):
+    compiled.clear()
+    call()
+    return sum('backend_compile' in name for name in compiled)
+
+  def use(size, length):
+    texts = ['x' * length] * size
+    ids = np.full((size, length), 7)
+    model.generate(texts, max_new_tokens=4)
+    model.score(texts, texts)
+    model.encode(texts)
+    model.logits(ids, ids)
+
+  assert compilations(lambda: use(3, 9)) > 0
+  assert compilations(lambda: use(4, 13)) == 0
+  assert compilations(lambda: use(3, 3)) == 0
+
+
+def test_padding_to_a_size_is_not_seen(model):
+  """What has a size of its own gives what its padded form gives."""
+  ids = np.arange(3, 3 + 16)[None]
+  whole = model.logits(ids, ids)
+  assert whole.shape == (1, 16, 384)
+  # Causal: the first positions are the same, whatever follows or pads them.
+  np.testing.assert_allclose(
+    model.logits(ids, ids[:, :5]), whole[:, :5], atol=1e-5
+  )

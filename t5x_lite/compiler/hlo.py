@@ -184,7 +184,7 @@ def _iota(text: str, size: int) -> np.ndarray:
   return ids.reshape(-1)
 
 
-class Program:
+class HloModule:
   """A compiled program's HLO."""
 
   def __init__(self, text: str, num_devices: int):

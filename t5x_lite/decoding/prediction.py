@@ -6,8 +6,7 @@ lengths and batches to one size, so that the number of compilations does not
 depend on the data. No TensorFlow.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,31 +17,30 @@ from jax.sharding import Mesh
 from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.models import t5
+from t5x_lite.models import placed
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import partitioning
-from t5x_lite.training import train_state
+from t5x_lite.parallel.placement import Placement
 
-SHORTEST_BUCKET = 16
+SHORTEST = 16
 
 
-def bucket_lengths(longest: int) -> tuple[int, ...]:
-  """Returns the input lengths that are compiled for: powers of two, and all.
+def padded_length(
+  length: int, longest: int | None = None, shortest: int = SHORTEST
+) -> int:
+  """Returns the size that something of `length` is padded to: a power of two.
+
+  A program is compiled for every size, and so there are few of them.
 
   Args:
-    longest: the longest input, in tokens.
+    length: tokens of the longest row, or number of rows.
+    longest: the size is never larger than this; None for no bound.
+    shortest: nor smaller than this.
   """
-  lengths = []
-  length = SHORTEST_BUCKET
-  while length < longest:
-    lengths.append(length)
-    length *= 2
-  return (*lengths, longest)
-
-
-def bucket(length: int, lengths: Sequence[int]) -> int:
-  """Returns the first bucket that holds `length` tokens."""
-  return next(candidate for candidate in lengths if length <= candidate)
+  size = shortest
+  while size < length:
+    size *= 2
+  return size if longest is None else min(size, longest)
 
 
 def pad_rows(
@@ -60,14 +58,6 @@ def pad_rows(
   return array
 
 
-def replicated_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
-  """Returns an array over the mesh that every process holds all rows of."""
-  sharding = partitioning.batch_sharding(mesh)
-  return jax.make_array_from_callback(
-    array.shape, sharding, lambda index: array[index]
-  )
-
-
 def to_host(array: jax.Array) -> np.ndarray:
   """Returns a batch-sharded array whole, on every process."""
   if jax.process_count() == 1:
@@ -75,17 +65,12 @@ def to_host(array: jax.Array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-@functools.cache
-def _predict_step(
-  model: T5Config,
-  config: DecodingConfig,
-  mesh: Mesh,
-  rules: partitioning.LogicalAxisRules,
-) -> Callable[..., Any]:
-  """Shares compilations; tracing writes the mesh and rules into the step."""
-  del mesh, rules
-  graphdef, _, _ = t5.abstract_params(model)
-  return jax.jit(steps.make_predict_step(graphdef, config))
+def replicated_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
+  """Returns an array over the mesh that every process holds all rows of."""
+  sharding = partitioning.batch_sharding(mesh)
+  return jax.make_array_from_callback(
+    array.shape, sharding, lambda index: array[index]
+  )
 
 
 class Predictor:
@@ -95,8 +80,7 @@ class Predictor:
     self,
     model: T5Config,
     *,
-    mesh: Mesh,
-    rules: partitioning.LogicalAxisRules,
+    placement: Placement,
     decoding: DecodingConfig,
     batch_size: int,
     max_input_length: int,
@@ -106,8 +90,7 @@ class Predictor:
 
     Args:
       model: must have an encoder and a decoder.
-      mesh: where it runs.
-      rules: how arrays are cut over the mesh.
+      placement: where it runs.
       decoding: how tokens are chosen.
       batch_size: rows decoded at a time; raised to a multiple of the mesh's
         data axes.
@@ -124,27 +107,19 @@ class Predictor:
         "inputs; it takes 'encoder_decoder'"
       )
     self.model = model
-    self.mesh = mesh
+    self.placement = placement
     self.decoding = decoding
-    ways = mesh.shape['data'] * mesh.shape['fsdp']
-    self.batch_size = -(-batch_size // ways) * ways
-    self.buckets = bucket_lengths(max_input_length)
-    self.rules = rules
+    self.batch_size = placement.whole_batch(batch_size)
+    self.max_input_length = max_input_length
     self._key = jax.random.key(seed)
-    _, self._shapes, self._axes = t5.abstract_params(model)
-    self._step = _predict_step(model, decoding, mesh, rules)
+    self._step = placed.jit_step(
+      steps.make_predict_step, model, placement, decoding
+    )
 
-  @functools.cached_property
+  @property
   def abstract_params(self) -> Any:
-    """The parameters' shapes, dtypes and shardings."""
-    shardings = partitioning.shardings(
-      self._shapes, self._axes, self.mesh, self.rules
-    )
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      self._shapes,
-      shardings,
-    )
+    """Shapes, dtypes and shardings that parameters should be loaded with."""
+    return placed.inference_params(self.model, self.placement)
 
   def predict(
     self, params: Any, rows: Sequence[Sequence[int]], *, index: int = 0
@@ -152,7 +127,7 @@ class Predictor:
     """Decodes at most `batch_size` inputs.
 
     Args:
-      params: as `abstract_params` describes.
+      params: as `abstract_params` describes, or in any other float dtype.
       rows: token ids of each input, EOS included if the model expects it.
       index: of this batch; sampling differs from one to the next.
 
@@ -160,40 +135,19 @@ class Predictor:
       Token ids up to and without EOS, and the log-probability of each output.
     """
     assert 0 < len(rows) <= self.batch_size, len(rows)
-    longest = max(1, *(len(row) for row in rows))
+    longest = max(map(len, rows))
+    assert longest <= self.max_input_length, (longest, self.max_input_length)
     array = pad_rows(
       rows,
       batch_size=self.batch_size,
-      length=bucket(longest, self.buckets),
+      length=padded_length(longest, self.max_input_length),
       pad_id=self.model.pad_id,
     )
-    batch = {'encoder_input_tokens': replicated_batch(array, self.mesh)}
+    mesh = self.placement.mesh
+    batch = {'encoder_input_tokens': replicated_batch(array, mesh)}
     key = jax.random.fold_in(self._key, index)
-    with partitioning.axis_rules(self.mesh, self.rules):
-      tokens, scores = self._step(params, batch, key)
-    tokens, scores = to_host(tokens), to_host(scores)
-    outputs = [self._until_eos(row) for row in tokens[: len(rows)].tolist()]
-    return outputs, scores[: len(rows)].tolist()
-
-  def _until_eos(self, row: list[int]) -> list[int]:
-    eos = self.model.eos_id
-    return (
-      row[: row.index(eos)] if eos in row else _strip(row, self.model.pad_id)
-    )
-
-
-@functools.cache
-def _continue_step(
-  model: T5Config,
-  config: DecodingConfig,
-  bidirectional: bool,
-  mesh: Mesh,
-  rules: partitioning.LogicalAxisRules,
-) -> Callable[..., Any]:
-  """As `_predict_step`."""
-  del mesh, rules
-  graphdef, _, _ = t5.abstract_params(model)
-  return jax.jit(steps.make_continue_step(graphdef, config, bidirectional))
+    tokens, scores = self._step(params, batch, key)
+    return _outputs(self.model, tokens, scores, len(rows))
 
 
 def continue_prompts(
@@ -201,9 +155,9 @@ def continue_prompts(
   params: Any,
   rows: Sequence[Sequence[int]],
   *,
+  placement: Placement,
   decoding: DecodingConfig,
-  mesh: Mesh,
-  rules: partitioning.LogicalAxisRules,
+  batch_size: int,
   key: jax.Array,
   bidirectional: bool = False,
 ) -> tuple[list[list[int]], list[float]]:
@@ -212,10 +166,10 @@ def continue_prompts(
   Args:
     model: the architecture.
     params: its parameters.
-    rows: token ids of each prompt.
+    rows: token ids of each prompt, at most batch_size.
+    placement: where the parameters are.
     decoding: how tokens are chosen; its length counts new tokens alone.
-    mesh: where the parameters are.
-    rules: how arrays are cut over it.
+    batch_size: rows that the program is compiled for.
     key: of sampling.
     bidirectional: the prompt's tokens see each other in both directions.
 
@@ -223,43 +177,30 @@ def continue_prompts(
     Token ids up to and without EOS, and the log-probability of each output.
   """
   prompts = [[model.decoder_start_id, *row] for row in rows]
-  longest = max(map(len, prompts))
+  prompts += prompts[:1] * (batch_size - len(prompts))
   array = pad_rows(
     prompts,
-    batch_size=len(prompts),
-    length=bucket(longest, bucket_lengths(longest)),
+    batch_size=batch_size,
+    length=padded_length(max(map(len, prompts))),
     pad_id=model.pad_id,
   )
   lengths = np.asarray([len(row) for row in prompts], np.int32)
-  step = _continue_step(model, decoding, bidirectional, mesh, rules)
-  with partitioning.axis_rules(mesh, rules):
-    tokens, scores = step(params, array, lengths, key)
-  outputs = []
-  for row in to_host(tokens).tolist():
-    eos = model.eos_id
-    ended = eos in row
-    outputs.append(
-      row[: row.index(eos)] if ended else _strip(row, model.pad_id)
-    )
-  return outputs, to_host(scores).tolist()
-
-
-def _strip(row: list[int], pad_id: int) -> list[int]:
-  """Removes the padding after a row that never ended."""
-  while row and row[-1] == pad_id:
-    row = row[:-1]
-  return row
-
-
-def mesh_and_rules(
-  model: T5Config, config: partitioning.MeshConfig | None
-) -> tuple[Mesh, partitioning.LogicalAxisRules]:
-  """Returns the mesh that a config means for a model, and its rules."""
-  _, shapes, _ = t5.abstract_params(model)
-  config = partitioning.resolve(
-    config or partitioning.MeshConfig(),
-    num_params=train_state.count_params(shapes),
-    num_heads=model.num_heads,
+  step = placed.jit_step(
+    steps.make_continue_step, model, placement, decoding, bidirectional
   )
-  mesh = partitioning.make_mesh(config)
-  return mesh, partitioning.logical_axis_rules(config)
+  tokens, scores = step(params, array, lengths, key)
+  return _outputs(model, tokens, scores, len(rows))
+
+
+def _outputs(
+  model: T5Config, tokens: jax.Array, scores: jax.Array, num_rows: int
+) -> tuple[list[list[int]], list[float]]:
+  """Returns the ids of each row without EOS and padding, and its score."""
+  rows = to_host(tokens)[:num_rows].tolist()
+  for row in rows:
+    if model.eos_id in row:
+      del row[row.index(model.eos_id) :]
+      continue
+    while row and row[-1] == model.pad_id:  # it never ended
+      row.pop()
+  return rows, to_host(scores)[:num_rows].tolist()

@@ -7,7 +7,6 @@ nothing.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -28,9 +27,10 @@ from t5x_lite.decoding import prediction
 from t5x_lite.decoding import steps as decoding_steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.models import t5
+from t5x_lite.models import placed
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, partitioning
+from t5x_lite.parallel.placement import Placement
 from t5x_lite.training import losses, steps
 
 log = logging.getLogger(__name__)
@@ -64,34 +64,29 @@ class _Cached:
     self._items = items
 
 
-def _data_shard(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
-  sharding = partitioning.batch_sharding(mesh)
+def _data_shard(placement: Placement, batch_size: int) -> tuple[int, int]:
+  sharding = partitioning.batch_sharding(placement.mesh)
   return distributed.data_shard(sharding, batch_size)
 
 
-# One compilation serves all datasets. The mesh and rules are in the keys since
-# `partitioning.constrain` writes them into what is traced.
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What one evaluator measured.
 
+  Attributes:
+    kind: 'eval' for teacher-forced losses, 'infer_eval' for the task's own
+      metrics on decoded text: T5X's names.
+    task: its name, without the vocabulary's.
+    metrics: by name.
+    lines: {'input', 'prediction', 'target'} of each decoded example.
+    seconds: that it took.
+  """
 
-@functools.cache
-def _eval_step(
-  model: T5Config,
-  loss: losses.LossConfig,
-  mesh: jax.sharding.Mesh,
-  rules: partitioning.LogicalAxisRules,
-) -> Callable[..., Any]:
-  del mesh, rules
-  return jax.jit(steps.make_eval_step(t5.abstract_params(model)[0], loss))
-
-
-@functools.cache
-def _score_step(
-  model: T5Config,
-  mesh: jax.sharding.Mesh,
-  rules: partitioning.LogicalAxisRules,
-) -> Callable[..., Any]:
-  del mesh, rules
-  return jax.jit(decoding_steps.make_score_step(t5.abstract_params(model)[0]))
+  kind: str
+  task: str
+  metrics: Metrics
+  lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  seconds: float = 0.0
 
 
 class TeacherForced:
@@ -103,9 +98,7 @@ class TeacherForced:
     config: DatasetConfig,
     model: T5Config,
     *,
-    mesh: jax.sharding.Mesh,
-    rules: partitioning.LogicalAxisRules,
-    loss: losses.LossConfig,
+    placement: Placement,
     num_steps: int | None = None,
   ):
     """Compiles and reads nothing yet.
@@ -115,21 +108,21 @@ class TeacherForced:
       config: of a task; read once, the same batches every time. In a file
         that is sorted, the first ones stand for the rest only with `shuffle`.
       model: the architecture.
-      mesh: where it runs.
-      rules: how arrays are cut over the mesh.
-      loss: gives the chunk size; smoothing and z-loss have no part in this.
+      placement: where it runs.
       num_steps: batches at most; None for all.
     """
     self.name = name
     self._config = dataclasses.replace(config, num_epochs=1)
-    partitioning.check_batch_size(config.batch_size, mesh)
-    self._mesh, self._rules = mesh, rules
+    partitioning.check_batch_size(config.batch_size, placement.mesh)
+    self._placement = placement
     self._num_steps = num_steps
-    self._step = _eval_step(model, loss, mesh, rules)
+    self._step = placed.jit_step(
+      steps.make_eval_step, model, placement, losses.LossConfig()
+    )
     self._batches = _Cached(self._read, config.batch_size)
 
   def _read(self) -> Iterator[dict[str, np.ndarray]]:
-    index, count = _data_shard(self._mesh, self._config.batch_size)
+    index, count = _data_shard(self._placement, self._config.batch_size)
     iterator = data.make_iterator(
       self._config, process_index=index, process_count=count
     )
@@ -138,35 +131,24 @@ class TeacherForced:
     finally:
       iterator.close()
 
-  def run(self, params: Any) -> Metrics:
+  def run(self, params: Any) -> Result:
     """Returns the metrics of these parameters."""
+    start = time.monotonic()
     totals: dict[str, float] = {}
-    with partitioning.axis_rules(self._mesh, self._rules):
-      for batch in self._batches:
-        batch = partitioning.global_batch(batch, self._mesh)
-        sums = jax.device_get(self._step(params, batch))
-        for name, value in sums.items():
-          totals[name] = totals.get(name, 0.0) + float(value)
+    for batch in self._batches:
+      batch = partitioning.global_batch(batch, self._placement.mesh)
+      sums = jax.device_get(self._step(params, batch))
+      for name, value in sums.items():
+        totals[name] = totals.get(name, 0.0) + float(value)
     loss = totals['loss'] / max(totals['weight'], 1.0)
-    return {
+    metrics = {
       'loss': loss,
       'perplexity': math.exp(min(loss, 700.0)),
       'accuracy': totals['num_correct'] / max(totals['num_tokens'], 1.0),
       'target_tokens': totals['num_tokens'],
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """What decoding one task gave.
-
-  Attributes:
-    metrics: by the task's metric functions.
-    lines: {'input', 'prediction', 'target'} of each example.
-  """
-
-  metrics: Metrics
-  lines: list[dict[str, Any]]
+    seconds = time.monotonic() - start
+    return Result('eval', self.name, metrics, seconds=seconds)
 
 
 class Decoded:
@@ -196,15 +178,18 @@ class Decoded:
     self._num_examples = num_examples
     self._length = config.lengths['inputs']
     self.config = dataclasses.replace(config, batch_size=predictor.batch_size)
-    index, count = _data_shard(predictor.mesh, predictor.batch_size)
+    index, count = _data_shard(predictor.placement, predictor.batch_size)
     self._dataset = data.make_eval_dataset(
       self.config, process_index=index, process_count=count
     )
     self._batches = _Cached(lambda: iter(self._dataset), predictor.batch_size)
-    self._score = _score_step(predictor.model, predictor.mesh, predictor.rules)
+    self._score = placed.jit_step(
+      decoding_steps.make_score_step, predictor.model, predictor.placement
+    )
 
   def run(self, params: Any) -> Result:
     """Returns the metrics of these parameters, and the predictions."""
+    start = time.monotonic()
     task = self._task
     vocabulary = task.output_features['targets'].vocabulary
     targets, predictions, scores, lines = [], [], [], []
@@ -238,12 +223,12 @@ class Decoded:
       metrics |= _scalars(metric_fn(targets, predictions))
     for metric_fn in task.score_metric_fns:
       metrics |= _scalars(metric_fn(targets, scores))
-    return Result(metrics, lines)
+    seconds = time.monotonic() - start
+    return Result('infer_eval', self.name, metrics, lines, seconds)
 
   def _target_scores(self, params: Any, batch: Any) -> list[float]:
-    mesh, rules = self.predictor.mesh, self.predictor.rules
-    with partitioning.axis_rules(mesh, rules):
-      scores = self._score(params, partitioning.global_batch(batch, mesh))
+    mesh = self.predictor.placement.mesh
+    scores = self._score(params, partitioning.global_batch(batch, mesh))
     return prediction.to_host(scores).tolist()
 
 
@@ -269,20 +254,6 @@ def _scalars(metrics: dict[str, Any]) -> Metrics:
   return result
 
 
-def decoded_evaluators(
-  config: DatasetConfig,
-  vocabulary: VocabularyConfig,
-  predictor: prediction.Predictor,
-  *,
-  num_examples: int | None = None,
-) -> list[Decoded]:
-  """Returns an evaluator for each task of a mixture that has the split."""
-  return [
-    Decoded(name, task, one, predictor, num_examples=num_examples)
-    for name, task, one in _by_task(config, vocabulary)
-  ]
-
-
 def _by_task(
   config: DatasetConfig, vocabulary: VocabularyConfig
 ) -> Iterator[tuple[str, Any, DatasetConfig]]:
@@ -297,95 +268,89 @@ def _by_task(
 
 
 class Evaluators:
-  """All evaluations of a training run, made once and run at every period."""
+  """All evaluations of a run: made once, and run on any parameters."""
 
   def __init__(
     self,
     model: T5Config,
     vocabulary: VocabularyConfig,
     *,
-    mesh: jax.sharding.Mesh,
-    rules: partitioning.LogicalAxisRules,
+    placement: Placement,
     train_eval: Sequence[DatasetConfig] = (),
     infer_eval: Sequence[DatasetConfig] = (),
     eval_steps: int | None = None,
     infer_eval_examples: int | None = None,
     decoding: DecodingConfig | None = None,
   ):
-    """Checks the datasets; compiles and reads nothing yet. See `train`."""
+    """Checks the datasets; compiles and reads nothing yet.
+
+    Args:
+      model: the architecture.
+      vocabulary: of the tasks.
+      placement: where it runs.
+      train_eval: data of teacher-forced losses, a mixture's task by task.
+      infer_eval: data that is decoded and measured by the tasks' metrics.
+      eval_steps: batches of each teacher-forced task; None for all.
+      infer_eval_examples: examples of each decoded task; None for all.
+      decoding: greedy, as long as the targets, by default.
+    """
     # A mixture task by task, as T5X does: one number for all of them would be
-    # that of whichever comes first within num_steps.
+    # that of whichever comes first within eval_steps.
     self._forced = [
-      TeacherForced(
-        name,
-        one,
-        model,
-        mesh=mesh,
-        rules=rules,
-        loss=losses.LossConfig(),
-        num_steps=eval_steps,
-      )
+      TeacherForced(name, one, model, placement=placement, num_steps=eval_steps)
       for config in train_eval
       for name, _, one in _by_task(config, vocabulary)
     ]
     self._decoded = []
     for config in infer_eval:
-      predictor = make_predictor(
-        model, config, mesh=mesh, rules=rules, decoding=decoding
+      length = config.lengths['targets']
+      predictor = prediction.Predictor(
+        model,
+        placement=placement,
+        decoding=decoding or DecodingConfig(max_decode_length=length),
+        batch_size=config.batch_size,
+        max_input_length=config.lengths['inputs'],
       )
-      self._decoded += decoded_evaluators(
-        config, vocabulary, predictor, num_examples=infer_eval_examples
-      )
+      self._decoded += [
+        Decoded(name, task, one, predictor, num_examples=infer_eval_examples)
+        for name, task, one in _by_task(config, vocabulary)
+      ]
     check_distinct([one.name for one in self._forced])
     check_distinct([one.name for one in self._decoded])
 
+  @property
+  def names(self) -> list[str]:
+    """Names of the tasks that are decoded."""
+    return [one.name for one in self._decoded]
+
+  def results(self, params: Any) -> Iterator[Result]:
+    """Runs one evaluation after the other."""
+    evaluators: list[TeacherForced | Decoded] = [*self._forced, *self._decoded]
+    for evaluator in evaluators:
+      result = evaluator.run(params)
+      log.info(
+        '%s/%s: %s (%.1f s)',
+        result.kind,
+        result.task,
+        format_metrics(result.metrics),
+        result.seconds,
+      )
+      yield result
+
   def run(self, params: Any, step: int, model_dir: str) -> Metrics:
-    """Returns 'eval/...' and 'infer_eval/...' metrics of these parameters.
+    """Returns 'eval/TASK/...' and 'infer_eval/TASK/...' of a training step.
 
     Predictions go to MODEL_DIR/infer_eval/TASK/STEP.jsonl.
     """
+    log.info('step %d: evaluation', step)
     metrics: Metrics = {}
-    evaluators: list[TeacherForced | Decoded] = [*self._forced, *self._decoded]
-    for one in evaluators:
-      start = time.monotonic()
-      if isinstance(one, TeacherForced):
-        kind, found = 'eval', one.run(params)
-      else:
-        kind, result = 'infer_eval', one.run(params)
-        found = result.metrics
-        if jax.process_index() == 0:
-          root = epath.Path(model_dir) / 'infer_eval' / one.name
-          write_lines(root / f'{step}.jsonl', result.lines)
-      metrics |= {f'{kind}/{one.name}/{k}': v for k, v in found.items()}
-      log.info(
-        'step %d  %s/%s: %s (%.1f s)',
-        step,
-        kind,
-        one.name,
-        format_metrics(found),
-        time.monotonic() - start,
-      )
+    for result in self.results(params):
+      prefix = f'{result.kind}/{result.task}'
+      metrics |= {f'{prefix}/{k}': v for k, v in result.metrics.items()}
+      if result.lines and distributed.is_primary():
+        path = epath.Path(model_dir) / prefix / f'{step}.jsonl'
+        write_lines(path, result.lines)
     return metrics
-
-
-def make_predictor(
-  model: T5Config,
-  config: DatasetConfig,
-  *,
-  mesh: jax.sharding.Mesh,
-  rules: partitioning.LogicalAxisRules,
-  decoding: DecodingConfig | None,
-) -> prediction.Predictor:
-  """Returns what decodes a dataset; greedy, as long as its targets, if None."""
-  length = config.lengths['targets']
-  return prediction.Predictor(
-    model,
-    mesh=mesh,
-    rules=rules,
-    decoding=decoding or DecodingConfig(max_decode_length=length),
-    batch_size=config.batch_size,
-    max_input_length=config.lengths['inputs'],
-  )
 
 
 def check_distinct(names: Sequence[str]) -> None:

@@ -418,8 +418,11 @@ def _layer_keys(key, num_layers: int):
   return None if key is None else jax.random.split(key, num_layers)
 
 
+@functools.lru_cache(maxsize=64)
 def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
   """Returns (graphdef, shapes, axes) without allocating anything.
+
+  The same objects for equal configs: leave them as they are.
 
   Args:
     cfg: the model's config.

@@ -5,7 +5,11 @@ the planner, none of which needs them to better than some per cent.
 """
 
 import dataclasses
+import os
 import re
+from typing import Any
+
+import jax
 
 from t5x_lite.errors import UsageError
 
@@ -194,3 +198,65 @@ def parse_topology(text: str) -> Topology:
       f'dimensions, for example {chip.name}:{example}'
     )
   return Topology(chip, shape)
+
+
+# ---- TPUs that are not there ----
+
+# XLA:TPU estimates fused convolutions recursively and runs out of its threads'
+# 64 kB stacks where dropout is recomputed (T5 base with remat_policy='full',
+# dropout_rate=0.1, libtpu 0.0.42.1: a segmentation fault in the compiler).
+_LIBTPU_STACK = '--fibers_default_thread_stack_size'
+
+
+def prepare_libtpu() -> None:
+  """Sets what libtpu reads from the environment when it is loaded."""
+  flags = os.environ.get('LIBTPU_INIT_ARGS', '')
+  if _LIBTPU_STACK not in flags:
+    flags = f'{flags} {_LIBTPU_STACK}={4 * 2**20}'.strip()
+    os.environ['LIBTPU_INIT_ARGS'] = flags
+  # Several compiles at a time; no question to a metadata server that is not
+  # there; errors only.
+  for name, value in (
+    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
+    ('TPU_SKIP_MDS_QUERY', '1'),
+    ('TPU_MIN_LOG_LEVEL', '3'),
+    ('TPU_STDERR_LOG_LEVEL', '3'),
+  ):
+    os.environ.setdefault(name, value)
+
+
+def topology_devices(
+  topology: Topology, num_slices: int = 1
+) -> list[jax.Device]:
+  """Returns the devices of TPU slices that need not exist.
+
+  Raises:
+    UsageError: if libtpu is not installed, or knows no such topology.
+  """
+  from jax.experimental import topologies
+
+  prepare_libtpu()
+  options: dict[str, Any] = {}
+  if num_slices > 1:
+    options['num_slices'] = num_slices
+  if topology.chip.name == 'v4':  # one device a chip, as v4 is used
+    options['chip_config_name'] = 'megacore'
+  try:
+    found = topologies.get_topology_desc(
+      topology.name, platform='tpu', **options
+    )
+  except NotImplementedError as error:
+    raise UsageError(
+      f'--topology={topology.name} is refused: {str(error).splitlines()[0]}'
+    ) from error
+  except (RuntimeError, ValueError) as error:
+    text = str(error)
+    if 'libtpu' in text.lower() or 'tpu plugin' in text.lower():
+      raise UsageError(
+        "compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]' "
+        f'({text.splitlines()[0]})'
+      ) from error
+    raise UsageError(
+      f'XLA:TPU knows no topology {topology.name}: {text.splitlines()[0]}'
+    ) from error
+  return list(found.devices)

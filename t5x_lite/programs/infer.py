@@ -21,6 +21,7 @@ from t5x_lite.data import vocabularies
 from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
+from t5x_lite.models import placed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.runs import checkpoints, progress, run_directory
 
@@ -98,11 +99,9 @@ def infer(
     decoding = dataclasses.replace(
       decoding, max_decode_length=max_decode_length
     )
-  device_mesh, rules = prediction.mesh_and_rules(run.model, mesh)
   predictor = prediction.Predictor(
     run.model,
-    mesh=device_mesh,
-    rules=rules,
+    placement=placed.place_model(run.model, mesh),
     decoding=decoding,
     batch_size=batch_size,
     max_input_length=max_input_length,

@@ -23,6 +23,7 @@ from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import hardware
 from t5x_lite.parallel.hardware import Chip, find_chip, parse_topology
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
 from t5x_lite.runs import size_report
@@ -123,7 +124,7 @@ def find_devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
   parsed = parse_topology(topology)
   # Nothing runs; JAX must not wait for a TPU.
   jax.config.update('jax_platforms', 'cpu')
-  return step_programs.topology_devices(parsed, num_slices)
+  return hardware.topology_devices(parsed, num_slices)
 
 
 def compile_step(
@@ -139,7 +140,7 @@ def compile_step(
   topology: str = 'local',
   num_slices: int = 1,
   hlo_file: str = '',
-) -> tuple[dict[str, Any], step_programs.Program]:
+) -> tuple[dict[str, Any], step_programs.StepProgram]:
   """Compiles a step; returns the report and the program; see `precompile`."""
   devices = find_devices(topology, num_slices)
   if topology != 'local' and mesh.num_slices is None:
@@ -210,7 +211,7 @@ def compile_step(
   return report, program
 
 
-def _state_bytes(program: step_programs.Program) -> dict[str, Any]:
+def _state_bytes(program: step_programs.StepProgram) -> dict[str, Any]:
   """Bytes per device of what goes into the step, by kind."""
   state, batch, _ = program.arguments
   size = size_report.tree_bytes_per_device
@@ -270,13 +271,13 @@ def _model_flops(
 def _costs(
   setup: cost_model.Setup,
   chip: Chip | None,
-  program: step_programs.Program,
+  program: step_programs.StepProgram,
   text: str,
   training: bool,
 ) -> dict[str, Any]:
   """Collectives, traffic and the roofline, from the compiled program."""
   devices = list(program.mesh.devices.flat)
-  parsed = hlo.Program(text, len(devices))
+  parsed = hlo.HloModule(text, len(devices))
   found = parsed.collectives()
   by_kind: dict[str, dict[str, float]] = collections.defaultdict(
     lambda: {'count': 0, 'bytes': 0.0}

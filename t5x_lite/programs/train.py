@@ -135,14 +135,8 @@ def train(
     total_steps=total_steps,
     num_microbatches=num_microbatches,
   )
-  device_mesh, rules, spec, tx = (
-    program.mesh,
-    program.rules,
-    program.spec,
-    program.tx,
-  )
+  device_mesh, spec, tx = program.mesh, program.spec, program.tx
   assert spec is not None and tx is not None
-  start_checks.check_batch(dataset, device_mesh, num_microbatches)
 
   # ---- Compile the step ahead of time; report memory ----
   make_key = jax.jit(
@@ -172,8 +166,7 @@ def train(
   evaluation = evaluators.Evaluators(
     model,
     vocabulary,
-    mesh=device_mesh,
-    rules=rules,
+    placement=program.placement,
     train_eval=train_eval,
     infer_eval=infer_eval,
     eval_steps=eval_steps,

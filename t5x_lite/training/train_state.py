@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel import partitioning
+from t5x_lite.parallel.placement import Placement
 from t5x_lite.training import optimizers
 
 
@@ -56,18 +55,16 @@ class StateSpec:
 def make_spec(
   cfg: T5Config,
   tx: optax.GradientTransformation,
-  mesh: Mesh,
-  rules: partitioning.LogicalAxisRules,
+  placement: Placement,
   *,
   opt_state_memory: str | None = None,
 ) -> StateSpec:
-  """Describes the state of a model and optimizer on a mesh.
+  """Describes the state of a model and optimizer on a placement.
 
   Args:
     cfg: the model's.
     tx: the optimizer.
-    mesh: the mesh.
-    rules: from logical axes to mesh axes.
+    placement: where the state lives.
     opt_state_memory: JAX's memory kind for the optimizer's arrays, such as
       'pinned_host'; None is the device's own.
   """
@@ -78,7 +75,7 @@ def make_spec(
   axes = TrainState(
     (), params_axes, optimizers.opt_state_axes(tx, params, params_axes)
   )
-  shardings = partitioning.shardings(shapes, axes, mesh, rules)
+  shardings = placement.shardings(shapes, axes)
   if opt_state_memory is not None:
     opt_state = jax.tree.map(
       lambda x, s: s.with_memory_kind(opt_state_memory) if x.ndim else s,
@@ -123,8 +120,3 @@ def start_from(
     params,
     init(params),
   )
-
-
-def count_params(params: Any) -> int:
-  """Returns the number of parameters."""
-  return sum(int(x.size) for x in jax.tree.leaves(params))

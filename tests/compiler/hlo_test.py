@@ -16,7 +16,7 @@ TPU_LOOP = pathlib.Path(__file__).parents[1] / 'fixtures' / 'tpu_loop.hlo'
 
 @pytest.fixture(scope='module')
 def tpu_loop():
-  return hlo.Program(TPU_LOOP.read_text(), 8)
+  return hlo.HloModule(TPU_LOOP.read_text(), 8)
 
 
 def test_collectives_in_loops_count_as_often_as_they_run(tpu_loop):
@@ -53,7 +53,7 @@ CARRIED = TPU_LOOP.parent / 'tpu_carried.hlo'
 
 
 def test_a_collective_carried_through_a_loop_is_one():
-  [gather] = hlo.Program(CARRIED.read_text(), 2).collectives()
+  [gather] = hlo.HloModule(CARRIED.read_text(), 2).collectives()
   assert (gather.kind, gather.count) == ('all-gather', 1)
   assert gather.bytes == 8 * 8 * 4 / 2
 
@@ -63,7 +63,7 @@ def test_what_passes_through_a_fusion_is_not_traffic():
   # writes a row; the start reads its operand and writes its results.
   loop = 3 * (16 * 4 + 16 * 4)
   start = 4 * 8 * 4 + (4 * 8 * 4 + 8 * 8 * 4)
-  assert hlo.Program(CARRIED.read_text(), 2).hbm_bytes() == loop + start
+  assert hlo.HloModule(CARRIED.read_text(), 2).hbm_bytes() == loop + start
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_program_of_this_machine():
   stack = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32, sharding=whole)
   text = jax.jit(step, out_shardings=cut).lower(x, stack).compile().as_text()
   gathers = [
-    c for c in hlo.Program(text, 8).collectives() if c.kind == 'all-gather'
+    c for c in hlo.HloModule(text, 8).collectives() if c.kind == 'all-gather'
   ]
   assert sum(c.count for c in gathers) == 5
   total = sum(c.count * c.bytes for c in gathers)

@@ -1,13 +1,12 @@
 """Programs are complete: they compile, donate, and match their description."""
 
-import os
-
 import jax
 import numpy as np
 import pytest
 
 from t5x_lite.compiler import step_programs
 from t5x_lite.data.config import batch_spec
+from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.parallel import partitioning
@@ -98,10 +97,19 @@ def test_an_encoder_is_not_decoded():
     )
 
 
-def test_libtpu_gets_larger_stacks_once(monkeypatch):
-  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_other=1')
-  step_programs.prepare_libtpu()
-  step_programs.prepare_libtpu()
-  found = os.environ['LIBTPU_INIT_ARGS']
-  assert found.startswith('--xla_other=1 --fibers_default_thread_stack_size=')
-  assert found.count('fibers') == 1
+def test_decoding_is_compiled_for_the_parameters_that_are_loaded():
+  cfg = tiny.config(dtype='bfloat16')
+  program = step_programs.decode_program(
+    model=cfg,
+    config=DecodingConfig(max_decode_length=4),
+    batch=batch_spec(tiny_run.dataset(batch_size=8)),
+    mesh=MeshConfig(data=8),
+  )
+  predictor = prediction.Predictor(
+    cfg,
+    placement=program.placement,
+    decoding=DecodingConfig(max_decode_length=4),
+    batch_size=8,
+    max_input_length=32,
+  )
+  assert program.arguments[0] == predictor.abstract_params

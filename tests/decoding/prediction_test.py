@@ -5,7 +5,7 @@ import pytest
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.models import t5
+from t5x_lite.models import placed, t5
 from t5x_lite.parallel.partitioning import MeshConfig
 from tests.models import tiny
 
@@ -21,9 +21,9 @@ def make_predictor(cfg, mesh=MESH, **overrides):
     batch_size=4,
     max_input_length=40,
   )
-  device_mesh, rules = prediction.mesh_and_rules(cfg, mesh)
+  placement = placed.place_model(cfg, mesh)
   return prediction.Predictor(
-    cfg, mesh=device_mesh, rules=rules, **{**arguments, **overrides}
+    cfg, placement=placement, **{**arguments, **overrides}
   )
 
 
@@ -37,13 +37,15 @@ def place(predictor, params):
 
 @pytest.mark.parametrize(
   'longest, lengths',
-  [(5, (5,)), (16, (16,)), (40, (16, 32, 40)), (64, (16, 32, 64))],
+  [(5, {5}), (16, {16}), (40, {16, 32, 40}), (None, {16, 32, 64})],
 )
-def test_buckets_are_few(longest, lengths):
-  assert prediction.bucket_lengths(longest) == lengths
-  for length in range(1, longest + 1):
-    chosen = prediction.bucket(length, lengths)
-    assert length <= chosen and chosen in lengths
+def test_sizes_are_few(longest, lengths):
+  found = set()
+  for length in range(1, (longest or 64) + 1):
+    size = prediction.padded_length(length, longest)
+    assert length <= size
+    found.add(size)
+  assert found == lengths
 
 
 def test_missing_rows_are_no_empty_rows():
@@ -71,15 +73,38 @@ def test_predictions_are_the_steps_own():
     assert score == pytest.approx(float(alone[0]), rel=1e-4)
 
 
-def test_one_compilation_a_bucket():
+def count_traces(monkeypatch, name):
+  """Returns a list that grows with every trace of a step of this name."""
+  traces = []
+  make = getattr(steps, name)
+
+  def counting(*arguments):
+    step = make(*arguments)
+
+    def traced(*args):
+      traces.append(name)
+      return step(*args)
+
+    return traced
+
+  monkeypatch.setattr(steps, name, counting)
+  return traces
+
+
+def test_one_compilation_a_size(monkeypatch):
+  traces = count_traces(monkeypatch, 'make_predict_step')
   cfg = tiny.config()
   predictor = make_predictor(cfg)
   params = place(predictor, tiny.params(cfg))
   for length in (3, 9, 16, 14, 1):
     predictor.predict(params, [[2] * length])
-  size = predictor._step._cache_size()
   predictor.predict(params, [[2] * 5, [3] * 11])
-  assert predictor._step._cache_size() == size
+  assert len(traces) == 1
+  predictor.predict(params, [[2] * 17])
+  assert len(traces) == 2
+  # Another predictor of the same kind finds what is compiled.
+  make_predictor(cfg, seed=1).predict(params, [[2] * 30])
+  assert len(traces) == 2
 
 
 def test_batches_fill_the_mesh():

@@ -10,8 +10,8 @@ from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
-from t5x_lite.models import t5
-from t5x_lite.training.losses import LossConfig, cross_entropy_with_logits
+from t5x_lite.models import placed, t5
+from t5x_lite.training.losses import cross_entropy_with_logits
 from tests import tiny_run
 from tests.models import tiny
 
@@ -20,9 +20,9 @@ from tests.models import tiny
 def setting():
   """A model, where it runs and its parameters."""
   cfg = tiny_run.model()
-  mesh, rules = prediction.mesh_and_rules(cfg, None)
+  placement = placed.place_model(cfg)
   params = t5.init_params(cfg, jax.random.key(0))
-  return cfg, dict(mesh=mesh, rules=rules), params
+  return cfg, dict(placement=placement), params
 
 
 def config(name='language_id_byte', **overrides):
@@ -33,11 +33,9 @@ def test_teacher_forced_is_the_mean_over_all_tokens(setting):
   """Padding rows of the last batch weigh nothing."""
   cfg, where, params = setting
   one = config(shuffle=False)
-  forced = evaluators.TeacherForced(
-    'x', one, cfg, **where, loss=LossConfig(), num_steps=2
-  )
-  metrics = forced.run(params)
-  assert forced.run(params) == metrics
+  forced = evaluators.TeacherForced('x', one, cfg, **where, num_steps=2)
+  metrics = forced.run(params).metrics
+  assert forced.run(params).metrics == metrics
 
   total = weight = correct = 0.0
   iterator = data.make_iterator(dataclasses.replace(one, num_epochs=1))
@@ -101,8 +99,12 @@ def test_decoded_gives_tasks_what_seqio_gives_them(setting):
   cfg, where, params = setting
   one = config()
   task = FakeTask(catalog.task_provider(one))
-  predictor = evaluators.make_predictor(
-    cfg, one, **where, decoding=DecodingConfig(max_decode_length=4)
+  predictor = prediction.Predictor(
+    cfg,
+    **where,
+    decoding=DecodingConfig(max_decode_length=4),
+    batch_size=one.batch_size,
+    max_input_length=one.lengths['inputs'],
   )
   decoded = evaluators.Decoded('x', task, one, predictor, num_examples=11)
   result = decoded.run(params)
@@ -124,10 +126,10 @@ def test_decoded_gives_tasks_what_seqio_gives_them(setting):
 def test_every_task_of_a_mixture_is_evaluated_by_itself(setting):
   cfg, where, _ = setting
   one = config('quickstart_mixture_byte')
-  predictor = evaluators.make_predictor(cfg, one, **where, decoding=None)
-  assert predictor.decoding.max_decode_length == 16
-  found = evaluators.decoded_evaluators(one, tiny_run.VOCABULARY, predictor)
-  assert sorted(decoded.name for decoded in found) == [
+  found = evaluators.Evaluators(
+    cfg, tiny_run.VOCABULARY, **where, infer_eval=[one]
+  )
+  assert sorted(found.names) == [
     'language_id',
     'pronounce',
     'translate_en_de',

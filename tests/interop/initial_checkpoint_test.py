@@ -6,8 +6,8 @@ import pytest
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import initial_checkpoint
-from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.placement import make_placement
 from t5x_lite.programs import convert
 from t5x_lite.runs import run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
@@ -20,12 +20,7 @@ TX = optax.adam(1.0)
 
 def spec_of(cfg):
   config = MeshConfig(data=2, fsdp=2, model=2)
-  return train_state.make_spec(
-    cfg,
-    TX,
-    partitioning.make_mesh(config),
-    partitioning.logical_axis_rules(config),
-  )
+  return train_state.make_spec(cfg, TX, make_placement(config))
 
 
 def open_start(path, cfg=None, **fields):

@@ -5,9 +5,8 @@ import math
 import pytest
 
 from t5x_lite.interop import names
-from t5x_lite.models import t5
+from t5x_lite.models import placed, t5
 from t5x_lite.models.config import NAMED_CONFIGS
-from t5x_lite.training import train_state
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -51,7 +50,7 @@ def test_parameter_counts(name):
   assert ours == expected
   _, shapes, _ = t5.abstract_params(cfg)
   expected_count = sum(p.numel() for p in model.parameters())
-  assert train_state.count_params(shapes) == expected_count
+  assert placed.count_params(shapes) == expected_count
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from t5x_lite.errors import UsageError
@@ -47,3 +49,12 @@ def test_topologies_by_name():
 def test_a_wrong_topology_says_what_is_right(text):
   with pytest.raises(UsageError, match='example'):
     hardware.parse_topology(text)
+
+
+def test_libtpu_gets_larger_stacks_once(monkeypatch):
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_other=1')
+  hardware.prepare_libtpu()
+  hardware.prepare_libtpu()
+  found = os.environ['LIBTPU_INIT_ARGS']
+  assert found.startswith('--xla_other=1 --fibers_default_thread_stack_size=')
+  assert found.count('fibers') == 1

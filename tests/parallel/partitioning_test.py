@@ -13,6 +13,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.placement import make_placement
 from t5x_lite.training import losses, optimizers, steps, train_state
 from tests.models import tiny
 
@@ -199,9 +200,8 @@ def train(mesh_config, dropout_rate, num_microbatches=1, optimizer='adafactor'):
     dropout_rate=dropout_rate,
   )
   devices = jax.devices()[: 8 if mesh_config is not None else 1]
-  mesh_config = mesh_config or MeshConfig()
-  mesh = partitioning.make_mesh(mesh_config, devices)
-  rules = partitioning.logical_axis_rules(mesh_config)
+  placement = make_placement(mesh_config or MeshConfig(), devices)
+  mesh = placement.mesh
   _, shapes, axes = t5.abstract_params(cfg)
   config = optimizers.OptimizerConfig(
     name=optimizer,
@@ -210,7 +210,7 @@ def train(mesh_config, dropout_rate, num_microbatches=1, optimizer='adafactor'):
     ),
   )
   tx = optimizers.make_optimizer(config, axes, shapes)
-  spec = train_state.make_spec(cfg, tx, mesh, rules)
+  spec = train_state.make_spec(cfg, tx, placement)
   step = jax.jit(
     steps.make_train_step(
       spec.graphdef,
@@ -228,7 +228,7 @@ def train(mesh_config, dropout_rate, num_microbatches=1, optimizer='adafactor'):
   state = train_state.init_state(cfg, tx, spec, key)
   rng = np.random.default_rng(0)
   result = []
-  with partitioning.axis_rules(mesh, rules):
+  with placement.active():
     for _ in range(NUM_STEPS):
       tokens = rng.integers(2, 20, (8, 12), dtype=np.int32)
       batch = {

@@ -30,7 +30,7 @@ def test_metrics_by_task_and_predictions_beside_references(run, tmp_path):
   assert results['pronounce']['phoneme_error_rate'] > 0
   for metrics in results.values():
     assert metrics['examples'] == 9
-    assert metrics['teacher_forced/loss'] > 0
+    assert metrics['eval/loss'] > 0
   saved = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
   assert saved == {
     'checkpoint': str(run / 'checkpoints' / '1'),

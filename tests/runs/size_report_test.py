@@ -2,8 +2,9 @@ import jax
 import optax
 import pytest
 
-from t5x_lite.parallel import partitioning
+from t5x_lite.models import placed
 from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.placement import make_placement
 from t5x_lite.runs import size_report
 from t5x_lite.training import train_state
 from tests.models import tiny
@@ -12,9 +13,8 @@ from tests.models import tiny
 @pytest.fixture(scope='module')
 def spec():
   config = MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
-  mesh = partitioning.make_mesh(config)
-  rules = partitioning.logical_axis_rules(config)
-  return train_state.make_spec(tiny.config(), optax.adam(1.0), mesh, rules)
+  placement = make_placement(config)
+  return train_state.make_spec(tiny.config(), optax.adam(1.0), placement)
 
 
 def test_bytes_per_device_are_those_of_the_arrays(spec):
@@ -53,7 +53,7 @@ def test_sharding_table(spec):
 
 def test_summaries(spec):
   text = size_report.parameter_summary(spec.shapes.params)
-  count = train_state.count_params(spec.shapes.params)
+  count = placed.count_params(spec.shapes.params)
   assert text.startswith(f'{count:,} parameters (')
   assert 'optimizer state' in size_report.state_memory(spec)
   compiled = (

@@ -5,21 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite.models import t5
+from t5x_lite.models import placed, t5
 from t5x_lite.parallel import partitioning
+from t5x_lite.parallel.placement import make_placement
 from t5x_lite.training import optimizers, train_state
 from tests.models import tiny
 
 
 def make(mesh_config, optimizer='adafactor'):
   cfg = tiny.config(emb_dim=128, mlp_dim=256, vocab_size=512)
-  mesh = partitioning.make_mesh(mesh_config)
-  rules = partitioning.logical_axis_rules(mesh_config)
   _, shapes, axes = t5.abstract_params(cfg)
   tx = optimizers.make_optimizer(
     optimizers.OptimizerConfig(name=optimizer), axes, shapes
   )
-  return cfg, tx, train_state.make_spec(cfg, tx, mesh, rules)
+  return cfg, tx, train_state.make_spec(cfg, tx, make_placement(mesh_config))
 
 
 @pytest.mark.parametrize('optimizer', ['adafactor', 'adamw'])
@@ -61,6 +60,6 @@ def test_starting_from_parameters_keeps_them():
     lambda x: np.testing.assert_array_equal(x, jnp.zeros_like(x)),
     new.opt_state,
   )
-  assert train_state.count_params(state.params) == sum(
+  assert placed.count_params(state.params) == sum(
     x.size for x in jax.tree.leaves(spec.shapes.params)
   )

@@ -1,0 +1,102 @@
+"""A model on a mesh: its placement, its parameters' shardings, its steps.
+
+Nothing is allocated here. Training, decoding, evaluation and ahead-of-time
+compilation all ask this module where a model's parameters go.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5x_lite.models import t5
+from t5x_lite.models.config import T5Config
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.placement import Placement, make_placement
+
+
+def count_params(params: Any) -> int:
+  """Returns the number of parameters."""
+  return sum(int(x.size) for x in jax.tree.leaves(params))
+
+
+def place_model(
+  model: T5Config,
+  mesh: MeshConfig | None = None,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  batch_size: int | None = None,
+) -> Placement:
+  """Returns where a model's arrays live.
+
+  Args:
+    model: the architecture; its size and heads decide what 'auto' means.
+    mesh: how devices are arranged; decided by their number by default.
+    devices: all of them by default.
+    batch_size: the global batch, for 'auto'.
+  """
+  _, shapes, _ = t5.abstract_params(model)
+  return make_placement(
+    mesh or MeshConfig(),
+    devices,
+    num_params=count_params(shapes),
+    num_heads=model.num_heads,
+    batch_size=batch_size,
+  )
+
+
+def param_shardings(model: T5Config, placement: Placement) -> Any:
+  """Returns the sharding of every parameter."""
+  _, shapes, axes = t5.abstract_params(model)
+  return placement.shardings(shapes, axes)
+
+
+def inference_params(model: T5Config, placement: Placement) -> Any:
+  """Returns shape, dtype and sharding of every parameter for inference.
+
+  What the model only ever reads in its compute dtype is loaded in it, once:
+  half the bytes of float32 for bfloat16, and the same outputs bit for bit. The
+  head and the position biases are read in float32 and keep their own dtype.
+  """
+  _, shapes, axes = t5.abstract_params(model)
+  compute = jnp.dtype(model.dtype)
+
+  def cast(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    is_head = 'logits_dense' in name or (
+      name == 'token_embedder/embedding' and model.logits_via_embedding
+    )
+    if is_head or name.endswith('/rel_embedding'):
+      return leaf
+    if compute.itemsize >= leaf.dtype.itemsize:
+      return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, compute)
+
+  shapes = jax.tree_util.tree_map_with_path(cast, shapes)
+  return placement.specs(shapes, axes)
+
+
+@functools.lru_cache(maxsize=64)
+def jit_step(
+  make_step: Callable[..., Callable[..., Any]],
+  model: T5Config,
+  placement: Placement,
+  *arguments: Any,
+) -> Callable[..., Any]:
+  """Returns `make_step(graphdef, *arguments)`, jitted, on a placement.
+
+  One function object for equal arguments, so that whoever asks again finds
+  what is compiled already. The placement is part of the key, since tracing
+  writes its constraints into the program.
+  """
+  graphdef, _, _ = t5.abstract_params(model)
+  jitted = jax.jit(make_step(graphdef, *arguments))
+
+  @functools.wraps(jitted)
+  def step(*args: Any) -> Any:
+    with placement.active():
+      return jitted(*args)
+
+  return step

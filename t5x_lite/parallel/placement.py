@@ -1,0 +1,83 @@
+"""Placement: a mesh, and the rules by which arrays are cut over it."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from t5x_lite.parallel import logical_axes, partitioning
+from t5x_lite.parallel.logical_axes import LogicalAxisRules
+from t5x_lite.parallel.partitioning import BATCH_AXES, MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where arrays live. Two equal placements trace to the same program.
+
+  Attributes:
+    mesh: the devices.
+    rules: from logical axes to mesh axes.
+    config: what both were made of, every size resolved.
+  """
+
+  mesh: Mesh
+  rules: LogicalAxisRules
+  config: MeshConfig
+
+  def shardings(self, shapes: Any, axes: Any) -> Any:
+    """Returns a NamedSharding for every leaf; see `logical_axes.shardings`."""
+    return logical_axes.shardings(shapes, axes, self.mesh, self.rules)
+
+  def specs(self, shapes: Any, axes: Any) -> Any:
+    """Returns shapes' tree of ShapeDtypeStructs with their shardings."""
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      self.shardings(shapes, axes),
+    )
+
+  def active(self) -> contextlib.AbstractContextManager[None]:
+    """Makes the model's constraints effective for what is traced inside."""
+    return logical_axes.axis_rules(self.mesh, self.rules)
+
+  @property
+  def batch_ways(self) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(self.mesh.shape[name] for name in BATCH_AXES)
+
+  def whole_batch(self, size: int) -> int:
+    """Returns the least batch size from `size` on that can be cut evenly."""
+    return -(-size // self.batch_ways) * self.batch_ways
+
+
+def make_placement(
+  config: MeshConfig,
+  devices: Sequence[jax.Device] | None = None,
+  **hints: Any,
+) -> Placement:
+  """Returns the placement that a config means on the given devices, or all.
+
+  Args:
+    config: what the user wrote, resolved or not.
+    devices: all of them by default.
+    **hints: num_params, num_heads, batch_size; see `partitioning.resolve`.
+
+  Raises:
+    UsageError: if the axes do not multiply to the number of devices.
+  """
+  config = partitioning.resolve(config, devices, **hints)
+  return Placement(
+    partitioning.make_mesh(config, devices),
+    partitioning.logical_axis_rules(config),
+    config,
+  )
+
+
+def single_device() -> Placement:
+  """Returns a placement on the first device alone."""
+  one = MeshConfig(data=1, fsdp=1, model=1)
+  return make_placement(one, jax.devices()[:1])
