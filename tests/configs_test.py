@@ -23,7 +23,7 @@ from t5x_lite.programs import (
   quickstart,
   train,
 )
-from t5x_lite.training import optimizers
+from t5x_lite.training import optimizers, schedules
 from t5x_lite.training.optimizers import OptimizerConfig
 
 CONFIGS = configuration.shipped_root() / 'configs'
@@ -195,7 +195,7 @@ def test_experiments_build_what_train_takes(name):
   _, params, axes = t5.abstract_params(built['model'])
   tx = optimizers.make_optimizer(built['optimizer'], axes, params)
   assert jax.tree.leaves(jax.eval_shape(tx.init, params))
-  optimizers.make_schedule(built['optimizer'].schedule, built['total_steps'])
+  schedules.make_schedule(built['optimizer'].schedule, built['total_steps'])
   assert built['model_dir'] == '/tmp/run'
 
 

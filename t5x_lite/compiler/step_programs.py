@@ -17,10 +17,10 @@ from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models import placed, t5
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel import partitioning
+from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement
-from t5x_lite.training import losses, optimizers, steps, train_state
+from t5x_lite.training import losses, optimizers, schedules, steps, train_state
 from t5x_lite.training.optimizers import OptimizerConfig
 
 BatchSpec = Mapping[str, tuple[tuple[int, ...], Any]]
@@ -64,7 +64,7 @@ def _place(
   """Returns the placement, checked against the model and the batch."""
   placement = placed.place_model(model, mesh, devices, batch_size=batch_size)
   _, shapes, axes = t5.abstract_params(model)
-  partitioning.check_rules(shapes, axes, placement.mesh, placement.rules)
+  logical_axes.check_rules(shapes, axes, placement.mesh, placement.rules)
   partitioning.check_batch_size(batch_size, placement.mesh)
   return placement
 
@@ -130,7 +130,7 @@ def train_program(
   step = steps.make_train_step(
     spec.graphdef,
     tx,
-    optimizers.make_schedule(optimizer.schedule, total_steps),
+    schedules.make_schedule(optimizer.schedule, total_steps),
     loss,
     num_microbatches=num_microbatches,
     trainable=(

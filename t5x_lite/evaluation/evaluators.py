@@ -20,7 +20,8 @@ import numpy as np
 from etils import epath
 
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.rows import dataset_iterator as data
+from t5x_lite.data.rows.dataset_iterator import DatasetIterator
+from t5x_lite.data.rows.eval_dataset import EvalDataset
 from t5x_lite.data.tasks import catalog
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction
@@ -123,7 +124,7 @@ class TeacherForced:
 
   def _read(self) -> Iterator[dict[str, np.ndarray]]:
     index, count = _data_shard(self._placement, self._config.batch_size)
-    iterator = data.make_iterator(
+    iterator = DatasetIterator(
       self._config, process_index=index, process_count=count
     )
     try:
@@ -179,7 +180,7 @@ class Decoded:
     self._length = config.lengths['inputs']
     self.config = dataclasses.replace(config, batch_size=predictor.batch_size)
     index, count = _data_shard(predictor.placement, predictor.batch_size)
-    self._dataset = data.make_eval_dataset(
+    self._dataset = EvalDataset(
       self.config, process_index=index, process_count=count
     )
     self._batches = _Cached(lambda: iter(self._dataset), predictor.batch_size)

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.models import layers
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel.partitioning import constrain
+from t5x_lite.parallel.logical_axes import constrain
 
 # What the remat policy 'save_names' keeps.
 SAVED_NAMES = ('attention_out', 'cross_attention_out', 'mlp_out')

@@ -20,7 +20,7 @@ from jax import Array
 
 from t5x_lite.models import attention
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel.partitioning import constrain
+from t5x_lite.parallel.logical_axes import constrain
 
 _ACTIVATIONS = {
   'relu': jax.nn.relu,

@@ -26,7 +26,7 @@ from t5x_lite.models.blocks import (
   EncoderLayer,
 )
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel.partitioning import constrain
+from t5x_lite.parallel.logical_axes import constrain
 
 
 def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):

@@ -1,7 +1,7 @@
 """Where arrays live: meshes of devices by name or size, and batches on them.
 
 Nothing else in the project names a mesh axis. How logical axes become
-shardings is in logical_axes.py, whose names are passed on here.
+shardings is in logical_axes.py.
 """
 
 import dataclasses
@@ -17,33 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import UsageError
 from t5x_lite.parallel.hardware import find_chip
-from t5x_lite.parallel.logical_axes import (
-  LogicalAxisRules,
-  axis_rules,
-  check_rules,
-  constrain,
-  shardings,
-  spec,
-)
-
-__all__ = [
-  'BATCH_AXES',
-  'MESH_AXES',
-  'LogicalAxisRules',
-  'MeshConfig',
-  'axis_rules',
-  'batch_sharding',
-  'check_batch_size',
-  'check_rules',
-  'constrain',
-  'global_batch',
-  'logical_axis_rules',
-  'make_mesh',
-  'replicated',
-  'resolve',
-  'shardings',
-  'spec',
-]
+from t5x_lite.parallel.logical_axes import LogicalAxisRules
 
 log = logging.getLogger(__name__)
 

@@ -48,7 +48,7 @@ def resolve_dataset(
   Raises:
     UsageError: if the data is not registered, or made for another model.
   """
-  catalog.import_modules(dataset)
+  catalog.import_modules(dataset.module)
   name = dataset.mixture_or_task_name
   kinds = _CONVERTERS[model.architecture]
   if dataset.feature_converter not in kinds:

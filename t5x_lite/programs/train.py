@@ -17,7 +17,7 @@ import jax
 
 from t5x_lite.compiler import flops, step_programs
 from t5x_lite.data.config import DatasetConfig, batch_spec
-from t5x_lite.data.rows import dataset_iterator as data
+from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.evaluation import evaluators
@@ -160,7 +160,7 @@ def train(
 
   # ---- Input pipeline and evaluators: they check their tasks ----
   shard, num_shards = distributed.data_shard(sharding, dataset.batch_size)
-  iterator = data.make_iterator(
+  iterator = DatasetIterator(
     dataset, process_index=shard, process_count=num_shards
   )
   evaluation = evaluators.Evaluators(

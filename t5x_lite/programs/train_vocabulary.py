@@ -202,9 +202,9 @@ def _check(
 
 def _task_texts(task: str, split: str) -> Iterator[str]:
   # Not at the top: TensorFlow takes many seconds, and files do not need it.
-  from t5x_lite.data.tasks import embedded
+  from t5x_lite.data.tasks import catalog
 
-  return embedded.texts(task, split)
+  return catalog.texts(task, split)
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

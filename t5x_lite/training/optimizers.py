@@ -21,17 +21,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.training import adafactor as adafactor_lib
 from t5x_lite.training.adafactor import Axes, Path, path_name
 from t5x_lite.training.master_weights import master_weights
-from t5x_lite.training.schedules import ScheduleConfig, make_schedule, unknown
-
-__all__ = [
-  'OptimizerConfig',
-  'ScheduleConfig',
-  'adamw_scale',
-  'make_optimizer',
-  'make_schedule',
-  'opt_state_axes',
-  'trainable_mask',
-]
+from t5x_lite.training.schedules import ScheduleConfig, unknown
 
 # Optax's optimizers whose step is proportional to the learning rate of the same
 # step alone, as "updates at learning rate 1" needs; a test checks each.

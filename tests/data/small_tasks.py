@@ -6,6 +6,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import dataset_iterator
 
 LENGTHS = {'inputs': 24, 'targets': 16}
@@ -107,7 +108,7 @@ def config(name='dt_plain', **kwargs):
     'window': 16,
     'num_open_rows': 4,
   }
-  return dataset_iterator.DatasetConfig(**values | kwargs)
+  return DatasetConfig(**values | kwargs)
 
 
 def take(iterator, num):
@@ -115,7 +116,7 @@ def take(iterator, num):
 
 
 def batches(cfg, num, index=0, count=1):
-  iterator = dataset_iterator.make_iterator(
+  iterator = dataset_iterator.DatasetIterator(
     cfg, process_index=index, process_count=count
   )
   try:
@@ -125,7 +126,7 @@ def batches(cfg, num, index=0, count=1):
 
 
 def all_batches(cfg, index=0, count=1):
-  iterator = dataset_iterator.make_iterator(
+  iterator = dataset_iterator.DatasetIterator(
     cfg, process_index=index, process_count=count
   )
   found = list(iterator)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite.data.rows import dataset_iterator as data
+from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.tasks import catalog
 from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
@@ -38,7 +38,7 @@ def test_teacher_forced_is_the_mean_over_all_tokens(setting):
   assert forced.run(params).metrics == metrics
 
   total = weight = correct = 0.0
-  iterator = data.make_iterator(dataclasses.replace(one, num_epochs=1))
+  iterator = DatasetIterator(dataclasses.replace(one, num_epochs=1))
   for _ in range(2):
     batch = next(iterator)
     logits = tiny.apply(cfg, params, '__call__', batch)

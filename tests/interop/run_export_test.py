@@ -7,7 +7,7 @@ from etils import epath
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import run_export, tensors
 from t5x_lite.models import t5
-from t5x_lite.parallel import partitioning
+from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.runs import checkpoints, run_directory
 from tests.models import tiny
@@ -33,7 +33,7 @@ def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   config = MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
   mesh = partitioning.make_mesh(config)
   _, shapes, axes = t5.abstract_params(cfg)
-  shardings = partitioning.shardings(
+  shardings = logical_axes.shardings(
     shapes, axes, mesh, partitioning.logical_axis_rules(config)
   )
   wanted = jax.tree.map(

@@ -5,7 +5,7 @@ import pytest
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import names, tensors
 from t5x_lite.models import t5
-from t5x_lite.parallel import partitioning
+from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
 from tests.models import tiny
 
@@ -59,7 +59,7 @@ def test_no_device_gets_more_than_its_share():
   mesh = partitioning.make_mesh(config)
   rules = partitioning.logical_axis_rules(config)
   _, shapes, axes = t5.abstract_params(cfg)
-  shardings = partitioning.shardings(shapes, axes, mesh, rules)
+  shardings = logical_axes.shardings(shapes, axes, mesh, rules)
   placed = tensors.place(found, cfg, shardings)
   assert same(placed, params)
   for leaf in jax.tree.leaves(placed):

@@ -14,7 +14,7 @@ from t5x_lite.models import t5
 from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import make_placement
-from t5x_lite.training import losses, optimizers, steps, train_state
+from t5x_lite.training import losses, optimizers, schedules, steps, train_state
 from tests.models import tiny
 
 
@@ -205,7 +205,7 @@ def train(mesh_config, dropout_rate, num_microbatches=1, optimizer='adafactor'):
   _, shapes, axes = t5.abstract_params(cfg)
   config = optimizers.OptimizerConfig(
     name=optimizer,
-    schedule=optimizers.ScheduleConfig(
+    schedule=schedules.ScheduleConfig(
       shape='constant', warmup_steps=0, base_learning_rate=0.01
     ),
   )
@@ -215,7 +215,7 @@ def train(mesh_config, dropout_rate, num_microbatches=1, optimizer='adafactor'):
     steps.make_train_step(
       spec.graphdef,
       tx,
-      optimizers.make_schedule(config.schedule),
+      schedules.make_schedule(config.schedule),
       losses.LossConfig(z_loss=1e-4),
       num_microbatches=num_microbatches,
     ),

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
-from t5x_lite.parallel import partitioning
+from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.training import optimizers
 from t5x_lite.training.optimizers import (
   OptimizerConfig,
@@ -291,8 +291,8 @@ def test_8_devices_are_1(config):
   mesh = partitioning.make_mesh(mesh_config)
   rules = partitioning.logical_axis_rules(mesh_config)
   shapes = jax.eval_shape(tx.init, params)
-  shardings = partitioning.shardings(params, AXES, mesh, rules)
-  state_shardings = partitioning.shardings(
+  shardings = logical_axes.shardings(params, AXES, mesh, rules)
+  state_shardings = logical_axes.shardings(
     shapes, opt_state_axes(tx, params, AXES), mesh, rules
   )
 

@@ -22,19 +22,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from t5x_lite.data.config import DatasetConfig, batch_spec
+from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import row_buffer, row_stream
-from t5x_lite.data.rows.eval_dataset import EvalDataset, make_eval_dataset
 from t5x_lite.errors import UsageError
-
-__all__ = [
-  'DatasetConfig',
-  'DatasetIterator',
-  'EvalDataset',
-  'batch_spec',
-  'make_eval_dataset',
-  'make_iterator',
-]
 
 Batch = dict[str, np.ndarray]
 
@@ -60,22 +50,6 @@ _STREAM_FIELDS = (
 )
 
 
-def make_iterator(
-  cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1
-) -> 'DatasetIterator':
-  """Returns this host's iterator over batches; reads nothing before `start`.
-
-  Args:
-    cfg: what to read.
-    process_index: this host.
-    process_count: how many hosts share each batch.
-
-  Raises:
-    UsageError: the config does not fit the task, or the task cannot be read.
-  """
-  return DatasetIterator(cfg, process_index, process_count)
-
-
 class DatasetIterator:
   """Batches of one host: `__next__` gives a dict of numpy arrays.
 
@@ -83,8 +57,22 @@ class DatasetIterator:
   """
 
   def __init__(
-    self, cfg: DatasetConfig, process_index: int, process_count: int
+    self,
+    cfg: DatasetConfig,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
   ):
+    """Reads nothing before `start`.
+
+    Args:
+      cfg: what to read.
+      process_index: this host.
+      process_count: how many hosts share each batch.
+
+    Raises:
+      UsageError: the config does not fit the task, or the task cannot be read.
+    """
     row_buffer.check_processes(cfg, process_index, process_count)
     self._cfg = cfg
     self._index = process_index

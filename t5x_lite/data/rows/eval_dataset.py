@@ -22,8 +22,22 @@ class EvalDataset:
   """
 
   def __init__(
-    self, cfg: DatasetConfig, process_index: int, process_count: int
+    self,
+    cfg: DatasetConfig,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
   ):
+    """Takes what to read; its `pack`, `shuffle` and `num_epochs` are ignored.
+
+    Args:
+      cfg: what to read.
+      process_index: this host.
+      process_count: how many hosts share each batch.
+
+    Raises:
+      UsageError: the config does not fit the task, or the task cannot be read.
+    """
     row_buffer.check_processes(cfg, process_index, process_count)
     self._cfg = dataclasses.replace(
       cfg, pack=False, shuffle=False, num_epochs=1
@@ -58,16 +72,3 @@ class EvalDataset:
         examples = []
     if examples:
       yield batch()
-
-
-def make_eval_dataset(
-  cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1
-) -> EvalDataset:
-  """Returns the pass over cfg's split that evaluation by decoding needs.
-
-  `pack`, `shuffle` and `num_epochs` of the config are ignored.
-
-  Raises:
-    UsageError: the config does not fit the task, or the task cannot be read.
-  """
-  return EvalDataset(cfg, process_index, process_count)

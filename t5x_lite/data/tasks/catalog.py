@@ -121,10 +121,8 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
     if not is_registered(full_name):
       _CATALOG[name].register(full_name, vocabulary)
     return full_name
-  if not is_registered(name):
-    raise _unknown(name)
+  provider = find_provider(name)
   wanted = to_seqio(vocabulary)
-  provider = seqio.get_mixture_or_task(name)
   for key, feature in provider.output_features.items():
     if not _same(feature.vocabulary, wanted):
       raise UsageError(
@@ -156,6 +154,7 @@ def register_mixture(
     vocabulary: if given, the mixture is registered as `name` with it; else
       `name` joins the catalog.
   """
+  import_modules()
   for task, rate in rates.items():
     if task not in _CATALOG and not is_registered(task):
       raise UsageError(
@@ -176,10 +175,9 @@ def texts(name: str, split: str = 'train') -> Iterator[str]:
   Raises:
     UsageError: if there is no such name or split.
   """
+  import_modules()
   full_name = resolve(name, VOCABULARIES['byte']) if name in _CATALOG else name
-  if not is_registered(full_name):
-    raise _unknown(name)
-  provider = seqio.get_mixture_or_task(full_name)
+  provider = find_provider(full_name)
   if split not in provider.splits:
     raise UsageError(
       f'{name!r} has no split {split!r}, only {", ".join(provider.splits)}'
@@ -215,14 +213,21 @@ def is_registered(name: str) -> bool:
   return name in _registered()
 
 
-def _unknown(name: str) -> UsageError:
-  known = [*_CATALOG, *_registered()]
-  close = difflib.get_close_matches(name, known, n=3) or sorted(_CATALOG)
-  return UsageError(
-    f'There is no task or mixture {name!r}; did you mean {", ".join(close)}? '
-    'Tasks of your own: name the module that registers them in '
-    'DatasetConfig.module'
-  )
+def find_provider(name: str) -> seqio.Task | seqio.Mixture:
+  """Returns the task or mixture that SeqIO knows under this full name.
+
+  Raises:
+    UsageError: if there is none; the message lists close matches.
+  """
+  if not is_registered(name):
+    known = [*_CATALOG, *_registered()]
+    close = difflib.get_close_matches(name, known, n=3) or sorted(_CATALOG)
+    raise UsageError(
+      f'There is no task or mixture {name!r}; did you mean {", ".join(close)}? '
+      'Tasks of your own: name the module that registers them in '
+      'DatasetConfig.module'
+    )
+  return seqio.get_mixture_or_task(name)
 
 
 def _registered() -> set[str]:
@@ -260,13 +265,16 @@ def _same(a: seqio.Vocabulary, b: seqio.Vocabulary) -> bool:
   return False
 
 
-def import_modules(cfg: DatasetConfig) -> None:
-  """Imports what registers the tasks that the config may name.
+def import_modules(modules: str = '') -> None:
+  """Imports what registers tasks: the embedded ones, and the user's own.
+
+  Args:
+    modules: names of Python modules, comma-separated.
 
   Raises:
     UsageError: a module that cannot be imported.
   """
-  for module in ('t5x_lite.data.tasks.embedded', *cfg.module.split(',')):
+  for module in ('t5x_lite.data.tasks.embedded', *modules.split(',')):
     if not module.strip():
       continue
     try:
@@ -284,16 +292,9 @@ def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
   Raises:
     UsageError: no such name, split, feature or module.
   """
-  import_modules(cfg)
+  import_modules(cfg.module)
   name = cfg.mixture_or_task_name
-  known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
-  if name not in known:
-    close = difflib.get_close_matches(name, known, n=3) or sorted(known)[:10]
-    raise UsageError(
-      f'mixture_or_task_name is {name!r}, which is not registered; did you '
-      f'mean one of {close}? Your own tasks need module=...'
-    )
-  provider = seqio.get_mixture_or_task(name)
+  provider = find_provider(name)
   if cfg.split not in provider.splits:
     raise UsageError(
       f'{name} has no split {cfg.split!r}, only {sorted(provider.splits)}'

@@ -1,8 +1,8 @@
-"""The embedded tasks and mixtures, and the doors to all others.
+"""The embedded tasks and mixtures.
 
-Importing this module registers, for the official T5 vocabulary and for bytes,
-what `catalog()` lists: `pronounce_t5`, `pronounce_byte` and so on.
-`resolve(name, vocabulary)` does it for any other vocabulary.
+Importing this module adds them to the catalog and registers them for the
+official T5 vocabulary and for bytes: `pronounce_t5`, `pronounce_byte` and so
+on. `catalog.resolve(name, vocabulary)` does it for any other vocabulary.
 
 Names, prefixes and rates are part of every model trained with them, so they
 do not change.
@@ -19,32 +19,13 @@ from t5x_lite.data.tasks.catalog import (
   VOCABULARIES,
   MixtureRecipe,
   add,
-  catalog,
   register_catalog,
-  register_mixture,
-  resolve,
-  suffix,
-  texts,
 )
 from t5x_lite.data.tasks.from_files import (
-  register_file_task,
   register_text_task,
   supervised,
 )
 from t5x_lite.data.tasks.sources import read_pairs
-
-__all__ = [
-  'OBJECTIVES',
-  'VOCABULARIES',
-  'catalog',
-  'register_catalog',
-  'register_file_task',
-  'register_mixture',
-  'register_text_task',
-  'resolve',
-  'suffix',
-  'texts',
-]
 
 # Paragraphs of Shakespeare that stay together when documents are shuffled.
 _LINES_PER_DOCUMENT = 32

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from t5x_lite.data.config import batch_spec
 from t5x_lite.data.rows import dataset_iterator, row_stream
 from tests.data import small_tasks
 from tests.data.small_tasks import (
@@ -51,7 +52,7 @@ def test_batch_spec_is_what_comes():
     cfg = config(pack=pack)
     (batch,) = batches(cfg, 1)
     got = {name: (array.shape, array.dtype) for name, array in batch.items()}
-    assert got == dataset_iterator.batch_spec(cfg)
+    assert got == batch_spec(cfg)
   assert 'decoder_segment_ids' not in batch
   assert (
     'decoder_segment_ids' in batches(config(pack=False, segment_ids=True), 1)[0]
@@ -152,7 +153,7 @@ def test_finite_streams_have_as_many_batches_on_every_host():
 
 
 def test_closed_is_closed():
-  iterator = dataset_iterator.make_iterator(config())
+  iterator = dataset_iterator.DatasetIterator(config())
   next(iterator)
   iterator.close()
   iterator.close()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from t5x_lite.data.rows import dataset_iterator
+from t5x_lite.data.rows.eval_dataset import EvalDataset
 from tests.data import small_tasks
 from tests.data.small_tasks import FIRST_ID, LENGTHS, NUM_EXAMPLES, config
 
@@ -21,7 +21,7 @@ def test_eval_dataset_pairs_rows_with_raw_examples(name):
   )
   for _ in range(2):  # it can be iterated again
     seen = []
-    for batch, examples in dataset_iterator.make_eval_dataset(cfg):
+    for batch, examples in EvalDataset(cfg):
       assert batch['encoder_input_tokens'].shape == (64, 5)
       assert 'encoder_segment_ids' not in batch
       for row, example in enumerate(examples):
@@ -39,13 +39,9 @@ def test_eval_dataset_pairs_rows_with_raw_examples(name):
 
 def test_eval_hosts_have_the_rows_of_one_host():
   cfg = config(batch_size=64)
-  whole = list(dataset_iterator.make_eval_dataset(cfg))
+  whole = list(EvalDataset(cfg))
   parts = [
-    list(
-      dataset_iterator.make_eval_dataset(
-        cfg, process_index=index, process_count=2
-      )
-    )
+    list(EvalDataset(cfg, process_index=index, process_count=2))
     for index in range(2)
   ]
   for (batch, examples), (a, _), (b, others) in zip(whole, *parts, strict=True):

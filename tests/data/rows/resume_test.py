@@ -35,13 +35,13 @@ def tasks():
 )
 def test_restored_continues_exactly(tmp_path, name, pack, taken):
   cfg = config(name, pack=pack)
-  iterator = dataset_iterator.make_iterator(cfg)
+  iterator = dataset_iterator.DatasetIterator(cfg)
   take(iterator, taken)
   iterator.save(tmp_path)
   want = take(iterator, 30)
   iterator.close()
 
-  fresh = dataset_iterator.make_iterator(cfg)
+  fresh = dataset_iterator.DatasetIterator(cfg)
   fresh.restore(tmp_path)
   assert fresh.num_batches == taken
   assert_equal(take(fresh, 10), want[:10])
@@ -59,7 +59,7 @@ def test_every_batch_can_be_the_last_before_a_restart(tmp_path):
   want = batches(cfg, 8)
   got = []
   for step in range(8):
-    iterator = dataset_iterator.make_iterator(cfg)
+    iterator = dataset_iterator.DatasetIterator(cfg)
     if step:
       iterator.restore(tmp_path / str(step))
     got.append(next(iterator))
@@ -72,23 +72,23 @@ def test_end_of_a_finite_stream_is_remembered(tmp_path):
   cfg = config(num_epochs=1, batch_size=8)
   want = all_batches(cfg)
   for taken in (len(want) - 2, len(want)):
-    iterator = dataset_iterator.make_iterator(cfg)
+    iterator = dataset_iterator.DatasetIterator(cfg)
     take(iterator, taken)
     iterator.save(tmp_path)
     iterator.close()
-    fresh = dataset_iterator.make_iterator(cfg)
+    fresh = dataset_iterator.DatasetIterator(cfg)
     fresh.restore(tmp_path)
     assert_equal(list(fresh), want[taken:])
     fresh.close()
 
 
 def test_batch_size_may_change_on_resuming(tmp_path):
-  iterator = dataset_iterator.make_iterator(config('dt_random'))
+  iterator = dataset_iterator.DatasetIterator(config('dt_random'))
   take(iterator, 3)
   iterator.save(tmp_path)
   want = take(iterator, 6)
   iterator.close()
-  fresh = dataset_iterator.make_iterator(config('dt_random', batch_size=8))
+  fresh = dataset_iterator.DatasetIterator(config('dt_random', batch_size=8))
   fresh.restore(tmp_path)
   got = take(fresh, 3)
   fresh.close()
@@ -102,7 +102,7 @@ def test_batch_size_may_change_on_resuming(tmp_path):
 def test_processes_write_and_find_their_own_files(tmp_path):
   cfg = config(batch_size=8)
   iterators = [
-    dataset_iterator.make_iterator(cfg, process_index=i, process_count=2)
+    dataset_iterator.DatasetIterator(cfg, process_index=i, process_count=2)
     for i in range(2)
   ]
   for iterator in iterators:
@@ -121,14 +121,14 @@ def test_hosts_with_the_same_rows_do_not_mix_their_files(tmp_path):
   # Both write process_0-of-1, having read ahead differently far.
   want = batches(config('dt_random'), 20)
   for prefetch in (40, 1):
-    iterator = dataset_iterator.make_iterator(
+    iterator = dataset_iterator.DatasetIterator(
       config('dt_random', prefetch_batches=prefetch)
     )
     take(iterator, 3)
     iterator.save(tmp_path)
     iterator.close()
   assert len(list(tmp_path.glob('*.npz'))) == 2
-  fresh = dataset_iterator.make_iterator(config('dt_random'))
+  fresh = dataset_iterator.DatasetIterator(config('dt_random'))
   fresh.restore(tmp_path)
   assert_equal(take(fresh, 17), want[3:])
   fresh.close()
@@ -137,13 +137,13 @@ def test_hosts_with_the_same_rows_do_not_mix_their_files(tmp_path):
 def test_other_process_count_needs_leave_and_is_deterministic(tmp_path, caplog):
   cfg = config(batch_size=8)
   for index in range(2):
-    iterator = dataset_iterator.make_iterator(
+    iterator = dataset_iterator.DatasetIterator(
       cfg, process_index=index, process_count=2
     )
     take(iterator, 4)
     iterator.save(tmp_path)
     iterator.close()
-  alone = dataset_iterator.make_iterator(cfg)
+  alone = dataset_iterator.DatasetIterator(cfg)
   with pytest.raises(UsageError, match='saved by 2 processes and there are 1'):
     alone.restore(tmp_path)
   alone.close()
@@ -151,7 +151,7 @@ def test_other_process_count_needs_leave_and_is_deterministic(tmp_path, caplog):
   cfg = dataclasses.replace(cfg, allow_process_count_change=True)
   found = []
   for _ in range(2):
-    iterator = dataset_iterator.make_iterator(cfg)
+    iterator = dataset_iterator.DatasetIterator(cfg)
     iterator.restore(tmp_path)
     assert iterator.num_batches == 4
     found.append(take(iterator, 5))
@@ -159,12 +159,12 @@ def test_other_process_count_needs_leave_and_is_deterministic(tmp_path, caplog):
   assert_equal(*found)
   assert 'folded from seed 7 and the 4 batches seen' in caplog.text
   # The folded stream is saved and restored like any other.
-  iterator = dataset_iterator.make_iterator(cfg)
+  iterator = dataset_iterator.DatasetIterator(cfg)
   iterator.restore(tmp_path)
   take(iterator, 2)
   iterator.save(tmp_path / 'new')
   iterator.close()
-  fresh = dataset_iterator.make_iterator(cfg)
+  fresh = dataset_iterator.DatasetIterator(cfg)
   fresh.restore(tmp_path / 'new')
   assert_equal(take(fresh, 3), found[0][2:])
   fresh.close()
@@ -174,25 +174,25 @@ def test_replicated_hosts_resume_exactly_on_any_number(tmp_path):
   cfg = config('dt_random', host_sharding='replicated', batch_size=8)
   want = batches(cfg, 8)
   for index in range(4):
-    iterator = dataset_iterator.make_iterator(
+    iterator = dataset_iterator.DatasetIterator(
       cfg, process_index=index, process_count=4
     )
     take(iterator, 3)
     iterator.save(tmp_path)
     iterator.close()
-  alone = dataset_iterator.make_iterator(cfg)
+  alone = dataset_iterator.DatasetIterator(cfg)
   alone.restore(tmp_path)
   assert_equal(take(alone, 5), want[3:])
   alone.close()
 
 
 def test_positions_of_another_stream_are_refused(tmp_path):
-  iterator = dataset_iterator.make_iterator(config())
+  iterator = dataset_iterator.DatasetIterator(config())
   with pytest.raises(UsageError, match='holds 0 saved data positions'):
     iterator.restore(tmp_path)
   iterator.save(tmp_path)
   iterator.close()
-  other = dataset_iterator.make_iterator(config(seed=8))
+  other = dataset_iterator.DatasetIterator(config(seed=8))
   with pytest.raises(UsageError, match='saved with seed=7, now it is 8'):
     other.restore(tmp_path)
   other.close()

@@ -17,7 +17,7 @@ def tasks():
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [
-    ({'name': 'dt_plian'}, "'dt_plian', which is not registered.*dt_plain"),
+    ({'name': 'dt_plian'}, "no task or mixture 'dt_plian'; did you mean dt_plain"),
     ({'split': 'tset'}, "no split 'tset', only.*train"),
     ({'module': 'no_such_module'}, "'no_such_module' cannot be imported"),
     (
@@ -29,7 +29,7 @@ def tasks():
 )
 def test_wrong_tasks_are_refused_at_once(kwargs, message):
   with pytest.raises(UsageError, match=message):
-    dataset_iterator.make_iterator(config(**kwargs))
+    dataset_iterator.DatasetIterator(config(**kwargs))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_wrong_tasks_are_refused_at_once(kwargs, message):
   ],
 )
 def test_wrong_examples_are_refused_when_met(tmp_path, kwargs, message):
-  iterator = dataset_iterator.make_iterator(config(**kwargs))
+  iterator = dataset_iterator.DatasetIterator(config(**kwargs))
   with pytest.raises(UsageError, match=message):
     for _ in range(200):
       next(iterator)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import seqio
 
-from t5x_lite.data.tasks import embedded
+from t5x_lite.data.tasks import catalog, embedded  # noqa: F401
 from t5x_lite.data.vocabularies import VocabularyConfig, make_vocabulary
 
 LENGTHS = {'inputs': 256, 'targets': 256}
@@ -46,12 +46,12 @@ def test_the_corpora_are_the_ones_of_the_readme():
 @pytest.mark.parametrize('suffix', ['t5', 'byte'])
 def test_all_names_are_registered(suffix):
   names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  assert {f'{n}_{suffix}' for n in embedded.catalog()} >= {
+  assert {f'{n}_{suffix}' for n in catalog.catalog()} >= {
     f'{n}_{suffix}' for n in (*ROWS, *MIXTURES, 'shakespeare_span_corruption')
   }
   for name in (*ROWS, *MIXTURES, 'shakespeare_prefix_lm'):
     assert f'{name}_{suffix}' in names
-  assert embedded.resolve('pronounce', embedded.VOCABULARIES[suffix]) == (
+  assert catalog.resolve('pronounce', catalog.VOCABULARIES[suffix]) == (
     f'pronounce_{suffix}'
   )
 
