@@ -13,9 +13,10 @@ import logging
 import os
 import signal
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -215,6 +216,34 @@ def barrier(name: str, timeout: int = BARRIER_TIMEOUT_SECONDS) -> None:
       f'a process did not reach {name!r} within {timeout} s: '
       f'{first_line(error)}'
     ) from error
+
+
+def from_primary(count: Callable[[], int]) -> int:
+  """Returns, on every process, the number that the first one comes to.
+
+  Args:
+    count: called on the first process alone; returns 0 or more.
+
+  Raises:
+    UsageError: on every process, if count raises one: none waits for another.
+  """
+  error = None
+  found = 0
+  if is_primary():
+    try:
+      found = count()
+    except UsageError as caught:
+      error = caught
+  if jax.process_count() > 1:
+    # Two numbers of 31 bits: jax has no int64 unless it is told to.
+    parts = [-1 if error else found >> 31, found & 0x7FFFFFFF]
+    parts = multihost_utils.broadcast_one_to_all(np.array(parts, np.int32))
+    if int(parts[0]) < 0 and error is None:
+      error = UsageError('the first process says what is wrong')
+    found = (int(parts[0]) << 31) + int(parts[1])
+  if error is not None:
+    raise error
+  return found
 
 
 def first_line(error: BaseException) -> str:

@@ -52,6 +52,7 @@ def evaluate(
   Raises:
     UsageError: if there is no run, or a dataset does not fit it.
   """
+  start_checks.check_positive('evaluate.num_examples', num_examples)
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
   run = run_directory.load_run(model_dir)

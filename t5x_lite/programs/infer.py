@@ -22,6 +22,7 @@ from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models import placed
+from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.runs import checkpoints, progress, run_directory
 
@@ -81,8 +82,9 @@ def infer(
   for name, value in (
     ('batch_size', batch_size),
     ('max_input_length', max_input_length),
+    ('max_decode_length', max_decode_length),
   ):
-    if value < 1:
+    if value is not None and value < 1:
       raise UsageError(f'infer.{name} is {value}; it must be at least 1')
   read = make_reader(input, input_format, field)
   _check_paths(input, output, resume)
@@ -117,10 +119,13 @@ def infer(
   with contextlib.ExitStack() as stack:
     lines = enumerate(read_lines(input, read))
     write = _no_writer
-    if jax.process_index() == 0:
-      if resume:
-        done = _resume(output, read_lines(input, read), predictor.batch_size)
-        log.info('continues %s after line %d', output, done)
+    if resume:
+      # Only the first process is sure to see the output; all must skip alike.
+      done = distributed.from_primary(
+        lambda: _resume(output, read_lines(input, read), predictor.batch_size)
+      )
+      log.info('continues %s after line %d', output, done)
+    if distributed.is_primary():
       write = stack.enter_context(_open_output(output, append=bool(done)))
     lines = itertools.islice(lines, done, None)
     for batch in _batches(lines, predictor.batch_size):

@@ -22,10 +22,11 @@ from etils import epath
 
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.programs import evaluate
+from t5x_lite.programs import evaluate, start_checks
 from t5x_lite.runs import metric_writers, progress
 from t5x_lite.runs.checkpoints import CheckpointConfig
 
@@ -58,11 +59,16 @@ def quickstart(
     mesh: devices of the test; all by default.
     decoding: of the test; greedy by default.
     num_examples: of each test task, the first this many; None for all.
-    num_shown: predictions of each task that are printed.
+    num_shown: predictions of each task that are printed; 0 for none.
 
   Returns:
     What results.json holds, or None if a signal stopped a phase early.
   """
+  if num_shown < 0:
+    raise UsageError(
+      f'quickstart.num_shown is {num_shown}; it must be 0 or more'
+    )
+  start_checks.check_positive('quickstart.num_examples', num_examples)
   pretrain_dir = os.path.join(output_dir, 'pretrain')
   test_dir = os.path.join(output_dir, 'test')
   checkpoint = dataclasses.replace(
@@ -128,7 +134,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 def show_predictions(directory: str, tasks: Sequence[str], num: int) -> None:
   """Prints predictions from all over each task beside their references."""
-  for task in tasks:
+  for task in tasks if num else ():
     print(f'\n{task}')
     path = epath.Path(directory) / f'{task}.jsonl'
     lines = path.read_text().splitlines()

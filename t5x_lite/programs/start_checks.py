@@ -6,15 +6,12 @@ raise `UsageError`.
 
 import dataclasses
 
-import jax
-
 from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.tasks import catalog
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel import partitioning
 from t5x_lite.runs import run_directory
 
 _CONVERTERS = {
@@ -24,9 +21,9 @@ _CONVERTERS = {
 }
 
 
-def check_positive(name: str, value: int) -> None:
-  """Refuses a count or period below 1."""
-  if value < 1:
+def check_positive(name: str, value: int | None) -> None:
+  """Refuses a count or period below 1; None stands for no bound."""
+  if value is not None and value < 1:
     raise UsageError(f'{name} is {value}; it must be at least 1')
 
 
@@ -67,21 +64,6 @@ def resolve_dataset(
   )
   catalog.task_provider(dataset)
   return dataset
-
-
-def check_batch(
-  dataset: DatasetConfig, mesh: jax.sharding.Mesh, num_microbatches: int
-) -> None:
-  """Refuses a batch that devices or microbatches cannot share evenly."""
-  partitioning.check_batch_size(dataset.batch_size, mesh)
-  check_positive('num_microbatches', num_microbatches)
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
-  if dataset.batch_size % (num_microbatches * ways):
-    raise UsageError(
-      f'the batch size {dataset.batch_size} does not divide into '
-      f'num_microbatches={num_microbatches} on {ways} data shards: use a '
-      f'multiple of {num_microbatches * ways}'
-    )
 
 
 def check_model_dir(

@@ -107,12 +107,37 @@ def train(
   """
   loss, mesh = loss or LossConfig(), mesh or MeshConfig()
   checkpoint = checkpoint or CheckpointConfig()
-  arguments = dict(locals())
 
   # ---- What must fit together ----
-  for name in ('total_steps', 'eval_period', 'stats_period'):
-    start_checks.check_positive(f'train.{name}', arguments[name])
+  for name, count in (
+    ('total_steps', total_steps),
+    ('eval_period', eval_period),
+    ('stats_period', stats_period),
+    ('eval_steps', eval_steps),
+    ('infer_eval_examples', infer_eval_examples),
+  ):
+    start_checks.check_positive(f'train.{name}', count)
   start_checks.check_model(model, vocabulary)
+  record = {
+    'model': model,
+    'vocabulary': vocabulary,
+    'dataset': dataset,
+    'optimizer': optimizer,
+    'model_dir': model_dir,
+    'total_steps': total_steps,
+    'loss': loss,
+    'mesh': mesh,
+    'checkpoint': checkpoint,
+    'train_eval': train_eval,
+    'infer_eval': infer_eval,
+    'eval_period': eval_period,
+    'eval_steps': eval_steps,
+    'infer_eval_examples': infer_eval_examples,
+    'decoding': decoding,
+    'stats_period': stats_period,
+    'num_microbatches': num_microbatches,
+    'seed': seed,
+  }
   dataset, *evals = [
     start_checks.resolve_dataset(one, model, vocabulary)
     for one in (dataset, *train_eval, *infer_eval)
@@ -155,7 +180,7 @@ def train(
 
   log.info('%s', size_report.parameter_summary(spec.shapes.params))
   if dry_run:
-    size_report.print_dry_run(arguments, spec, device_mesh, compile_step())
+    size_report.print_dry_run(record, spec, device_mesh, compile_step())
     return None
 
   # ---- Input pipeline and evaluators: they check their tasks ----
@@ -185,7 +210,7 @@ def train(
         model=model,
         vocabulary=vocabulary,
         lengths=dataset.lengths,
-        config=arguments,
+        config=record,
         texts={size_report.SHARDING_FILE: size_report.sharding_table(spec)},
       )
       if summarize_config_fn is not None:
@@ -245,7 +270,12 @@ def train(
           'OptimizerConfig.global_norm_clip or another data seed.'
         )
       window.add(metrics)
-      if at % stats_period == 0 or at == total_steps:
+      if at % stats_period == 0:
+        report(at)
+
+    def report(at: int) -> None:
+      """Writes the means of the window that ends at this step."""
+      if window.num_steps:
         metrics = window.summary()
         writer.write(at, metrics)
         progress.update(at, metrics)
@@ -288,6 +318,7 @@ def train(
 
     # ---- End: the last checkpoint, evaluated unless there is a hurry ----
     collect(pending)
+    report(step)  # of a window that the last step, or a stop, cut short
     evaluate_and_save(last=True, hurry=bool(stop.received))
     checkpointer.wait()
     progress.clear()

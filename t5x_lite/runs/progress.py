@@ -44,6 +44,11 @@ class Window:
     self._count = 0
     self._start = time.monotonic()
 
+  @property
+  def num_steps(self) -> int:
+    """Steps since the last summary."""
+    return self._count
+
   def add(self, metrics: Mapping[str, float]) -> None:
     """Adds one step's metrics."""
     for name, value in metrics.items():

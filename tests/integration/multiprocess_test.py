@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.runs import checkpoints, metric_writers
+from tests import tiny_run
 
 # Whole trainings in processes of their own; `make test-quick` leaves them out.
 pytestmark = pytest.mark.slow
@@ -31,12 +32,12 @@ def free_port():
 def start(model_dir, count, *, devices=1, **arguments):
   """Starts `count` processes of one training."""
   given = {'model_dir': str(model_dir), 'total_steps': 6, 'dataset': DATA}
-  command = [
-    sys.executable,
-    '-m',
-    'tests.tiny_run',
-    json.dumps({**given, **arguments}),
-  ]
+  command = ['tests.tiny_run', json.dumps({**given, **arguments})]
+  return start_module(command, model_dir, count, devices=devices)
+
+
+def start_module(command, log_prefix, count, *, devices=1):
+  """Starts `count` processes of a module that find each other."""
   environ = {
     **os.environ,
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
@@ -45,10 +46,10 @@ def start(model_dir, count, *, devices=1, **arguments):
   }
   processes = []
   for index in range(count):
-    log = open(f'{model_dir}.{index}.log', 'ab')
+    log = open(f'{log_prefix}.{index}.log', 'ab')
     processes.append(
       subprocess.Popen(
-        command,
+        [sys.executable, '-m', *command],
         cwd=ROOT,
         env={**environ, 'JAX_PROCESS_ID': str(index)},
         stdout=log,
@@ -152,3 +153,34 @@ def test_killed_processes_end_bit_identical(tmp_path):
   assert a.keys() == b.keys()
   for name, array in a.items():
     assert array.tobytes() == b[name].tobytes(), name
+
+
+def test_inference_is_continued_by_all_processes_alike(tmp_path):
+  """Only the first process sees how far the output is."""
+  run, words = tmp_path / 'run', tmp_path / 'words.txt'
+  tiny_run.save_untrained(run)
+  words.write_text(''.join(f'pronounce: w{i}\n' for i in range(23)))
+
+  def infer(output, count, source=words):
+    command = ['t5x_lite.main', 'infer', '--model', run, '--input', source]
+    command += ['--output', output, '--batch_size', 4, '--resume']
+    command += ['--max_decode_length', 4]
+    return start_module([str(c) for c in command], output, count)
+
+  wait(infer(tmp_path / 'a', 1), tmp_path / 'a')
+  expected = (tmp_path / 'a').read_text()
+  assert len(expected.splitlines()) == 23
+  lines = expected.splitlines(keepends=True)
+  (tmp_path / 'b').write_text(''.join(lines[:10]) + lines[10][:7])
+  wait(infer(tmp_path / 'b', 2), tmp_path / 'b')
+  found = [json.loads(x) for x in (tmp_path / 'b').read_text().splitlines()]
+  for line, entry in zip(lines, found, strict=True):
+    wanted = json.loads(line)
+    assert entry['input'] == wanted['input']
+    assert entry['prediction'] == wanted['prediction']
+
+  # The output of another input: every process ends, none waits.
+  (tmp_path / 'other.txt').write_text('other\n' * 23)
+  processes = infer(tmp_path / 'b', 2, tmp_path / 'other.txt')
+  assert [process.wait(timeout=120) for process in processes] == [2, 2]
+  assert 'is not the prediction of line 1' in read_log(tmp_path / 'b', 0)

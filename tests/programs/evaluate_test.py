@@ -57,6 +57,7 @@ def test_by_default_results_lie_in_the_run(run):
   'overrides, message',
   [
     (dict(datasets=[]), 'datasets is empty'),
+    (dict(num_examples=0), 'num_examples is 0'),
     (dict(model_dir='/nowhere'), 'no such checkpoint or run'),
     (dict(datasets=[dataset('langage_id')]), 'language_id'),
     (dict(datasets=[dataset(split='dev')]), "no split 'dev'"),

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from t5x_lite.errors import UsageError
 from t5x_lite.programs import evaluate, quickstart
 from t5x_lite.programs.infer import infer
 from t5x_lite.programs.train import train
@@ -68,6 +69,19 @@ def test_order_of_things(tmp_path, fake_evaluate, capsys):
   printed = capsys.readouterr().out
   assert printed.count('reference   EY1') == 3
   assert f't5x-lite infer --model {tmp_path}' in printed
+
+
+def test_nothing_need_be_shown(tmp_path, fake_evaluate, capsys):
+  arguments = dict(test=[], output_dir=str(tmp_path))
+  calls = []
+  phases = dict(pretrain=Phase(calls), finetune=Phase(calls))
+  quickstart.quickstart(**phases, **arguments, num_shown=0)
+  assert (tmp_path / 'results.json').exists()
+  assert 'reference' not in capsys.readouterr().out
+  calls.clear()
+  with pytest.raises(UsageError, match='num_shown is -1'):
+    quickstart.quickstart(**phases, **arguments, num_shown=-1)
+  assert not calls  # nothing was trained before that was said
 
 
 def test_a_stopped_phase_stops_the_rest(tmp_path, fake_evaluate):

@@ -3,8 +3,6 @@ import pytest
 from t5x_lite.data.tasks import catalog
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.parallel import partitioning
-from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
 from tests import tiny_run
 
@@ -45,17 +43,6 @@ def test_the_embedding_must_have_a_row_for_every_id():
     start_checks.check_model(tiny_run.model(vocab_size=32000), official)
 
 
-def test_the_batch_must_divide():
-  mesh = partitioning.make_mesh(MeshConfig(data=4, model=2))
-  start_checks.check_batch(tiny_run.dataset(batch_size=8), mesh, 2)
-  with pytest.raises(UsageError, match='batch size 6'):
-    start_checks.check_batch(tiny_run.dataset(batch_size=6), mesh, 1)
-  with pytest.raises(UsageError, match='multiple of 12'):
-    start_checks.check_batch(tiny_run.dataset(batch_size=8), mesh, 3)
-  with pytest.raises(UsageError, match='num_microbatches is 0'):
-    start_checks.check_batch(tiny_run.dataset(batch_size=8), mesh, 0)
-
-
 def test_a_run_needs_a_directory(tmp_path):
   cfg = tiny_run.model()
   start_checks.check_model_dir(str(tmp_path), cfg, BYTES)
@@ -67,3 +54,4 @@ def test_counts_are_positive():
   start_checks.check_positive('train.total_steps', 1)
   with pytest.raises(UsageError, match=r'train\.total_steps is 0'):
     start_checks.check_positive('train.total_steps', 0)
+  start_checks.check_positive('train.eval_steps', None)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
@@ -111,7 +113,8 @@ def test_predictions_lie_beside_references(finished):
 def test_evaluation_sees_the_state_of_its_step(finished):
   """The last evaluation's loss is that of the last checkpoint's parameters."""
   model_dir, _ = finished
-  entry = metric_writers.read_metrics(str(model_dir))[-1]
+  entries = metric_writers.read_metrics(str(model_dir))
+  entry = entries[-1]
   results = evaluate.evaluate(
     model_dir=str(model_dir),
     datasets=[tiny_run.dataset(split='validation')],
@@ -124,6 +127,37 @@ def test_evaluation_sees_the_state_of_its_step(finished):
   saved = json.loads((model_dir / 'eval' / '6' / 'metrics.json').read_text())
   assert saved['tasks'] == results
   assert (model_dir / 'eval' / '6' / 'pronounce.jsonl').exists()
+
+
+def test_each_evaluation_is_of_its_own_step(tmp_path):
+  """Every loss is that of the checkpoint of its step, and of no other."""
+  validation = tiny_run.dataset(split='validation', shuffle=False)
+  arguments = tiny_run.arguments(
+    tmp_path / 'run',
+    total_steps=3,
+    optimizer=tiny_run.optimizer(0.1),
+    eval_period=1,
+    eval_steps=1,
+    train_eval=[validation],
+    checkpoint=CheckpointConfig(period=1, keep=0),
+  )
+  train(**arguments)
+  entries = metric_writers.read_metrics(arguments['model_dir'])
+  name = 'eval/pronounce/loss'
+  logged = {e['step']: e[name] for e in entries if name in e}
+  assert list(logged) == [1, 2, 3]
+  # A step moves the loss by more than what the comparison would forgive.
+  gaps = np.diff(list(logged.values()))
+  for step, loss in logged.items():
+    results = evaluate.evaluate(
+      model_dir=f'{arguments["model_dir"]}/checkpoints/{step}',
+      datasets=[dataclasses.replace(validation, pack=True)],
+      output=str(tmp_path / 'out'),
+      num_examples=validation.batch_size,
+    )
+    found = results['pronounce']['eval/loss']
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert abs(found - loss) < 0.01 * np.abs(gaps).min()
 
 
 # ---- Continuing ----
@@ -164,10 +198,38 @@ def test_sigterm_saves_and_returns(tmp_path, monkeypatch, finished):
   monkeypatch.setattr(metric_writers.MetricWriter, 'write', write_and_stop)
   state = train(**arguments)
   assert 2 <= int(state.step) < 6
+  entries = metric_writers.read_metrics(arguments['model_dir'])
+  assert entries[-1]['step'] == int(state.step)
   run = run_directory.load_run(arguments['model_dir'])
   assert run.step == int(state.step)
   monkeypatch.undo()
   assert_same_bits(train(**arguments), finished[1])
+
+
+@pytest.mark.parametrize('why', ['signal', 'data'])
+def test_an_unfinished_window_is_written(tmp_path, monkeypatch, why):
+  """What was measured since the last line is not lost with the stop."""
+  draw = DatasetIterator.__next__
+
+  def stop_at_six(self, step):
+    self.received = 'SIGTERM' if step == 6 else ''
+    return bool(self.received)
+
+  def end_at_six(self):
+    if self.num_batches == 6:
+      raise StopIteration
+    return draw(self)
+
+  if why == 'signal':
+    monkeypatch.setattr(distributed.StopSignal, 'requested', stop_at_six)
+  else:
+    monkeypatch.setattr(DatasetIterator, '__next__', end_at_six)
+  arguments = tiny_run.arguments(
+    tmp_path / 'run', total_steps=100, stats_period=4
+  )
+  train(**arguments)
+  entries = metric_writers.read_metrics(arguments['model_dir'])
+  assert [e['step'] for e in entries if 'loss' in e] == [4, 6]
 
 
 def test_evaluation_that_a_stop_skipped_is_made_up_for(tmp_path, monkeypatch):
@@ -252,6 +314,8 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
   'overrides, message',
   [
     (dict(total_steps=0), 'total_steps is 0'),
+    (dict(eval_steps=0), 'eval_steps is 0'),
+    (dict(infer_eval_examples=0), 'infer_eval_examples is 0'),
     (dict(model_dir=''), 'model_dir'),
     (
       dict(dataset=tiny_run.dataset(batch_size=7), mesh=MeshConfig(data=8)),
