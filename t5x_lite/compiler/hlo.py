@@ -4,6 +4,9 @@ XLA's own cost analysis counts the body of a loop once, and a scan over layers
 is a loop. Here a loop counts as often as it runs. What is read: collectives
 with their bytes and device groups, traffic to device memory, and the cycles
 that XLA:TPU itself estimates.
+
+The text is read by hand: jaxlib's parser of it is private and gives a protobuf
+without the Python classes to read that.
 """
 
 import collections

@@ -11,6 +11,7 @@ import string
 from collections.abc import Callable, Sequence
 
 import sacrebleu
+from rapidfuzz.distance import Levenshtein
 
 from t5x_lite.errors import UsageError
 
@@ -29,23 +30,6 @@ def split_references(
   """Postprocessor: a target with alternatives becomes the list of them."""
   del unused
   return text.split(separator) if is_target else text
-
-
-def edit_distance(target: Sequence, prediction: Sequence) -> int:
-  """Returns the least number of insertions, deletions and substitutions."""
-  previous = list(range(len(prediction) + 1))
-  for i, wanted in enumerate(target, start=1):
-    current = [i]
-    for j, got in enumerate(prediction, start=1):
-      current.append(
-        min(
-          previous[j] + 1,
-          current[j - 1] + 1,
-          previous[j - 1] + (wanted != got),
-        )
-      )
-    previous = current
-  return previous[-1]
 
 
 # ---- Exact matches -----------------------------------------------------------
@@ -242,7 +226,7 @@ def _closest(
   got = tokenize(prediction)
   wanted = [tokenize(text) for text in references(target)]
   edits, negative_length = min(
-    (edit_distance(tokens, got), -len(tokens)) for tokens in wanted
+    (Levenshtein.distance(tokens, got), -len(tokens)) for tokens in wanted
   )
   return edits, -negative_length
 
@@ -263,6 +247,8 @@ def _streams(
   ]
 
 
+# SQuAD's own twenty lines. Libraries that have them (torchmetrics, evaluate)
+# bring torch or a hub client along; scikit-learn has no such score.
 def _normalize_squad(text: str) -> str:
   kept = ''.join(c for c in text.lower() if c not in string.punctuation)
   return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', kept).split())

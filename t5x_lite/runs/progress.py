@@ -105,7 +105,11 @@ def format_count(value: float) -> str:
 
 
 class Progress:
-  """One line that rewrites itself on a terminal; plain log lines elsewhere."""
+  """One line that rewrites itself on a terminal; plain log lines elsewhere.
+
+  Not tqdm or rich: the time left is that of training alone, without the pauses
+  for evaluation, and what is shown are the means that metrics.jsonl gets.
+  """
 
   def __init__(
     self,
