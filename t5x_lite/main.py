@@ -1,9 +1,9 @@
-"""The command line: `t5x-lite PROGRAM --gin_file=... --gin.NAME=value ...`.
+"""The command line: `t5x-lite COMMAND --flag=... --gin.NAME=value ...`.
 
-A program is a keyword-only function. Its arguments come from gin files, from
-`--gin.` bindings and from the few flags in the table below; its module is
-imported only when it is asked for, so that `--help` is instant and inference
-does without TensorFlow.
+A command runs a keyword-only function of programs/. Its arguments come from gin
+files, from `--gin.` bindings and from flags, which win; flags, their help and
+defaults are read from the function's source. Its module is imported only when
+it runs, so that `--help` is instant and inference does without TensorFlow.
 
 Exit codes: 0 done; 2 a mistake of the user, told in one line on stderr; 3 a
 precompiled program that does not fit; 4 training diverged; 5 another process of
@@ -22,144 +22,82 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from t5x_lite import __version__
 from t5x_lite.errors import UsageError
 from t5x_lite.parallel import host_memory
+from t5x_lite.programs import signatures
+from t5x_lite.programs.signatures import Parameter
 
 PROGRAM_NAME = 't5x-lite'
 
 
 @dataclasses.dataclass(frozen=True)
-class Flag:
-  """A command-line flag that is an argument of the program's function."""
+class Command:
+  """What `t5x-lite NAME` runs.
 
-  name: str
-  help: str
-  type: type = str
-  choices: tuple[str, ...] | None = None
-  many: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """Where a program's function lives, and what it takes besides gin."""
+  Attributes:
+    function: dotted name of a keyword-only function. Its parameters that can be
+      written on a command line are flags; help and defaults are its own.
+    help: one line for the list of commands.
+    positional: parameters that are given without their name.
+    inherits: dotted name of the function whose experiment files this one reads.
+    computes: it runs steps, whose temporaries are worth keeping; see
+      parallel/host_memory.py.
+  """
 
   function: str
   help: str
-  positional: tuple[Flag, ...] = ()
-  flags: tuple[Flag, ...] = ()
-  # The program whose experiment files this one also reads.
+  positional: tuple[str, ...] = ()
   inherits: str = ''
-  # It runs steps, whose temporaries are worth keeping (host_memory.py).
   computes: bool = False
 
+  def parameters(self) -> list[Parameter]:
+    """Returns what can be written on the command line."""
+    found = signatures.read_parameters(self.function)
+    return [parameter for parameter in found if parameter.type is not None]
 
-_DRY_RUN = Flag('dry_run', 'say what would be done, write nothing', bool)
 
-PROGRAMS: dict[str, Program] = {
-  'train': Program(
-    't5x_lite.programs.train.train',
-    'train a model, or continue its run',
-    computes=True,
-    flags=(
-      Flag(
-        'dry_run',
-        'print configuration, parameters, sharding and memory, train nothing',
-        bool,
-      ),
-    ),
-  ),
-  'eval': Program(
+_TRAIN = 't5x_lite.programs.train.train'
+COMMANDS: dict[str, Command] = {
+  'train': Command(_TRAIN, 'train a model, or continue its run', computes=True),
+  'eval': Command(
     't5x_lite.programs.evaluate.evaluate',
     'evaluate a run on tasks by their own metrics',
     computes=True,
   ),
-  'infer': Program(
+  'infer': Command(
     't5x_lite.programs.infer.infer',
     'predict for every line of a file',
     computes=True,
-    flags=(
-      Flag('model', 'run directory, or one STEP directory of it'),
-      Flag('input', 'text, TSV or JSONL, one example a line'),
-      Flag('output', 'JSONL, one object per input line'),
-      Flag('input_format', 'auto, text, tsv or jsonl'),
-      Flag('field', 'JSON field or number of the TSV column, from 0'),
-      Flag('prefix', "put before every input, such as 'pronounce: '"),
-      Flag('batch_size', 'lines decoded at a time', int),
-      Flag('max_input_length', 'tokens; longer inputs are cut', int),
-      Flag('max_decode_length', 'tokens; by default as in training', int),
-      Flag('seed', 'of sampling', int),
-      Flag('resume', 'continue an output that was interrupted', bool),
-    ),
   ),
-  'quickstart': Program(
+  'quickstart': Command(
     't5x_lite.programs.quickstart.quickstart',
     'pretrain, fine-tune, evaluate and predict on the embedded text',
     computes=True,
   ),
-  'vocab': Program(
+  'vocab': Command(
     't5x_lite.programs.train_vocabulary.train_vocabulary',
     'train a SentencePiece vocabulary on your own text',
-    flags=(
-      Flag('input', 'text, TSV or JSONL files or glob patterns', many=True),
-      Flag('task', 'or the text of this SeqIO task or mixture'),
-      Flag('output', 'the .model file to write'),
-      Flag('vocab_size', 'pieces, sentinels not counted', int),
-      Flag('model_type', 'unigram, bpe or char'),
-      Flag('character_coverage', 'share of characters with a piece', float),
-      Flag('byte_fallback', 'spell other characters as bytes', bool),
-    ),
   ),
-  'convert': Program(
+  'convert': Command(
     't5x_lite.programs.convert.convert',
     'convert checkpoints between t5x_lite, Hugging Face and T5X',
-    positional=(
-      Flag('source', 'checkpoint to read; its format is detected'),
-      Flag('destination', 'directory to write'),
-    ),
-    flags=(
-      Flag('to', 'format to write', choices=('t5x_lite', 'hf', 't5x')),
-      Flag('dtype', 'of the numbers written; by default as they are'),
-      Flag('vocabulary', "a SentencePiece model, 't5', 'byte' or 'none'"),
-      Flag('dry_run', 'list how names map, write nothing', bool),
-    ),
+    positional=('source', 'destination'),
   ),
-  'grow_vocab': Program(
+  'grow_vocab': Command(
     't5x_lite.programs.grow_vocabulary.grow_vocabulary',
     'add tokens or sentinels to a model and its vocabulary',
-    positional=(
-      Flag('source', 'checkpoint to read; its format is detected'),
-      Flag('destination', 'directory to write'),
-    ),
-    flags=(
-      Flag('tokens_file', 'new tokens, one a line'),
-      Flag('extra_ids', 'sentinels in all; as many as there are', int),
-      Flag('to', 'format to write', choices=('t5x_lite', 'hf', 't5x')),
-      Flag('dry_run', 'say what would change, write nothing', bool),
-    ),
+    positional=('source', 'destination'),
   ),
-  'precompile': Program(
+  'precompile': Command(
     't5x_lite.programs.precompile.precompile',
     'compile a step for TPUs that you do not have; does it fit, what bounds it',
-    flags=(
-      Flag('topology', 'for example v5p:8x8x8 or v5e:16x16'),
-      Flag('num_slices', 'slices of that topology', int),
-      Flag('step', 'what is compiled', choices=('train', 'decode')),
-      Flag('json', 'end with one JSON object on the last line', bool),
-      Flag('hlo_file', "where to write the compiled program's text"),
-    ),
-    inherits='t5x_lite.programs.train.train',
+    inherits=_TRAIN,
   ),
-  'plan': Program(
+  'plan': Command(
     't5x_lite.programs.plan.plan',
     'search mesh, remat policy and microbatches for a topology',
-    flags=(
-      Flag('topology', 'for example v5p:8x8x8 or v5e:16x16'),
-      Flag('num_slices', 'slices of that topology', int),
-      Flag('num_compiles', 'candidates that the compiler judges', int),
-      Flag('json', 'end with one JSON object on the last line', bool),
-      Flag('output', 'gin file to write the winning bindings to'),
-    ),
-    inherits='t5x_lite.programs.train.train',
+    inherits=_TRAIN,
   ),
 }
 
@@ -171,40 +109,66 @@ class _Parser(argparse.ArgumentParser):
     raise UsageError(f'{message} (see {self.prog} --help)')
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def _make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+  """Returns the parser; only the command in argv gets its flags."""
   parser = _Parser(
     prog=PROGRAM_NAME,
-    description='T5 in JAX. `t5x-lite PROGRAM --help` lists its flags.',
+    description='T5 in JAX. `t5x-lite COMMAND --help` lists its flags.',
     allow_abbrev=False,
   )
+  parser.add_argument('--version', action='version', version=__version__)
   subparsers = parser.add_subparsers(
-    dest='program', metavar='PROGRAM', required=True, parser_class=_Parser
+    dest='command', metavar='COMMAND', required=True, parser_class=_Parser
   )
-  for name, program in PROGRAMS.items():
+  for name, command in COMMANDS.items():
     sub = subparsers.add_parser(
-      name, help=program.help, description=program.help, allow_abbrev=False
+      name, help=command.help, description=command.help, allow_abbrev=False
     )
-    for flag in program.positional:
-      sub.add_argument(flag.name, metavar=flag.name.upper(), help=flag.help)
-    for flag in program.flags:
-      _add_flag(sub, flag)
-    _add_common_flags(sub)
+    if name in argv:
+      for parameter in command.parameters():
+        _add_flag(
+          sub, parameter, positional=parameter.name in command.positional
+        )
+      _add_common_flags(sub)
+      sub.epilog = _epilog(command)
   return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
-  # None stands for a flag that was not given: gin or the default decides.
-  if flag.type is bool:
+def _epilog(command: Command) -> str:
+  """Says what has no flag, since it is an object."""
+  found = signatures.read_parameters(command.function)
+  rest = [parameter.name for parameter in found if parameter.type is None]
+  rest = [name for name in rest if name != 'summarize_config_fn']
+  if not rest:
+    return ''
+  return f'Set by gin alone: {", ".join(rest)}. See configs/runs/ for examples.'
+
+
+def _add_flag(
+  parser: argparse.ArgumentParser, parameter: Parameter, *, positional: bool
+) -> None:
+  text = parameter.help.replace('%', '%%')
+  if parameter.default:
+    default = parameter.default.replace('%', '%%')
+    text = f'{text} (default: {default})'
+  name = parameter.name
+  if positional:
+    parser.add_argument(name, metavar=name.upper(), help=text)
+  elif parameter.type is bool:
+    # None stands for a flag that was not given: gin or the default decides.
     parser.add_argument(
-      f'--{flag.name}', action='store_const', const=True, help=flag.help
+      f'--{name}',
+      action=argparse.BooleanOptionalAction,
+      default=None,
+      help=text,
     )
   else:
     parser.add_argument(
-      f'--{flag.name}',
-      type=flag.type,
-      choices=flag.choices,
-      nargs='+' if flag.many else None,
-      help=flag.help,
+      f'--{name}',
+      type=parameter.type or str,
+      nargs='+' if parameter.many else None,
+      metavar=name.upper(),
+      help=text,
     )
 
 
@@ -258,8 +222,8 @@ def _rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
   return rewritten
 
 
-def _load(program: Program) -> Any:
-  module, name = program.function.rsplit('.', 1)
+def _load(command: Command) -> Any:
+  module, name = command.function.rsplit('.', 1)
   with _quiet_stderr():
     return getattr(importlib.import_module(module), name)
 
@@ -298,16 +262,16 @@ def _write_config(model_dir: str, text: str) -> None:
 
 
 def _run(argv: Sequence[str]) -> Any:
-  """Parses the command line, checks everything, runs the program."""
+  """Parses the command line, checks everything, runs the command."""
   if any(argument.startswith('--gin.') for argument in argv):
     argv = _rewrite_gin_flags(argv)
-  args = _make_parser().parse_args(argv)
-  program = PROGRAMS[args.program]
-  flags = [flag.name for flag in (*program.positional, *program.flags)]
+  args = _make_parser(argv).parse_args(argv)
+  command = COMMANDS[args.command]
+  flags = [parameter.name for parameter in command.parameters()]
   given = {name: getattr(args, name) for name in flags}
   given = {name: value for name, value in given.items() if value is not None}
 
-  if program.computes:
+  if command.computes:
     host_memory.keep_freed_memory()  # before a thread is started
 
   from t5x_lite.gin_front import configuration
@@ -318,7 +282,7 @@ def _run(argv: Sequence[str]) -> Any:
     process_count=args.process_count,
     process_index=args.process_index,
   )
-  function = _load(program)
+  function = _load(command)
   with _quiet_stderr():  # gin files import modules too
     configured = configuration.configure(
       function,
@@ -327,8 +291,8 @@ def _run(argv: Sequence[str]) -> Any:
       search_paths=[path for path in args.gin_search_paths.split(',') if path],
       given=given,
       flags=flags,
-      programs=[program.function for program in PROGRAMS.values()],
-      inherits=program.inherits,
+      programs=[command.function for command in COMMANDS.values()],
+      inherits=command.inherits,
       write_config=_write_config,
     )
   return configured.call()

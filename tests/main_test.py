@@ -8,13 +8,27 @@ import gin
 import pytest
 
 from t5x_lite import main as main_lib
-from t5x_lite.main import Flag, Program, main
+from t5x_lite.main import Command, main
 
 TOY = """
 from t5x_lite.errors import UsageError
 
 def run(*, text: str, times: int = 1, verbose: bool = False,
-        dry_run: bool = False, summarize_config_fn=None):
+        share: float | None = None, dry_run: bool = False,
+        summarize_config_fn=None):
+  '''Prints.
+
+  Args:
+    text: what to print.
+    times: how often; 100% of
+      the time.
+    verbose: say more.
+    share: unused.
+    dry_run: write nothing.
+
+  Raises:
+    UsageError: at times: never.
+  '''
   if text == 'usage':
     raise UsageError('text is usage\\nsecond line')
   if text == 'interrupt':
@@ -38,17 +52,8 @@ def toy(tmp_path, monkeypatch):
   (tmp_path / 'toy_program.py').write_text(TOY)
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, 'toy_program', raising=False)
-  program = Program(
-    'toy_program.run',
-    'a toy',
-    positional=(Flag('text', 'what to print'),),
-    flags=(
-      Flag('times', 'how often', int),
-      Flag('verbose', 'say more', bool),
-      Flag('dry_run', 'write nothing', bool),
-    ),
-  )
-  monkeypatch.setitem(main_lib.PROGRAMS, 'toy', program)
+  program = Command('toy_program.run', 'a toy', positional=('text',))
+  monkeypatch.setitem(main_lib.COMMANDS, 'toy', program)
   empty = tmp_path / 'cwd'
   empty.mkdir()
   monkeypatch.chdir(empty)
@@ -64,12 +69,14 @@ def test_flags_become_arguments(toy, capfd):
 
 
 def test_a_flag_may_take_what_the_shell_expands(toy, monkeypatch):
-  vocab = main_lib.PROGRAMS['vocab']
+  vocab = main_lib.COMMANDS['vocab']
   monkeypatch.setitem(
-    main_lib.PROGRAMS, 'vocab', dataclasses.replace(vocab, function='given.get')
+    main_lib.COMMANDS, 'vocab', dataclasses.replace(vocab, function='given.get')
   )
   (toy.parent / 'given.py').write_text(
-    'def get(*, input, output):\n  open(output, "w").write(" ".join(input))\n'
+    'from collections.abc import Sequence\n'
+    'def get(*, input: str | Sequence[str], output: str):\n'
+    '  open(output, "w").write(" ".join(input))\n'
   )
   flags = ['--input', 'a.txt', 'b.txt', '--output', 'seen']
   assert main(['vocab', *flags]) == 0
@@ -98,7 +105,7 @@ def test_a_dry_run_writes_nothing(toy):
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
-    ([], 'the following arguments are required: PROGRAM'),
+    ([], 'the following arguments are required: COMMAND'),
     (['trian'], "invalid choice: 'trian'"),
     (['toy'], 'required: TEXT'),
     (['toy', 'a', '--tims=2'], 'unrecognized arguments: --tims=2'),
@@ -133,7 +140,7 @@ def test_other_exits(toy, capfd):
     main(['toy', 'bug'])
 
 
-@pytest.mark.parametrize('program', main_lib.PROGRAMS)
+@pytest.mark.parametrize('program', main_lib.COMMANDS)
 def test_every_program_has_help_and_only_flags_it_understands(program, capsys):
   with pytest.raises(SystemExit) as caught:
     main([program, '--help'])
@@ -141,25 +148,37 @@ def test_every_program_has_help_and_only_flags_it_understands(program, capsys):
   assert '--gin_file' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name', main_lib.PROGRAMS)
-def test_every_flag_is_an_argument_of_its_function(name):
-  import inspect
+def test_help_is_the_functions_own(toy, capsys):
+  with pytest.raises(SystemExit):
+    main(['toy', '--help'])
+  printed = ' '.join(capsys.readouterr().out.split())
+  assert '--times TIMES how often; 100% of the time. (default: 1)' in printed
+  assert '--dry_run, --no-dry_run write nothing.' in printed
+  assert '--share SHARE unused.' in printed
+  assert 'never' not in printed
 
-  program = main_lib.PROGRAMS[name]
-  parameters = inspect.signature(main_lib._load(program)).parameters
-  for flag in (*program.positional, *program.flags):
-    assert flag.name in parameters
-  for parameter in parameters.values():
-    assert parameter.kind is parameter.KEYWORD_ONLY
+
+def test_a_switch_can_be_turned_off(toy, capfd):
+  assert main(['toy', 'ab', '--gin.run.verbose=True']) == 0
+  assert main(['toy', 'ab', '--gin.run.verbose=True', '--no-verbose']) == 0
+  assert capfd.readouterr().out == 'ab True\nab False\n'
+
+
+def test_version(capsys):
+  with pytest.raises(SystemExit) as caught:
+    main(['--version'])
+  assert caught.value.code == 0
+  assert capsys.readouterr().out.strip() == main_lib.__version__
 
 
 def test_imports_are_as_late_as_they_can_be():
   code = textwrap.dedent("""
     import sys, t5x_lite.main
-    try:
-      t5x_lite.main.main(['--help'])
-    except SystemExit:
-      pass
+    for name in ('', *t5x_lite.main.COMMANDS):
+      try:
+        t5x_lite.main.main([name, '--help'] if name else ['--help'])
+      except SystemExit:
+        pass
     print(sorted({'jax', 'tensorflow', 'gin', 'numpy'} & set(sys.modules)))
   """)
   result = subprocess.run(
