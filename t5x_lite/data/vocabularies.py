@@ -12,14 +12,17 @@ import hashlib
 import importlib.resources
 import json
 import os
-import struct
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import sentencepiece
 from etils import epath
+from sentencepiece import sentencepiece_model_pb2
 
 from t5x_lite.errors import UsageError
+
+# Made when imported: a type checker finds no names in it.
+_proto: Any = sentencepiece_model_pb2
 
 PAD_ID = 0
 EOS_ID = 1
@@ -166,7 +169,9 @@ class SentencePieceVocabulary:
     model = _read_model(path)
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor.LoadFromSerializedProto(model + _sentinels(extra_ids))
+      self._processor.LoadFromSerializedProto(
+        model + user_defined(_sentinels(extra_ids))
+      )
     except RuntimeError as error:
       raise UsageError(
         f'{path} is not a SentencePiece model ({error}); train one with '
@@ -362,20 +367,20 @@ def _read_model(path: str) -> bytes:
     ) from error
 
 
-def _sentinels(extra_ids: int) -> bytes:
-  """Returns the sentinel pieces as bytes to append to a serialized model.
+def user_defined(texts: Iterable[str]) -> bytes:
+  """Returns pieces as bytes to append to a serialized model.
 
-  Concatenating protobuf messages appends to their repeated fields, so the
-  pieces can follow the model file byte for byte and nothing here needs the
-  protobuf package. The fields are SentencePiece's public ones: ModelProto
-  pieces = 1 { piece = 1, score = 2, type = 3 }, USER_DEFINED = 4.
-
-  Source: seqio/vocabularies.py _load_model_internal, for names and order.
+  Joined protobuf messages are merged and their lists joined, so the pieces can
+  follow the model file byte for byte.
   """
-  pieces = []
-  for index in reversed(range(extra_ids)):
-    name = f'▁<extra_id_{index}>'.encode()
-    piece = b'\x0a' + bytes([len(name)]) + name
-    piece += b'\x15' + struct.pack('<f', 0.0) + b'\x18\x04'
-    pieces.append(b'\x0a' + bytes([len(piece)]) + piece)
-  return b''.join(pieces)
+  kind = _proto.ModelProto.SentencePiece.USER_DEFINED
+  pieces = [{'piece': text, 'score': 0.0, 'type': kind} for text in texts]
+  return _proto.ModelProto(pieces=pieces).SerializeToString()
+
+
+def _sentinels(extra_ids: int) -> Iterable[str]:
+  """Returns the sentinels' pieces in the order of their ids.
+
+  Source: seqio/vocabularies.py _load_model_internal.
+  """
+  return (f'▁<extra_id_{index}>' for index in reversed(range(extra_ids)))

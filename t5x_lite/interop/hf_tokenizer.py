@@ -15,7 +15,7 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import sentencepiece_model
-from t5x_lite.interop.sentencepiece_model import Model, Piece
+from t5x_lite.interop.sentencepiece_model import Piece
 
 SPIECE = 'spiece.model'
 TOKENIZER = 'tokenizer.json'
@@ -56,7 +56,7 @@ def read_vocabulary(
     return None
   model, extra_ids = _model_of_tokenizer(entry)
   scratch.mkdir(parents=True, exist_ok=True)
-  (scratch / SPIECE).write_bytes(sentencepiece_model.serialize(model))
+  (scratch / SPIECE).write_bytes(model)
   return VocabularyConfig(path=str(scratch / SPIECE), extra_ids=extra_ids)
 
 
@@ -88,8 +88,8 @@ def _sentinels(entry: Mapping[str, Any]) -> int:
   return count
 
 
-def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[Model, int]:
-  """Returns (the SentencePiece model of a tokenizer.json, its sentinels)."""
+def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[bytes, int]:
+  """Returns (the model file of a tokenizer.json, its sentinels)."""
   extra_ids = _sentinels(entry)
   vocab = entry['model']['vocab']
   vocab = vocab[: len(vocab) - extra_ids]
@@ -97,24 +97,23 @@ def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[Model, int]:
   added = {t['content'] for t in entry.get('added_tokens', ())}
   pieces = []
   for token, (text, score) in enumerate(vocab):
-    kind = sentencepiece_model.NORMAL
+    kind = Piece.NORMAL
     if token < len(SPECIAL):
-      kind = (
-        sentencepiece_model.UNKNOWN
-        if token == vocabularies.UNK_ID
-        else sentencepiece_model.CONTROL
-      )
+      kind = Piece.UNKNOWN if token == vocabularies.UNK_ID else Piece.CONTROL
     elif byte_fallback and len(text) == 6 and text.startswith('<0x'):
-      kind = sentencepiece_model.BYTE
+      kind = Piece.BYTE
     elif text in added or text.startswith(f'{_META}<extra_id_'):
-      kind = sentencepiece_model.USER_DEFINED
-    pieces.append(Piece(text, score, kind))
+      kind = Piece.USER_DEFINED
+    pieces.append(Piece(piece=text, score=score, type=kind))
   normalizer = entry.get('normalizer') or {}
   charsmap = b''
   for part in normalizer.get('normalizers', [normalizer]):
     if part.get('type') == 'Precompiled':
       charsmap = base64.b64decode(part['precompiled_charsmap'] or '')
-  return Model(pieces, charsmap, byte_fallback=byte_fallback), extra_ids
+  model = sentencepiece_model.make(
+    pieces, charsmap, byte_fallback=byte_fallback
+  )
+  return model, extra_ids
 
 
 # ---- Writing ----------------------------------------------------------------
@@ -139,7 +138,7 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
   else:
     data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
     model = sentencepiece_model.parse(data)
-    if model.model_type != sentencepiece_model.UNIGRAM:
+    if model.trainer_spec.model_type != sentencepiece_model.UNIGRAM:
       raise UsageError(
         f'{vocabularies.model_path(vocabulary)} is not a unigram model; '
         "transformers' T5 tokenizer reads only those"
@@ -149,7 +148,7 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
     (directory / TOKENIZER).write_text(text)
     # T5Tokenizer has no byte fallback; the plain class takes tokenizer.json
     # as it is, and is what mT5's folders need.
-    plain = model.byte_fallback
+    plain = model.trainer_spec.byte_fallback
     config['tokenizer_class'] = (
       'PreTrainedTokenizerFast' if plain else 'T5Tokenizer'
     )
@@ -164,9 +163,18 @@ def _sentinel_names(vocabulary: VocabularyConfig) -> list[str]:
   return [f'<extra_id_{i}>' for i in range(vocabulary.extra_ids)]
 
 
-def _tokenizer(model: Model, vocabulary: VocabularyConfig) -> dict[str, Any]:
-  """Returns a tokenizer.json: SentencePiece's model in tokenizers' terms."""
-  texts = [*SPECIAL, *(piece.text for piece in model.pieces[len(SPECIAL) :])]
+def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
+  """Returns a tokenizer.json: SentencePiece's model in tokenizers' terms.
+
+  Written by hand, not by the tokenizers library: that comes with transformers,
+  which a conversion does without.
+
+  Args:
+    model: SentencePiece's ModelProto.
+    vocabulary: names the number of sentinels.
+  """
+  charsmap = model.normalizer_spec.precompiled_charsmap
+  texts = [*SPECIAL, *(piece.piece for piece in model.pieces[len(SPECIAL) :])]
   texts += reversed(_sentinel_names(vocabulary))
   scores = [piece.score for piece in model.pieces]
   scores += [0.0] * vocabulary.extra_ids
@@ -180,11 +188,11 @@ def _tokenizer(model: Model, vocabulary: VocabularyConfig) -> dict[str, Any]:
 
   tokens = [added(i, text, True) for i, text in enumerate(SPECIAL)]
   tokens += [
-    added(i, piece.text, False)
+    added(i, piece.piece, False)
     for i, piece in enumerate(model.pieces)
-    if piece.kind == sentencepiece_model.USER_DEFINED
+    if piece.type == Piece.USER_DEFINED
     # A piece that begins a word is found by the model itself.
-    and not piece.text.startswith(_META)
+    and not piece.piece.startswith(_META)
   ]
   tokens += [
     added(i, texts[i], True) for i in range(len(model.pieces), len(texts))
@@ -198,7 +206,7 @@ def _tokenizer(model: Model, vocabulary: VocabularyConfig) -> dict[str, Any]:
     {'Sequence': {'id': name, 'type_id': 0}} for name in ('A', 'B')
   )
   decoder: dict[str, Any] = metaspace
-  if model.byte_fallback:
+  if model.trainer_spec.byte_fallback:
     decoder = {
       'type': 'Sequence',
       'decoders': [{'type': 'ByteFallback'}, metaspace],
@@ -210,9 +218,11 @@ def _tokenizer(model: Model, vocabulary: VocabularyConfig) -> dict[str, Any]:
     'added_tokens': tokens,
     'normalizer': {
       'type': 'Precompiled',
-      'precompiled_charsmap': base64.b64encode(model.charsmap).decode(),
+      'precompiled_charsmap': base64.b64encode(
+        model.normalizer_spec.precompiled_charsmap
+      ).decode(),
     }
-    if model.charsmap
+    if model.normalizer_spec.precompiled_charsmap
     else None,
     'pre_tokenizer': {
       'type': 'Sequence',
@@ -235,6 +245,6 @@ def _tokenizer(model: Model, vocabulary: VocabularyConfig) -> dict[str, Any]:
       'type': 'Unigram',
       'unk_id': vocabularies.UNK_ID,
       'vocab': list(zip(texts, scores, strict=True)),
-      'byte_fallback': model.byte_fallback,
+      'byte_fallback': model.trainer_spec.byte_fallback,
     },
   }

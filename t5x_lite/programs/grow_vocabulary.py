@@ -197,7 +197,7 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
     )
   path = vocabularies.model_path(vocabulary)
   data = epath.Path(path).read_bytes()
-  known = {piece.text for piece in sentencepiece_model.parse(data).pieces}
+  known = {piece.piece for piece in sentencepiece_model.parse(data).pieces}
   texts = [token.replace(' ', _META) for token in tokens]
   for token, text in zip(tokens, texts, strict=True):
     if not token:

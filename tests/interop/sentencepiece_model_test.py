@@ -31,25 +31,22 @@ def test_reads_what_sentencepiece_reads(official):
   theirs = processor(official)
   assert len(model.pieces) == theirs.GetPieceSize()
   for i in (0, 1, 2, 3, 4711, len(model.pieces) - 1):
-    assert model.pieces[i].text == theirs.IdToPiece(i)
+    assert model.pieces[i].piece == theirs.IdToPiece(i)
     assert model.pieces[i].score == pytest.approx(theirs.GetScore(i))
-  kinds = [piece.kind for piece in model.pieces[:3]]
-  assert kinds == [
-    sentencepiece_model.CONTROL,
-    sentencepiece_model.CONTROL,
-    sentencepiece_model.UNKNOWN,
-  ]
-  assert model.charsmap
+  assert model.trainer_spec.model_type == sentencepiece_model.UNIGRAM
+  assert model.normalizer_spec.precompiled_charsmap
 
 
-def test_what_is_written_again_gives_the_same_ids(official):
+def test_what_is_made_of_the_pieces_gives_the_same_ids(official):
   model = sentencepiece_model.parse(official)
-  again = sentencepiece_model.serialize(model)
-  assert sentencepiece_model.parse(again) == model
+  charsmap = model.normalizer_spec.precompiled_charsmap
+  again = sentencepiece_model.make(model.pieces, charsmap)
+  assert list(sentencepiece_model.parse(again).pieces) == list(model.pieces)
   ours, theirs = processor(again), processor(official)
   for text in TEXTS:
     assert ours.EncodeAsIds(text) == theirs.EncodeAsIds(text)
   assert (ours.pad_id(), ours.eos_id(), ours.unk_id()) == (0, 1, 2)
+  assert ours.bos_id() == -1
 
 
 def test_added_pieces_follow_and_change_nothing_else(official):

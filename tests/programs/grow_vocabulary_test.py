@@ -20,8 +20,8 @@ def vocabulary(tmp_path_factory):
   )
   path = tmp_path_factory.mktemp('grow') / 'small.model'
   path.write_bytes(
-    sentencepiece_model.serialize(
-      sentencepiece_model.Model(whole.pieces[:60], whole.charsmap)
+    sentencepiece_model.make(
+      whole.pieces[:60], whole.normalizer_spec.precompiled_charsmap
     )
   )
   return VocabularyConfig(path=str(path), extra_ids=5)
