@@ -22,6 +22,7 @@ from t5x_lite.interop.source import Source
 from t5x_lite.interop.tensors import Index, Tensor
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import pytrees
 
 # (pattern, replacement); see `assign`.
 AssignmentMap = Sequence[tuple[str, str | None]]
@@ -237,7 +238,7 @@ class _Fresh:
     def draw(key: jax.Array) -> dict[str, Any]:
       params = t5.init_params(self._cfg, key)
       leaves = jax.tree_util.tree_leaves_with_path(params)
-      found = {names.path_of(keys): leaf for keys, leaf in leaves}
+      found = {pytrees.names_of(keys): leaf for keys, leaf in leaves}
       return {'/'.join(path): found[path] for path in sorted(self._wanted)}
 
     drawn = jax.device_get(jax.jit(draw)(jax.random.key(self._seed)))

@@ -173,7 +173,6 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
     model: SentencePiece's ModelProto.
     vocabulary: names the number of sentinels.
   """
-  charsmap = model.normalizer_spec.precompiled_charsmap
   texts = [*SPECIAL, *(piece.piece for piece in model.pieces[len(SPECIAL) :])]
   texts += reversed(_sentinel_names(vocabulary))
   scores = [piece.score for piece in model.pieces]

@@ -253,7 +253,7 @@ def _leaves(cfg: T5Config):
   for (keys, leaf), one in zip(
     leaves, treedef.flatten_up_to(axes), strict=True
   ):
-    path = names.path_of(keys)
+    path = pytrees.names_of(keys)
     yield path, leaf, one, names.leaf_names(path, names.num_layers(cfg, path))
 
 
@@ -296,7 +296,7 @@ def to_run(
   state = pytrees.to_plain(jax.eval_shape(tx.init, shapes))
   result = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    keys = names.path_of(path)
+    keys = pytrees.names_of(path)
     array = value(keys, leaf).astype(leaf.dtype)
     assert array.shape == leaf.shape, (keys, array.shape, leaf.shape)
     result[keys] = of_array(array, '.'.join(keys))

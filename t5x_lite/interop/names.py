@@ -13,12 +13,12 @@ import functools
 import re
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import pytrees
 
 # Ours below encoder/layers_I or decoder/layers_I, and Hugging Face's below
 # encoder.block.I or decoder.block.I.
@@ -142,14 +142,6 @@ def lender(name: str) -> str | None:
   return f'encoder/{match[1]}/{_BORROWED[match[2]]}/{match[3]}'
 
 
-def path_of(keys: Sequence[Any]) -> tuple[str, ...]:
-  """Returns the plain keys of a pytree path."""
-  return tuple(
-    str(next(getattr(k, n) for n in ('key', 'idx', 'name') if hasattr(k, n)))
-    for k in keys
-  )
-
-
 def leaf_names(path: Sequence[str], num_layers: int) -> list[str]:
   """Returns the canonical names of the tensors in one leaf of our tree.
 
@@ -182,7 +174,7 @@ def leaves(
   _, shapes, _ = t5.abstract_params(cfg)
   result = []
   for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-    path = path_of(keys)
+    path = pytrees.names_of(keys)
     result.append((path, leaf, leaf_names(path, num_layers(cfg, path))))
   return result
 

@@ -16,6 +16,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.interop import names
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import pytrees
 
 Index = tuple[slice, ...]
 
@@ -90,7 +91,7 @@ def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
   """Returns a model's parameters as tensors; nothing is copied yet."""
   result = {}
   for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-    path = names.path_of(keys)
+    path = pytrees.names_of(keys)
     found = names.leaf_names(path, names.num_layers(cfg, path))
     whole = of_array(leaf, '/'.join(path))
     if cfg.scan_layers and 'layers' in path:
@@ -133,7 +134,7 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None) -> Any:
     shardings = jax.tree.map(lambda _: one, shapes)
 
   def make(keys: Any, leaf: Any, sharding: Any) -> jax.Array:
-    path = names.path_of(keys)
+    path = pytrees.names_of(keys)
     found = names.leaf_names(path, names.num_layers(cfg, path))
     stacked = cfg.scan_layers and 'layers' in path
     parts = [tensors[name] for name in found]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement, make_placement
 
@@ -64,7 +65,7 @@ def inference_params(model: T5Config, placement: Placement) -> Any:
   compute = jnp.dtype(model.dtype)
 
   def cast(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    name = pytrees.path_name(path)
     is_head = 'logits_dense' in name or (
       name == 'token_embedder/embedding' and model.logits_via_embedding
     )

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import UsageError
+from t5x_lite.parallel import pytrees
 
 Rule = tuple[str, str | tuple[str, ...] | None]
 
@@ -123,15 +124,11 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules):
   sizes = dict(mesh.shape)
   return jax.tree_util.tree_map_with_path(
     lambda path, x, names: NamedSharding(
-      mesh, spec(names, x.shape, sizes, rules, _path_name(path))
+      mesh, spec(names, x.shape, sizes, rules, pytrees.path_name(path))
     ),
     shapes,
     axes,
   )
-
-
-def _path_name(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 # ---- Checks of the user's own rules ----
@@ -155,7 +152,7 @@ def check_rules(
   sizes = dict(mesh.shape)
   leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
   arrays = {
-    _path_name(path): (leaf.shape, names)
+    pytrees.path_name(path): (leaf.shape, names)
     for (path, leaf), names in zip(
       leaves, treedef.flatten_up_to(axes), strict=True
     )

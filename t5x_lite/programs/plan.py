@@ -22,7 +22,7 @@ from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.models.config import REMAT_POLICIES, T5Config
-from t5x_lite.parallel import logical_axes, partitioning
+from t5x_lite.parallel import logical_axes, partitioning, pytrees
 from t5x_lite.parallel.hardware import Chip, find_chip
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
 from t5x_lite.programs import precompile
@@ -325,7 +325,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _shard_bytes(path, leaf, names, sizes, rules) -> int:
-  where = jax.tree_util.keystr(path, simple=True, separator='/')
+  where = pytrees.path_name(path)
   cut = logical_axes.spec(names, leaf.shape, sizes, rules, where)
   count = 1
   for dim, axes in zip(leaf.shape, cut, strict=True):

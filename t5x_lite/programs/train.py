@@ -225,7 +225,7 @@ def train(
     if checkpointer.latest_step is not None:
       state, meta = checkpointer.restore(spec.shapes, iterator)
       evaluated = meta.get('evaluated', -1)
-      if meta['seed'] != seed:
+      if meta.get('seed', seed) != seed:
         log.warning('the seed is %d, it was %d before', seed, meta['seed'])
       log.info('continues %s from step %d', model_dir, int(state.step))
     else:

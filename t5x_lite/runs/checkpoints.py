@@ -394,7 +394,7 @@ class Checkpointer:
       iterator: the input iterator to continue, or None to leave data alone.
 
     Returns:
-      The state and the checkpoint's `meta`.
+      The state and the checkpoint's `meta`, empty if it has none.
 
     Raises:
       UsageError: if the checkpoint is another model's or optimizer's.
@@ -410,16 +410,20 @@ class Checkpointer:
       wanted,
       'model and optimizer',
     )
-    items: dict[str, Any] = {
-      'state': ocp.args.StandardRestore(wanted),
-      'meta': ocp.args.JsonRestore(),
-    }
-    if iterator is not None and (self.directory / str(step) / 'data').is_dir():
-      items['data'] = _DataRestore(iterator)
+    # What was converted from another format has neither of the last two.
+    items: dict[str, Any] = {'state': ocp.args.StandardRestore(wanted)}
+    if (self.directory / str(step) / 'meta').is_dir():
+      items['meta'] = ocp.args.JsonRestore()
+    if iterator is not None:
+      if (self.directory / str(step) / 'data').is_dir():
+        items['data'] = _DataRestore(iterator)
+      else:
+        log.warning(
+          '%s has no position in the data: it is read from its beginning', where
+        )
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return pytrees.from_plain(restored['state'], abstract_state), restored[
-      'meta'
-    ]
+    state = pytrees.from_plain(restored['state'], abstract_state)
+    return state, restored.get('meta') or {}
 
   def wait(self) -> None:
     """Blocks until every started save is committed."""

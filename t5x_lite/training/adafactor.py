@@ -23,8 +23,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from t5x_lite.errors import UsageError
+from t5x_lite.parallel import pytrees
 
-Path = tuple[Any, ...]
+Path = tuple[str, ...]
 Axes = tuple[str | None, ...]
 
 
@@ -248,7 +249,7 @@ def adafactor(
   def layout_of(path, shape) -> Factoring:
     if axes is not None and path not in axes_of:
       raise UsageError(
-        f'Adafactor was given no logical axes for {path_name(path)}.'
+        f'Adafactor was given no logical axes for {"/".join(path)}.'
       )
     return factoring(
       shape,
@@ -262,11 +263,11 @@ def adafactor(
     if isinstance(multiply_by_parameter_scale, bool):
       return multiply_by_parameter_scale
     for pattern, value in multiply_by_parameter_scale:
-      if re.search(pattern, path_name(path)):
+      if re.search(pattern, '/'.join(path)):
         return value
     raise UsageError(
       'No pattern of multiply_by_parameter_scale matches '
-      f'{path_name(path)}; end with a (".*", True).'
+      f'{"/".join(path)}; end with a (".*", True).'
     )
 
   def init(params) -> AdafactorState:
@@ -334,7 +335,9 @@ def adafactor(
       return -u
 
     steps = jax.tree_util.tree_map_with_path(
-      lambda path, g, p: update_one(plain_path(path), g, p), updates, params
+      lambda path, g, p: update_one(pytrees.names_of(path), g, p),
+      updates,
+      params,
     )
     return steps, _state(state.count + 1, new_moments)
 
@@ -398,7 +401,9 @@ def scale_by_parameter_rms(
       )
 
     def scale(path, u, p):
-      layout = factoring(p.shape, axes_of.get(plain_path(path)), factored=False)
+      layout = factoring(
+        p.shape, axes_of.get(pytrees.names_of(path)), factored=False
+      )
       return u * jnp.maximum(_rms(p.astype(jnp.float32), layout), epsilon2)
 
     return jax.tree_util.tree_map_with_path(scale, updates, params), state
@@ -415,26 +420,11 @@ def _is_axes(x: Any) -> bool:
   )
 
 
-def plain_path(path: Sequence[Any]) -> Path:
-  """Returns the plain keys of a pytree path: 'encoder', 0, 'kernel'."""
-  return tuple(
-    next(
-      getattr(k, name) for name in ('key', 'idx', 'name') if hasattr(k, name)
-    )
-    for k in path
-  )
-
-
-def path_name(path: Path) -> str:
-  """Returns 'encoder/layers/0/kernel'."""
-  return '/'.join(map(str, path))
-
-
 def _flatten(
   tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[Path, Any]]:
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-  return [(plain_path(path), leaf) for path, leaf in leaves]
+  return [(pytrees.names_of(path), leaf) for path, leaf in leaves]
 
 
 def _by_path(state: AdafactorState) -> dict[Path, dict[str, Array]]:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from t5x_lite.errors import UsageError
+from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
-from t5x_lite.training.adafactor import Axes, Path, path_name
+from t5x_lite.training.adafactor import Axes, Path
 from t5x_lite.training.master_weights import master_weights
 from t5x_lite.training.schedules import ScheduleConfig, unknown
 
@@ -163,9 +164,11 @@ def make_optimizer(
   Raises:
     UsageError: if config.trainable matches no parameter.
   """
-  parts: list[optax.GradientTransformation] = []
+  # Named, so that where the optimizer's state lies in a checkpoint does not
+  # depend on what stands before it.
+  parts: dict[str, optax.GradientTransformation] = {}
   if config.global_norm_clip is not None:
-    parts.append(optax.clip_by_global_norm(config.global_norm_clip))
+    parts['clip'] = optax.clip_by_global_norm(config.global_norm_clip)
 
   def decayed(tree):
     return _map_paths(
@@ -188,14 +191,17 @@ def make_optimizer(
     # Even where it is 0: optax's own defaults are not.
     arguments |= {'weight_decay': config.weight_decay, mask: decayed}
   if config.name in _RATE_INSIDE:
-    parts.append(_per_unit_rate(functools.partial(factory, **arguments)))
+    tx = _per_unit_rate(functools.partial(factory, **arguments))
   else:
     if 'learning_rate' in accepted:
       arguments['learning_rate'] = 1.0
-    parts.append(factory(**arguments))
+    tx = factory(**arguments)
+  parts['optimizer'] = tx
   if config.weight_decay and not native_decay:
-    parts.append(optax.add_decayed_weights(-config.weight_decay, decayed))
-  tx = optax.chain(*parts)
+    parts['weight_decay'] = optax.add_decayed_weights(
+      -config.weight_decay, decayed
+    )
+  tx = optax.named_chain(*parts.items())
   if config.master_weights:
     tx = master_weights(tx)
   if config.trainable is None:
@@ -236,7 +242,7 @@ def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
   mask = _map_paths(lambda name: bool(re.search(pattern, name)), params)
   if not any(jax.tree.leaves(mask)):
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    names = [_name(path) for path, _ in leaves]
+    names = [pytrees.path_name(path) for path, _ in leaves]
     raise UsageError(
       f'OptimizerConfig.trainable is {pattern!r}, which matches none of the '
       f'{len(names)} parameters, such as {", ".join(names[:3])}.'
@@ -244,12 +250,10 @@ def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
   return mask
 
 
-def _name(path: Any) -> str:
-  return path_name(adafactor_lib.plain_path(path))
-
-
 def _map_paths(fn: Callable[[str], Any], tree: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, _: fn(_name(path)), tree)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: fn(pytrees.path_name(path)), tree
+  )
 
 
 def adamw_scale(
@@ -314,18 +318,18 @@ def opt_state_axes(
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
   known: dict[Path, tuple[tuple[int, ...], Axes]] = {
-    adafactor_lib.plain_path(path): (leaf.shape, leaf_axes)
+    pytrees.names_of(path): (leaf.shape, leaf_axes)
     for (path, leaf), leaf_axes in zip(
       leaves, treedef.flatten_up_to(axes), strict=True
     )
   }
 
   def find(path, leaf) -> Axes:
-    path = adafactor_lib.plain_path(path)
+    path = pytrees.names_of(path)
     for start in range(len(path)):
       if path[start:] in known:
         shape, names = known[path[start:]]
-        field = str(path[start - 1]) if start else ''
+        field = path[start - 1] if start else ''
         return _leaf_axes(field, leaf.shape, shape, names)
     return (None,) * leaf.ndim
 

@@ -12,9 +12,13 @@ from etils import epath
 from t5x_lite.interop import export, moments, names, source, t5x, tensors
 from t5x_lite.interop.moments import Moment
 from t5x_lite.models import t5
+from t5x_lite.parallel import pytrees
 from t5x_lite.programs import convert
+from t5x_lite.programs.train import train
 from t5x_lite.runs import checkpoints
 from t5x_lite.training import optimizers
+from t5x_lite.training.schedules import ScheduleConfig
+from tests import tiny_run
 from tests.models import tiny
 
 # Some matrices are factored (both dims at least 128), wide and tall ones; the
@@ -63,7 +67,7 @@ def same(a, b):
 
 def flat(tree, prefix=t5x.PARAM_STATES):
   return {
-    prefix + '/'.join(names.path_of(keys)): tensors.of_array(leaf)
+    prefix + pytrees.path_name(keys): tensors.of_array(leaf)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
@@ -159,7 +163,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   )
   state = checkpoints.load_state(run, wanted)
   assert int(state['step']) == 21
-  inner = state['opt_state'][0]
+  inner = state['opt_state']['optimizer']
   assert int(inner.count) == 21
   kernel = inner.v_row['encoder']['layers']['mlp']['wo']['kernel']
   for i in range(2):
@@ -168,6 +172,43 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   back = str(tmp_path / 'back')
   convert.convert(source=run, destination=back, to='t5x')
   same(source.open_source(back).read_moments(), given)
+
+
+@pytest.mark.parametrize(
+  'settings', [{}, {'global_norm_clip': 1.0}, {'weight_decay': 0.01}]
+)
+def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
+  """With T5X's step and second moments, whatever stands before Adafactor."""
+  cfg = config(vocab_size=384)
+  given = random_moments(cfg)
+  export.write(
+    epath.Path(tmp_path / 't5x'), tensors=tensors.of_params(
+      tiny.params(cfg), cfg
+    ), cfg=cfg, to='t5x', vocabulary=None, step=21, second_moments=given,
+  )  # fmt: skip
+  run = str(tmp_path / 'run')
+  convert.convert(
+    source=str(tmp_path / 't5x'), destination=run, vocabulary='byte'
+  )
+  saved = source.open_source(run).config
+  optimizer = optimizers.OptimizerConfig(
+    schedule=ScheduleConfig(factors='constant', base_learning_rate=0.0),
+    **settings,
+  )
+  state = train(
+    **tiny_run.arguments(run, model=saved, optimizer=optimizer, total_steps=22)
+  )
+  assert int(state.step) == 22
+  assert 'is read from its beginning' in caplog.text
+  inner = state.opt_state['optimizer']
+  assert int(inner.count) == 22
+  # One step later: beta2 of what was converted is still in them.
+  beta2 = 1 - 22.0**-0.8
+  moved = np.asarray(inner.v['encoder']['encoder_norm']['scale'])
+  assert (
+    moved >= 0.999 * beta2 * given['encoder/encoder_norm/scale'].whole
+  ).all()
+  assert (moved < given['encoder/encoder_norm/scale'].whole + 0.1).all()
 
 
 def test_a_new_state_is_all_zeros():

@@ -1,7 +1,6 @@
 """T5X's checkpoints: its own, and others built here from its documented form.
 
-The fixtures were written by T5X (its public test data) and lie outside the
-project; without them those tests are skipped.
+The fixtures were written by T5X (its public test data).
 """
 
 import pathlib
@@ -18,12 +17,10 @@ from flax import serialization
 import t5x_lite
 from t5x_lite import errors
 from t5x_lite.interop import export, names, source, t5x, tensors, zarr
+from t5x_lite.parallel import pytrees
 from tests.models import tiny
 
-FIXTURES = pathlib.Path(__file__).parents[3] / 'shared' / 'fixtures' / 't5x'
-needs_fixtures = pytest.mark.skipif(
-  not FIXTURES.is_dir(), reason="T5X's own checkpoints are not there"
-)
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 't5x'
 
 # ---- An independent evaluation of T5 1.1 in numpy ----
 
@@ -121,7 +118,6 @@ def t5_1_1(p, inputs, decoder_inputs):
   return x @ p['decoder']['logits_dense']['kernel']
 
 
-@needs_fixtures
 def test_t5xs_tiny_t5_gives_the_logits_of_its_arrays():
   file = FIXTURES / 'test_t5_tiny.checkpoint_0'
   model = t5x_lite.load(str(file))
@@ -146,7 +142,6 @@ def test_t5xs_tiny_t5_gives_the_logits_of_its_arrays():
   assert isinstance(model.generate('Hello', max_new_tokens=3), str)
 
 
-@needs_fixtures
 def test_t5xs_arrays_are_read_bit_for_bit():
   file = FIXTURES / 'test_t5_tiny.checkpoint_0'
   target = serialization.msgpack_restore(file.read_bytes())['optimizer'][
@@ -157,11 +152,10 @@ def test_t5xs_arrays_are_read_bit_for_bit():
   leaves = jax.tree_util.tree_leaves_with_path(target)
   assert len(leaves) == len(opened.tensors)
   for keys, array in leaves:
-    tensor = opened.tensors['/'.join(names.path_of(keys))]
+    tensor = opened.tensors[pytrees.path_name(keys)]
     np.testing.assert_array_equal(tensor.read(), array)
 
 
-@needs_fixtures
 def test_t5xs_zarr_arrays_are_read_bit_for_bit():
   # The .zarray files are missing there, as T5X's repository leaves them out:
   # the specs in the msgpack file have what they say.
@@ -177,7 +171,6 @@ def test_t5xs_zarr_arrays_are_read_bit_for_bit():
   assert t5x.step(found) == 1
 
 
-@needs_fixtures
 def test_t5xs_early_orbax_checkpoint(tmp_path):
   folder = FIXTURES / 'tiny_orbax' / '1'
   with pytest.raises(errors.UsageError, match=r'no \.zarray'):

@@ -226,17 +226,17 @@ def test_state_axes_of_adafactor_are_those_left_in_each_moment():
     OptimizerConfig(b1=0.9, global_norm_clip=1.0), AXES, draw(0)
   )
   assert axes_of(tx) == {
-    '1/count': (),
-    '1/m/embedding': ('vocab', 'embed'),
-    '1/m/layers/kernel': ('layers', 'embed', 'mlp'),
-    '1/m/layers/scale': ('layers', 'embed'),
-    '1/m/rel_embedding': ('heads', 'relpos_buckets'),
-    '1/v_row/embedding': ('embed',),
-    '1/v_row/layers/kernel': ('layers', 'embed'),
-    '1/v_col/embedding': ('vocab',),
-    '1/v_col/layers/kernel': ('layers', 'mlp'),
-    '1/v/layers/scale': ('layers', 'embed'),
-    '1/v/rel_embedding': ('heads', 'relpos_buckets'),
+    'optimizer/count': (),
+    'optimizer/m/embedding': ('vocab', 'embed'),
+    'optimizer/m/layers/kernel': ('layers', 'embed', 'mlp'),
+    'optimizer/m/layers/scale': ('layers', 'embed'),
+    'optimizer/m/rel_embedding': ('heads', 'relpos_buckets'),
+    'optimizer/v_row/embedding': ('embed',),
+    'optimizer/v_row/layers/kernel': ('layers', 'embed'),
+    'optimizer/v_col/embedding': ('vocab',),
+    'optimizer/v_col/layers/kernel': ('layers', 'mlp'),
+    'optimizer/v/layers/scale': ('layers', 'embed'),
+    'optimizer/v/rel_embedding': ('heads', 'relpos_buckets'),
   }
 
 
@@ -244,7 +244,7 @@ def test_state_axes_of_square_matrices_are_not_confused():
   axes = {'q': ('layers', 'embed', 'joined_kv')}
   params = {'q': jnp.zeros((128, 128, 128))}
   tx = make_optimizer(OptimizerConfig(), axes, params)
-  state = opt_state_axes(tx, params, axes)[0]
+  state = opt_state_axes(tx, params, axes)['optimizer']
   assert state.v_row == {'q': ('layers', 'embed')}
   assert state.v_col == {'q': ('layers', 'joined_kv')}
 
@@ -356,8 +356,8 @@ def test_every_parameter_of_every_model_has_axes_for_its_moments(overrides):
   cfg = tiny.config(emb_dim=128, head_dim=32, mlp_dim=256, **overrides)
   _, params, axes = t5.abstract_params(cfg)
   tx = make_optimizer(OptimizerConfig(), axes, params)
-  state = jax.eval_shape(tx.init, params)[0]
-  moments = opt_state_axes(tx, params, axes)[0]
+  state = jax.eval_shape(tx.init, params)['optimizer']
+  moments = opt_state_axes(tx, params, axes)['optimizer']
   factored = 0
   for shape, roles in zip(
     jax.tree.leaves(params),
