@@ -1,1 +1,5 @@
-"""T5-family modules: one model file, every variant through its config."""
+"""The T5 family: one model file, every variant through its config.
+
+Modules hold parameters and static configuration; randomness and caches are
+arguments. No loss, no optimizer, no files, no text.
+"""

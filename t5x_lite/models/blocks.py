@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.models import layers
 from t5x_lite.models.config import T5Config
+from t5x_lite.models.relative_position import RelativePositionBias
 from t5x_lite.parallel.logical_axes import constrain
 
 # What the remat policy 'save_names' keeps.
@@ -51,7 +52,7 @@ class EncoderLayer(nnx.Module):
     self.pre_mlp_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
     self.mlp = layers.MLP(cfg, rngs=rngs)
     if cfg.relpos_per_layer:
-      self.relpos_bias = layers.RelativePositionBias(
+      self.relpos_bias = RelativePositionBias(
         cfg, bidirectional=True, rngs=rngs
       )
 
@@ -89,7 +90,7 @@ class DecoderLayer(nnx.Module):
       self.pre_mlp_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
       self.mlp = layers.MLP(cfg, rngs=rngs)
     if cfg.relpos_per_layer:
-      self.relpos_bias = layers.RelativePositionBias(
+      self.relpos_bias = RelativePositionBias(
         cfg, bidirectional=False, rngs=rngs
       )
 

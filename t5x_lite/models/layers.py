@@ -1,4 +1,4 @@
-"""The layers of T5: norm, embedding, relative bias, attention, feed-forward.
+"""The layers of T5: norm, embedding, attention, feed-forward.
 
 A module holds parameters with logical axes and static configuration, nothing
 else: no random state, no cache. Randomness and caches are arguments, so every
@@ -6,7 +6,7 @@ transform is a plain `jax.*` one. Parameter names and initialisers are T5X's
 (t5x/examples/t5/layers.py).
 
 Legend: B batch, L length of queries, M length of keys, T slots of a cache,
-D emb_dim, H heads, K head_dim, F mlp_dim, V vocabulary, R buckets.
+D emb_dim, H heads, K head_dim, F mlp_dim, V vocabulary.
 """
 
 import functools
@@ -39,7 +39,6 @@ ATTENTION_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 DENSE_INIT = nnx.initializers.variance_scaling(
   1.0, 'fan_in', 'truncated_normal'
 )
-RELPOS_INIT = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 EMBEDDING_INIT = nnx.initializers.normal(stddev=1.0)
 
 
@@ -162,95 +161,6 @@ class Embedding(nnx.Module):
     """Returns x_BLD in the compute dtype."""
     # A gather. T5X multiplies by a one-hot, V times the work.
     return jnp.take(self.embedding[...], tokens_BL, axis=0).astype(self.dtype)
-
-
-def relative_position_bucket(
-  distance: np.ndarray,
-  *,
-  bidirectional: bool,
-  num_buckets: int,
-  max_distance: int,
-) -> np.ndarray:
-  """Returns the bucket of each distance, key position minus query position.
-
-  Half of the buckets are for exact small distances, the rest grow
-  logarithmically up to max_distance. numpy, so that it is a constant of the
-  program and rounds alike on every backend.
-
-  Source: t5x/examples/t5/layers.py _relative_position_bucket; Raffel et al.
-  2020, section 2.1.
-  """
-  bucket = np.zeros_like(distance, dtype=np.int32)
-  n = -distance
-  if bidirectional:
-    num_buckets //= 2
-    bucket += (n < 0).astype(np.int32) * num_buckets
-    n = np.abs(n)
-  else:
-    n = np.maximum(n, 0)
-  max_exact = num_buckets // 2
-  large = max_exact + (
-    np.log(n.astype(np.float32) / max_exact + np.finfo(np.float32).eps)
-    / np.log(max_distance / max_exact)
-    * (num_buckets - max_exact)
-  ).astype(np.int32)
-  large = np.minimum(large, num_buckets - 1)
-  return bucket + np.where(n < max_exact, n, large).astype(np.int32)
-
-
-class RelativePositionBias(nnx.Module):
-  """A learned bias per head and distance bucket."""
-
-  def __init__(self, cfg: T5Config, *, bidirectional: bool, rngs):
-    self.num_buckets = cfg.relpos_num_buckets
-    self.max_distance = cfg.relpos_max_distance
-    self.bidirectional = bidirectional
-    self.rel_embedding = param(
-      rngs,
-      RELPOS_INIT,
-      (cfg.num_heads, cfg.relpos_num_buckets),
-      ('heads', 'relpos_buckets'),
-      cfg.param_dtype,
-    )
-
-  def by_distance(self, first: int, last: int) -> jax.Array:
-    """Returns the bias [H, last - first + 1] of distances first..last."""
-    buckets = relative_position_bucket(
-      np.arange(first, last + 1),
-      bidirectional=self.bidirectional,
-      num_buckets=self.num_buckets,
-      max_distance=self.max_distance,
-    )
-    return self.rel_embedding[...].astype(jnp.float32)[:, buckets]
-
-  def __call__(self, L: int, M: int) -> jax.Array:
-    """Returns bias_1HLM in float32.
-
-    Each row is the row above it moved by one, so the L x M values are a
-    skewed copy of L + M - 1 of them. Reshaping instead of gathering keeps the
-    gradient a sum over diagonals instead of a scatter of L x M values.
-    """
-    # One value more than is used, so that rows read P - 1 apart drift by one.
-    values_HP = self.by_distance(-(L - 1), M)
-    H, P = values_HP.shape
-    skewed = jnp.broadcast_to(values_HP[:, None, :], (H, L, P))
-    skewed = skewed.reshape(H, L * P)[:, : L * (P - 1)].reshape(H, L, P - 1)
-    # Row i now holds distance c - i - (L - 1) in column c, for c >= i.
-    return skewed[None, :, :, L - 1 : L - 1 + M]
-
-  def at(self, index: jax.Array, T: int) -> jax.Array:
-    """Returns the bias [B or 1, H, 1, T] of queries at position index.
-
-    Args:
-      index: int32 scalar, or one position a row, [B].
-      T: number of keys, at positions 0..T-1.
-    """
-    values_HT = self.by_distance(-(T - 1), T - 1)
-    index_B = jnp.atleast_1d(index)
-    rows_BHT = jax.vmap(
-      lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1)
-    )(index_B)
-    return rows_BHT[:, :, None, :]
 
 
 class Attention(nnx.Module):

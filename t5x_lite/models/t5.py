@@ -26,6 +26,7 @@ from t5x_lite.models.blocks import (
   EncoderLayer,
 )
 from t5x_lite.models.config import T5Config
+from t5x_lite.models.relative_position import RelativePositionBias
 from t5x_lite.parallel.logical_axes import constrain
 
 
@@ -101,7 +102,7 @@ class Stack(nnx.Module):
     rngs,
   ):
     if not cfg.relpos_per_layer:
-      self.relpos_bias = layers.RelativePositionBias(
+      self.relpos_bias = RelativePositionBias(
         cfg, bidirectional=bidirectional, rngs=rngs
       )
     self.layers = _stack(layer_cls, cfg, num_layers, rngs=rngs)
