@@ -1,8 +1,8 @@
-"""One line in Python: `model = t5x_lite.load('path-or-hub-id')`.
+"""The Python interface: load, new, and Model, which generates, scores, trains.
 
-The model holds its config, parameters and vocabulary; it gives logits,
-encodings, generated text and scores, is saved in any format, and trained.
-No TensorFlow until it is trained.
+`model = t5x_lite.load('path-or-hub-id')` holds its config, parameters and
+vocabulary. It gives logits, encodings, generated text and scores, can be saved
+in any format, and trained. TensorFlow is not loaded before it is trained.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Vocabularies without TensorFlow: SeqIO's ids, to the last sentinel.
+"""Vocabularies without TensorFlow, with the same ids as SeqIO's.
 
 Inference and the numeric floors read text through this module; the input
 pipeline uses SeqIO's own classes (data/vocabularies.py) built from the same

@@ -1,9 +1,8 @@
-"""Token ids in, token ids out: batches that compile a handful of times.
+"""Predictor: batches of token ids in, output ids out, padded to few sizes.
 
 Evaluation inside training, the `eval` and `infer` programs and the Python
-interface all decode through `Predictor`. Inputs are padded to one of a few
-lengths and batches to one size, so that the number of compilations does not
-depend on the data. No TensorFlow.
+interface all decode through `Predictor`. Lengths are padded to one of few
+sizes, so that the number of compilations does not depend on the data.
 """
 
 from collections.abc import Sequence

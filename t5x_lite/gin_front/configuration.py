@@ -1,8 +1,8 @@
-"""gin as a thin front over keyword-only functions and frozen dataclasses.
+"""Finds and parses gin files and bindings for one program.
 
-Nothing in the library knows gin: gin files import modules themselves (`from
-__gin__ import dynamic_registration`) and bind their dataclasses and program
-functions. This module finds and parses them; validation.py judges the result.
+Nothing else in the library knows gin: gin files import modules themselves
+(`from __gin__ import dynamic_registration`) and bind their dataclasses and
+program functions. validation.py then checks what was parsed.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint becomes which of a model.
+"""Decides which tensor of a checkpoint becomes which tensor of a model.
 
 Equal names by default; regular expressions map others, as T5X's
 assignment_map does, or leave them out. Strict by default: nothing is missing,

@@ -1,4 +1,4 @@
-"""Reads Hugging Face T5 folders: config.json and safetensors, nothing else.
+"""Reads Hugging Face folders of T5 models: config.json and safetensors.
 
 Numbers are read slice by slice from the files, one or several with an index.
 Whether the head is tied is decided by the tensors that are there: config.json

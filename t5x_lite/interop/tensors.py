@@ -1,4 +1,4 @@
-"""Tensors that are read when asked and only as far as asked.
+"""Lazy tensors: read when they are asked for, and only the part asked for.
 
 A checkpoint of any format is a mapping from canonical names (names.py) to
 these; so are a model in memory and what replaces a missing parameter.

@@ -1,4 +1,4 @@
-"""Encoder and decoder layers, and what a decoder layer remembers.
+"""Encoder and decoder layers, and the cache of a decoder.
 
 Legend: B batch, L decoder length, M encoder length, T slots of a cache,
 N layers, D emb_dim, H heads, K head_dim.

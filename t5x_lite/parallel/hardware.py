@@ -1,4 +1,4 @@
-"""What accelerators can do: memory, bandwidths, and how they are wired.
+"""Facts about accelerators: memory, bandwidths, how they are connected.
 
 Numbers are the vendors'. They feed default meshes, ahead-of-time reports and
 the planner, none of which needs them to better than some per cent.

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory; matters where the CPU computes.
+"""Makes the C library keep freed memory where the CPU computes.
 
 XLA:CPU takes a step's temporaries from malloc and frees them after the step.
 glibc gives blocks that large back to the kernel, which then clears every page

@@ -1,4 +1,4 @@
-"""The convert program: a checkpoint in, the same numbers in another form out.
+"""The convert program: reads a checkpoint of any format, writes another format.
 
 Everything is checked before anything is written, and what is written gets its
 name only once it is whole.

@@ -1,7 +1,7 @@
-"""What must fit together before a program starts: nothing is written yet.
+"""Checks between configurations, made before a program writes anything.
 
-Each config validates itself; here are the checks between them. All of them
-raise `UsageError`.
+Each config validates itself; what is here concerns two of them at a time. All
+checks raise `UsageError`.
 """
 
 import dataclasses

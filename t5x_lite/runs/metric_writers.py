@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, and the terminal.
+"""Writes metrics to metrics.jsonl and TensorBoard.
 
 No TensorFlow: TensorBoard's own package writes its event format. Only process
 0 writes. Names are plain for training ('loss', 'learning_rate'), and start

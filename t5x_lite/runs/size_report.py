@@ -1,4 +1,4 @@
-"""What a run costs, as text: parameters, their sharding, bytes per device.
+"""Reports of a run's size as text: parameters, sharding, bytes per device.
 
 Shown by `--dry_run`, logged when a run starts and kept in its directory.
 """

@@ -1,4 +1,4 @@
-"""Task features to model features: what an architecture is fed. numpy only.
+"""Turns task features into model features for each architecture. numpy only.
 
 A converter is two steps around packing: `prepare` arranges ragged task
 features (`inputs`, `targets`) into those that share a row, `convert` turns

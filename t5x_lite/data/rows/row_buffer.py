@@ -1,4 +1,4 @@
-"""Rows between packer and model: queued, filled up, dealt out. numpy only."""
+"""A queue of rows between packing and batches, and how batches are shared."""
 
 import collections
 

@@ -46,7 +46,7 @@ def read_examples(
   shard: seqio.ShardInfo | None = None,
   trim: bool = True,
 ) -> list[tf.data.Dataset]:
-  """Returns SeqIO's examples, deterministic and polite.
+  """Returns SeqIO's examples in a repeatable order, read on few threads.
 
   One dataset, or for a finite pass over a mixture one for each task: SeqIO
   ends a finite mixture when the first of its tasks runs out, which would leave
