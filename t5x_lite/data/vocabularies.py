@@ -295,11 +295,6 @@ def fingerprint(config: VocabularyConfig) -> str:
   return f'spm_{sha256[:8]}_{config.extra_ids}'
 
 
-def sentinel_id(vocab_size: int, index: int) -> int:
-  """Returns the id of <extra_id_INDEX>: they count down from the last id."""
-  return vocab_size - 1 - index
-
-
 def save_vocabulary(
   config: VocabularyConfig, directory: str | os.PathLike
 ) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite.errors import UsageError
 from t5x_lite.interop import names
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
@@ -64,15 +63,6 @@ class Tensor:
     shape = (*self.shape[:axis], *self.shape[axis + 1 :])
     return dataclasses.replace(self, shape=shape, fetch=fetch)
 
-  def reshaped(self, shape: Sequence[int]) -> 'Tensor':
-    """Returns the same numbers in another shape; always reads the whole."""
-    shape = tuple(shape)
-    return dataclasses.replace(
-      self,
-      shape=shape,
-      fetch=lambda index: self.read().reshape(shape)[index],
-    )
-
 
 Tensors = Mapping[str, Tensor]
 
@@ -99,21 +89,6 @@ def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
     else:
       result[found[0]] = whole
   return result
-
-
-def check(tensors: Tensors, cfg: T5Config, where: str) -> None:
-  """Raises UsageError unless tensors has all of the model's, right in shape."""
-  for name, shape in names.shapes(cfg).items():
-    if name not in tensors:
-      raise UsageError(
-        f'{where} has no tensor for {name} of shape {shape}; map it from '
-        'another with an assignment map, or start it anew with strict=False'
-      )
-    if tensors[name].shape != shape:
-      raise UsageError(
-        f'{where}: {tensors[name].origin} has shape {tensors[name].shape}, '
-        f'the model needs {shape} for {name}'
-      )
 
 
 def place(tensors: Tensors, cfg: T5Config, shardings: Any = None) -> Any:

@@ -29,7 +29,7 @@ def test_the_first_sentinel_is_the_last_id(extra_ids):
   vocabulary = make_vocabulary(VocabularyConfig(extra_ids=extra_ids))
   assert vocabulary.vocab_size == 32_000 + extra_ids
   for index in (0, extra_ids // 2, extra_ids - 1):
-    sentinel = vocabularies.sentinel_id(vocabulary.vocab_size, index)
+    sentinel = vocabulary.vocab_size - 1 - index
     assert vocabulary.encode(f'<extra_id_{index}>') == [sentinel]
     assert vocabulary.decode([sentinel]) == f'<extra_id_{index}>'
 
