@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from t5x_lite.data import vocabularies
+from t5x_lite.data import model_inputs, vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
-from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.decoding.config import decoding_config
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import assignment, export, source, tensors
 from t5x_lite.models import placed, t5
@@ -27,6 +27,9 @@ from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement, single_device
 from t5x_lite.programs import grow_vocabulary
+
+# Relative positions reach as far as one likes, memory does not.
+MAX_INPUT_TOKENS = 1024
 
 Texts = str | Sequence[str]
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
@@ -159,6 +162,18 @@ class Model:
     self.step = step
     self.report = report
 
+  def __repr__(self) -> str:
+    cfg = self.config
+    layers = f'{cfg.num_encoder_layers} and {cfg.num_decoder_layers}'
+    ids = 'ids alone'
+    if self.vocabulary_config is not None and self.vocabulary is not None:
+      ids = f'{self.vocabulary.vocab_size} {self.vocabulary_config.kind} ids'
+    return (
+      f'<t5x_lite.Model: {cfg.architecture}, {layers} layers of {cfg.emb_dim}, '
+      f'{placed.count_params(self.params):,} parameters ({cfg.param_dtype}), '
+      f'{ids}, step {self.step}, on {self.placement.mesh.size} device(s)>'
+    )
+
   # ---- Numbers ----
 
   def logits(
@@ -198,7 +213,11 @@ class Model:
     return self._call(steps.make_logits_step, arrays)[:, :length]
 
   def encode(
-    self, inputs: Texts | Ids, *, pooling: str | None = None
+    self,
+    inputs: Texts | Ids,
+    *,
+    pooling: str | None = None,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
   ) -> np.ndarray:
     """Returns the encoder's output.
 
@@ -206,6 +225,7 @@ class Model:
       inputs: texts (EOS is added), or ids as they are.
       pooling: None returns every position, [B, M, D]; 'mean' the mean over real
         positions, [B, D] (Sentence-T5's choice); 'first' the first position.
+      max_input_tokens: longer inputs are cut, and a warning counts them.
     """
     if not self.config.has_encoder:
       raise UsageError("architecture='decoder' has no encoder")
@@ -214,21 +234,35 @@ class Model:
         f'pooling is {pooling!r}; allowed are '
         f'{", ".join(map(repr, steps.POOLINGS))}'
       )
-    rows = self._rows(inputs)
+    rows = self._rows(inputs, limit=max_input_tokens)
     shape = np.shape(inputs) if isinstance(inputs, np.ndarray) else ()
     length = shape[1] if len(shape) == 2 else max(map(len, rows))
+    length = min(length, max_input_tokens)
     batch = {'encoder_input_tokens': self._padded(rows, length)}
     encoded = self._call(steps.make_encode_step, batch, pooling)
     return encoded[:, :length] if pooling is None else encoded
 
-  def score(self, inputs: Texts | Ids | None, targets: Texts | Ids):
+  def score(
+    self,
+    inputs: Texts | Ids | None,
+    targets: Texts | Ids,
+    *,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
+  ) -> np.ndarray:
     """Returns the log-probability of each target, EOS of texts included.
 
     Args:
       inputs: texts or ids; None for a model without an encoder.
       targets: texts or ids, as many as inputs.
+      max_input_tokens: longer inputs are cut, and a warning counts them; longer
+        targets are an error, since a part has another probability.
     """
     wanted = self._rows(targets)
+    longest = max(map(len, wanted))
+    if longest > max_input_tokens:
+      raise UsageError(
+        f'a target has {longest} tokens; max_input_tokens is {max_input_tokens}'
+      )
     tokens = self._padded(wanted, max(map(len, wanted)))
     batch = {'decoder_target_tokens': tokens}
     weights = np.zeros(tokens.shape, np.float32)
@@ -239,7 +273,9 @@ class Model:
     shifted[:, 0] = self.config.decoder_start_id
     batch['decoder_input_tokens'] = shifted
     if self.config.has_encoder:
-      rows = self._rows(inputs if inputs is not None else [])
+      if inputs is None:
+        raise UsageError('score needs inputs: there is an encoder')
+      rows = self._rows(inputs, limit=max_input_tokens)
       if len(rows) != len(wanted):
         raise UsageError(
           f'score got {len(rows)} inputs and {len(wanted)} targets'
@@ -254,6 +290,7 @@ class Model:
     inputs: Texts | Ids,
     *,
     max_new_tokens: int = 128,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
     batch_size: int = 32,
     seed: int = 0,
     bidirectional_prefix: bool = False,
@@ -266,6 +303,8 @@ class Model:
       inputs: texts (for an encoder EOS is added) or ids as they are. A model
         without an encoder continues them.
       max_new_tokens: most tokens an output, EOS included.
+      max_input_tokens: longer inputs are cut, and a warning counts them;
+        attention takes memory by the square of it.
       batch_size: inputs decoded at a time.
       seed: of sampling.
       bidirectional_prefix: the input's tokens see each other in both
@@ -278,8 +317,12 @@ class Model:
       Texts for texts, lists of ids without EOS for ids; one alone if the input
       was one text.
     """
-    config = DecodingConfig(max_decode_length=max_new_tokens, **sampling)
-    rows = self._rows(inputs, eos=self.config.has_encoder)
+    config = decoding_config(max_new_tokens, **sampling)
+    if batch_size < 1:
+      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
+    rows = self._rows(
+      inputs, eos=self.config.has_encoder, limit=max_input_tokens
+    )
     outputs: list[list[int]] = []
     scores: list[float] = []
     # Few different sizes, so that what is compiled serves the next call too.
@@ -312,7 +355,7 @@ class Model:
       outputs += new
       scores += log_probs
     results: Any = outputs
-    if _is_text(inputs):
+    if model_inputs.is_text(inputs):
       assert self.vocabulary is not None
       results = [self.vocabulary.decode(row) for row in outputs]
     if isinstance(inputs, str):
@@ -411,30 +454,17 @@ class Model:
 
   # ---- Plumbing ----
 
-  def _rows(self, inputs: Any, *, eos: bool = True) -> list[list[int]]:
-    """Returns token ids, one list an input."""
-    if not isinstance(inputs, str) and not len(inputs):
-      raise UsageError('there is no input')
-    if _is_text(inputs):
-      if self.vocabulary is None:
-        raise UsageError(
-          'this model came without a vocabulary: give ids, or load it with '
-          'vocabulary=...'
-        )
-      texts = [inputs] if isinstance(inputs, str) else inputs
-      end = [self.vocabulary.eos_id] if eos else []
-      return [[*self.vocabulary.encode(text), *end] for text in texts]
-    if np.ndim(inputs[0]) == 0:
-      inputs = [inputs]
-    rows = [[int(i) for i in row] for row in inputs]
-    for row in rows:
-      while row and row[-1] == self.config.pad_id:
-        row.pop()
-      if any(not 0 <= i < self.config.vocab_size for i in row):
-        raise UsageError(
-          f'the input {row} has an id outside 0 to {self.config.vocab_size - 1}'
-        )
-    return rows
+  def _rows(
+    self, inputs: Any, *, eos: bool = True, limit: int | None = None
+  ) -> list[list[int]]:
+    return model_inputs.token_rows(
+      inputs,
+      self.vocabulary,
+      num_ids=self.config.vocab_size,
+      pad_id=self.config.pad_id,
+      eos=eos,
+      limit=limit,
+    )
 
   def _padded(self, rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
     """Returns rows as one array, as wide as the next size compiled for."""
@@ -466,11 +496,3 @@ class Model:
     mesh = self.placement.mesh
     result = step(self.params, partitioning.global_batch(batch, mesh))
     return prediction.to_host(result)[:size]
-
-
-def _is_text(inputs: Any) -> bool:
-  if isinstance(inputs, str):
-    return True
-  if isinstance(inputs, (np.ndarray, jax.Array)) or not len(inputs):
-    return False
-  return all(isinstance(one, str) for one in inputs)

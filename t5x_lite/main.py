@@ -7,7 +7,8 @@ it runs, so that `--help` is instant and inference does without TensorFlow.
 
 Exit codes: 0 done; 2 a mistake of the user, told in one line on stderr; 3 a
 precompiled program that does not fit; 4 training diverged; 5 another process of
-the run was lost; 130 interrupted; 1 anything else, with a traceback.
+the run was lost; 6 training stopped early for SIGTERM or Ctrl-C and saved, the
+same command continues it; 130 interrupted; 1 anything else, with a traceback.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from t5x_lite.programs import signatures
 from t5x_lite.programs.signatures import Parameter
 
 PROGRAM_NAME = 't5x-lite'
+EXIT_STOPPED = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +263,7 @@ def _write_config(model_dir: str, text: str) -> None:
   temporary.replace(directory / 'config.gin')
 
 
-def _run(argv: Sequence[str]) -> Any:
+def _run(argv: Sequence[str]) -> int:
   """Parses the command line, checks everything, runs the command."""
   if any(argument.startswith('--gin.') for argument in argv):
     argv = _rewrite_gin_flags(argv)
@@ -295,7 +297,8 @@ def _run(argv: Sequence[str]) -> Any:
       inherits=command.inherits,
       write_config=_write_config,
     )
-  return configured.call()
+  configured.call()
+  return EXIT_STOPPED if distributed.stopped_by() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -311,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
   try:
-    _run(sys.argv[1:] if argv is None else argv)
+    return _run(sys.argv[1:] if argv is None else argv)
   except UsageError as error:
     print(f'{PROGRAM_NAME}: {str(error).splitlines()[0]}', file=sys.stderr)
     return 2
@@ -330,7 +333,6 @@ def main(argv: Sequence[str] | None = None) -> int:
       sys.stderr.flush()
       os._exit(code)
     return code
-  return 0
 
 
 if __name__ == '__main__':

@@ -238,3 +238,33 @@ def test_padding_to_a_size_is_not_seen(model):
   np.testing.assert_allclose(
     model.logits(ids, ids[:, :5]), whole[:, :5], atol=1e-5
   )
+
+
+def test_twenty_thousand_characters_do_not_kill_the_process(model, caplog):
+  text = model.generate(['x' * 20_000], max_new_tokens=2)
+  assert len(text) == 1
+  assert '1 of 1 inputs are longer than max_input_tokens=1024' in caplog.text
+  assert model.encode('y' * 3000).shape[1] == 1024
+  with pytest.raises(errors.UsageError, match='a target has 3001 tokens'):
+    model.score('a', 'y' * 3000)
+
+
+def test_wrong_arguments_are_one_clear_error(model):
+  for call in (
+    lambda: model.generate(5),
+    lambda: model.encode(None),
+    lambda: model.score('a', 7),
+    lambda: model.score(None, 'a'),
+    lambda: model.generate('a', num_beams=4),
+    lambda: model.generate('a', top_p=0.9),
+    lambda: model.generate('a', batch_size=0),
+    lambda: model.generate('a', max_new_tokens=0),
+  ):
+    with pytest.raises(errors.UsageError):
+      call()
+
+
+def test_a_model_says_what_it_is(model):
+  shown = repr(model)
+  assert 'encoder_decoder' in shown and '384 byte ids' in shown
+  assert f'{sum(x.size for x in jax.tree.leaves(model.params)):,}' in shown

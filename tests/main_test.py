@@ -9,6 +9,7 @@ import pytest
 
 from t5x_lite import main as main_lib
 from t5x_lite.main import Command, main
+from t5x_lite.parallel import distributed
 
 TOY = """
 from t5x_lite.errors import UsageError
@@ -162,6 +163,12 @@ def test_a_switch_can_be_turned_off(toy, capfd):
   assert main(['toy', 'ab', '--gin.run.verbose=True']) == 0
   assert main(['toy', 'ab', '--gin.run.verbose=True', '--no-verbose']) == 0
   assert capfd.readouterr().out == 'ab True\nab False\n'
+
+
+def test_stopped_early_has_a_code_of_its_own(toy, monkeypatch):
+  """A scheduler can tell it from a run that is done."""
+  monkeypatch.setattr(distributed, 'stopped_by', lambda: 'SIGTERM')
+  assert main(['toy', 'ab', '--dry_run']) == 6
 
 
 def test_version(capsys):

@@ -1,6 +1,7 @@
 """DecodingConfig: how output tokens are chosen."""
 
 import dataclasses
+from typing import Any
 
 from t5x_lite.errors import UsageError
 
@@ -42,3 +43,26 @@ class DecodingConfig:
         f'DecodingConfig.top_p is {self.top_p}; it must be above 0 and at '
         'most 1.'
       )
+    if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
+      name = 'top_k' if self.top_k else 'top_p'
+      raise UsageError(
+        f'DecodingConfig.{name} is {getattr(self, name)}, but temperature is '
+        '0, which is greedy and draws nothing: set temperature=1.0 to sample'
+      )
+
+
+def decoding_config(max_new_tokens: int, **sampling: Any) -> DecodingConfig:
+  """Returns the config that the Python interface's arguments mean.
+
+  Raises:
+    UsageError: if there is no such setting.
+  """
+  known = {field.name for field in dataclasses.fields(DecodingConfig)}
+  known -= {'max_decode_length'}
+  for name in sampling:
+    if name not in known:
+      raise UsageError(
+        f'{name!r} is no setting of decoding; there are '
+        f'{", ".join(sorted(known))}, and no beam search yet'
+      )
+  return DecodingConfig(max_decode_length=max_new_tokens, **sampling)

@@ -289,9 +289,11 @@ class StopSignal:
 
   def requested(self, step: int) -> bool:
     """True at the step at which every process should save and stop."""
+    global _obeyed
     if jax.process_count() > 1:
       if multihost_utils.reached_preemption_sync_point(step):
         self.received = 'SIGTERM'
+    _obeyed = self.received
     return bool(self.received)
 
   def handle(self, number: int, frame: types.FrameType | None) -> None:
@@ -303,6 +305,12 @@ class StopSignal:
 
 
 _active: StopSignal | None = None
+_obeyed = ''
+
+
+def stopped_by() -> str:
+  """The signal that this process stopped early for, or '' if it did not."""
+  return _obeyed
 
 
 @contextlib.contextmanager
@@ -314,11 +322,12 @@ def stop_signal() -> Iterator[StopSignal]:
   belongs to JAX's service. Outside the main thread Python installs no
   handlers: the signals then do what they did before.
   """
-  global _active
+  global _active, _obeyed
   if _active is not None:
     yield _active
     return
   stop = StopSignal()
+  _obeyed = ''
   previous = {}
   if jax.process_count() == 1:
     with contextlib.suppress(ValueError):  # not the main thread

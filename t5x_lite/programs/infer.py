@@ -52,6 +52,7 @@ def infer(
   mesh: MeshConfig | None = None,
   seed: int = 0,
   resume: bool = False,
+  overwrite: bool = False,
 ) -> int:
   """Predicts for every line of a file and returns how many were written.
 
@@ -60,7 +61,8 @@ def infer(
     input: the file to read; '-' is standard input.
     output: the JSONL file to write, {'input', 'prediction', 'score'} a line,
       the score being the prediction's log-probability; '-' is standard output.
-      An existing file is replaced, unless resume says to continue it.
+      A file that is there already is refused, unless one of the last two
+      arguments says what to do with it.
     input_format: 'text' (a line is an input), 'tsv' (its first column is) or
       'jsonl' (a field of its object is); 'auto' goes by the file's ending.
     field: the JSON field, or the number of the TSV column counted from 0; by
@@ -73,6 +75,7 @@ def infer(
     mesh: how devices are arranged; decided by their number by default.
     seed: of sampling.
     resume: continue an output that was interrupted.
+    overwrite: replace an output that is there.
 
   Raises:
     UsageError: if the model, the input or a line of it cannot be read. A file
@@ -87,7 +90,7 @@ def infer(
     if value is not None and value < 1:
       raise UsageError(f'infer.{name} is {value}; it must be at least 1')
   read = make_reader(input, input_format, field)
-  _check_paths(input, output, resume)
+  _check_paths(input, output, resume, overwrite)
   num_lines = None
   if input != '-':
     num_lines = sum(1 for _ in read_lines(input, read))
@@ -253,7 +256,7 @@ def _batches(
 # ---- Writing ----------------------------------------------------------------
 
 
-def _check_paths(path: str, output: str, resume: bool) -> None:
+def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
   """Refuses paths that would fail, or destroy the input, after minutes."""
   if path != '-' and not os.path.isfile(path):
     raise UsageError(f'no such input file: {path}')
@@ -272,6 +275,14 @@ def _check_paths(path: str, output: str, resume: bool) -> None:
     raise UsageError(f'the output {output} is a directory: name a file')
   if os.path.exists(output) and path != '-' and os.path.samefile(path, output):
     raise UsageError(f'input and output are the same file: {path}')
+  if resume and overwrite:
+    raise UsageError('resume and overwrite contradict each other')
+  if not (resume or overwrite) and os.path.exists(output):
+    if os.path.getsize(output):
+      raise UsageError(
+        f'{output} holds predictions already: continue it with --resume, '
+        'replace it with --overwrite, or name another file'
+      )
 
 
 def _no_writer(entry: dict[str, Any]) -> None:
@@ -319,7 +330,7 @@ def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
       if written != text:
         raise UsageError(
           f'{path}:{len(ends)} is not the prediction of line {len(ends)} of '
-          'this input: leave out resume to start over'
+          'this input: give --overwrite instead of --resume to start over'
         )
       ends.append(ends[-1] + len(line))
   kept = (len(ends) - 1) // batch_size * batch_size

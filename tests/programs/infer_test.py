@@ -55,7 +55,12 @@ def test_formats_agree(run, words, tmp_path):
   for path, field in ((words, ''), (tsv, '1'), (jsonl, 'word')):
     output = tmp_path / 'out.jsonl'
     infer(
-      model=run, input=str(path), output=str(output), field=field, batch_size=8
+      model=run,
+      input=str(path),
+      output=str(output),
+      field=field,
+      batch_size=8,
+      overwrite=True,
     )
     outputs.append(output.read_text())
   assert outputs[0] == outputs[1] == outputs[2]
@@ -82,6 +87,7 @@ def test_a_prefix_is_for_the_model_alone(run, tmp_path):
       output=str(output),
       prefix=prefix,
       batch_size=8,
+      overwrite=True,
     )
     entries += read(output)
   assert entries[0]['prediction'] == entries[1]['prediction']
@@ -125,6 +131,20 @@ def test_needs_no_tensorflow(run, words, tmp_path):
   )
   assert result.returncode == 0, result.stderr
   assert len(result.stdout.splitlines()) == len(WORDS)
+
+
+def test_finished_work_is_not_overwritten(run, words, tmp_path):
+  output = tmp_path / 'out.jsonl'
+  arguments = dict(model=run, input=str(words), output=str(output))
+  infer(**arguments, batch_size=8)
+  written = output.read_text()
+  with pytest.raises(UsageError, match='--resume, replace it with --overwrite'):
+    infer(**arguments)
+  with pytest.raises(UsageError, match='contradict'):
+    infer(**arguments, resume=True, overwrite=True)
+  assert output.read_text() == written
+  infer(**arguments, batch_size=8, overwrite=True)
+  assert output.read_text() == written
 
 
 # ---- Interruptions ----

@@ -198,12 +198,14 @@ def test_sigterm_saves_and_returns(tmp_path, monkeypatch, finished):
   monkeypatch.setattr(metric_writers.MetricWriter, 'write', write_and_stop)
   state = train(**arguments)
   assert 2 <= int(state.step) < 6
+  assert distributed.stopped_by() == 'SIGTERM'
   entries = metric_writers.read_metrics(arguments['model_dir'])
   assert entries[-1]['step'] == int(state.step)
   run = run_directory.load_run(arguments['model_dir'])
   assert run.step == int(state.step)
   monkeypatch.undo()
   assert_same_bits(train(**arguments), finished[1])
+  assert distributed.stopped_by() == ''
 
 
 @pytest.mark.parametrize('why', ['signal', 'data'])

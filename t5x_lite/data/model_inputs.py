@@ -1,0 +1,113 @@
+"""What a user gives a model, texts or ids of any form, as lists of token ids.
+
+No TensorFlow: this is the Python interface's way in.
+"""
+
+import logging
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+def is_text(inputs: Any) -> bool:
+  """True for a text or a list of texts.
+
+  Raises:
+    UsageError: if a list mixes texts with something else.
+  """
+  if isinstance(inputs, str):
+    return True
+  if not isinstance(inputs, Sequence) or not inputs:
+    return False
+  others = [one for one in inputs if not isinstance(one, str)]
+  if others and len(others) < len(inputs):
+    raise UsageError(
+      f'texts and {type(others[0]).__name__} are mixed in one list'
+    )
+  return not others
+
+
+def token_rows(
+  inputs: Any,
+  vocabulary: Vocabulary | None,
+  *,
+  num_ids: int,
+  pad_id: int,
+  eos: bool = True,
+  limit: int | None = None,
+) -> list[list[int]]:
+  """Returns token ids, one list an input.
+
+  Args:
+    inputs: a text, a list of texts, or ids: a list of integers, a list of such
+      lists or an array [B, L], whose padding at the end is dropped.
+    vocabulary: of the texts; None for ids alone.
+    num_ids: ids must be below.
+    pad_id: of padding.
+    eos: add EOS to texts.
+    limit: longer inputs are cut, EOS kept, and a warning counts them.
+
+  Raises:
+    UsageError: if the inputs are neither, or there are none.
+  """
+  end: list[int] = []
+  if is_text(inputs):
+    if vocabulary is None:
+      raise UsageError(
+        'this model came without a vocabulary: give ids, or load it with '
+        'vocabulary=...'
+      )
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    end = [vocabulary.eos_id] if eos else []
+    rows = [[*vocabulary.encode(text), *end] for text in texts]
+  else:
+    rows = _id_rows(inputs, num_ids, pad_id)
+  if limit is not None:
+    _cut(rows, limit, len(end))
+  return rows
+
+
+def _id_rows(inputs: Any, num_ids: int, pad_id: int) -> list[list[int]]:
+  try:
+    if not len(inputs):
+      raise UsageError('there is no input')
+    if np.ndim(inputs[0]) == 0:
+      inputs = [inputs]
+    rows = [[operator.index(i) for i in row] for row in inputs]
+  except (TypeError, KeyError, IndexError, ValueError) as error:
+    raise UsageError(
+      f'{type(inputs).__name__} is no input: give a text, a list of texts, or '
+      'token ids (a list of integers, a list of such lists, an array [B, L])'
+    ) from error
+  for row in rows:
+    while row and row[-1] == pad_id:
+      row.pop()
+    for i in row:
+      if not 0 <= i < num_ids:
+        raise UsageError(f'the id {i} is outside 0 to {num_ids - 1}')
+  return rows
+
+
+def _cut(rows: list[list[int]], limit: int, kept: int) -> None:
+  """Cuts rows in place; `kept` ids at their ends stay."""
+  if limit < 1:
+    raise UsageError(f'max_input_tokens is {limit}; it must be at least 1')
+  long = [row for row in rows if len(row) > limit]
+  if long:
+    log.warning(
+      '%d of %d inputs are longer than max_input_tokens=%d and were cut; the '
+      'longest has %d tokens',
+      len(long),
+      len(rows),
+      limit,
+      max(map(len, long)),
+    )
+  for row in long:
+    del row[limit - kept : len(row) - kept]
