@@ -22,7 +22,7 @@ import time
 import numpy as np
 from etils import epath
 
-from t5x_lite.interop import export, names
+from t5x_lite.interop import export, tensor_names
 from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models.config import T5Config, named_config
 
@@ -57,7 +57,7 @@ def random_tensors(cfg: T5Config) -> dict[str, Tensor]:
 
   return {
     name: tensor(i, shape)
-    for i, (name, shape) in enumerate(names.shapes(cfg).items())
+    for i, (name, shape) in enumerate(tensor_names.shapes(cfg).items())
   }
 
 

@@ -52,9 +52,11 @@ def run_ours(args: argparse.Namespace) -> None:
   cfg = train_step.model_config(args).replace(eos_id=-1)
   graphdef, _, _ = t5.abstract_params(cfg)
   if (Path(args.weights) / 'config.json').exists():
-    from t5x_lite.interop import source, tensors
+    from t5x_lite.interop import checkpoint_source, tensors
 
-    params = tensors.place(source.open_source(args.weights).tensors, cfg)
+    params = tensors.place(
+      checkpoint_source.open_source(args.weights).tensors, cfg
+    )
   else:
     params = jax.jit(lambda key: t5.init_params(cfg, key))(jax.random.key(0))
   inputs = train_step.make_batch(args, cfg.vocab_size)['inputs']

@@ -128,9 +128,9 @@ def run_ours(args: argparse.Namespace) -> None:
     shapes,
   )
   if (Path(args.weights) / 'config.json').exists():
-    from t5x_lite.interop import source, tensors
+    from t5x_lite.interop import checkpoint_source, tensors
 
-    opened = source.open_source(args.weights)
+    opened = checkpoint_source.open_source(args.weights)
     params = tensors.place(opened.tensors, cfg)
   else:
     params = jax.jit(lambda key: t5.init_params(cfg, key))(jax.random.key(0))

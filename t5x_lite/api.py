@@ -20,8 +20,8 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import decoding_config
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import assignment, export, source, tensors
-from t5x_lite.models import placed, t5
+from t5x_lite.interop import assignment, checkpoint_source, export, tensors
+from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -61,7 +61,7 @@ def load(
   Raises:
     UsageError: if nothing there can be read, or it is another kind of model.
   """
-  opened = source.open_source(path)
+  opened = checkpoint_source.open_source(path)
   known = {field.name for field in dataclasses.fields(T5Config)}
   unknown = sorted(changes.keys() - known)
   if unknown:
@@ -74,7 +74,7 @@ def load(
     opened, config, assignment_map=assignment_map, strict=strict, seed=seed
   )
   placement = _place(config, mesh)
-  shardings = placed.param_shardings(config, placement)
+  shardings = model_sharding.param_shardings(config, placement)
   params = tensors.place(found, config, shardings)
   return Model(
     config,
@@ -105,14 +105,18 @@ def new(
   placement = _place(config, mesh)
   init = jax.jit(
     functools.partial(t5.init_params, config),
-    out_shardings=placed.param_shardings(config, placement),
+    out_shardings=model_sharding.param_shardings(config, placement),
   )
   params = init(jax.random.key(seed))
   return Model(config, params, vocabulary, placement=placement)
 
 
 def _place(config: T5Config, mesh: MeshConfig | None) -> Placement:
-  return single_device() if mesh is None else placed.place_model(config, mesh)
+  return (
+    single_device()
+    if mesh is None
+    else model_sharding.place_model(config, mesh)
+  )
 
 
 class Model:
@@ -165,12 +169,13 @@ class Model:
   def __repr__(self) -> str:
     cfg = self.config
     layers = f'{cfg.num_encoder_layers} and {cfg.num_decoder_layers}'
+    count = model_sharding.count_params(self.params)
     ids = 'ids alone'
     if self.vocabulary_config is not None and self.vocabulary is not None:
       ids = f'{self.vocabulary.vocab_size} {self.vocabulary_config.kind} ids'
     return (
       f'<t5x_lite.Model: {cfg.architecture}, {layers} layers of {cfg.emb_dim}, '
-      f'{placed.count_params(self.params):,} parameters ({cfg.param_dtype}), '
+      f'{count:,} parameters ({cfg.param_dtype}), '
       f'{ids}, step {self.step}, on {self.placement.mesh.size} device(s)>'
     )
 
@@ -254,8 +259,7 @@ class Model:
     Args:
       inputs: texts or ids; None for a model without an encoder.
       targets: texts or ids, as many as inputs.
-      max_input_tokens: longer inputs are cut, and a warning counts them; longer
-        targets are an error, since a part has another probability.
+      max_input_tokens: longer inputs are cut with a warning, targets refused.
     """
     wanted = self._rows(targets)
     longest = max(map(len, wanted))
@@ -375,10 +379,6 @@ class Model:
         transformers) or 't5x'.
       dtype: of the numbers written; as they are in memory by default.
     """
-    if format not in source.FORMATS:
-      raise UsageError(
-        f'format is {format!r}; allowed are {", ".join(source.FORMATS)}'
-      )
     target = epath.Path(directory)
     export.check_destination(target)
     config = self.config.replace(param_dtype=dtype or self.config.param_dtype)
@@ -411,7 +411,7 @@ class Model:
       tokens=tokens,
       extra_ids=extra_ids,
     )
-    shardings = placed.param_shardings(config, self.placement)
+    shardings = model_sharding.param_shardings(config, self.placement)
     return Model(
       config,
       tensors.place(grown, config, shardings),
@@ -492,7 +492,9 @@ class Model:
       name: np.concatenate([array, np.repeat(array[:1], full - size, axis=0)])
       for name, array in batch.items()
     }
-    step = placed.jit_step(make_step, self.config, self.placement, *arguments)
+    step = model_sharding.jit_step(
+      make_step, self.config, self.placement, *arguments
+    )
     mesh = self.placement.mesh
     result = step(self.params, partitioning.global_batch(batch, mesh))
     return prediction.to_host(result)[:size]

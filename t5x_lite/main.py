@@ -26,8 +26,8 @@ from typing import Any, NoReturn
 from t5x_lite import __version__
 from t5x_lite.errors import UsageError
 from t5x_lite.parallel import host_memory
-from t5x_lite.programs import signatures
-from t5x_lite.programs.signatures import Parameter
+from t5x_lite.programs import command_flags
+from t5x_lite.programs.command_flags import Parameter
 
 PROGRAM_NAME = 't5x-lite'
 EXIT_STOPPED = 6
@@ -55,7 +55,7 @@ class Command:
 
   def parameters(self) -> list[Parameter]:
     """Returns what can be written on the command line."""
-    found = signatures.read_parameters(self.function)
+    found = command_flags.read_parameters(self.function)
     return [parameter for parameter in found if parameter.type is not None]
 
 
@@ -138,7 +138,7 @@ def _make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _epilog(command: Command) -> str:
   """Says what has no flag, since it is an object."""
-  found = signatures.read_parameters(command.function)
+  found = command_flags.read_parameters(command.function)
   rest = [parameter.name for parameter in found if parameter.type is None]
   rest = [name for name in rest if name != 'summarize_config_fn']
   if not rest:

@@ -29,7 +29,7 @@ from t5x_lite.training.optimizers import OptimizerConfig
 CONFIGS = configuration.shipped_root() / 'configs'
 MODELS = sorted(path.stem for path in CONFIGS.glob('models/*.gin'))
 EXPERIMENTS = sorted(path.name for path in CONFIGS.glob('experiments/*.gin'))
-PROGRAMS = [program.function for program in main.PROGRAMS.values()]
+PROGRAMS = [command.function for command in main.COMMANDS.values()]
 
 # Parameters as published: HF's checkpoints of the same name hold so many.
 PARAMETERS = {

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from t5x_lite.decoding import steps as decoding_steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.models import placed, t5
+from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -62,7 +62,9 @@ def _place(
   devices: Sequence[jax.Device] | None,
 ) -> Placement:
   """Returns the placement, checked against the model and the batch."""
-  placement = placed.place_model(model, mesh, devices, batch_size=batch_size)
+  placement = model_sharding.place_model(
+    model, mesh, devices, batch_size=batch_size
+  )
   _, shapes, axes = t5.abstract_params(model)
   logical_axes.check_rules(shapes, axes, placement.mesh, placement.rules)
   partitioning.check_batch_size(batch_size, placement.mesh)
@@ -185,7 +187,7 @@ def decode_program(
   graphdef, _, _ = t5.abstract_params(model)
   jitted = jax.jit(decoding_steps.make_predict_step(graphdef, config))
   arguments = (
-    placed.inference_params(model, placement),
+    model_sharding.inference_params(model, placement),
     _batch({name: batch[name]}, placement.mesh),
     _key(placement.mesh),
   )

@@ -76,16 +76,17 @@ def token_rows(
 
 def _id_rows(inputs: Any, num_ids: int, pad_id: int) -> list[list[int]]:
   try:
-    if not len(inputs):
-      raise UsageError('there is no input')
-    if np.ndim(inputs[0]) == 0:
-      inputs = [inputs]
-    rows = [[operator.index(i) for i in row] for row in inputs]
+    rows = []
+    if len(inputs):
+      many = [inputs] if np.ndim(inputs[0]) == 0 else inputs
+      rows = [[operator.index(i) for i in row] for row in many]
   except (TypeError, KeyError, IndexError, ValueError) as error:
     raise UsageError(
       f'{type(inputs).__name__} is no input: give a text, a list of texts, or '
       'token ids (a list of integers, a list of such lists, an array [B, L])'
     ) from error
+  if not rows:
+    raise UsageError('there is no input')
   for row in rows:
     while row and row[-1] == pad_id:
       row.pop()

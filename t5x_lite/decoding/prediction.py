@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.models import placed
+from t5x_lite.models import model_sharding
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.placement import Placement
@@ -111,14 +111,14 @@ class Predictor:
     self.batch_size = placement.whole_batch(batch_size)
     self.max_input_length = max_input_length
     self._key = jax.random.key(seed)
-    self._step = placed.jit_step(
+    self._step = model_sharding.jit_step(
       steps.make_predict_step, model, placement, decoding
     )
 
   @property
   def abstract_params(self) -> Any:
     """Shapes, dtypes and shardings that parameters should be loaded with."""
-    return placed.inference_params(self.model, self.placement)
+    return model_sharding.inference_params(self.model, self.placement)
 
   def predict(
     self, params: Any, rows: Sequence[Sequence[int]], *, index: int = 0
@@ -184,7 +184,7 @@ def continue_prompts(
     pad_id=model.pad_id,
   )
   lengths = np.asarray([len(row) for row in prompts], np.int32)
-  step = placed.jit_step(
+  step = model_sharding.jit_step(
     steps.make_continue_step, model, placement, decoding, bidirectional
   )
   tokens, scores = step(params, array, lengths, key)

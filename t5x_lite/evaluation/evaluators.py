@@ -28,7 +28,7 @@ from t5x_lite.decoding import prediction
 from t5x_lite.decoding import steps as decoding_steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.models import placed
+from t5x_lite.models import model_sharding
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, partitioning
 from t5x_lite.parallel.placement import Placement
@@ -117,7 +117,7 @@ class TeacherForced:
     partitioning.check_batch_size(config.batch_size, placement.mesh)
     self._placement = placement
     self._num_steps = num_steps
-    self._step = placed.jit_step(
+    self._step = model_sharding.jit_step(
       steps.make_eval_step, model, placement, losses.LossConfig()
     )
     self._batches = _Cached(self._read, config.batch_size)
@@ -184,7 +184,7 @@ class Decoded:
       self.config, process_index=index, process_count=count
     )
     self._batches = _Cached(lambda: iter(self._dataset), predictor.batch_size)
-    self._score = placed.jit_step(
+    self._score = model_sharding.jit_step(
       decoding_steps.make_score_step, predictor.model, predictor.placement
     )
 

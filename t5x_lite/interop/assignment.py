@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import names
-from t5x_lite.interop.source import Source
+from t5x_lite.interop import tensor_names
+from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.interop.tensors import Index, Tensor
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
@@ -95,7 +95,7 @@ def assign(
   fresh = _Fresh(cfg, seed)
   result: dict[str, Tensor] = {}
   loaded, initialised, taken = [], [], set()
-  for name, shape in names.shapes(cfg).items():
+  for name, shape in tensor_names.shapes(cfg).items():
     found = rule(name)
     old = name
     if found is not None:
@@ -214,10 +214,10 @@ class _Fresh:
     self._wanted: set[tuple[str, ...]] = set()
     self._places = {
       name: (path, layer if 'layers' in path else None)
-      for path, _, found in names.leaves(self._cfg)
+      for path, _, found in tensor_names.leaves(self._cfg)
       for layer, name in enumerate(found)
     }
-    self._shapes = names.shapes(cfg)
+    self._shapes = tensor_names.shapes(cfg)
 
   def tensor(self, name: str) -> Tensor:
     path, layer = self._places[name]

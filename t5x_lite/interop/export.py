@@ -9,7 +9,13 @@ from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import hf_export, moments, run_export, t5x_export
+from t5x_lite.interop import (
+  adafactor_moments,
+  hf_export,
+  run_export,
+  t5x_export,
+)
+from t5x_lite.interop.checkpoint_source import FORMATS
 from t5x_lite.interop.tensors import Tensors
 from t5x_lite.models.config import T5Config
 
@@ -25,7 +31,11 @@ def check_destination(target: epath.Path) -> None:
 
 
 def check_target(cfg: T5Config, to: str) -> None:
-  """Raises UsageError if a format has no such model."""
+  """Raises UsageError if there is no such format, or it has no such model."""
+  if to not in FORMATS:
+    raise UsageError(
+      f'the format {to!r} cannot be written; allowed are {", ".join(FORMATS)}'
+    )
   if to == 'hf':
     hf_export.model_config(cfg, cfg.param_dtype)
   elif to == 't5x':
@@ -40,7 +50,7 @@ def write(
   to: str,
   vocabulary: VocabularyConfig | None,
   step: int = 0,
-  second_moments: moments.Moments | None = None,
+  second_moments: adafactor_moments.Moments | None = None,
   lengths: Mapping[str, int] | None = None,
   origin: str = '',
   shard_bytes: int = hf_export.SHARD_BYTES,
@@ -73,12 +83,12 @@ def write(
       )
     elif to == 't5x':
       # T5X restores only with an optimizer's state; a new one, if need be.
-      states = second_moments or moments.new(cfg)
+      states = second_moments or adafactor_moments.new(cfg)
       t5x_export.write(
         temporary,
         dtype=cfg.param_dtype,
         step=step,
-        param_states=moments.to_t5x(states, cfg),
+        param_states=adafactor_moments.to_t5x(states, cfg),
         **common,
       )
     else:
@@ -87,7 +97,7 @@ def write(
         vocabulary=vocabulary
         or VocabularyConfig(kind='passthrough', size=cfg.vocab_size),
         step=step,
-        moments=moments.to_run(second_moments, cfg, step)
+        moments=adafactor_moments.to_run(second_moments, cfg, step)
         if second_moments
         else None,
         lengths=lengths,

@@ -16,7 +16,7 @@ import safetensors
 from etils import epath
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import names
+from t5x_lite.interop import tensor_names
 from t5x_lite.interop.tensors import Index, Tensor, blocks
 from t5x_lite.models.config import T5Config
 
@@ -198,13 +198,13 @@ def canonical(
   head = rest.get('lm_head.weight')
   if head is not None and shared is not None and _same(head, shared):
     del rest['lm_head.weight']
-  known = {names.hf_name(name): name for name in _candidates(rest)}
+  known = {tensor_names.hf_name(name): name for name in _candidates(rest)}
   result = {}
   for hf, tensor in rest.items():
     name = known.get(hf)
     if name is None:
       continue
-    matrix = names.is_transposed(name) and len(tensor.shape) == 2
+    matrix = tensor_names.is_transposed(name) and len(tensor.shape) == 2
     result[name] = tensor.transposed() if matrix else tensor
   if not per_layer:
     # The table that Hugging Face keeps in the first block is the stack's.
@@ -223,10 +223,10 @@ def _candidates(found: Mapping[str, Tensor]) -> Iterator[str]:
     number = rest.partition('.')[0]
     if side in depth and number.isdigit():
       depth[side] = max(depth[side], int(number) + 1)
-  yield from names.whole_names()
+  yield from tensor_names.whole_names()
   for side, layers in depth.items():
     for i in range(layers):
-      yield from names.layer_names(side, i)
+      yield from tensor_names.layer_names(side, i)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -15,7 +15,7 @@ from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import hf, hf_tokenizer, names
+from t5x_lite.interop import hf, hf_tokenizer, tensor_names
 from t5x_lite.interop.tensors import Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
 
@@ -114,14 +114,14 @@ def by_hf_name(tensors: Tensors, cfg: T5Config) -> dict[str, Tensor]:
   """
   full = dict(tensors)
   if cfg.share_encoder_decoder:
-    for name in names.shapes(cfg.replace(share_encoder_decoder=False)):
+    for name in tensor_names.shapes(cfg.replace(share_encoder_decoder=False)):
       if name not in full:
-        lender = names.lender(name)
+        lender = tensor_names.lender(name)
         assert lender is not None, name
         full[name] = full[lender]
   return {
-    names.hf_name(name): tensor.transposed()
-    if names.is_transposed(name)
+    tensor_names.hf_name(name): tensor.transposed()
+    if tensor_names.is_transposed(name)
     else tensor
     for name, tensor in full.items()
   }

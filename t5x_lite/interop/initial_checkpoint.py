@@ -12,7 +12,7 @@ import optax
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import assignment, source, tensors
+from t5x_lite.interop import assignment, checkpoint_source, tensors
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import checkpoints, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
@@ -78,7 +78,7 @@ def open_start(
   """
   if not config.restore_path:
     return Start(path='', model=model, seed=seed)
-  opened = source.open_source(config.restore_path)
+  opened = checkpoint_source.open_source(config.restore_path)
   if config.restore_optimizer and opened.format != 't5x_lite':
     raise UsageError(
       f'{config.restore_path} is of the format {opened.format!r}; '

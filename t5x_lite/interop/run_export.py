@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import names, zarr
+from t5x_lite.interop import tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import checkpoints, run_directory
@@ -60,7 +60,7 @@ def write(
   state.mkdir(parents=True)
   dtype = numpy_dtype(cfg.param_dtype)
   shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
-  for path, leaf, found in names.leaves(cfg):
+  for path, leaf, found in tensor_names.leaves(cfg):
     stacked = cfg.scan_layers and 'layers' in path
     keys = ('params', *path)
     array = _create(state, keys, leaf.shape, dtype, int(stacked))

@@ -15,7 +15,7 @@ from etils import epath
 from flax import serialization
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import names, run_export, t5x, zarr
+from t5x_lite.interop import run_export, t5x, tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
 
@@ -86,11 +86,11 @@ def write(
 def arrays(tensors: Tensors, cfg: T5Config) -> dict[str, list[Tensor]]:
   """Returns the layers of each of T5X's arrays, by its name below 'target/'."""
   result: dict[str, list[Tensor]] = {}
-  for name in names.shapes(cfg):
+  for name in tensor_names.shapes(cfg):
     if cfg.relpos_per_layer:
-      place, _ = names.t5x_scanned_name(name)
+      place, _ = tensor_names.t5x_scanned_name(name)
     else:
-      place = names.t5x_name(name, cfg)
+      place = tensor_names.t5x_name(name, cfg)
     result.setdefault(place, []).append(tensors[name])
   return result
 

@@ -1,7 +1,7 @@
 """Lazy tensors: read when they are asked for, and only the part asked for.
 
-A checkpoint of any format is a mapping from canonical names (names.py) to
-these; so are a model in memory and what replaces a missing parameter.
+A checkpoint of any format is a mapping from canonical names (tensor_names.py)
+to these; so are a model in memory and what replaces a missing parameter.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite.interop import names
+from t5x_lite.interop import tensor_names
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
@@ -82,7 +82,7 @@ def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
   result = {}
   for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
     path = pytrees.names_of(keys)
-    found = names.leaf_names(path, names.num_layers(cfg, path))
+    found = tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path))
     whole = of_array(leaf, '/'.join(path))
     if cfg.scan_layers and 'layers' in path:
       result.update({n: whole.layer(0, i) for i, n in enumerate(found)})
@@ -110,7 +110,7 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None) -> Any:
 
   def make(keys: Any, leaf: Any, sharding: Any) -> jax.Array:
     path = pytrees.names_of(keys)
-    found = names.leaf_names(path, names.num_layers(cfg, path))
+    found = tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path))
     stacked = cfg.scan_layers and 'layers' in path
     parts = [tensors[name] for name in found]
     done: dict[Any, np.ndarray] = {}

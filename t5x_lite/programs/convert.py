@@ -15,14 +15,14 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import (
+  adafactor_moments,
   assignment,
   export,
   hf,
   hf_export,
-  moments,
-  names,
+  tensor_names,
 )
-from t5x_lite.interop.source import FORMATS, Source, open_source
+from t5x_lite.interop.checkpoint_source import FORMATS, Source, open_source
 from t5x_lite.interop.tensors import Tensors
 from t5x_lite.models.config import T5Config
 
@@ -95,7 +95,7 @@ def convert(
     return destination
   for line in _remarks(opened, cfg, to):
     log.warning('%s', line)
-  carried: moments.Moments = {}
+  carried: adafactor_moments.Moments = {}
   if optimizer_state and to != 'hf' and not assignment_map:
     carried = opened.read_moments()
   export.write(
@@ -175,13 +175,13 @@ def _print_mapping(
 ) -> None:
   """Prints one line a tensor: from where, its shape, to where."""
   places = {
-    'hf': names.hf_name,
+    'hf': tensor_names.hf_name,
     't5x': lambda name: (
       'target/'
       + (
-        names.t5x_scanned_name(name)[0]
+        tensor_names.t5x_scanned_name(name)[0]
         if cfg.relpos_per_layer
-        else names.t5x_name(name, cfg)
+        else tensor_names.t5x_name(name, cfg)
       )
     ),
     't5x_lite': lambda name: name,

@@ -15,7 +15,7 @@ from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators as evaluators_lib
 from t5x_lite.evaluation.evaluators import Metrics
-from t5x_lite.models import placed
+from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
@@ -56,7 +56,7 @@ def evaluate(
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
   run = run_directory.load_run(model_dir)
-  placement = placed.place_model(run.model, mesh)
+  placement = model_sharding.place_model(run.model, mesh)
   evaluators = []
   for config in datasets:
     config = start_checks.resolve_dataset(config, run.model, run.vocabulary)
@@ -79,7 +79,7 @@ def evaluate(
     )
   evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
   params = checkpoints.load_params(
-    run.checkpoint, placed.inference_params(run.model, placement)
+    run.checkpoint, model_sharding.inference_params(run.model, placement)
   )
 
   root = epath.Path(

@@ -18,7 +18,7 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import assignment, export, sentencepiece_model
-from t5x_lite.interop.source import FORMATS, open_source
+from t5x_lite.interop.checkpoint_source import FORMATS, open_source
 from t5x_lite.interop.tensors import Index, Tensor, Tensors
 from t5x_lite.models.config import T5Config
 

@@ -21,7 +21,7 @@ from t5x_lite.data import vocabularies
 from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.models import placed
+from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.runs import checkpoints, progress, run_directory
@@ -106,7 +106,7 @@ def infer(
     )
   predictor = prediction.Predictor(
     run.model,
-    placement=placed.place_model(run.model, mesh),
+    placement=model_sharding.place_model(run.model, mesh),
     decoding=decoding,
     batch_size=batch_size,
     max_input_length=max_input_length,

@@ -26,7 +26,7 @@ from t5x_lite.parallel import logical_axes, partitioning, pytrees
 from t5x_lite.parallel.hardware import Chip, find_chip
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
 from t5x_lite.programs import precompile
-from t5x_lite.runs import size_report
+from t5x_lite.runs import memory_report
 from t5x_lite.training import optimizers
 from t5x_lite.training.losses import LossConfig
 from t5x_lite.training.optimizers import OptimizerConfig
@@ -358,7 +358,7 @@ def _row(candidate: Candidate, report: Mapping[str, Any]) -> dict[str, Any]:
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns the candidates as a table, best first."""
-  size = size_report.format_bytes
+  size = memory_report.format_bytes
   lines = [
     f'{"":2}{"data":>6}{"fsdp":>6}{"model":>6}  {"remat":<11}{"parts":>5}'
     f'{"predicted peak":>16}{"compiled peak":>16}{"predicted":>11}'

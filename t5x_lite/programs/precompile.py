@@ -26,7 +26,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import hardware
 from t5x_lite.parallel.hardware import Chip, find_chip, parse_topology
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
-from t5x_lite.runs import size_report
+from t5x_lite.runs import memory_report
 from t5x_lite.training.losses import LossConfig
 from t5x_lite.training.optimizers import OptimizerConfig
 
@@ -214,7 +214,7 @@ def compile_step(
 def _state_bytes(program: step_programs.StepProgram) -> dict[str, Any]:
   """Bytes per device of what goes into the step, by kind."""
   state, batch, _ = program.arguments
-  size = size_report.tree_bytes_per_device
+  size = memory_report.tree_bytes_per_device
   if program.spec is None:
     params, opt_state = size(state), 0
   else:
@@ -379,7 +379,7 @@ def _does_not_fit(
 
 def format_report(report: dict[str, Any]) -> str:
   """Returns the report for people."""
-  size = size_report.format_bytes
+  size = memory_report.format_bytes
   mesh = ' '.join(f'{name}={n}' for name, n in report['mesh'].items())
   lines = [
     f'{report["step"]} step on {report["topology"]}'

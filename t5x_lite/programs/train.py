@@ -28,9 +28,9 @@ from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
 from t5x_lite.runs import (
   checkpoints,
+  memory_report,
   metric_writers,
   run_directory,
-  size_report,
 )
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.runs.progress import Progress, Window
@@ -178,9 +178,9 @@ def train(
     log.info('compiled in %.1f s', time.monotonic() - began)
     return compiled
 
-  log.info('%s', size_report.parameter_summary(spec.shapes.params))
+  log.info('%s', memory_report.parameter_summary(spec.shapes.params))
   if dry_run:
-    size_report.print_dry_run(record, spec, device_mesh, compile_step())
+    memory_report.print_dry_run(record, spec, device_mesh, compile_step())
     return None
 
   # ---- Input pipeline and evaluators: they check their tasks ----
@@ -211,7 +211,7 @@ def train(
         vocabulary=vocabulary,
         lengths=dataset.lengths,
         config=record,
-        texts={size_report.SHARDING_FILE: size_report.sharding_table(spec)},
+        texts={memory_report.SHARDING_FILE: memory_report.sharding_table(spec)},
       )
       if summarize_config_fn is not None:
         summarize_config_fn(model_dir)
@@ -237,7 +237,7 @@ def train(
       return state
     iterator.start()
     train_step = compile_step()
-    log.info('%s', size_report.compiled_memory(train_step))
+    log.info('%s', memory_report.compiled_memory(train_step))
 
     # ---- Writers ----
     writer = stack.enter_context(

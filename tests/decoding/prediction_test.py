@@ -5,7 +5,7 @@ import pytest
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.models import placed, t5
+from t5x_lite.models import model_sharding, t5
 from t5x_lite.parallel.partitioning import MeshConfig
 from tests.models import tiny
 
@@ -21,7 +21,7 @@ def make_predictor(cfg, mesh=MESH, **overrides):
     batch_size=4,
     max_input_length=40,
   )
-  placement = placed.place_model(cfg, mesh)
+  placement = model_sharding.place_model(cfg, mesh)
   return prediction.Predictor(
     cfg, placement=placement, **{**arguments, **overrides}
   )

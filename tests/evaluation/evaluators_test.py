@@ -10,7 +10,7 @@ from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
-from t5x_lite.models import placed, t5
+from t5x_lite.models import model_sharding, t5
 from t5x_lite.training.losses import cross_entropy_with_logits
 from tests import tiny_run
 from tests.models import tiny
@@ -20,7 +20,7 @@ from tests.models import tiny
 def setting():
   """A model, where it runs and its parameters."""
   cfg = tiny_run.model()
-  placement = placed.place_model(cfg)
+  placement = model_sharding.place_model(cfg)
   params = t5.init_params(cfg, jax.random.key(0))
   return cfg, dict(placement=placement), params
 

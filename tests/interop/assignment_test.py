@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from t5x_lite import errors
-from t5x_lite.interop import assignment, source, tensors
+from t5x_lite.interop import assignment, checkpoint_source, tensors
 from tests.models import tiny
 
 CFG = tiny.config()
@@ -12,7 +12,7 @@ WO = r'encoder/layers_(\d)/mlp/wo/kernel'
 @pytest.fixture(scope='module')
 def opened():
   found = tensors.of_params(tiny.params(CFG), CFG)
-  return source.Source(
+  return checkpoint_source.Source(
     path='DIR', format='t5x', config=CFG, tensors=found, unknown=['stranger']
   )
 

@@ -16,7 +16,14 @@ from flax import serialization
 
 import t5x_lite
 from t5x_lite import errors
-from t5x_lite.interop import export, names, source, t5x, tensors, zarr
+from t5x_lite.interop import (
+  checkpoint_source,
+  export,
+  t5x,
+  tensor_names,
+  tensors,
+  zarr,
+)
 from t5x_lite.parallel import pytrees
 from tests.models import tiny
 
@@ -147,7 +154,7 @@ def test_t5xs_arrays_are_read_bit_for_bit():
   target = serialization.msgpack_restore(file.read_bytes())['optimizer'][
     'target'
   ]
-  opened = source.open_source(str(file))
+  opened = checkpoint_source.open_source(str(file))
   assert opened.unknown == []
   leaves = jax.tree_util.tree_leaves_with_path(target)
   assert len(leaves) == len(opened.tensors)
@@ -207,8 +214,8 @@ def test_t5xs_early_orbax_checkpoint(tmp_path):
 def scanned_tree(cfg, found):
   """The tree that scalable_t5 keeps: layers stacked on axis 1."""
   flat = {}
-  for name in names.shapes(cfg):
-    place, layer = names.t5x_scanned_name(name)
+  for name in tensor_names.shapes(cfg):
+    place, layer = tensor_names.t5x_scanned_name(name)
     if layer is None:
       flat[place] = found[name].read()
     else:
@@ -237,7 +244,7 @@ def umt5():
 
 
 def check_same(path, cfg, found):
-  opened = source.open_source(str(path))
+  opened = checkpoint_source.open_source(str(path))
   fields = {
     'emb_dim',
     'head_dim',
@@ -341,8 +348,8 @@ def test_the_newest_step_is_meant(umt5, tmp_path):
       tmp_path / f'checkpoint_{step}'
     )
   (tmp_path / 'checkpoint_20.tmp-123').mkdir()
-  assert source.open_source(str(tmp_path)).step == 10
-  assert source.open_source(str(tmp_path / 'checkpoint_9')).step == 9
+  assert checkpoint_source.open_source(str(tmp_path)).step == 10
+  assert checkpoint_source.open_source(str(tmp_path / 'checkpoint_9')).step == 9
 
 
 def test_activations_of_a_gin_file_beside_it(umt5, tmp_path):
@@ -354,7 +361,7 @@ def test_activations_of_a_gin_file_beside_it(umt5, tmp_path):
   (tmp_path / 'out' / 'config.gin').write_text(
     "network.T5Config:\n  mlp_activations = ('swish', 'linear')\n"
   )
-  opened = source.open_source(str(tmp_path / 'out'))
+  opened = checkpoint_source.open_source(str(tmp_path / 'out'))
   assert opened.config.mlp_activations == ('swish', 'linear')
 
 
@@ -388,10 +395,10 @@ def test_damaged_checkpoints(umt5, tmp_path):
       tmp_path, {'version': version, 'optimizer': {'target': target}}
     )
     with pytest.raises(errors.UsageError, match=match):
-      source.open_source(str(tmp_path))
+      checkpoint_source.open_source(str(tmp_path))
   (tmp_path / 'checkpoint').write_bytes(b'\x82\xa7version')
   with pytest.raises(errors.UsageError, match='cut short'):
-    source.open_source(str(tmp_path))
+    checkpoint_source.open_source(str(tmp_path))
 
 
 def test_a_missing_array_is_no_zero(umt5, tmp_path):
@@ -403,7 +410,7 @@ def test_a_missing_array_is_no_zero(umt5, tmp_path):
   place = tmp_path / 'out/checkpoint_0/target.decoder.decoder_norm.scale'
   shutil.rmtree(place)
   with pytest.raises(errors.UsageError, match='decoder_norm'):
-    source.open_source(str(tmp_path / 'out'))
+    checkpoint_source.open_source(str(tmp_path / 'out'))
 
 
 def test_a_scanned_array_is_decoded_once(tmp_path):

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite.interop import names, tensors
+from t5x_lite.interop import tensor_names, tensors
 from t5x_lite.models import t5
 from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -34,7 +34,7 @@ def test_params_come_back_whole_whatever_the_form(scan_layers, to_scan_layers):
   other = cfg.replace(scan_layers=to_scan_layers)
   placed = tensors.place(found, other)
   again = tensors.of_params(placed, other)
-  assert found.keys() == again.keys() == names.shapes(cfg).keys()
+  assert found.keys() == again.keys() == tensor_names.shapes(cfg).keys()
   for name, tensor in found.items():
     np.testing.assert_array_equal(tensor.read(), again[name].read())
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from t5x_lite.interop import names
-from t5x_lite.models import placed, t5
+from t5x_lite.interop import tensor_names
+from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import NAMED_CONFIGS
 
 torch = pytest.importorskip('torch')
@@ -44,13 +44,13 @@ def test_parameter_counts(name):
   expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
   assert ('lm_head.weight' in expected) != cfg.logits_via_embedding
   ours = {
-    names.hf_name(n): s[::-1] if names.is_transposed(n) else s
-    for n, s in names.shapes(cfg).items()
+    tensor_names.hf_name(n): s[::-1] if tensor_names.is_transposed(n) else s
+    for n, s in tensor_names.shapes(cfg).items()
   }
   assert ours == expected
   _, shapes, _ = t5.abstract_params(cfg)
   expected_count = sum(p.numel() for p in model.parameters())
-  assert placed.count_params(shapes) == expected_count
+  assert model_sharding.count_params(shapes) == expected_count
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,6 @@ def test_parameter_counts(name):
   ],
 )
 def test_counts_are_the_papers(name, billions):
-  shapes = names.shapes(NAMED_CONFIGS[name])
+  shapes = tensor_names.shapes(NAMED_CONFIGS[name])
   count = sum(math.prod(shape) for shape in shapes.values()) / 1e9
   assert count == pytest.approx(billions, rel=0.05)

@@ -6,7 +6,7 @@ from etils import epath
 
 from t5x_lite import errors, main
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import export, hf, source, tensors
+from t5x_lite.interop import checkpoint_source, export, hf, tensors
 from t5x_lite.programs import convert
 from tests.models import tiny
 
@@ -39,22 +39,22 @@ def test_the_whole_round_is_bit_identical(run, found, tmp_path):
       'convert', str(places[i]), str(places[i + 1]), '--to', to,
     ])  # fmt: skip
     assert code == 0
-    opened = source.open_source(str(places[i + 1]))
+    opened = checkpoint_source.open_source(str(places[i + 1]))
     assert opened.format == to
     assert opened.vocabulary == VocabularyConfig(kind='byte')
     assert opened.tensors.keys() == found.keys()
     for name, tensor in found.items():
       np.testing.assert_array_equal(opened.tensors[name].read(), tensor.read())
   # transformers has no steps, T5X no lengths.
-  assert source.open_source(str(run)).step == 4
-  assert source.open_source(str(run)).lengths == {'inputs': 9}
+  assert checkpoint_source.open_source(str(run)).step == 4
+  assert checkpoint_source.open_source(str(run)).lengths == {'inputs': 9}
 
 
 @pytest.mark.parametrize('scan_layers', [True, False])
 def test_layers_stacked_or_not(run, found, scan_layers, tmp_path):
   out = str(tmp_path / 'out')
   convert.convert(source=str(run), destination=out, scan_layers=scan_layers)
-  opened = source.open_source(out)
+  opened = checkpoint_source.open_source(out)
   assert opened.config.scan_layers == scan_layers
   for name, tensor in found.items():
     np.testing.assert_array_equal(opened.tensors[name].read(), tensor.read())
@@ -80,7 +80,7 @@ def test_dtype_and_vocabulary_can_be_said(run, tmp_path, capsys):
     '--dtype', 'bfloat16', '--vocabulary', 'none',
   ])  # fmt: skip
   assert code == 0
-  opened = source.open_source(str(tmp_path / 'out'))
+  opened = checkpoint_source.open_source(str(tmp_path / 'out'))
   assert {t.dtype.name for t in opened.tensors.values()} == {'bfloat16'}
   assert opened.vocabulary is None
   entry = json.loads((tmp_path / 'out' / hf.CONFIG).read_text())

@@ -5,7 +5,12 @@ from etils import epath
 from t5x_lite import api, errors, main
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import export, sentencepiece_model, source, tensors
+from t5x_lite.interop import (
+  checkpoint_source,
+  export,
+  sentencepiece_model,
+  tensors,
+)
 from t5x_lite.programs import grow_vocabulary
 from tests.models import tiny
 
@@ -146,7 +151,7 @@ def test_from_the_command_line_to_transformers(vocabulary, tmp_path, capsys):
   assert '65 ids become 67, 70 rows 128' in capsys.readouterr().out
   assert not (tmp_path / 'hf').exists()
   assert main.main(arguments) == 0
-  opened = source.open_source(str(tmp_path / 'hf'))
+  opened = checkpoint_source.open_source(str(tmp_path / 'hf'))
   assert opened.config.vocab_size == 128
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
   ours = vocabularies.make_vocabulary(opened.vocabulary)

@@ -195,7 +195,12 @@ def test_an_unreadable_line_is_named_before_anything_is_written(
   output = tmp_path / 'out.jsonl'
   output.write_text('precious')
   with pytest.raises(UsageError, match=message):
-    infer(model=run, input=str(tmp_path / name), output=str(output))
+    infer(
+      model=run,
+      input=str(tmp_path / name),
+      output=str(output),
+      overwrite=True,
+    )
   assert output.read_text() == 'precious'
 
 

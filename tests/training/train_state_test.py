@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite.models import placed, t5
+from t5x_lite.models import model_sharding, t5
 from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.placement import make_placement
 from t5x_lite.training import optimizers, train_state
@@ -60,6 +60,6 @@ def test_starting_from_parameters_keeps_them():
     lambda x: np.testing.assert_array_equal(x, jnp.zeros_like(x)),
     new.opt_state,
   )
-  assert placed.count_params(state.params) == sum(
+  assert model_sharding.count_params(state.params) == sum(
     x.size for x in jax.tree.leaves(spec.shapes.params)
   )

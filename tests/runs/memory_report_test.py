@@ -2,10 +2,10 @@ import jax
 import optax
 import pytest
 
-from t5x_lite.models import placed
+from t5x_lite.models import model_sharding
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import make_placement
-from t5x_lite.runs import size_report
+from t5x_lite.runs import memory_report
 from t5x_lite.training import train_state
 from tests.models import tiny
 
@@ -28,11 +28,11 @@ def test_bytes_per_device_are_those_of_the_arrays(spec):
     for shard in leaf.addressable_shards
     if shard.device == device
   )
-  assert size_report.tree_bytes_per_device(spec.shapes) == held
+  assert memory_report.tree_bytes_per_device(spec.shapes) == held
 
 
 def test_sharding_table(spec):
-  lines = size_report.sharding_table(spec).splitlines()
+  lines = memory_report.sharding_table(spec).splitlines()
   assert len(lines) == 1 + len(jax.tree.leaves(spec.shapes))
   assert lines[0].split()[:3] == ['array', 'shape', 'dtype']
   [line] = [x for x in lines if x.startswith('params/token_embedder')]
@@ -52,20 +52,20 @@ def test_sharding_table(spec):
 
 
 def test_summaries(spec):
-  text = size_report.parameter_summary(spec.shapes.params)
-  count = placed.count_params(spec.shapes.params)
+  text = memory_report.parameter_summary(spec.shapes.params)
+  count = model_sharding.count_params(spec.shapes.params)
   assert text.startswith(f'{count:,} parameters (')
-  assert 'optimizer state' in size_report.state_memory(spec)
+  assert 'optimizer state' in memory_report.state_memory(spec)
   compiled = (
     jax.jit(lambda x: x @ x)
     .lower(jax.ShapeDtypeStruct((64, 64), 'float32'))
     .compile()
   )
-  assert '16.00 KiB' in size_report.compiled_memory(compiled)
+  assert '16.00 KiB' in memory_report.compiled_memory(compiled)
 
 
 @pytest.mark.parametrize(
   'size, text', [(5, '5 B'), (2048, '2.00 KiB'), (3 * 2**30, '3.00 GiB')]
 )
 def test_format_bytes(size, text):
-  assert size_report.format_bytes(size) == text
+  assert memory_report.format_bytes(size) == text

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from t5x_lite.interop import export, moments, names, source, t5x, tensors
-from t5x_lite.interop.moments import Moment
+from t5x_lite.interop import (
+  adafactor_moments,
+  checkpoint_source,
+  export,
+  t5x,
+  tensor_names,
+  tensors,
+)
+from t5x_lite.interop.adafactor_moments import Moment
 from t5x_lite.models import t5
 from t5x_lite.parallel import pytrees
 from t5x_lite.programs import convert
@@ -41,7 +48,7 @@ def config(**fields):
 def random_moments(cfg, seed=0):
   rng = np.random.default_rng(seed)
   result = {}
-  for name, shape in names.shapes(cfg).items():
+  for name, shape in tensor_names.shapes(cfg).items():
     if len(shape) == 2 and min(shape) >= 128:
       result[name] = Moment(
         means=(
@@ -75,7 +82,7 @@ def flat(tree, prefix=t5x.PARAM_STATES):
 def test_unrolled_t5x_state():
   cfg = config()
   given = random_moments(cfg)
-  tree = moments.to_t5x(given, cfg)
+  tree = adafactor_moments.to_t5x(given, cfg)
   kernel = tree['encoder']['layers_1']['mlp']['wi_0']['kernel']
   # T5X: v_row keeps the smaller dim, unused places are zeros((1,)).
   assert kernel['v_row'].shape == (128,)
@@ -84,13 +91,13 @@ def test_unrolled_t5x_state():
   tall = tree['encoder']['layers_1']['mlp']['wo']['kernel']
   assert (tall['v_row'].size, tall['v_col'].size) == (128, 136)
   assert tree['token_embedder']['embedding']['v'].shape == (64, 128)
-  same(moments.of_t5x(flat(tree), cfg), given)
+  same(adafactor_moments.of_t5x(flat(tree), cfg), given)
 
 
 def test_scanned_t5x_state():
   cfg = config(relpos_per_layer=True)
   given = random_moments(cfg)
-  tree = moments.to_t5x(given, cfg)
+  tree = adafactor_moments.to_t5x(given, cfg)
   layer = tree['encoder']['encoder']
   # ('embed', 'layers', 'mlp'): v_row keeps embed, v_col the rest.
   assert layer['mlp']['wi_0']['kernel']['v_row'].shape == (128, 2)
@@ -100,7 +107,7 @@ def test_scanned_t5x_state():
   assert layer['mlp']['wo']['kernel']['v_col'].shape == (136, 2)
   assert layer['relpos_bias']['rel_embedding']['v'].shape == (4, 2, 32)
   assert layer['pre_mlp_layer_norm']['scale']['v'].shape == (128, 2)
-  same(moments.of_t5x(flat(tree), cfg), given)
+  same(adafactor_moments.of_t5x(flat(tree), cfg), given)
 
 
 def test_small_scanned_matrices_which_t5x_factors_and_we_do_not():
@@ -109,12 +116,12 @@ def test_small_scanned_matrices_which_t5x_factors_and_we_do_not():
   first, second = rng.random(16), rng.random(32)
   given = {
     name: Moment(np.zeros(shape, np.float32))
-    for name, shape in names.shapes(cfg).items()
+    for name, shape in tensor_names.shapes(cfg).items()
   }
   name = 'encoder/layers_1/mlp/wi_0/kernel'
   given[name] = Moment(np.outer(first, second))
-  tree = moments.to_t5x(given, cfg)
-  back = moments.of_t5x(flat(tree), cfg)
+  tree = adafactor_moments.to_t5x(given, cfg)
+  back = adafactor_moments.of_t5x(flat(tree), cfg)
   np.testing.assert_allclose(
     back[name].as_whole(), given[name].whole, rtol=1e-6
   )
@@ -124,17 +131,17 @@ def test_small_scanned_matrices_which_t5x_factors_and_we_do_not():
 def test_ours_and_back(scan_layers):
   cfg = config(scan_layers=scan_layers)
   given = random_moments(cfg)
-  state = moments.to_run(given, cfg, step=9)
+  state = adafactor_moments.to_run(given, cfg, step=9)
   stored = {'.'.join(('opt_state', *keys)): t for keys, t in state.items()}
-  same(moments.of_run(stored, cfg), given)
+  same(adafactor_moments.of_run(stored, cfg), given)
   count = [t for keys, t in state.items() if keys[-1] == 'count']
   assert [int(t.read()) for t in count] == [9]
 
 
 def test_another_optimizer_is_no_adafactor():
   cfg = config()
-  assert moments.of_t5x({}, cfg) == {}
-  assert moments.of_run({}, cfg) == {}
+  assert adafactor_moments.of_t5x({}, cfg) == {}
+  assert adafactor_moments.of_run({}, cfg) == {}
 
 
 @pytest.mark.parametrize('relpos_per_layer', [False, True])
@@ -149,7 +156,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   run = str(tmp_path / 'run')
   convert.convert(source=str(tmp_path / 't5x'), destination=run)
   # What train restores with restore_optimizer=True, through Orbax.
-  restored = source.open_source(run)
+  restored = checkpoint_source.open_source(run)
   _, shapes, axes = t5.abstract_params(restored.config)
   tx = optimizers.make_optimizer(optimizers.OptimizerConfig(), axes, shapes)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -171,7 +178,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
     np.testing.assert_array_equal(kernel[i], second)
   back = str(tmp_path / 'back')
   convert.convert(source=run, destination=back, to='t5x')
-  same(source.open_source(back).read_moments(), given)
+  same(checkpoint_source.open_source(back).read_moments(), given)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +197,7 @@ def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
   convert.convert(
     source=str(tmp_path / 't5x'), destination=run, vocabulary='byte'
   )
-  saved = source.open_source(run).config
+  saved = checkpoint_source.open_source(run).config
   optimizer = optimizers.OptimizerConfig(
     schedule=ScheduleConfig(factors='constant', base_learning_rate=0.0),
     **settings,
@@ -213,5 +220,5 @@ def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
 
 def test_a_new_state_is_all_zeros():
   cfg = config()
-  tree = moments.to_t5x(moments.new(cfg), cfg)
+  tree = adafactor_moments.to_t5x(adafactor_moments.new(cfg), cfg)
   assert not any(leaf.any() for leaf in jax.tree.leaves(tree))

@@ -4,7 +4,7 @@ import inspect
 import pytest
 
 from t5x_lite import main
-from t5x_lite.programs import signatures
+from t5x_lite.programs import command_flags
 
 
 @pytest.mark.parametrize('name', main.COMMANDS)
@@ -13,7 +13,7 @@ def test_the_source_says_what_the_function_says(name):
   command = main.COMMANDS[name]
   module, _, function = command.function.rpartition('.')
   real = inspect.signature(getattr(importlib.import_module(module), function))
-  found = signatures.read_parameters(command.function)
+  found = command_flags.read_parameters(command.function)
   assert [p.name for p in found] == list(real.parameters)
   assert set(command.positional) <= set(real.parameters)
   for parameter in found:
@@ -30,7 +30,7 @@ def test_the_source_says_what_the_function_says(name):
 
 
 def test_objects_have_no_type_here():
-  found = signatures.read_parameters('t5x_lite.programs.train.train')
+  found = command_flags.read_parameters('t5x_lite.programs.train.train')
   types = {parameter.name: parameter.type for parameter in found}
   assert types['model'] is types['train_eval'] is types['decoding'] is None
   assert (types['model_dir'], types['total_steps']) == (str, int)
@@ -39,7 +39,7 @@ def test_objects_have_no_type_here():
 
 
 def test_constants_of_the_module_are_resolved():
-  found = signatures.read_parameters('t5x_lite.programs.infer.infer')
+  found = command_flags.read_parameters('t5x_lite.programs.infer.infer')
   defaults = {parameter.name: parameter.default for parameter in found}
   assert defaults['max_input_length'] == '1024'
   assert defaults['field'] == ''

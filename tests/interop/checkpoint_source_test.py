@@ -6,11 +6,11 @@ from etils import epath
 
 from t5x_lite import errors
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import export, source, tensors
+from t5x_lite.interop import checkpoint_source, export, tensors
 from tests.models import tiny
 
 
-@pytest.mark.parametrize('to', source.FORMATS)
+@pytest.mark.parametrize('to', checkpoint_source.FORMATS)
 def test_formats_are_told_apart(to, tmp_path):
   cfg = tiny.config(relpos_num_buckets=16)
   found = tensors.of_params(tiny.params(cfg), cfg)
@@ -18,7 +18,7 @@ def test_formats_are_told_apart(to, tmp_path):
     epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to=to,
     vocabulary=None, step=3,
   )  # fmt: skip
-  opened = source.open_source(str(tmp_path / 'out'))
+  opened = checkpoint_source.open_source(str(tmp_path / 'out'))
   assert opened.format == to
   assert opened.tensors.keys() == found.keys()
   assert opened.config.relpos_num_buckets == 16
@@ -28,7 +28,7 @@ def test_formats_are_told_apart(to, tmp_path):
     'hf': [],
   }
   for place in places[to]:
-    again = source.open_source(str(tmp_path / 'out' / place))
+    again = checkpoint_source.open_source(str(tmp_path / 'out' / place))
     assert (again.format, again.step) == (to, 3)
 
 
@@ -39,26 +39,26 @@ def test_published_vocabularies_by_size():
     (250112, None),
   ):
     cfg = tiny.config(vocab_size=rows)
-    assert source.default_vocabulary(cfg) == expected
+    assert checkpoint_source.default_vocabulary(cfg) == expected
 
 
 def test_nothing_there(tmp_path, monkeypatch):
   with pytest.raises(errors.UsageError, match=f'{tmp_path}/x does not exist'):
-    source.open_source(str(tmp_path / 'x'))
+    checkpoint_source.open_source(str(tmp_path / 'x'))
   with pytest.raises(errors.UsageError, match=r'holds no checkpoint: no'):
-    source.open_source(str(tmp_path))
+    checkpoint_source.open_source(str(tmp_path))
   (tmp_path / 'model.safetensors').write_bytes(b'')
   with pytest.raises(errors.UsageError, match=r'weights but no config\.json'):
-    source.open_source(str(tmp_path))
+    checkpoint_source.open_source(str(tmp_path))
 
 
 def test_names_of_the_hub(monkeypatch, tmp_path):
   # The tests run offline.
   with pytest.raises(errors.UsageError, match='no/model is no local folder'):
-    source.open_source('no/model')
+    checkpoint_source.open_source('no/model')
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(errors.UsageError, match='huggingface_hub is not install'):
-    source.open_source('no/model')
+    checkpoint_source.open_source('no/model')
 
 
 def test_a_name_of_the_hub_is_fetched(monkeypatch, tmp_path):
@@ -76,7 +76,7 @@ def test_a_name_of_the_hub_is_fetched(monkeypatch, tmp_path):
     return str(tmp_path / 'out')
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
-  opened = source.open_source('someone/tiny-t5')
+  opened = checkpoint_source.open_source('someone/tiny-t5')
   assert asked[0][0] == 'someone/tiny-t5'
   assert not any('bin' in p for p in asked[0][1]['allow_patterns'])
   np.testing.assert_array_equal(

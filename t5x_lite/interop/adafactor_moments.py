@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite.interop import names, t5x
+from t5x_lite.interop import t5x, tensor_names
 from t5x_lite.interop.tensors import Tensor, of_array
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
@@ -68,7 +68,7 @@ def new(cfg: T5Config) -> dict[str, Moment]:
     name: Moment(means=(np.zeros(shape[0], 'f4'), np.zeros(shape[1], 'f4')))
     if _is_factored(shape)
     else Moment(np.zeros(shape, 'f4'))
-    for name, shape in names.shapes(cfg).items()
+    for name, shape in tensor_names.shapes(cfg).items()
   }
 
 
@@ -102,8 +102,8 @@ def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
     cfg: the model.
   """
   result = {}
-  for name, shape in names.shapes(cfg).items():
-    moment = _of_t5x_unrolled(found, names.t5x_name(name, cfg), shape)
+  for name, shape in tensor_names.shapes(cfg).items():
+    moment = _of_t5x_unrolled(found, tensor_names.t5x_name(name, cfg), shape)
     moment = moment or _of_t5x_scanned(found, name)
     if moment is None:
       return {}
@@ -140,7 +140,7 @@ def _of_t5x_unrolled(
 
 
 def _of_t5x_scanned(found: Mapping[str, Tensor], name: str) -> Moment | None:
-  place, layer = names.t5x_scanned_name(name)
+  place, layer = tensor_names.t5x_scanned_name(name)
   state = None if layer is None else _read(found, place)
   if state is None:
     return None
@@ -160,9 +160,9 @@ def to_t5x(moments: Moments, cfg: T5Config) -> dict[str, Any]:
   groups: dict[str, list[str]] = {}
   scanned = cfg.relpos_per_layer
   for name in moments:
-    place = names.t5x_name(name, cfg)
+    place = tensor_names.t5x_name(name, cfg)
     if scanned:
-      place, _ = names.t5x_scanned_name(name)
+      place, _ = tensor_names.t5x_scanned_name(name)
     groups.setdefault(place, []).append(name)
   tree: dict[str, Any] = {}
   for place, members in groups.items():
@@ -254,7 +254,12 @@ def _leaves(cfg: T5Config):
     leaves, treedef.flatten_up_to(axes), strict=True
   ):
     path = pytrees.names_of(keys)
-    yield path, leaf, one, names.leaf_names(path, names.num_layers(cfg, path))
+    yield (
+      path,
+      leaf,
+      one,
+      tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path)),
+    )
 
 
 def to_run(

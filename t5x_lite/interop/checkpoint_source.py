@@ -11,7 +11,14 @@ from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import hf, hf_tokenizer, moments, names, t5x, zarr
+from t5x_lite.interop import (
+  adafactor_moments,
+  hf,
+  hf_tokenizer,
+  t5x,
+  tensor_names,
+  zarr,
+)
 from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import run_directory
@@ -43,7 +50,7 @@ class Source:
   unknown: Sequence[str] = ()
   vocabulary: VocabularyConfig | None = None
   step: int = 0
-  read_moments: Callable[[], moments.Moments] = dict
+  read_moments: Callable[[], adafactor_moments.Moments] = dict
   lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -136,7 +143,7 @@ def _open_t5x(path: epath.Path) -> Source:
     }
   )
   config = t5x.model_config(params, folder)
-  known = names.shapes(config)
+  known = tensor_names.shapes(config)
   return Source(
     path=os.fspath(folder),
     format='t5x',
@@ -145,7 +152,7 @@ def _open_t5x(path: epath.Path) -> Source:
     unknown=sorted(params.keys() - known.keys()),
     vocabulary=default_vocabulary(config),
     step=t5x.step(found),
-    read_moments=functools.partial(moments.of_t5x, found, config),
+    read_moments=functools.partial(adafactor_moments.of_t5x, found, config),
   )
 
 
@@ -175,7 +182,7 @@ def _open_run(run: run_directory.Run) -> Source:
   reader = zarr.Reader()
   found = {}
   stored = zarr.orbax_tensors(state, reader)
-  for path, _, parts in names.leaves(run.model):
+  for path, _, parts in tensor_names.leaves(run.model):
     name = '.'.join(('params', *path))
     if name not in stored:
       raise UsageError(f'{state} has no {name}')
@@ -191,6 +198,6 @@ def _open_run(run: run_directory.Run) -> Source:
     tensors=found,
     vocabulary=run.vocabulary,
     step=run.step,
-    read_moments=functools.partial(moments.of_run, stored, run.model),
+    read_moments=functools.partial(adafactor_moments.of_run, stored, run.model),
     lengths=run.lengths,
   )

@@ -5,7 +5,7 @@ import pytest
 
 from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import DecodingConfig
-from t5x_lite.models import placed, t5
+from t5x_lite.models import model_sharding, t5
 from t5x_lite.parallel.partitioning import MeshConfig
 from tests.models import tiny
 
@@ -24,16 +24,16 @@ def test_casting_once_changes_no_bit(tied):
   cfg = tiny.config(
     dtype='bfloat16', logits_via_embedding=tied, relpos_per_layer=not tied
   )
-  placement = placed.place_model(cfg, MeshConfig(data=8))
+  placement = model_sharding.place_model(cfg, MeshConfig(data=8))
   params = tiny.params(cfg)
   batch = {'encoder_input_tokens': tiny.batch(8)['encoder_input_tokens']}
   whole = load(params, jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     params,
-    placed.param_shardings(cfg, placement),
+    model_sharding.param_shardings(cfg, placement),
   ))  # fmt: skip
-  specs = placed.inference_params(cfg, placement)
-  step = placed.jit_step(
+  specs = model_sharding.inference_params(cfg, placement)
+  step = model_sharding.jit_step(
     steps.make_predict_step, cfg, placement, DecodingConfig(max_decode_length=6)
   )
   expected = step(whole, batch)
@@ -49,22 +49,26 @@ def test_casting_once_changes_no_bit(tied):
 
 def test_nothing_is_cast_up():
   cfg = tiny.config(dtype='float32', param_dtype='bfloat16')
-  placement = placed.place_model(cfg, MeshConfig(data=8))
-  specs = placed.inference_params(cfg, placement)
+  placement = model_sharding.place_model(cfg, MeshConfig(data=8))
+  specs = model_sharding.inference_params(cfg, placement)
   assert {x.dtype for x in jax.tree.leaves(specs)} == {jnp.dtype('bfloat16')}
 
 
 def test_one_jitted_step_for_equal_arguments():
   cfg = tiny.config()
-  placement = placed.place_model(cfg, MeshConfig(data=8))
-  one = placed.jit_step(steps.make_score_step, cfg, placement)
-  again = placed.place_model(tiny.config(), MeshConfig(data=8))
-  assert placed.jit_step(steps.make_score_step, tiny.config(), again) is one
-  other = placed.place_model(cfg, MeshConfig(data=4, model=2))
-  assert placed.jit_step(steps.make_score_step, cfg, other) is not one
+  placement = model_sharding.place_model(cfg, MeshConfig(data=8))
+  one = model_sharding.jit_step(steps.make_score_step, cfg, placement)
+  again = model_sharding.place_model(tiny.config(), MeshConfig(data=8))
+  assert (
+    model_sharding.jit_step(steps.make_score_step, tiny.config(), again) is one
+  )
+  other = model_sharding.place_model(cfg, MeshConfig(data=4, model=2))
+  assert model_sharding.jit_step(steps.make_score_step, cfg, other) is not one
 
 
 def test_count_params():
   cfg = tiny.config()
   _, shapes, _ = t5.abstract_params(cfg)
-  assert placed.count_params(shapes) == placed.count_params(tiny.params(cfg))
+  assert model_sharding.count_params(shapes) == model_sharding.count_params(
+    tiny.params(cfg)
+  )

@@ -1,6 +1,6 @@
 import pytest
 
-from t5x_lite.interop import names
+from t5x_lite.interop import tensor_names
 from t5x_lite.models.config import T5Config, named_config
 
 SIZES = dict(
@@ -25,29 +25,29 @@ SIZES = dict(
 )
 def test_every_parameter_has_one_hugging_face_name(fields):
   cfg = T5Config(**{**SIZES, **fields})
-  found = list(names.shapes(cfg))
-  assert len({names.hf_name(name) for name in found}) == len(found)
+  found = list(tensor_names.shapes(cfg))
+  assert len({tensor_names.hf_name(name) for name in found}) == len(found)
 
 
 @pytest.mark.parametrize('scan_layers', [True, False])
 def test_leaves_hold_every_tensor_once(scan_layers):
   cfg = T5Config(**SIZES, scan_layers=scan_layers)
-  found = [name for _, _, some in names.leaves(cfg) for name in some]
-  assert sorted(found) == sorted(names.shapes(cfg))
+  found = [name for _, _, some in tensor_names.leaves(cfg) for name in some]
+  assert sorted(found) == sorted(tensor_names.shapes(cfg))
   assert len(found) == len(set(found))
 
 
 def test_names_are_t5xs():
   cfg = T5Config(**SIZES)
-  shapes = names.shapes(cfg)
+  shapes = tensor_names.shapes(cfg)
   assert shapes['encoder/layers_1/attention/query/kernel'] == (16, 16)
   assert shapes['decoder/layers_2/encoder_decoder_attention/out/kernel']
   assert shapes['decoder/relpos_bias/rel_embedding'] == (2, 32)
-  assert names.t5x_scanned_name('decoder/layers_2/mlp/wo/kernel') == (
+  assert tensor_names.t5x_scanned_name('decoder/layers_2/mlp/wo/kernel') == (
     'decoder/decoder/mlp/wo/kernel',
     2,
   )
-  assert names.t5x_scanned_name('decoder/logits_dense/kernel') == (
+  assert tensor_names.t5x_scanned_name('decoder/logits_dense/kernel') == (
     'decoder/logits_dense/kernel',
     None,
   )
@@ -56,27 +56,27 @@ def test_names_are_t5xs():
 def test_a_decoder_alone_keeps_its_embedding_inside():
   cfg = T5Config(**SIZES, architecture='decoder')
   name = 'token_embedder/embedding'
-  assert names.t5x_name(name, cfg) == 'decoder/token_embedder/embedding'
-  assert names.t5x_name(name, T5Config(**SIZES)) == name
+  assert tensor_names.t5x_name(name, cfg) == 'decoder/token_embedder/embedding'
+  assert tensor_names.t5x_name(name, T5Config(**SIZES)) == name
 
 
 def test_shared_parameters_name_their_lender():
-  shared = names.shapes(
+  shared = tensor_names.shapes(
     T5Config(**SIZES | {'num_decoder_layers': 2}, share_encoder_decoder=True)
   )
-  full = names.shapes(T5Config(**SIZES | {'num_decoder_layers': 2}))
+  full = tensor_names.shapes(T5Config(**SIZES | {'num_decoder_layers': 2}))
   for name in full.keys() - shared.keys():
-    lender = names.lender(name)
+    lender = tensor_names.lender(name)
     assert lender is not None
     assert full[lender] == full[name]
   # Each half has its own cross-attention, biases and final norms.
-  assert names.lender('decoder/relpos_bias/rel_embedding') is None
+  assert tensor_names.lender('decoder/relpos_bias/rel_embedding') is None
   assert (
-    names.lender('decoder/layers_0/encoder_decoder_attention/key/kernel')
+    tensor_names.lender('decoder/layers_0/encoder_decoder_attention/key/kernel')
     is None
   )
 
 
 def test_shapes_of_the_largest_size_cost_nothing():
-  shapes = names.shapes(named_config('t5_1_0_11b'))
+  shapes = tensor_names.shapes(named_config('t5_1_0_11b'))
   assert shapes['encoder/layers_23/mlp/wo/kernel'] == (65536, 1024)
