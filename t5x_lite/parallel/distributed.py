@@ -225,21 +225,22 @@ def from_primary(count: Callable[[], int]) -> int:
     count: called on the first process alone; returns 0 or more.
 
   Raises:
-    UsageError: on every process, if count raises one: none waits for another.
+    Exception: what count raises, and UsageError on all other processes: none
+      waits for another.
   """
-  error = None
+  error: Exception | None = None
   found = 0
   if is_primary():
     try:
       found = count()
-    except UsageError as caught:
+    except Exception as caught:  # raised again below, when all know of it
       error = caught
   if jax.process_count() > 1:
     # Two numbers of 31 bits: jax has no int64 unless it is told to.
     parts = [-1 if error else found >> 31, found & 0x7FFFFFFF]
     parts = multihost_utils.broadcast_one_to_all(np.array(parts, np.int32))
     if int(parts[0]) < 0 and error is None:
-      error = UsageError('the first process says what is wrong')
+      error = UsageError('process 0 failed; its log says why')
     found = (int(parts[0]) << 31) + int(parts[1])
   if error is not None:
     raise error

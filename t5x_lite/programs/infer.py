@@ -323,7 +323,7 @@ def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
     for line, text in zip(file, inputs, strict=False):
       try:
         written = json.loads(line)['input'] if line.endswith(b'\n') else None
-      except (json.JSONDecodeError, KeyError, TypeError):
+      except (ValueError, KeyError, TypeError):  # no JSON, no UTF-8
         written = None
       if written is None:
         break

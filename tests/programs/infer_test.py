@@ -133,6 +133,17 @@ def test_needs_no_tensorflow(run, words, tmp_path):
   assert len(result.stdout.splitlines()) == len(WORDS)
 
 
+def test_a_torn_line_of_bytes_is_written_again(run, words, tmp_path):
+  output = tmp_path / 'out.jsonl'
+  arguments = dict(model=run, input=str(words), output=str(output))
+  infer(**arguments, batch_size=8)
+  whole = output.read_bytes()
+  lines = whole.splitlines(keepends=True)
+  output.write_bytes(b''.join(lines[:9]) + b'{"input": "\xff\xfe"}\n')
+  infer(**arguments, batch_size=8, resume=True)
+  assert output.read_bytes() == whole
+
+
 def test_finished_work_is_not_overwritten(run, words, tmp_path):
   output = tmp_path / 'out.jsonl'
   arguments = dict(model=run, input=str(words), output=str(output))
