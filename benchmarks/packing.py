@@ -72,7 +72,7 @@ def translation(num: int) -> tuple[list, dict[str, int]]:
 
 
 def ours(examples: list, lengths: dict[str, int]) -> Pack:
-  """Windows of 256 ragged examples, as dataset.py feeds them."""
+  """Windows of 256 ragged examples, as row_stream.py feeds them."""
   windows = []
   for start in range(0, len(examples), 256):
     window = examples[start : start + 256]

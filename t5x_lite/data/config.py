@@ -1,6 +1,6 @@
 """DatasetConfig: which examples, in what order, cut into what batches.
 
-Apart from dataset.py so that a config can be made and checked without
+Apart from the iterator so that a config can be made and checked without
 importing TensorFlow, which takes 15 seconds.
 """
 

@@ -50,7 +50,7 @@ def first_reference(
 def restore_references(example):
   """Hands all references to the evaluation as `targets_pretokenized`.
 
-  SeqIO and evaluate.py take the targets of the metrics from there; the task's
+  SeqIO and the evaluators take the targets of the metrics from there; the task's
   postprocessor splits them.
   """
   example = dict(example)
