@@ -50,8 +50,8 @@ def first_reference(
 def restore_references(example):
   """Hands all references to the evaluation as `targets_pretokenized`.
 
-  SeqIO and the evaluators take the targets of the metrics from there; the task's
-  postprocessor splits them.
+  SeqIO and the evaluators take the targets of the metrics from there; the
+  task's postprocessor splits them.
   """
   example = dict(example)
   example['targets_pretokenized'] = example.pop('references')
