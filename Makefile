@@ -70,7 +70,7 @@ lock:
 	$(PYTHON) -m venv $(LOCK)
 	$(LOCK)/bin/python $(PIP_INSTALL) --upgrade setuptools .
 	$(FREEZE) > $(LOCK)/run
-	$(LOCK)/bin/python $(PIP_INSTALL) -c $(LOCK)/run '.[dev,hf,tpu]' torch==2.13.0
+	$(LOCK)/bin/python $(PIP_INSTALL) -c $(LOCK)/run '.[dev,docs,hf,tpu,wandb]' torch==2.13.0
 	{ echo '# Exact versions for Python 3.11 on CPU, written by `make lock`.'; \
 	  cat $(LOCK)/run; \
 	  echo '# Tests, linters, parity oracles, TPU compiles.'; \
