@@ -48,6 +48,8 @@ ALLOWED_IMPORTERS = {
 WITHOUT_TENSORFLOW = (
   'data/__init__.py',
   'data/config.py',
+  'data/pairs.py',
+  'data/records.py',
   'data/rows/feature_converters.py',
   'data/rows/packing.py',
   'data/rows/row_buffer.py',

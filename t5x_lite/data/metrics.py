@@ -70,6 +70,28 @@ def squad(
   }
 
 
+def f1(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """F1 of each label that occurs among the targets, averaged (macro).
+
+  A prediction that is no label counts as a miss. Of several references the
+  first is the label, unless the prediction equals another.
+  """
+  from sklearn import metrics  # takes a second to import
+
+  _check(targets, predictions)
+  wanted = []
+  got = [text.strip() for text in predictions]
+  for target, text in zip(targets, got, strict=True):
+    labels = [label.strip() for label in references(target)]
+    wanted.append(text if text in labels else labels[0])
+  score = metrics.f1_score(
+    wanted, got, labels=sorted(set(wanted)), average='macro', zero_division=0
+  )
+  return {'f1_macro': 100.0 * float(score)}
+
+
 # ---- Error rates -------------------------------------------------------------
 
 
@@ -169,8 +191,32 @@ def chrf(
   return {'chrf': score.score}
 
 
+# ---- Summaries ---------------------------------------------------------------
+
+
+def rouge(
+  targets: Sequence[Target], predictions: Sequence[str]
+) -> dict[str, float]:
+  """ROUGE-1, -2 and -Lsum, mean F-measure, stemmed; best reference each.
+
+  Lsum takes a line for a sentence, as t5/evaluation/metrics.py does.
+  """
+  from rouge_score import rouge_scorer
+
+  _check(targets, predictions)
+  kinds = ['rouge1', 'rouge2', 'rougeLsum']
+  scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
+  totals = dict.fromkeys(kinds, 0.0)
+  for target, prediction in zip(targets, predictions, strict=True):
+    scores = scorer.score_multi(references(target), prediction)
+    for kind in kinds:
+      totals[kind] += scores[kind].fmeasure
+  return {kind: 100.0 * sum_ / len(targets) for kind, sum_ in totals.items()}
+
+
 METRICS: dict[str, MetricFn] = {
   'accuracy': accuracy,
+  'f1': f1,
   'sequence_accuracy': sequence_accuracy,
   'squad': squad,
   'pronunciation_error_rates': pronunciation_error_rates,
@@ -178,6 +224,7 @@ METRICS: dict[str, MetricFn] = {
   'edit_distance': mean_edit_distance,
   'bleu': bleu,
   'chrf': chrf,
+  'rouge': rouge,
 }
 
 

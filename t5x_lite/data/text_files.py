@@ -1,27 +1,35 @@
-"""Reads text, TSV and JSONL files, plain or gzip, and loses no row silently.
+"""Finds text files and reads their lines, plain or gzip.
 
-No TensorFlow here: the vocabulary trainer and file inference read the same
-formats through this module.
+No TensorFlow here. records.py makes rows with fields of the lines.
 """
 
 import gzip
-import json
 import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from etils import epath
 
 from t5x_lite.errors import UsageError
 
-Format = Literal['text', 'tsv', 'jsonl']
-FORMATS = ('text', 'tsv', 'jsonl')
+# A Hugging Face `datasets` folder of one split, and of several, holds these.
+DATASET_FILE = 'state.json'
+DATASET_SPLITS_FILE = 'dataset_dict.json'
+
+
+def is_dataset_folder(path: str | os.PathLike) -> bool:
+  """Whether `save_to_disk` of Hugging Face's `datasets` wrote this folder."""
+  root = epath.Path(path)
+  names = (DATASET_FILE, DATASET_SPLITS_FILE)
+  return any((root / name).exists() for name in names)
 
 
 def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
   """Returns the files of a path, of a glob pattern or of several, sorted.
+
+  What exists is never a pattern, whatever its name. A folder counts as a file
+  if `datasets` wrote it.
 
   Raises:
     UsageError: if a path or pattern names no file.
@@ -30,17 +38,25 @@ def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
     patterns = [os.fspath(patterns)]
   files = []
   for pattern in patterns:
-    if wildcard := re.search(r'[*?[]', pattern):
+    path = epath.Path(pattern)
+    wildcard = re.search(r'[*?[]', pattern)
+    if path.exists():
+      found = [pattern]
+    elif wildcard:
       if '**' in pattern:
         raise UsageError(f"{pattern!r} has '**'; name each folder with '*'")
       # The folder before the first wildcard, and the rest.
       start = wildcard.start()
       root, slash, _ = pattern[:start].rpartition('/')
-      found = epath.Path(root + slash).glob(pattern[len(root + slash) :])
-      found = sorted(os.fspath(path) for path in found if not path.is_dir())
+      matches = epath.Path(root + slash).glob(pattern[len(root + slash) :])
+      found = sorted(os.fspath(path) for path in matches)
     else:
-      path = epath.Path(pattern)
-      found = [pattern] if path.exists() and not path.is_dir() else []
+      found = []
+    found = [
+      file
+      for file in found
+      if is_dataset_folder(file) or not epath.Path(file).is_dir()
+    ]
     if not found:
       raise UsageError(f'There is no file {pattern!r}')
     files.extend(found)
@@ -56,30 +72,6 @@ def total_bytes(files: Sequence[str]) -> int:
     epath.Path(file).stat().length * (4 if file.endswith('.gz') else 1)
     for file in files
   )
-
-
-def format_of(path: str, file_format: str = '') -> Format:
-  """Returns the format of a file: as said, else from its name.
-
-  Raises:
-    UsageError: if `file_format` is unknown.
-  """
-  if file_format:
-    if file_format not in FORMATS:
-      raise UsageError(
-        f'The file format is {file_format!r}; it must be one of '
-        f'{", ".join(FORMATS)}'
-      )
-    return file_format
-  name = path.removesuffix('.gz')
-  for ending, known in (
-    ('.tsv', 'tsv'),
-    ('.jsonl', 'jsonl'),
-    ('.json', 'jsonl'),
-  ):
-    if name.endswith(ending):
-      return known
-  return 'text'
 
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
@@ -112,132 +104,3 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
     ) from error
   except OSError as error:
     raise UsageError(f'Cannot read {path!r}: {error.strerror}') from error
-
-
-def rows(
-  path: str,
-  fields: Sequence[str | int],
-  file_format: str = '',
-) -> Iterator[tuple[str, ...]]:
-  """Yields the named fields of every row.
-
-  Args:
-    path: the file.
-    fields: JSONL keys; or TSV columns, by number from 0 or by a name that the
-      first line holds (then it is a header). Not used for text, where a row is
-      a line.
-    file_format: 'text', 'tsv' or 'jsonl'; empty to tell from the name.
-
-  Raises:
-    UsageError: naming file and line, if a row lacks a field. Blank lines are
-      skipped: they hold no row.
-  """
-  file_format = format_of(path, file_format)
-  if file_format == 'text':
-    for _, line in lines(path):
-      if line.strip():
-        yield (line,)
-  elif file_format == 'tsv':
-    yield from _tsv_rows(path, fields)
-  else:
-    yield from _jsonl_rows(path, fields)
-
-
-def texts(
-  path: str, fields: Sequence[str | int] = (), file_format: str = ''
-) -> Iterator[str]:
-  """Yields every text of a file: the fields of `rows`, or all there are.
-
-  Without fields, that is every column of a TSV file, and every value of a JSONL
-  file that is text.
-  """
-  file_format = format_of(path, file_format)
-  if fields or file_format == 'text':
-    for row in rows(path, fields, file_format):
-      yield from row
-  elif file_format == 'tsv':
-    for _, line in lines(path):
-      yield from filter(str.strip, line.split('\t'))
-  else:
-    for _, entry in _jsonl_entries(path):
-      yield from (v for v in entry.values() if isinstance(v, str) and v.strip())
-
-
-def _tsv_rows(
-  path: str, fields: Sequence[str | int]
-) -> Iterator[tuple[str, ...]]:
-  """Yields columns; quotes are characters like any other, not CSV."""
-  columns: list[int] | None = None
-  width = 0
-  for number, line in lines(path):
-    if not line.strip(' '):
-      continue
-    cells = line.split('\t')
-    if columns is None:
-      columns, is_header = _tsv_columns(path, cells, fields)
-      width = len(cells)
-      if is_header:
-        continue
-    if len(cells) != width:
-      raise UsageError(
-        f'{path}:{number} has {len(cells)} columns, the first line {width}; '
-        'write a tab inside a field as a space'
-      )
-    yield tuple(cells[column] for column in columns)
-
-
-def _tsv_columns(
-  path: str, cells: Sequence[str], fields: Sequence[str | int]
-) -> tuple[list[int], bool]:
-  """Returns the column numbers, and whether the first line is a header."""
-  named = [field for field in fields if isinstance(field, str)]
-  columns = []
-  for field in fields:
-    if isinstance(field, str):
-      if field not in cells:
-        raise UsageError(
-          f'{path} has no column {field!r} in its first line, which reads '
-          f'{", ".join(map(repr, cells))}; name one of these, or give column '
-          'numbers from 0 if there is no header'
-        )
-      columns.append(cells.index(field))
-    else:
-      if not 0 <= field < len(cells):
-        raise UsageError(
-          f'{path} has {len(cells)} columns; there is no column {field} '
-          '(counted from 0)'
-        )
-      columns.append(field)
-  return columns, bool(named)
-
-
-def _jsonl_rows(
-  path: str, fields: Sequence[str | int]
-) -> Iterator[tuple[str, ...]]:
-  for number, entry in _jsonl_entries(path):
-    row = []
-    for field in fields:
-      value = entry.get(str(field))
-      if isinstance(value, bool) or not isinstance(value, str | int | float):
-        found = type(value).__name__ if field in entry else 'not there'
-        raise UsageError(
-          f'{path}:{number}: the field {field!r} must be text or a number; it '
-          f'is {found}. The keys are {", ".join(map(repr, entry))}'
-        )
-      row.append(str(value))
-    yield tuple(row)
-
-
-def _jsonl_entries(path: str) -> Iterator[tuple[int, dict[str, object]]]:
-  for number, line in lines(path):
-    if not line.strip():
-      continue
-    try:
-      entry = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise UsageError(f'{path}:{number} is not JSON: {error}') from error
-    if not isinstance(entry, dict):
-      raise UsageError(
-        f'{path}:{number} is not a JSON object but {type(entry).__name__}'
-      )
-    yield number, entry

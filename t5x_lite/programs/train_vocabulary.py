@@ -15,7 +15,7 @@ import sentencepiece
 from absl import logging
 from etils import epath
 
-from t5x_lite.data import text_files
+from t5x_lite.data import records, text_files
 from t5x_lite.data.vocabularies import (
   EOS_ID,
   PAD_ID,
@@ -125,7 +125,7 @@ def train_vocabulary(
     texts = (
       text
       for path in files
-      for text in text_files.texts(path, fields, file_format)
+      for text in records.texts(path, fields, file_format)
     )
   sentences, total = _sample(_sentences(texts), max_sentences, seed)
   if not sentences:

@@ -82,6 +82,8 @@ class MixtureRecipe:
 
 
 _CATALOG: dict[str, TaskRecipe | MixtureRecipe] = {}
+# Full names of a recipe that are registered.
+_RESOLVED: dict[str, set[str]] = {}
 
 
 # ---- Finding and registering -------------------------------------------------
@@ -120,6 +122,7 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
     full_name = f'{name}_{suffix(vocabulary)}'
     if not is_registered(full_name):
       _CATALOG[name].register(full_name, vocabulary)
+      _RESOLVED.setdefault(name, set()).add(full_name)
     return full_name
   provider = find_provider(name)
   wanted = to_seqio(vocabulary)
@@ -252,6 +255,16 @@ def add(
     _CATALOG[name] = recipe
   else:
     recipe.register(name, vocabulary)
+
+
+def replace(name: str, recipe: TaskRecipe | MixtureRecipe) -> None:
+  """Adds a recipe in the place of one of this name.
+
+  For tasks that live as long as a call: a notebook fine-tunes many times.
+  """
+  for full_name in _RESOLVED.pop(name, set()):
+    seqio.TaskRegistry.remove(full_name)
+  _CATALOG[name] = recipe
 
 
 def _same(a: seqio.Vocabulary, b: seqio.Vocabulary) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import seqio
 
 from t5x_lite.data import metrics as metrics_lib
-from t5x_lite.data import text_files
+from t5x_lite.data import records, text_files
 from t5x_lite.data.objectives import preprocessors
 from t5x_lite.data.objectives.named import OBJECTIVES
 from t5x_lite.data.tasks import catalog, sources, text_preprocessors
@@ -65,7 +65,7 @@ def register_file_task(
   )
   for pattern in split_to_files.values():
     for path in text_files.expand(pattern):
-      if text_files.format_of(path, file_format) == 'text':
+      if records.format_of(path, file_format) == 'text':
         raise UsageError(
           f'{path!r} of task {name!r} is neither .tsv nor .jsonl; say '
           "file_format='tsv' or 'jsonl', or use register_text_task for text "
@@ -133,7 +133,7 @@ def register_text_task(
     for pattern in split_to_files.values()
     for path in text_files.expand(pattern)
   ]
-  is_text = all(text_files.format_of(f, file_format) == 'text' for f in files)
+  is_text = all(records.format_of(f, file_format) == 'text' for f in files)
   if is_text and text_files.total_bytes(files) > MAX_IN_MEMORY_BYTES:
     if lines_per_document != 1:
       raise UsageError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import text_files
+from t5x_lite.data import records, text_files
 from t5x_lite.errors import UsageError
 
 Columns = dict[str, list[str]]
@@ -129,7 +129,7 @@ def read_pairs(
   inputs: list[str] = []
   targets: list[str] = []
   for path in text_files.expand(pattern):
-    for source, target in text_files.rows(path, fields, file_format):
+    for source, target in records.rows(path, fields, file_format):
       inputs.append(source)
       targets.append(target)
   _check_not_empty(inputs, pattern)
@@ -158,7 +158,7 @@ def read_documents(
   """
   documents: list[str] = []
   for path in text_files.expand(pattern):
-    texts = [row[0] for row in text_files.rows(path, [field], file_format)]
+    texts = [row[0] for row in records.rows(path, [field], file_format)]
     for start in range(0, len(texts), lines_per_document):
       documents.append('\n'.join(texts[start : start + lines_per_document]))
   _check_not_empty(documents, pattern)

@@ -1,0 +1,380 @@
+"""Pairs of input and target text from what a user has: files, rows, frames.
+
+Columns are found by their names, or named, or put into a template. Every row
+is checked when it is read, and a bad one is told with its file and line.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from t5x_lite.data import records, text_files
+from t5x_lite.errors import UsageError
+
+# Pairs are held in memory, several times over while they are read.
+MAX_BYTES = 4 << 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+  """Which fields of a row are the input and the target.
+
+  Attributes:
+    input: name, or number from 0 where there is no header; '' to find it.
+    target: likewise.
+    template: makes the input of several fields, 'summarize: {article}'; instead
+      of `input`.
+    prefix: put before every input, with its space.
+    skip_bad_rows: leave out rows without input or target, instead of refusing
+      them.
+  """
+
+  input: str = ''
+  target: str = ''
+  template: str = ''
+  prefix: str = ''
+  skip_bad_rows: bool = False
+
+  def __post_init__(self):
+    if self.template and self.input:
+      raise UsageError('give input_column or template, not both')
+    if self.template and not self.template_fields:
+      raise UsageError(
+        f'the template {self.template!r} names no field; write one in braces, '
+        "as in 'summarize: {article}'"
+      )
+
+  @property
+  def template_fields(self) -> list[str]:
+    """Names of the fields in the template."""
+    try:
+      parts = list(string.Formatter().parse(self.template))
+    except ValueError as error:
+      raise UsageError(f'the template {self.template!r}: {error}') from error
+    if any(spec or conversion for _, _, spec, conversion in parts):
+      raise UsageError(
+        f'the template {self.template!r} has a format; a field is only {{name}}'
+      )
+    return [name for _, name, _, _ in parts if name is not None]
+
+  @property
+  def named(self) -> list[str | int]:
+    """The fields that are named, numbers as such."""
+    return [field(name) for name in self._given()]
+
+  def _given(self) -> list[str]:
+    return [
+      name for name in (*self.template_fields, self.input, self.target) if name
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs:
+  """Inputs and targets, as many of one as of the other.
+
+  Attributes:
+    inputs: texts, prefix and template applied.
+    targets: texts.
+    places: where each stands, as FILE:LINE.
+    fields: names of the input's and the target's columns, for the record.
+    skipped: bad rows that were left out.
+  """
+
+  inputs: list[str]
+  targets: list[str]
+  places: list[str]
+  fields: tuple[str, str]
+  skipped: int = 0
+
+  def __len__(self) -> int:
+    """Number of pairs."""
+    return len(self.inputs)
+
+  def fingerprint(self) -> str:
+    """Returns a short name of the content and its order."""
+    sha256 = hashlib.sha256()
+    for text in (*self.inputs, *self.targets):
+      data = text.encode('utf-8', 'surrogatepass')
+      sha256.update(len(data).to_bytes(8, 'little') + data)
+    return sha256.hexdigest()[:16]
+
+  def take(self, chosen: Sequence[int]) -> 'Pairs':
+    """Returns some of the pairs, in the order given."""
+    return dataclasses.replace(
+      self,
+      inputs=[self.inputs[i] for i in chosen],
+      targets=[self.targets[i] for i in chosen],
+      places=[self.places[i] for i in chosen],
+    )
+
+  def hold_out(self, count: int) -> tuple['Pairs', 'Pairs']:
+    """Splits off about `count` pairs: the same ones whatever the order.
+
+    By a hash of the input, so that what occurs twice is never on both sides.
+    """
+    keys = [
+      hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest()
+      for text in self.inputs
+    ]
+    distinct = sorted(set(keys))
+    if len(distinct) < 2:
+      raise UsageError(
+        'all inputs are equal: there is nothing to hold out; give a validation '
+        'file'
+      )
+    share = min(max(1, count), len(distinct) - 1)
+    chosen = set(distinct[: max(1, round(share * len(distinct) / len(keys)))])
+    rest = [i for i, key in enumerate(keys) if key not in chosen]
+    held = [i for i, key in enumerate(keys) if key in chosen]
+    return self.take(rest), self.take(held)
+
+
+def field(name: str) -> str | int:
+  """Returns a column's name, or its number if that is what it says."""
+  return int(name) if re.fullmatch(r'\d+', name) else name
+
+
+def read(
+  source: Any,
+  columns: Columns | None = None,
+  *,
+  targets: str | Sequence[str] = (),
+  what: str = 'train',
+) -> Pairs:
+  """Reads pairs from files, or takes them from memory.
+
+  Args:
+    source: a path or glob pattern or several: JSONL, JSON, CSV, TSV, Parquet,
+      plain or gzip text of input TAB target, or a folder that
+      `datasets.save_to_disk` wrote. Or what is in memory: a list of pairs or of
+      dicts, a dict of lists, a pandas DataFrame, a `datasets.Dataset`.
+    columns: which fields are meant; found by their names by default.
+    targets: text files beside `source`, line by line; that has inputs alone.
+    what: name of the data in messages.
+
+  Raises:
+    UsageError: naming file and line, for the first thing that is wrong.
+  """
+  columns = columns or Columns()
+  if is_paths(source):
+    rows = _of_files(source, columns, targets)
+  else:
+    if targets:
+      raise UsageError('targets in files beside need inputs in files')
+    rows = _of_memory(source, what)
+  inputs: list[str] = []
+  wanted: list[str] = []
+  places: list[str] = []
+  skipped = 0
+  names: tuple[str, str] | None = None
+  for place, row in rows:
+    if names is None:
+      names = _choose(row, columns, place)
+    try:
+      one = _input(row, columns, names[0], place)
+      other = _filled(row, names[1], place)
+    except UsageError:
+      if not columns.skip_bad_rows:
+        raise
+      skipped += 1
+      continue
+    inputs.append(columns.prefix + one)
+    wanted.append(other)
+    places.append(place)
+  if names is None or not inputs:
+    shown = repr(source) if is_paths(source) else f'{what}'
+    raise UsageError(f'{shown} holds no rows')
+  return Pairs(
+    inputs=inputs,
+    targets=wanted,
+    places=places,
+    fields=names,
+    skipped=skipped,
+  )
+
+
+def split_of(source: Any, split: str) -> str:
+  """Returns the folder of a split that a saved DatasetDict has, else ''."""
+  paths = [source] if isinstance(source, str | os.PathLike) else source
+  if not is_paths(source) or len(paths) != 1:
+    return ''
+  return records.dataset_splits(os.fspath(paths[0])).get(split, '')
+
+
+def is_paths(source: Any) -> bool:
+  """Whether a source names files, and is not rows itself."""
+  if isinstance(source, str | os.PathLike):
+    return True
+  return (
+    isinstance(source, Sequence)
+    and bool(source)
+    and all(isinstance(one, str | os.PathLike) for one in source)
+  )
+
+
+# ---- Rows of files and of memory ---------------------------------------------
+
+
+def _of_files(
+  source: Any, columns: Columns, targets: str | Sequence[str]
+) -> Iterator[tuple[str, records.Row]]:
+  paths = text_files.expand(source)
+  size = sum(
+    text_files.total_bytes([path])
+    for path in paths
+    if not text_files.is_dataset_folder(path)
+  )
+  if size > MAX_BYTES:
+    raise UsageError(
+      f'{len(paths)} files of {size / 1e9:.1f} GB are more than is held in '
+      f'memory ({MAX_BYTES >> 30} GiB): fine-tune on a part, or write a task '
+      'with a streaming source and use `t5x-lite train`'
+    )
+  if targets:
+    yield from _parallel(paths, text_files.expand(targets))
+    return
+  for path in paths:
+    parts = records.dataset_splits(path) or {'': path}
+    part = parts.get('train', next(iter(parts.values())))
+    for number, row in records.read(part, columns.named):
+      yield f'{path}:{number}', row
+
+
+def _parallel(
+  paths: Sequence[str], others: Sequence[str]
+) -> Iterator[tuple[str, records.Row]]:
+  """Yields rows of two files that have as many lines."""
+  if len(paths) != len(others):
+    raise UsageError(
+      f'there are {len(paths)} files of inputs and {len(others)} of targets'
+    )
+  for path, other in zip(paths, others, strict=True):
+    left, right = text_files.lines(path), text_files.lines(other)
+    number = 0
+    for number, line in left:
+      found = next(right, None)
+      if found is None:
+        raise UsageError(f'{other} has {number - 1} lines, {path} has more')
+      if line.strip() or found[1].strip():
+        yield f'{path}:{number}', {'input': line, 'target': found[1]}
+    if next(right, None) is not None:
+      raise UsageError(f'{path} has {number} lines, {other} has more')
+
+
+def _of_memory(source: Any, what: str) -> Iterator[tuple[str, records.Row]]:
+  """Yields rows of a list, a dict of columns, a DataFrame or a Dataset."""
+  labels: dict[str, list[str]] = {}
+  if hasattr(source, 'to_dict') and hasattr(source, 'columns'):  # pandas
+    source = {str(k): list(v) for k, v in source.to_dict('list').items()}
+  elif hasattr(source, 'column_names') and hasattr(source, 'features'):
+    if isinstance(source, Mapping):  # a DatasetDict
+      raise UsageError(
+        f'{what} is a DatasetDict of {", ".join(source)}: give one split of it'
+      )
+    for name, feature in source.features.items():
+      if isinstance(getattr(feature, 'names', None), list):
+        labels[name] = feature.names
+    source = source.to_dict()
+  if isinstance(source, Mapping):
+    lengths = {name: len(values) for name, values in source.items()}
+    if len(set(lengths.values())) > 1:
+      raise UsageError(f'the columns of {what} differ in length: {lengths}')
+    names = list(source)
+    rows: Iterator[Any] = (
+      dict(zip(names, values, strict=True))
+      for values in zip(*source.values(), strict=True)
+    )
+  elif isinstance(source, Sequence):
+    rows = iter(source)
+  else:
+    raise UsageError(
+      f'{what} is a {type(source).__name__}; give a path, a list of (input, '
+      'target) pairs or of dicts, a DataFrame or a datasets.Dataset'
+    )
+  for number, row in enumerate(rows, start=1):
+    place = f'{what}:{number}'
+    if isinstance(row, Mapping):
+      named = dict(row)
+      for name, texts in labels.items():
+        if isinstance(named.get(name), int) and 0 <= named[name] < len(texts):
+          named[name] = texts[named[name]]
+      yield place, named
+    elif isinstance(row, Sequence) and len(row) == 2 and not _is_text(row):
+      yield place, {'input': row[0], 'target': row[1]}
+    else:
+      raise UsageError(
+        f'{place} is {row!r:.60}: neither an (input, target) pair nor a dict'
+      )
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str | bytes)
+
+
+# ---- Columns -----------------------------------------------------------------
+
+
+def _choose(row: records.Row, columns: Columns, place: str) -> tuple[str, str]:
+  """Returns the names of the input's and the target's column.
+
+  Raises:
+    UsageError: if they cannot be told.
+  """
+  numbered = all(isinstance(name, int) for name in row)
+  if numbered and len(row) == 2:
+    found = ('0', '1')
+  else:
+    found = (
+      _known(row, records.INPUT_NAMES, columns.target),
+      _known(row, records.TARGET_NAMES, columns.input),
+    )
+  one = columns.input or ('' if columns.template else found[0])
+  other = columns.target or found[1]
+  if not columns.template and not one:
+    raise _unclear('input', row, place)
+  if not other or other == one:
+    raise _unclear('target', row, place)
+  return one or columns.template, other
+
+
+def _known(row: records.Row, names: Sequence[str], taken: str) -> str:
+  lower = {str(name).strip().lower(): str(name) for name in row}
+  found = [lower[name] for name in names if name in lower]
+  return next((name for name in found if name != taken), '')
+
+
+def _unclear(which: str, row: records.Row, place: str) -> UsageError:
+  shown = ', '.join(repr(name) for name in row)
+  return UsageError(
+    f'{place}: which of the columns {shown} is the {which}? '
+    f'Say --{which}_column'
+  )
+
+
+def _input(row: records.Row, columns: Columns, name: str, place: str) -> str:
+  if not columns.template:
+    return _filled(row, name, place)
+  values = {
+    one: _filled(row, one, place) for one in set(columns.template_fields)
+  }
+  return ''.join(
+    text + (values[name] if name is not None else '')
+    for text, name, _, _ in string.Formatter().parse(columns.template)
+  )
+
+
+def _filled(row: records.Row, name: str, place: str) -> str:
+  key = field(name)
+  if name in row:
+    key = name
+  text = records.as_text(row, key, place)
+  if not text.strip() or text == 'nan':
+    raise UsageError(
+      f'{place}: the field {name!r} is empty; fill it, or leave such rows out '
+      'with --skip_bad_rows'
+    )
+  return text
