@@ -23,7 +23,6 @@ from t5x_lite.errors import UsageError
 from t5x_lite.interop import assignment, checkpoint_source, export, tensors
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement, single_device
 from t5x_lite.programs import grow_vocabulary
@@ -62,18 +61,11 @@ def load(
     UsageError: if nothing there can be read, or it is another kind of model.
   """
   opened = checkpoint_source.open_source(path)
-  known = {field.name for field in dataclasses.fields(T5Config)}
-  unknown = sorted(changes.keys() - known)
-  if unknown:
-    raise UsageError(
-      f'load got {unknown[0]!r}, which is no field of T5Config; there are '
-      f'{", ".join(sorted(known))}'
-    )
   config = opened.config.replace(**changes)
   found, report = assignment.assign(
     opened, config, assignment_map=assignment_map, strict=strict, seed=seed
   )
-  placement = _place(config, mesh)
+  placement = model_sharding.place_here(config, mesh)
   shardings = model_sharding.param_shardings(config, placement)
   params = tensors.place(found, config, shardings)
   return Model(
@@ -102,21 +94,13 @@ def new(
     mesh: how the parameters are spread over devices; one device by default.
     seed: of the parameters.
   """
-  placement = _place(config, mesh)
+  placement = model_sharding.place_here(config, mesh)
   init = jax.jit(
     functools.partial(t5.init_params, config),
     out_shardings=model_sharding.param_shardings(config, placement),
   )
   params = init(jax.random.key(seed))
   return Model(config, params, vocabulary, placement=placement)
-
-
-def _place(config: T5Config, mesh: MeshConfig | None) -> Placement:
-  return (
-    single_device()
-    if mesh is None
-    else model_sharding.place_model(config, mesh)
-  )
 
 
 class Model:
@@ -209,10 +193,9 @@ class Model:
       k: np.asarray(v, np.int32) for k, v in batch.items() if v is not None
     }
     length = arrays['decoder_input_tokens'].shape[1]
+    fill = {'decoder_causal_attention': 0}
     arrays = {
-      name: self._widened(
-        array, 0 if 'attention' in name else self.config.pad_id
-      )
+      name: self._widened(array, fill.get(name, self.config.pad_id))
       for name, array in arrays.items()
     }
     return self._call(steps.make_logits_step, arrays)[:, :length]
@@ -267,15 +250,16 @@ class Model:
       raise UsageError(
         f'a target has {longest} tokens; max_input_tokens is {max_input_tokens}'
       )
-    tokens = self._padded(wanted, max(map(len, wanted)))
-    batch = {'decoder_target_tokens': tokens}
-    weights = np.zeros(tokens.shape, np.float32)
-    for i, row in enumerate(wanted):
-      weights[i, : len(row)] = 1.0
-    batch['decoder_loss_weights'] = weights
+    tokens = self._padded(wanted, longest)
+    lengths = np.asarray([[len(row)] for row in wanted])
+    weights = np.arange(tokens.shape[1]) < lengths
     shifted = np.roll(tokens, 1, axis=1)
     shifted[:, 0] = self.config.decoder_start_id
-    batch['decoder_input_tokens'] = shifted
+    batch = {
+      'decoder_target_tokens': tokens,
+      'decoder_loss_weights': weights.astype(np.float32),
+      'decoder_input_tokens': shifted,
+    }
     if self.config.has_encoder:
       if inputs is None:
         raise UsageError('score needs inputs: there is an encoder')
@@ -328,7 +312,7 @@ class Model:
       inputs, eos=self.config.has_encoder, limit=max_input_tokens
     )
     outputs: list[list[int]] = []
-    scores: list[float] = []
+    scores: Any = []
     # Few different sizes, so that what is compiled serves the next call too.
     size = min(batch_size, prediction.padded_length(len(rows), shortest=1))
     predictor = None
@@ -363,7 +347,7 @@ class Model:
       assert self.vocabulary is not None
       results = [self.vocabulary.decode(row) for row in outputs]
     if isinstance(inputs, str):
-      return (results[0], scores[0]) if return_scores else results[0]
+      results, scores = results[0], scores[0]
     return (results, scores) if return_scores else results
 
   # ---- Saving and training ----
@@ -402,12 +386,11 @@ class Model:
       tokens: new pieces; their rows begin as the mean of the old ones.
       extra_ids: number of sentinels in all.
     """
-    if self.vocabulary_config is None:
-      raise UsageError('this model came without a vocabulary')
+    vocabulary = self._check_vocabulary()
     grown, config, vocabulary, _ = grow_vocabulary.grow(
       tensors.of_params(self.params, self.config),
       self.config,
-      self.vocabulary_config,
+      vocabulary,
       tokens=tokens,
       extra_ids=extra_ids,
     )
@@ -424,8 +407,7 @@ class Model:
   def train(self, *, model_dir: str, **arguments: Any) -> 'Model':
     """Trains from these parameters and returns the trained model.
 
-    It lies where this one lies. With dry_run=True nothing is trained, and the
-    model itself comes back.
+    It lies where this one lies. With dry_run=True the model itself comes back.
 
     Args:
       model_dir: the new run's directory; a run that is there is continued.
@@ -434,23 +416,44 @@ class Model:
     from t5x_lite.programs import train
     from t5x_lite.runs import checkpoints
 
-    if self.vocabulary_config is None:
-      raise UsageError('training needs a vocabulary; load with vocabulary=...')
+    vocabulary = self._check_vocabulary()
     with tempfile.TemporaryDirectory(prefix='t5x_lite_') as scratch:
       start = f'{scratch}/start'
       self.save(start)
       checkpoint = arguments.pop('checkpoint', checkpoints.CheckpointConfig())
       state = train.train(
         model=self.config,
-        vocabulary=self.vocabulary_config,
+        vocabulary=vocabulary,
         model_dir=model_dir,
         checkpoint=dataclasses.replace(checkpoint, restore_path=start),
         **arguments,
       )
     if state is None:  # dry_run
       return self
-    alone = self.placement.mesh.size == 1
-    return load(model_dir, mesh=None if alone else self.placement.config)
+    return self._like_this(model_dir)
+
+  def finetune(
+    self, data: Any, *, output: str, validation: Any = (), **arguments: Any
+  ) -> 'Model':
+    """Fine-tunes on pairs of text and returns the best checkpoint as a model.
+
+    OUTPUT/export is for transformers.
+
+    Args:
+      data: files, as for `t5x-lite finetune`; or a list of (input, target)
+        pairs or of dicts, a dict of lists, a DataFrame, a `datasets.Dataset`.
+      output: the new run's directory; a run that is there is continued.
+      validation: likewise; a part of the data is held out by default.
+      **arguments: of `finetune.finetune`, such as epochs=3 or
+        template='summarize: {article}'.
+    """
+    from t5x_lite.programs import finetune_rows
+
+    self._check_vocabulary()
+    best = finetune_rows.finetune(
+      data, validation, output=output, save=self.save, **arguments
+    )
+    return self._like_this(best)
 
   # ---- Plumbing ----
 
@@ -483,18 +486,18 @@ class Model:
   def _call(
     self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any
   ) -> np.ndarray:
-    """Runs a step of decoding/steps.py on a batch of any size."""
-    size = len(next(iter(batch.values())))
-    full = self.placement.whole_batch(
-      prediction.padded_length(size, shortest=1)
+    return prediction.call_step(
+      make_step, self.config, self.params, self.placement, batch, *arguments
     )
-    batch = {
-      name: np.concatenate([array, np.repeat(array[:1], full - size, axis=0)])
-      for name, array in batch.items()
-    }
-    step = model_sharding.jit_step(
-      make_step, self.config, self.placement, *arguments
-    )
-    mesh = self.placement.mesh
-    result = step(self.params, partitioning.global_batch(batch, mesh))
-    return prediction.to_host(result)[:size]
+
+  def _check_vocabulary(self) -> VocabularyConfig:
+    if self.vocabulary_config is None:
+      raise UsageError(
+        'this model came without a vocabulary; load it with vocabulary=...'
+      )
+    return self.vocabulary_config
+
+  def _like_this(self, path: str) -> 'Model':
+    """Loads a run to where this model lies."""
+    alone = self.placement.mesh.size == 1
+    return load(path, mesh=None if alone else self.placement.config)

@@ -62,6 +62,11 @@ class Command:
 _TRAIN = 't5x_lite.programs.train.train'
 COMMANDS: dict[str, Command] = {
   'train': Command(_TRAIN, 'train a model, or continue its run', computes=True),
+  'finetune': Command(
+    't5x_lite.programs.finetune.finetune',
+    'fine-tune a checkpoint on your own file, and export it',
+    computes=True,
+  ),
   'eval': Command(
     't5x_lite.programs.evaluate.evaluate',
     'evaluate a run on tasks by their own metrics',

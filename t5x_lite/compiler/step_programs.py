@@ -93,6 +93,7 @@ def train_program(
   mesh: MeshConfig,
   total_steps: int,
   num_microbatches: int = 1,
+  skip_nonfinite: bool = False,
   devices: Sequence[jax.Device] | None = None,
 ) -> StepProgram:
   """Returns the train step: (state, batch, key) -> (state, metrics).
@@ -105,6 +106,7 @@ def train_program(
     mesh: how devices are arranged.
     total_steps: for the schedule.
     num_microbatches: parts that a batch is cut into to save memory.
+    skip_nonfinite: see `steps.make_train_step`.
     devices: all of them by default.
   """
   batch_size = next(iter(batch.values()))[0][0]
@@ -135,6 +137,7 @@ def train_program(
     schedules.make_schedule(optimizer.schedule, total_steps),
     loss,
     num_microbatches=num_microbatches,
+    skip_nonfinite=skip_nonfinite,
     trainable=(
       None
       if optimizer.trainable is None

@@ -5,7 +5,7 @@ interface all decode through `Predictor`. Lengths are padded to one of few
 sizes, so that the number of compilations does not depend on the data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -189,6 +189,36 @@ def continue_prompts(
   )
   tokens, scores = step(params, array, lengths, key)
   return _outputs(model, tokens, scores, len(rows))
+
+
+def call_step(
+  make_step: Any,
+  model: T5Config,
+  params: Any,
+  placement: Placement,
+  batch: Mapping[str, np.ndarray],
+  *arguments: Any,
+) -> np.ndarray:
+  """Runs a step of steps.py on a batch of any size, whole on every process.
+
+  Args:
+    make_step: such as `steps.make_score_step`.
+    model: the architecture.
+    params: its parameters.
+    placement: where they are.
+    batch: arrays of as many rows each; rows are added, so that few sizes are
+      compiled for, and their results dropped.
+    *arguments: of make_step.
+  """
+  size = len(next(iter(batch.values())))
+  full = placement.whole_batch(padded_length(size, shortest=1))
+  batch = {
+    name: np.concatenate([array, np.repeat(array[:1], full - size, axis=0)])
+    for name, array in batch.items()
+  }
+  step = model_sharding.jit_step(make_step, model, placement, *arguments)
+  result = step(params, partitioning.global_batch(batch, placement.mesh))
+  return to_host(result)[:size]
 
 
 def _outputs(

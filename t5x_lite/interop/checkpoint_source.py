@@ -41,6 +41,7 @@ class Source:
     read_moments: returns Adafactor's second moments by canonical name; empty if
       there are none, or another optimizer's.
     lengths: task feature lengths of training; empty if unknown.
+    checkpoint: of a run of ours, the folder of the step.
   """
 
   path: str
@@ -52,6 +53,7 @@ class Source:
   step: int = 0
   read_moments: Callable[[], adafactor_moments.Moments] = dict
   lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  checkpoint: str = ''
 
 
 # Files made while reading, such as a SentencePiece model from tokenizer.json;
@@ -200,4 +202,5 @@ def _open_run(run: run_directory.Run) -> Source:
     step=run.step,
     read_moments=functools.partial(adafactor_moments.of_run, stored, run.model),
     lengths=run.lengths,
+    checkpoint=run.checkpoint,
   )

@@ -12,6 +12,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.interop import (
   adafactor_moments,
   hf_export,
+  hf_tokenizer,
   run_export,
   t5x_export,
 )
@@ -30,14 +31,21 @@ def check_destination(target: epath.Path) -> None:
     raise UsageError(f'{target} is already there; name a new directory')
 
 
-def check_target(cfg: T5Config, to: str) -> None:
-  """Raises UsageError if there is no such format, or it has no such model."""
+def check_target(
+  cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = None
+) -> None:
+  """Raises UsageError if there is no such format, or it has no such model.
+
+  Nor such a vocabulary, if one is given.
+  """
   if to not in FORMATS:
     raise UsageError(
       f'the format {to!r} cannot be written; allowed are {", ".join(FORMATS)}'
     )
   if to == 'hf':
     hf_export.model_config(cfg, cfg.param_dtype)
+    if vocabulary is not None:
+      hf_tokenizer.check_vocabulary(vocabulary)
   elif to == 't5x':
     t5x_export.check(cfg, cfg.param_dtype)
 

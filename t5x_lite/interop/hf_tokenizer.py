@@ -119,6 +119,19 @@ def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[bytes, int]:
 # ---- Writing ----------------------------------------------------------------
 
 
+def check_vocabulary(vocabulary: VocabularyConfig) -> None:
+  """Raises UsageError if transformers has no tokenizer for a vocabulary."""
+  if vocabulary.kind != 'sentencepiece':
+    return
+  path = vocabularies.model_path(vocabulary)
+  model = sentencepiece_model.parse(epath.Path(path).read_bytes())
+  if model.trainer_spec.model_type != sentencepiece_model.UNIGRAM:
+    raise UsageError(
+      f"{path} is not a unigram model; transformers' T5 tokenizer reads only "
+      'those'
+    )
+
+
 def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
   """Writes what AutoTokenizer.from_pretrained reads, the model file included.
 
@@ -136,19 +149,15 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
     config['tokenizer_class'] = 'ByT5Tokenizer'
     config['additional_special_tokens'] = _sentinel_names(vocabulary)
   else:
+    check_vocabulary(vocabulary)
     data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
     model = sentencepiece_model.parse(data)
-    if model.trainer_spec.model_type != sentencepiece_model.UNIGRAM:
-      raise UsageError(
-        f'{vocabularies.model_path(vocabulary)} is not a unigram model; '
-        "transformers' T5 tokenizer reads only those"
-      )
     (directory / SPIECE).write_bytes(data)
     text = json.dumps(_tokenizer(model, vocabulary), ensure_ascii=False)
     (directory / TOKENIZER).write_text(text)
-    # T5Tokenizer has no byte fallback; the plain class takes tokenizer.json
-    # as it is, and is what mT5's folders need.
-    plain = model.trainer_spec.byte_fallback
+    # T5Tokenizer has no byte fallback, and cuts at every space; the plain
+    # class takes tokenizer.json as it is, and is what mT5's folders need.
+    plain = model.trainer_spec.byte_fallback or _has_spaces(model)
     config['tokenizer_class'] = (
       'PreTrainedTokenizerFast' if plain else 'T5Tokenizer'
     )
@@ -157,6 +166,11 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
     elif vocabulary.extra_ids:
       config['additional_special_tokens'] = _sentinel_names(vocabulary)
   (directory / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+
+
+def _has_spaces(model: Any) -> bool:
+  """Whether a piece spans several words."""
+  return any(_META in piece.piece[1:] for piece in model.pieces)
 
 
 def _sentinel_names(vocabulary: VocabularyConfig) -> list[str]:
@@ -200,6 +214,20 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
     'type': 'Metaspace', 'replacement': _META, 'prepend_scheme': 'always',
     'split': True,
   }  # fmt: skip
+  pre_tokenizers = [{'type': 'WhitespaceSplit'}, metaspace]
+  normalizers = []
+  if charsmap := model.normalizer_spec.precompiled_charsmap:
+    text = base64.b64encode(charsmap).decode()
+    normalizers.append({'type': 'Precompiled', 'precompiled_charsmap': text})
+  if _has_spaces(model):
+    # Not cut into words, so that pieces of several are found; SentencePiece
+    # takes neighbouring spaces for one.
+    metaspace = {**metaspace, 'split': False}
+    pre_tokenizers = [metaspace]
+    normalizers += [
+      {'type': 'Strip', 'strip_left': True, 'strip_right': True},
+      {'type': 'Replace', 'pattern': {'Regex': ' {2,}'}, 'content': ' '},
+    ]
   eos = {'SpecialToken': {'id': SPECIAL[1], 'type_id': 0}}
   first, second = (
     {'Sequence': {'id': name, 'type_id': 0}} for name in ('A', 'B')
@@ -215,18 +243,10 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
     'truncation': None,
     'padding': None,
     'added_tokens': tokens,
-    'normalizer': {
-      'type': 'Precompiled',
-      'precompiled_charsmap': base64.b64encode(
-        model.normalizer_spec.precompiled_charsmap
-      ).decode(),
-    }
-    if model.normalizer_spec.precompiled_charsmap
-    else None,
-    'pre_tokenizer': {
-      'type': 'Sequence',
-      'pretokenizers': [{'type': 'WhitespaceSplit'}, metaspace],
-    },
+    'normalizer': {'type': 'Sequence', 'normalizers': normalizers}
+    if len(normalizers) > 1
+    else next(iter(normalizers), None),
+    'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': pre_tokenizers},
     'post_processor': {
       'type': 'TemplateProcessing',
       'single': [first, eos],

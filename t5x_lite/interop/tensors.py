@@ -91,7 +91,9 @@ def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
   return result
 
 
-def place(tensors: Tensors, cfg: T5Config, shardings: Any = None) -> Any:
+def place(
+  tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = None
+) -> Any:
   """Reads tensors into a parameter tree, each part to the device that keeps it.
 
   One leaf at a time; of a leaf that is cut over devices, one part at a time.
@@ -101,9 +103,11 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None) -> Any:
     tensors: checked, by canonical name.
     cfg: the model; its param_dtype is what they are cast to.
     shardings: the tree of shardings; None is the first device.
+    specs: a tree of ShapeDtypeStructs with dtypes to cast to instead.
   """
-  graphdef, shapes, _ = t5.abstract_params(cfg)
-  del graphdef
+  shapes = specs
+  if shapes is None:
+    _, shapes, _ = t5.abstract_params(cfg)
   if shardings is None:
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: one, shapes)

@@ -145,7 +145,18 @@ class T5Config:
     return self.architecture != 'encoder'
 
   def replace(self, **changes: Any) -> 'T5Config':
-    """Returns a copy with some fields changed."""
+    """Returns a copy with some fields changed.
+
+    Raises:
+      UsageError: if there is no such field.
+    """
+    known = {field.name for field in dataclasses.fields(self)}
+    for name in changes:
+      if name not in known:
+        raise UsageError(
+          f'{name!r} is no field of T5Config; there are '
+          f'{", ".join(sorted(known))}'
+        )
     return dataclasses.replace(self, **changes)
 
 

@@ -15,7 +15,11 @@ from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.parallel.placement import Placement, make_placement
+from t5x_lite.parallel.placement import (
+  Placement,
+  make_placement,
+  single_device,
+)
 
 
 def count_params(params: Any) -> int:
@@ -46,6 +50,11 @@ def place_model(
     num_heads=model.num_heads,
     batch_size=batch_size,
   )
+
+
+def place_here(model: T5Config, mesh: MeshConfig | None) -> Placement:
+  """Returns the placement of a mesh, or of one device if there is none."""
+  return single_device() if mesh is None else place_model(model, mesh)
 
 
 def param_shardings(model: T5Config, placement: Placement) -> Any:

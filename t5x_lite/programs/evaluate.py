@@ -15,11 +15,11 @@ from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators as evaluators_lib
 from t5x_lite.evaluation.evaluators import Metrics
+from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
-from t5x_lite.runs import checkpoints, run_directory
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,12 @@ def evaluate(
   """Evaluates a run's newest checkpoint, or the given one, on tasks.
 
   Args:
-    model_dir: a run directory, or one STEP directory of its checkpoints.
+    model_dir: a run directory or one STEP directory of its checkpoints, a
+      folder of transformers or T5X, or the name of a model on the hub.
     datasets: tasks or mixtures, their splits and lengths.
     output: directory for metrics.json and TASK.jsonl (input, prediction and
-      target of each example); by default MODEL_DIR/eval/STEP.
+      target of each example); by default MODEL_DIR/eval/STEP of a run; what
+      is no run needs it.
     mesh: how devices are arranged; decided by their number by default.
     decoding: how to decode; greedy, as long as the targets, by default.
     num_examples: of each task, the first this many; None for all.
@@ -55,11 +57,19 @@ def evaluate(
   start_checks.check_positive('evaluate.num_examples', num_examples)
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
-  run = run_directory.load_run(model_dir)
-  placement = model_sharding.place_model(run.model, mesh)
+  run = trained_model.open_model(model_dir)
+  if not output:
+    if run.format != 't5x_lite':
+      raise UsageError(
+        f'evaluate.output is empty, and {model_dir} is no run to write into: '
+        'name a directory with --output'
+      )
+    output = f'{run.directory}/eval/{run.step}'
+  root = epath.Path(output)
+  placement = model_sharding.place_model(run.config, mesh)
   evaluators = []
   for config in datasets:
-    config = start_checks.resolve_dataset(config, run.model, run.vocabulary)
+    config = start_checks.resolve_dataset(config, run.config, run.vocabulary)
     batch_size = placement.whole_batch(config.batch_size)
     config = dataclasses.replace(config, batch_size=batch_size, shuffle=False)
     num_steps = None
@@ -67,7 +77,7 @@ def evaluate(
       num_steps = -(-num_examples // batch_size)
     evaluators.append(
       evaluators_lib.Evaluators(
-        run.model,
+        run.config,
         run.vocabulary,
         placement=placement,
         train_eval=[config] if teacher_forced else [],
@@ -78,12 +88,8 @@ def evaluate(
       )
     )
   evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
-  params = checkpoints.load_params(
-    run.checkpoint, model_sharding.inference_params(run.model, placement)
-  )
-
-  root = epath.Path(
-    output or epath.Path(run.directory) / 'eval' / str(run.step)
+  params = run.load_params(
+    model_sharding.inference_params(run.config, placement)
   )
   results: dict[str, Metrics] = {}
   for one in evaluators:

@@ -21,10 +21,11 @@ from t5x_lite.data import vocabularies
 from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
+from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.runs import checkpoints, progress, run_directory
+from t5x_lite.runs import progress
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def infer(
   """Predicts for every line of a file and returns how many were written.
 
   Args:
-    model: a run directory, or one STEP directory of its checkpoints.
+    model: a run directory or one STEP directory of its checkpoints, a folder
+      of transformers or T5X, or the name of a model on the hub.
     input: the file to read; '-' is standard input.
     output: the JSONL file to write, {'input', 'prediction', 'score'} a line,
       the score being the prediction's log-probability; '-' is standard output.
@@ -94,7 +96,7 @@ def infer(
   num_lines = None
   if input != '-':
     num_lines = sum(1 for _ in read_lines(input, read))
-  run = run_directory.load_run(model)
+  run = trained_model.open_model(model)
 
   # ---- Model ----
   decoding = decoding or DecodingConfig(
@@ -105,15 +107,15 @@ def infer(
       decoding, max_decode_length=max_decode_length
     )
   predictor = prediction.Predictor(
-    run.model,
-    placement=model_sharding.place_model(run.model, mesh),
+    run.config,
+    placement=model_sharding.place_model(run.config, mesh),
     decoding=decoding,
     batch_size=batch_size,
     max_input_length=max_input_length,
     seed=seed,
   )
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
-  params = checkpoints.load_params(run.checkpoint, predictor.abstract_params)
+  params = run.load_params(predictor.abstract_params)
   log.info('predicting with %s', run.checkpoint)
 
   # ---- Loop ----

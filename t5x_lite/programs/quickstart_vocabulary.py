@@ -10,17 +10,18 @@ begin with one, so that the word after `pronounce: ` is always spelt out.
 import collections
 import gzip
 import importlib.resources
+import pathlib
 import sys
 from collections.abc import Iterator
 
+from t5x_lite.interop import sentencepiece_model
 from t5x_lite.programs import train_vocabulary
 
 _SPACE = '\u2581'
 _PREFIXES = (
   'pronounce: ',
   'language: ',
-  'translate English to German: ',
-  'translate English to French: ',
+  'syllables: ',
 )
 _VOWELS = 'AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW'.split()
 _CONSONANTS = 'B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH'.split()
@@ -58,7 +59,9 @@ def frequent_words(num: int = _WORDS_PER_LANGUAGE) -> list[str]:
 def make(output: str) -> None:
   """Writes the vocabulary to a file."""
   symbols = [_SPACE + prefix.replace(' ', _SPACE) for prefix in _PREFIXES]
-  symbols += [_SPACE + piece for piece in [*phonemes(), *frequent_words()]]
+  numbers = [str(number) for number in range(1, 15)]
+  pieces = [*phonemes(), *numbers, *frequent_words()]
+  symbols += [_SPACE + piece for piece in pieces]
   summary = train_vocabulary.train_vocabulary(
     output=output,
     input=[
@@ -75,7 +78,20 @@ def make(output: str) -> None:
     user_defined_symbols=list(dict.fromkeys(symbols)),
     overwrite=True,
   )
+  _as_unigram(output)
   print(summary)
+
+
+def _as_unigram(path: str) -> None:
+  """Calls a model of characters a unigram model, which transformers reads.
+
+  The pieces and their scores stay, and so do the ids of every text: no piece
+  but the user-defined ones has more than one character.
+  """
+  file = pathlib.Path(path)
+  model = sentencepiece_model.parse(file.read_bytes())
+  model.trainer_spec.model_type = sentencepiece_model.UNIGRAM
+  file.write_bytes(model.SerializeToString())
 
 
 if __name__ == '__main__':

@@ -5,14 +5,19 @@ checks raise `UsageError`.
 """
 
 import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.tasks import catalog
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
+from t5x_lite.interop import checkpoint_source
 from t5x_lite.models.config import T5Config
-from t5x_lite.runs import run_directory
+from t5x_lite.runs import checkpoints, run_directory
 
 _CONVERTERS = {
   'encoder_decoder': ('enc_dec',),
@@ -21,10 +26,72 @@ _CONVERTERS = {
 }
 
 
+def check_writable(directory: str) -> None:
+  """Refuses a directory that cannot be written to, before hours of work."""
+  if not directory:
+    raise UsageError("the output directory is '': name one")
+  if '://' in directory:
+    return
+  place = os.path.abspath(directory)
+  if os.path.exists(place) and not os.path.isdir(place):
+    raise UsageError(f'{directory} is a file: name a directory')
+  while not os.path.exists(place):
+    place = os.path.dirname(place)
+  if not os.path.isdir(place):
+    raise UsageError(f'{directory}: {place} is no directory')
+  try:
+    with tempfile.TemporaryFile(dir=place):
+      pass
+  except OSError as error:
+    raise UsageError(f'cannot write into {directory}: {error.strerror}') from (
+      error
+    )
+
+
 def check_positive(name: str, value: int | None) -> None:
   """Refuses a count or period below 1; None stands for no bound."""
   if value is not None and value < 1:
     raise UsageError(f'{name} is {value}; it must be at least 1')
+
+
+def resolve_model(
+  model: T5Config | None,
+  vocabulary: VocabularyConfig | None,
+  changes: Mapping[str, Any],
+  *,
+  model_dir: str,
+  restore_path: str,
+) -> tuple[T5Config, VocabularyConfig]:
+  """Returns architecture and vocabulary; what is not named is the checkpoint's.
+
+  Args:
+    model: as configured, or None.
+    vocabulary: likewise.
+    changes: fields of T5Config that differ.
+    model_dir: of the run; if it has begun, its own checkpoints count.
+    restore_path: where a new run starts from.
+
+  Raises:
+    UsageError: if there is no checkpoint to take them from.
+  """
+  if model is None or vocabulary is None:
+    path = restore_path
+    if model_dir and checkpoints.has_checkpoint(model_dir):
+      path = model_dir
+    if not path:
+      what = 'model' if model is None else 'vocabulary'
+      raise UsageError(
+        f'train.{what} is not set, and there is no checkpoint to take it from: '
+        'give a file of configs/models, or CheckpointConfig.restore_path'
+      )
+    opened = checkpoint_source.open_source(path)
+    model = model or opened.config
+    vocabulary = vocabulary or opened.vocabulary
+    if vocabulary is None:
+      raise UsageError(
+        f'{path} does not say what its vocabulary is: set train.vocabulary'
+      )
+  return model.replace(**changes), vocabulary
 
 
 def check_model(model: T5Config, vocabulary: VocabularyConfig) -> None:

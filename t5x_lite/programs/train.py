@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
 from t5x_lite.interop import initial_checkpoint
 from t5x_lite.models.config import T5Config
@@ -36,6 +37,7 @@ from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.runs.progress import Progress, Window
 from t5x_lite.training.losses import LossConfig
 from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.steps import GROUP_NORM
 from t5x_lite.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -49,12 +51,13 @@ class NonFiniteError(RuntimeError):
 
 def train(
   *,
-  model: T5Config,
-  vocabulary: VocabularyConfig,
   dataset: DatasetConfig,
   optimizer: OptimizerConfig,
   model_dir: str,
   total_steps: int,
+  model: T5Config | None = None,
+  model_changes: Mapping[str, Any] | None = None,
+  vocabulary: VocabularyConfig | None = None,
   loss: LossConfig | None = None,
   mesh: MeshConfig | None = None,
   checkpoint: CheckpointConfig | None = None,
@@ -66,6 +69,8 @@ def train(
   decoding: DecodingConfig | None = None,
   stats_period: int = 100,
   num_microbatches: int = 1,
+  patience: int | None = None,
+  max_skipped_updates: int = 0,
   seed: int = 0,
   dry_run: bool = False,
   summarize_config_fn: Callable[[str], None] | None = None,
@@ -76,12 +81,13 @@ def train(
   returns early, at the next step.
 
   Args:
-    model: the architecture.
-    vocabulary: must be the tasks' own.
     dataset: the training data; its batch size is global.
     optimizer: and its learning-rate schedule.
     model_dir: the run directory.
     total_steps: updates in all, those of earlier starts of the run included.
+    model: the architecture; that of the checkpoint it starts from by default.
+    model_changes: fields of T5Config that differ from it.
+    vocabulary: must be the tasks' own; the checkpoint's by default.
     loss: what is minimised.
     mesh: how devices are arranged; decided by their number by default.
     checkpoint: when to save, what to keep, where a new run starts from.
@@ -95,6 +101,10 @@ def train(
     decoding: of infer_eval; greedy, as long as the targets, by default.
     stats_period: steps that a line of training metrics averages over.
     num_microbatches: parts that a batch is cut into to save memory.
+    patience: evaluations in a row that do not improve checkpoint.best_metric,
+      after which training ends early; None trains to the end.
+    max_skipped_updates: updates in a row that may be left out because the
+      gradient is not finite; 0 stops at the first.
     seed: of parameters and dropout; the data has its own.
     dry_run: print configuration, parameters, sharding and memory, write
       nothing and return None.
@@ -115,8 +125,20 @@ def train(
     ('stats_period', stats_period),
     ('eval_steps', eval_steps),
     ('infer_eval_examples', infer_eval_examples),
+    ('patience', patience),
   ):
     start_checks.check_positive(f'train.{name}', count)
+  if patience is not None and not checkpoint.best_metric:
+    raise UsageError(
+      f'train.patience is {patience}; it needs CheckpointConfig.best_metric'
+    )
+  model, vocabulary = start_checks.resolve_model(
+    model,
+    vocabulary,
+    model_changes or {},
+    model_dir=model_dir,
+    restore_path=checkpoint.restore_path,
+  )
   start_checks.check_model(model, vocabulary)
   record = {
     'model': model,
@@ -136,6 +158,8 @@ def train(
     'decoding': decoding,
     'stats_period': stats_period,
     'num_microbatches': num_microbatches,
+    'patience': patience,
+    'max_skipped_updates': max_skipped_updates,
     'seed': seed,
   }
   dataset, *evals = [
@@ -159,6 +183,7 @@ def train(
     mesh=mesh,
     total_steps=total_steps,
     num_microbatches=num_microbatches,
+    skip_nonfinite=max_skipped_updates > 0,
   )
   device_mesh, spec, tx = program.mesh, program.spec, program.tx
   assert spec is not None and tx is not None
@@ -222,9 +247,11 @@ def train(
 
     # ---- Start: 1. own checkpoint  2. checkpoint.restore_path  3. scratch ----
     evaluated = -1
+    best = BestSoFar(checkpoint.best_metric, checkpoint.best_mode)
     if checkpointer.latest_step is not None:
       state, meta = checkpointer.restore(spec.shapes, iterator)
       evaluated = meta.get('evaluated', -1)
+      best.restore(meta)
       if meta.get('seed', seed) != seed:
         log.warning('the seed is %d, it was %d before', seed, meta['seed'])
       log.info('continues %s from step %d', model_dir, int(state.step))
@@ -232,7 +259,7 @@ def train(
       assert new is not None
       state = new.make(tx, spec, key)
     step = first_step = int(state.step)
-    if first_step >= total_steps:
+    if first_step >= total_steps or best.worse_for(patience):
       log.info('already at step %d of %d: done', first_step, total_steps)
       return state
     iterator.start()
@@ -255,21 +282,31 @@ def train(
       num_devices=jax.device_count(),
     )
 
+    skipped_in_a_row = 0
+
     def collect(pending: tuple[int, Any] | None) -> None:
       """Fetches a step's metrics, one step late; stops if it diverged."""
+      nonlocal skipped_in_a_row
       if pending is None:
         return
       at, metrics = pending
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       bad = [name for name, x in metrics.items() if not math.isfinite(x)]
       if bad:
-        writer.write(at, metrics)
-        raise NonFiniteError(
-          f'{bad[0]} is {metrics[bad[0]]} at step {at}: stopped. '
-          f'{_last_good(checkpointer)} Try a lower learning rate, '
-          'OptimizerConfig.global_norm_clip or another data seed.'
-        )
-      window.add(metrics)
+        what = f'{bad[0]} is {metrics[bad[0]]} at step {at}{_culprit(metrics)}'
+        skipped_in_a_row += 1
+        if skipped_in_a_row > max_skipped_updates:
+          writer.write(at, metrics)
+          raise NonFiniteError(
+            f'{what}: stopped. {_last_good(checkpointer)} Try a lower learning '
+            'rate, OptimizerConfig.global_norm_clip or another data seed.'
+          )
+        log.warning('%s: the update is left out', what)
+        window.skip()
+      else:
+        skipped_in_a_row = 0
+        metrics.pop('skipped', None)
+        window.add(metrics)
       if at % stats_period == 0:
         report(at)
 
@@ -289,9 +326,10 @@ def train(
       if due and step > max(evaluated, 0):
         metrics = evaluation.run(state.params, step, model_dir)
         writer.write(step, metrics)
+        best.add(metrics)
         evaluated = step
       if last or checkpointer.should_save(step):
-        meta = {'seed': seed, 'evaluated': evaluated}
+        meta = {'seed': seed, 'evaluated': evaluated, **best.meta()}
         checkpointer.save(step, state, iterator, metrics=metrics, meta=meta)
       window.pause(time.monotonic() - began)
       progress.pause(time.monotonic() - began)
@@ -305,6 +343,14 @@ def train(
         collect(pending)  # a state that diverged must not be saved
         pending = None
         evaluate_and_save()
+        if best.worse_for(patience):
+          log.info(
+            '%s has not improved for %d evaluations: training ends at step %d',
+            checkpoint.best_metric,
+            patience,
+            step,
+          )
+          break
       batch = next(iterator, None)
       if batch is None:
         log.warning('the data ended at step %d of %d', step, total_steps)
@@ -332,6 +378,47 @@ def train(
     else:
       log.info('finished %d steps in %s', step, model_dir)
     return state
+
+
+def _culprit(metrics: Mapping[str, float]) -> str:
+  """Names the first group of parameters whose gradient is not finite."""
+  for name, value in metrics.items():
+    if name.startswith(GROUP_NORM) and not math.isfinite(value):
+      return f', first in {name.removeprefix(GROUP_NORM)}'
+  return ''
+
+
+class BestSoFar:
+  """The best evaluation, and how many came since that were no better."""
+
+  def __init__(self, metric: str, mode: str):
+    self._metric = metric
+    self._sign = 1.0 if mode == 'max' else -1.0
+    self._best: float | None = None
+    self._since = 0
+
+  def add(self, metrics: Mapping[str, float]) -> None:
+    """Counts an evaluation."""
+    value = metrics.get(self._metric)
+    if value is None or math.isnan(value):
+      return
+    if self._best is None or self._sign * (value - self._best) > 0:
+      self._best, self._since = value, 0
+    else:
+      self._since += 1
+
+  def worse_for(self, patience: int | None) -> bool:
+    """Whether so many evaluations in a row were no better."""
+    return patience is not None and self._since >= patience
+
+  def meta(self) -> dict[str, Any]:
+    """What a checkpoint keeps."""
+    return {'best': self._best, 'evaluations_since_best': self._since}
+
+  def restore(self, meta: Mapping[str, Any]) -> None:
+    """Continues from what a checkpoint kept."""
+    self._best = meta.get('best')
+    self._since = meta.get('evaluations_since_best', 0)
 
 
 def _last_good(checkpointer: checkpoints.Checkpointer) -> str:

@@ -1,5 +1,6 @@
 """How far a run is: metrics averaged over a window, and the progress line."""
 
+import importlib
 import logging
 import math
 import shutil
@@ -42,6 +43,7 @@ class Window:
   def _reset(self) -> None:
     self._sums: dict[str, float] = {}
     self._count = 0
+    self._skipped = 0
     self._start = time.monotonic()
 
   @property
@@ -55,6 +57,10 @@ class Window:
       self._sums[name] = self._sums.get(name, 0.0) + value
     self._count += 1
 
+  def skip(self) -> None:
+    """Counts a step whose update was left out; it has no metrics."""
+    self._skipped += 1
+
   def pause(self, seconds: float) -> None:
     """Leaves time that was not training out of the rates."""
     self._start += seconds
@@ -65,6 +71,8 @@ class Window:
     seconds = max(1e-9, time.monotonic() - self._start) / count
     metrics = {name: total / count for name, total in self._sums.items()}
     metrics['seconds_per_step'] = seconds
+    if self._skipped:
+      metrics['skipped_updates'] = float(self._skipped)
     for tokens, array in (
       ('target_tokens', 'decoder_target_tokens'),
       ('input_tokens', 'encoder_input_tokens'),
@@ -104,6 +112,20 @@ def format_count(value: float) -> str:
   return f'{value:.3g}E'
 
 
+def in_notebook() -> bool:
+  """Whether this is a Jupyter kernel, where a line can rewrite itself too."""
+  if 'ipykernel' not in sys.modules:
+    return False
+  shell = importlib.import_module('IPython').get_ipython()
+  return getattr(shell, 'kernel', None) is not None
+
+
+def show_picture(path: str) -> None:
+  """Shows a picture below a notebook's cell."""
+  display = importlib.import_module('IPython.display')
+  display.display(display.Image(filename=path))
+
+
 class Progress:
   """One line that rewrites itself on a terminal; plain log lines elsewhere.
 
@@ -128,7 +150,7 @@ class Progress:
       active: False on all processes but one.
     """
     self._stream = stream if stream is not None else sys.stderr
-    self._tty = active and self._stream.isatty()
+    self._tty = active and (self._stream.isatty() or in_notebook())
     self._active = active
     self._first_step = first_step
     self._total_steps = total_steps

@@ -118,9 +118,9 @@ def write_run(
   if kept == vocabulary or not same_vocabulary(kept, vocabulary):
     vocabularies.save_vocabulary(vocabulary, root)
   entry = {'model': dataclasses.asdict(model), 'lengths': dict(lengths or {})}
-  _write_json(root / MODEL_FILE, entry)
+  write_json(root / MODEL_FILE, entry)
   if config is not None:
-    _write_json(root / CONFIG_FILE, to_json(config))
+    write_json(root / CONFIG_FILE, to_json(config))
   for name, text in (texts or {}).items():
     (root / name).write_text(text)
 
@@ -184,7 +184,7 @@ def to_json(value: Any) -> Any:
   return getattr(value, '__qualname__', None) or repr(value)
 
 
-def _write_json(path: epath.Path, value: Any) -> None:
+def write_json(path: epath.Path, value: Any) -> None:
   """Writes all of the file or nothing: a run may be killed at any moment."""
   temporary = path.parent / (path.name + '.tmp')
   temporary.write_text(json.dumps(value, indent=2) + '\n')

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from t5x_lite.models.t5 import T5
+from t5x_lite.parallel import pytrees
 from t5x_lite.training import losses
 from t5x_lite.training.train_state import TrainState
 
@@ -60,6 +61,7 @@ def make_train_step(
   *,
   num_microbatches: int = 1,
   trainable: Any = None,
+  skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns train_step(state, batch, key) -> (state, metrics).
 
@@ -75,11 +77,13 @@ def make_train_step(
     num_microbatches: must divide the batch size.
     trainable: tree of booleans from `optimizers.trainable_mask`, or None for
       all. The gradient of a frozen parameter is 0 and costs nothing.
+    skip_nonfinite: leave parameters and optimizer as they are where loss or
+      gradient are not finite, and say so in the metric `skipped`.
 
   The key is the run's; the step folds in its number. Metrics are float32
   scalars: loss (as minimised), cross_entropy and z_loss (nats per unit of loss
   weight), accuracy, target_tokens, input_tokens, learning_rate, grad_norm,
-  update_norm, param_norm.
+  grad_norm/GROUP of each group of parameters, update_norm, param_norm.
   """
 
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
@@ -127,6 +131,14 @@ def make_train_step(
     )
     updates = jax.tree.map(lambda u: learning_rate.astype(u.dtype) * u, updates)
     params = optax.apply_updates(state.params, updates)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
+    if skip_nonfinite:
+      params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+      )
     num_tokens = jnp.maximum(sums['num_tokens'], 1.0)
     weight = jnp.sum(weights)
     weight = jnp.where(weight == 0, 1.0, weight)
@@ -138,13 +150,35 @@ def make_train_step(
       'target_tokens': sums['num_tokens'],
       'input_tokens': _input_tokens(batch),
       'learning_rate': learning_rate,
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': grad_norm,
+      **group_norms(grads),
       'update_norm': optax.global_norm(updates),
       'param_norm': optax.global_norm(params),
     }
+    if skip_nonfinite:
+      metrics['skipped'] = 1.0 - finite.astype(jnp.float32)
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
+
+
+GROUP_NORM = 'grad_norm/'
+
+
+def group_norms(grads: Any) -> dict[str, jax.Array]:
+  """Returns 'grad_norm/GROUP' of each group, 'encoder/layers' for instance.
+
+  They tell where a gradient that is not finite comes from. The sums of squares
+  are those of the global norm.
+  """
+  groups: dict[str, list[jax.Array]] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+    name = '/'.join(pytrees.names_of(path)[:2])
+    groups.setdefault(name, []).append(leaf)
+  return {
+    GROUP_NORM + name: optax.global_norm(leaves)
+    for name, leaves in groups.items()
+  }
 
 
 def _input_tokens(batch: Batch) -> jax.Array:

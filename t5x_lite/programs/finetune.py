@@ -1,0 +1,493 @@
+"""The finetune program: a checkpoint and a file in, a model for others out.
+
+Reads the pairs, chooses what nobody named, trains, evaluates the best
+checkpoint, and exports it. Every phase continues where it was killed.
+
+  OUTPUT/                 the run, as `train` writes it
+  OUTPUT/data/            the pairs, if they were not in files
+  OUTPUT/finetune.json    what was chosen; OUTPUT/finetune.gin runs it again
+  OUTPUT/evaluation/      metrics.json, and every prediction
+  OUTPUT/export/          for transformers' from_pretrained; with a model card
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from t5x_lite.data import metrics as metrics_lib
+from t5x_lite.data import pairs as pairs_lib
+from t5x_lite.data import vocabularies
+from t5x_lite.data.config import DatasetConfig
+from t5x_lite.data.pairs import Columns, Pairs
+from t5x_lite.data.tasks import catalog, from_files
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import export, trained_model
+from t5x_lite.interop.trained_model import TrainedModel
+from t5x_lite.parallel import distributed
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.programs import (
+  convert,
+  evaluate,
+  finetune_plan,
+  model_card,
+  quickstart,
+  start_checks,
+)
+from t5x_lite.programs import train as train_lib
+from t5x_lite.programs.finetune_plan import Plan
+from t5x_lite.runs import checkpoints, metric_writers, run_directory
+from t5x_lite.runs.checkpoints import CheckpointConfig
+
+log = logging.getLogger(__name__)
+
+TASK = 'finetune'
+PLAN_FILE = 'finetune.json'
+GIN_FILE = 'finetune.gin'
+EXPORT = 'export'
+EVALUATION = 'evaluation'
+BEST_METRIC = f'eval/{TASK}/loss'
+
+
+def finetune(
+  *,
+  model: str,
+  train: str | Sequence[str],
+  output: str,
+  validation: str | Sequence[str] = (),
+  train_targets: str | Sequence[str] = (),
+  validation_targets: str | Sequence[str] = (),
+  input_column: str = '',
+  target_column: str = '',
+  template: str = '',
+  prefix: str = '',
+  skip_bad_rows: bool = False,
+  method: str = 'adafactor',
+  learning_rate: float | None = None,
+  epochs: float | None = None,
+  steps: int | None = None,
+  batch_tokens: int | None = None,
+  pack: bool | None = None,
+  input_length: int | None = None,
+  target_length: int | None = None,
+  max_input_tokens: int = 1024,
+  max_target_tokens: int = 512,
+  dtype: str = '',
+  dropout_rate: float = 0.1,
+  holdout: float = 0.1,
+  patience: int = 3,
+  eval_examples: int = 1000,
+  metrics: Sequence[str] = (),
+  num_shown: int = 10,
+  export_hf: bool = True,
+  seed: int = 0,
+  mesh: MeshConfig | None = None,
+) -> dict[str, Any] | None:
+  """Fine-tunes a checkpoint on pairs of text and exports the result.
+
+  Started again with the same output it continues what was interrupted.
+
+  Args:
+    model: where to start: a folder of transformers or T5X, a run of ours, or
+      the name of a model on the hub.
+    train: JSONL, JSON, CSV, TSV or Parquet files, plain or gzip, or a folder
+      that `datasets.save_to_disk` wrote; several, and patterns with '*'.
+    output: the run's directory.
+    validation: likewise, to evaluate on; by default a part of train is held
+      out.
+    train_targets: text files beside those of train, line by line, which then
+      hold inputs alone.
+    validation_targets: likewise.
+    input_column: name of the input's column, or number from 0 where there is no
+      header; by default one with a usual name.
+    target_column: likewise.
+    template: makes the input of several columns, 'summarize: {article}'.
+    prefix: put before every input, with its space.
+    skip_bad_rows: leave out rows without input or target, instead of refusing
+      the file.
+    method: 'adafactor' or 'adamw'.
+    learning_rate: the highest; 0.001 for Adafactor, constant, and 0.0003 for
+      AdamW, falling, by default.
+    epochs: passes over the data; 3 by default, more if the file is small.
+    steps: updates, instead of epochs.
+    batch_tokens: of a batch, inputs and targets; by the data and device by
+      default.
+    pack: several examples a row; by default where rows would be half empty.
+    input_length: tokens, what is longer is cut; by default as long as the data
+      is, rare long rows aside.
+    target_length: likewise.
+    max_input_tokens: bound of what input_length becomes by itself.
+    max_target_tokens: likewise of target_length.
+    dtype: to compute in; bfloat16 on GPU and TPU, float32 on CPU by default.
+    dropout_rate: T5 fine-tunes with 0.1.
+    holdout: share of train to evaluate on, if there is no validation.
+    patience: epochs without a better validation loss, after which training
+      ends.
+    eval_examples: of validation, at most, that are decoded at the end.
+    metrics: names, such as accuracy f1 squad bleu chrf rouge; chosen by the
+      data by default.
+    num_shown: predictions that are printed at the end.
+    export_hf: write OUTPUT/export for transformers.
+    seed: of dropout and the order of the data.
+    mesh: how devices are arranged; decided by their number by default.
+
+  Returns:
+    Metrics, and where things are; None if a signal ended it early.
+
+  Raises:
+    UsageError: if the data or the model cannot be read; nothing is written
+      then.
+  """
+  # ---- What must fit together; nothing is written here ----
+  for name, count in (
+    ('steps', steps),
+    ('batch_tokens', batch_tokens),
+    ('input_length', input_length),
+    ('target_length', target_length),
+    ('max_input_tokens', max_input_tokens),
+    ('max_target_tokens', max_target_tokens),
+    ('patience', patience),
+    ('eval_examples', eval_examples),
+  ):
+    start_checks.check_positive(f'finetune.{name}', count)
+  if not 0.0 < holdout < 1.0:
+    raise UsageError(f'finetune.holdout is {holdout}; it is a share, below 1')
+  if learning_rate is not None and not 0.0 < learning_rate < math.inf:
+    raise UsageError(f'finetune.learning_rate is {learning_rate}')
+  metrics_lib.get_metrics(metrics)
+  start_checks.check_writable(output)
+  columns = Columns(
+    input=input_column,
+    target=target_column,
+    template=template,
+    prefix=prefix,
+    skip_bad_rows=skip_bad_rows,
+  )
+  parts = read_parts(
+    train, validation, columns, holdout, train_targets, validation_targets
+  )
+  start = trained_model.open_model(model)
+  if start.config.architecture != 'encoder_decoder':
+    raise UsageError(
+      f'{model} is of architecture={start.config.architecture!r}; fine-tuning '
+      "on pairs needs 'encoder_decoder'"
+    )
+  vocabulary = vocabularies.make_vocabulary(start.vocabulary)
+  lengths = finetune_plan.measure(parts['train'], vocabulary)
+  plan = finetune_plan.make_plan(
+    lengths,
+    parts['train'].targets,
+    method=method,
+    input_length=input_length,
+    target_length=target_length,
+    max_input_tokens=max_input_tokens,
+    max_target_tokens=max_target_tokens,
+    pack=pack,
+    batch_tokens=batch_tokens,
+    epochs=epochs,
+    steps=steps,
+    learning_rate=learning_rate,
+    metrics=metrics,
+  )
+  if dtype:
+    plan = dataclasses.replace(plan, dtype=dtype)
+  prints = {name: part.fingerprint() for name, part in parts.items()}
+  plan = _same_plan(output, plan, prints, total_steps=steps)
+  can_export = export_hf and _can_export(start)
+
+  # ---- Say what will happen ----
+  if distributed.is_primary():
+    finetune_plan.show_plan(plan, lengths, parts, start, method, output)
+    finetune_plan.show_examples(parts['train'], plan, vocabulary)
+  settings = {
+    'model': model,
+    'train': _listed(train),
+    'output': output,
+    'validation': _listed(validation),
+    'train_targets': _listed(train_targets),
+    'validation_targets': _listed(validation_targets),
+    'input_column': input_column,
+    'target_column': target_column,
+    'template': template,
+    'prefix': prefix,
+    'skip_bad_rows': skip_bad_rows,
+    'method': method,
+    'learning_rate': plan.learning_rate,
+    'steps': plan.total_steps,
+    'batch_tokens': plan.batch_size * sum(plan.row_lengths.values()),
+    'pack': plan.pack,
+    'input_length': plan.input_length,
+    'target_length': plan.target_length,
+    'dtype': plan.dtype,
+    'dropout_rate': dropout_rate,
+    'holdout': holdout,
+    'patience': patience,
+    'eval_examples': eval_examples,
+    'metrics': list(plan.metrics),
+    'seed': seed,
+  }
+
+  def write_plan(model_dir: str) -> None:
+    """Writes what was chosen, beside config.json."""
+    root = epath.Path(model_dir)
+    record = {'plan': dataclasses.asdict(plan), 'data': prints}
+    run_directory.write_json(root / PLAN_FILE, {**record, 'settings': settings})
+    (root / GIN_FILE).write_text(model_card.gin_text(settings, GIN_FILE))
+
+  # ---- Train ----
+  _register(parts, plan.metrics)
+  with distributed.stop_signal() as stop:
+    state = train_lib.train(
+      dataset=DatasetConfig(
+        mixture_or_task_name=TASK,
+        task_feature_lengths=plan.row_lengths,
+        batch_size=plan.batch_size,
+        pack=plan.pack,
+        seed=seed,
+      ),
+      optimizer=finetune_plan.make_optimizer(method, plan),
+      model_dir=output,
+      total_steps=plan.total_steps,
+      model_changes={
+        'dtype': plan.dtype,
+        'dropout_rate': dropout_rate,
+        'scan_layers': start.config.scan_layers,
+      },
+      checkpoint=CheckpointConfig(
+        restore_path=model,
+        period=plan.steps_per_epoch,
+        keep=1,
+        keep_best=1,
+        best_metric=BEST_METRIC,
+      ),
+      train_eval=[_eval_dataset(plan)],
+      eval_period=plan.steps_per_epoch,
+      eval_steps=None,
+      patience=patience,
+      stats_period=max(1, min(100, plan.total_steps // 50)),
+      mesh=mesh,
+      seed=seed,
+      summarize_config_fn=write_plan,
+    )
+    if state is None or stop.received:
+      return None
+  del state
+
+  # ---- Evaluate the best checkpoint ----
+  step = distributed.from_primary(lambda: best_step(output))
+  best = os.path.join(output, checkpoints.CHECKPOINTS, str(step))
+  found = evaluate.evaluate(
+    model_dir=best,
+    datasets=[_eval_dataset(plan)],
+    output=os.path.join(output, EVALUATION),
+    mesh=mesh,
+    num_examples=eval_examples,
+  )
+  results: dict[str, Any] = {'step': step, 'metrics': found[TASK]}
+
+  # ---- Export, and tell ----
+  if distributed.is_primary():
+    if can_export:
+      results['export'] = _export(
+        best, output, card=_card(start, parts, plan, settings, results, lengths)
+      )
+    run_directory.write_json(epath.Path(output) / 'results.json', results)
+    quickstart.show_predictions(
+      os.path.join(output, EVALUATION), [TASK], num_shown
+    )
+    print(summary(results, output, best))
+  distributed.barrier('finetune')
+  return results
+
+
+# ---- Data --------------------------------------------------------------------
+
+
+def read_parts(
+  train: str | Sequence[str],
+  validation: str | Sequence[str],
+  columns: Columns,
+  holdout: float,
+  train_targets: str | Sequence[str] = (),
+  validation_targets: str | Sequence[str] = (),
+) -> dict[str, Pairs]:
+  """Returns the pairs to train on and to evaluate on."""
+  whole = pairs_lib.read(train, columns, targets=train_targets)
+  validation = validation or pairs_lib.split_of(train, 'validation')
+  if validation:
+    held = pairs_lib.read(
+      validation, columns, targets=validation_targets, what='validation'
+    )
+    return {'train': whole, 'validation': held}
+  count = min(1000, max(1, round(holdout * len(whole))))
+  if len(whole) < 2:
+    raise UsageError(
+      'there is one example: too few to hold one out; give a validation file'
+    )
+  rest, held = whole.hold_out(count)
+  return {'train': rest, 'validation': held}
+
+
+def _listed(source: Any) -> list[str]:
+  if isinstance(source, str | os.PathLike):
+    return [os.fspath(source)] if os.fspath(source) else []
+  return [os.fspath(one) for one in source]
+
+
+def _register(parts: dict[str, Pairs], metrics: Sequence[str]) -> None:
+  """Makes the pairs the task that train and evaluate know by name."""
+  recipe = from_files.supervised(
+    {
+      name: lambda part=part: {'inputs': part.inputs, 'targets': part.targets}
+      for name, part in parts.items()
+    },
+    prefix='',
+    metric_fns=metrics_lib.get_metrics(metrics),
+  )
+  catalog.replace(TASK, recipe)
+
+
+def _eval_dataset(plan: Plan) -> DatasetConfig:
+  return DatasetConfig(
+    mixture_or_task_name=TASK,
+    task_feature_lengths={
+      'inputs': plan.input_length,
+      'targets': plan.target_length,
+    },
+    batch_size=plan.eval_batch_size,
+    split='validation',
+    shuffle=False,
+    pack=False,
+    num_epochs=1,
+  )
+
+
+# ---- Settings ----------------------------------------------------------------
+
+
+def _same_plan(
+  output: str, plan: Plan, prints: dict[str, str], *, total_steps: int | None
+) -> Plan:
+  """Returns the plan of the run that is continued, or the new one.
+
+  Raises:
+    UsageError: if the data is not what the run began with.
+  """
+  path = epath.Path(output) / PLAN_FILE
+  if not path.exists() or not checkpoints.has_checkpoint(output):
+    return plan
+  try:
+    entry = json.loads(path.read_text())
+    kept = Plan.of_json(entry['plan'])
+    before = dict(entry['data'])
+  except (ValueError, KeyError, TypeError) as error:
+    raise UsageError(
+      f'{path} is damaged ({error}): use another output'
+    ) from error
+  if before != prints:
+    raise UsageError(
+      f'the run in {output} was begun with other data: use another output, or '
+      'the same rows in the same order'
+    )
+  changed = [
+    name
+    for name in ('input_length', 'target_length', 'row_lengths', 'batch_size')
+    if getattr(plan, name) != getattr(kept, name)
+  ]
+  if changed:
+    log.warning(
+      '%s continues with its own %s', output, ', '.join(sorted(changed))
+    )
+  steps = kept.total_steps if total_steps is None else total_steps
+  return dataclasses.replace(kept, total_steps=steps)
+
+
+# ---- After training ----------------------------------------------------------
+
+
+def best_step(output: str) -> int:
+  """Returns the kept step with the least validation loss, else the newest."""
+  directory = epath.Path(output) / checkpoints.CHECKPOINTS
+  kept = {int(path.name) for path in directory.iterdir() if path.name.isdigit()}
+  losses = {
+    entry['step']: entry[BEST_METRIC]
+    for entry in metric_writers.read_metrics(output)
+    if entry.get(BEST_METRIC) is not None and entry['step'] in kept
+  }
+  if not losses:
+    return max(kept)
+  return min(losses, key=lambda step: losses[step])
+
+
+def _can_export(start: TrainedModel) -> bool:
+  """Whether transformers has such a model; says so if not."""
+  try:
+    export.check_target(start.config, 'hf', start.vocabulary)
+  except UsageError as error:
+    log.warning('there will be no export for transformers: %s', error)
+    return False
+  return True
+
+
+def _export(best: str, output: str, *, card: str) -> str:
+  """Writes OUTPUT/export anew, the old one being there until it is whole."""
+  target = epath.Path(output) / EXPORT
+  new = epath.Path(output) / f'.{EXPORT}.new'
+  old = epath.Path(output) / f'.{EXPORT}.old'
+  for leftover in (new, old):
+    if leftover.exists():
+      leftover.rmtree()
+  convert.convert(source=best, destination=os.fspath(new), to='hf')
+  (new / 'README.md').write_text(card)
+  if target.exists():
+    target.rename(old)
+  new.rename(target)
+  if old.exists():
+    old.rmtree()
+  return os.fspath(target)
+
+
+def _card(
+  start: TrainedModel,
+  parts: dict[str, Pairs],
+  plan: Plan,
+  settings: dict[str, Any],
+  results: dict[str, Any],
+  lengths: finetune_plan.Lengths,
+) -> str:
+  return model_card.card(
+    base=start.path,
+    config=start.config,
+    parts={name: len(part) for name, part in parts.items()},
+    columns=parts['train'].fields,
+    table=finetune_plan.describe(plan, lengths, method=settings['method']),
+    results=results,
+    example=parts['train'].inputs[0],
+    max_new_tokens=plan.target_length,
+    settings=settings,
+  )
+
+
+def summary(results: dict[str, Any], output: str, best: str) -> str:
+  """Returns the numbers and the commands to go on with."""
+  shown = {
+    name: value for name, value in results['metrics'].items() if '/' not in name
+  }
+  numbers = ', '.join(f'{name} {value:.5g}' for name, value in shown.items())
+  lines = [f'best checkpoint: step {results["step"]}: {numbers}', '']
+  if 'export' in results:
+    place = f'{output}/{EXPORT}'
+    lines.append(
+      f'transformers: AutoModelForSeq2SeqLM.from_pretrained({place!r})'
+    )
+  lines += [
+    f'predict:      t5x-lite infer --model {best} --input FILE '
+    '--output OUT.jsonl',
+    f'look at it:   t5x-lite report {output}',
+  ]
+  return '\n'.join(lines)

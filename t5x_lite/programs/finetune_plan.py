@@ -1,0 +1,354 @@
+"""What fine-tuning does where nobody said: lengths, batch, steps, metrics.
+
+All of it follows from the data and the model, is printed before anything runs
+and written down, so that a run that is continued keeps to it.
+"""
+
+import collections
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_lite.data.pairs import Pairs
+from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.errors import UsageError
+from t5x_lite.interop.trained_model import TrainedModel
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
+
+log = logging.getLogger(__name__)
+
+# Learning rates: T5's for Adafactor (Raffel et al. 2020, 3.1.2), what is usual
+# for T5 with AdamW.
+METHODS = {'adafactor': 1e-3, 'adamw': 3e-4}
+
+# Tokens of a batch at most, inputs and targets together.
+_MAX_BATCH_TOKENS = {'cpu': 4096, 'gpu': 32768, 'tpu': 65536}
+# A row that several examples are packed into has at least so many inputs.
+_PACKED_LENGTH = 128
+# Rows are filled to this share, or nearly.
+_FILL = 0.9
+_MIN_UPDATES = 400
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """Everything about a fine-tuning that has a number.
+
+  Attributes:
+    input_length: longest input in tokens, EOS included; longer ones are cut.
+    target_length: likewise.
+    pack: several examples share a row.
+    row_lengths: tokens of a row of a training batch.
+    batch_size: rows of a batch.
+    eval_batch_size: rows that are decoded at a time.
+    steps_per_epoch: updates that see about every example once.
+    total_steps: updates in all.
+    learning_rate: highest.
+    dtype: to compute in.
+    metrics: names, see data/metrics.py.
+  """
+
+  input_length: int
+  target_length: int
+  pack: bool
+  row_lengths: dict[str, int]
+  batch_size: int
+  eval_batch_size: int
+  steps_per_epoch: int
+  total_steps: int
+  learning_rate: float
+  dtype: str
+  metrics: tuple[str, ...]
+
+  @classmethod
+  def of_json(cls, entry: Mapping[str, Any]) -> 'Plan':
+    """Returns the plan that JSON holds; KeyError or TypeError if none."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    fields: dict[str, Any] = {name: entry[name] for name in names}
+    fields['metrics'] = tuple(fields['metrics'])
+    return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """Tokens of every text, EOS included.
+
+  Attributes:
+    inputs: [N].
+    targets: [N].
+    unknown: share of tokens that the vocabulary has no piece for.
+  """
+
+  inputs: np.ndarray
+  targets: np.ndarray
+  unknown: float
+
+  def cut(self, input_length: int, target_length: int) -> dict[str, float]:
+    """Returns how much is lost at these lengths."""
+    over_inputs = np.maximum(self.inputs - input_length, 0)
+    over_targets = np.maximum(self.targets - target_length, 0)
+    total = self.inputs.sum() + self.targets.sum()
+    lost = over_inputs.sum() + over_targets.sum()
+    return {
+      'cut_examples': float(((over_inputs + over_targets) > 0).sum()),
+      'cut_tokens': float(lost),
+      'cut_tokens_percent': 100.0 * float(lost) / float(total),
+    }
+
+
+def measure(pairs: Pairs, vocabulary: Vocabulary) -> Lengths:
+  """Tokenizes everything once."""
+  counts, unknown, total = [], 0, 0
+  for texts in (pairs.inputs, pairs.targets):
+    column = np.zeros(len(texts), np.int64)
+    for i, text in enumerate(texts):
+      ids = vocabulary.encode(text)
+      column[i] = len(ids) + 1
+      total += len(ids)
+      if vocabulary.unk_id is not None:
+        unknown += ids.count(vocabulary.unk_id)
+    counts.append(column)
+  return Lengths(counts[0], counts[1], unknown / max(1, total))
+
+
+def choose_length(lengths: np.ndarray, limit: int) -> int:
+  """Returns a length that cuts hardly any row, and costs little.
+
+  All rows, unless the longest one in a hundred are more than half as long again
+  as the rest.
+  """
+  usual = float(np.percentile(lengths, 99))
+  longest = int(lengths.max())
+  wanted = longest if longest <= 1.5 * usual else usual
+  return int(min(limit, 8 * math.ceil(wanted / 8)))
+
+
+def make_plan(
+  lengths: Lengths,
+  targets: Sequence[str],
+  *,
+  method: str,
+  input_length: int | None = None,
+  target_length: int | None = None,
+  max_input_tokens: int,
+  max_target_tokens: int,
+  pack: bool | None = None,
+  batch_tokens: int | None = None,
+  epochs: float | None = None,
+  steps: int | None = None,
+  learning_rate: float | None = None,
+  metrics: Sequence[str] = (),
+) -> Plan:
+  """Returns the plan; what is None follows from the data.
+
+  Raises:
+    UsageError: if the method is unknown, or a number makes no sense.
+  """
+  if method not in METHODS:
+    raise UsageError(
+      f'finetune.method is {method!r}; allowed are {", ".join(METHODS)}'
+    )
+  if epochs is not None and steps is not None:
+    raise UsageError('give epochs or steps, not both')
+  if epochs is not None and not 0 < epochs < math.inf:
+    raise UsageError(f'finetune.epochs is {epochs}; it must be positive')
+  input_length = input_length or choose_length(lengths.inputs, max_input_tokens)
+  target_length = target_length or choose_length(
+    lengths.targets, max_target_tokens
+  )
+  count = len(lengths.inputs)
+  inputs = np.minimum(lengths.inputs, input_length)
+  outputs = np.minimum(lengths.targets, target_length)
+  sums = {'inputs': float(inputs.sum()), 'targets': float(outputs.sum())}
+  means = {name: total / count for name, total in sums.items()}
+  rows = {'inputs': input_length, 'targets': target_length}
+  if pack is None:
+    # Segment ids cost a little; half empty rows cost half of everything.
+    pack = max(means[name] / rows[name] for name in rows) < 0.7
+  if pack:
+    examples = max(1, round(_PACKED_LENGTH / means['inputs']))
+    for name in rows:
+      wanted = 8 * math.ceil(examples * means[name] / 8)
+      rows[name] = max(rows[name], wanted)
+  devices = jax.device_count()
+  backend = jax.default_backend()
+  most = batch_tokens or _MAX_BATCH_TOKENS.get(backend, 32768)
+  row_tokens = rows['inputs'] + rows['targets']
+  # Of a small file many small batches, so that there are updates enough.
+  per_batch = min(128, max(8, count // 32))
+  needed = per_batch * max(
+    means[name] / rows[name] / (_FILL if pack else means[name] / rows[name])
+    for name in rows
+  )
+  wanted = math.ceil(needed) if batch_tokens is None else most // row_tokens
+  batch_size = _whole(min(wanted, most // row_tokens), devices)
+  if pack:
+    epoch_rows = max(sums[name] / rows[name] for name in rows) / _FILL
+  else:
+    epoch_rows = count
+  steps_per_epoch = max(1, round(epoch_rows / batch_size))
+  if steps is None:
+    if epochs is None:
+      epochs = min(20.0, max(3.0, math.ceil(_MIN_UPDATES / steps_per_epoch)))
+    steps = max(1, round(epochs * steps_per_epoch))
+  eval_rows = max(1, 2 * most // (input_length + target_length))
+  return Plan(
+    input_length=input_length,
+    target_length=target_length,
+    pack=bool(pack),
+    row_lengths=rows,
+    batch_size=batch_size,
+    eval_batch_size=_whole(min(64, eval_rows), devices),
+    steps_per_epoch=steps_per_epoch,
+    total_steps=steps,
+    learning_rate=learning_rate or METHODS[method],
+    dtype='float32' if backend == 'cpu' else 'bfloat16',
+    metrics=tuple(metrics) or choose_metrics(targets),
+  )
+
+
+def _whole(rows: int, devices: int) -> int:
+  """Returns a multiple of the devices, at least one row each."""
+  return devices * max(1, rows // devices)
+
+
+def make_optimizer(method: str, plan: Plan) -> OptimizerConfig:
+  """Returns the optimizer of a method, with its schedule."""
+  warmup = min(100, plan.total_steps // 10)
+  if method == 'adafactor':
+    schedule = ScheduleConfig(
+      shape='constant',
+      base_learning_rate=plan.learning_rate,
+      warmup_steps=0,
+    )
+    return OptimizerConfig(name='adafactor', schedule=schedule)
+  schedule = ScheduleConfig(
+    shape='linear',
+    base_learning_rate=plan.learning_rate,
+    warmup_steps=warmup,
+  )
+  return OptimizerConfig(name=method, schedule=schedule, global_norm_clip=1.0)
+
+
+def is_classification(targets: Sequence[str]) -> bool:
+  """Whether the targets are labels: few, and each of them often."""
+  counts = collections.Counter(targets)
+  return 1 < len(counts) <= 100 and len(counts) * 5 <= len(targets)
+
+
+def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
+  """Returns metrics that suit the targets: labels, short answers, or text.
+
+  Raises:
+    UsageError: if all targets are equal, and there is nothing to learn.
+  """
+  if len(set(targets)) == 1 and len(targets) > 1:
+    raise UsageError(
+      f'every target is {targets[0]!r:.60}: there is nothing to learn'
+    )
+  if is_classification(targets):
+    return ('accuracy', 'f1')
+  words = float(np.mean([len(text.split()) for text in targets]))
+  if words < 5:
+    return ('accuracy', 'squad', 'chrf')
+  return ('accuracy', 'bleu', 'chrf', 'rouge')
+
+
+def describe(
+  plan: Plan, lengths: Lengths, **more: Any
+) -> list[tuple[str, str]]:
+  """Returns (what, how much) for the table that is printed at the start."""
+  loss = lengths.cut(plan.input_length, plan.target_length)
+  percentiles = {
+    name: '/'.join(f'{x:.0f}' for x in np.percentile(values, (50, 90, 99, 100)))
+    for name, values in (
+      ('inputs', lengths.inputs),
+      ('targets', lengths.targets),
+    )
+  }
+  rows = plan.row_lengths
+  row = f'{plan.batch_size} rows of {rows["inputs"]} + {rows["targets"]} tokens'
+  cut = 'none'
+  if loss['cut_examples']:
+    cut = (
+      f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, '
+      f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
+    )
+  return [
+    *((name.replace('_', ' '), str(value)) for name, value in more.items()),
+    ('input tokens', f'{percentiles["inputs"]} (50/90/99/100%)'),
+    ('target tokens', f'{percentiles["targets"]} (50/90/99/100%)'),
+    ('longest kept', f'{plan.input_length} + {plan.target_length} tokens'),
+    ('cut', cut),
+    ('batch', row + (', packed' if plan.pack else '')),
+    (
+      'updates',
+      f'{plan.total_steps}, about '
+      f'{plan.total_steps / plan.steps_per_epoch:.1f} epochs of '
+      f'{plan.steps_per_epoch}',
+    ),
+    ('learning rate', f'{plan.learning_rate:g}'),
+    ('computed in', plan.dtype),
+    ('metrics', ', '.join(plan.metrics)),
+  ]
+
+
+# ---- What is said ------------------------------------------------------------
+
+
+def show_plan(
+  plan: Plan,
+  lengths: Lengths,
+  parts: dict[str, Pairs],
+  start: TrainedModel,
+  method: str,
+  output: str,
+) -> None:
+  """Prints what was chosen."""
+  train = parts['train']
+  examples = f'{len(train)}, and {len(parts["validation"])} to evaluate'
+  if train.skipped:
+    examples += f'; {train.skipped} bad rows left out'
+  table = describe(
+    plan,
+    lengths,
+    model=f'{start.path} ({start.format})',
+    examples=examples,
+    columns=f'{train.fields[0]} -> {train.fields[1]}',
+    method=method,
+  )
+  print()
+  for name, value in table:
+    print(f'  {name:15} {value}')
+  print(f'  {"output":15} {output}')
+  if lengths.unknown > 0.01:
+    log.warning(
+      'the vocabulary has no piece for %.1f%% of the tokens of this data: the '
+      'model cannot read or write them',
+      100 * lengths.unknown,
+    )
+
+
+def show_examples(
+  pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3
+) -> None:
+  """Prints a few examples as the model will see them."""
+  for i in range(0, len(pairs), max(1, len(pairs) // num))[:num]:
+    print(f'\n  {pairs.places[i]}, as the model sees it')
+    for name, text, length in (
+      ('input', pairs.inputs[i], plan.input_length),
+      ('target', pairs.targets[i], plan.target_length),
+    ):
+      ids = vocabulary.encode(text)
+      shown = vocabulary.decode(ids[: length - 1])
+      cut = f', {len(ids) + 1} before' if len(ids) >= length else ''
+      count = min(len(ids) + 1, length)
+      shown = shown if len(shown) <= 300 else shown[:300] + '...'
+      print(f'    {name:7} {shown!r} ({count} tokens{cut})')
+  print(flush=True)
