@@ -2,6 +2,7 @@
 # make test         the tests, whole trainings and restarts included
 # make test-quick   the tests without those that take long
 # make lint         formatter, linter, types, import floors, spelling
+# make docs         the site of docs/, into .cache/docs
 # make lock         renew requirements.lock (needs Python 3.11)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -19,7 +20,7 @@ checksum = $(shell cat $(1) | cksum | cut -d' ' -f1)
 RUN := $(VENV)/.run-$(call checksum,requirements.lock)-$(call checksum,pyproject.toml setup.py)
 DEV := $(RUN)-dev
 
-.PHONY: quickstart test test-quick lint lock env clean
+.PHONY: quickstart test test-quick lint docs lock env clean
 
 # Two devices of one thread each use two cores better than one device of two, and
 # large pages spare the kernel from clearing small ones in every step.
@@ -41,6 +42,9 @@ lint: $(DEV)
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+docs: $(DEV)
+	$(BIN)/sphinx-build -W --keep-going -q docs .cache/docs
 
 env: $(DEV)
 
