@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user, not of the code."""
+"""Exceptions that stand for what a user can mend, not for bugs."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,7 @@ class UsageError(ValueError):
   The message names the offending value, what is allowed and how to fix it;
   the command line prints it alone and exits with code 2.
   """
+
+
+class DamagedError(UsageError):
+  """What is read is not what was written."""

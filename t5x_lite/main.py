@@ -8,7 +8,8 @@ it runs, so that `--help` is instant and inference does without TensorFlow.
 Exit codes: 0 done; 2 a mistake of the user, told in one line on stderr; 3 a
 precompiled program that does not fit; 4 training diverged; 5 another process of
 the run was lost; 6 training stopped early for SIGTERM or Ctrl-C and saved, the
-same command continues it; 130 interrupted; 1 anything else, with a traceback.
+same command continues it; 7 a checkpoint could not be written, those before it
+are whole; 130 interrupted; 1 anything else, with a traceback.
 """
 
 import argparse

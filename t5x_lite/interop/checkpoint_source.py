@@ -10,17 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import DamagedError, UsageError
 from t5x_lite.interop import (
   adafactor_moments,
   hf,
   hf_tokenizer,
   t5x,
   tensor_names,
+  verification,
   zarr,
 )
 from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import distributed
 from t5x_lite.runs import run_directory
 
 FORMATS = ('t5x_lite', 'hf', 't5x')
@@ -180,6 +182,17 @@ def _find_run(path: epath.Path) -> run_directory.Run | None:
 
 def _open_run(run: run_directory.Run) -> Source:
   """Opens a checkpoint of ours as its arrays lie on disk."""
+
+  def verify() -> int:
+    try:
+      verification.verify(run.checkpoint, 'params.')
+    except DamagedError as error:
+      older = [s for s in run.steps if s != run.step]
+      hint = f'name an older one, {older}' if older else 'there is no other'
+      raise DamagedError(f'{error}: {hint}') from error
+    return 0
+
+  distributed.from_primary(verify)
   state = epath.Path(run.checkpoint) / 'state'
   reader = zarr.Reader()
   found = {}

@@ -14,7 +14,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import assignment, checkpoint_source, tensors
 from t5x_lite.models.config import T5Config
-from t5x_lite.runs import checkpoints, run_directory
+from t5x_lite.runs import restoring, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.training import train_state
 
@@ -51,7 +51,7 @@ class Start:
       return train_state.init_state(self.model, tx, spec, key)
     if self.with_optimizer:
       log.info('starts from %s, optimizer included', self.path)
-      return checkpoints.load_state(self.path, spec.shapes)
+      return restoring.load_state(self.path, spec.shapes)
     params = tensors.place(self.found, self.model, spec.shardings.params)
     log.info('starts from the parameters of %s', self.path)
     return train_state.start_from(params, tx, spec)

@@ -15,12 +15,16 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import checksums
 from t5x_lite.runs import checkpoints, run_directory
 
 STATE = 'state'
 _HANDLER = (
   'orbax.checkpoint._src.handlers.standard_checkpoint_handler.'
   'StandardCheckpointHandler'
+)
+_JSON_HANDLER = (
+  'orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler'
 )
 _PART = 1 << 26  # elements in memory at a time
 
@@ -60,6 +64,7 @@ def write(
   state.mkdir(parents=True)
   dtype = numpy_dtype(cfg.param_dtype)
   shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+  sums: dict[str, int] = {}
   for path, leaf, found in tensor_names.leaves(cfg):
     stacked = cfg.scan_layers and 'layers' in path
     keys = ('params', *path)
@@ -69,21 +74,42 @@ def write(
         part = tensors[name].read(index).astype(dtype, copy=False)
         place = (layer, *index) if stacked else index
         array[place].write(part).result()
+        start = [
+          i if isinstance(i, int) else i.indices(n)[0]
+          for i, n in zip(place, leaf.shape, strict=True)
+        ]
+        if stacked:
+          part = part[None]
+        name = '.'.join(keys)
+        sums[name] = sums.get(name, 0) + checksums.of_block(
+          part, leaf.shape, start
+        )
     shapes[keys] = tuple(leaf.shape)
     progress('.'.join(keys))
   scalars = {('step',): np.asarray(step, np.int32)}
   for keys, value in scalars.items():
     _create(state, keys, value.shape, value.dtype, 0).write(value).result()
     shapes[keys] = value.shape
+    sums['.'.join(keys)] = checksums.of_block(value, (), ())
   for path, tensor in (moments or {}).items():
     keys = ('opt_state', *path)
     array = _create(state, keys, tensor.shape, tensor.dtype, 0)
-    array.write(tensor.read()).result()
+    whole = tensor.read()
+    array.write(whole).result()
     shapes[keys] = tensor.shape
+    sums['.'.join(keys)] = checksums.of_block(
+      whole, tensor.shape, (0,) * whole.ndim
+    )
     progress('.'.join(keys))
   (state / zarr.METADATA).write_text(zarr.orbax_metadata(shapes))
+  sums = {name: total & 0xFFFFFFFF for name, total in sums.items()}
+  (root / 'meta').mkdir()
+  (root / 'meta' / 'metadata').write_text(
+    json.dumps(checkpoints.make_meta(step, sums))
+  )
+  handlers = {STATE: _HANDLER, 'meta': _JSON_HANDLER}
   (root / '_CHECKPOINT_METADATA').write_text(
-    json.dumps({'item_handlers': {STATE: _HANDLER}, 'custom_metadata': {}})
+    json.dumps({'item_handlers': handlers, 'custom_metadata': {}})
   )
   run_directory.write_run(
     str(directory),

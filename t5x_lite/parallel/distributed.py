@@ -218,6 +218,14 @@ def barrier(name: str, timeout: int = BARRIER_TIMEOUT_SECONDS) -> None:
     ) from error
 
 
+def anywhere(condition: bool) -> bool:
+  """Returns, on every process, whether the condition holds on any of them."""
+  if jax.process_count() == 1:
+    return condition
+  found = multihost_utils.process_allgather(np.array(condition, np.int32))
+  return bool(np.any(found))
+
+
 def from_primary(count: Callable[[], int]) -> int:
   """Returns, on every process, the number that the first one comes to.
 

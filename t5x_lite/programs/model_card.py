@@ -5,11 +5,11 @@ The card is README.md in the Hugging Face hub's form.
 Source: https://huggingface.co/docs/hub/model-cards.
 """
 
+import importlib.metadata
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_lite import __version__
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 
@@ -57,7 +57,7 @@ def card(
       f'# {base}, fine-tuned',
       '',
       f'A T5 of {count:,} parameters, fine-tuned from `{base}` with t5x_lite '
-      f'{__version__}.',
+      f'{importlib.metadata.version("t5x_lite")}.',
       '',
       '```python',
       'from transformers import AutoModelForSeq2SeqLM, AutoTokenizer',

@@ -140,3 +140,4 @@ def check_model_dir(
   if not model_dir:
     raise UsageError("model_dir is '': name the run's directory")
   run_directory.check_resumable(model_dir, model=model, vocabulary=vocabulary)
+  checkpoints.check_some_are_whole(model_dir)

@@ -22,7 +22,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
-from t5x_lite.interop import initial_checkpoint
+from t5x_lite.interop import initial_checkpoint, verification
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -249,7 +249,9 @@ def train(
     evaluated = -1
     best = BestSoFar(checkpoint.best_metric, checkpoint.best_mode)
     if checkpointer.latest_step is not None:
-      state, meta = checkpointer.restore(spec.shapes, iterator)
+      state, meta = checkpointer.restore(
+        spec.shapes, iterator, verify=verification.verify
+      )
       evaluated = meta.get('evaluated', -1)
       best.restore(meta)
       if meta.get('seed', seed) != seed:
@@ -272,6 +274,10 @@ def train(
         model_dir, first_step=first_step, active=primary
       )
     )
+    if checkpointer.damaged:
+      writer.write(
+        first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))}
+      )
     progress = stack.enter_context(
       Progress(first_step=first_step, total_steps=total_steps, active=primary)
     )

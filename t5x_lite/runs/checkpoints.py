@@ -7,33 +7,43 @@ next start removes. Layout:
   MODEL_DIR/checkpoints/STEP/state   {step, params, opt_state}, plain nested
                                      dicts of arrays in Orbax's OCDBT format
   MODEL_DIR/checkpoints/STEP/data    the input iterator, one file a process
-  MODEL_DIR/checkpoints/STEP/meta    JSON: seed, process count, format version
+  MODEL_DIR/checkpoints/STEP/meta    JSON: seed, process count, format version,
+                                     a checksum of every array
+  MODEL_DIR/checkpoints/STEP.damaged what is not as it was written
 
 Orbax is used through its v0 CheckpointManager and nowhere else than here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from t5x_lite.errors import UsageError
-from t5x_lite.parallel import pytrees
+from t5x_lite.errors import DamagedError, UsageError
+from t5x_lite.parallel import checksums, distributed, pytrees
 from t5x_lite.parallel.distributed import LostProcessError
+from t5x_lite.runs import save_errors
+from t5x_lite.runs.data_item import (
+  DataHandler,
+  DataSave,
+  SavableIterator,
+)
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = 'checkpoints'
-FORMAT_VERSION = 1
+DAMAGED = '.damaged'
+FORMAT_VERSION = 2  # 1 had no checksums
 _MODES = ('min', 'max')
 
 _policies = ocp.checkpoint_managers
@@ -106,51 +116,13 @@ class CheckpointConfig:
       )
 
 
-class SavableIterator(Protocol):
-  """What a checkpoint needs of an input iterator."""
-
-  def save(self, directory: str) -> None:
-    """Writes the position of this process's iterator, before returning."""
-
-  def restore(self, directory: str) -> None:
-    """Continues from the position that `save` wrote."""
+# ---- Comparing with what is wanted ------------------------------------------
 
 
-# ---- The input iterator as an Orbax item ------------------------------------
-
-
-class _DataHandler(ocp.CheckpointHandler):
-  """Lets the iterator write into the step's directory before it commits.
-
-  Deliberately synchronous: the iterator moves on as soon as `save` returns.
-  """
-
-  def save(self, directory: epath.Path, args: _DataSave) -> None:
-    args.iterator.save(os.fspath(directory))
-
-  def restore(self, directory: epath.Path, args: _DataRestore) -> None:
-    args.iterator.restore(os.fspath(directory))
-
-
-@ocp.args.register_with_handler(_DataHandler, for_save=True)
-@dataclasses.dataclass
-class _DataSave(ocp.args.CheckpointArgs):
-  iterator: SavableIterator
-
-
-@ocp.args.register_with_handler(_DataHandler, for_restore=True)
-@dataclasses.dataclass
-class _DataRestore(ocp.args.CheckpointArgs):
-  iterator: SavableIterator
-
-
-# ---- Comparing with what is wanted ----
-
-
-def _explain_mismatch(
+def explain_mismatch(
   where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str
 ) -> None:
-  """Raises one clear line unless the trees agree in names and shapes."""
+  """Raises UsageError, one clear line, unless names and shapes agree."""
   saved_flat = pytrees.flatten_names(saved)
   wanted_flat = pytrees.flatten_names(wanted)
   fix = f'use the {what} that wrote it, or another model_dir to start a new run'
@@ -175,8 +147,8 @@ def _explain_mismatch(
 # ---- Finding ----------------------------------------------------------------
 
 
-def _steps_in(directory: epath.Path) -> list[int]:
-  """The committed steps in a `checkpoints` directory, ascending."""
+def steps_in(directory: epath.Path) -> list[int]:
+  """Returns the committed steps in a `checkpoints` directory, ascending."""
   if not directory.is_dir():
     return []
   return sorted(
@@ -186,9 +158,35 @@ def _steps_in(directory: epath.Path) -> list[int]:
   )
 
 
+def make_meta(
+  step: int, sums: Mapping[str, int], **more: Any
+) -> dict[str, Any]:
+  """Returns what a checkpoint says of itself, with checksums."""
+  return checksums.signed(
+    {
+      'format_version': FORMAT_VERSION,
+      'step': step,
+      'process_count': jax.process_count(),
+      'checksums': dict(sums),
+      **more,
+    }
+  )
+
+
 def has_checkpoint(model_dir: str) -> bool:
   """Whether a run has a checkpoint that it can continue from."""
-  return bool(_steps_in(epath.Path(model_dir) / CHECKPOINTS))
+  return bool(steps_in(epath.Path(model_dir) / CHECKPOINTS))
+
+
+def check_some_are_whole(model_dir: str) -> None:
+  """Raises UsageError where all there was is damaged: no silent new start."""
+  root = epath.Path(model_dir) / CHECKPOINTS
+  damaged = root.glob(f'*{DAMAGED}') if root.is_dir() else ()
+  if any(damaged) and not has_checkpoint(model_dir):
+    raise UsageError(
+      f'{root} holds damaged checkpoints alone (STEP{DAMAGED}): use another '
+      'model_dir, or move them away to begin anew'
+    )
 
 
 def find_checkpoint(path: str) -> tuple[str, int]:
@@ -207,84 +205,13 @@ def find_checkpoint(path: str) -> tuple[str, int]:
   if root.name.isdigit() and (root / 'state').is_dir():
     return os.fspath(root.parent), int(root.name)
   for directory in (root / CHECKPOINTS, root):
-    steps = _steps_in(directory)
+    steps = steps_in(directory)
     if steps:
       return os.fspath(directory), steps[-1]
   raise UsageError(
     f'{path} holds no checkpoint: give a run directory (with '
     f'{CHECKPOINTS}/STEP inside) or one STEP directory'
   )
-
-
-# ---- Restoring without a manager --------------------------------------------
-
-
-def _restore_items(directory: str, step: int, wanted: Any, what: str) -> Any:
-  """Restores the part of {step, params, opt_state} that `wanted` names."""
-  path = epath.Path(directory).absolute() / str(step)
-  plain = pytrees.to_plain(wanted)
-  # Items that stay unread are named too: Orbax warns of those it cannot read.
-  handler = ocp.CompositeCheckpointHandler(
-    state=ocp.PyTreeCheckpointHandler(),
-    data=_DataHandler(),
-    meta=ocp.JsonCheckpointHandler(),
-    metrics=ocp.JsonCheckpointHandler(),
-  )
-  with ocp.Checkpointer(handler) as checkpointer:
-    saved = checkpointer.metadata(path).item_metadata['state'].tree
-    part = {name: saved[name] for name in plain if name in saved}
-    _explain_mismatch(os.fspath(path), part, plain, what)
-    arguments = ocp.args.PyTreeRestore(
-      plain,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(plain),
-      partial_restore=True,
-    )
-    restored = checkpointer.restore(
-      path, args=ocp.args.Composite(state=arguments)
-    )
-  return pytrees.from_plain(restored['state'], wanted)
-
-
-def load_arrays(path: str) -> dict[str, Any]:
-  """Returns every array of a checkpoint's state by name, as numpy arrays.
-
-  For inspection and conversion: no model is needed, all of it must fit into
-  this process's memory.
-  """
-  directory, step = find_checkpoint(path)
-  item = epath.Path(directory).absolute() / str(step) / 'state'
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    tree = checkpointer.metadata(item).item_metadata.tree
-    restore_args = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
-    )
-    plain = checkpointer.restore(
-      item, args=ocp.args.PyTreeRestore(restore_args=restore_args)
-    )
-  return pytrees.flatten_names(plain)
-
-
-def load_params(path: str, abstract_params: Any) -> Any:
-  """Restores only the parameters, straight into their shardings.
-
-  Args:
-    path: see `find_checkpoint`.
-    abstract_params: ShapeDtypeStructs of the wanted tree; with a sharding each
-      lands where it says, whatever mesh wrote the checkpoint. A float
-      parameter is cast to the wanted dtype.
-
-  Raises:
-    UsageError: if the checkpoint is missing or another model's.
-  """
-  directory, step = find_checkpoint(path)
-  wanted = {'params': abstract_params}
-  return _restore_items(directory, step, wanted, 'model')['params']
-
-
-def load_state(path: str, abstract_state: Any) -> Any:
-  """Restores step, parameters and optimizer state of another run."""
-  directory, step = find_checkpoint(path)
-  return _restore_items(directory, step, abstract_state, 'model and optimizer')
 
 
 # ---- A run's own checkpoints ------------------------------------------------
@@ -297,11 +224,12 @@ class Checkpointer:
     """Opens MODEL_DIR/checkpoints; creates it and removes leftovers there."""
     self.config = config
     self.directory = epath.Path(model_dir).absolute() / CHECKPOINTS
+    self.damaged: list[int] = []  # steps that were set aside
     self._manager = ocp.CheckpointManager(
       self.directory,
       item_handlers={
         'state': ocp.StandardCheckpointHandler(),
-        'data': _DataHandler(),
+        'data': DataHandler(),
         'meta': ocp.JsonCheckpointHandler(),
       },
       options=ocp.CheckpointManagerOptions(
@@ -316,12 +244,12 @@ class Checkpointer:
   @property
   def latest_step(self) -> int | None:
     """The newest committed step, or None."""
-    steps = _steps_in(self.directory)
+    steps = steps_in(self.directory)
     return steps[-1] if steps else None
 
   def all_steps(self) -> list[int]:
     """The kept steps, ascending."""
-    return _steps_in(self.directory)
+    return steps_in(self.directory)
 
   def should_save(self, step: int) -> bool:
     """True if a checkpoint is due at this step."""
@@ -350,25 +278,42 @@ class Checkpointer:
     """
     if step in self._manager.all_steps():
       return False
+    plain = pytrees.to_plain(state)
     items: dict[str, Any] = {
-      'state': ocp.args.StandardSave(pytrees.to_plain(state)),
+      'state': ocp.args.StandardSave(plain),
       'meta': ocp.args.JsonSave(
-        {
-          'format_version': FORMAT_VERSION,
-          'step': step,
-          'process_count': jax.process_count(),
-          **(meta or {}),
-        }
+        make_meta(step, checksums.of_tree(plain), **(meta or {}))
       ),
     }
     if iterator is not None:
-      items['data'] = _DataSave(iterator)
-    return self._manager.save(
-      step,
-      args=ocp.args.Composite(**items),
-      metrics=self._best(metrics),
-      force=True,
-    )
+      items['data'] = DataSave(iterator)
+    with self._told_in_one_line(step):
+      save_errors.check_space(self.directory, plain)
+      return self._manager.save(
+        step,
+        args=ocp.args.Composite(**items),
+        metrics=self._best(metrics),
+        force=True,
+      )
+
+  @contextlib.contextmanager
+  def _told_in_one_line(self, step: int | None = None) -> Iterator[None]:
+    """Turns a failed write, such as on a full disk, into a SaveError."""
+    try:
+      yield
+    except (LostProcessError, UsageError):
+      raise
+    except Exception as error:
+      reason = save_errors.cause(error)
+      latest = self.latest_step
+      last = 'there is none' if latest is None else f'it is of step {latest}'
+      what = (
+        'a checkpoint' if step is None else f'the checkpoint of step {step}'
+      )
+      raise save_errors.SaveError(
+        f'{what} could not be written into {self.directory}: {reason}; the '
+        f'last good one stays ({last}): make room and start again'
+      ) from error
 
   def _best(self, metrics: Mapping[str, float] | None) -> Any:
     """The metric that ranks a checkpoint, if it was measured at this step."""
@@ -385,53 +330,139 @@ class Checkpointer:
     return {} if value is None else {name: float(value)}
 
   def restore(
-    self, abstract_state: Any, iterator: SavableIterator | None = None
+    self,
+    abstract_state: Any,
+    iterator: SavableIterator | None = None,
+    *,
+    verify: Callable[[str], None] | None = None,
   ) -> tuple[Any, dict[str, Any]]:
-    """Restores the newest checkpoint and moves the iterator to its place.
+    """Restores the newest whole checkpoint; the iterator moves to its place.
+
+    A damaged one is set aside as STEP.damaged, and the one before is used.
 
     Args:
       abstract_state: ShapeDtypeStructs with shardings, on any mesh.
       iterator: the input iterator to continue, or None to leave data alone.
+      verify: called with a step's directory on the first process; raises
+        DamagedError.
 
     Returns:
       The state and the checkpoint's `meta`, empty if it has none.
 
     Raises:
-      UsageError: if the checkpoint is another model's or optimizer's.
+      UsageError: if the checkpoint is another model's or optimizer's, or none
+        is whole.
     """
-    step = self.latest_step
-    assert step is not None, 'restore needs a checkpoint'
-    wanted = pytrees.to_plain(abstract_state)
-    where = os.fspath(self.directory / str(step))
-    saved = self._manager.item_metadata(step)['state']
-    _explain_mismatch(
-      where,
-      saved.tree if hasattr(saved, 'tree') else saved,
-      wanted,
-      'model and optimizer',
+    while (step := self.latest_step) is not None:
+      try:
+        if verify is not None:
+          self._verify(step, verify)
+        return self._restore(step, abstract_state, iterator)
+      except DamagedError as error:
+        self._set_aside(step, error)
+    raise UsageError(
+      f'no checkpoint in {self.directory} is whole; the damaged ones are there '
+      'as STEP.damaged: use another model_dir to begin anew'
     )
-    # What was converted from another format has neither of the last two.
+
+  def _verify(self, step: int, verify: Callable[[str], None]) -> None:
+    problem: list[DamagedError] = []
+
+    def look() -> int:
+      try:
+        verify(os.fspath(self.directory / str(step)))
+      except DamagedError as error:
+        problem.append(error)
+      return len(problem)
+
+    # All processes must take the same checkpoint.
+    if distributed.from_primary(look):
+      raise problem[0] if problem else DamagedError('process 0 says why')
+
+  def _set_aside(self, step: int, error: DamagedError) -> None:
+    """Gives a damaged checkpoint a name that says so."""
+    log.error(
+      'the checkpoint of step %d is damaged and set aside: %s', step, error
+    )
+    distributed.barrier(f'damaged {step}')
+    if distributed.is_primary():
+      target = self.directory / f'{step}{DAMAGED}'
+      if target.exists():
+        target.rmtree()
+      (self.directory / str(step)).rename(target)
+    distributed.barrier(f'set aside {step}')
+    self.damaged.append(step)
+    self._manager.reload()
+
+  def _restore(
+    self, step: int, abstract_state: Any, iterator: SavableIterator | None
+  ) -> tuple[Any, dict[str, Any]]:
+    wanted = pytrees.to_plain(abstract_state)
+    root = self.directory / str(step)
+    # What was converted from another format may lack the last two.
     items: dict[str, Any] = {'state': ocp.args.StandardRestore(wanted)}
-    if (self.directory / str(step) / 'meta').is_dir():
+    if (root / 'meta').is_dir():
       items['meta'] = ocp.args.JsonRestore()
+    try:
+      saved = self._manager.item_metadata(step)['state']
+      saved = getattr(saved, 'tree', saved) or {}
+      self._check_names(root, saved, wanted)
+      explain_mismatch(os.fspath(root), saved, wanted, 'model and optimizer')
+      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    except (UsageError, LostProcessError):
+      raise
+    except Exception as error:
+      # The arrays were as they were written; then it is what Orbax keeps
+      # beside them, and that is the same for all processes.
+      raise DamagedError(f'{root}: {save_errors.cause(error)}') from error
     if iterator is not None:
-      if (self.directory / str(step) / 'data').is_dir():
-        items['data'] = _DataRestore(iterator)
-      else:
-        log.warning(
-          '%s has no position in the data: it is read from its beginning', where
-        )
-    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+      self._restore_position(root / 'data', iterator)
     state = pytrees.from_plain(restored['state'], abstract_state)
     return state, restored.get('meta') or {}
 
+  def _check_names(
+    self, root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]
+  ) -> None:
+    """Tells metadata that lost an array from those of another model."""
+    path = root / 'meta' / 'metadata'
+    if not path.exists():
+      return
+    written = json.loads(path.read_text()).get('checksums', {})
+    names, asked = (
+      {name.replace('/', '.') for name in pytrees.flatten_names(tree)}
+      for tree in (saved, wanted)
+    )
+    if asked == written.keys() and names != asked:
+      raise DamagedError(f'{root} has lost the metadata of its arrays')
+
+  def _restore_position(
+    self, directory: epath.Path, iterator: SavableIterator
+  ) -> None:
+    """Moves the iterator, or raises DamagedError on all processes alike."""
+    if not directory.is_dir():
+      log.warning(
+        '%s is not there: the data is read from its beginning', directory
+      )
+      return
+    problem: Exception | None = None
+    try:
+      iterator.restore(os.fspath(directory))
+    except Exception as error:
+      problem = error
+    if distributed.anywhere(isinstance(problem, DamagedError)):
+      raise problem or DamagedError(f'{directory}: another process says why')
+    if problem is not None:
+      raise problem
+
   def wait(self) -> None:
     """Blocks until every started save is committed."""
-    self._manager.wait_until_finished()
+    with self._told_in_one_line():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Finishes the saves under way and lets go of the directory."""
-    self._manager.close()
+    with self._told_in_one_line():
+      self._manager.close()
 
   def __enter__(self) -> Self:
     """Returns the checkpointer itself."""

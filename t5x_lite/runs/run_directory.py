@@ -42,6 +42,7 @@ class Run:
     directory: the run directory.
     checkpoint: the directory of the step that is meant.
     step: its number.
+    steps: of all checkpoints, ascending.
     model: the architecture.
     vocabulary: a config whose files lie in the run directory.
     lengths: task feature lengths of training, {'inputs': ..., 'targets': ...};
@@ -51,6 +52,7 @@ class Run:
   directory: str
   checkpoint: str
   step: int
+  steps: list[int]
   model: T5Config
   vocabulary: VocabularyConfig
   lengths: dict[str, int]
@@ -69,6 +71,7 @@ def load_run(path: str) -> Run:
     directory=os.fspath(root),
     checkpoint=os.fspath(epath.Path(directory) / str(step)),
     step=step,
+    steps=checkpoints.steps_in(epath.Path(directory)),
     model=model,
     vocabulary=vocabularies.load_vocabulary(root),
     lengths=lengths,

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from t5x_lite.runs import checkpoints, metric_writers
+from t5x_lite.runs import checkpoints, metric_writers, restoring
 
 # Whole trainings in processes of their own; `make test-quick` leaves them out.
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def assert_ends_the_same(a, b):
   for model_dir in (a, b):
     directory, step = checkpoints.find_checkpoint(str(model_dir))
     assert step == STEPS
-    states.append(checkpoints.load_arrays(f'{directory}/{step}'))
+    states.append(restoring.load_arrays(f'{directory}/{step}'))
   assert states[0].keys() == states[1].keys()
   for name, array in states[0].items():
     assert array.tobytes() == states[1][name].tobytes(), name

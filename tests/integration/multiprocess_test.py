@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from t5x_lite.runs import checkpoints, metric_writers
+from t5x_lite.runs import checkpoints, metric_writers, restoring
 from tests import tiny_run
 
 # Whole trainings in processes of their own; `make test-quick` leaves them out.
@@ -149,7 +149,7 @@ def test_killed_processes_end_bit_identical(tmp_path):
     process.kill()
     process.wait()
   wait(start(tmp_path / 'b', 2, **arguments), tmp_path / 'b')
-  a, b = (checkpoints.load_arrays(str(tmp_path / name)) for name in ('a', 'b'))
+  a, b = (restoring.load_arrays(str(tmp_path / name)) for name in ('a', 'b'))
   assert a.keys() == b.keys()
   for name, array in a.items():
     assert array.tobytes() == b[name].tobytes(), name

@@ -15,7 +15,7 @@ from t5x_lite.parallel import distributed, pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import evaluate
 from t5x_lite.programs.train import NonFiniteError, train
-from t5x_lite.runs import checkpoints, metric_writers, run_directory
+from t5x_lite.runs import metric_writers, restoring, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from tests import tiny_run
 
@@ -77,7 +77,7 @@ def test_run_directory_is_complete(finished):
   assert run.step == 6 == int(state.step)
   assert run.model == tiny_run.model()
   assert run.lengths == tiny_run.LENGTHS
-  params = checkpoints.load_params(str(model_dir), state.params)
+  params = restoring.load_params(str(model_dir), state.params)
   assert_same_bits(params, state.params)
 
 
@@ -287,7 +287,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good(tmp_path):
   )
   with pytest.raises(NonFiniteError, match=r'at step \d+: stopped\. The last'):
     train(**arguments)
-  saved = checkpoints.load_params(
+  saved = restoring.load_params(
     arguments['model_dir'],
     jax.tree.map(lambda x: x, tiny_run.t5.abstract_params(tiny_run.model())[1]),
   )

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import UsageError
-from t5x_lite.runs import checkpoints
+from t5x_lite.runs import checkpoints, restoring
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 
 
@@ -124,7 +124,7 @@ def test_state_and_iterator_may_move_on_while_a_save_is_under_way(tmp_path):
   checkpointer.wait()
   for i in expected:
     path = str(tmp_path / 'checkpoints' / str(i))
-    assert_same_bits(checkpoints.load_state(path, abstract(state)), expected[i])
+    assert_same_bits(restoring.load_state(path, abstract(state)), expected[i])
     iterator.restore(os.path.join(path, 'data'))
     assert iterator.position == i
 
@@ -226,13 +226,13 @@ def test_loads_only_parameters_and_casts(run):
   mesh = make_mesh(2, 4)
   params = make_state(make_mesh(4, 2), seed=1)['params']
   path = str(run / 'checkpoints' / '1')
-  restored = checkpoints.load_params(path, abstract(params, mesh))
+  restored = restoring.load_params(path, abstract(params, mesh))
   assert_same_bits(restored, params)
   assert restored['embedding'].sharding.mesh == mesh
   halved = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params
   )
-  restored = checkpoints.load_params(path, halved)
+  restored = restoring.load_params(path, halved)
   assert restored['embedding'].dtype == jnp.bfloat16
 
 
@@ -242,13 +242,13 @@ def test_a_checkpoint_of_another_model_is_one_clear_line(run):
   other = jax.ShapeDtypeStruct((16, 4), jnp.float32)
   wider = {**wanted['params'], 'embedding': other}
   with pytest.raises(UsageError, match=r'embedding of shape \(16, 8\)'):
-    checkpoints.load_params(str(run), wider)
+    restoring.load_params(str(run), wider)
   more = {**wanted['params'], 'extra': other}
   with pytest.raises(UsageError, match='has no params/extra'):
-    checkpoints.load_params(str(run), more)
+    restoring.load_params(str(run), more)
   fewer = {'embedding': wanted['params']['embedding']}
   with pytest.raises(UsageError, match='which this model does not'):
-    checkpoints.load_params(str(run), fewer)
+    restoring.load_params(str(run), fewer)
   checkpointer = Checkpointer(str(run), CheckpointConfig())
   sgd = jax.eval_shape(optax.sgd(1.0).init, wanted['params'])
   with pytest.raises(UsageError, match='opt_state/0/'):

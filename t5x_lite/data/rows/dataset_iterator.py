@@ -24,7 +24,8 @@ from etils import epath
 
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import row_buffer, row_stream
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import DamagedError, UsageError
+from t5x_lite.parallel import checksums
 
 Batch = dict[str, np.ndarray]
 
@@ -239,7 +240,9 @@ class DatasetIterator:
       'stream_seed': self._seed,
       'files': files,
       'config': _stream_config(self._cfg),
+      'digests': checksums.of_files(directory, files),
     }
+    meta = checksums.signed(meta)
     unfinished = directory / f'{files}.json.unfinished'
     unfinished.write_text(json.dumps(meta, indent=1))
     unfinished.replace(directory / f'{stem}.json')
@@ -263,7 +266,7 @@ class DatasetIterator:
     if not same_count:
       count = _saved_process_count(directory)
       path = directory / f'{_file_stem(0, count)}.json'
-    meta = json.loads(path.read_text())
+    meta = _read_position(path)
     _check_same_stream(self._cfg, meta['config'])
     if not (same_count or self._cfg.replicated):
       self._restart(meta)
@@ -318,6 +321,18 @@ class DatasetIterator:
     self._batches = batches
 
 
+def _read_position(path: epath.Path) -> dict[str, Any]:
+  """Returns what `save` wrote, once its files are as they were written."""
+  try:
+    meta = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise DamagedError(f'{path} is missing or damaged') from error
+  if checksums.is_signed(meta):
+    checksums.check_signed(meta, str(path))
+    checksums.check_files(path.parent, meta['digests'])
+  return meta
+
+
 def _file_stem(index: int, count: int) -> str:
   return f'process_{index}-of-{count}'
 
@@ -328,7 +343,7 @@ def _saved_process_count(directory: epath.Path) -> int:
   counts = [re.fullmatch(r'process_0-of-(\d+)\.json', name) for name in names]
   counts = [int(match[1]) for match in counts if match]
   if len(counts) != 1:
-    raise UsageError(
+    raise DamagedError(
       f'{directory} holds {len(counts)} saved data positions, expected one'
     )
   return counts[0]

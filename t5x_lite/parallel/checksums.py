@@ -1,0 +1,141 @@
+"""Checksums of arrays, of small JSON files and of files.
+
+An array's is a sum over its elements, so that each device, host or block adds
+its part, and the number does not depend on how the array is cut: the bits of
+each element times an odd number that depends on its place, modulo 2**32. Any
+one changed bit changes it, and so does a block that is moved.
+"""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from t5x_lite.errors import DamagedError
+from t5x_lite.parallel import pytrees
+
+_SIGNATURE = 'sha256'
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+# ---- Arrays ------------------------------------------------------------------
+
+
+def of_tree(tree: Any) -> dict[str, int]:
+  """Returns the checksum of every array, computed where the arrays lie.
+
+  Args:
+    tree: nested dicts of arrays, on any mesh; the same on all processes.
+
+  Returns:
+    Checksums by Orbax's name on disk, 'params.encoder.layers...'.
+  """
+  flat = {
+    name.replace('/', '.'): leaf
+    for name, leaf in pytrees.flatten_names(tree).items()
+  }
+  return {name: int(x) for name, x in jax.device_get(_sums(flat)).items()}
+
+
+@jax.jit
+def _sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: _sum(array) for name, array in flat.items()}
+
+
+def _sum(array: jax.Array) -> jax.Array:
+  if array.dtype == jnp.bool_:
+    array = array.astype(jnp.uint8)
+  bits = jax.lax.bitcast_convert_type(array, _BITS[array.dtype.itemsize])
+  place = jnp.zeros((), jnp.uint32)
+  for dim, stride in enumerate(_strides(array.shape)):
+    place += np.uint32(stride & 0xFFFFFFFF) * jax.lax.broadcasted_iota(
+      jnp.uint32, array.shape, dim
+    )
+  return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+
+def of_block(
+  block: np.ndarray, shape: Sequence[int], start: Sequence[int]
+) -> int:
+  """Returns what a block adds to the checksum of its array.
+
+  Args:
+    block: part of the array.
+    shape: of the whole array.
+    start: where in it the block begins.
+  """
+  block = np.ascontiguousarray(block)
+  if block.dtype == np.bool_:
+    block = block.astype(np.uint8)
+  place = np.zeros((1,) * block.ndim, np.uint32)
+  for dim, stride in enumerate(_strides(shape)):
+    steps = (np.arange(block.shape[dim]) + start[dim]).astype(np.uint32)
+    along = [1] * block.ndim
+    along[dim] = -1
+    place = place + (steps * np.uint32(stride & 0xFFFFFFFF)).reshape(along)
+  bits = block.view(_BITS[block.dtype.itemsize]).astype(np.uint32)
+  return int(np.sum(bits * (2 * place + 1), dtype=np.uint32))
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+  return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+
+
+# ---- JSON and files ----------------------------------------------------------
+
+
+def signed(entry: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a JSON object with a checksum of itself."""
+  return {**entry, _SIGNATURE: _digest(entry)}
+
+
+def is_signed(entry: Mapping[str, Any]) -> bool:
+  """Whether an object has a checksum; what older versions wrote has none."""
+  return _SIGNATURE in entry
+
+
+def check_signed(entry: Mapping[str, Any], where: str) -> None:
+  """Raises DamagedError unless the object is as it was signed."""
+  rest = {name: value for name, value in entry.items() if name != _SIGNATURE}
+  if entry.get(_SIGNATURE) != _digest(rest):
+    raise DamagedError(f'{where} is not as it was written')
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+  text = json.dumps(entry, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def of_files(directory: epath.Path, prefix: str) -> dict[str, str]:
+  """Returns the SHA-256 of the files whose names begin so, by name."""
+  return {
+    path.name: of_file(path)
+    for path in sorted(directory.iterdir())
+    if path.name.startswith(prefix) and path.is_file()
+  }
+
+
+def of_file(path: epath.Path) -> str:
+  """Returns the SHA-256 of a file."""
+  sha256 = hashlib.sha256()
+  with path.open('rb') as file:
+    for part in iter(functools.partial(file.read, 1 << 20), b''):
+      sha256.update(part)
+  return sha256.hexdigest()
+
+
+def check_files(directory: epath.Path, digests: Mapping[str, str]) -> None:
+  """Raises DamagedError unless the files are there as they were written."""
+  for name, digest in digests.items():
+    path = directory / name
+    if not path.exists():
+      raise DamagedError(f'{path} is missing')
+    if of_file(path) != digest:
+      raise DamagedError(f'{path} is not as it was written')

@@ -1,0 +1,83 @@
+"""Reads checkpoints of ours without a run around them: arrays, params, a state.
+
+A run's own checkpoints are restored by its Checkpointer.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from t5x_lite.parallel import pytrees
+from t5x_lite.runs import checkpoints, data_item
+
+
+def _restore_items(directory: str, step: int, wanted: Any, what: str) -> Any:
+  """Restores the part of {step, params, opt_state} that `wanted` names."""
+  path = epath.Path(directory).absolute() / str(step)
+  plain = pytrees.to_plain(wanted)
+  # Items that stay unread are named too: Orbax warns of those it cannot read.
+  handler = ocp.CompositeCheckpointHandler(
+    state=ocp.PyTreeCheckpointHandler(),
+    data=data_item.DataHandler(),
+    meta=ocp.JsonCheckpointHandler(),
+    metrics=ocp.JsonCheckpointHandler(),
+  )
+  with ocp.Checkpointer(handler) as checkpointer:
+    saved = checkpointer.metadata(path).item_metadata['state'].tree
+    part = {name: saved[name] for name in plain if name in saved}
+    checkpoints.explain_mismatch(os.fspath(path), part, plain, what)
+    arguments = ocp.args.PyTreeRestore(
+      plain,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(plain),
+      partial_restore=True,
+    )
+    restored = checkpointer.restore(
+      path, args=ocp.args.Composite(state=arguments)
+    )
+  return pytrees.from_plain(restored['state'], wanted)
+
+
+def load_arrays(path: str) -> dict[str, Any]:
+  """Returns every array of a checkpoint's state by name, as numpy arrays.
+
+  For inspection and conversion: no model is needed, all of it must fit into
+  this process's memory.
+  """
+  directory, step = checkpoints.find_checkpoint(path)
+  item = epath.Path(directory).absolute() / str(step) / 'state'
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    tree = checkpointer.metadata(item).item_metadata.tree
+    restore_args = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+    )
+    plain = checkpointer.restore(
+      item, args=ocp.args.PyTreeRestore(restore_args=restore_args)
+    )
+  return pytrees.flatten_names(plain)
+
+
+def load_params(path: str, abstract_params: Any) -> Any:
+  """Restores only the parameters, straight into their shardings.
+
+  Args:
+    path: see `find_checkpoint`.
+    abstract_params: ShapeDtypeStructs of the wanted tree; with a sharding each
+      lands where it says, whatever mesh wrote the checkpoint. A float
+      parameter is cast to the wanted dtype.
+
+  Raises:
+    UsageError: if the checkpoint is missing or another model's.
+  """
+  directory, step = checkpoints.find_checkpoint(path)
+  wanted = {'params': abstract_params}
+  return _restore_items(directory, step, wanted, 'model')['params']
+
+
+def load_state(path: str, abstract_state: Any) -> Any:
+  """Restores step, parameters and optimizer state of another run."""
+  directory, step = checkpoints.find_checkpoint(path)
+  return _restore_items(directory, step, abstract_state, 'model and optimizer')

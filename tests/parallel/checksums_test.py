@@ -1,0 +1,109 @@
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from t5x_lite.errors import DamagedError
+from t5x_lite.parallel import checksums
+
+DTYPES = ('float32', 'bfloat16', 'float16', 'int32', 'uint8', 'bool')
+
+
+def draw(shape, dtype, seed=0):
+  values = np.random.default_rng(seed).normal(size=shape) * 100
+  return np.asarray(jnp.asarray(values).astype(dtype))
+
+
+def by_hand(array):
+  """The definition, one element at a time."""
+  if array.dtype == bool:
+    array = array.astype(np.uint8)
+  bits = array.reshape(-1).view(f'u{array.dtype.itemsize}')
+  return sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', [(), (7,), (3, 5), (2, 3, 4)])
+def test_device_host_and_definition_agree(shape, dtype):
+  array = draw(shape, dtype)
+  wanted = by_hand(array)
+  [found] = checksums.of_tree({'x': jnp.asarray(array)}).values()
+  assert found == wanted
+  whole = checksums.of_block(array, shape, (0,) * array.ndim)
+  assert whole == wanted
+
+
+def test_blocks_add_up():
+  array = draw((6, 8), 'float32')
+  total = sum(
+    checksums.of_block(array[a : a + 2, b : b + 4], array.shape, (a, b))
+    for a, b in itertools.product((0, 2, 4), (0, 4))
+  )
+  assert total % 2**32 == by_hand(array)
+
+
+def test_it_does_not_depend_on_the_mesh():
+  array = draw((16, 8), 'bfloat16')
+  mesh = jax.make_mesh((4, 2), ('a', 'b'))
+  found = set()
+  for spec in (PartitionSpec(), PartitionSpec('a'), PartitionSpec('b', 'a')):
+    placed = jax.device_put(array, NamedSharding(mesh, spec))
+    found |= set(checksums.of_tree({'x': placed}).values())
+  assert found == {by_hand(array)}
+
+
+def test_names_are_those_on_disk():
+  tree = {'params': {'a': {'b': jnp.ones(2)}}, 'step': jnp.asarray(3)}
+  assert set(checksums.of_tree(tree)) == {'params.a.b', 'step'}
+
+
+def test_every_bit_and_every_place_counts():
+  array = draw((4, 4), 'float32')
+  whole = by_hand(array)
+  for i, bit in itertools.product(range(16), range(32)):
+    changed = array.copy()
+    changed.reshape(-1).view(np.uint32)[i] ^= np.uint32(1 << bit)
+    assert checksums.of_block(changed, array.shape, (0, 0)) != whole
+  assert checksums.of_block(array[::-1], array.shape, (0, 0)) != whole
+
+
+def test_large_arrays_wrap_alike():
+  # Places beyond 2**32 count modulo it.
+  shape = (1 << 20, 1 << 16)
+  block = draw((2, 3), 'float32')
+  place = ((1 << 19) * shape[1] + 5) % 2**32
+  total = sum(
+    int(bits) * (2 * (place + row * shape[1] + column) + 1)
+    for (row, column), bits in np.ndenumerate(block.view(np.uint32))
+  )
+  assert checksums.of_block(block, shape, (1 << 19, 5)) == total % 2**32
+
+
+def test_signed_json():
+  entry = checksums.signed({'a': 1, 'b': {'c': [1.5, None]}})
+  entry = json.loads(json.dumps(entry))
+  assert checksums.is_signed(entry) and not checksums.is_signed({})
+  checksums.check_signed(entry, 'x')
+  with pytest.raises(DamagedError, match='x is not as it was written'):
+    checksums.check_signed({**entry, 'a': 2}, 'x')
+
+
+def test_files(tmp_path):
+  root = epath.Path(tmp_path)
+  (root / 'p.one').write_text('one')
+  (root / 'p.two').write_text('two')
+  (root / 'other').write_text('three')
+  digests = checksums.of_files(root, 'p.')
+  assert set(digests) == {'p.one', 'p.two'}
+  checksums.check_files(root, digests)
+  (root / 'p.one').write_text('onf')
+  with pytest.raises(DamagedError, match=r'p\.one is not as it was written'):
+    checksums.check_files(root, digests)
+  (root / 'p.one').unlink()
+  with pytest.raises(DamagedError, match=r'p\.one is missing'):
+    checksums.check_files(root, digests)
