@@ -147,8 +147,7 @@ class Model:
         )
     self.placement = placement or single_device()
     self.lengths = dict(lengths or {})
-    self.step = step
-    self.report = report
+    self.step, self.report = step, report
 
   def __repr__(self) -> str:
     cfg = self.config
@@ -180,17 +179,17 @@ class Model:
       decoder_input_tokens: [B, L] ids, beginning with decoder_start_id.
       decoder_causal_attention: [B, L], 1 at the prefix of a prefix model.
     """
-    batch = {
-      'encoder_input_tokens': encoder_input_tokens,
-      'decoder_input_tokens': decoder_input_tokens,
-      'decoder_causal_attention': decoder_causal_attention,
-    }
     if not self.config.has_decoder:
       raise UsageError("architecture='encoder' has no logits; use encode")
     if self.config.has_encoder and encoder_input_tokens is None:
       raise UsageError('logits needs encoder_input_tokens: there is an encoder')
+    given = {
+      'encoder_input_tokens': encoder_input_tokens,
+      'decoder_input_tokens': decoder_input_tokens,
+      'decoder_causal_attention': decoder_causal_attention,
+    }
     arrays = {
-      k: np.asarray(v, np.int32) for k, v in batch.items() if v is not None
+      k: np.asarray(v, np.int32) for k, v in given.items() if v is not None
     }
     length = arrays['decoder_input_tokens'].shape[1]
     fill = {'decoder_causal_attention': 0}
@@ -313,7 +312,7 @@ class Model:
     )
     outputs: list[list[int]] = []
     scores: Any = []
-    # Few different sizes, so that what is compiled serves the next call too.
+    # Few sizes, so that what is compiled serves the next call too.
     size = min(batch_size, prediction.padded_length(len(rows), shortest=1))
     predictor = None
     if self.config.has_encoder:
@@ -492,9 +491,7 @@ class Model:
 
   def _check_vocabulary(self) -> VocabularyConfig:
     if self.vocabulary_config is None:
-      raise UsageError(
-        'this model came without a vocabulary; load it with vocabulary=...'
-      )
+      raise UsageError('this model came without a vocabulary=...; name it')
     return self.vocabulary_config
 
   def _like_this(self, path: str) -> 'Model':

@@ -23,6 +23,9 @@ from t5x_lite.errors import UsageError
 from t5x_lite.gin_front import validation
 
 SUMMARIZE = 'summarize_config_fn'
+# What a file of configs/models defines. Without one the program decides, such
+# as by the checkpoint that training starts from.
+_MODEL_FILE_MACROS = ('MODEL', 'VOCABULARY', 'LOSS')
 _INCLUDE = re.compile(r"""^\s*include\s+['"]([^'"]+)['"]""", re.MULTILINE)
 
 
@@ -128,6 +131,9 @@ def configure(
     gin.external_configurable(program, module=program.__module__)
     selector = gin_config._as_scope_and_selector(program)[1]
   gin.parse_config('from __gin__ import dynamic_registration\n')
+  for name in _MODEL_FILE_MACROS:
+    if f'%{name}' in text and not re.search(rf'(?m)^{name}\s*=', text):
+      gin.parse_config(f'{name} = None')
   for path in paths:
     with validation.explained(str(path)):
       gin.parse_config_file(str(path))

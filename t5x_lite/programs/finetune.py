@@ -43,6 +43,7 @@ from t5x_lite.programs import train as train_lib
 from t5x_lite.programs.finetune_plan import Plan
 from t5x_lite.runs import checkpoints, metric_writers, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
+from t5x_lite.training.losses import LossConfig
 
 log = logging.getLogger(__name__)
 
@@ -265,6 +266,7 @@ def finetune(
         keep_best=1,
         best_metric=BEST_METRIC,
       ),
+      loss=LossConfig(z_loss=1e-4),  # as T5X fine-tunes
       train_eval=[_eval_dataset(plan)],
       eval_period=plan.steps_per_epoch,
       eval_steps=None,

@@ -170,7 +170,7 @@ def make_plan(
   rows = {'inputs': input_length, 'targets': target_length}
   if pack is None:
     # Segment ids cost a little; half empty rows cost half of everything.
-    pack = max(means[name] / rows[name] for name in rows) < 0.7
+    pack = sum(means.values()) < 0.7 * sum(rows.values())
   if pack:
     examples = max(1, round(_PACKED_LENGTH / means['inputs']))
     for name in rows:

@@ -114,8 +114,9 @@ def quickstart(
     seconds['total'] = sum(seconds.values())
     path = epath.Path(output_dir) / RESULTS_FILE
     path.write_text(json.dumps(results, indent=2) + '\n')
-    print(f'\n{summary(results)}\n\nresults: {path}')
-    print(f'predict: t5x-lite infer --model {output_dir} --input FILE')
+    print(
+      f'\n{summary(results)}\n\nresults: {path}\n\n{next_steps(output_dir)}'
+    )
   return results
 
 
@@ -130,6 +131,19 @@ def summary(results: Mapping[str, Any]) -> str:
     for name, value in results['seconds'].items()
   ]
   return '\n'.join([*lines, f'{"time":20} {", ".join(times)}'])
+
+
+def next_steps(output_dir: str) -> str:
+  """Returns three commands to go on with."""
+  return '\n'.join(
+    [
+      'try it:      echo "pronounce: hello" | t5x-lite infer --model '
+      f'{output_dir} --input - --output -',
+      f'fine-tune:   t5x-lite finetune --model {output_dir} --train FILE.csv '
+      '--output runs/mine',
+      f'look at it:  t5x-lite report {output_dir}',
+    ]
+  )
 
 
 def show_predictions(directory: str, tasks: Sequence[str], num: int) -> None:

@@ -117,8 +117,7 @@ def test_all_phases_really(tmp_path):
   assert set(results['test']) == {
     'language_id',
     'pronounce',
-    'translate_en_de',
-    'translate_en_fr',
+    'syllables',
   }
   (tmp_path / 'in.txt').write_text('pronounce: hello\n')
   output = tmp_path / 'out.jsonl'

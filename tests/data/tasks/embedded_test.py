@@ -14,6 +14,7 @@ LENGTHS = {'inputs': 256, 'targets': 256}
 ROWS = {
   'pronounce': (113_382, 5_191, 4_978),
   'language_id': (23_321, 990, 1_081),
+  'syllables': (113_382, 5_191, 4_978),
   'translate_en_de': (7_641, 334, 321),
   'translate_en_fr': (4_873, 205, 205),
 }
@@ -22,6 +23,12 @@ PREFIXES = {
   'language_id': 'language: ',
   'translate_en_de': 'translate English to German: ',
   'translate_en_fr': 'translate English to French: ',
+  'syllables': 'syllables: ',
+}
+TASKS = {
+  'embedded_tasks': set(PREFIXES) - {'syllables'},
+  'quickstart_mixture': {'pronounce', 'language_id', 'syllables'},
+  'translate': {'translate_en_de', 'translate_en_fr'},
 }
 MIXTURES = ('embedded_tasks', 'quickstart_mixture', 'translate')
 
@@ -115,12 +122,18 @@ def test_mixtures_draw_from_every_task(name):
   found = set()
   for example, _ in zip(iterator, range(300), strict=False):
     found.add(example['inputs_pretokenized'].decode().split(': ')[0] + ': ')
-  expected = [
-    prefix
-    for task, prefix in PREFIXES.items()
-    if name != 'translate' or 'translate' in task
-  ]
-  assert found == set(expected)
+  assert found == {PREFIXES[task] for task in TASKS[name]}
+
+
+def test_syllables_are_the_vowels_of_the_first_pronunciation():
+  rows = get('syllables_byte', 'test')
+  counts = {
+    row['inputs_pretokenized'].decode(): row['targets_pretokenized'].decode()
+    for row in rows
+  }
+  assert counts['syllables: a'] == '1' and set(counts.values()) <= set(
+    map(str, range(1, 15))
+  )
 
 
 @pytest.mark.parametrize('name', ['quickstart_mixture', 'pronounce'])

@@ -1,0 +1,188 @@
+import json
+import signal
+
+import pytest
+
+import t5x_lite
+from t5x_lite import main
+from t5x_lite.errors import UsageError
+from t5x_lite.parallel import distributed
+from t5x_lite.programs import finetune as finetune_lib
+from t5x_lite.programs import train as train_lib
+from t5x_lite.runs import metric_writers, restoring
+from tests import tiny_run
+
+finetune = finetune_lib.finetune
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+  """A small model of bytes, as transformers writes it."""
+  path = tmp_path_factory.mktemp('start') / 'model'
+  config = tiny_run.model(scan_layers=False)
+  t5x_lite.new(config, tiny_run.VOCABULARY).save(str(path), format='hf')
+  return str(path)
+
+
+@pytest.fixture(scope='module')
+def table(tmp_path_factory):
+  path = tmp_path_factory.mktemp('table') / 'rows.csv'
+  lines = [f'word {i % 7} {i},{"even" if i % 2 else "odd"}' for i in range(60)]
+  path.write_text('\n'.join(['text,label', *lines]) + '\n')
+  return str(path)
+
+
+@pytest.fixture(scope='module')
+def finished(start, table, tmp_path_factory):
+  output = tmp_path_factory.mktemp('finished') / 'out'
+  results = finetune(
+    model=start, train=table, output=str(output), steps=6, seed=3
+  )
+  return output, results
+
+
+def test_everything_is_there(finished, start):
+  output, results = finished
+  names = {path.name for path in output.iterdir()}
+  assert names >= {
+    'checkpoints', 'config.json', 'evaluation', 'export', 'finetune.gin',
+    'finetune.json', 'metrics.jsonl', 'model.json', 'results.json',
+  }  # fmt: skip
+  assert {'accuracy', 'f1_macro', 'examples'} <= set(results['metrics'])
+  assert json.loads((output / 'results.json').read_text()) == results
+  plan = json.loads((output / 'finetune.json').read_text())['plan']
+  assert plan['total_steps'] == 6 and plan['metrics'] == ['accuracy', 'f1']
+  lines = (output / 'evaluation' / 'finetune.jsonl').read_text().splitlines()
+  assert len(lines) == results['metrics']['examples'] >= 1
+  card = (output / 'export' / 'README.md').read_text()
+  assert start in card and 'rows.csv' in card
+  assert not list(output.glob('.export*'))
+
+
+def test_transformers_gives_the_same_text(finished):
+  transformers = pytest.importorskip('transformers')
+  output, _ = finished
+  ours = t5x_lite.load(str(output))
+  model = transformers.AutoModelForSeq2SeqLM.from_pretrained(output / 'export')
+  tokenizer = transformers.AutoTokenizer.from_pretrained(output / 'export')
+  for text in ('word 3 3', 'word 5 12'):
+    ids = tokenizer(text, return_tensors='pt').input_ids
+    [row] = model.generate(ids, max_new_tokens=8)
+    wanted = tokenizer.decode(row, skip_special_tokens=True)
+    assert ours.generate(text, max_new_tokens=8) == wanted
+
+
+def test_the_gin_file_runs_it_again_bit_for_bit(finished, tmp_path):
+  output, _ = finished
+  again = tmp_path / 'again'
+  gin = str(output / 'finetune.gin')
+  arguments = ['finetune', '--gin_file', gin, '--output', str(again)]
+  assert main.main([*arguments, '--no-export_hf', '--num_shown', '0']) == 0
+  a, b = (restoring.load_arrays(str(path)) for path in (output, again))
+  assert a.keys() == b.keys()
+  for name, array in a.items():
+    assert array.tobytes() == b[name].tobytes(), name
+
+
+def test_stopped_and_started_again_ends_the_same(
+  start, table, finished, tmp_path, monkeypatch
+):
+  output = tmp_path / 'out'
+  arguments = dict(
+    model=start, train=table, output=str(output), steps=6, seed=3
+  )
+  original = train_lib.DatasetIterator.__next__
+  calls = []
+
+  def stop_after_three(self):
+    calls.append(1)
+    if len(calls) == 3:
+      signal.raise_signal(signal.SIGTERM)
+    return original(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train_lib.DatasetIterator, '__next__', stop_after_three)
+    assert finetune(**arguments) is None
+  assert distributed.stopped_by()
+  assert not (output / 'export').exists()
+  results = finetune(**arguments)
+  assert results is not None and results['step'] == finished[1]['step']
+  a, b = (restoring.load_arrays(str(path)) for path in (finished[0], output))
+  for name, array in a.items():
+    assert array.tobytes() == b[name].tobytes(), name
+
+
+def test_other_data_in_the_same_run_is_refused(
+  start, table, finished, tmp_path
+):
+  output, _ = finished
+  other = tmp_path / 'other.csv'
+  other.write_text('text,label\na,x\nb,y\nc,x\n')
+  with pytest.raises(UsageError, match='begun with other data'):
+    finetune(model=start, train=str(other), output=str(output))
+  del table
+
+
+def test_best_checkpoint_and_early_stopping(start, table, tmp_path):
+  output = tmp_path / 'out'
+  results = finetune(
+    model=start,
+    train=table,
+    output=str(output),
+    epochs=30,
+    learning_rate=3.0,  # far too high: it gets worse soon
+    patience=1,
+    export_hf=False,
+    num_shown=0,
+    method='adamw',
+  )
+  losses = {
+    entry['step']: entry['eval/finetune/loss']
+    for entry in metric_writers.read_metrics(str(output))
+    if 'eval/finetune/loss' in entry
+  }
+  assert results['step'] == min(losses, key=lambda step: losses[step])
+  assert max(losses) < json.loads(
+    (output / 'finetune.json').read_text()
+  )['plan']['total_steps']  # fmt: skip
+  kept = {int(p.name) for p in (output / 'checkpoints').iterdir()}
+  assert results['step'] in kept
+
+
+def test_bad_data_is_told_before_anything_is_written(start, tmp_path, capsys):
+  path = tmp_path / 'x.csv'
+  path.write_text('text,label\na,b\nc\n')
+  output = tmp_path / 'out'
+  code = main.main(
+    [
+      'finetune',
+      '--model',
+      start,
+      '--train',
+      str(path),
+      '--output',
+      str(output),
+    ]
+  )
+  assert code == 2 and not output.exists()
+  [line] = capsys.readouterr().err.splitlines()
+  assert f'{path}:3 has 1 columns' in line
+
+
+def test_train_takes_its_architecture_from_the_checkpoint(start, tmp_path):
+  arguments = tiny_run.arguments(tmp_path / 'run', total_steps=1)
+  del arguments['model'], arguments['vocabulary']
+  with pytest.raises(UsageError, match='no checkpoint to take it from'):
+    train_lib.train(**arguments)
+  arguments['checkpoint'] = train_lib.CheckpointConfig(restore_path=start)
+  arguments['model_changes'] = {'dropout_rate': 0.5}
+  assert int(train_lib.train(**arguments).step) == 1
+  saved = json.loads((tmp_path / 'run' / 'model.json').read_text())['model']
+  assert saved['emb_dim'] == tiny_run.model().emb_dim
+  assert saved['dropout_rate'] == 0.5
+  # Continued, it is the run's own.
+  arguments['total_steps'] = 2
+  arguments['checkpoint'] = train_lib.CheckpointConfig()
+  assert int(train_lib.train(**arguments).step) == 2
+  with pytest.raises(UsageError, match="'depth' is no field"):
+    train_lib.train(**{**arguments, 'model_changes': {'depth': 3}})
