@@ -83,6 +83,11 @@ COMMANDS: dict[str, Command] = {
     'pretrain, fine-tune, evaluate and predict on the embedded text',
     computes=True,
   ),
+  'report': Command(
+    't5x_lite.programs.report.report',
+    'write one HTML page about a run, or about several side by side',
+    positional=('runs',),
+  ),
   'vocab': Command(
     't5x_lite.programs.train_vocabulary.train_vocabulary',
     'train a SentencePiece vocabulary on your own text',
@@ -161,7 +166,12 @@ def _add_flag(
     text = f'{text} (default: {default})'
   name = parameter.name
   if positional:
-    parser.add_argument(name, metavar=name.upper(), help=text)
+    parser.add_argument(
+      name,
+      metavar=name.upper(),
+      help=text,
+      nargs='+' if parameter.many else None,
+    )
   elif parameter.type is bool:
     # None stands for a flag that was not given: gin or the default decides.
     parser.add_argument(
