@@ -6,10 +6,10 @@ defaults are read from the function's source. Its module is imported only when
 it runs, so that `--help` is instant and inference does without TensorFlow.
 
 Exit codes: 0 done; 2 a mistake of the user, told in one line on stderr; 3 a
-precompiled program that does not fit; 4 training diverged; 5 another process of
-the run was lost; 6 training stopped early for SIGTERM or Ctrl-C and saved, the
-same command continues it; 7 a checkpoint could not be written, those before it
-are whole; 130 interrupted; 1 anything else, with a traceback.
+program that does not fit into the device; 4 training diverged; 5 another
+process of the run was lost; 6 training stopped early for SIGTERM or Ctrl-C and
+saved, the same command continues it; 7 a checkpoint could not be written, those
+before it are whole; 130 interrupted; 1 anything else, with a traceback.
 """
 
 import argparse
@@ -317,6 +317,18 @@ def _run(argv: Sequence[str]) -> int:
   return EXIT_STOPPED if distributed.stopped_by() else 0
 
 
+def _out_of_memory(error: Exception) -> str:
+  """Says what a device had too little for, and which levers there are."""
+  asked = re.search(r'allocat\w+ ([\d.]+ ?\w+)', str(error))
+  what = f' ({asked[1]} more were asked for)' if asked else ''
+  return (
+    f'the device is out of memory{what}: use a smaller batch '
+    '(DatasetConfig.batch_size, --batch_tokens of finetune, --batch_size of '
+    'infer), num_microbatches, shorter inputs, T5Config.remat_policy, or more '
+    'devices along fsdp or model (docs/launch.md)'
+  )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a program and returns the exit code."""
   # TensorFlow reads the first at import; it only feeds data here.
@@ -338,6 +350,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'{PROGRAM_NAME}: interrupted', file=sys.stderr)
     return 130
   except Exception as error:
+    if 'RESOURCE_EXHAUSTED' in str(error) and not hasattr(error, 'exit_code'):
+      print(f'{PROGRAM_NAME}: {_out_of_memory(error)}', file=sys.stderr)
+      return 3
     # What a run can meet without a bug in it names its exit code.
     code = getattr(error, 'exit_code', None)
     if code is None:

@@ -38,6 +38,8 @@ def run(*, text: str, times: int = 1, verbose: bool = False,
     raise RuntimeError('a bug')
   if text == 'lost':
     raise Lost('lost a process\\nwith details')
+  if text == 'oom':
+    raise RuntimeError('RESOURCE_EXHAUSTED: ran out; allocating 3.5GiB (x)')
   if not dry_run:
     summarize_config_fn('out')
   print(text * times, verbose)
@@ -118,7 +120,7 @@ def test_a_dry_run_writes_nothing(toy):
     (['toy', 'usage'], 'text is usage'),
     (['toy', 'a', '--process_index=1'], 'give all of coordinator_address'),
     (['train'], 'required settings are missing'),
-    (['train', '--gin_file=configs/runs/pretrain.gin'], '%'),
+    (['train', '--gin_file=configs/runs/pretrain.gin'], 'MODEL_DIR=...'),
     (['infer', '--input=x'], 'add --model=... --output=...'),
   ],
 )
@@ -129,6 +131,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(toy, capfd, argv, message):
   assert message in err
   assert err.startswith('t5x-lite: ') and err.count('\n') == 1
   assert list(toy.iterdir()) == []
+
+
+def test_a_device_out_of_memory_is_one_line(toy, capfd):
+  assert main(['toy', 'oom']) == 3
+  [line] = capfd.readouterr().err.splitlines()
+  assert 'out of memory (3.5GiB more' in line and 'num_microbatches' in line
 
 
 def test_other_exits(toy, capfd):

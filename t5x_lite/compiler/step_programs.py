@@ -67,6 +67,10 @@ def _place(
   )
   _, shapes, axes = t5.abstract_params(model)
   logical_axes.check_rules(shapes, axes, placement.mesh, placement.rules)
+  if (mesh.model or mesh.num_partitions or 1) > 1:
+    logical_axes.check_axis_cuts(
+      shapes, axes, placement.mesh, placement.rules, 'model'
+    )
   partitioning.check_batch_size(batch_size, placement.mesh)
   return placement
 

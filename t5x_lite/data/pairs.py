@@ -197,6 +197,36 @@ def read(
   )
 
 
+def read_inputs(
+  path: str, columns: Columns | None = None, *, file_format: str = ''
+) -> Iterator[str]:
+  """Yields the input of every row of a file; a line is one in a text file.
+
+  Args:
+    path: the file, see records.py; of text, blank lines are inputs too.
+    columns: which field is meant; found by its name, or the only one.
+    file_format: one of records.FORMATS; empty to tell from the name.
+
+  Raises:
+    UsageError: naming file and line, for what cannot be read.
+  """
+  columns = columns or Columns()
+  if records.format_of(path, file_format) == 'text':
+    for _, line in text_files.lines(path):
+      yield columns.prefix + line
+    return
+  name = ''
+  for number, row in records.read(path, columns.named, file_format):
+    place = f'{path}:{number}'
+    if not (name or columns.template):
+      alone = str(next(iter(row))) if len(row) == 1 else ''
+      name = columns.input or alone or _known(row, records.INPUT_NAMES, '')
+      if not name:
+        raise _unclear('input', row, place)
+    # An empty input has an output too.
+    yield columns.prefix + _input(row, columns, name, place, empty=True)
+
+
 def split_of(source: Any, split: str) -> str:
   """Returns the folder of a split that a saved DatasetDict has, else ''."""
   paths = [source] if isinstance(source, str | os.PathLike) else source
@@ -355,11 +385,19 @@ def _unclear(which: str, row: records.Row, place: str) -> UsageError:
   )
 
 
-def _input(row: records.Row, columns: Columns, name: str, place: str) -> str:
+def _input(
+  row: records.Row,
+  columns: Columns,
+  name: str,
+  place: str,
+  *,
+  empty: bool = False,
+) -> str:
   if not columns.template:
-    return _filled(row, name, place)
+    return _filled(row, name, place, empty=empty)
   values = {
-    one: _filled(row, one, place) for one in set(columns.template_fields)
+    one: _filled(row, one, place, empty=empty)
+    for one in set(columns.template_fields)
   }
   return ''.join(
     text + (values[name] if name is not None else '')
@@ -367,12 +405,14 @@ def _input(row: records.Row, columns: Columns, name: str, place: str) -> str:
   )
 
 
-def _filled(row: records.Row, name: str, place: str) -> str:
+def _filled(
+  row: records.Row, name: str, place: str, *, empty: bool = False
+) -> str:
   key = field(name)
   if name in row:
     key = name
   text = records.as_text(row, key, place)
-  if not text.strip() or text == 'nan':
+  if not empty and (not text.strip() or text == 'nan'):
     raise UsageError(
       f'{place}: the field {name!r} is empty; fill it, or leave such rows out '
       'with --skip_bad_rows'

@@ -268,9 +268,11 @@ def _is_header(path: str, cells: Sequence[str]) -> bool:
       an example a header.
   """
   names = {cell.strip().lower() for cell in cells}
-  if names & set(INPUT_NAMES) and names & set(TARGET_NAMES):
+  known = [bool(names & set(one)) for one in (INPUT_NAMES, TARGET_NAMES)]
+  like_names = all(cell.strip().isidentifier() for cell in cells)
+  if all(known) or (any(known) and like_names):
     return True
-  if all(cell.strip().isidentifier() for cell in cells):
+  if like_names:
     raise UsageError(
       f'{path} begins with {", ".join(map(repr, cells))}: a header or an '
       'example? Say which columns are meant, by name or, if there is no '

@@ -58,12 +58,14 @@ class Reader:
 
   def _fetch(self, array: Any, name: str) -> Callable[[Index], np.ndarray]:
     def fetch(index: Index) -> np.ndarray:
-      if self._last is not None and self._last[0] == name:
-        return self._last[1][index]
+      last = self._last  # another thread may replace it
+      if last is not None and last[0] == name:
+        return last[1][index]
       try:
         if _is_wasteful(array, index):
-          self._last = (name, np.asarray(array.read().result()))
-          return self._last[1][index]
+          whole = np.asarray(array.read().result())
+          self._last = (name, whole)
+          return whole[index]
         return np.asarray(
           array[index].read().result() if index else array.read().result()
         )

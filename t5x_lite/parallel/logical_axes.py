@@ -173,6 +173,33 @@ def check_rules(
     _check_array(path, shape, axis_names, sizes, rules, wanted)
 
 
+def check_axis_cuts(
+  shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules, mesh_axis: str
+) -> None:
+  """Raises UsageError if an array that a mesh axis should cut stays whole.
+
+  For a number of devices that somebody asked for: what they do not divide is
+  replicated otherwise, and shows only in the memory of the first run.
+  """
+  sizes = dict(mesh.shape)
+  size = sizes[mesh_axis]
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+  for (path, leaf), names in zip(
+    leaves, treedef.flatten_up_to(axes), strict=True
+  ):
+    name = pytrees.path_name(path)
+    targets = {axis for axis, to in rules.of(name) if to == mesh_axis}
+    dims = [i for i, axis in enumerate(names) if axis in targets]
+    result = spec(names, leaf.shape, sizes, rules, name)
+    is_cut = any(mesh_axis in _mesh_axes(one) for one in result if one)
+    if dims and not is_cut and leaf.ndim > 1:
+      raise UsageError(
+        f'{size} devices along the mesh axis {mesh_axis!r} do not divide '
+        f'{name}, whose dim {names[dims[0]]!r} is {leaf.shape[dims[0]]}: '
+        f'choose a MeshConfig.{mesh_axis} that does'
+      )
+
+
 def _check_names(rule: Rule, names: set[str], sizes: Mapping[str, int]) -> None:
   name, target = rule
   if name not in names:

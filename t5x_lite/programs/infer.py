@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 import jax
 
-from t5x_lite.data import vocabularies
+from t5x_lite.data import pairs, records, vocabularies
+from t5x_lite.data.pairs import Columns
 from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
@@ -29,10 +30,7 @@ from t5x_lite.runs import progress
 
 log = logging.getLogger(__name__)
 
-FORMATS = ('auto', 'text', 'tsv', 'jsonl')
-_ENDINGS = {'.tsv': 'tsv', '.jsonl': 'jsonl', '.json': 'jsonl'}
-# Names under which a JSON object's input is looked for, best first.
-_FIELDS = ('input', 'inputs', 'text')
+FORMATS = ('auto', *records.FORMATS)
 # Relative positions reach as far as one likes, memory does not.
 MAX_INPUT_LENGTH = 1024
 REPORT_SECONDS = 10.0
@@ -45,6 +43,7 @@ def infer(
   output: str,
   input_format: str = 'auto',
   field: str = '',
+  template: str = '',
   prefix: str = '',
   batch_size: int = 32,
   max_input_length: int = MAX_INPUT_LENGTH,
@@ -65,10 +64,11 @@ def infer(
       the score being the prediction's log-probability; '-' is standard output.
       A file that is there already is refused, unless one of the last two
       arguments says what to do with it.
-    input_format: 'text' (a line is an input), 'tsv' (its first column is) or
-      'jsonl' (a field of its object is); 'auto' goes by the file's ending.
-    field: the JSON field, or the number of the TSV column counted from 0; by
-      default 'input', 'inputs' or 'text', and column 0.
+    input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json',
+      'parquet' or 'datasets'; 'auto' goes by the file's ending.
+    field: name of the input's column or field, or its number from 0 where there
+      is no header; by default one with a usual name, or the only one.
+    template: makes the input of several fields, 'summarize: {article}'.
     prefix: put before every input, such as 'pronounce: '.
     batch_size: lines decoded at a time.
     max_input_length: tokens; what is longer is truncated and says so.
@@ -91,11 +91,17 @@ def infer(
   ):
     if value is not None and value < 1:
       raise UsageError(f'infer.{name} is {value}; it must be at least 1')
-  read = make_reader(input, input_format, field)
+  if input_format not in FORMATS:
+    raise UsageError(
+      f'input_format={input_format!r} is not one of {", ".join(FORMATS)}'
+    )
+  if input == '-' and input_format not in ('auto', 'text'):
+    raise UsageError('standard input is text, an input a line; name a file')
+  columns = Columns(input=field, template=template)
   _check_paths(input, output, resume, overwrite)
   num_lines = None
   if input != '-':
-    num_lines = sum(1 for _ in read_lines(input, read))
+    num_lines = sum(1 for _ in read_inputs(input, input_format, columns))
   run = trained_model.open_model(model)
 
   # ---- Model ----
@@ -122,12 +128,16 @@ def infer(
   done, truncated = 0, 0
   start = report = time.monotonic()
   with contextlib.ExitStack() as stack:
-    lines = enumerate(read_lines(input, read))
+    lines = enumerate(read_inputs(input, input_format, columns))
     write = _no_writer
     if resume:
       # Only the first process is sure to see the output; all must skip alike.
       done = distributed.from_primary(
-        lambda: _resume(output, read_lines(input, read), predictor.batch_size)
+        lambda: _resume(
+          output,
+          read_inputs(input, input_format, columns),
+          predictor.batch_size,
+        )
       )
       log.info('continues %s after line %d', output, done)
     if distributed.is_primary():
@@ -167,7 +177,7 @@ def infer(
     '%d lines in %s%s',
     done,
     progress.format_duration(seconds),
-    f', {truncated} of them truncated' if truncated else '',
+    f', {truncated} of them cut at max_input_length' if truncated else '',
   )
   return done
 
@@ -175,76 +185,25 @@ def infer(
 # ---- Reading ----------------------------------------------------------------
 
 
-def make_reader(
-  path: str, input_format: str, field: str
-) -> Callable[[str], str]:
-  """Returns what turns a line into an input; it raises ValueError if it cannot.
-
-  Raises:
-    UsageError: if there is no such format or column.
-  """
-  if input_format not in FORMATS:
-    raise UsageError(
-      f'input_format={input_format!r} is not one of {", ".join(FORMATS)}'
-    )
-  if input_format == 'auto':
-    ending = os.path.splitext(path)[1].lower()
-    input_format = _ENDINGS.get(ending, 'text')
-  if input_format == 'jsonl':
-    return lambda line: _from_json(line, field)
-  if input_format == 'tsv':
-    if field and not field.isdigit():
-      raise UsageError(
-        f'field={field!r} must be the number of a TSV column, counted from 0'
-      )
-    return lambda line: _from_tsv(line, int(field or 0))
-  return lambda line: line
-
-
-def _from_json(line: str, field: str) -> str:
-  try:
-    value = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'is not JSON ({error.msg})') from error
-  if isinstance(value, dict):
-    names = (field,) if field else _FIELDS
-    found = [name for name in names if name in value]
-    if not found:
-      raise ValueError(f'has no field {" or ".join(map(repr, names))}')
-    value = value[found[0]]
-  if not isinstance(value, str):
-    raise ValueError(f'has {type(value).__name__} where a text should be')
-  return value
-
-
-def _from_tsv(line: str, column: int) -> str:
-  columns = line.split('\t')
-  if column >= len(columns):
-    raise ValueError(f'has {len(columns)} columns, so no column {column}')
-  return columns[column]
-
-
-def read_lines(path: str, read: Callable[[str], str]) -> Iterator[str]:
-  """Yields the input of every line.
+def read_inputs(
+  path: str, input_format: str, columns: Columns
+) -> Iterator[str]:
+  """Yields the input of every line or row; '-' is lines of standard input.
 
   Raises:
     UsageError: naming the file and line that cannot be read.
   """
-  name = 'standard input' if path == '-' else path
-  with contextlib.ExitStack() as stack:
-    file: Iterable[bytes] = sys.stdin.buffer
-    if path != '-':
-      file = stack.enter_context(open(path, 'rb'))
-    for number, line in enumerate(file, start=1):
-      try:
-        text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
-        yield read(text.removesuffix('\n').removesuffix('\r'))
-      except UnicodeDecodeError as error:
-        raise UsageError(
-          f'{name}:{number} is not UTF-8 text ({error.reason})'
-        ) from error
-      except ValueError as error:
-        raise UsageError(f'{name}:{number} {error}') from error
+  kind = '' if input_format == 'auto' else input_format
+  if path != '-':
+    yield from pairs.read_inputs(path, columns, file_format=kind)
+    return
+  for number, line in enumerate(sys.stdin.buffer, start=1):
+    try:
+      yield line.decode('utf-8').removesuffix('\n').removesuffix('\r')
+    except UnicodeDecodeError as error:
+      raise UsageError(
+        f'standard input:{number} is not UTF-8 text ({error.reason})'
+      ) from error
 
 
 def _batches(
@@ -260,7 +219,7 @@ def _batches(
 
 def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
   """Refuses paths that would fail, or destroy the input, after minutes."""
-  if path != '-' and not os.path.isfile(path):
+  if path != '-' and not os.path.exists(path):
     raise UsageError(f'no such input file: {path}')
   if path == '-' and jax.process_count() > 1:
     raise UsageError('with several processes the input must be a file')
@@ -299,12 +258,21 @@ def _open_output(
   with contextlib.ExitStack() as stack:
     file: TextIO = sys.stdout
     if path != '-':
-      mode = 'a' if append else 'w'
-      file = stack.enter_context(open(path, mode, encoding='utf-8'))
+      try:
+        mode = 'a' if append else 'w'
+        file = stack.enter_context(open(path, mode, encoding='utf-8'))
+      except OSError as error:
+        raise UsageError(f'cannot write {path}: {error.strerror}') from error
 
     def write(entry: dict[str, Any]) -> None:
-      file.write(json.dumps(entry, ensure_ascii=False) + '\n')
-      file.flush()
+      try:
+        file.write(json.dumps(entry, ensure_ascii=False) + '\n')
+        file.flush()
+      except OSError as error:
+        raise UsageError(
+          f'cannot write {path}: {error.strerror}; make room, and continue '
+          'with --resume'
+        ) from error
 
     yield write
 

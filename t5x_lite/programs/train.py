@@ -73,6 +73,7 @@ def train(
   max_skipped_updates: int = 0,
   seed: int = 0,
   dry_run: bool = False,
+  dry_run_file: str = '',
   summarize_config_fn: Callable[[str], None] | None = None,
 ) -> TrainState | None:
   """Trains a model and returns its last state.
@@ -106,8 +107,9 @@ def train(
     max_skipped_updates: updates in a row that may be left out because the
       gradient is not finite; 0 stops at the first.
     seed: of parameters and dropout; the data has its own.
-    dry_run: print configuration, parameters, sharding and memory, write
-      nothing and return None.
+    dry_run: print parameters, mesh and memory, begin nothing and return None.
+    dry_run_file: where a dry run writes the configuration, and how every array
+      is cut.
     summarize_config_fn: writes the resolved configuration into model_dir.
 
   Raises:
@@ -205,7 +207,9 @@ def train(
 
   log.info('%s', memory_report.parameter_summary(spec.shapes.params))
   if dry_run:
-    memory_report.print_dry_run(record, spec, device_mesh, compile_step())
+    memory_report.print_dry_run(
+      record, spec, device_mesh, compile_step(), file=dry_run_file
+    )
     return None
 
   # ---- Input pipeline and evaluators: they check their tasks ----

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
 from t5x_lite.parallel import pytrees
 from t5x_lite.runs import run_directory
@@ -117,16 +118,46 @@ def print_dry_run(
   spec: train_state.StateSpec,
   mesh: jax.sharding.Mesh,
   compiled: jax.stages.Compiled,
+  *,
+  file: str = '',
 ) -> None:
-  """Prints what a run would be; the caller has written nothing."""
-  print('# Configuration')
-  print(json.dumps(run_directory.to_json(config), indent=2))
-  print('\n# Sharding')
+  """Prints what a run would be; the caller has written nothing.
+
+  Args:
+    config: the arguments of the run.
+    spec: of the state.
+    mesh: the devices.
+    compiled: the step.
+    file: gets the whole configuration and how every array is cut; '' for the
+      summary alone.
+  """
   sizes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
-  print(f'mesh: {sizes} on {mesh.size} x {mesh.devices.flat[0].device_kind}')
-  print(sharding_table(spec), end='')
-  print('\n# Size')
-  print(parameter_summary(spec.shapes.params))
-  print(state_memory(spec))
-  print(compiled_memory(compiled))
-  print('dry run: nothing was written')
+  kind = mesh.devices.flat[0].device_kind
+  entry = run_directory.to_json(config)
+  lines = [f'mesh           {sizes} on {mesh.size} x {kind}']
+  for name in ('dataset', 'optimizer'):
+    fields = [
+      f'{key}={value}'
+      for key, value in entry.get(name, {}).items()
+      if key != 'class' and not isinstance(value, dict) and value is not None
+    ]
+    lines.append(f'{name:14} {", ".join(fields[:6])}')
+  for name in ('total_steps', 'num_microbatches', 'eval_period', 'seed'):
+    lines.append(f'{name:14} {entry.get(name)}')
+  lines += [
+    parameter_summary(spec.shapes.params),
+    state_memory(spec),
+    compiled_memory(compiled),
+  ]
+  print('\n'.join(lines))
+  if file:
+    text = json.dumps(entry, indent=2)
+    epath.Path(file).write_text(
+      f'# Configuration\n{text}\n\n# Sharding\n{sharding_table(spec)}'
+    )
+    print(f'configuration and sharding of every array: {file}')
+  else:
+    print(
+      '--dry_run_file FILE writes configuration and sharding of every array'
+    )
+  print('dry run: no run was begun')

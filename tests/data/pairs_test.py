@@ -24,6 +24,17 @@ def test_columns_are_found_by_their_names(tmp_path):
   assert found.places == [f'{path}:2']
 
 
+def test_inputs_alone(tmp_path):
+  path = write(tmp_path / 'x.csv', 'text,n\na,1\n"b\nc",2\n,3\n')
+  assert list(pairs.read_inputs(path)) == ['a', 'b\nc', '']
+  made = Columns(template='{n}: {text}', prefix='p ')
+  assert list(pairs.read_inputs(path, made)) == ['p 1: a', 'p 2: b\nc', 'p 3: ']
+  path = write(tmp_path / 'y.tsv', 'one two\nthree four\n')
+  assert list(pairs.read_inputs(path)) == ['one two', 'three four']
+  path = write(tmp_path / 'z.txt', 'a\n\nb\tc\n')
+  assert list(pairs.read_inputs(path)) == ['a', '', 'b\tc']
+
+
 def test_columns_by_name_number_and_template(tmp_path):
   path = write(tmp_path / 'x.tsv', 'a\tb\tc\n1\t2\t3\n')
   named = Columns(input='c', target='a', prefix='p: ')

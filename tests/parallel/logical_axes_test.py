@@ -4,10 +4,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t5x_lite.compiler import step_programs
+from t5x_lite.data.config import batch_spec
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.training.losses import LossConfig
+from tests import tiny_run
 from tests.models import tiny
 
 SIZES = {'data': 1, 'fsdp': 4, 'model': 2}
@@ -129,3 +133,20 @@ def test_constrain_cuts_inside_a_program():
     y = f(jnp.ones((8, 4, 2)))
   wanted = NamedSharding(mesh, P(('data', 'fsdp'), None, 'model'))
   assert y.sharding.is_equivalent_to(wanted, 3)
+
+
+def test_an_axis_that_was_asked_for_must_cut():
+  def program(**mesh):
+    return step_programs.train_program(
+      model=tiny_run.model(num_heads=4, mlp_dim=32),
+      optimizer=tiny_run.optimizer(),
+      loss=LossConfig(),
+      batch=batch_spec(tiny_run.dataset()),
+      mesh=MeshConfig(**mesh),
+      total_steps=1,
+      devices=jax.devices()[: 2 * mesh['model']],
+    )
+
+  with pytest.raises(UsageError, match="3 devices along the mesh axis 'model'"):
+    program(model=3, data=2)
+  program(model=2, data=2)

@@ -296,20 +296,44 @@ def test_divergence_names_the_step_and_keeps_the_last_good(tmp_path):
   assert None in last.values()
 
 
+def test_some_updates_may_be_left_out(tmp_path, caplog):
+  arguments = tiny_run.arguments(
+    tmp_path / 'run',
+    total_steps=50,
+    optimizer=tiny_run.optimizer(1e30),
+    checkpoint=CheckpointConfig(period=100),
+    max_skipped_updates=2,
+  )
+  with pytest.raises(NonFiniteError, match=r', first in \w+/\w+: stopped'):
+    train(**arguments)
+  left_out = [r for r in caplog.messages if 'the update is left out' in r]
+  assert len(left_out) == 2
+
+
+def test_patience_needs_a_metric(tmp_path):
+  with pytest.raises(UsageError, match=r'needs CheckpointConfig\.best'):
+    train(**tiny_run.arguments(tmp_path / 'run', patience=2))
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
   arguments = tiny_run.arguments(tmp_path / 'run', dry_run=True)
   assert train(**arguments) is None
   assert list(tmp_path.iterdir()) == []
   printed = capsys.readouterr().out
   for text in (
-    '"emb_dim": 16',
-    'params/encoder/layers/attention/query/kernel',
     'parameters (',
     'per device: parameters',
     'temporaries',
-    'nothing was written',
+    'total_steps',
+    'no run was begun',
   ):
     assert text in printed
+  assert len(printed.splitlines()) < 30
+  file = tmp_path / 'all.txt'
+  assert train(**arguments, dry_run_file=str(file)) is None
+  assert list(tmp_path.iterdir()) == [file]
+  for text in ('"emb_dim": 16', 'params/encoder/layers/attention/query/kernel'):
+    assert text in file.read_text()
 
 
 @pytest.mark.parametrize(

@@ -165,3 +165,39 @@ def test_steps_do_not_retrace_for_another_batch():
     state, _ = step(state, tiny.batch(seed=seed), KEY)
   assert len(traces) == 1
   assert nnx.merge(graphdef, state.params).cfg == cfg
+
+
+def test_updates_that_are_not_finite_can_be_left_out():
+  cfg, batch = tiny.config(), tiny.batch()
+  graphdef, tx, state = setup(cfg, 'adam')
+  good = jax.tree.map(lambda x: x, state.params)
+  layers = state.params['encoder']['layers']
+  wi = np.array(layers['mlp']['wi_0']['kernel'])
+  wi[0, 0, 0] = np.nan
+  layers['mlp']['wi_0']['kernel'] = wi
+  step = steps.make_train_step(
+    graphdef, tx, lambda s: 0.1, LOSS, skip_nonfinite=True
+  )
+  after, metrics = jax.jit(step)(state, batch, KEY)
+  assert metrics['skipped'] == 1.0 and int(after.step) == 1
+  for old, new in zip(
+    jax.tree.leaves((state.params, state.opt_state)),
+    jax.tree.leaves((after.params, after.opt_state)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(old, new)
+  # One that is finite is the update as ever.
+  plain = steps.make_train_step(graphdef, tx, lambda s: 0.1, LOSS)
+  state = train_state.TrainState(state.step, good, tx.init(good))
+  after, metrics = jax.jit(step)(state, batch, KEY)
+  wanted, _ = jax.jit(plain)(state, batch, KEY)
+  assert metrics['skipped'] == 0.0
+  assert_same(after.params, wanted.params, atol=0)
+
+
+def test_norms_of_groups_add_up():
+  _, metrics = train(tiny.config(), tiny.batch())
+  groups = {k: v for k, v in metrics.items() if k.startswith(steps.GROUP_NORM)}
+  assert f'{steps.GROUP_NORM}encoder/layers' in groups and len(groups) > 4
+  total = np.sqrt(sum(float(value) ** 2 for value in groups.values()))
+  np.testing.assert_allclose(total, metrics['grad_norm'], rtol=1e-5)
