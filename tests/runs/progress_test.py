@@ -1,6 +1,8 @@
 import io
 import logging
+import sys
 import time
+import types
 
 import pytest
 
@@ -101,3 +103,39 @@ def test_format_duration(seconds, text):
 )
 def test_format_count(value, text):
   assert progress.format_count(value) == text
+
+
+def test_a_notebook_is_a_place_where_lines_rewrite_themselves(
+  monkeypatch, tmp_path
+):
+  assert not progress.in_notebook()
+  shown = []
+  shell = types.ModuleType('IPython')
+  display = types.ModuleType('IPython.display')
+  shell.get_ipython = lambda: types.SimpleNamespace(kernel=object())
+  display.Image = lambda filename: filename
+  display.display = shown.append
+  for name, module in (
+    ('ipykernel', types.ModuleType('ipykernel')),
+    ('IPython', shell),
+    ('IPython.display', display),
+  ):
+    monkeypatch.setitem(sys.modules, name, module)
+  assert progress.in_notebook()
+  stream = io.StringIO()
+  with Progress(first_step=0, total_steps=9, stream=stream) as line:
+    line.update(3, {'loss': 2.0})
+  assert 'step 3/9' in stream.getvalue()
+  progress.show_picture(str(tmp_path / 'x.png'))
+  assert shown == [str(tmp_path / 'x.png')]
+
+
+def test_updates_left_out_are_counted_by_window():
+  window = Window(
+    batch_shapes={}, step_flops=1.0, peak_flops=None, num_devices=1
+  )
+  window.add({'loss': 1.0})
+  window.skip()
+  assert window.summary()['skipped_updates'] == 1.0
+  window.add({'loss': 1.0})
+  assert 'skipped_updates' not in window.summary()
