@@ -151,7 +151,8 @@ def show_predictions(directory: str, tasks: Sequence[str], num: int) -> None:
   for task in tasks if num else ():
     print(f'\n{task}')
     path = epath.Path(directory) / f'{task}.jsonl'
-    lines = path.read_text().splitlines()
+    # Not splitlines: predictions may hold U+2028 and the like.
+    lines = path.read_text().removesuffix('\n').split('\n')
     for line in lines[:: -(-len(lines) // num)]:
       entry = json.loads(line)
       print(f'  input       {entry["input"]}')

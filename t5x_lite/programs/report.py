@@ -1,56 +1,66 @@
 """The report program: one HTML page about a run, or about several side by side.
 
 Everything is inside the page, so that it opens from disk and can be mailed.
-What a run does not have is left out.
+What a run does not have is left out. report_runs.py reads, report_charts.py
+draws.
 """
 
 import html
+import itertools
 import json
 import logging
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import checkpoint_source
+from t5x_lite.interop import checkpoint_source, tensor_names
 from t5x_lite.models import relative_position
 from t5x_lite.models.config import T5Config
-from t5x_lite.programs import report_charts
-from t5x_lite.runs import checkpoints, metric_writers, progress, run_directory
+from t5x_lite.programs import report_charts, report_runs
+from t5x_lite.programs.report_runs import Run
+from t5x_lite.runs import progress
 
 log = logging.getLogger(__name__)
 
 REPORT = 'report.html'
-_SAMPLES = 20
+SUFFIXES = ('.html', '.htm')
+_NUM_SAMPLES = 20
+# Longer texts are cut on the page; they are whole in the run's files.
+_MAX_TEXT = 1500
+# Rows of a table of evaluations, and pictures of biases: a deep umT5 has one a
+# layer.
+_MAX_ROWS = 100
+_MAX_BIASES = 12
 # Training curves in this order; evaluations follow by name.
 _CURVES = (
   'loss', 'accuracy', 'learning_rate', 'grad_norm', 'update_norm', 'param_norm',
-  'target_tokens_per_second', 'seconds_per_step', 'mfu', 'skipped_updates',
+  'target_tokens_per_second', 'input_tokens_per_second', 'seconds_per_step',
+  'mfu', 'skipped_updates',
 )  # fmt: skip
+_MAY_BE_LOG = ('loss', 'grad_norm', 'perplexity')
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px;
   margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
+h3 { font-size: 1em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid #8884; }
 td.n, th.n { text-align: right; }
 .charts { display: grid; gap: 1em;
-  grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
-figure { margin: 0; } svg { width: 100%; height: auto; }
-svg text { fill: currentColor; font: 11px system-ui, sans-serif; }
-svg text.title { font-weight: 600; font-size: 13px; }
-svg .grid { stroke: #8883; } svg polyline { fill: none; stroke-width: 1.6; }
-svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
-.legend span { margin-right: 1em; font-size: 12px; }
-.legend i { display: inline-block; width: 10px; height: 10px;
-  margin-right: 4px; }
+  grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
+.tables { display: flex; flex-wrap: wrap; column-gap: 3em; }
+.tables section { max-width: 100%; }
 pre { overflow: auto; background: #8881; padding: .8em; font-size: 12px; }
-.wrong { color: #d55e00; } .scroll { overflow-x: auto; }
+.wrong { color: #d55e00; } .wrong::before { content: '\\2717\\00a0'; }
+.note { font-size: 13px; opacity: .8; } .scroll { overflow-x: auto; }
+.samples td { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
@@ -67,75 +77,61 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   """
   if not runs:
     raise UsageError('report needs a run directory')
-  found = {name: _read(name) for name in dict.fromkeys(runs)}
   path = epath.Path(output or epath.Path(runs[0]) / REPORT)
-  text = page(found)
+  if path.suffix not in SUFFIXES:
+    raise UsageError(
+      f'report.output is {output}: a page is named .html, so that no other '
+      'file is replaced by mistake'
+    )
+  given = list(dict.fromkeys(runs))
+  found = [
+    report_runs.read(one, name=name)
+    for one, name in zip(given, report_runs.names_of(given), strict=True)
+  ]
+  # A model may write half of a surrogate pair, which no encoding has.
+  text = page(found).encode('utf-8', 'replace')
   try:
-    path.write_text(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text)
   except OSError as error:
     raise UsageError(
-      f'{path} cannot be written ({error.strerror}): name another --output'
+      f'{path} cannot be written ({error.strerror or error}): name another '
+      '--output'
     ) from error
   log.info('%s', path)
   print(os.fspath(path))
   return os.fspath(path)
 
 
-def _read(name: str) -> dict[str, Any]:
-  """Returns everything that is known of a run."""
-  root = epath.Path(name)
-  if not (root / run_directory.MODEL_FILE).exists():
-    raise UsageError(
-      f'{name} is no run directory: it has no {run_directory.MODEL_FILE}'
-    )
-  directory = root / checkpoints.CHECKPOINTS
-  return {
-    'root': root,
-    'metrics': [
-      entry
-      for entry in metric_writers.read_metrics(name)
-      if isinstance(entry, dict) and isinstance(entry.get('step'), int)
-    ],
-    'model': _json(root / run_directory.MODEL_FILE),
-    'config': _json(root / run_directory.CONFIG_FILE),
-    'gin': _text(root / 'config.gin'),
-    'steps': checkpoints.steps_in(directory),
-  }
-
-
-def _json(path: epath.Path) -> dict[str, Any]:
-  try:
-    entry = json.loads(path.read_text())
-  except (OSError, ValueError):
-    return {}
-  return entry if isinstance(entry, dict) else {}
-
-
-def _text(path: epath.Path) -> str:
-  try:
-    return path.read_text()
-  except (OSError, ValueError):
-    return ''
-
-
 # ---- The page ----------------------------------------------------------------
 
 
-def page(runs: Mapping[str, dict[str, Any]]) -> str:
+def page(runs: Sequence[Run]) -> str:
   """Returns the whole page."""
-  title = ', '.join(runs)
-  body = [f'<h1>{_escape(title)}</h1>', _headline(runs), _charts(runs)]
-  for name, run in runs.items():
+  title = ', '.join(run.name for run in runs)
+  body = [
+    f'<h1>{_escape(title)}</h1>',
+    _side_by_side(
+      _compare('At the end', runs, [_end(run) for run in runs]),
+      _compare('Cost', runs, [_cost(run) for run in runs]),
+      _compare('Best evaluation', runs, [_best(run) for run in runs]),
+    ),
+    _charts(runs),
+    _samples(runs),
+    _side_by_side(
+      _compare('Data', runs, [_data(run) for run in runs]),
+      _compare('Model', runs, [_model(run) for run in runs]),
+    ),
+  ]
+  for run in runs:
     if len(runs) > 1:
-      body.append(f'<h1>{_escape(name)}</h1>')
-    body += [
-      _evaluations(run), _samples(run), _biases(name, run), _cost(run),
-      _model(run), _configuration(run),
-    ]  # fmt: skip
+      body.append(f'<h1>{_escape(run.name)}</h1>')
+    body += [_results(run), _steps(run), _biases(run), _configuration(run)]
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>{_escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n'
+    f'<title>{_escape(title)}</title><style>{_STYLE}{report_charts.STYLE}'
+    '</style></head>\n<body>\n'
     + '\n'.join(part for part in body if part)
     + '\n</body></html>\n'
   )
@@ -145,158 +141,325 @@ def _escape(value: Any) -> str:
   return html.escape(str(value), quote=True)
 
 
+def _cut(value: Any) -> str:
+  text = str(value)
+  return text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]} \u2026'
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """Returns a table; numbers are set flush right."""
+  """Returns a table; columns of numbers are set flush right."""
 
-  def cell(tag: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      return f'<{tag}>{_escape("" if value is None else value)}</{tag}>'
-    return f'<{tag} class="n">{report_charts.number(value)}</{tag}>'
+  def cell(tag: str, value: Any, is_number: bool) -> str:
+    if isinstance(value, float) or (is_number and isinstance(value, int)):
+      value = report_charts.number(value)
+    kind = ' class="n"' if is_number else ''
+    return f'<{tag}{kind}>{_escape("" if value is None else value)}</{tag}>'
 
-  lines = [''.join(cell('td', value) for value in row) for row in rows]
-  head = ''.join(cell('th', name) for name in header)
+  numeric = [
+    any(isinstance(row[i], int | float) for row in rows)
+    for i in range(len(header))
+  ]
+  lines = [
+    ''.join(map(cell, itertools.repeat('td'), row, numeric)) for row in rows
+  ]
+  head = ''.join(map(cell, itertools.repeat('th'), header, numeric))
   body = ''.join(f'<tr>{line}</tr>' for line in lines)
   head = f'<thead><tr>{head}</tr></thead>' if any(header) else ''
   return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def _series(run: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-  """Returns (step, value) of every metric."""
-  series: dict[str, list[tuple[float, float]]] = {}
-  for entry in run['metrics']:
-    for name, value in entry.items():
-      if name in ('step', 'time') or isinstance(value, bool):
-        continue
-      if isinstance(value, int | float):
-        series.setdefault(name, []).append((entry['step'], value))
-  return series
-
-
-def _headline(runs: Mapping[str, dict[str, Any]]) -> str:
-  rows = []
-  for name, run in runs.items():
-    series = _series(run)
-    last = max((entry['step'] for entry in run['metrics']), default=None)
-    losses = series.get('loss', [])
-    best = [
-      min(value for _, value in points)
-      for metric, points in series.items()
-      if metric.startswith('eval/') and metric.endswith('/loss')
-    ]
-    rows.append(
-      [
-        name,
-        last,
-        losses[-1][1] if losses else None,
-        min(best, default=None),
-        ', '.join(map(str, run['steps'])),
-      ]
-    )
-  header = ['run', 'steps', 'last training loss', 'least validation loss']
-  return _table([*header, 'checkpoints'], rows)
-
-
-def _charts(runs: Mapping[str, dict[str, Any]]) -> str:
-  series = {name: _series(run) for name, run in runs.items()}
-  names = {metric for one in series.values() for metric in one}
-  groups = sorted(n for n in names if n.startswith('grad_norm/'))
-  evaluations = sorted(
-    n for n in names if n.startswith(('eval/', 'infer_eval/'))
-  )
-  charts = [
-    report_charts.line_chart(
-      metric, {name: one.get(metric, []) for name, one in series.items()}
-    )
-    for metric in (*(n for n in _CURVES if n in names), *evaluations)
-    if not metric.endswith('/target_tokens')
-  ]
-  for name, one in series.items():
-    title = 'gradient norm by group' + (f', {name}' if len(runs) > 1 else '')
-    lines = {n.removeprefix('grad_norm/'): one.get(n, []) for n in groups}
-    charts.append(report_charts.line_chart(title, lines))
-  if not any(charts):
-    return '<p>No metrics yet.</p>'
-  return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>'
-
-
-def _evaluations(run: Mapping[str, Any]) -> str:
-  """Metrics by checkpoint; those that are kept are marked."""
-  rows: dict[int, dict[str, float]] = {}
-  for name, points in _series(run).items():
-    if name.startswith(('eval/', 'infer_eval/')):
-      for step, value in points:
-        rows.setdefault(int(step), {})[name] = value
+def _compare(
+  title: str, runs: Sequence[Run], columns: Sequence[dict[str, Any]]
+) -> str:
+  """Returns a table with a column a run; rows that none has are left out."""
+  labels = list(dict.fromkeys(label for one in columns for label in one))
+  rows = [[label, *(one.get(label) for one in columns)] for label in labels]
+  rows = [row for row in rows if any(value is not None for value in row[1:])]
+  header = ['', *(run.name for run in runs)] if len(runs) > 1 else ['', '']
   if not rows:
     return ''
-  names = sorted({name for row in rows.values() for name in row})
-  names = [name for name in names if not name.endswith('/target_tokens')]
-  lines = [
-    [f'{step} (kept)' if step in run['steps'] else str(step)]
-    + [rows[step].get(name) for name in names]
-    for step in sorted(rows)
-  ]
-  return '<h2>Evaluations</h2>' + _table(['step', *names], lines)
+  return f'<section><h2>{title}</h2>{_table(header, rows)}</section>'
 
 
-def _samples(run: Mapping[str, Any]) -> str:
-  """Predictions beside references, of the newest evaluation of each kind."""
-  root: epath.Path = run['root']
-  files = [
-    path
-    for folder in ('evaluation', 'test')
-    for path in sorted((root / folder).glob('*.jsonl'))
-  ]
-  for folder in sorted((root / 'infer_eval').glob('*')):
-    steps = [path for path in folder.glob('*.jsonl') if path.stem.isdigit()]
-    files += sorted(steps, key=lambda path: int(path.stem))[-1:]
-  parts = []
-  for path in files:
-    rows = []
-    for line in _text(path).splitlines()[:_SAMPLES]:
-      try:
-        entry = json.loads(line)
-        rows.append([entry[key] for key in ('input', 'prediction', 'target')])
-      except (ValueError, KeyError, TypeError):
-        continue
-    title = f'Predictions: {path.relative_to(root)}'
-    body = ''.join(
-      f'<tr><td>{_escape(one)}</td>'
-      f'<td{_mark(prediction, target)}>{_escape(prediction)}</td>'
-      f'<td>{_escape(target)}</td></tr>'
-      for one, prediction, target in rows
+def _side_by_side(*parts: str) -> str:
+  return f'<div class="tables">{"".join(parts)}</div>'
+
+
+# ---- All runs together -------------------------------------------------------
+
+
+def _end(run: Run) -> dict[str, Any]:
+  steps = [points[-1][0] for points in run.series.values()]
+  done = max([*steps, *run.steps], default=None)
+  total = run.config.get('total_steps')
+  return {
+    'steps': done if total in (None, done) else f'{done or 0:,} of {total}',
+    'training loss': run.last('loss'),
+    'training accuracy': run.last('accuracy'),
+    'gradient norm': run.last('grad_norm'),
+    'learning rate': run.last('learning_rate'),
+    'checkpoints': ', '.join(map(str, run.steps)) or 'none',
+  }
+
+
+def _model(run: Run) -> dict[str, Any]:
+  if not run.model:
+    return {}
+  fields = {
+    name: value if isinstance(value, int | float) else _escape_list(value)
+    for name, value in run.model.items()
+    if value is not None and not isinstance(value, bool)
+  }
+  fields |= {k: str(v) for k, v in run.model.items() if isinstance(v, bool)}
+  return {'parameters': _num_parameters(run), **fields}
+
+
+def _escape_list(value: Any) -> str:
+  return ', '.join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _num_parameters(run: Run) -> str | None:
+  try:
+    config = T5Config(**run.model)
+  except (UsageError, TypeError, ValueError):
+    return None  # another version's, or damaged
+  leaves = tensor_names.leaves(config)
+  return f'{sum(math.prod(leaf.shape) for _, leaf, _ in leaves):,}'
+
+
+def _data(run: Run) -> dict[str, Any]:
+  dataset = run.config.get('dataset')
+  dataset = dataset if isinstance(dataset, dict) else {}
+  found = {
+    label: dataset.get(name)
+    for label, name in (
+      ('task or mixture', 'mixture_or_task_name'),
+      ('split', 'split'),
+      ('batch size', 'batch_size'),
     )
-    head = '<tr><th>input</th><th>prediction</th><th>reference</th></tr>'
-    if rows:
-      parts.append(
-        f'<h2>{_escape(title)}</h2><div class="scroll"><table>{head}{body}'
-        '</table></div>'
-      )
+  }
+  found |= {f'length of {k}': v for k, v in run.lengths.items()}
+  for name in sorted(run.series):
+    if name.endswith('_tokens_fill') and (share := run.mean(name)) is not None:
+      label = name.removesuffix('_tokens_fill')
+      found[f'positions filled with {label} tokens'] = f'{share:.1%}'
+  return found
+
+
+def _cost(run: Run) -> dict[str, Any]:
+  found: dict[str, Any] = {}
+  seconds = run.total('seconds_per_step')
+  if seconds is not None:
+    found['time in training steps'] = progress.format_duration(seconds)
+  if len(run.times) > 1:
+    span = max(run.times) - min(run.times)
+    found['first to last line of metrics'] = progress.format_duration(span)
+  for label, name in (
+    ('seconds per step', 'seconds_per_step'),
+    ('target tokens per second', 'target_tokens_per_second'),
+    ('input tokens per second', 'input_tokens_per_second'),
+    ('model TFLOP/s', 'model_tflops_per_second'),
+    ('model FLOP utilisation', 'mfu'),
+  ):
+    found[label] = run.mean(name)
+  for kind in ('target', 'input'):
+    tokens = run.total(f'{kind}_tokens')
+    if tokens is not None:
+      found[f'{kind} tokens in all, about'] = progress.format_count(tokens)
+  return found
+
+
+def _best(run: Run) -> dict[str, Any]:
+  """Returns the best value of every evaluation's metric and its step."""
+  found = {}
+  for name, points in sorted(run.evaluations().items()):
+    step, value = report_runs.best(name, points)
+    text = f'{report_charts.number(value)} at step {step}'
+    newest = points[-1][1]
+    found[name] = (
+      text
+      if newest == value
+      else (f'{text}, now {report_charts.number(newest)}')
+    )
+  return found
+
+
+def _charts(runs: Sequence[Run]) -> str:
+  """Returns curves of training and evaluations.
+
+  Lines are runs. The evaluations of a single run share a chart by metric, and
+  lines are tasks there.
+  """
+  names = {name for run in runs for name in run.series}
+  panels: dict[str, dict[str, report_charts.Points]] = {
+    name: {run.name: run.series.get(name, ()) for run in runs}
+    for name in _CURVES
+    if name in names
+  }
+  for name in sorted({name for run in runs for name in run.evaluations()}):
+    kind, task, metric = (*name.split('/', 2), '')[:3]
+    if len(runs) == 1:
+      panel = panels.setdefault(f'{kind}: {metric}', {})
+      panel[task] = runs[0].series[name]
+    else:
+      panels[name] = {run.name: run.series.get(name, ()) for run in runs}
+  groups = sorted(name for name in names if name.startswith('grad_norm/'))
+  for run in runs if groups else ():
+    suffix = f', {run.name}' if len(runs) > 1 else ''
+    panels[f'grad_norm by group{suffix}'] = {
+      name.removeprefix('grad_norm/'): run.series.get(name, ())
+      for name in groups
+    }
+  charts = ''.join(
+    report_charts.line_chart(
+      title, lines, may_be_log=any(part in title for part in _MAY_BE_LOG)
+    )
+    for title, lines in panels.items()
+  )
+  if not charts:
+    return '<p>No metrics yet.</p>'
+  return f'<h2>Curves</h2><div class="charts">{charts}</div>'
+
+
+def _samples(runs: Sequence[Run]) -> str:
+  """Returns predictions beside references, a column a run."""
+  names = {one.name: None for run in runs for one in run.predictions}
+  parts = []
+  for name in names:
+    columns = {
+      run.name: one
+      for run in runs
+      for one in run.predictions
+      if one.name == name
+    }
+    parts.append(_sample_table(name, columns, several=len(runs) > 1))
+  return ''.join(parts) and '<h2>Predictions</h2>' + ''.join(parts)
+
+
+def _sample_table(
+  name: str,
+  columns: dict[str, report_runs.Predictions],
+  *,
+  several: bool,
+) -> str:
+  """Returns the first examples of an evaluation; other runs' by their input."""
+  first, *_ = columns.values()
+  answers = [
+    {_key(line): line['prediction'] for line in one.lines}
+    for one in columns.values()
+  ]
+  rows = []
+  for line in first.lines[:_NUM_SAMPLES]:
+    cells = [f'<td>{_escape(_cut(line["input"]))}</td>']
+    for answer in answers:
+      prediction = answer.get(_key(line))
+      mark = '' if is_right(prediction, line['target']) else ' class="wrong"'
+      shown = '' if prediction is None else _escape(_cut(prediction))
+      cells.append(f'<td{mark if prediction is not None else ""}>{shown}</td>')
+    target = line['target']
+    text = ' | '.join(map(str, target)) if isinstance(target, list) else target
+    cells.append(f'<td>{_escape(_cut(text))}</td>')
+    rows.append(f'<tr>{"".join(cells)}</tr>')
+  titles = list(columns) if several else ['prediction']
+  head = ''.join(
+    f'<th>{_escape(one)}</th>' for one in ('input', *titles, 'reference')
+  )
+  notes = []
+  for run, one in columns.items():
+    equal = sum(is_right(x['prediction'], x['target']) for x in one.lines)
+    prefix = f'{run}: ' if several else ''
+    notes.append(
+      f'{prefix}{one.file}, {equal} of {len(one.lines)} equal to a reference'
+    )
+  return (
+    f'<h3>{_escape(name)}</h3><p class="note">{_escape("; ".join(notes))}</p>'
+    f'<div class="scroll"><table class="samples"><thead><tr>{head}</tr></thead>'
+    f'<tbody>{"".join(rows)}</tbody></table></div>'
+  )
+
+
+def _key(line: Any) -> tuple[str, str]:
+  return str(line['input']), str(line['target'])
+
+
+def is_right(prediction: Any, target: Any) -> bool:
+  """True if a prediction equals a reference; ' | ' parts alternatives."""
+  references = target if isinstance(target, list) else [target]
+  allowed = {str(one).strip() for one in references}
+  allowed |= {part.strip() for one in allowed for part in one.split(' | ')}
+  return str(prediction).strip() in allowed
+
+
+# ---- One run -----------------------------------------------------------------
+
+
+def _results(run: Run) -> str:
+  """Returns the metrics of `eval`, the quickstart's test and the like."""
+  parts = []
+  for folder, tasks in run.results.items():
+    rows = [
+      [task, metric, value]
+      for task, metrics in tasks.items()
+      for metric, value in metrics.items()
+    ]
+    parts.append(
+      f'<h2>Evaluation of a checkpoint: {_escape(folder)}</h2>'
+      + _table(['task', 'metric', 'value'], rows)
+    )
   return ''.join(parts)
 
 
-def _mark(prediction: Any, target: Any) -> str:
-  references = target if isinstance(target, list) else str(target).split(' | ')
-  equal = str(prediction).strip() in [str(one).strip() for one in references]
-  return '' if equal else ' class="wrong"'
+def _steps(run: Run) -> str:
+  """Returns metrics by step; checkpoints that are kept are marked."""
+  evaluations = {name: dict(xy) for name, xy in run.evaluations().items()}
+  steps = {step for points in evaluations.values() for step in points}
+  steps |= set(run.steps)
+  if not steps or not run.series:
+    return ''
+  losses = run.series.get('loss', ())
+  rows = []
+  for step in sorted(steps):
+    loss = [y for x, y in losses if x <= step and math.isfinite(y)][-1:]
+    values = [points.get(step) for points in evaluations.values()]
+    kept = 'kept' if step in run.steps else ''
+    rows.append([str(step), kept, *(loss or [None]), *values])
+  shown = [row for row in rows[:-_MAX_ROWS] if row[1]] + rows[-_MAX_ROWS:]
+  note = ''
+  if len(shown) < len(rows):
+    note = (
+      f'<p class="note">Of {len(rows)} steps, the last {_MAX_ROWS} and those '
+      'with a checkpoint.</p>'
+    )
+  header = ['step', 'checkpoint', 'training loss', *evaluations]
+  return f'<h2>Metrics by step</h2>{note}' + _table(header, shown)
 
 
-def _biases(name: str, run: Mapping[str, Any]) -> str:
-  """The relative position biases of each stack by distance, head by head."""
-  if not run['steps']:
+def _biases(run: Run) -> str:
+  """Returns the relative position biases of each stack by distance."""
+  if not run.steps:
     return ''
   try:
-    source = checkpoint_source.open_source(name)
-  except UsageError as error:
-    return f'<p class="wrong">{_escape(error)}</p>'
-  charts = []
-  for tensor, values in source.tensors.items():
-    if not tensor.endswith('relpos_bias/rel_embedding'):
-      continue
-    charts.append(_bias_chart(tensor, values.read(), source.config))
-  found = ''.join(charts[:4])
-  return found and (
-    '<h2>Attention bias by distance</h2><p>Key position minus query position, '
-    f'in tokens; a line is a head.</p><div class="charts">{found}</div>'
+    source = checkpoint_source.open_source(run.path)
+    tables = {
+      name: tensor.read()
+      for name, tensor in source.tensors.items()
+      if name.endswith('relpos_bias/rel_embedding')
+    }
+  except (UsageError, OSError, ValueError, KeyError) as error:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f'<p class="wrong">{_escape(_cut(lines[0]))}</p>'
+  if not tables:
+    return ''
+  names = list(tables)[:: -(-len(tables) // _MAX_BIASES)]
+  charts = [_bias_chart(name, tables[name], source.config) for name in names]
+  left = len(tables) - len(names)
+  note = f' {left} more layers are not drawn.' if left else ''
+  return (
+    f'<h2>Attention bias by distance, step {source.step}</h2>'
+    '<p class="note">A row is a head, a column the distances (key position '
+    'minus query position, in tokens) that share a number. Blue is below zero '
+    'and orange above; only differences within a row matter.'
+    f'{note}</p><div class="charts">{"".join(charts)}</div>'
   )
 
 
@@ -310,68 +473,26 @@ def _bias_chart(name: str, table: np.ndarray, config: T5Config) -> str:
     num_buckets=config.relpos_num_buckets,
     max_distance=reach,
   )
-  lines = {
-    f'head {head}': list(
-      zip(distances.tolist(), row[buckets].astype(float).tolist(), strict=True)
-    )
-    for head, row in enumerate(table[:12])
-  }
-  title = name.removesuffix('/rel_embedding')
-  return report_charts.line_chart(title, lines, x_label='distance')
-
-
-def _cost(run: Mapping[str, Any]) -> str:
-  series = _series(run)
-  times = [
-    entry['time'] for entry in run['metrics'] if isinstance(
-      entry.get('time'), int | float
-    )
-  ]  # fmt: skip
-  rows: list[list[Any]] = []
-  if len(times) > 1:
-    span = progress.format_duration(max(times) - min(times))
-    rows.append(['from the first to the last metric', span])
-  for label, name in (
-    ('seconds a step', 'seconds_per_step'),
-    ('target tokens a second', 'target_tokens_per_second'),
-    ('input tokens a second', 'input_tokens_per_second'),
-    ('rows filled with targets', 'target_tokens_fill'),
-    ('rows filled with inputs', 'input_tokens_fill'),
-    ('model TFLOP/s', 'model_tflops_per_second'),
-    ('model FLOP utilisation', 'mfu'),
-  ):
-    if points := series.get(name):
-      mean = sum(value for _, value in points) / len(points)
-      rows.append([label, mean])
-  if points := series.get('target_tokens'):
-    last = max(step for step, _ in points)
-    mean = sum(value for _, value in points) / len(points)
-    rows.append(['target tokens in all, about', mean * last])
-  return '<h2>Cost and data</h2>' + _table(['', ''], rows) if rows else ''
-
-
-def _model(run: Mapping[str, Any]) -> str:
-  entry = run['model']
-  fields = dict(entry.get('model', {}))
-  fields['lengths'] = entry.get('lengths')
-  rows = [[name, str(value)] for name, value in fields.items()]
-  return (
-    '<h2>Model</h2><details><summary>Architecture</summary>'
-    + _table(['', ''], rows)
-    + '</details>'
+  # Distances that share a bucket are neighbours.
+  starts = np.flatnonzero(np.diff(buckets, prepend=-1))
+  ends = [*(starts[1:] - 1), len(buckets) - 1]
+  columns = [
+    f'{distances[a]}' if a == b else f'{distances[a]}\u2026{distances[b]}'
+    for a, b in zip(starts, ends, strict=True)
+  ]
+  rows = np.asarray(table, np.float32)[:, buckets[starts]].tolist()
+  return report_charts.heat_map(
+    name.removesuffix('/rel_embedding'), rows, columns
   )
 
 
-def _configuration(run: Mapping[str, Any]) -> str:
+def _configuration(run: Run) -> str:
   parts = []
-  for title, text in (
-    ('config.gin', run['gin']),
-    ('config.json', json.dumps(run['config'], indent=2)),
-    ('finetune.gin', _text(run['root'] / 'finetune.gin')),
-  ):
-    if text and text != '{}':
-      parts.append(
-        f'<details><summary>{title}</summary><pre>{_escape(text)}</pre>'
-        '</details>'
-      )
+  for name, text in run.texts.items():
+    if name.endswith('.json') and run.config:
+      text = json.dumps(run.config, indent=2, ensure_ascii=False)
+    parts.append(
+      f'<details><summary>{_escape(name)}</summary><pre>{_escape(text)}</pre>'
+      '</details>'
+    )
   return '<h2>Configuration</h2>' + ''.join(parts) if parts else ''

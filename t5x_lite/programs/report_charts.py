@@ -1,19 +1,35 @@
-"""Line charts as SVG text, for pages that open from disk without a library."""
+"""Charts as SVG text, for pages that open from disk without a library."""
 
 import dataclasses
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 # Told apart by people who do not see all colours (Okabe and Ito 2008).
 COLORS = (
   '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#808080',
 )  # fmt: skip
 
+# Of the page that holds the charts; its text's colour is theirs.
+STYLE = """
+figure { margin: 0; } svg { width: 100%; height: auto; }
+svg text { fill: currentColor; font: 11px system-ui, sans-serif; }
+svg text.title { font-weight: 600; font-size: 13px; }
+svg .grid { stroke: #8883; } svg polyline { fill: none; stroke-width: 1.6; }
+svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
+.legend { padding-left: 3.5em; }
+.legend span { margin-right: 1em; font-size: 12px; display: inline-block; }
+svg.key { width: 18px; height: 8px; margin-right: 4px; }
+.key line { stroke-width: 2.5; }
+"""
+
 _WIDTH, _HEIGHT = 500, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 30, 36
 # Points of one line at most: more than pixels only make the page large.
 _MAX_POINTS = 600
+# Lines of at most so many points show each as a dot.
+_MAX_DOTS = 40
+_LOG_FACTOR = 50
 
 Points = Sequence[tuple[float, float]]
 
@@ -34,38 +50,50 @@ class Scale:
 
 
 def line_chart(
-  title: str, lines: Mapping[str, Points], *, x_label: str = 'step'
+  title: str,
+  lines: Mapping[str, Points],
+  *,
+  x_label: str = 'step',
+  may_be_log: bool = False,
 ) -> str:
   """Returns an SVG picture; '' if no line has a point.
 
   Args:
     title: above it.
-    lines: points by name, for the legend if there are several. Values that are
-      not finite are left out.
+    lines: points by name, for the legend if there are several. A value that is
+      not finite is a gap. A line keeps its colour whichever others have points.
     x_label: below it.
+    may_be_log: use a logarithmic axis if the values span a factor of 50.
   """
-  drawn = {
-    name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    for name, points in lines.items()
-  }
-  drawn = {name: _thin(points) for name, points in drawn.items() if points}
-  if not drawn:
-    return ''
-  xs = [x for points in drawn.values() for x, _ in points]
-  ys = [y for points in drawn.values() for _, y in points]
-  x_scale = Scale(*_bounds(xs), _LEFT, _WIDTH - _RIGHT)
-  y_scale = Scale(*_bounds(ys), _HEIGHT - _BOTTOM, _TOP)
-  parts = [
-    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-    f'aria-label="{_text(title)}">',
-    f'<text x="{_LEFT}" y="18" class="title">{_text(title)}</text>',
+  segments = {name: _segments(_thin(points)) for name, points in lines.items()}
+  flat = [
+    point for parts in segments.values() for part in parts for point in part
   ]
-  for tick in ticks(y_scale.low, y_scale.high):
-    y = y_scale(tick)
+  if not flat:
+    return ''
+  ys = [y for _, y in flat]
+  is_log = may_be_log and min(ys) > 0 and max(ys) / min(ys) > _LOG_FACTOR
+  x_scale = Scale(*_bounds([x for x, _ in flat]), _LEFT, _WIDTH - _RIGHT)
+  y_scale = Scale(
+    *_bounds([math.log10(y) for y in ys] if is_log else ys),
+    _HEIGHT - _BOTTOM,
+    _TOP,
+  )
+
+  def place(point: tuple[float, float]) -> tuple[float, float]:
+    x, y = point
+    return x_scale(x), y_scale(math.log10(y) if is_log else y)
+
+  shown = f'{title} (log scale)' if is_log else title
+  parts = _open_svg(shown, _HEIGHT)
+  find_ticks = _log_ticks if is_log else ticks
+  for tick in find_ticks(y_scale.low, y_scale.high):
+    y = y_scale(math.log10(tick) if is_log else tick)
+    label = number(tick)
     parts.append(
       f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
       f'class="grid"/><text x="{_LEFT - 6}" y="{y + 4:.1f}" '
-      f'class="tick end">{number(tick)}</text>'
+      f'class="tick end">{label}</text>'
     )
   for tick in ticks(x_scale.low, x_scale.high):
     x = x_scale(tick)
@@ -77,28 +105,99 @@ def line_chart(
     f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 4}" '
     f'class="tick middle">{_text(x_label)}</text>'
   )
-  for i, points in enumerate(drawn.values()):
-    color = COLORS[i % len(COLORS)]
-    path = ' '.join(f'{x_scale(x):.1f},{y_scale(y):.1f}' for x, y in points)
-    if len(points) > 1:
-      parts.append(f'<polyline points="{path}" stroke="{color}"/>')
-    if len(points) <= 40:
-      parts += [
-        f'<circle cx="{x_scale(x):.1f}" cy="{y_scale(y):.1f}" r="2.5" '
-        f'fill="{color}"><title>{number(x)}: {number(y)}</title></circle>'
-        for x, y in points
-      ]
+  for i, found in enumerate(segments.values()):
+    parts += _draw(found, place, i)
   parts.append('</svg>')
-  picture = ''.join(parts)
   legend = ''
-  if len(drawn) > 1:
+  if len(lines) > 1:
     entries = [
-      f'<span><i style="background:{COLORS[i % len(COLORS)]}"></i>'
-      f'{_text(name)}</span>'
-      for i, name in enumerate(drawn)
+      f'<span><svg viewBox="0 0 18 8" class="key"><line x2="18" y1="4" '
+      f'y2="4" {_stroke(i)}/></svg>{_text(name)}</span>'
+      for i, name in enumerate(lines)
+      if segments[name]
     ]
     legend = f'<div class="legend">{"".join(entries)}</div>'
-  return f'<figure>{picture}{legend}</figure>'
+  return f'<figure>{"".join(parts)}{legend}</figure>'
+
+
+def heat_map(
+  title: str, rows: Sequence[Sequence[float]], columns: Sequence[str]
+) -> str:
+  """Returns a picture of a table; blue is below zero, orange above.
+
+  Args:
+    title: above it.
+    rows: numbers; the i-th row is called i.
+    columns: what each column is called, below it where there is room.
+  """
+  finite = [abs(x) for row in rows for x in row if math.isfinite(x)]
+  top = max(finite, default=0.0) or 1.0
+  width = (_WIDTH - _LEFT - _RIGHT) / len(columns)
+  height = max(6.0, min(20.0, 200 / len(rows)))
+  bottom = _TOP + height * len(rows)
+  parts = _open_svg(f'{title} (\u00b1{number(top)})', round(bottom + _BOTTOM))
+  for i, row in enumerate(rows):
+    y = _TOP + i * height
+    if height >= 10 or i % 4 == 0:
+      parts.append(
+        f'<text x="{_LEFT - 6}" y="{y + height / 2 + 4:.1f}" '
+        f'class="tick end">{i}</text>'
+      )
+    for j, value in enumerate(row):
+      if not math.isfinite(value):
+        continue
+      color = COLORS[0] if value < 0 else COLORS[1]
+      parts.append(
+        f'<rect x="{_LEFT + j * width:.1f}" y="{y:.1f}" '
+        f'width="{width:.1f}" height="{height:.1f}" fill="{color}" '
+        f'fill-opacity="{abs(value) / top:.2f}"><title>{i}, '
+        f'{_text(columns[j])}: {number(value)}</title></rect>'
+      )
+  every = -(-len(columns) // 8)
+  for j in range(0, len(columns), every):
+    parts.append(
+      f'<text x="{_LEFT + (j + 0.5) * width:.1f}" y="{bottom + 16:.1f}" '
+      f'class="tick middle">{_text(columns[j])}</text>'
+    )
+  return f'<figure>{"".join(parts)}</svg></figure>'
+
+
+def _open_svg(title: str, height: int) -> list[str]:
+  return [
+    f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" '
+    f'aria-label="{_text(title)}">',
+    f'<text x="{_LEFT}" y="18" class="title">{_text(title)}</text>',
+  ]
+
+
+def _stroke(i: int) -> str:
+  """Returns the colour of the i-th line, dashed once colours run out."""
+  dashes = i // len(COLORS)
+  dash = f' stroke-dasharray="{6 / dashes:.0f} 3"' if dashes else ''
+  return f'stroke="{COLORS[i % len(COLORS)]}"{dash}'
+
+
+def _draw(
+  segments: Sequence[Points],
+  place: Callable[[tuple[float, float]], tuple[float, float]],
+  i: int,
+) -> list[str]:
+  """Returns the elements of one line; few points, or lone ones, are dots."""
+  few = sum(map(len, segments)) <= _MAX_DOTS
+  parts = []
+  for points in segments:
+    if len(points) > 1:
+      pixels = [place(point) for point in points]
+      path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in pixels)
+      parts.append(f'<polyline points="{path}" {_stroke(i)}/>')
+    for point in points if few or len(points) == 1 else ():
+      x, y = place(point)
+      parts.append(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" '
+        f'fill="{COLORS[i % len(COLORS)]}"><title>{number(point[0])}: '
+        f'{number(point[1])}</title></circle>'
+      )
+  return parts
 
 
 def number(value: float) -> str:
@@ -118,6 +217,17 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
   return [value for value in found if value <= high + 1e-9 * step]
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+  """Returns round numbers between two powers of ten, given by exponents."""
+  powers = range(math.floor(low), math.ceil(high) + 1)
+  if high - low > 3:
+    every = -(-len(powers) // 8)
+    found = [10.0**i for i in powers[::every]]
+  else:
+    found = [m * 10.0**i for i in powers for m in (1, 2, 5)]
+  return [value for value in found if low <= math.log10(value) <= high]
+
+
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
   low, high = min(values), max(values)
   if high - low < 1e-9 * max(1.0, abs(high)):
@@ -126,17 +236,33 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
   return low, high
 
 
-def _thin(points: Points) -> list[tuple[float, float]]:
-  """Returns means of neighbours, as many as can be seen."""
-  points = sorted(points)
+def _thin(points: Points) -> Points:
+  """Returns means of neighbours, as many as can be seen; gaps stay gaps."""
+  points = sorted(points, key=lambda point: point[0])
   size = -(-len(points) // _MAX_POINTS)
-  if size == 1:
-    return list(points)
-  groups = [points[i : i + size] for i in range(0, len(points), size)]
-  return [
-    (sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g))
-    for g in groups
-  ]
+  if size <= 1:
+    return points
+  thinned = []
+  for start in range(0, len(points), size):
+    group = points[start : start + size]
+    drawn = [(x, y) for x, y in group if math.isfinite(y)]
+    if drawn:
+      xs, ys = zip(*drawn, strict=True)
+      thinned.append((sum(xs) / len(xs), sum(ys) / len(ys)))
+    if len(drawn) < len(group):
+      thinned.append((group[-1][0], math.nan))
+  return thinned
+
+
+def _segments(points: Points) -> list[list[tuple[float, float]]]:
+  """Cuts a line at its gaps."""
+  segments: list[list[tuple[float, float]]] = [[]]
+  for x, y in points:
+    if math.isfinite(y):
+      segments[-1].append((x, y))
+    elif segments[-1]:
+      segments.append([])
+  return [segment for segment in segments if segment]
 
 
 def _text(value: str) -> str:

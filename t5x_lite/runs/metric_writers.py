@@ -32,13 +32,14 @@ TENSORBOARD = 'tensorboard'
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
   """Returns the lines of MODEL_DIR/metrics.jsonl, oldest first.
 
-  The last line of a run that was killed may be cut short; it is left out.
+  The last line of a run that was killed may be cut short; it is left out, and
+  so is any other that is no JSON.
   """
   path = epath.Path(model_dir) / METRICS_FILE
   if not path.exists():
     return []
   entries = []
-  for line in path.read_text().splitlines():
+  for line in path.read_bytes().decode('utf-8', 'replace').splitlines():
     try:
       entries.append(json.loads(line))
     except json.JSONDecodeError:

@@ -46,6 +46,13 @@ def test_writes_jsonl_and_tensorboard(tmp_path):
   assert found[20, 'loss'] != found[20, 'loss']
 
 
+def test_a_damaged_line_is_left_out(tmp_path):
+  lines = b'{"step": 1}\n\xff\xfe\n{"step": 2}\n{"st'
+  (tmp_path / 'metrics.jsonl').write_bytes(lines)
+  steps = [e['step'] for e in metric_writers.read_metrics(str(tmp_path))]
+  assert steps == [1, 2]
+
+
 def test_every_line_can_be_read_at_once(tmp_path):
   with MetricWriter(str(tmp_path), first_step=0) as writer:
     writer.write(1, {'loss': 1.0})

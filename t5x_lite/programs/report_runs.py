@@ -1,0 +1,265 @@
+"""What a run's files say of it, read so that no damaged line is in the way."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from t5x_lite.errors import UsageError
+from t5x_lite.runs import checkpoints, metric_writers, run_directory
+
+# A step without a value is a gap: NaN.
+Series = Mapping[str, Sequence[tuple[int, float]]]
+
+_EVALUATIONS = ('eval/', 'infer_eval/')
+# Counts of what was evaluated, not how well.
+_COUNTS = ('target_tokens', 'examples')
+_LOWER_IS_BETTER = ('loss', 'perplexity', 'error_rate', 'distance')
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+  """Decoded examples of one file.
+
+  Attributes:
+    name: of the evaluation, such as 'infer_eval/TASK', the same in every run.
+    file: below the run directory.
+    lines: {'input', 'prediction', 'target'} of each example.
+  """
+
+  name: str
+  file: str
+  lines: Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run as its files tell of it.
+
+  Attributes:
+    name: for the page.
+    path: as the user gave it.
+    series: (step, value) of every metric.
+    times: seconds since 1970 at which metrics were written.
+    model: fields of the architecture; empty if the file is damaged.
+    lengths: task feature lengths.
+    config: the resolved configuration as JSON.
+    texts: configuration files by name.
+    steps: of the checkpoints that are kept.
+    predictions: of the newest evaluation of each kind.
+    results: metrics by task of evaluations of a checkpoint, by folder.
+  """
+
+  name: str
+  path: str
+  series: Series
+  times: Sequence[float]
+  model: Mapping[str, Any]
+  lengths: Mapping[str, Any]
+  config: Mapping[str, Any]
+  texts: Mapping[str, str]
+  steps: Sequence[int]
+  predictions: Sequence[Predictions]
+  results: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+  def evaluations(self) -> dict[str, list[tuple[int, float]]]:
+    """Returns the finite points of every metric of an evaluation."""
+    found = {}
+    for name, points in self.series.items():
+      if name.startswith(_EVALUATIONS) and not name.endswith(_COUNTS):
+        finite = [(x, y) for x, y in points if math.isfinite(y)]
+        if finite:
+          found[name] = finite
+    return found
+
+  def last(self, name: str) -> float | None:
+    """Returns the newest finite value of a metric."""
+    values = [y for _, y in self.series.get(name, ()) if math.isfinite(y)]
+    return values[-1] if values else None
+
+  def mean(self, name: str) -> float | None:
+    """Returns the mean over steps of a metric that averages over windows."""
+    weighted = [(n, y) for n, y in self._windows(name) if math.isfinite(y)]
+    steps = sum(n for n, _ in weighted)
+    return sum(n * y for n, y in weighted) / steps if steps else None
+
+  def total(self, name: str) -> float | None:
+    """Returns the sum over steps of such a metric."""
+    finite = [n * y for n, y in self._windows(name) if math.isfinite(y)]
+    return sum(finite) if finite else None
+
+  def _windows(self, name: str) -> list[tuple[int, float]]:
+    """Returns (steps averaged over, mean); the first is as long as the next."""
+    points = self.series.get(name, ())
+    lengths = [b - a for (a, _), (b, _) in itertools.pairwise(points)]
+    if points:
+      first = points[0][0]
+      lengths.insert(0, min(first, lengths[0]) if lengths else first)
+    return [(n, y) for n, (_, y) in zip(lengths, points, strict=True)]
+
+
+def best(name: str, points: Sequence[tuple[int, float]]) -> tuple[int, float]:
+  """Returns step and value of the best point of an evaluation's metric."""
+  choose = min if lower_is_better(name) else max
+  return choose(points, key=lambda point: point[1])
+
+
+def lower_is_better(name: str) -> bool:
+  """True for losses and error rates."""
+  return any(part in name.rsplit('/', 1)[-1] for part in _LOWER_IS_BETTER)
+
+
+# ---- Reading -----------------------------------------------------------------
+
+
+def read(path: str, *, name: str = '') -> Run:
+  """Reads a run directory.
+
+  Args:
+    path: the directory.
+    name: for the page; the path by default.
+
+  Raises:
+    UsageError: if it is no run directory.
+  """
+  root = epath.Path(path)
+  has_file = [
+    (root / file).exists()
+    for file in (run_directory.MODEL_FILE, metric_writers.METRICS_FILE)
+  ]
+  if not any(has_file):
+    raise UsageError(
+      f'{path} is no run directory: it has neither '
+      f'{run_directory.MODEL_FILE} nor {metric_writers.METRICS_FILE}'
+    )
+  series, times = _series(metric_writers.read_metrics(path))
+  model = read_json(root / run_directory.MODEL_FILE)
+  names = ('config.gin', 'finetune.gin', run_directory.CONFIG_FILE)
+  texts = {file: read_text(root / file) for file in names}
+  results, predictions = {}, _of_training(root)
+  for folder in _result_folders(root):
+    tasks = _dict(read_json(root / folder / 'metrics.json').get('tasks'))
+    if tasks:
+      results[folder] = {k: _dict(v) for k, v in tasks.items()}
+    for file in sorted((root / folder).glob('*.jsonl')):
+      kind = folder.split('/')[0]
+      predictions.append(
+        Predictions(
+          f'{kind}/{file.stem}', f'{folder}/{file.name}', read_lines(file)
+        )
+      )
+  return Run(
+    name=name or path,
+    path=path,
+    series=series,
+    times=times,
+    model=_dict(model.get('model')),
+    lengths=_dict(model.get('lengths')),
+    config=read_json(root / run_directory.CONFIG_FILE),
+    texts={file: text for file, text in texts.items() if text.strip()},
+    steps=checkpoints.steps_in(root / checkpoints.CHECKPOINTS),
+    predictions=[one for one in predictions if one.lines],
+    results=results,
+  )
+
+
+def _series(
+  entries: Sequence[Any],
+) -> tuple[dict[str, list[tuple[int, float]]], list[float]]:
+  series: dict[str, list[tuple[int, float]]] = {}
+  times = []
+  for entry in entries:
+    step = entry.get('step') if isinstance(entry, dict) else None
+    if isinstance(step, bool) or not isinstance(step, int) or step > 2**53:
+      continue
+    for name, value in entry.items():
+      number = _number(value)
+      if name == 'time' and math.isfinite(number):
+        times.append(number)
+      elif name not in ('step', 'time') and (
+        value is None or not math.isnan(number)
+      ):
+        series.setdefault(name, []).append((step, number))
+  for points in series.values():
+    points.sort(key=lambda point: point[0])
+  return series, times
+
+
+def _number(value: Any) -> float:
+  """Returns a finite number; NaN for everything else."""
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return math.nan
+  try:
+    return float(value) if math.isfinite(value) else math.nan
+  except OverflowError:
+    return math.nan
+
+
+def _of_training(root: epath.Path) -> list[Predictions]:
+  """Returns what the newest evaluation during training decoded."""
+  found = []
+  for folder in sorted((root / 'infer_eval').glob('*')):
+    steps = [path for path in folder.glob('*.jsonl') if path.stem.isdigit()]
+    for path in sorted(steps, key=lambda path: int(path.stem))[-1:]:
+      name = f'infer_eval/{folder.name}'
+      lines = read_lines(path)
+      found.append(Predictions(name, f'{name}/{path.name}', lines))
+  return found
+
+
+def _result_folders(root: epath.Path) -> list[str]:
+  """Returns where `eval` and programs like it wrote; its newest step alone."""
+  folders = [name for name in ('test', 'evaluation') if (root / name).is_dir()]
+  steps = [p.name for p in (root / 'eval').glob('*') if p.name.isdigit()]
+  return folders + [f'eval/{step}' for step in sorted(steps, key=int)[-1:]]
+
+
+def read_text(path: epath.Path) -> str:
+  """Returns a file's text; '' if it cannot be read."""
+  try:
+    return path.read_bytes().decode('utf-8', 'replace')
+  except OSError:
+    return ''
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Returns a file's JSON object; empty if there is none."""
+  try:
+    return _dict(json.loads(read_text(path)))
+  except ValueError:
+    return {}
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+  """Returns the predictions of a file; lines that are none are left out."""
+  found = []
+  # Not splitlines: what a model writes may hold Unicode's other line ends.
+  for line in read_text(path).split('\n'):
+    try:
+      entry = _dict(json.loads(line))
+    except ValueError:
+      continue
+    if {'input', 'prediction', 'target'} <= set(entry):
+      found.append(entry)
+  return found
+
+
+def _dict(value: Any) -> dict[str, Any]:
+  return value if isinstance(value, dict) else {}
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+  """Returns short names: the last folder, or paths where that is ambiguous."""
+  last = [
+    epath.Path(p).name if '://' in p else os.path.basename(os.path.abspath(p))
+    for p in paths
+  ]
+  return [
+    name if name and last.count(name) == 1 else path
+    for name, path in zip(last, paths, strict=True)
+  ]
