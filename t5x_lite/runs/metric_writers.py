@@ -115,13 +115,13 @@ def _drop_later(path: epath.Path, step: int) -> None:
   if not path.exists():
     return
   kept = []
-  lines = path.read_text().splitlines()
+  lines = path.read_bytes().decode('utf-8', 'replace').splitlines()
   for line in lines:
     try:
       entry = json.loads(line)
     except json.JSONDecodeError:
       continue
-    if entry.get('step', 0) <= step:
+    if isinstance(entry, dict) and entry.get('step', 0) <= step:
       kept.append(line)
   if len(kept) < len(lines):
     temporary = path.parent / (path.name + '.tmp')
