@@ -23,18 +23,3 @@ html_theme = 'furo'
 html_title = f't5x_lite {__version__}'
 html_copy_source = False
 html_show_sphinx = False
-
-# Pages that index.md lists as soon as they are there.
-PAGES_TO_COME = ('finetune', 'serving', 'reliability')
-
-
-def _drop_missing(app, docname, source):
-  if docname == 'index':
-    missing = {x for x in PAGES_TO_COME if not (HERE / f'{x}.md').exists()}
-    lines = source[0].split('\n')
-    source[0] = '\n'.join(x for x in lines if x not in missing)
-
-
-def setup(app):
-  """Joins the hook above."""
-  app.connect('source-read', _drop_missing)
