@@ -5,6 +5,7 @@ checks raise `UsageError`.
 """
 
 import dataclasses
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,12 +13,14 @@ from typing import Any
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.tasks import catalog
+from t5x_lite.data.tasks import catalog, truncation
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import checkpoint_source
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import checkpoints, run_directory
+
+log = logging.getLogger(__name__)
 
 _CONVERTERS = {
   'encoder_decoder': ('enc_dec',),
@@ -131,6 +134,29 @@ def resolve_dataset(
   )
   catalog.task_provider(dataset)
   return dataset
+
+
+def warn_of_cuts(
+  dataset: DatasetConfig, vocabulary: VocabularyConfig
+) -> dict[str, float]:
+  """Says how many examples the lengths cut; returns it as metrics."""
+  metrics = {}
+  for cut in truncation.measure(dataset, vocabulary):
+    if not cut.cut:
+      continue
+    log.warning(
+      '%s: %d of the first %d examples are longer than %s and are cut; they '
+      'lose %.1f%% of all tokens',
+      cut.task,
+      cut.cut,
+      cut.examples,
+      dataset.lengths,
+      cut.percent_of_tokens,
+    )
+    name = f'data/{cut.task}'
+    metrics[f'{name}/cut_examples_percent'] = 100.0 * cut.cut / cut.examples
+    metrics[f'{name}/cut_tokens_percent'] = cut.percent_of_tokens
+  return metrics
 
 
 def check_model_dir(

@@ -228,6 +228,8 @@ def train(
     decoding=decoding,
   )
 
+  cuts = start_checks.warn_of_cuts(dataset, vocabulary)
+
   with contextlib.ExitStack() as stack:
     stack.callback(iterator.close)
     # ---- Run directory: nothing is written before this line ----
@@ -323,7 +325,8 @@ def train(
     def report(at: int) -> None:
       """Writes the means of the window that ends at this step."""
       if window.num_steps:
-        metrics = window.summary()
+        metrics = {**window.summary(), **cuts}
+        cuts.clear()  # once is enough
         writer.write(at, metrics)
         progress.update(at, metrics)
 

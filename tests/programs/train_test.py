@@ -397,3 +397,20 @@ def test_evaluators_are_cached(finished, monkeypatch):
   cached = evaluators._Cached(lambda: iter([reads.append(1) or 1, 2]), 1)
   assert list(cached) == list(cached) == [1, 2]
   assert len(reads) == 1
+
+
+def test_what_the_lengths_cut_is_said_once(tmp_path, caplog):
+  train(
+    **tiny_run.arguments(
+      tmp_path / 'run',
+      total_steps=2,
+      dataset=tiny_run.dataset(
+        task_feature_lengths={'inputs': 14, 'targets': 16}
+      ),
+    )
+  )
+  assert 'examples are longer than' in caplog.text
+  first, second = metric_writers.read_metrics(str(tmp_path / 'run'))
+  assert first['data/pronounce/cut_examples_percent'] > 50
+  assert 0 < first['data/pronounce/cut_tokens_percent'] < 100
+  assert not any(name.startswith('data/') for name in second)
