@@ -372,7 +372,7 @@ def _filled(row: records.Row, name: str, place: str) -> str:
   if name in row:
     key = name
   text = records.as_text(row, key, place)
-  if not text.strip() or text == 'nan':
+  if not text.strip():
     raise UsageError(
       f'{place}: the field {name!r} is empty; fill it, or leave such rows out '
       'with --skip_bad_rows'
