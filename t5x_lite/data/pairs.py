@@ -412,7 +412,7 @@ def _filled(
   if name in row:
     key = name
   text = records.as_text(row, key, place)
-  if not empty and (not text.strip() or text == 'nan'):
+  if not empty and not text.strip():
     raise UsageError(
       f'{place}: the field {name!r} is empty; fill it, or leave such rows out '
       'with --skip_bad_rows'

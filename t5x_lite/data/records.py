@@ -7,7 +7,7 @@ be told with its place. No row is lost in silence, and no TensorFlow loads.
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from etils import epath
@@ -66,7 +66,7 @@ def dataset_splits(path: str) -> dict[str, str]:
   root = epath.Path(path)
   if not (root / text_files.DATASET_SPLITS_FILE).exists():
     return {}
-  names = _load_json(root / text_files.DATASET_SPLITS_FILE).get('splits', [])
+  names = _listed(root / text_files.DATASET_SPLITS_FILE, 'splits')
   return {str(name): os.fspath(root / _inside(root, name)) for name in names}
 
 
@@ -116,8 +116,10 @@ def texts(
     for _, cells in _cells(path, kind):
       yield from filter(str.strip, cells)
   else:
-    for _, row in read(path, (), kind):
-      yield from (v for v in row.values() if isinstance(v, str) and v.strip())
+    for number, row in read(path, (), kind):
+      for name, value in row.items():
+        if isinstance(value, str) and value.strip():
+          yield as_text(row, name, f'{path}:{number}')
 
 
 def read(
@@ -149,10 +151,10 @@ def read(
 
 
 def as_text(row: Row, field: str | int, place: str) -> str:
-  """Returns a field as text; 'a.b' is b of the object a.
+  """Returns a field as text; 'a.b' is b of the object a, '' is not a number.
 
   Raises:
-    UsageError: if it is not there, or neither text nor a number.
+    UsageError: if it is not there, neither text nor a number, or no Unicode.
   """
   value: Any = row.get(field)
   found = field in row
@@ -169,7 +171,18 @@ def as_text(row: Row, field: str | int, place: str) -> str:
       f'{place}: the field {field!r} must be text or a number; it is {what}. '
       f'The fields are {", ".join(map(repr, row))}'
     )
-  return str(value)
+  if value != value:  # NaN, with which tables mark what is missing
+    return ''
+  text = str(value)
+  try:
+    text.encode('utf-8')
+  except UnicodeEncodeError as error:
+    half = f'{text[error.start]!a} at character {error.start}'
+    raise UsageError(
+      f'{place}: the field {field!r} is no Unicode: it has {half}, half of a '
+      'surrogate pair'
+    ) from error
+  return text
 
 
 # ---- TSV and CSV -------------------------------------------------------------
@@ -183,7 +196,8 @@ def _cells(path: str, kind: str) -> Iterator[tuple[int, list[str]]]:
       if line.strip(' '):
         yield number, line.split('\t')
     return
-  lines = (line + '\n' for _, line in text_files.lines(path))
+  # With their ends: between quotes these are part of the text.
+  lines = (line for _, line in text_files.lines(path, keep_ends=True))
   first = next(lines, '')
   csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
   reader = csv.reader(
@@ -323,7 +337,7 @@ def _json(path: str) -> Iterator[tuple[int, Row]]:
   if first.startswith('{') and first.endswith('}') and len(first) > 2:
     try:
       alone = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
       alone = {}
     if alone and _list_in(alone) is None:
       yield from _jsonl(path)
@@ -352,32 +366,62 @@ def _list_in(entry: Any) -> list[Any] | None:
   return lists[0] if len(lists) == 1 else None
 
 
-def _load_json(path: epath.Path) -> dict[str, Any]:
-  entry = _loads(path.read_text(), os.fspath(path))
-  if not isinstance(entry, dict):
-    raise UsageError(f'{path} is not a JSON object')
-  return entry
+def _listed(path: epath.Path, key: str) -> list[Any]:
+  """Returns the list that a JSON object in a file has under a key."""
+  try:
+    entry = _loads(path.read_text(encoding='utf-8'), os.fspath(path))
+  except (OSError, UnicodeDecodeError) as error:
+    raise UsageError(f'{path} cannot be read: {_reason(error)}') from error
+  listed = entry.get(key) if isinstance(entry, dict) else None
+  if not isinstance(listed, list):
+    raise UsageError(f'{path} is not a JSON object with a list {key!r}')
+  return listed
 
 
 # ---- Arrow: Parquet and saved datasets ---------------------------------------
 
 
-def _parquet(path: str) -> Iterator[tuple[int, Row]]:
+def _reason(error: Exception) -> str:
+  return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _arrow_errors() -> tuple[type[Exception], ...]:
+  """What reading a damaged file, or a value that Python lacks, raises."""
   import pyarrow
+
+  return (pyarrow.ArrowException, OSError, ValueError, OverflowError)
+
+
+def _rows_of_batches(
+  batches: Iterable[Any], schema: Any, path: Any
+) -> Iterator[Row]:
+  """Yields the rows of Arrow's record batches."""
+  labels = _label_names(schema)
+  for name in schema.names:
+    if schema.names.count(name) > 1:
+      raise UsageError(f'{path} names the column {name!r} twice')
+  for batch in batches:
+    # Arrow takes lengths and offsets in a file at their word unless asked.
+    batch.validate(full=True)
+    for row in batch.to_pylist():
+      yield _with_labels(row, labels)
+
+
+def _parquet(path: str) -> Iterator[tuple[int, Row]]:
   from pyarrow import parquet
 
   number = 0
   try:
     with epath.Path(path).open('rb') as raw, parquet.ParquetFile(raw) as file:
-      names = _label_names(file.schema_arrow)
-      for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-          number += 1
-          yield number, _with_labels(row, names)
-  except (pyarrow.ArrowException, OSError) as error:
-    reason = str(error).splitlines()[0]
+      batches = file.iter_batches(batch_size=1024)
+      for row in _rows_of_batches(batches, file.schema_arrow, path):
+        number += 1
+        yield number, row
+  except UsageError:
+    raise
+  except _arrow_errors() as error:
     raise UsageError(
-      f'{path} is not a whole Parquet file after row {number}: {reason}'
+      f'{path} is not a whole Parquet file after row {number}: {_reason(error)}'
     ) from error
 
 
@@ -390,26 +434,27 @@ def _dataset(path: str) -> Iterator[tuple[int, Row]]:
     raise UsageError(
       f'{path} holds the splits {", ".join(splits)}: name one of its folders'
     )
-  state = _load_json(root / text_files.DATASET_FILE)
   number = 0
-  for entry in state.get('_data_files', []):
-    file = root / _inside(root, entry.get('filename'))
+  for entry in _listed(root / text_files.DATASET_FILE, '_data_files'):
+    name = entry.get('filename') if isinstance(entry, dict) else entry
+    file = root / _inside(root, name)
     try:
       with file.open('rb') as raw, pyarrow.ipc.open_stream(raw) as stream:
-        names = _label_names(stream.schema)
-        for batch in stream:
-          for row in batch.to_pylist():
-            number += 1
-            yield number, _with_labels(row, names)
-    except (pyarrow.ArrowException, OSError) as error:
-      reason = str(error).splitlines()[0]
-      raise UsageError(f'{file} cannot be read: {reason}') from error
+        for row in _rows_of_batches(stream, stream.schema, file):
+          number += 1
+          yield number, row
+    except UsageError:
+      raise
+    except _arrow_errors() as error:
+      raise UsageError(
+        f'{file} cannot be read after row {number}: {_reason(error)}'
+      ) from error
 
 
 def _inside(root: epath.Path, name: Any) -> str:
   """Returns a file name that cannot lead out of its folder."""
   alone = isinstance(name, str) and os.path.basename(name) == name
-  if not alone or name in ('', '.', '..'):
+  if not alone or name in ('', '.', '..') or '\0' in name:
     raise UsageError(f'{root} names the file {name!r}, which is not in it')
   return name
 
@@ -418,13 +463,15 @@ def _label_names(schema: Any) -> dict[str, list[str]]:
   """Returns the names of labels that `datasets` keeps as numbers."""
   kept = (schema.metadata or {}).get(b'huggingface', b'{}')
   try:
-    features = json.loads(kept)['info']['features']
-  except (ValueError, KeyError, TypeError):
+    features = dict(json.loads(kept)['info']['features'])
+  except (ValueError, KeyError, TypeError, RecursionError):
     return {}
   return {
     name: feature['names']
     for name, feature in features.items()
-    if isinstance(feature, dict) and feature.get('_type') == 'ClassLabel'
+    if isinstance(feature, dict)
+    and feature.get('_type') == 'ClassLabel'
+    and isinstance(feature.get('names'), list)
   }
 
 

@@ -74,11 +74,15 @@ def total_bytes(files: Sequence[str]) -> int:
   )
 
 
-def lines(path: str) -> Iterator[tuple[int, str]]:
+def lines(path: str, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
   r"""Yields (line number from 1, line without its end), blank lines too.
 
   Only `\n` and `\r\n` end a line: str.splitlines would also cut at U+2028 and
   other characters that occur inside text.
+
+  Args:
+    path: the file.
+    keep_ends: leave the end on, for formats in which it may be text.
 
   Raises:
     UsageError: if the file is missing, or not UTF-8, or not whole gzip.
@@ -91,7 +95,8 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
       for number, line in enumerate(binary, start=1):
         if number == 1:
           line = line.removeprefix(b'\xef\xbb\xbf')
-        line = line.removesuffix(b'\n').removesuffix(b'\r')
+        if not keep_ends:
+          line = line.removesuffix(b'\n').removesuffix(b'\r')
         yield number, line.decode('utf-8')
   except UnicodeDecodeError as error:
     raise UsageError(

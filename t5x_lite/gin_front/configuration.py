@@ -64,6 +64,10 @@ def binding(name: str, text: str) -> str:
       return f'{name} = {text}'
   except (SyntaxError, ValueError, tokenize.TokenError):
     pass
+  except (RecursionError, MemoryError):
+    raise UsageError(
+      f'the value of --gin.{name} is nested too deeply: {text:.40}...'
+    ) from None
   return f'{name} = {text!r}'
 
 

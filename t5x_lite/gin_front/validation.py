@@ -319,6 +319,8 @@ def explained(source: str) -> Iterator[None]:
     ) from error
   except ImportError as error:
     raise UsageError(f'{_explain(error)}; is it installed?') from error
+  except (RecursionError, MemoryError):
+    raise UsageError(f'{source} is nested too deeply') from None
   except (AttributeError, NameError, OSError, ValueError) as error:
     raise UsageError(_explain(error)) from error
 

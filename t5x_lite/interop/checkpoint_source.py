@@ -124,15 +124,23 @@ def _open_hf(path: epath.Path) -> Source:
   found, unknown = hf.canonical(
     hf.read_tensors(path), per_layer=hf.is_per_layer(entry)
   )
+  config = hf.model_config(entry, found)
   scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
   _SCRATCH.append(scratch)
+  vocabulary = hf_tokenizer.read_vocabulary(path, epath.Path(scratch.name))
+  # Before a piece is made for each.
+  if vocabulary is not None and vocabulary.extra_ids > config.vocab_size:
+    raise UsageError(
+      f'the tokenizer of {path} has {vocabulary.extra_ids} sentinels, the '
+      f'embedding {config.vocab_size} rows'
+    )
   return Source(
     path=os.fspath(path),
     format='hf',
-    config=hf.model_config(entry, found),
+    config=config,
     tensors=found,
     unknown=unknown,
-    vocabulary=hf_tokenizer.read_vocabulary(path, epath.Path(scratch.name)),
+    vocabulary=vocabulary,
   )
 
 

@@ -7,6 +7,7 @@ has said either about the same weights over the years.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -62,7 +63,7 @@ def is_hf(path: epath.Path) -> bool:
     return False
   try:
     return 'model_type' in json.loads((path / CONFIG).read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+  except (ValueError, TypeError, RecursionError):
     return False
 
 
@@ -76,7 +77,9 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     value = json.loads(path.read_text())
   except FileNotFoundError as error:
     raise UsageError(f'{path} does not exist') from error
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except OSError as error:
+    raise UsageError(f'{path} cannot be read: {error.strerror}') from error
+  except (ValueError, RecursionError) as error:
     raise UsageError(f'{path} is not JSON: {error}') from error
   if not isinstance(value, dict):
     raise UsageError(f'{path} holds no JSON object')
@@ -94,13 +97,16 @@ def weight_files(directory: epath.Path) -> list[epath.Path]:
   """
   index = directory / WEIGHTS_INDEX
   if index.is_file():
-    found = sorted(set(read_json(index).get('weight_map', {}).values()))
-    for name in found:
-      if os.path.basename(name) != name or not (directory / name).is_file():
+    listed = read_json(index).get('weight_map')
+    if not isinstance(listed, dict):
+      raise UsageError(f'{index} has no weight_map of names and files')
+    there = {p.name for p in directory.iterdir() if p.is_file()}
+    for name in listed.values():
+      if not isinstance(name, str) or name not in there:
         raise UsageError(
           f'{index} names the file {name!r}, which is not in {directory}'
         )
-    return [directory / name for name in found]
+    return [directory / name for name in sorted(set(listed.values()))]
   if (directory / WEIGHTS).is_file():
     return [directory / WEIGHTS]
   files = sorted(directory.glob('*.safetensors'))
@@ -217,16 +223,15 @@ def canonical(
 
 def _candidates(found: Mapping[str, Tensor]) -> Iterator[str]:
   """Yields the canonical names that a model of any depth can have."""
-  depth = {'encoder': 0, 'decoder': 0}
+  layers = set()
   for name in found:
-    side, _, rest = name.partition('.block.')
-    number = rest.partition('.')[0]
-    if side in depth and number.isdigit():
-      depth[side] = max(depth[side], int(number) + 1)
+    match = re.match(r'(encoder|decoder)\.block\.([0-9]{1,9})\.', name)
+    if match:
+      layers.add((match[1], int(match[2])))
   yield from tensor_names.whole_names()
-  for side, layers in depth.items():
-    for i in range(layers):
-      yield from tensor_names.layer_names(side, i)
+  # The numbers that are there, not all up to the highest: that may be any.
+  for side, layer in sorted(layers):
+    yield from tensor_names.layer_names(side, layer)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -248,12 +253,12 @@ def activations(entry: Mapping[str, Any]) -> tuple[str, ...]:
   Raises:
     UsageError: if there is no such activation here.
   """
-  kind = entry.get('feed_forward_proj', 'relu')
+  kind = str(entry.get('feed_forward_proj', 'relu'))
   name = kind.removeprefix('gated-')
   gated = name != kind
   if gated and name == 'gelu':
     name = 'gelu_new'
-  name = entry.get('dense_act_fn') or name
+  name = str(entry.get('dense_act_fn') or name)
   if name not in _ACTIVATIONS:
     raise UsageError(
       f'config.json has feed_forward_proj={kind!r} (activation {name!r}); '
@@ -276,18 +281,42 @@ def model_config(
   """
   if 'token_embedder/embedding' not in tensors:
     raise UsageError('no shared.weight among the tensors: not a T5 model')
+  embedding = tensors['token_embedder/embedding']
+  if len(embedding.shape) != 2:
+    raise UsageError(f'{embedding.origin} has the shape {embedding.shape}')
   tied = 'decoder/logits_dense/kernel' not in tensors
   has_decoder = 'decoder/decoder_norm/scale' in tensors
+  ids = {
+    name: _number(entry, name, default)
+    for name, default in (
+      ('pad_token_id', 0),
+      ('eos_token_id', 1),
+      ('decoder_start_token_id', 0),
+    )
+  }
+  for name, token in ids.items():
+    if not 0 <= token < embedding.shape[0]:
+      raise UsageError(
+        f'config.json has {name}={token}, the embedding {embedding.shape[0]} '
+        'rows'
+      )
   layers = _number(entry, 'num_layers', 6)
+  decoder_layers = _number(entry, 'num_decoder_layers', layers)
+  # Checked before a name is made for each of them.
+  if max(layers, decoder_layers if has_decoder else 0) > len(tensors):
+    raise UsageError(
+      f'config.json has num_layers={layers}, num_decoder_layers='
+      f'{decoder_layers}, and there are but {len(tensors)} tensors'
+    )
   return T5Config(
     # The table, not vocab_size, which old files leave at the tokenizer's.
-    vocab_size=tensors['token_embedder/embedding'].shape[0],
+    vocab_size=embedding.shape[0],
     emb_dim=_number(entry, 'd_model', 512),
     num_heads=_number(entry, 'num_heads', 8),
     head_dim=_number(entry, 'd_kv', 64),
     mlp_dim=_number(entry, 'd_ff', 2048),
     num_encoder_layers=layers,
-    num_decoder_layers=_number(entry, 'num_decoder_layers', layers),
+    num_decoder_layers=decoder_layers,
     mlp_activations=activations(entry),
     dropout_rate=_number(entry, 'dropout_rate', 0.1, float),
     logits_via_embedding=tied and has_decoder,
@@ -297,9 +326,9 @@ def model_config(
     relpos_per_layer=is_per_layer(entry),
     layer_norm_epsilon=_number(entry, 'layer_norm_epsilon', 1e-6, float),
     architecture='encoder_decoder' if has_decoder else 'encoder',
-    pad_id=_number(entry, 'pad_token_id', 0),
-    eos_id=_number(entry, 'eos_token_id', 1),
-    decoder_start_id=_number(entry, 'decoder_start_token_id', 0),
+    pad_id=ids['pad_token_id'],
+    eos_id=ids['eos_token_id'],
+    decoder_start_id=ids['decoder_start_token_id'],
     dtype='float32',
   )
 
@@ -327,8 +356,10 @@ def _number(
     value = value[0]  # eos_token_id may be several
   if value is None:
     return default
-  if isinstance(value, bool) or not isinstance(value, (int, float)):
-    raise UsageError(f'config.json has {key}={value!r}, which is no number')
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not number or not abs(value) < 2**31 or kind(value) != value:
+    what = 'number' if kind is float else 'whole number'
+    raise UsageError(f'config.json has {key}={value!r:.60}: no {what}')
   return kind(value)
 
 

@@ -14,7 +14,7 @@ from etils import epath
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import sentencepiece_model
+from t5x_lite.interop import hf, sentencepiece_model
 from t5x_lite.interop.sentencepiece_model import Piece
 
 SPIECE = 'spiece.model'
@@ -47,26 +47,35 @@ def read_vocabulary(
       extra_ids = _sentinels(_read_json(tokenizer))
     return VocabularyConfig(
       path=str(directory / SPIECE),
-      extra_ids=100 if extra_ids is None else int(extra_ids),
+      extra_ids=_count(100 if extra_ids is None else extra_ids),
     )
   if not tokenizer.is_file():
     return None
   entry = _read_json(tokenizer)
-  if entry.get('model', {}).get('type') != 'Unigram':
+  inner = entry.get('model')
+  if not isinstance(inner, dict) or inner.get('type') != 'Unigram':
     return None
-  model, extra_ids = _model_of_tokenizer(entry)
+  try:
+    model, extra_ids = _model_of_tokenizer(entry)
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    raise UsageError(
+      f'{tokenizer} is no tokenizer of a Unigram model: {error}'
+    ) from error
   scratch.mkdir(parents=True, exist_ok=True)
   (scratch / SPIECE).write_bytes(model)
   return VocabularyConfig(path=str(scratch / SPIECE), extra_ids=extra_ids)
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    return dict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
-    raise UsageError(f'{path} is not JSON: {error}') from error
+  return hf.read_json(path) if path.is_file() else {}
+
+
+def _count(value: Any) -> int:
+  if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    raise UsageError(
+      f'{TOKENIZER_CONFIG} has extra_ids={value!r:.60}: no number of sentinels'
+    )
+  return value
 
 
 def _byte_extra_ids(config: Mapping[str, Any]) -> int:
@@ -74,16 +83,21 @@ def _byte_extra_ids(config: Mapping[str, Any]) -> int:
   listed = config.get('extra_special_tokens') or config.get(
     'additional_special_tokens'
   )
-  if listed:
+  if isinstance(listed, list) and listed:
     return sum('<extra_id_' in str(token) for token in listed)
-  return int(config.get('extra_ids', 125))
+  return _count(config.get('extra_ids', 125))
 
 
 def _sentinels(entry: Mapping[str, Any]) -> int:
   """Returns how many <extra_id_...> end a tokenizer.json's vocabulary."""
-  vocab = entry.get('model', {}).get('vocab', [])
+  model = entry.get('model')
+  vocab = model.get('vocab') if isinstance(model, dict) else None
+  if not isinstance(vocab, list):
+    return 0
   count = 0
-  while count < len(vocab) and vocab[-1 - count][0] == f'<extra_id_{count}>':
+  for pair in reversed(vocab):
+    if not isinstance(pair, list) or pair[:1] != [f'<extra_id_{count}>']:
+      break
     count += 1
   return count
 

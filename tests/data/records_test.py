@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 
 from t5x_lite.data import records
@@ -172,6 +173,7 @@ def test_json_in_any_form(tmp_path, text):
     ('"text"', 'holds no list of objects'),
     ('[{"q": 1}', 'is not JSON'),
     ('[' * 100_000, 'nested too deeply'),
+    ('{"a":' * 100_000 + '1' + '}' * 100_000, 'nested too deeply'),
   ],
 )
 def test_json_errors(tmp_path, text, message):
@@ -189,6 +191,22 @@ def test_nested_fields(tmp_path):
     list(records.rows(path, ['translation.fr']))
 
 
+def test_half_a_character_is_refused(tmp_path):
+  # JSON can say it, UTF-8 and so every vocabulary cannot.
+  path = write(tmp_path / 'x.jsonl', r'{"q": "fine"}' + '\n{"q": "a\\ud83d"}')
+  for call in (
+    lambda: list(records.rows(path, ['q'])),
+    lambda: list(records.texts(path)),
+  ):
+    with pytest.raises(UsageError, match=r':2: .* half of a surrogate pair'):
+      call()
+
+
+def test_not_a_number_is_an_empty_field(tmp_path):
+  path = write(tmp_path / 'x.jsonl', '{"q": NaN}\n{"q": "nan"}\n')
+  assert list(records.rows(path, ['q'])) == [('',), ('nan',)]
+
+
 # ---- Parquet and datasets ----
 
 
@@ -203,6 +221,43 @@ def test_parquet(tmp_path):
   path.write_bytes(data[: len(data) // 2])
   with pytest.raises(UsageError, match='is not a whole Parquet file'):
     all_rows(path)
+
+
+def test_parquet_with_a_column_twice(tmp_path):
+  arrow = pytest.importorskip('pyarrow')
+  from pyarrow import parquet
+
+  table = arrow.table([['a'], ['b']], names=['text', 'text'])
+  parquet.write_table(table, tmp_path / 'x.parquet')
+  with pytest.raises(UsageError, match=r"the column 'text' twice"):
+    all_rows(tmp_path / 'x.parquet')
+
+
+def test_arrow_that_lies_about_its_lengths(tmp_path):
+  arrow = pytest.importorskip('pyarrow')
+  state = {'_data_files': [{'filename': 'x.arrow'}]}
+  (tmp_path / 'state.json').write_text(json.dumps(state))
+  table = arrow.table({'text': ['a' * 100, 'b']})
+  with arrow.OSFile(str(tmp_path / 'x.arrow'), 'wb') as file:
+    with arrow.ipc.new_stream(file, table.schema) as stream:
+      stream.write_table(table)
+  data = (tmp_path / 'x.arrow').read_bytes()
+  # Where the first text ends: far behind what is there.
+  offsets = np.array([0, 100, 101], np.int32).tobytes()
+  assert data.count(offsets) == 1
+  lie = np.array([0, 2**30, 2**30 + 1], np.int32).tobytes()
+  (tmp_path / 'x.arrow').write_bytes(data.replace(offsets, lie))
+  with pytest.raises(UsageError, match=r'cannot be read after row 0'):
+    all_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+  'text', ['{}', '[]', '{"_data_files": null}', '{"_data_files": [3]}', '\xff']
+)
+def test_a_saved_dataset_with_a_damaged_list(tmp_path, text):
+  (tmp_path / 'state.json').write_text(text, encoding='latin-1')
+  with pytest.raises(UsageError, match=r'state\.json|which is not in it'):
+    all_rows(tmp_path)
 
 
 def test_a_saved_dataset(tmp_path):
