@@ -63,7 +63,7 @@ $(DEV): $(RUN)
 	$(BIN)/python $(PIP_INSTALL) -r requirements.lock
 	touch $@
 
-# torch is held at the release that the parity tests were written against. The
+# torch and transformers are held at what the parity tests were written against. The
 # CUDA packages it brings along from PyPI are no part of the lock: for a small
 # environment install torch's CPU build.
 LOCK := .cache/lock
@@ -74,7 +74,7 @@ lock:
 	$(PYTHON) -m venv $(LOCK)
 	$(LOCK)/bin/python $(PIP_INSTALL) --upgrade setuptools .
 	$(FREEZE) > $(LOCK)/run
-	$(LOCK)/bin/python $(PIP_INSTALL) -c $(LOCK)/run '.[dev,docs,hf,tpu,wandb]' torch==2.13.0
+	$(LOCK)/bin/python $(PIP_INSTALL) -c $(LOCK)/run '.[dev,docs,hf,tpu,wandb]' torch==2.13.0 transformers==5.23.0
 	{ echo '# Exact versions for Python 3.11 on CPU, written by `make lock`.'; \
 	  cat $(LOCK)/run; \
 	  echo '# Tests, linters, parity oracles, TPU compiles.'; \
