@@ -58,7 +58,7 @@ def test_by_default_results_lie_in_the_run(run):
   [
     (dict(datasets=[]), 'datasets is empty'),
     (dict(num_examples=0), 'num_examples is 0'),
-    (dict(model_dir='/nowhere'), 'no such checkpoint or run'),
+    (dict(model_dir='/nowhere'), 'does not exist'),
     (dict(datasets=[dataset('langage_id')]), 'language_id'),
     (dict(datasets=[dataset(split='dev')]), "no split 'dev'"),
     (dict(datasets=[dataset('language_id_t5')]), 'vocabulary'),

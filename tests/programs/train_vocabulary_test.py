@@ -143,7 +143,7 @@ def test_text_of_a_registered_task(tmp_path):
     ({'max_sentences': 0}, 'max_sentences is 0'),
     ({'user_defined_symbols': ('<extra_id_0>',)}, 'T5 defines itself'),
     ({'user_defined_symbols': ('</s>',)}, 'T5 defines itself'),
-    ({'file_format': 'csv'}, "file format is 'csv'"),
+    ({'file_format': 'xml'}, "file format is 'xml'"),
   ],
 )
 def test_errors_write_nothing(text, tmp_path, settings, message):
