@@ -56,8 +56,7 @@ def random_tensors(cfg: T5Config) -> dict[str, Tensor]:
     return Tensor(shape, np.dtype(np.float32), fetch, f'random {i}')
 
   return {
-    name: tensor(i, shape)
-    for i, (name, shape) in enumerate(tensor_names.shapes(cfg).items())
+    name: tensor(i, shape) for i, (name, shape) in enumerate(tensor_names.shapes(cfg).items())
   }
 
 
@@ -65,16 +64,7 @@ def run(source: pathlib.Path, target: pathlib.Path, to: str) -> None:
   """Converts in a process of its own and prints what that took."""
   start = time.monotonic()
   process = subprocess.Popen(
-    [
-      sys.executable,
-      '-m',
-      't5x_lite.main',
-      'convert',
-      str(source),
-      str(target),
-      '--to',
-      to,
-    ],
+    [sys.executable, '-m', 't5x_lite.main', 'convert', str(source), str(target), '--to', to],
     stderr=subprocess.DEVNULL,
   )
   peak = {'RssAnon': 0, 'RssFile': 0}
@@ -124,13 +114,7 @@ def main() -> None:
       f'{largest * bytes_each / GB:.2f} GB',
       flush=True,
     )
-    export.write(
-      epath.Path(root / 'hf'),
-      tensors=tensors,
-      cfg=cfg,
-      to='hf',
-      vocabulary=None,
-    )
+    export.write(epath.Path(root / 'hf'), tensors=tensors, cfg=cfg, to='hf', vocabulary=None)
     before = digests(root / 'hf')
     for middle in ('t5x_lite', 't5x'):
       run(root / 'hf', root / middle, middle)

@@ -29,9 +29,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument('--inputs', type=int, default=512)
   parser.add_argument('--targets', type=int, default=114)
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument(
-    '--scan_layers', action=argparse.BooleanOptionalAction, default=True
-  )
+  parser.add_argument('--scan_layers', action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument('--huge_pages', action='store_true')
   parser.add_argument('--weights', help=argparse.SUPPRESS)
   parser.add_argument('--worker', help=argparse.SUPPRESS)
@@ -54,17 +52,13 @@ def run_ours(args: argparse.Namespace) -> None:
   if (Path(args.weights) / 'config.json').exists():
     from t5x_lite.interop import checkpoint_source, tensors
 
-    params = tensors.place(
-      checkpoint_source.open_source(args.weights).tensors, cfg
-    )
+    params = tensors.place(checkpoint_source.open_source(args.weights).tensors, cfg)
   else:
     params = jax.jit(lambda key: t5.init_params(cfg, key))(jax.random.key(0))
   inputs = train_step.make_batch(args, cfg.vocab_size)['inputs']
   batch = {'encoder_input_tokens': jax.device_put(inputs.astype(np.int32))}
   predict = jax.jit(
-    steps.make_predict_step(
-      graphdef, sampling.DecodingConfig(max_decode_length=args.targets)
-    )
+    steps.make_predict_step(graphdef, sampling.DecodingConfig(max_decode_length=args.targets))
   )
 
   def step() -> float:
@@ -79,9 +73,7 @@ def run_hf(args: argparse.Namespace) -> None:
 
   model = train_step.hf_model(args).eval()
   model.save_pretrained(args.weights)
-  inputs = torch.from_numpy(
-    train_step.make_batch(args, model.config.vocab_size)['inputs']
-  )
+  inputs = torch.from_numpy(train_step.make_batch(args, model.config.vocab_size)['inputs'])
   mask = torch.ones_like(inputs)
   model.generation_config.eos_token_id = None
 
@@ -114,9 +106,7 @@ def main() -> None:
   names = ['hf generate', 'ours'] if args.versus == 'hf' else ['ours']
   with tempfile.TemporaryDirectory() as directory:
     forwarded = [*sys.argv[1:], '--weights', directory]
-    contenders = [
-      side_by_side.start(name, forwarded, args.huge_pages) for name in names
-    ]
+    contenders = [side_by_side.start(name, forwarded, args.huge_pages) for name in names]
     side_by_side.rounds(contenders, args.rounds, 1)
   ours = contenders[-1]
   tokens = args.batch_size * args.targets

@@ -47,10 +47,7 @@ def span_corruption(num: int) -> tuple[list, dict[str, int]]:
     inputs = len(tokens) - noise + spans + 1
     targets = noise + spans + 1
     examples.append(
-      {
-        'inputs': np.resize(tokens, inputs)[:512],
-        'targets': np.resize(tokens, targets)[:114],
-      }
+      {'inputs': np.resize(tokens, inputs)[:512], 'targets': np.resize(tokens, targets)[:114]}
     )
   return examples, {'inputs': 512, 'targets': 114}
 
@@ -77,10 +74,7 @@ def ours(examples: list, lengths: dict[str, int]) -> Pack:
   for start in range(0, len(examples), 256):
     window = examples[start : start + 256]
     windows.append(
-      {
-        name: packing.Ragged.from_arrays([e[name] for e in window])
-        for name in lengths
-      }
+      {name: packing.Ragged.from_arrays([e[name] for e in window]) for name in lengths}
     )
 
   def run():
@@ -98,13 +92,8 @@ def seqio_packer(examples: list, lengths: dict[str, int]) -> Pack:
   import seqio
   import tensorflow as tf
 
-  values = {
-    n: tf.constant(np.concatenate([e[n] for e in examples])) for n in lengths
-  }
-  bounds = {
-    n: tf.constant(np.cumsum([0] + [len(e[n]) for e in examples]))
-    for n in lengths
-  }
+  values = {n: tf.constant(np.concatenate([e[n] for e in examples])) for n in lengths}
+  bounds = {n: tf.constant(np.cumsum([0] + [len(e[n]) for e in examples])) for n in lengths}
 
   def example(i):
     return {n: v[bounds[n][i] : bounds[n][i + 1]] for n, v in values.items()}
@@ -127,10 +116,7 @@ def grain_packer(kind: str, examples: list, lengths: dict[str, int]) -> Pack:
       grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
     )
     packed = getattr(grain.experimental, kind)(
-      source,
-      length_struct=lengths,
-      num_packing_bins=NUM_OPEN_ROWS,
-      shuffle_bins=False,
+      source, length_struct=lengths, num_packing_bins=NUM_OPEN_ROWS, shuffle_bins=False
     )
     return iter(packed.batch(BATCH, drop_remainder=False))
 
@@ -152,9 +138,7 @@ def main() -> None:
   args = parser.parse_args()
   for workload in (span_corruption, translation):
     examples, lengths = workload(args.num_examples)
-    num_tokens = {
-      name: sum(len(example[name]) for example in examples) for name in lengths
-    }
+    num_tokens = {name: sum(len(example[name]) for example in examples) for name in lengths}
     packers = {'ours': ours(examples, lengths)}
     packers['SeqIO'] = seqio_packer(examples, lengths)
     for kind in ('FirstFitPackIterDataset', 'BestFitPackIterDataset'):
@@ -168,9 +152,7 @@ def main() -> None:
     print(f'{workload.__name__}: {len(examples)} examples, rows of {lengths}')
     for name in packers:
       rate = len(examples) / statistics.median(seconds[name])
-      fill = ' / '.join(
-        f'{num_tokens[k] / rows[name] / lengths[k]:.1%}' for k in lengths
-      )
+      fill = ' / '.join(f'{num_tokens[k] / rows[name] / lengths[k]:.1%}' for k in lengths)
       print(f'  {name:15} {rate:10,.0f} examples per CPU second   fill {fill}')
 
 

@@ -42,18 +42,14 @@ def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--versus', choices=('hf', 'none'), default='none')
   parser.add_argument('--model', default='t5_1_1_small', help='a named size')
-  parser.add_argument(
-    '--num_layers', type=int, help="layers of each stack, if not the size's"
-  )
+  parser.add_argument('--num_layers', type=int, help="layers of each stack, if not the size's")
   parser.add_argument('--batch_size', type=int, default=8)
   parser.add_argument('--inputs', type=int, default=512)
   parser.add_argument('--targets', type=int, default=114)
   parser.add_argument('--dropout_rate', type=float, default=0.0)
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--steps', type=int, default=2, help='steps per turn')
-  parser.add_argument(
-    '--scan_layers', action=argparse.BooleanOptionalAction, default=False
-  )
+  parser.add_argument('--scan_layers', action=argparse.BooleanOptionalAction, default=False)
   parser.add_argument('--remat_policy', default='none')
   parser.add_argument(
     '--huge_pages',
@@ -78,10 +74,7 @@ def model_config(args: argparse.Namespace):
 
   layers = {}
   if args.num_layers:
-    layers = {
-      'num_encoder_layers': args.num_layers,
-      'num_decoder_layers': args.num_layers,
-    }
+    layers = {'num_encoder_layers': args.num_layers, 'num_decoder_layers': args.num_layers}
   return named_config(
     args.model,
     dtype='float32',
@@ -134,9 +127,7 @@ def run_ours(args: argparse.Namespace) -> None:
     params = tensors.place(opened.tensors, cfg)
   else:
     params = jax.jit(lambda key: t5.init_params(cfg, key))(jax.random.key(0))
-  state = train_state.TrainState(
-    jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params)
-  )
+  state = train_state.TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
   data = make_batch(args, cfg.vocab_size)
   batch = {
     'encoder_input_tokens': data['inputs'],
@@ -145,9 +136,7 @@ def run_ours(args: argparse.Namespace) -> None:
   }
   batch = jax.device_put({k: v.astype(np.int32) for k, v in batch.items()})
   train_step = jax.jit(
-    steps.make_train_step(
-      graphdef, tx, lambda step: LEARNING_RATE, losses.LossConfig()
-    ),
+    steps.make_train_step(graphdef, tx, lambda step: LEARNING_RATE, losses.LossConfig()),
     donate_argnums=0,
   )
   key = jax.random.key(0)
@@ -208,9 +197,7 @@ def hf_model(args: argparse.Namespace):
     num_decoder_layers=cfg.num_decoder_layers,
     num_heads=cfg.num_heads,
     dropout_rate=cfg.dropout_rate,
-    feed_forward_proj=(
-      'gated-gelu' if len(cfg.mlp_activations) > 1 else 'relu'
-    ),
+    feed_forward_proj=('gated-gelu' if len(cfg.mlp_activations) > 1 else 'relu'),
     decoder_start_token_id=0,
     use_cache=False,
   )
@@ -255,9 +242,7 @@ WORKERS = {
 # ---- Report ----
 
 
-def report(
-  args: argparse.Namespace, contenders: list[side_by_side.Contender]
-) -> None:
+def report(args: argparse.Namespace, contenders: list[side_by_side.Contender]) -> None:
   """Prints a line for each contender."""
   from t5x_lite.compiler import flops
 
@@ -268,10 +253,7 @@ def report(
   peak = ceiling / min(by_name['matmul'].wall)
   peak_cpu = ceiling / min(by_name['matmul'].cpu)
   work = flops.train_step_flops(
-    cfg,
-    batch_size=args.batch_size,
-    inputs=args.inputs,
-    targets=args.targets,
+    cfg, batch_size=args.batch_size, inputs=args.inputs, targets=args.targets
   )
   tokens = args.batch_size * (args.inputs + args.targets)
   ours = by_name['ours']

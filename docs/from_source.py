@@ -19,9 +19,7 @@ import t5x_lite
 from t5x_lite import main
 from t5x_lite.programs import command_flags
 
-_SECTION = re.compile(
-  r'^(Args|Attributes|Raises|Returns|Yields):[ ]*$', re.MULTILINE
-)
+_SECTION = re.compile(r'^(Args|Attributes|Raises|Returns|Yields):[ ]*$', re.MULTILINE)
 _ENTRY = re.compile(r'^(\**\w+): ', re.MULTILINE)
 _CODE = re.compile(r'(`[^`\n]*`)')
 
@@ -89,11 +87,7 @@ def _signature(node: ast.FunctionDef | ast.ClassDef, name: str) -> str:
   """Returns a call, one argument a line where there are several."""
   if isinstance(node, ast.ClassDef):
     # A dataclass's fields are the arguments that it is made with.
-    arguments = [
-      ast.unparse(child)
-      for child in node.body
-      if isinstance(child, ast.AnnAssign)
-    ]
+    arguments = [ast.unparse(child) for child in node.body if isinstance(child, ast.AnnAssign)]
     if not arguments:
       return f'class {name}'
     return f'class {name}(\n  ' + ',\n  '.join(arguments) + ',\n)'
@@ -109,8 +103,7 @@ def _signature(node: ast.FunctionDef | ast.ClassDef, name: str) -> str:
   if args.kwonlyargs:
     arguments.append('*')
   arguments += [
-    _argument(one, default)
-    for one, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    _argument(one, default) for one, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)
   ]
   if args.kwarg:
     arguments.append(f'**{ast.unparse(args.kwarg)}')
@@ -144,19 +137,14 @@ def docstring_text(docstring: str) -> str:
 
 
 def _paragraphs(text: str) -> str:
-  return '\n\n'.join(
-    _plain(' '.join(part.split())) for part in text.strip().split('\n\n')
-  )
+  return '\n\n'.join(_plain(' '.join(part.split())) for part in text.strip().split('\n\n'))
 
 
 def _plain(text: str) -> str:
   """Escapes what Markdown would read as markup, outside of code."""
   parts = _CODE.split(text)
   return ''.join(
-    part
-    if part.startswith('`')
-    else re.sub(r'([\\*_<>\[\]#$|~])', r'\\\1', part)
-    for part in parts
+    part if part.startswith('`') else re.sub(r'([\\*_<>\[\]#$|~])', r'\\\1', part) for part in parts
   )
 
 

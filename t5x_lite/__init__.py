@@ -18,20 +18,14 @@ if TYPE_CHECKING:
   from t5x_lite.api import new as new
   from t5x_lite.data.config import DatasetConfig as DatasetConfig
   from t5x_lite.data.tasks.catalog import register_mixture as register_mixture
-  from t5x_lite.data.tasks.from_files import (
-    register_file_task as register_file_task,
-  )
-  from t5x_lite.data.tasks.from_files import (
-    register_text_task as register_text_task,
-  )
+  from t5x_lite.data.tasks.from_files import register_file_task as register_file_task
+  from t5x_lite.data.tasks.from_files import register_text_task as register_text_task
   from t5x_lite.data.vocabularies import VocabularyConfig as VocabularyConfig
   from t5x_lite.decoding.config import DecodingConfig as DecodingConfig
   from t5x_lite.errors import UsageError as UsageError
   from t5x_lite.models.config import T5Config as T5Config
   from t5x_lite.models.config import named_config as named_config
-  from t5x_lite.parallel.host_memory import (
-    keep_freed_memory as keep_freed_memory,
-  )
+  from t5x_lite.parallel.host_memory import keep_freed_memory as keep_freed_memory
   from t5x_lite.parallel.partitioning import MeshConfig as MeshConfig
   from t5x_lite.programs.convert import convert as convert
   from t5x_lite.programs.evaluate import evaluate as evaluate

@@ -188,9 +188,7 @@ class Model:
       'decoder_input_tokens': decoder_input_tokens,
       'decoder_causal_attention': decoder_causal_attention,
     }
-    arrays = {
-      k: np.asarray(v, np.int32) for k, v in given.items() if v is not None
-    }
+    arrays = {k: np.asarray(v, np.int32) for k, v in given.items() if v is not None}
     length = arrays['decoder_input_tokens'].shape[1]
     fill = {'decoder_causal_attention': 0}
     arrays = {
@@ -218,8 +216,7 @@ class Model:
       raise UsageError("architecture='decoder' has no encoder")
     if pooling not in steps.POOLINGS:
       raise UsageError(
-        f'pooling is {pooling!r}; allowed are '
-        f'{", ".join(map(repr, steps.POOLINGS))}'
+        f'pooling is {pooling!r}; allowed are {", ".join(map(repr, steps.POOLINGS))}'
       )
     rows = self._rows(inputs, limit=max_input_tokens)
     shape = np.shape(inputs) if isinstance(inputs, np.ndarray) else ()
@@ -246,9 +243,7 @@ class Model:
     wanted = self._rows(targets)
     longest = max(map(len, wanted))
     if longest > max_input_tokens:
-      raise UsageError(
-        f'a target has {longest} tokens; max_input_tokens is {max_input_tokens}'
-      )
+      raise UsageError(f'a target has {longest} tokens; max_input_tokens is {max_input_tokens}')
     tokens = self._padded(wanted, longest)
     lengths = np.asarray([[len(row)] for row in wanted])
     weights = np.arange(tokens.shape[1]) < lengths
@@ -264,9 +259,7 @@ class Model:
         raise UsageError('score needs inputs: there is an encoder')
       rows = self._rows(inputs, limit=max_input_tokens)
       if len(rows) != len(wanted):
-        raise UsageError(
-          f'score got {len(rows)} inputs and {len(wanted)} targets'
-        )
+        raise UsageError(f'score got {len(rows)} inputs and {len(wanted)} targets')
       batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
     return self._call(steps.make_score_step, batch)
 
@@ -307,9 +300,7 @@ class Model:
     config = decoding_config(max_new_tokens, **sampling)
     if batch_size < 1:
       raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
-    rows = self._rows(
-      inputs, eos=self.config.has_encoder, limit=max_input_tokens
-    )
+    rows = self._rows(inputs, eos=self.config.has_encoder, limit=max_input_tokens)
     outputs: list[list[int]] = []
     scores: Any = []
     # Few sizes, so that what is compiled serves the next call too.
@@ -351,9 +342,7 @@ class Model:
 
   # ---- Saving and training ----
 
-  def save(
-    self, directory: str, *, format: str = 't5x_lite', dtype: str | None = None
-  ) -> None:
+  def save(self, directory: str, *, format: str = 't5x_lite', dtype: str | None = None) -> None:
     """Writes the model; the directory must not exist yet, or be empty.
 
     Args:
@@ -376,9 +365,7 @@ class Model:
       lengths=self.lengths,
     )
 
-  def grow_vocabulary(
-    self, tokens: Sequence[str] = (), *, extra_ids: int | None = None
-  ) -> 'Model':
+  def grow_vocabulary(self, tokens: Sequence[str] = (), *, extra_ids: int | None = None) -> 'Model':
     """Returns the model with more tokens or sentinels.
 
     Args:
@@ -431,9 +418,7 @@ class Model:
       return self
     return self._like_this(model_dir)
 
-  def finetune(
-    self, data: Any, *, output: str, validation: Any = (), **arguments: Any
-  ) -> 'Model':
+  def finetune(self, data: Any, *, output: str, validation: Any = (), **arguments: Any) -> 'Model':
     """Fine-tunes on pairs of text and returns the best checkpoint as a model.
 
     OUTPUT/export is for transformers.
@@ -449,16 +434,12 @@ class Model:
     from t5x_lite.programs import finetune_rows
 
     self._check_vocabulary()
-    best = finetune_rows.finetune(
-      data, validation, output=output, save=self.save, **arguments
-    )
+    best = finetune_rows.finetune(data, validation, output=output, save=self.save, **arguments)
     return self._like_this(best)
 
   # ---- Plumbing ----
 
-  def _rows(
-    self, inputs: Any, *, eos: bool = True, limit: int | None = None
-  ) -> list[list[int]]:
+  def _rows(self, inputs: Any, *, eos: bool = True, limit: int | None = None) -> list[list[int]]:
     return model_inputs.token_rows(
       inputs,
       self.vocabulary,
@@ -471,10 +452,7 @@ class Model:
   def _padded(self, rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
     """Returns rows as one array, as wide as the next size compiled for."""
     return prediction.pad_rows(
-      rows,
-      batch_size=len(rows),
-      length=prediction.padded_length(length),
-      pad_id=self.config.pad_id,
+      rows, batch_size=len(rows), length=prediction.padded_length(length), pad_id=self.config.pad_id
     )
 
   def _widened(self, array: np.ndarray, value: int) -> np.ndarray:
@@ -482,9 +460,7 @@ class Model:
     missing = prediction.padded_length(array.shape[1]) - array.shape[1]
     return np.pad(array, ((0, 0), (0, missing)), constant_values=value)
 
-  def _call(
-    self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any
-  ) -> np.ndarray:
+  def _call(self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any) -> np.ndarray:
     return prediction.call_step(
       make_step, self.config, self.params, self.placement, batch, *arguments
     )

@@ -74,9 +74,7 @@ COMMANDS: dict[str, Command] = {
     computes=True,
   ),
   'infer': Command(
-    't5x_lite.programs.infer.infer',
-    'predict for every line of a file',
-    computes=True,
+    't5x_lite.programs.infer.infer', 'predict for every line of a file', computes=True
   ),
   'quickstart': Command(
     't5x_lite.programs.quickstart.quickstart',
@@ -139,9 +137,7 @@ def _make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     if name in argv:
       for parameter in command.parameters():
-        _add_flag(
-          sub, parameter, positional=parameter.name in command.positional
-        )
+        _add_flag(sub, parameter, positional=parameter.name in command.positional)
       _add_common_flags(sub)
       sub.epilog = _epilog(command)
   return parser
@@ -157,9 +153,7 @@ def _epilog(command: Command) -> str:
   return f'Set by gin alone: {", ".join(rest)}. See configs/runs/ for examples.'
 
 
-def _add_flag(
-  parser: argparse.ArgumentParser, parameter: Parameter, *, positional: bool
-) -> None:
+def _add_flag(parser: argparse.ArgumentParser, parameter: Parameter, *, positional: bool) -> None:
   text = parameter.help.replace('%', '%%')
   if parameter.default:
     default = parameter.default.replace('%', '%%')
@@ -167,19 +161,11 @@ def _add_flag(
   name = parameter.name
   if positional:
     parser.add_argument(
-      name,
-      metavar=name.upper(),
-      help=text,
-      nargs='+' if parameter.many else None,
+      name, metavar=name.upper(), help=text, nargs='+' if parameter.many else None
     )
   elif parameter.type is bool:
     # None stands for a flag that was not given: gin or the default decides.
-    parser.add_argument(
-      f'--{name}',
-      action=argparse.BooleanOptionalAction,
-      default=None,
-      help=text,
-    )
+    parser.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=None, help=text)
   else:
     parser.add_argument(
       f'--{name}',
@@ -230,9 +216,7 @@ def _rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
   for argument in argv:
     match = re.fullmatch(r'--gin\.([^=\s]+)=(.*)', argument, re.DOTALL)
     if match:
-      rewritten.append(
-        '--gin_bindings=' + configuration.binding(*match.groups())
-      )
+      rewritten.append('--gin_bindings=' + configuration.binding(*match.groups()))
     elif argument.startswith('--gin.'):
       raise UsageError(f'{argument} needs a value: write {argument}=value')
     else:
@@ -333,9 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs a program and returns the exit code."""
   # TensorFlow reads the first at import; it only feeds data here.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  logging.basicConfig(
-    format='%(asctime)s %(levelname).1s %(message)s', datefmt='%H:%M:%S'
-  )
+  logging.basicConfig(format='%(asctime)s %(levelname).1s %(message)s', datefmt='%H:%M:%S')
   logging.getLogger('t5x_lite').setLevel(logging.INFO)
   # A console script does not look there, `python -m` does: the user's own
   # module of tasks is found either way.

@@ -33,9 +33,7 @@ def test_saved_and_loaded_it_is_the_same(model, format, tmp_path):
   assert again.vocabulary_config == BYTES
   assert again.report.summary().endswith('tensors loaded')
   inputs, targets = np.ones((2, 5), int) * 7, np.ones((2, 3), int)
-  np.testing.assert_array_equal(
-    again.logits(inputs, targets), model.logits(inputs, targets)
-  )
+  np.testing.assert_array_equal(again.logits(inputs, targets), model.logits(inputs, targets))
   if format == 't5x_lite':
     assert again.config == model.config
     assert again.lengths == {'targets': 5}
@@ -52,27 +50,18 @@ def test_spread_over_a_mesh_it_is_the_same(model, tmp_path):
   assert not kernel.sharding.is_fully_replicated
   texts = ['one', 'two', 'three']
   np.testing.assert_allclose(
-    spread.encode(texts, pooling='mean'),
-    model.encode(texts, pooling='mean'),
-    atol=1e-5,
+    spread.encode(texts, pooling='mean'), model.encode(texts, pooling='mean'), atol=1e-5
   )
-  assert spread.generate(texts, max_new_tokens=4) == model.generate(
-    texts, max_new_tokens=4
-  )
+  assert spread.generate(texts, max_new_tokens=4) == model.generate(texts, max_new_tokens=4)
   spread.save(str(tmp_path / 'again'))
   again = t5x_lite.load(str(tmp_path / 'again'))
-  np.testing.assert_array_equal(
-    again.params['encoder']['layers']['mlp']['wo']['kernel'], kernel
-  )
+  np.testing.assert_array_equal(again.params['encoder']['layers']['mlp']['wo']['kernel'], kernel)
 
 
 def test_fields_of_the_config_can_be_changed(model, tmp_path):
   model.save(str(tmp_path / 'out'))
   half = t5x_lite.load(
-    str(tmp_path / 'out'),
-    dtype='bfloat16',
-    param_dtype='bfloat16',
-    scan_layers=False,
+    str(tmp_path / 'out'), dtype='bfloat16', param_dtype='bfloat16', scan_layers=False
   )
   assert half.config.dtype == 'bfloat16'
   kernel = half.params['encoder']['layers'][0]['mlp']['wo']['kernel']
@@ -110,12 +99,8 @@ def test_scores_are_those_of_the_outputs(model):
   rows = [[5, 6, 7], [9]]
   outputs, scores = model.generate(rows, max_new_tokens=5, return_scores=True)
   targets = [[*row, 1] if len(row) < 5 else row for row in outputs]
-  np.testing.assert_allclose(
-    model.score(rows, targets), scores, rtol=1e-4, atol=1e-4
-  )
-  by_hand = model.logits(
-    np.asarray([rows[0]]), np.asarray([[0, *targets[0][:-1]]])
-  )[0]
+  np.testing.assert_allclose(model.score(rows, targets), scores, rtol=1e-4, atol=1e-4)
+  by_hand = model.logits(np.asarray([rows[0]]), np.asarray([[0, *targets[0][:-1]]]))[0]
   log_probs = by_hand - np.log(np.exp(by_hand).sum(-1, keepdims=True))
   total = sum(log_probs[i, t] for i, t in enumerate(targets[0]))
   np.testing.assert_allclose(model.score(rows, targets)[0], total, rtol=1e-4)
@@ -128,9 +113,7 @@ def test_pooled_encodings_do_not_see_padding(model):
   whole = model.encode('short')
   assert whole.shape == (1, 6, 16)  # five bytes and EOS
   np.testing.assert_allclose(one[0], whole[0].mean(0), atol=1e-5)
-  np.testing.assert_array_equal(
-    model.encode('short', pooling='first')[0], whole[0, 0]
-  )
+  np.testing.assert_array_equal(model.encode('short', pooling='first')[0], whole[0, 0])
   with pytest.raises(errors.UsageError, match="pooling is 'max'"):
     model.encode('short', pooling='max')
 
@@ -139,10 +122,7 @@ def test_pooled_encodings_do_not_see_padding(model):
 def test_a_language_model_continues(language_model, bidirectional):
   prompts = [[5, 6, 7, 8], [9]]
   outputs, scores = language_model.generate(
-    prompts,
-    max_new_tokens=5,
-    bidirectional_prefix=bidirectional,
-    return_scores=True,
+    prompts, max_new_tokens=5, bidirectional_prefix=bidirectional, return_scores=True
   )
   # Token by token, each time with the whole sequence.
   for prompt, output, score in zip(prompts, outputs, scores, strict=True):
@@ -152,9 +132,9 @@ def test_a_language_model_continues(language_model, bidirectional):
     for _ in range(5):
       padded = np.zeros((1, 16), int)
       padded[0, : len(tokens)] = tokens
-      logits = language_model.logits(
-        None, padded, decoder_causal_attention=prefix
-      )[0, len(tokens) - 1]
+      logits = language_model.logits(None, padded, decoder_causal_attention=prefix)[
+        0, len(tokens) - 1
+      ]
       best = int(logits.argmax())
       total += logits[best] - np.log(np.exp(logits).sum())
       if best == 1:
@@ -207,9 +187,7 @@ def test_training_starts_from_it(tmp_path):
 def test_new_lengths_and_batch_sizes_compile_nothing_new(model):
   compiled = []
   listener = compiled.append
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda name, *_, **__: listener(name)
-  )
+  jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: listener(name))
 
   def compilations(call):
     compiled.clear()
@@ -235,9 +213,7 @@ def test_padding_to_a_size_is_not_seen(model):
   whole = model.logits(ids, ids)
   assert whole.shape == (1, 16, 384)
   # Causal: the first positions are the same, whatever follows or pads them.
-  np.testing.assert_allclose(
-    model.logits(ids, ids[:, :5]), whole[:, :5], atol=1e-5
-  )
+  np.testing.assert_allclose(model.logits(ids, ids[:, :5]), whole[:, :5], atol=1e-5)
 
 
 def test_twenty_thousand_characters_do_not_kill_the_process(model, caplog):

@@ -57,9 +57,7 @@ def test_the_picture_is_made_of_its_source():
   shown += re.findall(r'(?:<b>|</b>|<br/>)\s*([\w][^<]+)<', dot)
   assert len(shown) > 20
   missing = [
-    text
-    for text in shown
-    if text.strip().replace('&', '&amp;') not in svg.replace('&#45;', '-')
+    text for text in shown if text.strip().replace('&', '&amp;') not in svg.replace('&#45;', '-')
   ]
   assert missing == []
 
@@ -71,9 +69,7 @@ def test_every_folder_says_what_is_in_it_and_what_is_not(folder):
   assert len(text.splitlines()) >= 3 and len(sentences) >= 2, text
 
 
-@pytest.mark.parametrize(
-  'module', MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix()
-)
+@pytest.mark.parametrize('module', MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_every_module_says_what_it_is_in_its_first_line(module):
   first = docstring(module).partition('\n')[0]
   assert first.endswith(('.', '!')) and len(first.split()) > 3, first

@@ -15,14 +15,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.gin_front import configuration
 from t5x_lite.models import t5
 from t5x_lite.models.config import NAMED_CONFIGS, T5Config
-from t5x_lite.programs import (
-  evaluate,
-  infer,
-  plan,
-  precompile,
-  quickstart,
-  train,
-)
+from t5x_lite.programs import evaluate, infer, plan, precompile, quickstart, train
 from t5x_lite.training import optimizers, schedules
 from t5x_lite.training.optimizers import OptimizerConfig
 
@@ -182,9 +175,7 @@ def test_experiments_open_with_what_they_are_for(name):
   assert f'--gin_file=configs/experiments/{name}' in header
 
 
-@pytest.mark.parametrize(
-  'name', [name for name in EXPERIMENTS if name != 'quickstart.gin']
-)
+@pytest.mark.parametrize('name', [name for name in EXPERIMENTS if name != 'quickstart.gin'])
 def test_experiments_build_what_train_takes(name):
   files = [f'configs/experiments/{name}']
   settings = model_settings(name)
@@ -216,9 +207,7 @@ def test_experiments_can_be_precompiled_and_planned_as_they_are():
 
 
 def test_the_quickstart_trains_two_phases_of_one_model():
-  built = arguments(
-    quickstart.quickstart, ['configs/experiments/quickstart.gin']
-  )
+  built = arguments(quickstart.quickstart, ['configs/experiments/quickstart.gin'])
   assert built['output_dir'] == 'runs/quickstart'
   phases = {}
   for name in ('pretrain', 'finetune'):

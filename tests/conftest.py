@@ -20,9 +20,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
   ]
 ).strip()
 # They also find the package, installed or not, from any directory.
-os.environ['PYTHONPATH'] = os.pathsep.join(
-  filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')])
-)
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')]))
 # A missing broadcast is a bug in waiting: x_BL + y_B must be written out.
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 # Shared by the xdist workers and the programs that tests start.

@@ -38,9 +38,7 @@ def _name(path):
 
 def _blocks(text, *languages):
   """Returns the code of fenced blocks, also of those inside a list."""
-  found = re.findall(
-    r'^( *)```(\w*)\n(.*?)^\1```', text, flags=re.MULTILINE | re.DOTALL
-  )
+  found = re.findall(r'^( *)```(\w*)\n(.*?)^\1```', text, flags=re.MULTILINE | re.DOTALL)
   return [
     re.sub(rf'^{indent}', '', code, flags=re.MULTILINE)
     for indent, language, code in found
@@ -55,13 +53,10 @@ def _without_code(text):
 
 def _anchors(path):
   """Returns the anchors that GitHub, and myst_heading_anchors, give a page."""
-  text = re.sub(
-    r'^```.*?^```', '', path.read_text(), flags=re.MULTILINE | re.DOTALL
-  )
+  text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.MULTILINE | re.DOTALL)
   headings = re.findall(r'^#+ (.+)$', text, flags=re.MULTILINE)
   return {
-    re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-')
-    for heading in headings
+    re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-') for heading in headings
   }
 
 
@@ -105,9 +100,7 @@ def test_every_page_is_in_a_table_of_contents():
   listed = {DOCS / 'index.md'}
   for page in PAGES:
     toctrees = re.findall(
-      r'^```\{toctree\}\n(.*?)^```',
-      page.read_text(),
-      flags=re.MULTILINE | re.DOTALL,
+      r'^```\{toctree\}\n(.*?)^```', page.read_text(), flags=re.MULTILINE | re.DOTALL
     )
     for line in '\n'.join(toctrees).splitlines():
       if line and not line.startswith(':'):
@@ -155,17 +148,13 @@ def test_bindings_name_real_fields(page):
       if source.startswith('t5x_lite'):
         modules[alias or name] = f'{source}.{name}'
   bindings = re.findall(
-    r'(?:--gin\.|`)(?:[a-z_]+/)?([a-z_]+)\.(\w+)\.(\w+)(?=[=`])',
-    page.read_text(),
+    r'(?:--gin\.|`)(?:[a-z_]+/)?([a-z_]+)\.(\w+)\.(\w+)(?=[=`])', page.read_text()
   )
   for module, owner, field in bindings:
     if module not in modules:
       continue
     path = ROOT / (modules[module].replace('.', '/') + '.py')
-    defined = {
-      getattr(node, 'name', ''): node
-      for node in ast.parse(path.read_text()).body
-    }
+    defined = {getattr(node, 'name', ''): node for node in ast.parse(path.read_text()).body}
     node = defined.get(owner)
     if not isinstance(node, ast.ClassDef | ast.FunctionDef):
       continue  # a name of T5X
@@ -217,10 +206,7 @@ def _messages():
         found.append(node.value)
       elif isinstance(node, ast.JoinedStr):
         found.append(
-          ''.join(
-            part.value if isinstance(part, ast.Constant) else '{}'
-            for part in node.values
-          )
+          ''.join(part.value if isinstance(part, ast.Constant) else '{}' for part in node.values)
         )
   return [' '.join(text.replace('`', '').split()) for text in found]
 
@@ -241,9 +227,7 @@ def test_messages_that_are_explained_are_said():
     pieces = [piece for piece in pieces if len(piece) > 4]
     assert pieces, message
     unknown += [
-      (message, piece)
-      for piece in pieces
-      if not any(piece in literal for literal in literals)
+      (message, piece) for piece in pieces if not any(piece in literal for literal in literals)
     ]
   assert unknown == []
 
@@ -274,8 +258,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip(module)
   command = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q']
   result = subprocess.run(
-    [*command, str(DOCS), str(tmp_path / 'site')],
-    capture_output=True,
-    text=True,
+    [*command, str(DOCS), str(tmp_path / 'site')], capture_output=True, text=True
   )
   assert result.returncode == 0, result.stderr

@@ -77,9 +77,7 @@ def _imports(path: pathlib.Path) -> set[str]:
 
 
 def _tracked_files() -> list[pathlib.Path]:
-  listing = subprocess.run(
-    ['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True
-  )
+  listing = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
   if listing.returncode:
     pytest.skip('not a git checkout')
   files = [ROOT / name for name in listing.stdout.split('\0') if name]
@@ -100,9 +98,7 @@ def test_no_drawer_files():
   assert [p for p in MODULES if p.name in drawers] == []
 
 
-@pytest.mark.parametrize(
-  'module', [p for p in MODULES if p.name != '__init__.py'], ids=_name
-)
+@pytest.mark.parametrize('module', [p for p in MODULES if p.name != '__init__.py'], ids=_name)
 def test_every_module_has_its_test_file(module):
   if _name(module) in WITHOUT_TEST:
     return
@@ -142,17 +138,13 @@ def test_the_jax_side_never_imports_tensorflow():
     'bad = {"tensorflow", "seqio", "gin", "torch", "transformers"}; '
     'print(sorted(bad & set(sys.modules)))'
   )
-  result = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
-  )
+  result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
   assert result.stdout == '[]\n', result.stderr
 
 
 def test_importing_the_package_costs_nothing():
   code = 'import t5x_lite, sys; print("jax" in sys.modules)'
-  result = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
-  )
+  result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
   assert result.stdout == 'False\n', result.stderr
 
 
@@ -177,9 +169,7 @@ def test_nnx_only_constructs(module):
   }
   assert used <= NNX_NAMES
   if used:
-    assert _name(module).startswith(
-      ('models/', 'training/steps.py', 'decoding/steps.py')
-    )
+    assert _name(module).startswith(('models/', 'training/steps.py', 'decoding/steps.py'))
 
 
 def test_no_path_of_one_machine():
@@ -203,10 +193,7 @@ def test_no_path_of_one_machine():
 
 def test_the_wheel_lists_every_package():
   listed = set(PYPROJECT['tool']['setuptools']['packages'])
-  found = {
-    '.'.join(path.parent.relative_to(ROOT).parts)
-    for path in PACKAGE.rglob('__init__.py')
-  }
+  found = {'.'.join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob('__init__.py')}
   found |= {
     '.'.join(('t5x_lite', *path.relative_to(ROOT).parts))
     for path in [ROOT / 'configs', *(ROOT / 'configs').iterdir()]

@@ -39,9 +39,7 @@ def recorder(directory, name, action=''):
 
 
 @pytest.mark.skipif(not shutil.which('shellcheck'), reason='no shellcheck')
-@pytest.mark.parametrize(
-  'name', ['local_multiprocess.sh', 'tpu_pod.sh', 'slurm.sbatch']
-)
+@pytest.mark.parametrize('name', ['local_multiprocess.sh', 'tpu_pod.sh', 'slurm.sbatch'])
 def test_shellcheck_finds_nothing(name):
   run('shellcheck', LAUNCH / name)
 
@@ -54,11 +52,7 @@ def test_processes_know_their_number_and_find_each_other():
   show = 'echo $JAX_PROCESS_ID/$JAX_NUM_PROCESSES@$JAX_COORDINATOR_ADDRESS'
   lines = sorted(run(script, 3, 'bash', '-c', show).splitlines())
   found = [re.fullmatch(r'\[(\d)\] (\d)/3@127.0.0.1:(\d+)', x) for x in lines]
-  assert [m and (m[1], m[2]) for m in found] == [
-    ('0', '0'),
-    ('1', '1'),
-    ('2', '2'),
-  ]
+  assert [m and (m[1], m[2]) for m in found] == [('0', '0'), ('1', '1'), ('2', '2')]
   assert len({m[3] for m in found if m}) == 1
 
 
@@ -156,9 +150,7 @@ def test_arguments_survive_all_shells_and_a_crash_restarts(tmp_path):
   # gcloud ... --command=COMMAND: what ssh would run there, run here.
   recorder(tmp_path, 'gcloud', 'HOME=' + str(home) + ' bash -c "${!##*=}"')
   log = recorder(
-    tmp_path,
-    't5x-lite',
-    f'[[ -e {tmp_path}/once ]] && exit 0; touch {tmp_path}/once; exit 5',
+    tmp_path, 't5x-lite', f'[[ -e {tmp_path}/once ]] && exit 0; touch {tmp_path}/once; exit 5'
   )
   recorder(tmp_path, 'sleep')
   path = {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
@@ -180,10 +172,7 @@ def test_slurm_starts_all_tasks_and_requeues_what_may_go_on(tmp_path):
   assert out.startswith('srun --kill-on-bad-exit=1 ')
   assert 't5x-lite train' in out
   scontrol = recorder(tmp_path, 'scontrol')
-  environ = {
-    'PATH': f'{tmp_path}:{os.environ["PATH"]}',
-    'SLURM_JOB_ID': '7',
-  }
+  environ = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '7'}
   for code in (0, 2, 4):
     recorder(tmp_path, 'srun', f'exit {code}')
     run('bash', script, 'train', code=code, **environ)

@@ -73,9 +73,7 @@ def test_flags_become_arguments(toy, capfd):
 
 def test_a_flag_may_take_what_the_shell_expands(toy, monkeypatch):
   vocab = main_lib.COMMANDS['vocab']
-  monkeypatch.setitem(
-    main_lib.COMMANDS, 'vocab', dataclasses.replace(vocab, function='given.get')
-  )
+  monkeypatch.setitem(main_lib.COMMANDS, 'vocab', dataclasses.replace(vocab, function='given.get'))
   (toy.parent / 'given.py').write_text(
     'from collections.abc import Sequence\n'
     'def get(*, input: str | Sequence[str], output: str):\n'
@@ -142,9 +140,7 @@ def test_a_device_out_of_memory_is_one_line(toy, capfd):
 def test_other_exits(toy, capfd):
   assert main(['toy', 'interrupt']) == 130
   assert main(['toy', 'lost']) == 5
-  assert capfd.readouterr().err == (
-    't5x-lite: interrupted\nt5x-lite: lost a process\n'
-  )
+  assert capfd.readouterr().err == ('t5x-lite: interrupted\nt5x-lite: lost a process\n')
   with pytest.raises(RuntimeError, match='a bug'):
     main(['toy', 'bug'])
 
@@ -196,9 +192,7 @@ def test_imports_are_as_late_as_they_can_be():
         pass
     print(sorted({'jax', 'tensorflow', 'gin', 'numpy'} & set(sys.modules)))
   """)
-  result = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True
-  )
+  result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert result.stdout.endswith('[]\n'), result.stderr
 
 

@@ -40,19 +40,13 @@ def model(**overrides: Any) -> T5Config:
 
 def dataset(name: str = 'pronounce', **overrides: Any) -> DatasetConfig:
   fields: dict[str, Any] = dict(
-    mixture_or_task_name=name,
-    task_feature_lengths=LENGTHS,
-    batch_size=8,
-    num_threads=1,
-    window=64,
+    mixture_or_task_name=name, task_feature_lengths=LENGTHS, batch_size=8, num_threads=1, window=64
   )
   return DatasetConfig(**{**fields, **overrides})
 
 
 def optimizer(learning_rate: float = 1e-2) -> OptimizerConfig:
-  schedule = ScheduleConfig(
-    shape='constant', base_learning_rate=learning_rate, warmup_steps=2
-  )
+  schedule = ScheduleConfig(shape='constant', base_learning_rate=learning_rate, warmup_steps=2)
   return OptimizerConfig(name='adamw', schedule=schedule)
 
 
@@ -76,9 +70,7 @@ def save_untrained(model_dir: Any, *, seed: int = 0, **overrides: Any) -> Any:
   """Writes a run with random parameters, which it returns."""
   cfg = model(**overrides)
   params = t5.init_params(cfg, jax.random.key(seed))
-  run_directory.write_run(
-    str(model_dir), model=cfg, vocabulary=VOCABULARY, lengths=LENGTHS
-  )
+  run_directory.write_run(str(model_dir), model=cfg, vocabulary=VOCABULARY, lengths=LENGTHS)
   checkpointer = Checkpointer(str(model_dir), CheckpointConfig())
   state = train_state.TrainState(jax.numpy.asarray(1), params, ())
   checkpointer.save(1, state, None)

@@ -32,9 +32,7 @@ def run(kind, code, folder):
     # The tour is for one device.
     'XLA_FLAGS': '',
   }
-  result = subprocess.run(
-    command, cwd=folder, env=environment, capture_output=True, text=True
-  )
+  result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
   assert result.returncode == 0, f'{code}\n{result.stdout}\n{result.stderr}'
   return result.stdout
 

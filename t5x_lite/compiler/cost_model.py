@@ -91,13 +91,7 @@ class Memory:
   @property
   def total(self) -> float:
     """All of them; logits and a layer's work are never there together."""
-    return (
-      self.state
-      + self.gradients
-      + self.saved
-      + max(self.working, self.logits)
-      + self.weights
-    )
+    return self.state + self.gradients + self.saved + max(self.working, self.logits) + self.weights
 
 
 def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
@@ -121,9 +115,7 @@ def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
         'outs': b * q * D * s * blocks,
         # Results of weight matrices: q, k, v, out, wi, wo (and of the cross
         # attention, whose keys and values have the encoder's length).
-        'dots': b
-        * s
-        * (q * (3 * J + gates * F + 2 * D) + (q * (J + D) + 2 * cross * J)),
+        'dots': b * s * (q * (3 * J + gates * F + 2 * D) + (q * (J + D) + 2 * cross * J)),
         # Logits in float32, their softmax, and the weights in half precision.
         'attention': b * H * q * (q + cross) * (4 + 4 + s),
         'rest': b * q * (3 * D * 4 + (gates + 1) * F * s),
@@ -157,9 +149,7 @@ def memory(setup: Setup) -> Memory:
   weights = 0.0
   if setup.sizes['fsdp'] > 1:  # one layer at work, one under way
     weights = 2 * layer * setup.itemsize / 4
-  return Memory(
-    float(setup.state_bytes), gradients, saved, working, logits, weights
-  )
+  return Memory(float(setup.state_bytes), gradients, saved, working, logits, weights)
 
 
 # ---- Time ----
@@ -169,10 +159,7 @@ def _flops(setup: Setup) -> tuple[float, float]:
   """Returns forward FLOPs of the whole batch, and of its layers alone."""
   rows = setup.batch['decoder_target_tokens'][0][0]
   total = flops.forward_flops(
-    setup.model,
-    batch_size=rows,
-    inputs=setup.inputs,
-    targets=setup.targets,
+    setup.model, batch_size=rows, inputs=setup.inputs, targets=setup.targets
   )
   head = 2 * setup.model.emb_dim * setup.model.vocab_size
   return total, total - rows * setup.targets * head
@@ -201,9 +188,7 @@ def seconds(setup: Setup, chip: Chip) -> dict[str, float]:
   }
   if setup.num_slices > 1:
     slices = setup.num_slices
-    result['DCN'] = (
-      2 * setup.params_bytes * (slices - 1) / slices / chip.dcn_bandwidth
-    )
+    result['DCN'] = 2 * setup.params_bytes * (slices - 1) / slices / chip.dcn_bandwidth
   return result
 
 
@@ -245,12 +230,7 @@ def _hbm_bytes(setup: Setup) -> float:
     layers * (kinds['input'] + kinds['dots'] + kinds['attention'])
     for layers, kinds in _layer_activations(setup)
   )
-  return (
-    k * _passes(setup) * weights
-    + update
-    + 2 * k * setup.params_bytes
-    + 4 * k * activations
-  )
+  return k * _passes(setup) * weights + update + 2 * k * setup.params_bytes + 4 * k * activations
 
 
 def network_seconds(
@@ -331,42 +311,27 @@ def levers(setup: Setup) -> list[Lever]:
   for more in (2, 4, 8, 16):
     if rows % more == 0:
       number = more * setup.num_microbatches
-      consider(
-        f'train.train.num_microbatches = {number}', num_microbatches=number
-      )
+      consider(f'train.train.num_microbatches = {number}', num_microbatches=number)
   full = setup.model.replace(remat_policy='full')
   if rows >= 2:
     number = int(rows) * setup.num_microbatches
     consider(
-      "remat_policy = 'full', chunk = 64 and num_microbatches = "
-      f'{number} together',
+      f"remat_policy = 'full', chunk = 64 and num_microbatches = {number} together",
       model=full,
       chunk=64,
       num_microbatches=number,
     )
   data = setup.sizes['data'] // setup.num_slices
   if data > 1:
-    sizes = {
-      **setup.sizes,
-      'data': setup.num_slices,
-      'fsdp': setup.sizes['fsdp'] * data,
-    }
+    sizes = {**setup.sizes, 'data': setup.num_slices, 'fsdp': setup.sizes['fsdp'] * data}
     consider(
-      f'partitioning.MeshConfig.fsdp = {sizes["fsdp"]} (data = '
-      f'{setup.num_slices})',
+      f'partitioning.MeshConfig.fsdp = {sizes["fsdp"]} (data = {setup.num_slices})',
       sizes=sizes,
       state_bytes=setup.state_bytes // data,
       params_bytes=setup.params_bytes // data,
     )
   tp = setup.sizes['model']
   if setup.sizes['fsdp'] % 2 == 0 and setup.model.num_heads % (2 * tp) == 0:
-    sizes = {
-      **setup.sizes,
-      'fsdp': setup.sizes['fsdp'] // 2,
-      'model': 2 * tp,
-    }
-    consider(
-      f'partitioning.MeshConfig.model = {2 * tp} (fsdp = {sizes["fsdp"]})',
-      sizes=sizes,
-    )
+    sizes = {**setup.sizes, 'fsdp': setup.sizes['fsdp'] // 2, 'model': 2 * tp}
+    consider(f'partitioning.MeshConfig.model = {2 * tp} (fsdp = {sizes["fsdp"]})', sizes=sizes)
   return found

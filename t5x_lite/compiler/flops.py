@@ -13,9 +13,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.hardware import peak_flops as peak_flops
 
 
-def forward_flops(
-  config: T5Config, *, batch_size: int, inputs: int, targets: int
-) -> float:
+def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
   """Returns the FLOPs of one forward pass over a batch.
 
   Args:
@@ -44,13 +42,9 @@ def forward_flops(
   return batch_size * total
 
 
-def train_step_flops(
-  config: T5Config, *, batch_size: int, inputs: int, targets: int
-) -> float:
+def train_step_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
   """Returns the FLOPs of one training step: the backward pass costs two."""
-  return 3 * forward_flops(
-    config, batch_size=batch_size, inputs=inputs, targets=targets
-  )
+  return 3 * forward_flops(config, batch_size=batch_size, inputs=inputs, targets=targets)
 
 
 def batch_train_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
@@ -59,6 +53,4 @@ def batch_train_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
   inputs = 0
   if config.has_encoder:
     inputs = batch['encoder_input_tokens'].shape[1]
-  return train_step_flops(
-    config, batch_size=batch_size, inputs=inputs, targets=targets
-  )
+  return train_step_flops(config, batch_size=batch_size, inputs=inputs, targets=targets)

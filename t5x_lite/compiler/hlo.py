@@ -44,14 +44,7 @@ _ITEM_BITS = {
   'u64': 64,
   'f64': 64,
 }
-KINDS = (
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
-  'send',
-)
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'send')
 # These move no data of their own.
 _FREE = {
   'after-all',
@@ -155,9 +148,7 @@ def first_group(text: str, num_devices: int) -> tuple[int, ...]:
     return int(match[1]), int(match[2])
   if match := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
     return tuple(int(i) for i in match[1].split(','))
-  if match := re.search(
-    r'replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', text
-  ):
+  if match := re.search(r'replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', text):
     shape = [int(i) for i in match[1].split(',')]
     ids = _iota(match[2], math.prod(shape)).reshape(shape[0], -1)
     return tuple(int(i) for i in ids[0])
@@ -166,9 +157,7 @@ def first_group(text: str, num_devices: int) -> tuple[int, ...]:
     r'\{([^}]*)\}',
     text,
   ):
-    sizes = {
-      name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])
-    }
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
     ids = _iota(match[2] or '', math.prod(sizes.values()))
     ids = ids.reshape(list(sizes.values()))
     grouped = re.findall(r"'(\w+)'", match[3])
@@ -222,9 +211,7 @@ class HloModule:
     found: collections.Counter[Collective] = collections.Counter()
     for one, times in channels.values():
       found[one] += times
-    return [
-      dataclasses.replace(one, count=count) for one, count in found.items()
-    ]
+    return [dataclasses.replace(one, count=count) for one, count in found.items()]
 
   def hbm_bytes(self) -> float:
     """Returns the bytes read from and written to device memory.
@@ -335,9 +322,7 @@ class HloModule:
     result = sum(_array_bytes(op.type, in_hbm=True))
     if op.opcode == 'fusion' and op.calls:
       return self._fusion_traffic(op, operands)
-    return result + sum(
-      sum(_array_bytes(kind, in_hbm=True)) for kind in operands
-    )
+    return result + sum(sum(_array_bytes(kind, in_hbm=True)) for kind in operands)
 
   def _fusion_traffic(self, fusion: _Op, operands: Sequence[str]) -> float:
     """Returns what a fusion reads and writes, given its operands' types."""

@@ -56,21 +56,14 @@ class StepProgram:
 
 
 def _place(
-  model: T5Config,
-  mesh: MeshConfig,
-  batch_size: int,
-  devices: Sequence[jax.Device] | None,
+  model: T5Config, mesh: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None
 ) -> Placement:
   """Returns the placement, checked against the model and the batch."""
-  placement = model_sharding.place_model(
-    model, mesh, devices, batch_size=batch_size
-  )
+  placement = model_sharding.place_model(model, mesh, devices, batch_size=batch_size)
   _, shapes, axes = t5.abstract_params(model)
   logical_axes.check_rules(shapes, axes, placement.mesh, placement.rules)
   if (mesh.model or mesh.num_partitions or 1) > 1:
-    logical_axes.check_axis_cuts(
-      shapes, axes, placement.mesh, placement.rules, 'model'
-    )
+    logical_axes.check_axis_cuts(shapes, axes, placement.mesh, placement.rules, 'model')
   partitioning.check_batch_size(batch_size, placement.mesh)
   return placement
 
@@ -132,9 +125,7 @@ def train_program(
         'their own to save; set it to False'
       )
     tx = _offloaded(tx, spec.shardings.opt_state)
-    spec = train_state.make_spec(
-      model, tx, placement, opt_state_memory='pinned_host'
-    )
+    spec = train_state.make_spec(model, tx, placement, opt_state_memory='pinned_host')
   step = steps.make_train_step(
     spec.graphdef,
     tx,
@@ -143,21 +134,13 @@ def train_program(
     num_microbatches=num_microbatches,
     skip_nonfinite=skip_nonfinite,
     trainable=(
-      None
-      if optimizer.trainable is None
-      else optimizers.trainable_mask(optimizer, shapes)
+      None if optimizer.trainable is None else optimizers.trainable_mask(optimizer, shapes)
     ),
   )
   jitted = jax.jit(
-    step,
-    donate_argnums=0,
-    out_shardings=(spec.shardings, partitioning.replicated(placement.mesh)),
+    step, donate_argnums=0, out_shardings=(spec.shardings, partitioning.replicated(placement.mesh))
   )
-  arguments = (
-    spec.shapes,
-    _batch(batch, placement.mesh),
-    _key(placement.mesh),
-  )
+  arguments = (spec.shapes, _batch(batch, placement.mesh), _key(placement.mesh))
   return StepProgram(placement, jitted, arguments, spec, tx)
 
 
@@ -187,9 +170,7 @@ def decode_program(
   """
   name = 'encoder_input_tokens'
   if not model.has_encoder or not model.has_decoder:
-    raise UsageError(
-      f'the architecture {model.architecture!r} is not decoded from inputs'
-    )
+    raise UsageError(f'the architecture {model.architecture!r} is not decoded from inputs')
   placement = _place(model, mesh, batch[name][0][0], devices)
   graphdef, _, _ = t5.abstract_params(model)
   jitted = jax.jit(decoding_steps.make_predict_step(graphdef, config))

@@ -93,11 +93,7 @@ class DatasetConfig:
     if self.feature_converter == 'lm':
       needed = ('targets',)
     for name, value, allowed in (
-      (
-        'feature_converter',
-        self.feature_converter,
-        feature_converters.CONVERTERS,
-      ),
+      ('feature_converter', self.feature_converter, feature_converters.CONVERTERS),
       ('host_sharding', self.host_sharding, ('source', 'replicated')),
     ):
       if value not in allowed:

@@ -24,9 +24,7 @@ def references(target: Target) -> list[str]:
   return [target] if isinstance(target, str) else list(target)
 
 
-def split_references(
-  text: str, *, separator: str, is_target: bool = False, **unused
-) -> Target:
+def split_references(text: str, *, separator: str, is_target: bool = False, **unused) -> Target:
   """Postprocessor: a target with alternatives becomes the list of them."""
   del unused
   return text.split(separator) if is_target else text
@@ -35,23 +33,17 @@ def split_references(
 # ---- Exact matches -----------------------------------------------------------
 
 
-def accuracy(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def accuracy(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
   """Share of predictions equal to a reference, spaces around them aside."""
   return {'accuracy': _percent_equal(targets, predictions, str.strip)}
 
 
-def sequence_accuracy(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def sequence_accuracy(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
   """Share of predictions equal to a reference, character by character."""
   return {'sequence_accuracy': _percent_equal(targets, predictions, str)}
 
 
-def squad(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def squad(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
   """Exact match and word F1 after SQuAD's normalisation, best reference each.
 
   Source: Rajpurkar et al. 2016 evaluation script, v1.1.
@@ -60,19 +52,14 @@ def squad(
   f1 = 0.0
   for target, prediction in zip(targets, predictions, strict=True):
     words = _normalize_squad(prediction).split()
-    f1 += max(
-      _f1(_normalize_squad(reference).split(), words)
-      for reference in references(target)
-    )
+    f1 += max(_f1(_normalize_squad(reference).split(), words) for reference in references(target))
   return {
     'em': _percent_equal(targets, predictions, _normalize_squad),
     'f1': 100.0 * f1 / len(targets),
   }
 
 
-def f1(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def f1(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
   """F1 of each label that occurs among the targets, averaged (macro).
 
   A prediction that is no label counts as a miss. Of several references the
@@ -110,9 +97,7 @@ def pronunciation_error_rates(
   for suffix, tokenize in (('', _phonemes), ('_no_stress', _bare_phonemes)):
     equal = _percent_equal(targets, predictions, tokenize)
     rates[f'word_error_rate{suffix}'] = 100.0 - equal
-    rates[f'phoneme_error_rate{suffix}'] = token_error_rate(
-      targets, predictions, tokenize
-    )
+    rates[f'phoneme_error_rate{suffix}'] = token_error_rate(targets, predictions, tokenize)
   return rates
 
 
@@ -134,9 +119,7 @@ def transcription_error_rates(
   }
 
 
-def mean_edit_distance(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def mean_edit_distance(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
   """Mean number of word edits to the closest reference (not a percentage)."""
   _check(targets, predictions)
   edits = sum(
@@ -147,9 +130,7 @@ def mean_edit_distance(
 
 
 def token_error_rate(
-  targets: Sequence[Target],
-  predictions: Sequence[str],
-  tokenize: Callable[[str], Sequence],
+  targets: Sequence[Target], predictions: Sequence[str], tokenize: Callable[[str], Sequence]
 ) -> float:
   """Returns edits to the closest references over their length, in percent.
 
@@ -171,32 +152,22 @@ def token_error_rate(
 # ---- Translation -------------------------------------------------------------
 
 
-def bleu(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def bleu(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
   """Corpus BLEU with the tokenization `intl`, as the T5 paper reports it."""
-  score = sacrebleu.corpus_bleu(
-    list(predictions), _streams(targets, predictions), tokenize='intl'
-  )
+  score = sacrebleu.corpus_bleu(list(predictions), _streams(targets, predictions), tokenize='intl')
   return {'bleu': score.score}
 
 
-def chrf(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def chrf(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
   """Corpus chrF2: characters, no words."""
-  score = sacrebleu.corpus_chrf(
-    list(predictions), _streams(targets, predictions)
-  )
+  score = sacrebleu.corpus_chrf(list(predictions), _streams(targets, predictions))
   return {'chrf': score.score}
 
 
 # ---- Summaries ---------------------------------------------------------------
 
 
-def rouge(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def rouge(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
   """ROUGE-1, -2 and -Lsum, mean F-measure, stemmed; best reference each.
 
   Lsum takes a line for a sentence, as t5/evaluation/metrics.py does.
@@ -236,9 +207,7 @@ def get_metrics(names: Sequence[str]) -> list[MetricFn]:
   """
   for name in names:
     if name not in METRICS:
-      raise UsageError(
-        f'There is no metric {name!r}; there are {", ".join(METRICS)}'
-      )
+      raise UsageError(f'There is no metric {name!r}; there are {", ".join(METRICS)}')
   return [METRICS[name] for name in names]
 
 
@@ -254,9 +223,7 @@ def _check(targets: Sequence[Target], predictions: Sequence[str]) -> None:
 
 
 def _percent_equal(
-  targets: Sequence[Target],
-  predictions: Sequence[str],
-  normalize: Callable[[str], object],
+  targets: Sequence[Target], predictions: Sequence[str], normalize: Callable[[str], object]
 ) -> float:
   _check(targets, predictions)
   equal = sum(
@@ -278,9 +245,7 @@ def _closest(
   return edits, -negative_length
 
 
-def _streams(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> list[list[str]]:
+def _streams(targets: Sequence[Target], predictions: Sequence[str]) -> list[list[str]]:
   """Returns sacrebleu's layout: one list per reference number.
 
   Examples with fewer references repeat their first, which changes no score.
@@ -288,10 +253,7 @@ def _streams(
   _check(targets, predictions)
   lists = [references(target) for target in targets]
   width = max(map(len, lists))
-  return [
-    [texts[i] if i < len(texts) else texts[0] for texts in lists]
-    for i in range(width)
-  ]
+  return [[texts[i] if i < len(texts) else texts[0] for texts in lists] for i in range(width)]
 
 
 # SQuAD's own twenty lines. Libraries that have them (torchmetrics, evaluate)

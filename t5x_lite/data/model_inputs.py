@@ -28,9 +28,7 @@ def is_text(inputs: Any) -> bool:
     return False
   others = [one for one in inputs if not isinstance(one, str)]
   if others and len(others) < len(inputs):
-    raise UsageError(
-      f'texts and {type(others[0]).__name__} are mixed in one list'
-    )
+    raise UsageError(f'texts and {type(others[0]).__name__} are mixed in one list')
   return not others
 
 
@@ -61,8 +59,7 @@ def token_rows(
   if is_text(inputs):
     if vocabulary is None:
       raise UsageError(
-        'this model came without a vocabulary: give ids, or load it with '
-        'vocabulary=...'
+        'this model came without a vocabulary: give ids, or load it with vocabulary=...'
       )
     texts = [inputs] if isinstance(inputs, str) else inputs
     end = [vocabulary.eos_id] if eos else []
@@ -103,8 +100,7 @@ def _cut(rows: list[list[int]], limit: int, kept: int) -> None:
   long = [row for row in rows if len(row) > limit]
   if long:
     log.warning(
-      '%d of %d inputs are longer than max_input_tokens=%d and were cut; the '
-      'longest has %d tokens',
+      '%d of %d inputs are longer than max_input_tokens=%d and were cut; the longest has %d tokens',
       len(long),
       len(rows),
       limit,

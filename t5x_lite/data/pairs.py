@@ -56,9 +56,7 @@ class Columns:
     except ValueError as error:
       raise UsageError(f'the template {self.template!r}: {error}') from error
     if any(spec or conversion for _, _, spec, conversion in parts):
-      raise UsageError(
-        f'the template {self.template!r} has a format; a field is only {{name}}'
-      )
+      raise UsageError(f'the template {self.template!r} has a format; a field is only {{name}}')
     return [name for _, name, _, _ in parts if name is not None]
 
   @property
@@ -67,9 +65,7 @@ class Columns:
     return [field(name) for name in self._given()]
 
   def _given(self) -> list[str]:
-    return [
-      name for name in (*self.template_fields, self.input, self.target) if name
-    ]
+    return [name for name in (*self.template_fields, self.input, self.target) if name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,16 +112,10 @@ class Pairs:
 
     By a hash of the input, so that what occurs twice is never on both sides.
     """
-    keys = [
-      hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest()
-      for text in self.inputs
-    ]
+    keys = [hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest() for text in self.inputs]
     distinct = sorted(set(keys))
     if len(distinct) < 2:
-      raise UsageError(
-        'all inputs are equal: there is nothing to hold out; give a validation '
-        'file'
-      )
+      raise UsageError('all inputs are equal: there is nothing to hold out; give a validation file')
     share = min(max(1, count), len(distinct) - 1)
     chosen = set(distinct[: max(1, round(share * len(distinct) / len(keys)))])
     rest = [i for i, key in enumerate(keys) if key not in chosen]
@@ -188,13 +178,7 @@ def read(
   if names is None or not inputs:
     shown = repr(source) if is_paths(source) else f'{what}'
     raise UsageError(f'{shown} holds no rows')
-  return Pairs(
-    inputs=inputs,
-    targets=wanted,
-    places=places,
-    fields=names,
-    skipped=skipped,
-  )
+  return Pairs(inputs=inputs, targets=wanted, places=places, fields=names, skipped=skipped)
 
 
 def read_inputs(
@@ -254,9 +238,7 @@ def _of_files(
 ) -> Iterator[tuple[str, records.Row]]:
   paths = text_files.expand(source)
   size = sum(
-    text_files.total_bytes([path])
-    for path in paths
-    if not text_files.is_dataset_folder(path)
+    text_files.total_bytes([path]) for path in paths if not text_files.is_dataset_folder(path)
   )
   if size > MAX_BYTES:
     raise UsageError(
@@ -274,14 +256,10 @@ def _of_files(
       yield f'{path}:{number}', row
 
 
-def _parallel(
-  paths: Sequence[str], others: Sequence[str]
-) -> Iterator[tuple[str, records.Row]]:
+def _parallel(paths: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, records.Row]]:
   """Yields rows of two files that have as many lines."""
   if len(paths) != len(others):
-    raise UsageError(
-      f'there are {len(paths)} files of inputs and {len(others)} of targets'
-    )
+    raise UsageError(f'there are {len(paths)} files of inputs and {len(others)} of targets')
   for path, other in zip(paths, others, strict=True):
     left, right = text_files.lines(path), text_files.lines(other)
     number = 0
@@ -302,9 +280,7 @@ def _of_memory(source: Any, what: str) -> Iterator[tuple[str, records.Row]]:
     source = {str(k): list(v) for k, v in source.to_dict('list').items()}
   elif hasattr(source, 'column_names') and hasattr(source, 'features'):
     if isinstance(source, Mapping):  # a DatasetDict
-      raise UsageError(
-        f'{what} is a DatasetDict of {", ".join(source)}: give one split of it'
-      )
+      raise UsageError(f'{what} is a DatasetDict of {", ".join(source)}: give one split of it')
     for name, feature in source.features.items():
       if isinstance(getattr(feature, 'names', None), list):
         labels[name] = feature.names
@@ -315,8 +291,7 @@ def _of_memory(source: Any, what: str) -> Iterator[tuple[str, records.Row]]:
       raise UsageError(f'the columns of {what} differ in length: {lengths}')
     names = list(source)
     rows: Iterator[Any] = (
-      dict(zip(names, values, strict=True))
-      for values in zip(*source.values(), strict=True)
+      dict(zip(names, values, strict=True)) for values in zip(*source.values(), strict=True)
     )
   elif isinstance(source, Sequence):
     rows = iter(source)
@@ -336,9 +311,7 @@ def _of_memory(source: Any, what: str) -> Iterator[tuple[str, records.Row]]:
     elif isinstance(row, Sequence) and len(row) == 2 and not _is_text(row):
       yield place, {'input': row[0], 'target': row[1]}
     else:
-      raise UsageError(
-        f'{place} is {row!r:.60}: neither an (input, target) pair nor a dict'
-      )
+      raise UsageError(f'{place} is {row!r:.60}: neither an (input, target) pair nor a dict')
 
 
 def _is_text(value: Any) -> bool:
@@ -379,42 +352,28 @@ def _known(row: records.Row, names: Sequence[str], taken: str) -> str:
 
 def _unclear(which: str, row: records.Row, place: str) -> UsageError:
   shown = ', '.join(repr(name) for name in row)
-  return UsageError(
-    f'{place}: which of the columns {shown} is the {which}? '
-    f'Say --{which}_column'
-  )
+  return UsageError(f'{place}: which of the columns {shown} is the {which}? Say --{which}_column')
 
 
 def _input(
-  row: records.Row,
-  columns: Columns,
-  name: str,
-  place: str,
-  *,
-  empty: bool = False,
+  row: records.Row, columns: Columns, name: str, place: str, *, empty: bool = False
 ) -> str:
   if not columns.template:
     return _filled(row, name, place, empty=empty)
-  values = {
-    one: _filled(row, one, place, empty=empty)
-    for one in set(columns.template_fields)
-  }
+  values = {one: _filled(row, one, place, empty=empty) for one in set(columns.template_fields)}
   return ''.join(
     text + (values[name] if name is not None else '')
     for text, name, _, _ in string.Formatter().parse(columns.template)
   )
 
 
-def _filled(
-  row: records.Row, name: str, place: str, *, empty: bool = False
-) -> str:
+def _filled(row: records.Row, name: str, place: str, *, empty: bool = False) -> str:
   key = field(name)
   if name in row:
     key = name
   text = records.as_text(row, key, place)
   if not empty and not text.strip():
     raise UsageError(
-      f'{place}: the field {name!r} is empty; fill it, or leave such rows out '
-      'with --skip_bad_rows'
+      f'{place}: the field {name!r} is empty; fill it, or leave such rows out with --skip_bad_rows'
     )
   return text

@@ -48,8 +48,7 @@ def format_of(path: str, file_format: str = '') -> Format:
   if file_format:
     if file_format not in FORMATS:
       raise UsageError(
-        f'The file format is {file_format!r}; it must be one of '
-        f'{", ".join(FORMATS)}'
+        f'The file format is {file_format!r}; it must be one of {", ".join(FORMATS)}'
       )
     return file_format
   if text_files.is_dataset_folder(path):
@@ -74,9 +73,7 @@ def dataset_splits(path: str) -> dict[str, str]:
 
 
 def rows(
-  path: str,
-  fields: Sequence[str | int],
-  file_format: str = '',
+  path: str, fields: Sequence[str | int], file_format: str = ''
 ) -> Iterator[tuple[str, ...]]:
   """Yields the named fields of every row, as text.
 
@@ -100,9 +97,7 @@ def rows(
     yield tuple(as_text(row, field, f'{path}:{number}') for field in fields)
 
 
-def texts(
-  path: str, fields: Sequence[str | int] = (), file_format: str = ''
-) -> Iterator[str]:
+def texts(path: str, fields: Sequence[str | int] = (), file_format: str = '') -> Iterator[str]:
   """Yields every text of a file: the fields of `rows`, or all there are.
 
   Without fields, that is every column of a TSV or CSV file, its first line
@@ -179,8 +174,7 @@ def as_text(row: Row, field: str | int, place: str) -> str:
   except UnicodeEncodeError as error:
     half = f'{text[error.start]!a} at character {error.start}'
     raise UsageError(
-      f'{place}: the field {field!r} is no Unicode: it has {half}, half of a '
-      'surrogate pair'
+      f'{place}: the field {field!r} is no Unicode: it has {half}, half of a surrogate pair'
     ) from error
   return text
 
@@ -222,9 +216,7 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
   yield from rest
 
 
-def _delimited(
-  path: str, kind: str, fields: Sequence[str | int]
-) -> Iterator[tuple[int, Row]]:
+def _delimited(path: str, kind: str, fields: Sequence[str | int]) -> Iterator[tuple[int, Row]]:
   names: Sequence[str | int] | None = None
   for number, cells in _cells(path, kind):
     if names is None:
@@ -259,15 +251,12 @@ def _column_names(
   for field in fields:
     if isinstance(field, int) and not 0 <= field < len(cells):
       raise UsageError(
-        f'{path} has {len(cells)} columns; there is no column {field} '
-        '(counted from 0)'
+        f'{path} has {len(cells)} columns; there is no column {field} (counted from 0)'
       )
   if named or (not fields and _is_header(path, cells)):
     for name in cells:
       if cells.count(name) > 1:
-        raise UsageError(
-          f'{path} names the column {name!r} twice in its first line'
-        )
+        raise UsageError(f'{path} names the column {name!r} twice in its first line')
     if named and len(named) < len(fields):  # a number beside a name
       return [i if i in fields else name for i, name in enumerate(cells)]
     return list(cells)
@@ -324,9 +313,7 @@ def _jsonl(path: str) -> Iterator[tuple[int, Row]]:
 
 def _object(entry: Any, path: str, number: int) -> Row:
   if not isinstance(entry, dict):
-    raise UsageError(
-      f'{path}:{number} is not a JSON object but {type(entry).__name__}'
-    )
+    raise UsageError(f'{path}:{number} is not a JSON object but {type(entry).__name__}')
   return entry
 
 
@@ -392,9 +379,7 @@ def _arrow_errors() -> tuple[type[Exception], ...]:
   return (pyarrow.ArrowException, OSError, ValueError, OverflowError)
 
 
-def _rows_of_batches(
-  batches: Iterable[Any], schema: Any, path: Any
-) -> Iterator[Row]:
+def _rows_of_batches(batches: Iterable[Any], schema: Any, path: Any) -> Iterator[Row]:
   """Yields the rows of Arrow's record batches."""
   labels = _label_names(schema)
   for name in schema.names:
@@ -431,9 +416,7 @@ def _dataset(path: str) -> Iterator[tuple[int, Row]]:
 
   root = epath.Path(path)
   if splits := dataset_splits(path):
-    raise UsageError(
-      f'{path} holds the splits {", ".join(splits)}: name one of its folders'
-    )
+    raise UsageError(f'{path} holds the splits {", ".join(splits)}: name one of its folders')
   number = 0
   for entry in _listed(root / text_files.DATASET_FILE, '_data_files'):
     name = entry.get('filename') if isinstance(entry, dict) else entry
@@ -446,9 +429,7 @@ def _dataset(path: str) -> Iterator[tuple[int, Row]]:
     except UsageError:
       raise
     except _arrow_errors() as error:
-      raise UsageError(
-        f'{file} cannot be read after row {number}: {_reason(error)}'
-      ) from error
+      raise UsageError(f'{file} cannot be read after row {number}: {_reason(error)}') from error
 
 
 def _inside(root: epath.Path, name: Any) -> str:

@@ -52,11 +52,7 @@ def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
       found = sorted(os.fspath(path) for path in matches)
     else:
       found = []
-    found = [
-      file
-      for file in found
-      if is_dataset_folder(file) or not epath.Path(file).is_dir()
-    ]
+    found = [file for file in found if is_dataset_folder(file) or not epath.Path(file).is_dir()]
     if not found:
       raise UsageError(f'There is no file {pattern!r}')
     files.extend(found)
@@ -68,10 +64,7 @@ def total_bytes(files: Sequence[str]) -> int:
 
   The factor 4 is what gzip gains on text, near enough.
   """
-  return sum(
-    epath.Path(file).stat().length * (4 if file.endswith('.gz') else 1)
-    for file in files
-  )
+  return sum(epath.Path(file).stat().length * (4 if file.endswith('.gz') else 1) for file in files)
 
 
 def lines(path: str, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
@@ -104,8 +97,6 @@ def lines(path: str, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
       'convert the file with iconv'
     ) from error
   except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-    raise UsageError(
-      f'{path} is not a whole gzip file after line {number}: {error}'
-    ) from error
+    raise UsageError(f'{path} is not a whole gzip file after line {number}: {error}') from error
   except OSError as error:
     raise UsageError(f'Cannot read {path!r}: {error.strerror}') from error

@@ -61,9 +61,7 @@ class VocabularyConfig:
   def __post_init__(self):
     if self.kind not in _DEFAULT_EXTRA_IDS:
       allowed = ', '.join(repr(kind) for kind in _DEFAULT_EXTRA_IDS)
-      raise UsageError(
-        f'VocabularyConfig.kind is {self.kind!r}; it must be one of {allowed}'
-      )
+      raise UsageError(f'VocabularyConfig.kind is {self.kind!r}; it must be one of {allowed}')
     if self.extra_ids == -1:
       # Resolved here, so that equal vocabularies compare equal.
       object.__setattr__(self, 'extra_ids', _DEFAULT_EXTRA_IDS[self.kind])
@@ -80,8 +78,7 @@ class VocabularyConfig:
     if self.kind == 'passthrough':
       if self.size < 1:
         raise UsageError(
-          f'VocabularyConfig.size is {self.size}; '
-          "kind='passthrough' needs the number of ids"
+          f"VocabularyConfig.size is {self.size}; kind='passthrough' needs the number of ids"
         )
       if self.extra_ids:
         raise UsageError(
@@ -139,9 +136,7 @@ def _clean(ids: Iterable[int], base_size: int, unk_id: int | None) -> list[int]:
   for token in ids:
     token = int(token)
     if token < 0:
-      raise UsageError(
-        f'Token id {token} cannot be decoded; ids are 0 to {base_size - 1}'
-      )
+      raise UsageError(f'Token id {token} cannot be decoded; ids are 0 to {base_size - 1}')
     clean.append(token if unk_id is None or token < base_size else unk_id)
     if token == EOS_ID:
       break
@@ -169,19 +164,13 @@ class SentencePieceVocabulary:
     model = _read_model(path)
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor.LoadFromSerializedProto(
-        model + user_defined(_sentinels(extra_ids))
-      )
+      self._processor.LoadFromSerializedProto(model + user_defined(_sentinels(extra_ids)))
     except RuntimeError as error:
       raise UsageError(
         f'{path} is not a SentencePiece model ({error}); train one with '
         '`t5x-lite vocab --input FILE --output X.model`'
       ) from error
-    ids = (
-      self._processor.pad_id(),
-      self._processor.eos_id(),
-      self._processor.unk_id(),
-    )
+    ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
     if ids != (PAD_ID, EOS_ID, UNK_ID):
       raise UsageError(
         f'{path} has pad, eos, unk = {ids}; T5 needs (0, 1, 2): train with '
@@ -295,9 +284,7 @@ def fingerprint(config: VocabularyConfig) -> str:
   return f'spm_{sha256[:8]}_{config.extra_ids}'
 
 
-def save_vocabulary(
-  config: VocabularyConfig, directory: str | os.PathLike
-) -> None:
+def save_vocabulary(config: VocabularyConfig, directory: str | os.PathLike) -> None:
   """Writes vocabulary.json and the model file, so the directory stands alone.
 
   Only one process of a run may call this.
@@ -330,8 +317,7 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
   file = directory / VOCABULARY_FILE
   if not file.exists():
     raise UsageError(
-      f'{directory} holds no {VOCABULARY_FILE}; name a run directory that '
-      '`t5x-lite train` wrote'
+      f'{directory} holds no {VOCABULARY_FILE}; name a run directory that `t5x-lite train` wrote'
     )
   try:
     entry = json.loads(file.read_text())

@@ -26,23 +26,16 @@ class DecodingConfig:
   def __post_init__(self):
     if self.max_decode_length < 1:
       raise UsageError(
-        f'DecodingConfig.max_decode_length is {self.max_decode_length}; it '
-        'must be at least 1.'
+        f'DecodingConfig.max_decode_length is {self.max_decode_length}; it must be at least 1.'
       )
     if self.temperature < 0.0:
       raise UsageError(
-        f'DecodingConfig.temperature is {self.temperature}; it must be 0 '
-        '(greedy) or positive.'
+        f'DecodingConfig.temperature is {self.temperature}; it must be 0 (greedy) or positive.'
       )
     if self.top_k < 0:
-      raise UsageError(
-        f'DecodingConfig.top_k is {self.top_k}; it must be 0 (all) or more.'
-      )
+      raise UsageError(f'DecodingConfig.top_k is {self.top_k}; it must be 0 (all) or more.')
     if not 0.0 < self.top_p <= 1.0:
-      raise UsageError(
-        f'DecodingConfig.top_p is {self.top_p}; it must be above 0 and at '
-        'most 1.'
-      )
+      raise UsageError(f'DecodingConfig.top_p is {self.top_p}; it must be above 0 and at most 1.')
     if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
       name = 'top_k' if self.top_k else 'top_p'
       raise UsageError(

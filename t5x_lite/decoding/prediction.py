@@ -24,9 +24,7 @@ from t5x_lite.parallel.placement import Placement
 SHORTEST = 16
 
 
-def padded_length(
-  length: int, longest: int | None = None, shortest: int = SHORTEST
-) -> int:
+def padded_length(length: int, longest: int | None = None, shortest: int = SHORTEST) -> int:
   """Returns the size that something of `length` is padded to: a power of two.
 
   A program is compiled for every size, and so there are few of them.
@@ -67,9 +65,7 @@ def to_host(array: jax.Array) -> np.ndarray:
 def replicated_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
   """Returns an array over the mesh that every process holds all rows of."""
   sharding = partitioning.batch_sharding(mesh)
-  return jax.make_array_from_callback(
-    array.shape, sharding, lambda index: array[index]
-  )
+  return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class Predictor:
@@ -111,9 +107,7 @@ class Predictor:
     self.batch_size = placement.whole_batch(batch_size)
     self.max_input_length = max_input_length
     self._key = jax.random.key(seed)
-    self._step = model_sharding.jit_step(
-      steps.make_predict_step, model, placement, decoding
-    )
+    self._step = model_sharding.jit_step(steps.make_predict_step, model, placement, decoding)
 
   @property
   def abstract_params(self) -> Any:

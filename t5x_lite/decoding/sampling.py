@@ -39,9 +39,7 @@ def _nucleus(logits_BV, top_p: float):
   # A token stays if what is likelier than it has not reached top_p yet, so the
   # likeliest always stays.
   before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-  least_B1 = jnp.min(
-    jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
-  )
+  least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
@@ -119,9 +117,7 @@ def decode(
     return _State(
       position=s.position + 1,
       last_B=next_B,
-      tokens_BL=jax.lax.dynamic_update_slice(
-        s.tokens_BL, next_B[:, None], (0, s.position)
-      ),
+      tokens_BL=jax.lax.dynamic_update_slice(s.tokens_BL, next_B[:, None], (0, s.position)),
       scores_B=s.scores_B + jnp.where(s.ended_B, 0.0, score_B),
       ended_B=s.ended_B | (next_B == eos_id),
       cache=cache,

@@ -36,10 +36,7 @@ def make_predict_step(
     inputs = batch['encoder_input_tokens']
     encoded = model.encode(inputs)
     cache = model.init_cache(
-      encoded,
-      inputs,
-      batch_size=inputs.shape[0],
-      max_decode_length=config.max_decode_length,
+      encoded, inputs, batch_size=inputs.shape[0], max_decode_length=config.max_decode_length
     )
     return sampling.decode(
       model.decode_step,
@@ -111,9 +108,7 @@ def make_score_step(graphdef: Any) -> Callable[[Any, Batch], jax.Array]:
   def score_step(params, batch: Batch) -> jax.Array:
     weights, _ = losses.loss_weights_and_normalizer(batch, None)
     logits_BLV = nnx.merge(graphdef, params)(batch)
-    loss_BL, _ = losses.cross_entropy_with_logits(
-      logits_BLV, batch['decoder_target_tokens']
-    )
+    loss_BL, _ = losses.cross_entropy_with_logits(logits_BLV, batch['decoder_target_tokens'])
     return -jnp.sum(loss_BL * weights, axis=-1)
 
   return score_step

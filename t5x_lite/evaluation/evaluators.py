@@ -124,9 +124,7 @@ class TeacherForced:
 
   def _read(self) -> Iterator[dict[str, np.ndarray]]:
     index, count = _data_shard(self._placement, self._config.batch_size)
-    iterator = DatasetIterator(
-      self._config, process_index=index, process_count=count
-    )
+    iterator = DatasetIterator(self._config, process_index=index, process_count=count)
     try:
       yield from itertools.islice(iterator, self._num_steps)
     finally:
@@ -180,9 +178,7 @@ class Decoded:
     self._length = config.lengths['inputs']
     self.config = dataclasses.replace(config, batch_size=predictor.batch_size)
     index, count = _data_shard(predictor.placement, predictor.batch_size)
-    self._dataset = EvalDataset(
-      self.config, process_index=index, process_count=count
-    )
+    self._dataset = EvalDataset(self.config, process_index=index, process_count=count)
     self._batches = _Cached(lambda: iter(self._dataset), predictor.batch_size)
     self._score = model_sharding.jit_step(
       decoding_steps.make_score_step, predictor.model, predictor.placement
@@ -198,21 +194,15 @@ class Decoded:
     for i, (batch, examples) in enumerate(self._batches):
       if left is not None:
         examples, left = examples[:left], left - len(examples)
-      rows = [
-        example['inputs'][: self._length].tolist() for example in examples
-      ]
+      rows = [example['inputs'][: self._length].tolist() for example in examples]
       outputs, _ = self.predictor.predict(params, rows, index=i)
       if task.score_metric_fns:
         scores.extend(self._target_scores(params, batch)[: len(examples)])
       for example, output in zip(examples, outputs, strict=True):
         text = vocabulary.decode(output)
         target = _text(example, 'targets', vocabulary)
-        predictions.append(
-          task.postprocess_fn(text, example=example, is_target=False)
-        )
-        targets.append(
-          task.postprocess_fn(target, example=example, is_target=True)
-        )
+        predictions.append(task.postprocess_fn(text, example=example, is_target=False))
+        targets.append(task.postprocess_fn(target, example=example, is_target=True))
         line = {'input': _text(example, 'inputs', vocabulary)}
         lines.append({**line, 'prediction': text, 'target': target})
       if left is not None and left <= 0:
@@ -248,9 +238,7 @@ def _scalars(metrics: dict[str, Any]) -> Metrics:
   result = {}
   for name, value in metrics.items():
     value = getattr(value, 'value', value)
-    if np.ndim(value) == 0 and np.issubdtype(
-      np.asarray(value).dtype, np.number
-    ):
+    if np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.number):
       result[name] = float(value)
   return result
 
@@ -358,9 +346,7 @@ def check_distinct(names: Sequence[str]) -> None:
   """Raises UsageError if two datasets would report under one name."""
   for name in names:
     if names.count(name) > 1:
-      raise UsageError(
-        f'the task {name} is to be evaluated twice: name each task once'
-      )
+      raise UsageError(f'the task {name} is to be evaluated twice: name each task once')
 
 
 def format_metrics(metrics: Metrics) -> str:

@@ -65,9 +65,7 @@ def binding(name: str, text: str) -> str:
   except (SyntaxError, ValueError, tokenize.TokenError):
     pass
   except (RecursionError, MemoryError):
-    raise UsageError(
-      f'the value of --gin.{name} is nested too deeply: {text:.40}...'
-    ) from None
+    raise UsageError(f'the value of --gin.{name} is nested too deeply: {text:.40}...') from None
   return f'{name} = {text!r}'
 
 
@@ -185,9 +183,7 @@ class _Sources:
     self._prefixes = prefixes
     self.texts: dict[pathlib.Path, str] = {}
 
-  def read(
-    self, name: str, included_by: tuple[pathlib.Path, ...] = ()
-  ) -> pathlib.Path:
+  def read(self, name: str, included_by: tuple[pathlib.Path, ...] = ()) -> pathlib.Path:
     path = self._find(name, included_by)
     if path in included_by:
       raise UsageError(f'gin file {path} includes itself')
@@ -202,15 +198,9 @@ class _Sources:
   def own_texts(self) -> list[str]:
     """The texts of files that did not come with the package."""
     shipped = shipped_root().resolve() / 'configs'
-    return [
-      text
-      for path, text in self.texts.items()
-      if shipped not in path.resolve().parents
-    ]
+    return [text for path, text in self.texts.items() if shipped not in path.resolve().parents]
 
-  def _find(
-    self, name: str, included_by: tuple[pathlib.Path, ...]
-  ) -> pathlib.Path:
+  def _find(self, name: str, included_by: tuple[pathlib.Path, ...]) -> pathlib.Path:
     for prefix in self._prefixes:
       path = pathlib.Path(prefix) / name
       if path.is_file():

@@ -13,14 +13,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import (
-  Callable,
-  Collection,
-  Iterable,
-  Iterator,
-  Mapping,
-  Sequence,
-)
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -50,12 +43,7 @@ class Walk:
     self.read: set[tuple[str, str]] = set()
 
   def visit(
-    self,
-    scope: list[str],
-    configurable: Any,
-    *,
-    called: bool = True,
-    skip: Collection[str] = (),
+    self, scope: list[str], configurable: Any, *, called: bool = True, skip: Collection[str] = ()
   ) -> None:
     """Follows a configurable in a scope.
 
@@ -79,9 +67,7 @@ class Walk:
     for ref in gin_config.iterate_references(bound):
       self.visit(ref.scopes or scope, ref.configurable, called=ref.evaluate)
 
-  def parameters(
-    self, hidden: Collection[str]
-  ) -> dict[tuple[str, str], dict[str, Any]]:
+  def parameters(self, hidden: Collection[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """Bound values and defaults, as gin's formatter wants them."""
     values = {
       key: {**_defaults(gin_config._REGISTRY[key[1]].wrapped), **bound}
@@ -117,9 +103,7 @@ def _defaults(wrapped: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _bare(text: str) -> str:
-  return _STRING_OR_COMMENT.sub(
-    lambda match: '' if match[0].startswith('#') else "''", text
-  )
+  return _STRING_OR_COMMENT.sub(lambda match: '' if match[0].startswith('#') else "''", text)
 
 
 def references(text: str) -> Iterable[gin_config.ConfigurableReference]:
@@ -151,9 +135,7 @@ def check_macros(text: str, own_text: str) -> None:
   own = set(re.findall(r'^\s*([\w./]+)\s*=', _bare(own_text), re.MULTILINE))
   for name in _macros():
     if name in own and name not in used:
-      raise UsageError(
-        f'nothing uses the gin macro {name}{suggest(name, used)}'
-      )
+      raise UsageError(f'nothing uses the gin macro {name}{suggest(name, used)}')
 
 
 def check_bindings_are_read(read: set[tuple[str, str]], text: str) -> None:
@@ -172,9 +154,7 @@ def check_bindings_are_read(read: set[tuple[str, str]], text: str) -> None:
     )
 
 
-def check_values(
-  walk: Walk, root: str, given: Mapping[str, Any], flags: Collection[str]
-) -> None:
+def check_values(walk: Walk, root: str, given: Mapping[str, Any], flags: Collection[str]) -> None:
   """Everything required is set, and what is set has the right type.
 
   Args:
@@ -221,14 +201,11 @@ def check_values(
         value = _literal(bound[name], macros)
         if not _fits(value, hints.get(name, Any)):
           raise UsageError(
-            f'{prefix}.{name} is {value!r}; it must be of type '
-            f'{_type_name(hints[name])}'
+            f'{prefix}.{name} is {value!r}; it must be of type {_type_name(hints[name])}'
           )
   if required:
     missing = ' '.join(f'{setting}=...' for setting in dict.fromkeys(required))
-    raise UsageError(
-      f'required settings are missing: add {missing}, or a --gin_file with them'
-    )
+    raise UsageError(f'required settings are missing: add {missing}, or a --gin_file with them')
 
 
 def _hints(wrapped: Callable[..., Any]) -> dict[str, Any]:
@@ -239,18 +216,13 @@ def _hints(wrapped: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _is_required(value: Any) -> bool:
-  return isinstance(
-    value, gin_config.ConfigurableReference
-  ) and value.scopes == ['gin.REQUIRED']
+  return isinstance(value, gin_config.ConfigurableReference) and value.scopes == ['gin.REQUIRED']
 
 
 def _literal(value: Any, macros: Mapping[str, Any]) -> Any:
   """Returns what a chain of macros stands for."""
   for _ in range(len(macros) + 1):
-    if not (
-      isinstance(value, gin_config.ConfigurableReference)
-      and value.config_key[1] == MACRO
-    ):
+    if not (isinstance(value, gin_config.ConfigurableReference) and value.config_key[1] == MACRO):
       break
     value = macros.get('/'.join(value.scopes), value)
   return value
@@ -314,9 +286,7 @@ def explained(source: str) -> Iterator[None]:
   except SyntaxError as error:
     text = (error.text or '').strip()
     message = error.msg.strip().rstrip('.')
-    raise UsageError(
-      f'{source}, line {error.lineno}: {message} ({text})'
-    ) from error
+    raise UsageError(f'{source}, line {error.lineno}: {message} ({text})') from error
   except ImportError as error:
     raise UsageError(f'{_explain(error)}; is it installed?') from error
   except (RecursionError, MemoryError):
@@ -329,16 +299,12 @@ def _explain(error: Exception) -> str:
   """Returns gin's message of several lines as one, with a suggestion."""
   lines = str(error).splitlines() or [type(error).__name__]
   message = lines[0].rstrip('.')
-  if match := re.match(
-    r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message
-  ):
+  if match := re.match(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message):
     configurable = gin_config._REGISTRY.get_match(match[1])
     names = _signature(configurable.wrapped) if configurable else {}
     message = f'{match[1]} has no parameter {match[2]!r}'
     message += suggest(match[2], names) or f'; it has {", ".join(names)}'
-  elif match := re.match(
-    r"No configurable matching (?:reference )?'@?(.+?)(?:\(\))?'", message
-  ):
+  elif match := re.match(r"No configurable matching (?:reference )?'@?(.+?)(?:\(\))?'", message):
     known = {
       '.'.join(configurable.selector.split('.')[-2:])
       for configurable in gin_config._INVERSE_REGISTRY.values()

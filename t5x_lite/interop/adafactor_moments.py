@@ -111,9 +111,7 @@ def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
   return result
 
 
-def _read(
-  found: Mapping[str, Tensor], name: str
-) -> dict[str, np.ndarray] | None:
+def _read(found: Mapping[str, Tensor], name: str) -> dict[str, np.ndarray] | None:
   """Returns the arrays of one parameter that are in use."""
   state = {
     field: found[place]
@@ -125,9 +123,7 @@ def _read(
   return {f: t.read() for f, t in state.items() if t.shape != (1,)}
 
 
-def _of_t5x_unrolled(
-  found: Mapping[str, Tensor], name: str, shape: Sequence[int]
-) -> Moment | None:
+def _of_t5x_unrolled(found: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Moment | None:
   state = _read(found, name)
   if state is None:
     return None
@@ -238,11 +234,7 @@ def of_run(stored: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
       return {}
     for i, name in enumerate(found):
       parts = [a[i] if stacked else a for a in arrays]
-      result[name] = (
-        Moment(parts[0])
-        if len(parts) == 1
-        else Moment(means=(parts[0], parts[1]))
-      )
+      result[name] = Moment(parts[0]) if len(parts) == 1 else Moment(means=(parts[0], parts[1]))
   return result
 
 
@@ -250,21 +242,12 @@ def _leaves(cfg: T5Config):
   """Yields (path, shape and dtype, axes, canonical names) of our tree."""
   _, shapes, axes = t5.abstract_params(cfg)
   leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-  for (keys, leaf), one in zip(
-    leaves, treedef.flatten_up_to(axes), strict=True
-  ):
+  for (keys, leaf), one in zip(leaves, treedef.flatten_up_to(axes), strict=True):
     path = pytrees.names_of(keys)
-    yield (
-      path,
-      leaf,
-      one,
-      tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path)),
-    )
+    yield (path, leaf, one, tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path)))
 
 
-def to_run(
-  moments: Moments, cfg: T5Config, step: int
-) -> dict[tuple[str, ...], Tensor]:
+def to_run(moments: Moments, cfg: T5Config, step: int) -> dict[tuple[str, ...], Tensor]:
   """Returns the state of OptimizerConfig()'s Adafactor, by keys.
 
   Args:
@@ -275,10 +258,7 @@ def to_run(
   _, shapes, axes = t5.abstract_params(cfg)
   tx = optimizers.make_optimizer(optimizers.OptimizerConfig(), axes, shapes)
   by_path = {path: found for path, _, _, found in _leaves(cfg)}
-  layouts = {
-    path: adafactor.factoring(leaf.shape, one)
-    for path, leaf, one, _ in _leaves(cfg)
-  }
+  layouts = {path: adafactor.factoring(leaf.shape, one) for path, leaf, one, _ in _leaves(cfg)}
 
   def value(keys: tuple[str, ...], leaf: Any) -> np.ndarray:
     for start in range(len(keys)):

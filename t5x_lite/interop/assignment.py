@@ -48,10 +48,7 @@ class Report:
     if self.skipped:
       text += f', {len(self.skipped)} skipped ({_some(self.skipped)})'
     if self.initialised:
-      text += (
-        f', {len(self.initialised)} newly initialised '
-        f'({_some(self.initialised)})'
-      )
+      text += f', {len(self.initialised)} newly initialised ({_some(self.initialised)})'
     return text
 
 
@@ -183,9 +180,7 @@ def _compile(pattern: str) -> re.Pattern:
   try:
     return re.compile(pattern)
   except re.error as error:
-    raise UsageError(
-      f'{pattern!r} in assignment_map is no regular expression: {error}'
-    ) from error
+    raise UsageError(f'{pattern!r} in assignment_map is no regular expression: {error}') from error
 
 
 def _some(found: Sequence[str], limit: int = 3) -> str:
@@ -198,10 +193,7 @@ def _without_stack(name: str, source: Source, cfg: T5Config) -> bool:
   return cfg.architecture != source.config.architecture and (
     (not cfg.has_decoder and name.startswith('decoder/'))
     or (not cfg.has_encoder and name.startswith('encoder/'))
-    or (
-      not cfg.has_encoder
-      and ('/encoder_decoder_attention/' in name or 'pre_cross_' in name)
-    )
+    or (not cfg.has_encoder and ('/encoder_decoder_attention/' in name or 'pre_cross_' in name))
   )
 
 
@@ -227,9 +219,7 @@ class _Fresh:
       whole = self._drawn[path]
       return (whole if layer is None else whole[layer])[index]
 
-    return Tensor(
-      self._shapes[name], np.dtype(np.float32), fetch, 'newly initialised'
-    )
+    return Tensor(self._shapes[name], np.dtype(np.float32), fetch, 'newly initialised')
 
   @functools.cached_property
   def _drawn(self) -> dict[tuple[str, ...], np.ndarray]:

@@ -85,8 +85,7 @@ def open_source(path: str) -> Source:
     return _open_t5x(found)
   if any(place.glob('*.safetensors')) or any(place.glob('*.bin')):
     raise UsageError(
-      f'{path} holds weights but no {hf.CONFIG}; copy it from where the '
-      'weights are from'
+      f'{path} holds weights but no {hf.CONFIG}; copy it from where the weights are from'
     )
   raise UsageError(
     f'{path} holds no checkpoint: no {hf.CONFIG} of transformers, no '
@@ -99,10 +98,7 @@ def _from_hub(name: str) -> str:
   """Downloads a model of the hub and returns its folder."""
   if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
     raise UsageError(f'{name} does not exist')
-  missing = (
-    f'{name} is no local folder, and as the name of a model on the hub it '
-    'cannot be fetched'
-  )
+  missing = f'{name} is no local folder, and as the name of a model on the hub it cannot be fetched'
   try:
     import huggingface_hub
   except ImportError as error:
@@ -121,9 +117,7 @@ def _from_hub(name: str) -> str:
 def _open_hf(path: epath.Path) -> Source:
   entry = hf.read_json(path / hf.CONFIG)
   hf.check_model_type(entry)
-  found, unknown = hf.canonical(
-    hf.read_tensors(path), per_layer=hf.is_per_layer(entry)
-  )
+  found, unknown = hf.canonical(hf.read_tensors(path), per_layer=hf.is_per_layer(entry))
   config = hf.model_config(entry, found)
   scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
   _SCRATCH.append(scratch)

@@ -9,13 +9,7 @@ from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import (
-  adafactor_moments,
-  hf_export,
-  hf_tokenizer,
-  run_export,
-  t5x_export,
-)
+from t5x_lite.interop import adafactor_moments, hf_export, hf_tokenizer, run_export, t5x_export
 from t5x_lite.interop.checkpoint_source import FORMATS
 from t5x_lite.interop.tensors import Tensors
 from t5x_lite.models.config import T5Config
@@ -31,17 +25,13 @@ def check_destination(target: epath.Path) -> None:
     raise UsageError(f'{target} is already there; name a new directory')
 
 
-def check_target(
-  cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = None
-) -> None:
+def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = None) -> None:
   """Raises UsageError if there is no such format, or it has no such model.
 
   Nor such a vocabulary, if one is given.
   """
   if to not in FORMATS:
-    raise UsageError(
-      f'the format {to!r} cannot be written; allowed are {", ".join(FORMATS)}'
-    )
+    raise UsageError(f'the format {to!r} cannot be written; allowed are {", ".join(FORMATS)}')
   if to == 'hf':
     hf_export.model_config(cfg, cfg.param_dtype)
     if vocabulary is not None:
@@ -83,11 +73,7 @@ def write(
     common = {'tensors': tensors, 'cfg': cfg, 'progress': _Progress()}
     if to == 'hf':
       hf_export.write(
-        temporary,
-        vocabulary=vocabulary,
-        dtype=cfg.param_dtype,
-        shard_bytes=shard_bytes,
-        **common,
+        temporary, vocabulary=vocabulary, dtype=cfg.param_dtype, shard_bytes=shard_bytes, **common
       )
     elif to == 't5x':
       # T5X restores only with an optimizer's state; a new one, if need be.
@@ -102,12 +88,9 @@ def write(
     else:
       run_export.write(
         temporary,
-        vocabulary=vocabulary
-        or VocabularyConfig(kind='passthrough', size=cfg.vocab_size),
+        vocabulary=vocabulary or VocabularyConfig(kind='passthrough', size=cfg.vocab_size),
         step=step,
-        moments=adafactor_moments.to_run(second_moments, cfg, step)
-        if second_moments
-        else None,
+        moments=adafactor_moments.to_run(second_moments, cfg, step) if second_moments else None,
         lengths=lengths,
         origin=origin,
         **common,

@@ -41,9 +41,7 @@ _COMPARED = 1 << 24
 # Copies of the embedding that old versions saved, and a table of the decoder's
 # cross-attention that Mesh TensorFlow made and nothing reads.
 _COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
-_UNREAD = (
-  'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
-)
+_UNREAD = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
 
 # 'gelu' is the exact one unless it is gated: T5 1.1's gated-gelu is the tanh
 # approximation, by an exception in Hugging Face's own config class.
@@ -103,9 +101,7 @@ def weight_files(directory: epath.Path) -> list[epath.Path]:
     there = {p.name for p in directory.iterdir() if p.is_file()}
     for name in listed.values():
       if not isinstance(name, str) or name not in there:
-        raise UsageError(
-          f'{index} names the file {name!r}, which is not in {directory}'
-        )
+        raise UsageError(f'{index} names the file {name!r}, which is not in {directory}')
     return [directory / name for name in sorted(set(listed.values()))]
   if (directory / WEIGHTS).is_file():
     return [directory / WEIGHTS]
@@ -113,9 +109,7 @@ def weight_files(directory: epath.Path) -> list[epath.Path]:
   if len(files) == 1:
     return files
   pickles = sorted(
-    p.name
-    for p in directory.iterdir()
-    if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+    p.name for p in directory.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
   )
   if pickles:
     raise UsageError(
@@ -135,9 +129,7 @@ def _opened(path: epath.Path) -> Any:
   try:
     return safetensors.safe_open(os.fspath(path), framework='numpy')
   except (safetensors.SafetensorError, OSError) as error:
-    raise UsageError(
-      f'{path} is not a safetensors file, or is cut short: {error}'
-    ) from error
+    raise UsageError(f'{path} is not a safetensors file, or is cut short: {error}') from error
 
 
 def read_tensors(directory: epath.Path) -> dict[str, Tensor]:
@@ -150,9 +142,7 @@ def read_tensors(directory: epath.Path) -> dict[str, Tensor]:
         kind = part.get_dtype()
         origin = f'{name} in {path.name}'
         if kind not in DTYPES:
-          raise UsageError(
-            f'{origin} has the type {kind}; known are {", ".join(DTYPES)}'
-          )
+          raise UsageError(f'{origin} has the type {kind}; known are {", ".join(DTYPES)}')
         if name in result:
           raise UsageError(f'{origin} is also {result[name].origin}')
         shape = tuple(part.get_shape())
@@ -239,8 +229,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
   return all(
-    a.read(index).tobytes() == b.read(index).tobytes()
-    for index in blocks(a.shape, _COMPARED)
+    a.read(index).tobytes() == b.read(index).tobytes() for index in blocks(a.shape, _COMPARED)
   )
 
 
@@ -267,9 +256,7 @@ def activations(entry: Mapping[str, Any]) -> tuple[str, ...]:
   return (_ACTIVATIONS[name], *(('linear',) if gated else ()))
 
 
-def model_config(
-  entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> T5Config:
+def model_config(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T5Config:
   """Returns the config of a folder.
 
   Args:
@@ -288,18 +275,11 @@ def model_config(
   has_decoder = 'decoder/decoder_norm/scale' in tensors
   ids = {
     name: _number(entry, name, default)
-    for name, default in (
-      ('pad_token_id', 0),
-      ('eos_token_id', 1),
-      ('decoder_start_token_id', 0),
-    )
+    for name, default in (('pad_token_id', 0), ('eos_token_id', 1), ('decoder_start_token_id', 0))
   }
   for name, token in ids.items():
     if not 0 <= token < embedding.shape[0]:
-      raise UsageError(
-        f'config.json has {name}={token}, the embedding {embedding.shape[0]} '
-        'rows'
-      )
+      raise UsageError(f'config.json has {name}={token}, the embedding {embedding.shape[0]} rows')
   layers = _number(entry, 'num_layers', 6)
   decoder_layers = _number(entry, 'num_decoder_layers', layers)
   # Checked before a name is made for each of them.
@@ -337,10 +317,7 @@ def check_model_type(entry: Mapping[str, Any]) -> None:
   """Raises UsageError unless config.json is of the T5 family."""
   kind = entry.get('model_type')
   if kind not in MODEL_TYPES:
-    raise UsageError(
-      f'config.json has model_type={kind!r}; supported are '
-      f'{", ".join(MODEL_TYPES)}'
-    )
+    raise UsageError(f'config.json has model_type={kind!r}; supported are {", ".join(MODEL_TYPES)}')
 
 
 def is_per_layer(entry: Mapping[str, Any]) -> bool:
@@ -348,9 +325,7 @@ def is_per_layer(entry: Mapping[str, Any]) -> bool:
   return entry.get('model_type') == 'umt5'
 
 
-def _number(
-  entry: Mapping[str, Any], key: str, default: Any, kind: type = int
-) -> Any:
+def _number(entry: Mapping[str, Any], key: str, default: Any, kind: type = int) -> Any:
   value = entry.get(key)
   if isinstance(value, list) and value:
     value = value[0]  # eos_token_id may be several

@@ -78,9 +78,7 @@ def model_config(cfg: T5Config, dtype: str) -> dict[str, Any]:
     'layer_norm_epsilon': cfg.layer_norm_epsilon,
     'initializer_factor': 1.0,
     'feed_forward_proj': projection,
-    'dense_act_fn': projection.removeprefix('gated-').replace(
-      'gelu', 'gelu_new'
-    )
+    'dense_act_fn': projection.removeprefix('gated-').replace('gelu', 'gelu_new')
     if projection.startswith('gated-')
     else projection,
     'is_gated_act': projection.startswith('gated-'),
@@ -120,9 +118,7 @@ def by_hf_name(tensors: Tensors, cfg: T5Config) -> dict[str, Tensor]:
         assert lender is not None, name
         full[name] = full[lender]
   return {
-    tensor_names.hf_name(name): tensor.transposed()
-    if tensor_names.is_transposed(name)
-    else tensor
+    tensor_names.hf_name(name): tensor.transposed() if tensor_names.is_transposed(name) else tensor
     for name, tensor in full.items()
   }
 
@@ -163,10 +159,7 @@ def plan_shards(
 
 
 def write_shard(
-  path: epath.Path,
-  shard: Shard,
-  dtype: np.dtype,
-  progress: Callable[[str], None],
+  path: epath.Path, shard: Shard, dtype: np.dtype, progress: Callable[[str], None]
 ) -> None:
   """Writes one safetensors file.
 
@@ -224,12 +217,8 @@ def write(
     write_shard(directory / shard.file, shard, kind, progress)
   if len(shards) > 1:
     index = {
-      'metadata': {
-        'total_size': sum(t.size for t in turned.values()) * kind.itemsize
-      },
-      'weight_map': {
-        name: shard.file for shard in shards for name, _ in shard.tensors
-      },
+      'metadata': {'total_size': sum(t.size for t in turned.values()) * kind.itemsize},
+      'weight_map': {name: shard.file for shard in shards for name, _ in shard.tensors},
     }
     _write_json(directory / hf.WEIGHTS_INDEX, index)
   if vocabulary is not None:

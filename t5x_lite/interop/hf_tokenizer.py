@@ -25,9 +25,7 @@ SPECIAL = ('<pad>', '</s>', '<unk>')
 _META = '▁'
 
 
-def read_vocabulary(
-  directory: epath.Path, scratch: epath.Path
-) -> VocabularyConfig | None:
+def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyConfig | None:
   """Returns the vocabulary of a folder, or None if it has none that we read.
 
   Args:
@@ -46,8 +44,7 @@ def read_vocabulary(
     if extra_ids is None and tokenizer.is_file():
       extra_ids = _sentinels(_read_json(tokenizer))
     return VocabularyConfig(
-      path=str(directory / SPIECE),
-      extra_ids=_count(100 if extra_ids is None else extra_ids),
+      path=str(directory / SPIECE), extra_ids=_count(100 if extra_ids is None else extra_ids)
     )
   if not tokenizer.is_file():
     return None
@@ -58,9 +55,7 @@ def read_vocabulary(
   try:
     model, extra_ids = _model_of_tokenizer(entry)
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-    raise UsageError(
-      f'{tokenizer} is no tokenizer of a Unigram model: {error}'
-    ) from error
+    raise UsageError(f'{tokenizer} is no tokenizer of a Unigram model: {error}') from error
   scratch.mkdir(parents=True, exist_ok=True)
   (scratch / SPIECE).write_bytes(model)
   return VocabularyConfig(path=str(scratch / SPIECE), extra_ids=extra_ids)
@@ -72,17 +67,13 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
   if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-    raise UsageError(
-      f'{TOKENIZER_CONFIG} has extra_ids={value!r:.60}: no number of sentinels'
-    )
+    raise UsageError(f'{TOKENIZER_CONFIG} has extra_ids={value!r:.60}: no number of sentinels')
   return value
 
 
 def _byte_extra_ids(config: Mapping[str, Any]) -> int:
   """The class writes extra_ids=0 and lists the sentinels themselves."""
-  listed = config.get('extra_special_tokens') or config.get(
-    'additional_special_tokens'
-  )
+  listed = config.get('extra_special_tokens') or config.get('additional_special_tokens')
   if isinstance(listed, list) and listed:
     return sum('<extra_id_' in str(token) for token in listed)
   return _count(config.get('extra_ids', 125))
@@ -124,9 +115,7 @@ def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[bytes, int]:
   for part in normalizer.get('normalizers', [normalizer]):
     if part.get('type') == 'Precompiled':
       charsmap = base64.b64decode(part['precompiled_charsmap'] or '')
-  model = sentencepiece_model.make(
-    pieces, charsmap, byte_fallback=byte_fallback
-  )
+  model = sentencepiece_model.make(pieces, charsmap, byte_fallback=byte_fallback)
   return model, extra_ids
 
 
@@ -140,10 +129,7 @@ def check_vocabulary(vocabulary: VocabularyConfig) -> None:
   path = vocabularies.model_path(vocabulary)
   model = sentencepiece_model.parse(epath.Path(path).read_bytes())
   if model.trainer_spec.model_type != sentencepiece_model.UNIGRAM:
-    raise UsageError(
-      f"{path} is not a unigram model; transformers' T5 tokenizer reads only "
-      'those'
-    )
+    raise UsageError(f"{path} is not a unigram model; transformers' T5 tokenizer reads only those")
 
 
 def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
@@ -172,9 +158,7 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
     # T5Tokenizer has no byte fallback, and cuts at every space; the plain
     # class takes tokenizer.json as it is, and is what mT5's folders need.
     plain = model.trainer_spec.byte_fallback or _has_spaces(model)
-    config['tokenizer_class'] = (
-      'PreTrainedTokenizerFast' if plain else 'T5Tokenizer'
-    )
+    config['tokenizer_class'] = 'PreTrainedTokenizerFast' if plain else 'T5Tokenizer'
     if plain:
       del config['extra_ids']
     elif vocabulary.extra_ids:
@@ -221,9 +205,7 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
     # A piece that begins a word is found by the model itself.
     and not piece.piece.startswith(_META)
   ]
-  tokens += [
-    added(i, texts[i], True) for i in range(len(model.pieces), len(texts))
-  ]
+  tokens += [added(i, texts[i], True) for i in range(len(model.pieces), len(texts))]
   metaspace = {
     'type': 'Metaspace', 'replacement': _META, 'prepend_scheme': 'always',
     'split': True,
@@ -243,15 +225,10 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
       {'type': 'Replace', 'pattern': {'Regex': ' {2,}'}, 'content': ' '},
     ]
   eos = {'SpecialToken': {'id': SPECIAL[1], 'type_id': 0}}
-  first, second = (
-    {'Sequence': {'id': name, 'type_id': 0}} for name in ('A', 'B')
-  )
+  first, second = ({'Sequence': {'id': name, 'type_id': 0}} for name in ('A', 'B'))
   decoder: dict[str, Any] = metaspace
   if model.trainer_spec.byte_fallback:
-    decoder = {
-      'type': 'Sequence',
-      'decoders': [{'type': 'ByteFallback'}, metaspace],
-    }
+    decoder = {'type': 'Sequence', 'decoders': [{'type': 'ByteFallback'}, metaspace]}
   return {
     'version': '1.0',
     'truncation': None,
@@ -266,11 +243,7 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
       'single': [first, eos],
       'pair': [first, eos, second, eos],
       'special_tokens': {
-        SPECIAL[1]: {
-          'id': SPECIAL[1],
-          'ids': [vocabularies.EOS_ID],
-          'tokens': [SPECIAL[1]],
-        }
+        SPECIAL[1]: {'id': SPECIAL[1], 'ids': [vocabularies.EOS_ID], 'tokens': [SPECIAL[1]]}
       },
     },
     'decoder': decoder,

@@ -40,10 +40,7 @@ class Start:
   with_optimizer: bool = False
 
   def make(
-    self,
-    tx: optax.GradientTransformation,
-    spec: train_state.StateSpec,
-    key: jax.Array,
+    self, tx: optax.GradientTransformation, spec: train_state.StateSpec, key: jax.Array
   ) -> train_state.TrainState:
     """Returns the state, each array made where it will live."""
     if not self.path:
@@ -58,11 +55,7 @@ class Start:
 
 
 def open_start(
-  config: CheckpointConfig,
-  model: T5Config,
-  vocabulary: VocabularyConfig,
-  *,
-  seed: int,
+  config: CheckpointConfig, model: T5Config, vocabulary: VocabularyConfig, *, seed: int
 ) -> Start:
   """Checks that a new run can start from where its configuration says.
 
@@ -91,11 +84,7 @@ def open_start(
   if config.strict:
     assignment.check_numerics(opened, model)
   found, report = assignment.assign(
-    opened,
-    model,
-    assignment_map=config.assignment_map,
-    strict=config.strict,
-    seed=seed,
+    opened, model, assignment_map=config.assignment_map, strict=config.strict, seed=seed
   )
   log.info('%s: %s', config.restore_path, report.summary())
   return Start(
@@ -117,7 +106,5 @@ def _check_vocabulary(
     'VocabularyConfig names, so its ids mean other tokens'
   )
   if config.strict:
-    raise UsageError(
-      f'{message}: use its own, or CheckpointConfig.strict=False'
-    )
+    raise UsageError(f'{message}: use its own, or CheckpointConfig.strict=False')
   log.warning('%s', message)

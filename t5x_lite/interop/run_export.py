@@ -19,13 +19,8 @@ from t5x_lite.parallel import checksums
 from t5x_lite.runs import checkpoints, run_directory
 
 STATE = 'state'
-_HANDLER = (
-  'orbax.checkpoint._src.handlers.standard_checkpoint_handler.'
-  'StandardCheckpointHandler'
-)
-_JSON_HANDLER = (
-  'orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler'
-)
+_HANDLER = 'orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler'
+_JSON_HANDLER = 'orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler'
 _PART = 1 << 26  # elements in memory at a time
 
 
@@ -81,9 +76,7 @@ def write(
         if stacked:
           part = part[None]
         name = '.'.join(keys)
-        sums[name] = sums.get(name, 0) + checksums.of_block(
-          part, leaf.shape, start
-        )
+        sums[name] = sums.get(name, 0) + checksums.of_block(part, leaf.shape, start)
     shapes[keys] = tuple(leaf.shape)
     progress('.'.join(keys))
   scalars = {('step',): np.asarray(step, np.int32)}
@@ -97,16 +90,12 @@ def write(
     whole = tensor.read()
     array.write(whole).result()
     shapes[keys] = tensor.shape
-    sums['.'.join(keys)] = checksums.of_block(
-      whole, tensor.shape, (0,) * whole.ndim
-    )
+    sums['.'.join(keys)] = checksums.of_block(whole, tensor.shape, (0,) * whole.ndim)
     progress('.'.join(keys))
   (state / zarr.METADATA).write_text(zarr.orbax_metadata(shapes))
   sums = {name: total & 0xFFFFFFFF for name, total in sums.items()}
   (root / 'meta').mkdir()
-  (root / 'meta' / 'metadata').write_text(
-    json.dumps(checkpoints.make_meta(step, sums))
-  )
+  (root / 'meta' / 'metadata').write_text(json.dumps(checkpoints.make_meta(step, sums)))
   handlers = {STATE: _HANDLER, 'meta': _JSON_HANDLER}
   (root / '_CHECKPOINT_METADATA').write_text(
     json.dumps({'item_handlers': handlers, 'custom_metadata': {}})
@@ -122,6 +111,4 @@ def write(
 
 def _create(state, keys, shape, dtype, whole_dims):
   chunks = zarr.chunk_shape(shape, dtype.itemsize, whole_dims=whole_dims)
-  return zarr.create(
-    str(state / '.'.join(keys)), shape, dtype, chunks, zarr.ORBAX_COMPRESSOR
-  )
+  return zarr.create(str(state / '.'.join(keys)), shape, dtype, chunks, zarr.ORBAX_COMPRESSOR)

@@ -33,9 +33,7 @@ def parse(data: bytes) -> Any:
   return model
 
 
-def make(
-  pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = False
-) -> bytes:
+def make(pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = False) -> bytes:
   """Returns a unigram model file with T5's special ids and no bos.
 
   Args:

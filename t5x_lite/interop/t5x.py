@@ -82,9 +82,7 @@ def read_tensors(path: epath.Path) -> dict[str, Tensor]:
   try:
     contents = serialization.msgpack_restore(file.read_bytes())
   except Exception as error:
-    raise UsageError(
-      f'{file} is not a msgpack file, or is cut short: {error}'
-    ) from error
+    raise UsageError(f'{file} is not a msgpack file, or is cut short: {error}') from error
   if not isinstance(contents, dict):
     raise UsageError(f'{file} holds no T5X checkpoint')
   flat = dict(_flatten(contents, ()))
@@ -120,10 +118,7 @@ def _flatten(
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
   """Yields leaves; TensorStore specs, which are dicts, are leaves."""
   for key, value in node.items():
-    is_spec = (
-      isinstance(value, dict)
-      and {'driver', 'kvstore', 'metadata'} <= value.keys()
-    )
+    is_spec = isinstance(value, dict) and {'driver', 'kvstore', 'metadata'} <= value.keys()
     if isinstance(value, dict) and not is_spec:
       yield from _flatten(value, (*path, key))
     else:
@@ -131,10 +126,7 @@ def _flatten(
 
 
 def _legacy_tensor(
-  folder: epath.Path,
-  name: str,
-  spec: Mapping[str, Any],
-  reader: zarr.Reader,
+  folder: epath.Path, name: str, spec: Mapping[str, Any], reader: zarr.Reader
 ) -> Tensor:
   """Opens the array that a spec in the msgpack file stands for."""
   kvstore = spec['kvstore']
@@ -148,10 +140,7 @@ def _legacy_tensor(
       f'{name} is uint16, T5X version 2 for bfloat16; load and save it with '
       'T5X once to write version 3'
     )
-  store: dict[str, Any] = {
-    'driver': 'zarr',
-    'kvstore': f'{zarr.url(folder / relative)}/',
-  }
+  store: dict[str, Any] = {'driver': 'zarr', 'kvstore': f'{zarr.url(folder / relative)}/'}
   if (folder / relative / '.zarray').exists():
     return reader.tensor(store, name)
   if not (folder / relative).is_dir():
@@ -164,8 +153,7 @@ def _legacy_tensor(
 def _named(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
   """Turns Orbax's names into T5X's: slashes, and no '_optimizer'."""
   return {
-    name.replace('.', '/').removeprefix('_optimizer/'): tensor
-    for name, tensor in found.items()
+    name.replace('.', '/').removeprefix('_optimizer/'): tensor for name, tensor in found.items()
   }
 
 
@@ -195,9 +183,7 @@ def canonical(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _scan_axis(found: Mapping[str, Tensor], side: str) -> int:
   """Returns the dim of the layers: 1 as in all of T5X's configs, or 0."""
-  shapes = [
-    t.shape for name, t in found.items() if name.startswith(f'{side}/{side}/')
-  ]
+  shapes = [t.shape for name, t in found.items() if name.startswith(f'{side}/{side}/')]
   for axis in (1, 0):
     if len({shape[axis] for shape in shapes if len(shape) > axis}) == 1:
       return axis
@@ -225,11 +211,7 @@ def model_config(tensors: Mapping[str, Tensor], folder: epath.Path) -> T5Config:
   depth = {
     side: 1
     + max(
-      (
-        int(m[1])
-        for m in (re.match(rf'{side}/layers_(\d+)/', name) for name in tensors)
-        if m
-      ),
+      (int(m[1]) for m in (re.match(rf'{side}/layers_(\d+)/', name) for name in tensors) if m),
       default=-1,
     )
     for side in _STACKS
@@ -256,8 +238,7 @@ def model_config(tensors: Mapping[str, Tensor], folder: epath.Path) -> T5Config:
     mlp_dim=shape(f'{side}/layers_0/mlp/wo/kernel')[0],
     num_encoder_layers=depth['encoder'],
     num_decoder_layers=depth['decoder'],
-    mlp_activations=_gin_activations(folder)
-    or (('gelu', 'linear') if gated else ('relu',)),
+    mlp_activations=_gin_activations(folder) or (('gelu', 'linear') if gated else ('relu',)),
     logits_via_embedding=(
       architecture != 'encoder' and 'decoder/logits_dense/kernel' not in tensors
     ),
@@ -273,9 +254,7 @@ def _gin_activations(folder: epath.Path) -> tuple[str, ...]:
   for place in (folder, folder.parent, folder.parent.parent):
     file = place / 'config.gin'
     if file.is_file():
-      match = re.search(
-        r'mlp_activations\s*=\s*[(\[]([^)\]]*)[)\]]', file.read_text()
-      )
+      match = re.search(r'mlp_activations\s*=\s*[(\[]([^)\]]*)[)\]]', file.read_text())
       if match:
         return tuple(re.findall(r'[\'"]([\w]+)[\'"]', match[1]))
   return ()
@@ -290,6 +269,4 @@ def step(found: Mapping[str, Tensor]) -> int:
 
 def folder_of(path: epath.Path) -> epath.Path:
   """Returns the directory of what `find` returned."""
-  return (
-    epath.Path(os.path.dirname(os.fspath(path))) if path.is_file() else path
-  )
+  return epath.Path(os.path.dirname(os.fspath(path))) if path.is_file() else path

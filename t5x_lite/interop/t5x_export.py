@@ -28,16 +28,10 @@ _PART = 1 << 26  # elements in memory at a time
 def check(cfg: T5Config, dtype: str) -> None:
   """Raises UsageError if T5X has no such model."""
   if cfg.share_encoder_decoder or cfg.architecture == 'encoder':
-    what = (
-      'share_encoder_decoder=True'
-      if cfg.share_encoder_decoder
-      else "architecture='encoder'"
-    )
+    what = 'share_encoder_decoder=True' if cfg.share_encoder_decoder else "architecture='encoder'"
     raise UsageError(f'{what}: T5X has no such network; save it as t5x_lite')
   if dtype not in ('float32', 'bfloat16'):
-    raise UsageError(
-      f'dtype is {dtype!r}; T5X saves parameters in float32 or bfloat16'
-    )
+    raise UsageError(f'dtype is {dtype!r}; T5X saves parameters in float32 or bfloat16')
 
 
 def write(
@@ -74,10 +68,7 @@ def write(
   state = {'step': np.asarray(step, np.int32)}
   contents = {
     'version': VERSION,
-    'optimizer': {
-      'state': {**state, 'param_states': dict(param_states)},
-      'target': target,
-    },
+    'optimizer': {'state': {**state, 'param_states': dict(param_states)}, 'target': target},
   }
   # Last: without this file there is no checkpoint.
   (root / t5x.FILE).write_bytes(serialization.msgpack_serialize(contents))
@@ -100,9 +91,7 @@ def _is_scanned(name: str, cfg: T5Config) -> bool:
   return cfg.relpos_per_layer and rest.startswith(f'{side}/')
 
 
-def _create(
-  path: epath.Path, parts: Sequence[Tensor], dtype: np.dtype, *, scanned: bool
-) -> Any:
+def _create(path: epath.Path, parts: Sequence[Tensor], dtype: np.dtype, *, scanned: bool) -> Any:
   """Writes the layers of one array and returns it."""
   shape = list(parts[0].shape)
   chunks = zarr.chunk_shape(shape, dtype.itemsize)
@@ -126,9 +115,7 @@ def _spec(array: Any, place: str) -> dict[str, Any]:
     'driver': 'zarr',
     'dtype': full['dtype'],
     'kvstore': {'driver': 'file', 'path': f'{place}/'},
-    'metadata': {
-      key: full['metadata'][key] for key in ('chunks', 'compressor', 'shape')
-    },
+    'metadata': {key: full['metadata'][key] for key in ('chunks', 'compressor', 'shape')},
   }
 
 

@@ -36,12 +36,8 @@ def _block(attention: Sequence[tuple[str, str, str]], mlp: int):
   for i, (norm, ours, theirs) in enumerate(attention):
     table[f'{norm}/scale'] = f'layer.{i}.layer_norm.weight'
     for our_name, their_name in _ATTENTION.items():
-      table[f'{ours}/{our_name}/kernel'] = (
-        f'layer.{i}.{theirs}.{their_name}.weight'
-      )
-  table['relpos_bias/rel_embedding'] = (
-    'layer.0.SelfAttention.relative_attention_bias.weight'
-  )
+      table[f'{ours}/{our_name}/kernel'] = f'layer.{i}.{theirs}.{their_name}.weight'
+  table['relpos_bias/rel_embedding'] = 'layer.0.SelfAttention.relative_attention_bias.weight'
   table['pre_mlp_layer_norm/scale'] = f'layer.{mlp}.layer_norm.weight'
   for name in ('wi', 'wi_0', 'wi_1', 'wo'):
     table[f'mlp/{name}/kernel'] = f'layer.{mlp}.DenseReluDense.{name}.weight'
@@ -49,17 +45,11 @@ def _block(attention: Sequence[tuple[str, str, str]], mlp: int):
 
 
 _BLOCKS = {
-  'encoder': _block(
-    [('pre_attention_layer_norm', 'attention', 'SelfAttention')], mlp=1
-  ),
+  'encoder': _block([('pre_attention_layer_norm', 'attention', 'SelfAttention')], mlp=1),
   'decoder': _block(
     [
       ('pre_self_attention_layer_norm', 'self_attention', 'SelfAttention'),
-      (
-        'pre_cross_attention_layer_norm',
-        'encoder_decoder_attention',
-        'EncDecAttention',
-      ),
+      ('pre_cross_attention_layer_norm', 'encoder_decoder_attention', 'EncDecAttention'),
     ],
     mlp=2,
   ),
@@ -167,9 +157,7 @@ def num_layers(cfg: T5Config, path: Sequence[str]) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def leaves(
-  cfg: T5Config,
-) -> Sequence[tuple[tuple[str, ...], jax.ShapeDtypeStruct, Sequence[str]]]:
+def leaves(cfg: T5Config) -> Sequence[tuple[tuple[str, ...], jax.ShapeDtypeStruct, Sequence[str]]]:
   """Returns (path, shape and dtype, canonical names) of our tree's leaves."""
   _, shapes, _ = t5.abstract_params(cfg)
   result = []

@@ -48,9 +48,7 @@ class Tensor:
   def transposed(self) -> 'Tensor':
     """Returns the transpose of a matrix."""
     return dataclasses.replace(
-      self,
-      shape=self.shape[::-1],
-      fetch=lambda index: self.fetch(index[::-1]).T,
+      self, shape=self.shape[::-1], fetch=lambda index: self.fetch(index[::-1]).T
     )
 
   def layer(self, axis: int, i: int) -> 'Tensor':
@@ -91,9 +89,7 @@ def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
   return result
 
 
-def place(
-  tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = None
-) -> Any:
+def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = None) -> Any:
   """Reads tensors into a parameter tree, each part to the device that keeps it.
 
   One leaf at a time; of a leaf that is cut over devices, one part at a time.
@@ -134,16 +130,12 @@ def place(
   return jax.tree_util.tree_map_with_path(make, shapes, shardings)
 
 
-def _assemble(
-  parts: Sequence[Tensor], index: Index, leaf: Any, stacked: bool
-) -> np.ndarray:
+def _assemble(parts: Sequence[Tensor], index: Index, leaf: Any, stacked: bool) -> np.ndarray:
   """Returns part of a leaf, filled layer by layer."""
   if not stacked:
     return np.asarray(parts[0].read(index or None)).astype(leaf.dtype)
   layers = range(*index[0].indices(len(parts)))
-  shape = [
-    len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)
-  ]
+  shape = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)]
   out = np.empty(shape, leaf.dtype)
   for row, layer in enumerate(layers):
     out[row] = parts[layer].read(index[1:])
@@ -160,6 +152,4 @@ def blocks(shape: Sequence[int], limit: int) -> list[Index]:
   rows = max(1, limit // max(1, int(np.prod(shape[1:]))))
   starts = range(0, shape[0], rows)
   rest = (slice(None),) * (len(shape) - 1)
-  return [
-    (slice(a, b), *rest) for a, b in itertools.pairwise((*starts, shape[0]))
-  ]
+  return [(slice(a, b), *rest) for a, b in itertools.pairwise((*starts, shape[0]))]

@@ -83,8 +83,6 @@ def read_meta(root: epath.Path) -> dict[str, Any]:
 def _checksum(tensor: Tensor) -> int:
   total = 0
   for index in blocks(tensor.shape, _PART):
-    start = [
-      part.indices(n)[0] for part, n in zip(index, tensor.shape, strict=True)
-    ]
+    start = [part.indices(n)[0] for part, n in zip(index, tensor.shape, strict=True)]
     total += checksums.of_block(tensor.read(index or None), tensor.shape, start)
   return total & 0xFFFFFFFF

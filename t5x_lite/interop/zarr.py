@@ -36,9 +36,7 @@ class Reader:
   def __init__(self):
     self._last: tuple[str, np.ndarray] | None = None
 
-  def tensor(
-    self, spec: Mapping[str, Any], name: str, **options: Any
-  ) -> Tensor:
+  def tensor(self, spec: Mapping[str, Any], name: str, **options: Any) -> Tensor:
     """Opens an array.
 
     Args:
@@ -66,9 +64,7 @@ class Reader:
           whole = np.asarray(array.read().result())
           self._last = (name, whole)
           return whole[index]
-        return np.asarray(
-          array[index].read().result() if index else array.read().result()
-        )
+        return np.asarray(array[index].read().result() if index else array.read().result())
       except (ValueError, OSError) as error:
         raise UsageError(f'cannot read {name}: {_line(error)}') from error
 
@@ -159,9 +155,7 @@ def _stores_zeros(directory: epath.Path) -> bool:
 # ---- Writing ----------------------------------------------------------------
 
 
-def chunk_shape(
-  shape: Sequence[int], itemsize: int, *, whole_dims: int = 0
-) -> list[int]:
+def chunk_shape(shape: Sequence[int], itemsize: int, *, whole_dims: int = 0) -> list[int]:
   """Returns chunks of at most CHUNK_BYTES, cut along the leading dims.
 
   Args:
@@ -192,11 +186,7 @@ def create(
     'dtype': dtype.name,
     # A chunk of zeros is stored too, so that one that is missing was lost.
     'store_data_equal_to_fill_value': True,
-    'metadata': {
-      'shape': list(shape),
-      'chunks': list(chunks),
-      'compressor': dict(compressor),
-    },
+    'metadata': {'shape': list(shape), 'chunks': list(chunks), 'compressor': dict(compressor)},
   }
   return ts.open(spec, create=True, context=_UNSYNCED).result()
 

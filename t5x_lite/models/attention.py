@@ -53,28 +53,16 @@ def _attention_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
     logits_BHLM = jnp.where(mask_B1LM, logits_BHLM, MASK_VALUE)
   weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMHK.dtype)
   y_BHLK = _dot(weights_BHLM, v_BHMK, 3, 2)
-  return y_BHLK.swapaxes(1, 2), (
-    q_BHLK,
-    k_BHMK,
-    v_BHMK,
-    bias_1HLM,
-    mask_B1LM,
-    weights_BHLM,
-    y_BHLK,
-  )
+  return y_BHLK.swapaxes(1, 2), (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK)
 
 
 def _attention_bwd(residuals, g_BLHK):
-  (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK) = (
-    residuals
-  )
+  (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK) = residuals
   g_BHLK = g_BLHK.swapaxes(1, 2)
   dweights_BHLM = _dot(g_BHLK, v_BHMK, 3, 3, jnp.float32)
   # sum over M of weights * dweights, without reading them (Dao et al. 2022,
   # FlashAttention, appendix B.2).
-  mean_BHL1 = jnp.sum(
-    g_BHLK.astype(jnp.float32) * y_BHLK.astype(jnp.float32), -1, keepdims=True
-  )
+  mean_BHL1 = jnp.sum(g_BHLK.astype(jnp.float32) * y_BHLK.astype(jnp.float32), -1, keepdims=True)
   dlogits_BHLM = weights_BHLM.astype(jnp.float32) * (dweights_BHLM - mean_BHL1)
   if mask_B1LM is not None:
     dlogits_BHLM = jnp.where(mask_B1LM, dlogits_BHLM, 0.0)
@@ -100,9 +88,7 @@ attention.defvjp(_attention_fwd, _attention_bwd)
 
 def _dot(a: Array, b: Array, a_dim: int, b_dim: int, dtype=None) -> Array:
   """Contracts a dim of each [B, H, ., .]; what is left of a comes first."""
-  return jax.lax.dot_general(
-    a, b, (((a_dim,), (b_dim,)), _HEADS), preferred_element_type=dtype
-  )
+  return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), _HEADS), preferred_element_type=dtype)
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:

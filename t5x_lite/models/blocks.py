@@ -52,9 +52,7 @@ class EncoderLayer(nnx.Module):
     self.pre_mlp_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
     self.mlp = layers.MLP(cfg, rngs=rngs)
     if cfg.relpos_per_layer:
-      self.relpos_bias = RelativePositionBias(
-        cfg, bidirectional=True, rngs=rngs
-      )
+      self.relpos_bias = RelativePositionBias(cfg, bidirectional=True, rngs=rngs)
 
   def __call__(self, x_BMD, *, bias, mask, key) -> jax.Array:
     """Runs the layer on the residual stream."""
@@ -63,9 +61,7 @@ class EncoderLayer(nnx.Module):
     if self.cfg.relpos_per_layer:
       bias = self.relpos_bias(M, M)
     y_BMD = self.pre_attention_layer_norm(x_BMD)
-    y_BMD = self.attention(
-      y_BMD, y_BMD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0]
-    )
+    y_BMD = self.attention(y_BMD, y_BMD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
     y_BMD = checkpoint_name(y_BMD, 'attention_out')
     x_BMD = x_BMD + layers.dropout(y_BMD, rate, keys[1])
     y_BMD = self.mlp(self.pre_mlp_layer_norm(x_BMD), key=keys[2])
@@ -90,9 +86,7 @@ class DecoderLayer(nnx.Module):
       self.pre_mlp_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
       self.mlp = layers.MLP(cfg, rngs=rngs)
     if cfg.relpos_per_layer:
-      self.relpos_bias = RelativePositionBias(
-        cfg, bidirectional=False, rngs=rngs
-      )
+      self.relpos_bias = RelativePositionBias(cfg, bidirectional=False, rngs=rngs)
 
   def self_block(self, lender: EncoderLayer | None):
     """Returns the norm and the attention of the self-attention block."""
@@ -119,9 +113,7 @@ class DecoderLayer(nnx.Module):
     x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[3])
     return constrain(x_BLD, 'batch', 'length', 'embed')
 
-  def __call__(
-    self, x_BLD, encoded_BMD, lender, *, bias, mask, cross_mask, key
-  ) -> jax.Array:
+  def __call__(self, x_BLD, encoded_BMD, lender, *, bias, mask, cross_mask, key) -> jax.Array:
     """Runs the layer on the residual stream; lender owns shared weights."""
     keys = layers.split_key(key, 6)
     L = x_BLD.shape[1]
@@ -147,23 +139,15 @@ class DecoderLayer(nnx.Module):
     k_B1HK, v_B1HK = attention.keys_values(y_B1D)
     key_NBTHK = _write(cache.key_NBTHK, k_B1HK, i, cache.index)
     value_NBTHK = _write(cache.value_NBTHK, v_B1HK, i, cache.index)
-    y_B1D = attention.attend(
-      y_B1D, key_NBTHK[i], value_NBTHK[i], bias_1HLM=bias, mask_B1LM=mask
-    )
-    x_B1D = self._rest(
-      x_B1D + y_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4
-    )
-    return x_B1D, dataclasses.replace(
-      cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK
-    )
+    y_B1D = attention.attend(y_B1D, key_NBTHK[i], value_NBTHK[i], bias_1HLM=bias, mask_B1LM=mask)
+    x_B1D = self._rest(x_B1D + y_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4)
+    return x_B1D, dataclasses.replace(cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
 
 
 def _write(cache_NBTHK, new_B1HK, i, index):
   """Writes one position of layer i in place, instead of copying the cache."""
   new_B1HK = new_B1HK.astype(cache_NBTHK.dtype)
   if index.ndim == 0:
-    return jax.lax.dynamic_update_slice(
-      cache_NBTHK, new_B1HK[None], (i, 0, index, 0, 0)
-    )
+    return jax.lax.dynamic_update_slice(cache_NBTHK, new_B1HK[None], (i, 0, index, 0, 0))
   rows_B = jnp.arange(new_B1HK.shape[0])
   return cache_NBTHK.at[i, rows_B, index].set(new_B1HK[:, 0])

@@ -94,9 +94,7 @@ class T5Config:
       'relpos_max_distance',
     ):
       if getattr(self, name) < 1:
-        raise UsageError(
-          f'T5Config.{name} is {getattr(self, name)}; it must be at least 1.'
-        )
+        raise UsageError(f'T5Config.{name} is {getattr(self, name)}; it must be at least 1.')
     for name, allowed in (
       ('architecture', ARCHITECTURES),
       ('dtype', DTYPES),
@@ -105,27 +103,23 @@ class T5Config:
     ):
       if getattr(self, name) not in allowed:
         raise UsageError(
-          f'T5Config.{name} is {getattr(self, name)!r}; allowed are '
-          f'{", ".join(allowed)}.'
+          f'T5Config.{name} is {getattr(self, name)!r}; allowed are {", ".join(allowed)}.'
         )
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
         raise UsageError(
-          f'T5Config.mlp_activations has {activation!r}; allowed are '
-          f'{", ".join(ACTIVATIONS)}.'
+          f'T5Config.mlp_activations has {activation!r}; allowed are {", ".join(ACTIVATIONS)}.'
         )
     if not 0.0 <= self.dropout_rate < 1.0:
       raise UsageError(
-        f'T5Config.dropout_rate is {self.dropout_rate}; it must be at least '
-        '0 and below 1.'
+        f'T5Config.dropout_rate is {self.dropout_rate}; it must be at least 0 and below 1.'
       )
     if self.has_encoder and self.num_encoder_layers < 1:
       raise UsageError('T5Config.num_encoder_layers must be at least 1.')
     if self.has_decoder and self.num_decoder_layers < 1:
       raise UsageError('T5Config.num_decoder_layers must be at least 1.')
     if self.share_encoder_decoder and (
-      self.architecture != 'encoder_decoder'
-      or self.num_encoder_layers != self.num_decoder_layers
+      self.architecture != 'encoder_decoder' or self.num_encoder_layers != self.num_decoder_layers
     ):
       raise UsageError(
         'T5Config.share_encoder_decoder needs architecture '
@@ -153,10 +147,7 @@ class T5Config:
     known = {field.name for field in dataclasses.fields(self)}
     for name in changes:
       if name not in known:
-        raise UsageError(
-          f'{name!r} is no field of T5Config; there are '
-          f'{", ".join(sorted(known))}'
-        )
+        raise UsageError(f'{name!r} is no field of T5Config; there are {", ".join(sorted(known))}')
     return dataclasses.replace(self, **changes)
 
 
@@ -177,10 +168,7 @@ def _sizes(family: dict[str, Any], **sizes: tuple[int, ...]):
   return configs
 
 
-_T5_1_0: dict[str, Any] = {
-  'mlp_activations': ('relu',),
-  'logits_via_embedding': True,
-}
+_T5_1_0: dict[str, Any] = {'mlp_activations': ('relu',), 'logits_via_embedding': True}
 _T5_1_1_SIZES = {
   'small': (512, 6, 64, 1024, 8, 8),
   'base': (768, 12, 64, 2048, 12, 12),
@@ -198,16 +186,11 @@ _FAMILIES: dict[str, dict[str, T5Config]] = {
     small=(512, 8, 64, 2048, 6, 6),
     base=(768, 12, 64, 3072, 12, 12),
     large=(1024, 16, 64, 4096, 24, 24),
-    **{
-      '3b': (1024, 32, 128, 16384, 24, 24),
-      '11b': (1024, 128, 128, 65536, 24, 24),
-    },
+    **{'3b': (1024, 32, 128, 16384, 24, 24), '11b': (1024, 128, 128, 65536, 24, 24)},
   ),
   't5_1_1': _sizes({}, **_T5_1_1_SIZES),
   'mt5': _sizes({'vocab_size': 250112}, **_T5_1_1_SIZES),
-  'umt5': _sizes(
-    {'vocab_size': 256384, 'relpos_per_layer': True}, **_T5_1_1_SIZES
-  ),
+  'umt5': _sizes({'vocab_size': 256384, 'relpos_per_layer': True}, **_T5_1_1_SIZES),
   'byt5': _sizes(
     {'vocab_size': 384},
     small=(1472, 6, 64, 3584, 12, 4),
@@ -216,10 +199,7 @@ _FAMILIES: dict[str, dict[str, T5Config]] = {
     xl=(2560, 32, 64, 6720, 36, 12),
     xxl=(4672, 64, 64, 12352, 36, 12),
   ),
-  'ul2': _sizes(
-    {'mlp_activations': ('silu', 'linear')},
-    **{'20b': (4096, 16, 256, 16384, 32, 32)},
-  ),
+  'ul2': _sizes({'mlp_activations': ('silu', 'linear')}, **{'20b': (4096, 16, 256, 16384, 32, 32)}),
 }
 # The same architecture under the name of its fine-tuned or adapted weights.
 _FAMILIES['t5_1_1_lm'] = _FAMILIES['t5_1_1']

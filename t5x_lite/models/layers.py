@@ -36,9 +36,7 @@ _ACTIVATIONS = {
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 ATTENTION_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-DENSE_INIT = nnx.initializers.variance_scaling(
-  1.0, 'fan_in', 'truncated_normal'
-)
+DENSE_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 EMBEDDING_INIT = nnx.initializers.normal(stddev=1.0)
 
 
@@ -50,10 +48,7 @@ def param(rngs: nnx.Rngs, init, shape, axes: tuple[str, ...], dtype: str):
 
 
 def dropout(
-  x: jax.Array,
-  rate: float,
-  key: jax.Array | None,
-  broadcast_dims: tuple[int, ...] = (-2,),
+  x: jax.Array, rate: float, key: jax.Array | None, broadcast_dims: tuple[int, ...] = (-2,)
 ) -> jax.Array:
   """Drops entries of x; T5 draws one mask for all positions of a sequence.
 
@@ -126,9 +121,7 @@ class RMSNorm(nnx.Module):
   def __init__(self, cfg: T5Config, *, rngs):
     self.epsilon = cfg.layer_norm_epsilon
     self.dtype = cfg.dtype
-    self.scale = param(
-      rngs, nnx.initializers.ones, (cfg.emb_dim,), ('embed',), cfg.param_dtype
-    )
+    self.scale = param(rngs, nnx.initializers.ones, (cfg.emb_dim,), ('embed',), cfg.param_dtype)
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     """Normalises the last dim."""
@@ -150,11 +143,7 @@ class Embedding(nnx.Module):
   def __init__(self, cfg: T5Config, *, rngs):
     self.dtype = cfg.dtype
     self.embedding = param(
-      rngs,
-      EMBEDDING_INIT,
-      (cfg.vocab_size, cfg.emb_dim),
-      ('vocab', 'embed'),
-      cfg.param_dtype,
+      rngs, EMBEDDING_INIT, (cfg.vocab_size, cfg.emb_dim), ('vocab', 'embed'), cfg.param_dtype
     )
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
@@ -180,9 +169,7 @@ class Attention(nnx.Module):
     self.query = project(query_init)
     self.key = project(ATTENTION_INIT)
     self.value = project(ATTENTION_INIT)
-    self.out = Linear(
-      (J, D), ('joined_kv', 'embed'), cfg, init=ATTENTION_INIT, rngs=rngs
-    )
+    self.out = Linear((J, D), ('joined_kv', 'embed'), cfg, init=ATTENTION_INIT, rngs=rngs)
 
   def _heads(self, x_BLJ: jax.Array) -> jax.Array:
     B, L, _ = x_BLJ.shape
@@ -193,9 +180,7 @@ class Attention(nnx.Module):
     """Returns k_BMHK and v_BMHK."""
     return self._heads(self.key(x_BMD)), self._heads(self.value(x_BMD))
 
-  def attend(
-    self, x_BLD, k_BMHK, v_BMHK, *, bias_1HLM=None, mask_B1LM=None, key=None
-  ) -> jax.Array:
+  def attend(self, x_BLD, k_BMHK, v_BMHK, *, bias_1HLM=None, mask_B1LM=None, key=None) -> jax.Array:
     """Attends from x to given keys and values.
 
     Args:
@@ -226,18 +211,10 @@ class MLP(nnx.Module):
   def __init__(self, cfg: T5Config, *, rngs):
     self.cfg = cfg
     gated = len(cfg.mlp_activations) > 1
-    self.names = tuple(
-      f'wi_{i}' if gated else 'wi' for i in range(len(cfg.mlp_activations))
-    )
+    self.names = tuple(f'wi_{i}' if gated else 'wi' for i in range(len(cfg.mlp_activations)))
     for name in self.names:
-      setattr(
-        self,
-        name,
-        Linear((cfg.emb_dim, cfg.mlp_dim), ('embed', 'mlp'), cfg, rngs=rngs),
-      )
-    self.wo = Linear(
-      (cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, rngs=rngs
-    )
+      setattr(self, name, Linear((cfg.emb_dim, cfg.mlp_dim), ('embed', 'mlp'), cfg, rngs=rngs))
+    self.wo = Linear((cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, rngs=rngs)
 
   def __call__(self, x_BLD: jax.Array, *, key=None) -> jax.Array:
     """Transforms each position; key is that of the dropout inside."""
@@ -250,9 +227,7 @@ class MLP(nnx.Module):
         operator.mul,
         [
           _ACTIVATIONS[activation](x)
-          for activation, x in zip(
-            self.cfg.mlp_activations, inputs, strict=True
-          )
+          for activation, x in zip(self.cfg.mlp_activations, inputs, strict=True)
         ],
       )
       hidden_BLF = dropout(hidden_BLF, self.cfg.dropout_rate, key)

@@ -15,11 +15,7 @@ from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.parallel.placement import (
-  Placement,
-  make_placement,
-  single_device,
-)
+from t5x_lite.parallel.placement import Placement, make_placement, single_device
 
 
 def count_params(params: Any) -> int:

@@ -40,20 +40,14 @@ def prefill(
   real_BP = positions_P[None, :] < lengths_B[:, None]
   mask_B1PP = jnp.tril(jnp.ones((1, 1, P, P), bool))
   if bidirectional:
-    mask_B1PP = mask_B1PP | (
-      real_BP[:, None, :, None] & real_BP[:, None, None, :]
-    )
+    mask_B1PP = mask_B1PP | (real_BP[:, None, :, None] & real_BP[:, None, None, :])
   bias = model.decoder.bias(P, P)
-  cache = model.init_cache(
-    None, None, batch_size=B, max_decode_length=max_decode_length
-  )
+  cache = model.init_cache(None, None, batch_size=B, max_decode_length=max_decode_length)
 
   def body(x_BPD, layer):
     norm, attention = layer.self_block(None)
     k_BPHK, v_BPHK = attention.keys_values(norm(x_BPD))
-    x_BPD = layer(
-      x_BPD, None, None, bias=bias, mask=mask_B1PP, cross_mask=None, key=None
-    )
+    x_BPD = layer(x_BPD, None, None, bias=bias, mask=mask_B1PP, cross_mask=None, key=None)
     return x_BPD, (k_BPHK, v_BPHK)
 
   x_BPD = model.token_embedder(tokens_BP)
@@ -70,15 +64,8 @@ def prefill(
   # padding, and are written over before they are seen.
   last_B = lengths_B - 1
   last_B1D = jnp.take_along_axis(hidden_BPD, last_B[:, None, None], axis=1)
-  key_NBTHK = cache.key_NBTHK.at[:, :, :P].set(
-    k_NBPHK.astype(cache.key_NBTHK.dtype)
-  )
-  value_NBTHK = cache.value_NBTHK.at[:, :, :P].set(
-    v_NBPHK.astype(cache.value_NBTHK.dtype)
-  )
+  key_NBTHK = cache.key_NBTHK.at[:, :, :P].set(k_NBPHK.astype(cache.key_NBTHK.dtype))
+  value_NBTHK = cache.value_NBTHK.at[:, :, :P].set(v_NBPHK.astype(cache.value_NBTHK.dtype))
   return model.project(last_B1D)[:, 0], dataclasses.replace(
-    cache,
-    key_NBTHK=key_NBTHK,
-    value_NBTHK=value_NBTHK,
-    index=lengths_B.astype(jnp.int32),
+    cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK, index=lengths_B.astype(jnp.int32)
   )

@@ -16,11 +16,7 @@ RELPOS_INIT = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 
 
 def relative_position_bucket(
-  distance: np.ndarray,
-  *,
-  bidirectional: bool,
-  num_buckets: int,
-  max_distance: int,
+  distance: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
   """Returns the bucket of each distance, key position minus query position.
 
@@ -98,7 +94,7 @@ class RelativePositionBias(nnx.Module):
     """
     values_HT = self.by_distance(-(T - 1), T - 1)
     index_B = jnp.atleast_1d(index)
-    rows_BHT = jax.vmap(
-      lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1)
-    )(index_B)
+    rows_BHT = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1))(
+      index_B
+    )
     return rows_BHT[:, :, None, :]

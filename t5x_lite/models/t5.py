@@ -19,12 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.models import layers
-from t5x_lite.models.blocks import (
-  SAVED_NAMES,
-  Cache,
-  DecoderLayer,
-  EncoderLayer,
-)
+from t5x_lite.models.blocks import SAVED_NAMES, Cache, DecoderLayer, EncoderLayer
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.relative_position import RelativePositionBias
 from t5x_lite.parallel.logical_axes import constrain
@@ -41,9 +36,7 @@ def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
     return nnx.List([make(key) for key in keys])
   stacked = jax.vmap(make)(keys)
   return jax.tree.map(
-    lambda p: p.copy(axes=('layers', *p.get_metadata('axes'))),
-    stacked,
-    is_leaf=_is_variable,
+    lambda p: p.copy(axes=('layers', *p.get_metadata('axes'))), stacked, is_leaf=_is_variable
   )
 
 
@@ -102,9 +95,7 @@ class Stack(nnx.Module):
     rngs,
   ):
     if not cfg.relpos_per_layer:
-      self.relpos_bias = RelativePositionBias(
-        cfg, bidirectional=bidirectional, rngs=rngs
-      )
+      self.relpos_bias = RelativePositionBias(cfg, bidirectional=bidirectional, rngs=rngs)
     self.layers = _stack(layer_cls, cfg, num_layers, rngs=rngs)
     self.norm_name = norm_name
     setattr(self, norm_name, layers.RMSNorm(cfg, rngs=rngs))
@@ -227,14 +218,10 @@ class T5(nnx.Module):
     mask_11LL = jnp.tril(jnp.ones((1, 1, L, L), bool))
     if decoder_causal_attention is not None:
       prefix_BL = decoder_causal_attention != 0
-      mask_11LL = mask_11LL | (
-        prefix_BL[:, None, :, None] & prefix_BL[:, None, None, :]
-      )
+      mask_11LL = mask_11LL | (prefix_BL[:, None, :, None] & prefix_BL[:, None, None, :])
     mask_B1LL = mask_11LL
     if decoder_segment_ids is not None:
-      mask_B1LL = mask_11LL & _same_segment(
-        decoder_segment_ids, decoder_segment_ids
-      )
+      mask_B1LL = mask_11LL & _same_segment(decoder_segment_ids, decoder_segment_ids)
     cross_mask = None
     if cfg.has_encoder:
       real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
@@ -245,13 +232,7 @@ class T5(nnx.Module):
 
     def body(x_BLD, layer, key):
       return layer[0](
-        x_BLD,
-        encoded_BMD,
-        layer[1],
-        bias=bias_1HLL,
-        mask=mask_B1LL,
-        cross_mask=cross_mask,
-        key=key,
+        x_BLD, encoded_BMD, layer[1], bias=bias_1HLL, mask=mask_B1LL, cross_mask=cross_mask, key=key
       )
 
     x_BLD = _run(
@@ -289,9 +270,7 @@ class T5(nnx.Module):
     gradient reduced, in every iteration (docs/lab_notes.md).
     """
     kernel_DV, scale = self.head()
-    return functools.partial(
-      _project, constrain(kernel_DV, None, 'vocab'), scale
-    )
+    return functools.partial(_project, constrain(kernel_DV, None, 'vocab'), scale)
 
   def hidden(self, batch: Mapping[str, jax.Array], *, dropout_key=None):
     """Returns hidden_BLD of a training batch, packed or not."""
@@ -318,12 +297,7 @@ class T5(nnx.Module):
     return self.project(self.hidden(batch, dropout_key=dropout_key))
 
   def init_cache(
-    self,
-    encoded_BMD,
-    encoder_input_tokens,
-    *,
-    batch_size: int,
-    max_decode_length: int,
+    self, encoded_BMD, encoder_input_tokens, *, batch_size: int, max_decode_length: int
   ) -> Cache:
     """Returns an empty cache; cross-attention keys and values are made here.
 
@@ -334,13 +308,7 @@ class T5(nnx.Module):
       max_decode_length: T, positions that can be decoded.
     """
     cfg = self.cfg
-    shape = (
-      cfg.num_decoder_layers,
-      batch_size,
-      max_decode_length,
-      cfg.num_heads,
-      cfg.head_dim,
-    )
+    shape = (cfg.num_decoder_layers, batch_size, max_decode_length, cfg.num_heads, cfg.head_dim)
     # Two arrays, not one twice: the decoding loop donates them.
     key_NBTHK, value_NBTHK = (jnp.zeros(shape, cfg.dtype) for _ in range(2))
     cross_k = cross_v = cross_mask = None
@@ -355,14 +323,7 @@ class T5(nnx.Module):
         pairs = [cross(layer) for layer in self.decoder.layers]
         cross_k, cross_v = (jnp.stack(x) for x in zip(*pairs, strict=True))
       cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
-    return Cache(
-      key_NBTHK,
-      value_NBTHK,
-      cross_k,
-      cross_v,
-      cross_mask,
-      jnp.zeros((), jnp.int32),
-    )
+    return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask, jnp.zeros((), jnp.int32))
 
   def decode_step(self, tokens_B, cache: Cache) -> tuple[jax.Array, Cache]:
     """Feeds one token a row; returns logits_BV of the next, and the cache."""
@@ -378,12 +339,7 @@ class T5(nnx.Module):
     cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
     lenders = self._lenders()
     if cfg.scan_layers:
-      xs = (
-        jnp.arange(cfg.num_decoder_layers),
-        self.decoder.layers,
-        cross,
-        lenders,
-      )
+      xs = (jnp.arange(cfg.num_decoder_layers), self.decoder.layers, cross, lenders)
       (x_B1D, cache), _ = jax.lax.scan(step, (x_B1D, cache), xs)
     else:
       for i, layer in enumerate(self.decoder.layers):
@@ -398,16 +354,12 @@ class T5(nnx.Module):
 def _decode_layer(carry, xs, *, bias, mask):
   x_B1D, cache = carry
   i, layer, cross_kv, lender = xs
-  return layer.step(
-    x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask
-  ), None
+  return layer.step(x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
 
 
 def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:
   # As T5X, in float32 whatever the dtype of the activations.
-  logits_BLV = layers.matmul(
-    hidden_BLD.astype(jnp.float32) * scale, kernel_DV.astype(jnp.float32)
-  )
+  logits_BLV = layers.matmul(hidden_BLD.astype(jnp.float32) * scale, kernel_DV.astype(jnp.float32))
   return constrain(logits_BLV, 'batch', 'length', 'vocab')
 
 
@@ -435,9 +387,7 @@ def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
   """
   model = nnx.eval_shape(lambda: T5(cfg, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model, graph=False)
-  axes = jax.tree.map(
-    lambda p: p.replace(p.get_metadata('axes')), state, is_leaf=_is_variable
-  )
+  axes = jax.tree.map(lambda p: p.replace(p.get_metadata('axes')), state, is_leaf=_is_variable)
   return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 

@@ -37,10 +37,7 @@ def of_tree(tree: Any) -> dict[str, int]:
   Returns:
     Checksums by Orbax's name on disk, 'params.encoder.layers...'.
   """
-  flat = {
-    name.replace('/', '.'): leaf
-    for name, leaf in pytrees.flatten_names(tree).items()
-  }
+  flat = {name.replace('/', '.'): leaf for name, leaf in pytrees.flatten_names(tree).items()}
   return {name: int(x) for name, x in jax.device_get(_sums(flat)).items()}
 
 
@@ -55,15 +52,11 @@ def _sum(array: jax.Array) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(array, _BITS[array.dtype.itemsize])
   place = jnp.zeros((), jnp.uint32)
   for dim, stride in enumerate(_strides(array.shape)):
-    place += np.uint32(stride & 0xFFFFFFFF) * jax.lax.broadcasted_iota(
-      jnp.uint32, array.shape, dim
-    )
+    place += np.uint32(stride & 0xFFFFFFFF) * jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
   return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
-def of_block(
-  block: np.ndarray, shape: Sequence[int], start: Sequence[int]
-) -> int:
+def of_block(block: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> int:
   """Returns what a block adds to the checksum of its array.
 
   Args:

@@ -137,16 +137,11 @@ def initialize(
       f'within {initialization_timeout} s: {first_line(error)}'
     ) from error
   log.info(
-    'process %d of %d, found through %s',
-    jax.process_index(),
-    jax.process_count(),
-    group.source,
+    'process %d of %d, found through %s', jax.process_index(), jax.process_count(), group.source
   )
 
 
-def _checked_group(
-  address: str, count: int | None, index: int | None
-) -> ProcessGroup | None:
+def _checked_group(address: str, count: int | None, index: int | None) -> ProcessGroup | None:
   """Turns the three flags into a group, or says which of them is wrong."""
   if count == 1 and not index:
     return None
@@ -156,16 +151,10 @@ def _checked_group(
       f'none of them (got {address!r}, {count} and {index})'
     )
   if ':' not in address:
-    raise UsageError(
-      f'coordinator_address={address!r} has no port: write host:port'
-    )
+    raise UsageError(f'coordinator_address={address!r} has no port: write host:port')
   if not 0 <= index < count:
-    raise UsageError(
-      f'process_index={index} is outside 0..{count - 1} (process_count={count})'
-    )
-  return ProcessGroup(
-    coordinator_address=address, process_count=count, process_index=index
-  )
+    raise UsageError(f'process_index={index} is outside 0..{count - 1} (process_count={count})')
+  return ProcessGroup(coordinator_address=address, process_count=count, process_index=index)
 
 
 def is_primary() -> bool:
@@ -173,9 +162,7 @@ def is_primary() -> bool:
   return jax.process_index() == 0
 
 
-def data_shard(
-  sharding: jax.sharding.Sharding, batch_size: int
-) -> tuple[int, int]:
+def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, int]:
   """Returns which part of every batch this process loads, and of how many.
 
   Processes that only share a model axis need the same rows, so there may be
@@ -213,8 +200,7 @@ def barrier(name: str, timeout: int = BARRIER_TIMEOUT_SECONDS) -> None:
     multihost.sync_global_processes(name, timeout=timeout)
   except Exception as error:
     raise LostProcessError(
-      f'a process did not reach {name!r} within {timeout} s: '
-      f'{first_line(error)}'
+      f'a process did not reach {name!r} within {timeout} s: {first_line(error)}'
     ) from error
 
 

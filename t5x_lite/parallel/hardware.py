@@ -111,12 +111,7 @@ def _tpu(
 
 
 def _gpu(
-  name: str,
-  hbm: float,
-  hbm_bandwidth: float,
-  nvlink: float,
-  nodes: float,
-  model_axis: int = 8,
+  name: str, hbm: float, hbm_bandwidth: float, nvlink: float, nodes: float, model_axis: int = 8
 ) -> Chip:
   return Chip(
     name=name,
@@ -225,9 +220,7 @@ def prepare_libtpu() -> None:
     os.environ.setdefault(name, value)
 
 
-def topology_devices(
-  topology: Topology, num_slices: int = 1
-) -> list[jax.Device]:
+def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device]:
   """Returns the devices of TPU slices that need not exist.
 
   Raises:
@@ -242,9 +235,7 @@ def topology_devices(
   if topology.chip.name == 'v4':  # one device a chip, as v4 is used
     options['chip_config_name'] = 'megacore'
   try:
-    found = topologies.get_topology_desc(
-      topology.name, platform='tpu', **options
-    )
+    found = topologies.get_topology_desc(topology.name, platform='tpu', **options)
   except NotImplementedError as error:
     raise UsageError(
       f'--topology={topology.name} is refused: {str(error).splitlines()[0]}'
@@ -253,8 +244,7 @@ def topology_devices(
     text = str(error)
     if 'libtpu' in text.lower() or 'tpu plugin' in text.lower():
       raise UsageError(
-        "compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]' "
-        f'({text.splitlines()[0]})'
+        f"compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]' ({text.splitlines()[0]})"
       ) from error
     raise UsageError(
       f'XLA:TPU knows no topology {topology.name}: {text.splitlines()[0]}'

@@ -105,8 +105,7 @@ def spec(
   for axis in axes:
     if axis is not None and axis not in known:
       raise UsageError(
-        f'no rule names the logical axis {axis!r}; rules exist for '
-        f'{", ".join(sorted(known))}'
+        f'no rule names the logical axis {axis!r}; rules exist for {", ".join(sorted(known))}'
       )
   return PartitionSpec(*result)
 
@@ -134,9 +133,7 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules):
 # ---- Checks of the user's own rules ----
 
 
-def check_rules(
-  shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules
-) -> None:
+def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> None:
   """Raises UsageError if a rule that the user wrote cannot be kept.
 
   The standard rules give way to each other: with both parameter and activation
@@ -153,9 +150,7 @@ def check_rules(
   leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
   arrays = {
     pytrees.path_name(path): (leaf.shape, names)
-    for (path, leaf), names in zip(
-      leaves, treedef.flatten_up_to(axes), strict=True
-    )
+    for (path, leaf), names in zip(leaves, treedef.flatten_up_to(axes), strict=True)
   }
   names = {name for name, _ in rules.rules[rules.strict :]}
   for _, own in (('', rules.rules[: rules.strict]), *rules.by_parameter):
@@ -165,9 +160,7 @@ def check_rules(
     if not any(re.search(pattern, path) for path in arrays):
       close = difflib.get_close_matches(pattern, arrays, n=1, cutoff=0.3)
       hint = f'; did you mean {close[0]}?' if close else ''
-      raise UsageError(
-        f'parameter_rules: no parameter matches {pattern!r}{hint}'
-      )
+      raise UsageError(f'parameter_rules: no parameter matches {pattern!r}{hint}')
   for path, (shape, axis_names) in arrays.items():
     wanted = (*rules.own(path), *rules.rules[: rules.strict])
     _check_array(path, shape, axis_names, sizes, rules, wanted)
@@ -184,9 +177,7 @@ def check_axis_cuts(
   sizes = dict(mesh.shape)
   size = sizes[mesh_axis]
   leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-  for (path, leaf), names in zip(
-    leaves, treedef.flatten_up_to(axes), strict=True
-  ):
+  for (path, leaf), names in zip(leaves, treedef.flatten_up_to(axes), strict=True):
     name = pytrees.path_name(path)
     targets = {axis for axis, to in rules.of(name) if to == mesh_axis}
     dims = [i for i, axis in enumerate(names) if axis in targets]
@@ -206,14 +197,12 @@ def _check_names(rule: Rule, names: set[str], sizes: Mapping[str, int]) -> None:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f'; did you mean {close[0]!r}?' if close else ''
     raise UsageError(
-      f'the rule {rule} names the logical axis {name!r}; there are '
-      f'{", ".join(sorted(names))}{hint}'
+      f'the rule {rule} names the logical axis {name!r}; there are {", ".join(sorted(names))}{hint}'
     )
   for axis in _mesh_axes(target):
     if axis not in sizes:
       raise UsageError(
-        f'the rule {rule} names the mesh axis {axis!r}; the mesh has '
-        f'{", ".join(sizes)}'
+        f'the rule {rule} names the mesh axis {axis!r}; the mesh has {", ".join(sizes)}'
       )
 
 
@@ -252,8 +241,8 @@ def _check_array(
 
 # Set while a program traces its step; read by the model's constraints. A
 # context, not an argument, so that the model's signatures stay about the model.
-_ACTIVE: contextvars.ContextVar[tuple[Mesh, LogicalAxisRules] | None] = (
-  contextvars.ContextVar('t5x_lite_axis_rules', default=None)
+_ACTIVE: contextvars.ContextVar[tuple[Mesh, LogicalAxisRules] | None] = contextvars.ContextVar(
+  't5x_lite_axis_rules', default=None
 )
 
 

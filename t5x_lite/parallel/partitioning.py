@@ -80,16 +80,12 @@ class MeshConfig:
     for name in ('additional_rules', 'parameter_rules'):
       object.__setattr__(self, name, _as_tuples(getattr(self, name)))
     if self.preset not in PRESETS:
-      raise UsageError(
-        f'MeshConfig.preset is {self.preset!r}; allowed are '
-        f'{", ".join(PRESETS)}.'
-      )
+      raise UsageError(f'MeshConfig.preset is {self.preset!r}; allowed are {", ".join(PRESETS)}.')
     sizes = {name: getattr(self, name) for name in MESH_AXES}
     for name, size in sizes.items():
       if size is not None and size != -1 and size < 1:
         raise UsageError(
-          f'MeshConfig.{name} is {size}; it must be positive, or -1 for the '
-          'devices that are left.'
+          f'MeshConfig.{name} is {size}; it must be positive, or -1 for the devices that are left.'
         )
     if sum(size == -1 for size in sizes.values()) > 1:
       raise UsageError('At most one of MeshConfig data, fsdp, model can be -1.')
@@ -99,9 +95,7 @@ class MeshConfig:
         raise UsageError(f'MeshConfig.{name} is {size}; it must be positive.')
     for name in ('activation_dims', 'parameter_dims'):
       if getattr(self, name) not in (1, 2, None):
-        raise UsageError(
-          f'MeshConfig.{name} is {getattr(self, name)}; allowed are 1 and 2.'
-        )
+        raise UsageError(f'MeshConfig.{name} is {getattr(self, name)}; allowed are 1 and 2.')
     given = [name for name, size in sizes.items() if size is not None]
     if self.num_partitions is not None and (given or self.preset != 'auto'):
       raise UsageError(
@@ -111,8 +105,7 @@ class MeshConfig:
     free = ['model'] if self.preset == 'fsdp_tp' else []
     if self.preset != 'auto' and set(given) - set(free):
       raise UsageError(
-        f'MeshConfig.preset is {self.preset!r} beside {", ".join(given)}; '
-        'give sizes or a preset.'
+        f'MeshConfig.preset is {self.preset!r} beside {", ".join(given)}; give sizes or a preset.'
       )
     for rule in self.additional_rules:
       _check_rule('additional_rules', rule)
@@ -139,9 +132,7 @@ def _as_tuples(value: Any) -> Any:
 def _check_rule(name: str, rule: Any) -> None:
   target = rule[1] if isinstance(rule, tuple) and len(rule) == 2 else 0
   targets = target if isinstance(target, tuple) else (target,)
-  if not all(t is None or isinstance(t, str) for t in targets) or len(
-    set(targets)
-  ) < len(targets):
+  if not all(t is None or isinstance(t, str) for t in targets) or len(set(targets)) < len(targets):
     raise UsageError(
       f'MeshConfig.{name} has {rule!r}; a rule is (logical axis, mesh axis, '
       f'several different ones, or None); mesh axes are {", ".join(MESH_AXES)}.'
@@ -167,17 +158,8 @@ def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
     rules.append(('embed', 'model'))
   if _parameter_dims(config) == 2:
     rules.append(('embed', 'fsdp'))
-  rules += [
-    ('embed', None),
-    ('relpos_buckets', None),
-    ('length', None),
-    ('layers', None),
-  ]
-  return LogicalAxisRules(
-    tuple(rules),
-    tuple(config.parameter_rules),
-    len(config.additional_rules),
-  )
+  rules += [('embed', None), ('relpos_buckets', None), ('length', None), ('layers', None)]
+  return LogicalAxisRules(tuple(rules), tuple(config.parameter_rules), len(config.additional_rules))
 
 
 def _parameter_dims(config: MeshConfig) -> int:
@@ -213,14 +195,12 @@ def resolve(
   num_slices = config.num_slices or len({_slice(d) for d in devices})
   if len(devices) % num_slices:
     raise UsageError(
-      f'MeshConfig.num_slices={num_slices} does not divide the '
-      f'{len(devices)} devices at hand.'
+      f'MeshConfig.num_slices={num_slices} does not divide the {len(devices)} devices at hand.'
     )
   found = len({_slice(d) for d in devices})
   if found > 1 and found != num_slices:
     raise UsageError(
-      f'MeshConfig.num_slices={num_slices}, but the devices at hand come from '
-      f'{found} slices.'
+      f'MeshConfig.num_slices={num_slices}, but the devices at hand come from {found} slices.'
     )
   per_slice = len(devices) // num_slices
   if config.num_partitions is not None:
@@ -236,9 +216,7 @@ def resolve(
       sizes['data'] = -1
     sizes = {name: size or 1 for name, size in sizes.items()}
   else:
-    sizes = _sizes_of_preset(
-      config.preset, devices, num_slices, num_params, batch_size
-    )
+    sizes = _sizes_of_preset(config.preset, devices, num_slices, num_params, batch_size)
   sizes = _complete(sizes, len(devices))
   if sizes['data'] % num_slices:
     raise UsageError(
@@ -297,9 +275,7 @@ def _sizes_of_preset(
   return {'data': num_slices, 'fsdp': ways, 'model': -1}
 
 
-def _model_axis(
-  devices: Sequence[jax.Device], per_slice: int, num_heads: int | None
-) -> int:
+def _model_axis(devices: Sequence[jax.Device], per_slice: int, num_heads: int | None) -> int:
   """Returns how many ways 'fsdp_tp' cuts matrices by default."""
   chip = find_chip(devices[0].device_kind)
   most = 2 if chip is None else chip.model_axis
@@ -328,9 +304,7 @@ def _gpus_per_node(devices: Sequence[jax.Device]) -> int:
 
 
 def make_mesh(
-  config: MeshConfig,
-  devices: Sequence[jax.Device] | None = None,
-  **hints: Any,
+  config: MeshConfig, devices: Sequence[jax.Device] | None = None, **hints: Any
 ) -> Mesh:
   """Returns a ('data', 'fsdp', 'model') mesh over the given devices, or all.
 
@@ -352,9 +326,7 @@ def make_mesh(
   return Mesh(array.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _groups(
-  devices: Sequence[jax.Device], num_slices: int
-) -> list[list[jax.Device]]:
+def _groups(devices: Sequence[jax.Device], num_slices: int) -> list[list[jax.Device]]:
   """Returns the devices of each slice.
 
   Devices that know of no slices (CPUs standing in for TPUs) are cut in order.
@@ -374,9 +346,7 @@ def _arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
   except NotImplementedError:
     # Some sizes fit no product of whole torus dims.
     log.warning('the mesh %s cuts through the torus of the slice', shape)
-    return mesh_utils.create_device_mesh(
-      shape, devices, allow_split_physical_axes=True
-    )
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _check_nvlink(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
@@ -387,8 +357,7 @@ def _check_nvlink(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
   model = config.model or 1
   if model % local and local % model:
     raise UsageError(
-      f'MeshConfig.model={model} is neither a factor nor a multiple of the '
-      f'{local} GPUs of a node.'
+      f'MeshConfig.model={model} is neither a factor nor a multiple of the {local} GPUs of a node.'
     )
 
 
@@ -424,6 +393,5 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh):
   """
   sharding = batch_sharding(mesh)
   return {
-    name: jax.make_array_from_process_local_data(sharding, array)
-    for name, array in batch.items()
+    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
   }

@@ -55,9 +55,7 @@ class Placement:
 
 
 def make_placement(
-  config: MeshConfig,
-  devices: Sequence[jax.Device] | None = None,
-  **hints: Any,
+  config: MeshConfig, devices: Sequence[jax.Device] | None = None, **hints: Any
 ) -> Placement:
   """Returns the placement that a config means on the given devices, or all.
 
@@ -71,9 +69,7 @@ def make_placement(
   """
   config = partitioning.resolve(config, devices, **hints)
   return Placement(
-    partitioning.make_mesh(config, devices),
-    partitioning.logical_axis_rules(config),
-    config,
+    partitioning.make_mesh(config, devices), partitioning.logical_axis_rules(config), config
   )
 
 

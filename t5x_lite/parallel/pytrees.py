@@ -12,9 +12,7 @@ import jax
 
 def names_of(path: Sequence[Any]) -> tuple[str, ...]:
   """Returns the names along a pytree path: ('encoder', 'layers', '0', ...)."""
-  return tuple(
-    jax.tree_util.keystr((key,), simple=True, separator='/') for key in path
-  )
+  return tuple(jax.tree_util.keystr((key,), simple=True, separator='/') for key in path)
 
 
 def path_name(path: Sequence[Any]) -> str:

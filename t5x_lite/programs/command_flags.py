@@ -57,26 +57,16 @@ def read_parameters(function: str) -> list[Parameter]:
     raise ModuleNotFoundError(module)
   with open(spec.origin, encoding='utf-8') as file:
     tree = ast.parse(file.read())
-  [node] = [
-    node
-    for node in tree.body
-    if isinstance(node, ast.FunctionDef) and node.name == name
-  ]
+  [node] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
   entries = _args_section(ast.get_docstring(node) or '')
   constants = _constants(tree)
   parameters = []
-  for argument, default in zip(
-    node.args.kwonlyargs, node.args.kw_defaults, strict=True
-  ):
+  for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
     annotation = ast.unparse(argument.annotation) if argument.annotation else ''
     kind, many = _SIMPLE.get(annotation.removesuffix(' | None'), (None, False))
     parameters.append(
       Parameter(
-        argument.arg,
-        entries.get(argument.arg, ''),
-        kind,
-        many,
-        _default(default, constants),
+        argument.arg, entries.get(argument.arg, ''), kind, many, _default(default, constants)
       )
     )
   return parameters
@@ -84,14 +74,10 @@ def read_parameters(function: str) -> list[Parameter]:
 
 def _args_section(docstring: str) -> dict[str, str]:
   """Returns {name: text} of a Google-style Args section."""
-  match = re.search(
-    r'^Args:\n((?:[ ]+.*\n?|\n)+)', inspect.cleandoc(docstring), re.MULTILINE
-  )
+  match = re.search(r'^Args:\n((?:[ ]+.*\n?|\n)+)', inspect.cleandoc(docstring), re.MULTILINE)
   if match is None:
     return {}
-  found = re.findall(
-    r'^  (\w+): (.*(?:\n    .*)*)', match[1], flags=re.MULTILINE
-  )
+  found = re.findall(r'^  (\w+): (.*(?:\n    .*)*)', match[1], flags=re.MULTILINE)
   return {name: ' '.join(text.split()) for name, text in found}
 
 

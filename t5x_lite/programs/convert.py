@@ -14,14 +14,7 @@ from etils import epath
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import (
-  adafactor_moments,
-  assignment,
-  export,
-  hf,
-  hf_export,
-  tensor_names,
-)
+from t5x_lite.interop import adafactor_moments, assignment, export, hf, hf_export, tensor_names
 from t5x_lite.interop.checkpoint_source import FORMATS, Source, open_source
 from t5x_lite.interop.tensors import Tensors
 from t5x_lite.models.config import T5Config
@@ -79,16 +72,10 @@ def convert(
   cfg = opened.config.replace(scan_layers=scan_layers)
   dtype = dtype or _stored_dtype(opened)
   if dtype not in hf.SHORT_DTYPES:
-    raise UsageError(
-      f'convert.dtype is {dtype!r}; allowed are {", ".join(hf.SHORT_DTYPES)}'
-    )
+    raise UsageError(f'convert.dtype is {dtype!r}; allowed are {", ".join(hf.SHORT_DTYPES)}')
   cfg = cfg.replace(param_dtype=dtype)
-  tensors, report = assignment.assign(
-    opened, cfg, assignment_map=assignment_map, strict=strict
-  )
-  opened = dataclasses.replace(
-    opened, vocabulary=_vocabulary(vocabulary, opened)
-  )
+  tensors, report = assignment.assign(opened, cfg, assignment_map=assignment_map, strict=strict)
+  opened = dataclasses.replace(opened, vocabulary=_vocabulary(vocabulary, opened))
   export.check_target(cfg, to)
   if dry_run:
     _print_mapping(opened, tensors, cfg, to, report, sys.stdout)
@@ -149,10 +136,7 @@ def _remarks(source: Source, cfg: T5Config, to: str) -> list[str]:
   """Returns what a user should know before relying on the result."""
   lines = []
   if source.vocabulary is None:
-    lines.append(
-      'no vocabulary: the result has ids but no text; name one with '
-      '--vocabulary'
-    )
+    lines.append('no vocabulary: the result has ids but no text; name one with --vocabulary')
   scaled = cfg.scale_logits
   if scaled is None:
     scaled = cfg.logits_via_embedding
@@ -166,12 +150,7 @@ def _remarks(source: Source, cfg: T5Config, to: str) -> list[str]:
 
 
 def _print_mapping(
-  source: Source,
-  tensors: Tensors,
-  cfg: T5Config,
-  to: str,
-  report: assignment.Report,
-  out: TextIO,
+  source: Source, tensors: Tensors, cfg: T5Config, to: str, report: assignment.Report, out: TextIO
 ) -> None:
   """Prints one line a tensor: from where, its shape, to where."""
   places = {

@@ -88,9 +88,7 @@ def evaluate(
       )
     )
   evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
-  params = run.load_params(
-    model_sharding.inference_params(run.config, placement)
-  )
+  params = run.load_params(model_sharding.inference_params(run.config, placement))
   results: dict[str, Metrics] = {}
   for one in evaluators:
     for result in one.results(params):

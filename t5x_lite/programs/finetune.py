@@ -31,14 +31,7 @@ from t5x_lite.interop import export, trained_model
 from t5x_lite.interop.trained_model import TrainedModel
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.programs import (
-  convert,
-  evaluate,
-  finetune_plan,
-  model_card,
-  quickstart,
-  start_checks,
-)
+from t5x_lite.programs import convert, evaluate, finetune_plan, model_card, quickstart, start_checks
 from t5x_lite.programs import train as train_lib
 from t5x_lite.programs.finetune_plan import Plan
 from t5x_lite.runs import checkpoints, metric_writers, run_directory
@@ -169,9 +162,7 @@ def finetune(
     prefix=prefix,
     skip_bad_rows=skip_bad_rows,
   )
-  parts = read_parts(
-    train, validation, columns, holdout, train_targets, validation_targets
-  )
+  parts = read_parts(train, validation, columns, holdout, train_targets, validation_targets)
   start = trained_model.open_model(model)
   if start.config.architecture != 'encoder_decoder':
     raise UsageError(
@@ -299,9 +290,7 @@ def finetune(
         best, output, card=_card(start, parts, plan, settings, results, lengths)
       )
     run_directory.write_json(epath.Path(output) / 'results.json', results)
-    quickstart.show_predictions(
-      os.path.join(output, EVALUATION), [TASK], num_shown
-    )
+    quickstart.show_predictions(os.path.join(output, EVALUATION), [TASK], num_shown)
     print(summary(results, output, best))
   distributed.barrier('finetune')
   return results
@@ -322,15 +311,11 @@ def read_parts(
   whole = pairs_lib.read(train, columns, targets=train_targets)
   validation = validation or pairs_lib.split_of(train, 'validation')
   if validation:
-    held = pairs_lib.read(
-      validation, columns, targets=validation_targets, what='validation'
-    )
+    held = pairs_lib.read(validation, columns, targets=validation_targets, what='validation')
     return {'train': whole, 'validation': held}
   count = min(1000, max(1, round(holdout * len(whole))))
   if len(whole) < 2:
-    raise UsageError(
-      'there is one example: too few to hold one out; give a validation file'
-    )
+    raise UsageError('there is one example: too few to hold one out; give a validation file')
   rest, held = whole.hold_out(count)
   return {'train': rest, 'validation': held}
 
@@ -357,10 +342,7 @@ def _register(parts: dict[str, Pairs], metrics: Sequence[str]) -> None:
 def _eval_dataset(plan: Plan) -> DatasetConfig:
   return DatasetConfig(
     mixture_or_task_name=TASK,
-    task_feature_lengths={
-      'inputs': plan.input_length,
-      'targets': plan.target_length,
-    },
+    task_feature_lengths={'inputs': plan.input_length, 'targets': plan.target_length},
     batch_size=plan.eval_batch_size,
     split='validation',
     shuffle=False,
@@ -372,9 +354,7 @@ def _eval_dataset(plan: Plan) -> DatasetConfig:
 # ---- Settings ----------------------------------------------------------------
 
 
-def _same_plan(
-  output: str, plan: Plan, prints: dict[str, str], *, total_steps: int | None
-) -> Plan:
+def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: int | None) -> Plan:
   """Returns the plan of the run that is continued, or the new one.
 
   Raises:
@@ -388,9 +368,7 @@ def _same_plan(
     kept = Plan.of_json(entry['plan'])
     before = dict(entry['data'])
   except (ValueError, KeyError, TypeError) as error:
-    raise UsageError(
-      f'{path} is damaged ({error}): use another output'
-    ) from error
+    raise UsageError(f'{path} is damaged ({error}): use another output') from error
   if before != prints:
     raise UsageError(
       f'the run in {output} was begun with other data: use another output, or '
@@ -402,9 +380,7 @@ def _same_plan(
     if getattr(plan, name) != getattr(kept, name)
   ]
   if changed:
-    log.warning(
-      '%s continues with its own %s', output, ', '.join(sorted(changed))
-    )
+    log.warning('%s continues with its own %s', output, ', '.join(sorted(changed)))
   steps = kept.total_steps if total_steps is None else total_steps
   return dataclasses.replace(kept, total_steps=steps)
 
@@ -477,19 +453,14 @@ def _card(
 
 def summary(results: dict[str, Any], output: str, best: str) -> str:
   """Returns the numbers and the commands to go on with."""
-  shown = {
-    name: value for name, value in results['metrics'].items() if '/' not in name
-  }
+  shown = {name: value for name, value in results['metrics'].items() if '/' not in name}
   numbers = ', '.join(f'{name} {value:.5g}' for name, value in shown.items())
   lines = [f'best checkpoint: step {results["step"]}: {numbers}', '']
   if 'export' in results:
     place = f'{output}/{EXPORT}'
-    lines.append(
-      f'transformers: AutoModelForSeq2SeqLM.from_pretrained({place!r})'
-    )
+    lines.append(f'transformers: AutoModelForSeq2SeqLM.from_pretrained({place!r})')
   lines += [
-    f'predict:      t5x-lite infer --model {best} --input FILE '
-    '--output OUT.jsonl',
+    f'predict:      t5x-lite infer --model {best} --input FILE --output OUT.jsonl',
     f'look at it:   t5x-lite report {output}',
   ]
   return '\n'.join(lines)

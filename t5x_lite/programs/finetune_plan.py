@@ -151,17 +151,13 @@ def make_plan(
     UsageError: if the method is unknown, or a number makes no sense.
   """
   if method not in METHODS:
-    raise UsageError(
-      f'finetune.method is {method!r}; allowed are {", ".join(METHODS)}'
-    )
+    raise UsageError(f'finetune.method is {method!r}; allowed are {", ".join(METHODS)}')
   if epochs is not None and steps is not None:
     raise UsageError('give epochs or steps, not both')
   if epochs is not None and not 0 < epochs < math.inf:
     raise UsageError(f'finetune.epochs is {epochs}; it must be positive')
   input_length = input_length or choose_length(lengths.inputs, max_input_tokens)
-  target_length = target_length or choose_length(
-    lengths.targets, max_target_tokens
-  )
+  target_length = target_length or choose_length(lengths.targets, max_target_tokens)
   count = len(lengths.inputs)
   inputs = np.minimum(lengths.inputs, input_length)
   outputs = np.minimum(lengths.targets, target_length)
@@ -183,8 +179,7 @@ def make_plan(
   # Of a small file many small batches, so that there are updates enough.
   per_batch = min(128, max(8, count // 32))
   needed = per_batch * max(
-    means[name] / rows[name] / (_FILL if pack else means[name] / rows[name])
-    for name in rows
+    means[name] / rows[name] / (_FILL if pack else means[name] / rows[name]) for name in rows
   )
   wanted = math.ceil(needed) if batch_tokens is None else most // row_tokens
   batch_size = _whole(min(wanted, most // row_tokens), devices)
@@ -223,15 +218,11 @@ def make_optimizer(method: str, plan: Plan) -> OptimizerConfig:
   warmup = min(100, plan.total_steps // 10)
   if method == 'adafactor':
     schedule = ScheduleConfig(
-      shape='constant',
-      base_learning_rate=plan.learning_rate,
-      warmup_steps=0,
+      shape='constant', base_learning_rate=plan.learning_rate, warmup_steps=0
     )
     return OptimizerConfig(name='adafactor', schedule=schedule)
   schedule = ScheduleConfig(
-    shape='linear',
-    base_learning_rate=plan.learning_rate,
-    warmup_steps=warmup,
+    shape='linear', base_learning_rate=plan.learning_rate, warmup_steps=warmup
   )
   return OptimizerConfig(name=method, schedule=schedule, global_norm_clip=1.0)
 
@@ -249,9 +240,7 @@ def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
     UsageError: if all targets are equal, and there is nothing to learn.
   """
   if len(set(targets)) == 1 and len(targets) > 1:
-    raise UsageError(
-      f'every target is {targets[0]!r:.60}: there is nothing to learn'
-    )
+    raise UsageError(f'every target is {targets[0]!r:.60}: there is nothing to learn')
   if is_classification(targets):
     return ('accuracy', 'f1')
   words = float(np.mean([len(text.split()) for text in targets]))
@@ -260,17 +249,12 @@ def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
   return ('accuracy', 'bleu', 'chrf', 'rouge')
 
 
-def describe(
-  plan: Plan, lengths: Lengths, **more: Any
-) -> list[tuple[str, str]]:
+def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]:
   """Returns (what, how much) for the table that is printed at the start."""
   loss = lengths.cut(plan.input_length, plan.target_length)
   percentiles = {
     name: '/'.join(f'{x:.0f}' for x in np.percentile(values, (50, 90, 99, 100)))
-    for name, values in (
-      ('inputs', lengths.inputs),
-      ('targets', lengths.targets),
-    )
+    for name, values in (('inputs', lengths.inputs), ('targets', lengths.targets))
   }
   rows = plan.row_lengths
   row = f'{plan.batch_size} rows of {rows["inputs"]} + {rows["targets"]} tokens'
@@ -335,9 +319,7 @@ def show_plan(
     )
 
 
-def show_examples(
-  pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3
-) -> None:
+def show_examples(pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3) -> None:
   """Prints a few examples as the model will see them."""
   for i in range(0, len(pairs), max(1, len(pairs) // num))[:num]:
     print(f'\n  {pairs.places[i]}, as the model sees it')

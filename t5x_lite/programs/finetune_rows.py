@@ -31,12 +31,7 @@ _COLUMNS = {
 
 
 def finetune(
-  data: Any,
-  validation: Any,
-  *,
-  output: str,
-  save: Callable[[str], None],
-  **arguments: Any,
+  data: Any, validation: Any, *, output: str, save: Callable[[str], None], **arguments: Any
 ) -> str:
   """Runs `finetune.finetune` and returns the best checkpoint's directory.
 
@@ -62,11 +57,7 @@ def finetune(
   sources: dict[str, Any] = dict(parts)
   if not all(map(_in_files, parts.values())):
     # All of it: the columns that are named hold for both.
-    named = {
-      field: arguments.pop(name)
-      for name, field in _COLUMNS.items()
-      if name in arguments
-    }
+    named = {field: arguments.pop(name) for name, field in _COLUMNS.items() if name in arguments}
     for name, part in parts.items():
       if not _empty(part):
         pairs = pairs_lib.read(part, Columns(**named), what=name)
@@ -91,9 +82,7 @@ def finetune(
 
 
 def _empty(source: Any) -> bool:
-  return source is None or (
-    isinstance(source, str | list | tuple | dict) and not source
-  )
+  return source is None or (isinstance(source, str | list | tuple | dict) and not source)
 
 
 def _in_files(source: Any) -> bool:

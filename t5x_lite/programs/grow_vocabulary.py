@@ -70,11 +70,7 @@ def grow_vocabulary(
     raise UsageError(f'{source} has no vocabulary that could grow')
   found, _ = assignment.assign(opened, opened.config)
   grown, cfg, vocabulary, changes = grow(
-    found,
-    opened.config,
-    opened.vocabulary,
-    tokens=tokens,
-    extra_ids=extra_ids,
+    found, opened.config, opened.vocabulary, tokens=tokens, extra_ids=extra_ids
   )
   export.check_target(cfg, to)
   print(changes)
@@ -122,10 +118,7 @@ class Changes:
 
   def __str__(self) -> str:
     moved = np.flatnonzero(self.new_id != np.arange(self.old_size))
-    text = (
-      f'{self.old_size} ids become {self.size}, {self.old_rows} rows '
-      f'{self.rows}'
-    )
+    text = f'{self.old_size} ids become {self.size}, {self.old_rows} rows {self.rows}'
     if len(moved):
       last = moved[-1]
       text += (
@@ -192,9 +185,7 @@ def grow(
 def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
   """Writes the model file with new pieces and returns its path."""
   if vocabulary.kind != 'sentencepiece':
-    raise UsageError(
-      f'a vocabulary of kind {vocabulary.kind!r} has no pieces to add to'
-    )
+    raise UsageError(f'a vocabulary of kind {vocabulary.kind!r} has no pieces to add to')
   path = vocabularies.model_path(vocabulary)
   data = epath.Path(path).read_bytes()
   known = {piece.piece for piece in sentencepiece_model.parse(data).pieces}
@@ -222,9 +213,7 @@ def _grown(table: Tensor, changes: Changes) -> Tensor:
       done.append(_fill(table.read(), changes))
     return done[0][index]
 
-  return Tensor(
-    (changes.rows, table.shape[1]), table.dtype, fetch, f'{table.origin}, grown'
-  )
+  return Tensor((changes.rows, table.shape[1]), table.dtype, fetch, f'{table.origin}, grown')
 
 
 def _fill(old: np.ndarray, changes: Changes) -> np.ndarray:

@@ -92,9 +92,7 @@ def infer(
     if value is not None and value < 1:
       raise UsageError(f'infer.{name} is {value}; it must be at least 1')
   if input_format not in FORMATS:
-    raise UsageError(
-      f'input_format={input_format!r} is not one of {", ".join(FORMATS)}'
-    )
+    raise UsageError(f'input_format={input_format!r} is not one of {", ".join(FORMATS)}')
   if input == '-' and input_format not in ('auto', 'text'):
     raise UsageError('standard input is text, an input a line; name a file')
   columns = Columns(input=field, template=template)
@@ -105,13 +103,9 @@ def infer(
   run = trained_model.open_model(model)
 
   # ---- Model ----
-  decoding = decoding or DecodingConfig(
-    max_decode_length=run.lengths.get('targets', 128)
-  )
+  decoding = decoding or DecodingConfig(max_decode_length=run.lengths.get('targets', 128))
   if max_decode_length is not None:
-    decoding = dataclasses.replace(
-      decoding, max_decode_length=max_decode_length
-    )
+    decoding = dataclasses.replace(decoding, max_decode_length=max_decode_length)
   predictor = prediction.Predictor(
     run.config,
     placement=model_sharding.place_model(run.config, mesh),
@@ -133,11 +127,7 @@ def infer(
     if resume:
       # Only the first process is sure to see the output; all must skip alike.
       done = distributed.from_primary(
-        lambda: _resume(
-          output,
-          read_inputs(input, input_format, columns),
-          predictor.batch_size,
-        )
+        lambda: _resume(output, read_inputs(input, input_format, columns), predictor.batch_size)
       )
       log.info('continues %s after line %d', output, done)
     if distributed.is_primary():
@@ -185,9 +175,7 @@ def infer(
 # ---- Reading ----------------------------------------------------------------
 
 
-def read_inputs(
-  path: str, input_format: str, columns: Columns
-) -> Iterator[str]:
+def read_inputs(path: str, input_format: str, columns: Columns) -> Iterator[str]:
   """Yields the input of every line or row; '-' is lines of standard input.
 
   Raises:
@@ -201,14 +189,10 @@ def read_inputs(
     try:
       yield line.decode('utf-8').removesuffix('\n').removesuffix('\r')
     except UnicodeDecodeError as error:
-      raise UsageError(
-        f'standard input:{number} is not UTF-8 text ({error.reason})'
-      ) from error
+      raise UsageError(f'standard input:{number} is not UTF-8 text ({error.reason})') from error
 
 
-def _batches(
-  lines: Iterable[tuple[int, str]], size: int
-) -> Iterator[list[tuple[int, str]]]:
+def _batches(lines: Iterable[tuple[int, str]], size: int) -> Iterator[list[tuple[int, str]]]:
   iterator = iter(lines)
   while batch := list(itertools.islice(iterator, size)):
     yield batch
@@ -251,9 +235,7 @@ def _no_writer(entry: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _open_output(
-  path: str, *, append: bool
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _open_output(path: str, *, append: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
   """Yields a function that writes one object, at once."""
   with contextlib.ExitStack() as stack:
     file: TextIO = sys.stdout
@@ -270,8 +252,7 @@ def _open_output(
         file.flush()
       except OSError as error:
         raise UsageError(
-          f'cannot write {path}: {error.strerror}; make room, and continue '
-          'with --resume'
+          f'cannot write {path}: {error.strerror}; make room, and continue with --resume'
         ) from error
 
     yield write

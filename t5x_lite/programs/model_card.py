@@ -42,9 +42,7 @@ def card(
   _, shapes, _ = t5.abstract_params(config)
   count = model_sharding.count_params(shapes)
   files = ', '.join(f'`{name}`' for name in settings['train'])
-  metrics = [
-    f'| {name} | {value:.4g} |' for name, value in results['metrics'].items()
-  ]
+  metrics = [f'| {name} | {value:.4g} |' for name, value in results['metrics'].items()]
   training = [f'| {name} | {value} |' for name, value in table]
   return '\n'.join(
     [
@@ -65,8 +63,7 @@ def card(
       "model = AutoModelForSeq2SeqLM.from_pretrained('.')",
       "tokenizer = AutoTokenizer.from_pretrained('.')",
       f"inputs = tokenizer({example[:200]!r}, return_tensors='pt')",
-      'outputs = model.generate(inputs.input_ids, '
-      f'max_new_tokens={max_new_tokens})',
+      f'outputs = model.generate(inputs.input_ids, max_new_tokens={max_new_tokens})',
       'print(tokenizer.decode(outputs[0], skip_special_tokens=True))',
       '```',
       '',
@@ -128,8 +125,6 @@ def gin_text(settings: Mapping[str, Any], file: str) -> str:
     'finetune.finetune:',
   ]
   lines += [
-    f'  {name} = {value!r}'
-    for name, value in settings.items()
-    if value not in ('', [], None)
+    f'  {name} = {value!r}' for name, value in settings.items() if value not in ('', [], None)
   ]
   return '\n'.join(lines) + '\n'

@@ -135,9 +135,7 @@ def plan(
     chip=chip,
   )
   candidates = search.candidates(len(devices))
-  fitting = [
-    c for c in candidates if c.peak_bytes <= _MEMORY_MARGIN * chip.hbm_bytes
-  ]
+  fitting = [c for c in candidates if c.peak_bytes <= _MEMORY_MARGIN * chip.hbm_bytes]
   log.info('%d candidates, %d predicted to fit', len(candidates), len(fitting))
   chosen = _choose(fitting or candidates[:1], num_compiles)
   written = search.written(devices, num_microbatches)
@@ -196,9 +194,7 @@ def with_sizes(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
   )
 
 
-def _choose(
-  candidates: Sequence[Candidate], num_compiles: int
-) -> list[Candidate]:
+def _choose(candidates: Sequence[Candidate], num_compiles: int) -> list[Candidate]:
   """Returns the best ones, at most one a mesh: small changes teach little."""
   chosen: dict[tuple[Any, ...], Candidate] = {}
   for candidate in candidates:
@@ -243,23 +239,16 @@ class Search:
             found.append(self._predict(sizes, policy, parts, state, params))
     return sorted(found, key=lambda candidate: candidate.rank)
 
-  def written(
-    self, devices: Sequence[jax.Device], num_microbatches: int
-  ) -> Candidate | None:
+  def written(self, devices: Sequence[jax.Device], num_microbatches: int) -> Candidate | None:
     """Returns what the experiment says, unless it leaves that to 'auto'."""
     if self.mesh.preset == 'auto' and not any(
       getattr(self.mesh, name) for name in (*MESH_AXES, 'num_partitions')
     ):
       return None
-    resolved = partitioning.resolve(
-      self.mesh, devices, num_heads=self.model.num_heads
-    )
+    resolved = partitioning.resolve(self.mesh, devices, num_heads=self.model.num_heads)
     sizes = {name: getattr(resolved, name) for name in MESH_AXES}
     candidate = self._predict(
-      sizes,
-      self.model.remat_policy,
-      num_microbatches,
-      *self._state_bytes(sizes),
+      sizes, self.model.remat_policy, num_microbatches, *self._state_bytes(sizes)
     )
     return dataclasses.replace(candidate, written=True)
 
@@ -283,9 +272,7 @@ class Search:
       leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
       return sum(
         _shard_bytes(path, leaf, names, sizes, rules)
-        for (path, leaf), names in zip(
-          leaves, treedef.flatten_up_to(axes), strict=True
-        )
+        for (path, leaf), names in zip(leaves, treedef.flatten_up_to(axes), strict=True)
       )
 
     params, opt_state = (total(shapes, axes) for shapes, axes in trees)

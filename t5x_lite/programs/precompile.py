@@ -192,9 +192,7 @@ def compile_step(
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     report['compile_seconds'] = round(time.monotonic() - start, 1)
-    out_of_memory = parse_out_of_memory(
-      str(error), sum(_state_bytes(program).values())
-    )
+    out_of_memory = parse_out_of_memory(str(error), sum(_state_bytes(program).values()))
     if out_of_memory is None:
       raise
     log.info('%s', str(error)[:4000])
@@ -219,11 +217,7 @@ def _state_bytes(program: step_programs.StepProgram) -> dict[str, Any]:
     params, opt_state = size(state), 0
   else:
     params, opt_state = size(state.params), size(state.opt_state)
-  return {
-    'params_bytes': params,
-    'optimizer_bytes': opt_state,
-    'batch_bytes': size(batch),
-  }
+  return {'params_bytes': params, 'optimizer_bytes': opt_state, 'batch_bytes': size(batch)}
 
 
 def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
@@ -231,11 +225,7 @@ def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
   stats = compiled.memory_analysis()
   hbm = None if chip is None else chip.hbm_bytes
   if stats is None:
-    return {
-      'fits': True,
-      'peak_bytes_per_device': None,
-      'hbm_bytes_per_device': hbm,
-    }
+    return {'fits': True, 'peak_bytes_per_device': None, 'hbm_bytes_per_device': hbm}
   peak = stats.peak_memory_in_bytes
   return {
     'fits': hbm is None or peak <= hbm,
@@ -251,9 +241,7 @@ def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
 
 
 def _model_flops(
-  model: T5Config,
-  batch: step_programs.BatchSpec,
-  decoding: DecodingConfig | None,
+  model: T5Config, batch: step_programs.BatchSpec, decoding: DecodingConfig | None
 ) -> dict[str, Any]:
   rows, targets = batch['decoder_target_tokens'][0]
   inputs = 0
@@ -279,9 +267,7 @@ def _costs(
   devices = list(program.mesh.devices.flat)
   parsed = hlo.HloModule(text, len(devices))
   found = parsed.collectives()
-  by_kind: dict[str, dict[str, float]] = collections.defaultdict(
-    lambda: {'count': 0, 'bytes': 0.0}
-  )
+  by_kind: dict[str, dict[str, float]] = collections.defaultdict(lambda: {'count': 0, 'bytes': 0.0})
   for one in found:
     by_kind[one.kind]['count'] += one.count
     by_kind[one.kind]['bytes'] += one.count * one.bytes
@@ -293,11 +279,7 @@ def _costs(
   }
   if chip is None:
     return {**result, 'bound': None, 'roofline': None}
-  total = (
-    cost_model.hardware_flops(setup)
-    if training
-    else (cost_model.forward_flops(setup))
-  )
+  total = cost_model.hardware_flops(setup) if training else (cost_model.forward_flops(setup))
   seconds = {
     'compute': total / len(devices) / chip.peak_flops,
     'HBM': hbm_bytes / chip.hbm_bandwidth,
@@ -309,11 +291,7 @@ def _costs(
 def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
   """The longest of the times that could all overlap names the bound."""
   bound = max(seconds, key=lambda name: seconds[name])
-  return {
-    'bound': bound,
-    'roofline': seconds,
-    'roofline_step_seconds': seconds[bound],
-  }
+  return {'bound': bound, 'roofline': seconds, 'roofline_step_seconds': seconds[bound]}
 
 
 # ---- Out of memory ----
@@ -321,9 +299,7 @@ def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
-def parse_out_of_memory(
-  text: str, argument_bytes: int = 0
-) -> OutOfMemory | None:
+def parse_out_of_memory(text: str, argument_bytes: int = 0) -> OutOfMemory | None:
   """Returns what XLA says about a program that does not fit, else None.
 
   Args:
@@ -332,24 +308,18 @@ def parse_out_of_memory(
   """
   if 'RESOURCE_EXHAUSTED' not in text and 'Ran out of memory' not in text:
     return None
-  match = re.search(
-    r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)', text
-  ) or re.search(
+  match = re.search(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)', text) or re.search(
     r'\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)', text
   )
   if match is None:
     return OutOfMemory(0, 0)
-  used, available = (
-    int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3)
-  )
+  used, available = (int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
   if 'HLO temporaries' in text:
     used += argument_bytes
   return OutOfMemory(used, available)
 
 
-def _does_not_fit(
-  setup: cost_model.Setup, chip: Chip | None, found: OutOfMemory
-) -> dict[str, Any]:
+def _does_not_fit(setup: cost_model.Setup, chip: Chip | None, found: OutOfMemory) -> dict[str, Any]:
   available = found.available or (chip.hbm_bytes if chip else 0)
   predicted = cost_model.memory(setup).total
   peak = found.used or predicted
@@ -409,29 +379,20 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append(f'DOES NOT FIT: {missing} too much. What would change that:')
     for lever in report['levers']:
       verdict = 'fits' if lever['fits'] else 'still too much'
-      lines.append(
-        f'  {lever["lever"]}: about {size(lever["predicted_peak_bytes"])}, '
-        f'{verdict}'
-      )
+      lines.append(f'  {lever["lever"]}: about {size(lever["predicted_peak_bytes"])}, {verdict}')
   for kind, entry in sorted(report.get('collectives', {}).items()):
-    lines.append(
-      f'  {kind}: {entry["count"]:.0f} a step, {size(entry["bytes"])} received'
-    )
+    lines.append(f'  {kind}: {entry["count"]:.0f} a step, {size(entry["bytes"])} received')
   lines.append(f'model FLOPs a step: {report["model_flops_per_step"]:.4g}')
   if report.get('roofline'):
     parts = ', '.join(
-      f'{name} {_milliseconds(value)}'
-      for name, value in report['roofline'].items()
+      f'{name} {_milliseconds(value)}' for name, value in report['roofline'].items()
     )
     lines.append(
       f'roofline: {parts}; bound by {report["bound"]}, at best '
       f'{_milliseconds(report["roofline_step_seconds"])} a step'
       + (' (predicted)' if report.get('predicted') else '')
     )
-  lines.append(
-    f'lowered in {report["lower_seconds"]} s, compiled in '
-    f'{report["compile_seconds"]} s'
-  )
+  lines.append(f'lowered in {report["lower_seconds"]} s, compiled in {report["compile_seconds"]} s')
   return '\n'.join(lines)
 
 

@@ -65,9 +65,7 @@ def quickstart(
     What results.json holds, or None if a signal stopped a phase early.
   """
   if num_shown < 0:
-    raise UsageError(
-      f'quickstart.num_shown is {num_shown}; it must be 0 or more'
-    )
+    raise UsageError(f'quickstart.num_shown is {num_shown}; it must be 0 or more')
   start_checks.check_positive('quickstart.num_examples', num_examples)
   pretrain_dir = os.path.join(output_dir, 'pretrain')
   test_dir = os.path.join(output_dir, 'test')
@@ -114,9 +112,7 @@ def quickstart(
     seconds['total'] = sum(seconds.values())
     path = epath.Path(output_dir) / RESULTS_FILE
     path.write_text(json.dumps(results, indent=2) + '\n')
-    print(
-      f'\n{summary(results)}\n\nresults: {path}\n\n{next_steps(output_dir)}'
-    )
+    print(f'\n{summary(results)}\n\nresults: {path}\n\n{next_steps(output_dir)}')
   return results
 
 
@@ -127,8 +123,7 @@ def summary(results: Mapping[str, Any]) -> str:
     shown = {k: v for k, v in metrics.items() if '/' not in k}
     lines.append(f'{task:20} {evaluators.format_metrics(shown)}')
   times = [
-    f'{name} {progress.format_duration(value)}'
-    for name, value in results['seconds'].items()
+    f'{name} {progress.format_duration(value)}' for name, value in results['seconds'].items()
   ]
   return '\n'.join([*lines, f'{"time":20} {", ".join(times)}'])
 
@@ -139,8 +134,7 @@ def next_steps(output_dir: str) -> str:
     [
       'try it:      echo "pronounce: hello" | t5x-lite infer --model '
       f'{output_dir} --input - --output -',
-      f'fine-tune:   t5x-lite finetune --model {output_dir} --train FILE.csv '
-      '--output runs/mine',
+      f'fine-tune:   t5x-lite finetune --model {output_dir} --train FILE.csv --output runs/mine',
       f'look at it:  t5x-lite report {output_dir}',
     ]
   )
@@ -176,9 +170,7 @@ def draw_losses(runs: Mapping[str, str], path: str) -> None:
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in metric_writers.read_metrics(model_dir):
       for name, value in entry.items():
-        is_loss = name == 'loss' or (
-          name.startswith('eval/') and name.endswith('/loss')
-        )
+        is_loss = name == 'loss' or (name.startswith('eval/') and name.endswith('/loss'))
         if is_loss and value is not None:
           curves.setdefault(name, []).append((entry['step'], value))
     for name, points in curves.items():

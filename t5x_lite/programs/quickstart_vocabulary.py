@@ -18,11 +18,7 @@ from t5x_lite.interop import sentencepiece_model
 from t5x_lite.programs import train_vocabulary
 
 _SPACE = '\u2581'
-_PREFIXES = (
-  'pronounce: ',
-  'language: ',
-  'syllables: ',
-)
+_PREFIXES = ('pronounce: ', 'language: ', 'syllables: ')
 _VOWELS = 'AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW'.split()
 _CONSONANTS = 'B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH'.split()
 _WORDS_PER_LANGUAGE = 60

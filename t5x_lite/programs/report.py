@@ -95,8 +95,7 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
     path.write_bytes(text)
   except OSError as error:
     raise UsageError(
-      f'{path} cannot be written ({error.strerror or error}): name another '
-      '--output'
+      f'{path} cannot be written ({error.strerror or error}): name another --output'
     ) from error
   log.info('%s', path)
   print(os.fspath(path))
@@ -131,9 +130,7 @@ def page(runs: Sequence[Run]) -> str:
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     f'<title>{_escape(title)}</title><style>{_STYLE}{report_charts.STYLE}'
-    '</style></head>\n<body>\n'
-    + '\n'.join(part for part in body if part)
-    + '\n</body></html>\n'
+    '</style></head>\n<body>\n' + '\n'.join(part for part in body if part) + '\n</body></html>\n'
   )
 
 
@@ -155,22 +152,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     kind = ' class="n"' if is_number else ''
     return f'<{tag}{kind}>{_escape("" if value is None else value)}</{tag}>'
 
-  numeric = [
-    any(isinstance(row[i], int | float) for row in rows)
-    for i in range(len(header))
-  ]
-  lines = [
-    ''.join(map(cell, itertools.repeat('td'), row, numeric)) for row in rows
-  ]
+  numeric = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
+  lines = [''.join(map(cell, itertools.repeat('td'), row, numeric)) for row in rows]
   head = ''.join(map(cell, itertools.repeat('th'), header, numeric))
   body = ''.join(f'<tr>{line}</tr>' for line in lines)
   head = f'<thead><tr>{head}</tr></thead>' if any(header) else ''
   return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def _compare(
-  title: str, runs: Sequence[Run], columns: Sequence[dict[str, Any]]
-) -> str:
+def _compare(title: str, runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> str:
   """Returns a table with a column a run; rows that none has are left out."""
   labels = list(dict.fromkeys(label for one in columns for label in one))
   rows = [[label, *(one.get(label) for one in columns)] for label in labels]
@@ -276,11 +266,7 @@ def _best(run: Run) -> dict[str, Any]:
     step, value = report_runs.best(name, points)
     text = f'{report_charts.number(value)} at step {step}'
     newest = points[-1][1]
-    found[name] = (
-      text
-      if newest == value
-      else (f'{text}, now {report_charts.number(newest)}')
-    )
+    found[name] = text if newest == value else (f'{text}, now {report_charts.number(newest)}')
   return found
 
 
@@ -292,9 +278,7 @@ def _charts(runs: Sequence[Run]) -> str:
   """
   names = {name for run in runs for name in run.series}
   panels: dict[str, dict[str, report_charts.Points]] = {
-    name: {run.name: run.series.get(name, ()) for run in runs}
-    for name in _CURVES
-    if name in names
+    name: {run.name: run.series.get(name, ()) for run in runs} for name in _CURVES if name in names
   }
   for name in sorted({name for run in runs for name in run.evaluations()}):
     kind, task, metric = (*name.split('/', 2), '')[:3]
@@ -307,13 +291,10 @@ def _charts(runs: Sequence[Run]) -> str:
   for run in runs if groups else ():
     suffix = f', {run.name}' if len(runs) > 1 else ''
     panels[f'grad_norm by group{suffix}'] = {
-      name.removeprefix('grad_norm/'): run.series.get(name, ())
-      for name in groups
+      name.removeprefix('grad_norm/'): run.series.get(name, ()) for name in groups
     }
   charts = ''.join(
-    report_charts.line_chart(
-      title, lines, may_be_log=any(part in title for part in _MAY_BE_LOG)
-    )
+    report_charts.line_chart(title, lines, may_be_log=any(part in title for part in _MAY_BE_LOG))
     for title, lines in panels.items()
   )
   if not charts:
@@ -326,28 +307,15 @@ def _samples(runs: Sequence[Run]) -> str:
   names = {one.name: None for run in runs for one in run.predictions}
   parts = []
   for name in names:
-    columns = {
-      run.name: one
-      for run in runs
-      for one in run.predictions
-      if one.name == name
-    }
+    columns = {run.name: one for run in runs for one in run.predictions if one.name == name}
     parts.append(_sample_table(name, columns, several=len(runs) > 1))
   return ''.join(parts) and '<h2>Predictions</h2>' + ''.join(parts)
 
 
-def _sample_table(
-  name: str,
-  columns: dict[str, report_runs.Predictions],
-  *,
-  several: bool,
-) -> str:
+def _sample_table(name: str, columns: dict[str, report_runs.Predictions], *, several: bool) -> str:
   """Returns the first examples of an evaluation; other runs' by their input."""
   first, *_ = columns.values()
-  answers = [
-    {_key(line): line['prediction'] for line in one.lines}
-    for one in columns.values()
-  ]
+  answers = [{_key(line): line['prediction'] for line in one.lines} for one in columns.values()]
   rows = []
   for line in first.lines[:_NUM_SAMPLES]:
     cells = [f'<td>{_escape(_cut(line["input"]))}</td>']
@@ -361,16 +329,12 @@ def _sample_table(
     cells.append(f'<td>{_escape(_cut(text))}</td>')
     rows.append(f'<tr>{"".join(cells)}</tr>')
   titles = list(columns) if several else ['prediction']
-  head = ''.join(
-    f'<th>{_escape(one)}</th>' for one in ('input', *titles, 'reference')
-  )
+  head = ''.join(f'<th>{_escape(one)}</th>' for one in ('input', *titles, 'reference'))
   notes = []
   for run, one in columns.items():
     equal = sum(is_right(x['prediction'], x['target']) for x in one.lines)
     prefix = f'{run}: ' if several else ''
-    notes.append(
-      f'{prefix}{one.file}, {equal} of {len(one.lines)} equal to a reference'
-    )
+    notes.append(f'{prefix}{one.file}, {equal} of {len(one.lines)} equal to a reference')
   return (
     f'<h3>{_escape(name)}</h3><p class="note">{_escape("; ".join(notes))}</p>'
     f'<div class="scroll"><table class="samples"><thead><tr>{head}</tr></thead>'
@@ -398,9 +362,7 @@ def _results(run: Run) -> str:
   parts = []
   for folder, tasks in run.results.items():
     rows = [
-      [task, metric, value]
-      for task, metrics in tasks.items()
-      for metric, value in metrics.items()
+      [task, metric, value] for task, metrics in tasks.items() for metric, value in metrics.items()
     ]
     parts.append(
       f'<h2>Evaluation of a checkpoint: {_escape(folder)}</h2>'
@@ -427,8 +389,7 @@ def _steps(run: Run) -> str:
   note = ''
   if len(shown) < len(rows):
     note = (
-      f'<p class="note">Of {len(rows)} steps, the last {_MAX_ROWS} and those '
-      'with a checkpoint.</p>'
+      f'<p class="note">Of {len(rows)} steps, the last {_MAX_ROWS} and those with a checkpoint.</p>'
     )
   header = ['step', 'checkpoint', 'training loss', *evaluations]
   return f'<h2>Metrics by step</h2>{note}' + _table(header, shown)
@@ -468,10 +429,7 @@ def _bias_chart(name: str, table: np.ndarray, config: T5Config) -> str:
   is_encoder = name.startswith('encoder')
   distances = np.arange(-reach, reach + 1 if is_encoder else 1)
   buckets = relative_position.relative_position_bucket(
-    distances,
-    bidirectional=is_encoder,
-    num_buckets=config.relpos_num_buckets,
-    max_distance=reach,
+    distances, bidirectional=is_encoder, num_buckets=config.relpos_num_buckets, max_distance=reach
   )
   # Distances that share a bucket are neighbours.
   starts = np.flatnonzero(np.diff(buckets, prepend=-1))
@@ -481,9 +439,7 @@ def _bias_chart(name: str, table: np.ndarray, config: T5Config) -> str:
     for a, b in zip(starts, ends, strict=True)
   ]
   rows = np.asarray(table, np.float32)[:, buckets[starts]].tolist()
-  return report_charts.heat_map(
-    name.removesuffix('/rel_embedding'), rows, columns
-  )
+  return report_charts.heat_map(name.removesuffix('/rel_embedding'), rows, columns)
 
 
 def _configuration(run: Run) -> str:
@@ -491,8 +447,5 @@ def _configuration(run: Run) -> str:
   for name, text in run.texts.items():
     if name.endswith('.json') and run.config:
       text = json.dumps(run.config, indent=2, ensure_ascii=False)
-    parts.append(
-      f'<details><summary>{_escape(name)}</summary><pre>{_escape(text)}</pre>'
-      '</details>'
-    )
+    parts.append(f'<details><summary>{_escape(name)}</summary><pre>{_escape(text)}</pre></details>')
   return '<h2>Configuration</h2>' + ''.join(parts) if parts else ''

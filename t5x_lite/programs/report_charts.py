@@ -50,11 +50,7 @@ class Scale:
 
 
 def line_chart(
-  title: str,
-  lines: Mapping[str, Points],
-  *,
-  x_label: str = 'step',
-  may_be_log: bool = False,
+  title: str, lines: Mapping[str, Points], *, x_label: str = 'step', may_be_log: bool = False
 ) -> str:
   """Returns an SVG picture; '' if no line has a point.
 
@@ -66,19 +62,13 @@ def line_chart(
     may_be_log: use a logarithmic axis if the values span a factor of 50.
   """
   segments = {name: _segments(_thin(points)) for name, points in lines.items()}
-  flat = [
-    point for parts in segments.values() for part in parts for point in part
-  ]
+  flat = [point for parts in segments.values() for part in parts for point in part]
   if not flat:
     return ''
   ys = [y for _, y in flat]
   is_log = may_be_log and min(ys) > 0 and max(ys) / min(ys) > _LOG_FACTOR
   x_scale = Scale(*_bounds([x for x, _ in flat]), _LEFT, _WIDTH - _RIGHT)
-  y_scale = Scale(
-    *_bounds([math.log10(y) for y in ys] if is_log else ys),
-    _HEIGHT - _BOTTOM,
-    _TOP,
-  )
+  y_scale = Scale(*_bounds([math.log10(y) for y in ys] if is_log else ys), _HEIGHT - _BOTTOM, _TOP)
 
   def place(point: tuple[float, float]) -> tuple[float, float]:
     x, y = point
@@ -98,8 +88,7 @@ def line_chart(
   for tick in ticks(x_scale.low, x_scale.high):
     x = x_scale(tick)
     parts.append(
-      f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" '
-      f'class="tick middle">{number(tick)}</text>'
+      f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" class="tick middle">{number(tick)}</text>'
     )
   parts.append(
     f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 4}" '
@@ -120,9 +109,7 @@ def line_chart(
   return f'<figure>{"".join(parts)}{legend}</figure>'
 
 
-def heat_map(
-  title: str, rows: Sequence[Sequence[float]], columns: Sequence[str]
-) -> str:
+def heat_map(title: str, rows: Sequence[Sequence[float]], columns: Sequence[str]) -> str:
   """Returns a picture of a table; blue is below zero, orange above.
 
   Args:
@@ -140,8 +127,7 @@ def heat_map(
     y = _TOP + i * height
     if height >= 10 or i % 4 == 0:
       parts.append(
-        f'<text x="{_LEFT - 6}" y="{y + height / 2 + 4:.1f}" '
-        f'class="tick end">{i}</text>'
+        f'<text x="{_LEFT - 6}" y="{y + height / 2 + 4:.1f}" class="tick end">{i}</text>'
       )
     for j, value in enumerate(row):
       if not math.isfinite(value):
@@ -164,8 +150,7 @@ def heat_map(
 
 def _open_svg(title: str, height: int) -> list[str]:
   return [
-    f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" '
-    f'aria-label="{_text(title)}">',
+    f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{_text(title)}">',
     f'<text x="{_LEFT}" y="18" class="title">{_text(title)}</text>',
   ]
 
@@ -178,9 +163,7 @@ def _stroke(i: int) -> str:
 
 
 def _draw(
-  segments: Sequence[Points],
-  place: Callable[[tuple[float, float]], tuple[float, float]],
-  i: int,
+  segments: Sequence[Points], place: Callable[[tuple[float, float]], tuple[float, float]], i: int
 ) -> list[str]:
   """Returns the elements of one line; few points, or lone ones, are dots."""
   few = sum(map(len, segments)) <= _MAX_DOTS

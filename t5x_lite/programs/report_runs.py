@@ -129,8 +129,7 @@ def read(path: str, *, name: str = '') -> Run:
   """
   root = epath.Path(path)
   has_file = [
-    (root / file).exists()
-    for file in (run_directory.MODEL_FILE, metric_writers.METRICS_FILE)
+    (root / file).exists() for file in (run_directory.MODEL_FILE, metric_writers.METRICS_FILE)
   ]
   if not any(has_file):
     raise UsageError(
@@ -149,9 +148,7 @@ def read(path: str, *, name: str = '') -> Run:
     for file in sorted((root / folder).glob('*.jsonl')):
       kind = folder.split('/')[0]
       predictions.append(
-        Predictions(
-          f'{kind}/{file.stem}', f'{folder}/{file.name}', read_lines(file)
-        )
+        Predictions(f'{kind}/{file.stem}', f'{folder}/{file.name}', read_lines(file))
       )
   return Run(
     name=name or path,
@@ -168,9 +165,7 @@ def read(path: str, *, name: str = '') -> Run:
   )
 
 
-def _series(
-  entries: Sequence[Any],
-) -> tuple[dict[str, list[tuple[int, float]]], list[float]]:
+def _series(entries: Sequence[Any]) -> tuple[dict[str, list[tuple[int, float]]], list[float]]:
   series: dict[str, list[tuple[int, float]]] = {}
   times = []
   for entry in entries:
@@ -181,9 +176,7 @@ def _series(
       number = _number(value)
       if name == 'time' and math.isfinite(number):
         times.append(number)
-      elif name not in ('step', 'time') and (
-        value is None or not math.isnan(number)
-      ):
+      elif name not in ('step', 'time') and (value is None or not math.isnan(number)):
         series.setdefault(name, []).append((step, number))
   for points in series.values():
     points.sort(key=lambda point: point[0])
@@ -255,11 +248,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def names_of(paths: Sequence[str]) -> list[str]:
   """Returns short names: the last folder, or paths where that is ambiguous."""
-  last = [
-    epath.Path(p).name if '://' in p else os.path.basename(os.path.abspath(p))
-    for p in paths
-  ]
+  last = [epath.Path(p).name if '://' in p else os.path.basename(os.path.abspath(p)) for p in paths]
   return [
-    name if name and last.count(name) == 1 else path
-    for name, path in zip(last, paths, strict=True)
+    name if name and last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)
   ]

@@ -22,11 +22,7 @@ from t5x_lite.runs import checkpoints, run_directory
 
 log = logging.getLogger(__name__)
 
-_CONVERTERS = {
-  'encoder_decoder': ('enc_dec',),
-  'decoder': ('lm', 'prefix_lm'),
-  'encoder': (),
-}
+_CONVERTERS = {'encoder_decoder': ('enc_dec',), 'decoder': ('lm', 'prefix_lm'), 'encoder': ()}
 
 
 def check_writable(directory: str) -> None:
@@ -46,9 +42,7 @@ def check_writable(directory: str) -> None:
     with tempfile.TemporaryFile(dir=place):
       pass
   except OSError as error:
-    raise UsageError(f'cannot write into {directory}: {error.strerror}') from (
-      error
-    )
+    raise UsageError(f'cannot write into {directory}: {error.strerror}') from (error)
 
 
 def check_positive(name: str, value: int | None) -> None:
@@ -91,9 +85,7 @@ def resolve_model(
     model = model or opened.config
     vocabulary = vocabulary or opened.vocabulary
     if vocabulary is None:
-      raise UsageError(
-        f'{path} does not say what its vocabulary is: set train.vocabulary'
-      )
+      raise UsageError(f'{path} does not say what its vocabulary is: set train.vocabulary')
   return model.replace(**changes), vocabulary
 
 
@@ -129,16 +121,12 @@ def resolve_dataset(
       f'{name} is read with decoder_start_id={dataset.decoder_start_id}, the '
       f'model has {model.decoder_start_id}: make them equal'
     )
-  dataset = dataclasses.replace(
-    dataset, mixture_or_task_name=catalog.resolve(name, vocabulary)
-  )
+  dataset = dataclasses.replace(dataset, mixture_or_task_name=catalog.resolve(name, vocabulary))
   catalog.task_provider(dataset)
   return dataset
 
 
-def warn_of_cuts(
-  dataset: DatasetConfig, vocabulary: VocabularyConfig
-) -> dict[str, float]:
+def warn_of_cuts(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> dict[str, float]:
   """Says how many examples the lengths cut; returns it as metrics."""
   metrics = {}
   for cut in truncation.measure(dataset, vocabulary):
@@ -159,9 +147,7 @@ def warn_of_cuts(
   return metrics
 
 
-def check_model_dir(
-  model_dir: str, model: T5Config, vocabulary: VocabularyConfig
-) -> None:
+def check_model_dir(model_dir: str, model: T5Config, vocabulary: VocabularyConfig) -> None:
   """Refuses to continue another model's run."""
   if not model_dir:
     raise UsageError("model_dir is '': name the run's directory")

@@ -27,12 +27,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
-from t5x_lite.runs import (
-  checkpoints,
-  memory_report,
-  metric_writers,
-  run_directory,
-)
+from t5x_lite.runs import checkpoints, memory_report, metric_writers, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.runs.progress import Progress, Window
 from t5x_lite.training.losses import LossConfig
@@ -131,9 +126,7 @@ def train(
   ):
     start_checks.check_positive(f'train.{name}', count)
   if patience is not None and not checkpoint.best_metric:
-    raise UsageError(
-      f'train.patience is {patience}; it needs CheckpointConfig.best_metric'
-    )
+    raise UsageError(f'train.patience is {patience}; it needs CheckpointConfig.best_metric')
   model, vocabulary = start_checks.resolve_model(
     model,
     vocabulary,
@@ -172,9 +165,7 @@ def train(
   start_checks.check_model_dir(model_dir, model, vocabulary)
   new = None
   if not checkpoints.has_checkpoint(model_dir):
-    new = initial_checkpoint.open_start(
-      checkpoint, model, vocabulary, seed=seed
-    )
+    new = initial_checkpoint.open_start(checkpoint, model, vocabulary, seed=seed)
 
   # ---- The step, its mesh and abstract state: nothing is allocated yet ----
   program = step_programs.train_program(
@@ -192,8 +183,7 @@ def train(
 
   # ---- Compile the step ahead of time; report memory ----
   make_key = jax.jit(
-    lambda: jax.random.key(seed),
-    out_shardings=partitioning.replicated(device_mesh),
+    lambda: jax.random.key(seed), out_shardings=partitioning.replicated(device_mesh)
   )
   key = make_key()
   sharding = partitioning.batch_sharding(device_mesh)
@@ -207,16 +197,12 @@ def train(
 
   log.info('%s', memory_report.parameter_summary(spec.shapes.params))
   if dry_run:
-    memory_report.print_dry_run(
-      record, spec, device_mesh, compile_step(), file=dry_run_file
-    )
+    memory_report.print_dry_run(record, spec, device_mesh, compile_step(), file=dry_run_file)
     return None
 
   # ---- Input pipeline and evaluators: they check their tasks ----
   shard, num_shards = distributed.data_shard(sharding, dataset.batch_size)
-  iterator = DatasetIterator(
-    dataset, process_index=shard, process_count=num_shards
-  )
+  iterator = DatasetIterator(dataset, process_index=shard, process_count=num_shards)
   evaluation = evaluators.Evaluators(
     model,
     vocabulary,
@@ -247,17 +233,13 @@ def train(
       if summarize_config_fn is not None:
         summarize_config_fn(model_dir)
     distributed.barrier('run directory')
-    checkpointer = stack.enter_context(
-      checkpoints.Checkpointer(model_dir, checkpoint)
-    )
+    checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint))
 
     # ---- Start: 1. own checkpoint  2. checkpoint.restore_path  3. scratch ----
     evaluated = -1
     best = BestSoFar(checkpoint.best_metric, checkpoint.best_mode)
     if checkpointer.latest_step is not None:
-      state, meta = checkpointer.restore(
-        spec.shapes, iterator, verify=verification.verify
-      )
+      state, meta = checkpointer.restore(spec.shapes, iterator, verify=verification.verify)
       evaluated = meta.get('evaluated', -1)
       best.restore(meta)
       if meta.get('seed', seed) != seed:
@@ -276,14 +258,10 @@ def train(
 
     # ---- Writers ----
     writer = stack.enter_context(
-      metric_writers.MetricWriter(
-        model_dir, first_step=first_step, active=primary
-      )
+      metric_writers.MetricWriter(model_dir, first_step=first_step, active=primary)
     )
     if checkpointer.damaged:
-      writer.write(
-        first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))}
-      )
+      writer.write(first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))})
     progress = stack.enter_context(
       Progress(first_step=first_step, total_steps=total_steps, active=primary)
     )

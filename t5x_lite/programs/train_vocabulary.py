@@ -122,11 +122,7 @@ def train_vocabulary(
     texts = _task_texts(task, split)
   else:
     files = text_files.expand(input)
-    texts = (
-      text
-      for path in files
-      for text in records.texts(path, fields, file_format)
-    )
+    texts = (text for path in files for text in records.texts(path, fields, file_format))
   sentences, total = _sample(_sentences(texts), max_sentences, seed)
   if not sentences:
     raise UsageError(f'There is no text in {task or input!r}')
@@ -166,20 +162,11 @@ def _check(
   if not has_one_source:
     raise UsageError('Give either input or task: the text to learn from')
   if vocab_size < 4:
-    raise UsageError(
-      f'vocab_size is {vocab_size}; it must be 4 or more, special pieces '
-      'included'
-    )
+    raise UsageError(f'vocab_size is {vocab_size}; it must be 4 or more, special pieces included')
   if model_type not in MODEL_TYPES:
-    raise UsageError(
-      f'model_type is {model_type!r}; it must be one of '
-      f'{", ".join(MODEL_TYPES)}'
-    )
+    raise UsageError(f'model_type is {model_type!r}; it must be one of {", ".join(MODEL_TYPES)}')
   if not 0.9 <= character_coverage <= 1.0:
-    raise UsageError(
-      f'character_coverage is {character_coverage}; it must lie between 0.9 '
-      'and 1.0'
-    )
+    raise UsageError(f'character_coverage is {character_coverage}; it must lie between 0.9 and 1.0')
   if normalization not in ('nmt_nfkc', 'nfkc', 'nmt_nfkc_cf', 'identity'):
     raise UsageError(
       f"normalization is {normalization!r}; it must be 'nmt_nfkc', 'nfkc', "
@@ -190,8 +177,7 @@ def _check(
   for symbol in user_defined_symbols:
     if not symbol or re.fullmatch(r'<pad>|</s>|<unk>|▁?<extra_id_\d+>', symbol):
       raise UsageError(
-        f'user_defined_symbols holds {symbol!r}, which T5 defines itself; '
-        'leave it out'
+        f'user_defined_symbols holds {symbol!r}, which T5 defines itself; leave it out'
       )
   if epath.Path(output).exists() and not overwrite:
     raise UsageError(
@@ -224,9 +210,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
         yield line
 
 
-def _sample(
-  sentences: Iterable[str], maximum: int, seed: int
-) -> tuple[list[str], int]:
+def _sample(sentences: Iterable[str], maximum: int, seed: int) -> tuple[list[str], int]:
   """Returns at most `maximum` sentences, each as likely, and how many came.
 
   Source: reservoir sampling, Vitter 1985, algorithm R.
@@ -281,9 +265,7 @@ def _explain(message: str, vocab_size: int) -> str:
   return f'SentencePiece cannot train on this text: {message.strip()}'
 
 
-def _summary(
-  config: VocabularyConfig, sentences: Sequence[str]
-) -> VocabularySummary:
+def _summary(config: VocabularyConfig, sentences: Sequence[str]) -> VocabularySummary:
   # A later call may have written the same path: read what is there now.
   make_vocabulary.cache_clear()
   fingerprint.cache_clear()

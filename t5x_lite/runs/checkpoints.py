@@ -33,11 +33,7 @@ from t5x_lite.errors import DamagedError, UsageError
 from t5x_lite.parallel import checksums, distributed, pytrees
 from t5x_lite.parallel.distributed import LostProcessError
 from t5x_lite.runs import save_errors
-from t5x_lite.runs.data_item import (
-  DataHandler,
-  DataSave,
-  SavableIterator,
-)
+from t5x_lite.runs.data_item import DataHandler, DataSave, SavableIterator
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +92,7 @@ class CheckpointConfig:
         'assignment_map and strict'
       )
     if self.period < 1:
-      raise UsageError(
-        f'CheckpointConfig.period={self.period} must be at least 1 step'
-      )
+      raise UsageError(f'CheckpointConfig.period={self.period} must be at least 1 step')
     if self.keep < 0 or self.keep_best < 0:
       raise UsageError(
         f'CheckpointConfig.keep={self.keep} and keep_best={self.keep_best} '
@@ -106,8 +100,7 @@ class CheckpointConfig:
       )
     if self.best_mode not in _MODES:
       raise UsageError(
-        f'CheckpointConfig.best_mode={self.best_mode!r} is not one of '
-        f'{", ".join(_MODES)}'
+        f'CheckpointConfig.best_mode={self.best_mode!r} is not one of {", ".join(_MODES)}'
       )
     if self.keep_best and not self.best_metric:
       raise UsageError(
@@ -128,9 +121,7 @@ def explain_mismatch(
   fix = f'use the {what} that wrote it, or another model_dir to start a new run'
   for name, leaf in wanted_flat.items():
     if name not in saved_flat:
-      raise UsageError(
-        f'the checkpoint {where} has no {name}, which this {what} needs: {fix}'
-      )
+      raise UsageError(f'the checkpoint {where} has no {name}, which this {what} needs: {fix}')
     if tuple(saved_flat[name].shape) != tuple(leaf.shape):
       raise UsageError(
         f'the checkpoint {where} has {name} of shape '
@@ -139,9 +130,7 @@ def explain_mismatch(
       )
   for name in saved_flat:
     if name not in wanted_flat:
-      raise UsageError(
-        f'the checkpoint {where} has {name}, which this {what} does not: {fix}'
-      )
+      raise UsageError(f'the checkpoint {where} has {name}, which this {what} does not: {fix}')
 
 
 # ---- Finding ----------------------------------------------------------------
@@ -158,9 +147,7 @@ def steps_in(directory: epath.Path) -> list[int]:
   )
 
 
-def make_meta(
-  step: int, sums: Mapping[str, int], **more: Any
-) -> dict[str, Any]:
+def make_meta(step: int, sums: Mapping[str, int], **more: Any) -> dict[str, Any]:
   """Returns what a checkpoint says of itself, with checksums."""
   return checksums.signed(
     {
@@ -281,19 +268,14 @@ class Checkpointer:
     plain = pytrees.to_plain(state)
     items: dict[str, Any] = {
       'state': ocp.args.StandardSave(plain),
-      'meta': ocp.args.JsonSave(
-        make_meta(step, checksums.of_tree(plain), **(meta or {}))
-      ),
+      'meta': ocp.args.JsonSave(make_meta(step, checksums.of_tree(plain), **(meta or {}))),
     }
     if iterator is not None:
       items['data'] = DataSave(iterator)
     with self._told_in_one_line(step):
       save_errors.check_space(self.directory, plain)
       return self._manager.save(
-        step,
-        args=ocp.args.Composite(**items),
-        metrics=self._best(metrics),
-        force=True,
+        step, args=ocp.args.Composite(**items), metrics=self._best(metrics), force=True
       )
 
   @contextlib.contextmanager
@@ -307,9 +289,7 @@ class Checkpointer:
       reason = save_errors.cause(error)
       latest = self.latest_step
       last = 'there is none' if latest is None else f'it is of step {latest}'
-      what = (
-        'a checkpoint' if step is None else f'the checkpoint of step {step}'
-      )
+      what = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
       raise save_errors.SaveError(
         f'{what} could not be written into {self.directory}: {reason}; the '
         f'last good one stays ({last}): make room and start again'
@@ -321,11 +301,7 @@ class Checkpointer:
       return None
     name = self.config.best_metric
     if metrics and name not in metrics:
-      log.warning(
-        'best_metric %r was not measured; there are %s',
-        name,
-        ', '.join(sorted(metrics)),
-      )
+      log.warning('best_metric %r was not measured; there are %s', name, ', '.join(sorted(metrics)))
     value = (metrics or {}).get(name)
     return {} if value is None else {name: float(value)}
 
@@ -381,9 +357,7 @@ class Checkpointer:
 
   def _set_aside(self, step: int, error: DamagedError) -> None:
     """Gives a damaged checkpoint a name that says so."""
-    log.error(
-      'the checkpoint of step %d is damaged and set aside: %s', step, error
-    )
+    log.error('the checkpoint of step %d is damaged and set aside: %s', step, error)
     distributed.barrier(f'damaged {step}')
     if distributed.is_primary():
       target = self.directory / f'{step}{DAMAGED}'
@@ -429,20 +403,15 @@ class Checkpointer:
       return
     written = json.loads(path.read_text()).get('checksums', {})
     names, asked = (
-      {name.replace('/', '.') for name in pytrees.flatten_names(tree)}
-      for tree in (saved, wanted)
+      {name.replace('/', '.') for name in pytrees.flatten_names(tree)} for tree in (saved, wanted)
     )
     if asked == written.keys() and names != asked:
       raise DamagedError(f'{root} has lost the metadata of its arrays')
 
-  def _restore_position(
-    self, directory: epath.Path, iterator: SavableIterator
-  ) -> None:
+  def _restore_position(self, directory: epath.Path, iterator: SavableIterator) -> None:
     """Moves the iterator, or raises DamagedError on all processes alike."""
     if not directory.is_dir():
-      log.warning(
-        '%s is not there: the data is read from its beginning', directory
-      )
+      log.warning('%s is not there: the data is read from its beginning', directory)
       return
     problem: Exception | None = None
     try:
@@ -492,9 +461,7 @@ def _preservation_policy(config: CheckpointConfig) -> Any:
 
     policies.append(
       _policies.BestN(
-        get_metric_fn=quality,
-        n=config.keep_best,
-        keep_checkpoints_without_metrics=False,
+        get_metric_fn=quality, n=config.keep_best, keep_checkpoints_without_metrics=False
       )
     )
   return _policies.AnyPreservationPolicy(policies)

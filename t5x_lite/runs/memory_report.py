@@ -91,10 +91,7 @@ def state_memory(spec: train_state.StateSpec) -> str:
   """Returns bytes per device of what stays there between steps."""
   params = tree_bytes_per_device(spec.shapes.params)
   opt_state = tree_bytes_per_device(spec.shapes.opt_state)
-  return (
-    f'per device: parameters {format_bytes(params)}, optimizer state '
-    f'{format_bytes(opt_state)}'
-  )
+  return f'per device: parameters {format_bytes(params)}, optimizer state {format_bytes(opt_state)}'
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> str:
@@ -144,20 +141,12 @@ def print_dry_run(
     lines.append(f'{name:14} {", ".join(fields[:6])}')
   for name in ('total_steps', 'num_microbatches', 'eval_period', 'seed'):
     lines.append(f'{name:14} {entry.get(name)}')
-  lines += [
-    parameter_summary(spec.shapes.params),
-    state_memory(spec),
-    compiled_memory(compiled),
-  ]
+  lines += [parameter_summary(spec.shapes.params), state_memory(spec), compiled_memory(compiled)]
   print('\n'.join(lines))
   if file:
     text = json.dumps(entry, indent=2)
-    epath.Path(file).write_text(
-      f'# Configuration\n{text}\n\n# Sharding\n{sharding_table(spec)}'
-    )
+    epath.Path(file).write_text(f'# Configuration\n{text}\n\n# Sharding\n{sharding_table(spec)}')
     print(f'configuration and sharding of every array: {file}')
   else:
-    print(
-      '--dry_run_file FILE writes configuration and sharding of every array'
-    )
+    print('--dry_run_file FILE writes configuration and sharding of every array')
   print('dry run: no run was begun')

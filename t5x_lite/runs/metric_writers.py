@@ -19,9 +19,7 @@ from tensorboard.summary.writer import record_writer
 
 # Generated when imported: a type checker finds no names in them.
 _event_pb2: Any = importlib.import_module('tensorboard.compat.proto.event_pb2')
-_summary_pb2: Any = importlib.import_module(
-  'tensorboard.compat.proto.summary_pb2'
-)
+_summary_pb2: Any = importlib.import_module('tensorboard.compat.proto.summary_pb2')
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +83,7 @@ class MetricWriter:
     self._jsonl.write(json.dumps(entry) + '\n')
     self._jsonl.flush()
     values = [
-      _summary_pb2.Summary.Value(tag=name, simple_value=value)
-      for name, value in scalars.items()
+      _summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()
     ]
     self._event(step=step, summary=_summary_pb2.Summary(value=values))
     self._events.flush()

@@ -134,12 +134,7 @@ class Progress:
   """
 
   def __init__(
-    self,
-    *,
-    first_step: int,
-    total_steps: int,
-    stream: TextIO | None = None,
-    active: bool = True,
+    self, *, first_step: int, total_steps: int, stream: TextIO | None = None, active: bool = True
   ):
     """Starts the clock.
 

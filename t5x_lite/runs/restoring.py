@@ -31,13 +31,9 @@ def _restore_items(directory: str, step: int, wanted: Any, what: str) -> Any:
     part = {name: saved[name] for name in plain if name in saved}
     checkpoints.explain_mismatch(os.fspath(path), part, plain, what)
     arguments = ocp.args.PyTreeRestore(
-      plain,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(plain),
-      partial_restore=True,
+      plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain), partial_restore=True
     )
-    restored = checkpointer.restore(
-      path, args=ocp.args.Composite(state=arguments)
-    )
+    restored = checkpointer.restore(path, args=ocp.args.Composite(state=arguments))
   return pytrees.from_plain(restored['state'], wanted)
 
 
@@ -51,12 +47,8 @@ def load_arrays(path: str) -> dict[str, Any]:
   item = epath.Path(directory).absolute() / str(step) / 'state'
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     tree = checkpointer.metadata(item).item_metadata.tree
-    restore_args = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
-    )
-    plain = checkpointer.restore(
-      item, args=ocp.args.PyTreeRestore(restore_args=restore_args)
-    )
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    plain = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=restore_args))
   return pytrees.flatten_names(plain)
 
 

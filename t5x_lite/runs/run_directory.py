@@ -82,8 +82,7 @@ def _read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
   file = root / MODEL_FILE
   if not file.exists():
     raise UsageError(
-      f'{root} holds no {MODEL_FILE}; name a run directory that '
-      '`t5x-lite train` wrote'
+      f'{root} holds no {MODEL_FILE}; name a run directory that `t5x-lite train` wrote'
     )
   try:
     entry = json.loads(file.read_text())
@@ -128,9 +127,7 @@ def write_run(
     (root / name).write_text(text)
 
 
-def check_resumable(
-  model_dir: str, *, model: T5Config, vocabulary: VocabularyConfig
-) -> None:
+def check_resumable(model_dir: str, *, model: T5Config, vocabulary: VocabularyConfig) -> None:
   """Raises UsageError if the run in this directory is another model's."""
   root = epath.Path(model_dir)
   if not (root / MODEL_FILE).exists():
@@ -141,8 +138,7 @@ def check_resumable(
     old, new = getattr(saved, field.name), getattr(model, field.name)
     if old != new and field.name not in _FREE_FIELDS:
       raise UsageError(
-        f'the run in {model_dir} has {field.name}={old!r}, the configuration '
-        f'{new!r}: {fix}'
+        f'the run in {model_dir} has {field.name}={old!r}, the configuration {new!r}: {fix}'
       )
   if not _vocabulary_file(root).exists():
     return
@@ -163,10 +159,7 @@ def same_vocabulary(a: VocabularyConfig, b: VocabularyConfig) -> bool:
     return False
   if a.kind != 'sentencepiece':
     return True
-  contents = [
-    epath.Path(vocabularies.model_path(config)).read_bytes()
-    for config in (a, b)
-  ]
+  contents = [epath.Path(vocabularies.model_path(config)).read_bytes() for config in (a, b)]
   return contents[0] == contents[1]
 
 
@@ -174,8 +167,7 @@ def to_json(value: Any) -> Any:
   """Returns configuration as what JSON can hold; the rest as its repr."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     fields = {
-      field.name: to_json(getattr(value, field.name))
-      for field in dataclasses.fields(value)
+      field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
     }
     return {'class': type(value).__name__, **fields}
   if isinstance(value, Mapping):
@@ -215,7 +207,6 @@ def lock(model_dir: str) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       raise UsageError(
-        f'another run is training in {model_dir}: wait for it, stop it, or '
-        'use another model_dir'
+        f'another run is training in {model_dir}: wait for it, stop it, or use another model_dir'
       ) from error
     yield

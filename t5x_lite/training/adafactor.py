@@ -156,18 +156,12 @@ def factoring(
   if not row_dims or not column_dims:
     return Factoring(dims)
   if len(row_dims) + len(column_dims) < len(dims):
-    raise UsageError(
-      f'Adafactor cannot factor axes {axes}: some of them have the role NONE.'
-    )
+    raise UsageError(f'Adafactor cannot factor axes {axes}: some of them have the role NONE.')
   return Factoring(dims, row_dims, column_dims)
 
 
 def moment_dims(
-  moment: str,
-  shape: Sequence[int],
-  axes: Axes,
-  *,
-  rules: Mapping[str, FactorDim] | None = None,
+  moment: str, shape: Sequence[int], axes: Axes, *, rules: Mapping[str, FactorDim] | None = None
 ) -> tuple[int, ...]:
   """Returns which of a parameter's dims a moment of it has.
 
@@ -248,9 +242,7 @@ def adafactor(
 
   def layout_of(path, shape) -> Factoring:
     if axes is not None and path not in axes_of:
-      raise UsageError(
-        f'Adafactor was given no logical axes for {"/".join(path)}.'
-      )
+      raise UsageError(f'Adafactor was given no logical axes for {"/".join(path)}.')
     return factoring(
       shape,
       axes_of.get(path),
@@ -291,8 +283,7 @@ def adafactor(
       raise ValueError('Adafactor needs update(grads, state, params).')
     if needs_rate and learning_rate is None:
       raise ValueError(
-        'Adafactor with momentum or weight decay needs '
-        'update(..., learning_rate=...).'
+        'Adafactor with momentum or weight decay needs update(..., learning_rate=...).'
       )
     # The caller multiplies by the rate, so what is not proportional to it is
     # divided by it here; a rate of 0 must not make that NaN.
@@ -335,9 +326,7 @@ def adafactor(
       return -u
 
     steps = jax.tree_util.tree_map_with_path(
-      lambda path, g, p: update_one(pytrees.names_of(path), g, p),
-      updates,
-      params,
+      lambda path, g, p: update_one(pytrees.names_of(path), g, p), updates, params
     )
     return steps, _state(state.count + 1, new_moments)
 
@@ -345,11 +334,7 @@ def adafactor(
 
 
 def _second_moment(
-  g: Array,
-  layout: Factoring,
-  old: Mapping[str, Array],
-  beta2: Array,
-  epsilon1: float,
+  g: Array, layout: Factoring, old: Mapping[str, Array], beta2: Array, epsilon1: float
 ) -> tuple[dict[str, Array], tuple[Array, ...]]:
   """Returns the new moment and factors whose product is its inverse root."""
   if not layout.row_dims:
@@ -374,9 +359,7 @@ def _again(x: Array) -> Array:
   reads often; made anew in each it costs nothing. This halves the time of the
   update there and leaves no temporaries. XLA:TPU joins such reductions itself.
   """
-  return jax.lax.platform_dependent(
-    x, cpu=jax.lax.optimization_barrier, default=lambda x: x
-  )
+  return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def _rms(x: Array, layout: Factoring) -> Array:
@@ -396,14 +379,10 @@ def scale_by_parameter_rms(
 
   def update(updates, state, params=None):
     if params is None:
-      raise ValueError(
-        'The parameter scale needs update(grads, state, params).'
-      )
+      raise ValueError('The parameter scale needs update(grads, state, params).')
 
     def scale(path, u, p):
-      layout = factoring(
-        p.shape, axes_of.get(pytrees.names_of(path)), factored=False
-      )
+      layout = factoring(p.shape, axes_of.get(pytrees.names_of(path)), factored=False)
       return u * jnp.maximum(_rms(p.astype(jnp.float32), layout), epsilon2)
 
     return jax.tree_util.tree_map_with_path(scale, updates, params), state
@@ -415,14 +394,10 @@ def scale_by_parameter_rms(
 
 
 def _is_axes(x: Any) -> bool:
-  return isinstance(x, tuple) and all(
-    a is None or isinstance(a, str) for a in x
-  )
+  return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
 
 
-def _flatten(
-  tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> list[tuple[Path, Any]]:
+def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
   return [(pytrees.names_of(path), leaf) for path, leaf in leaves]
 
@@ -436,9 +411,7 @@ def _by_path(state: AdafactorState) -> dict[Path, dict[str, Array]]:
   return result
 
 
-def _state(
-  count: Array, moments: Mapping[Path, Mapping[str, Array]]
-) -> AdafactorState:
+def _state(count: Array, moments: Mapping[Path, Mapping[str, Array]]) -> AdafactorState:
   """Returns the state with each field a nested dict; undoes _by_path."""
   fields: dict[str, dict] = {'m': {}, 'v_row': {}, 'v_col': {}, 'v': {}}
   for path, values in moments.items():

@@ -18,11 +18,7 @@ from jax import Array
 
 from t5x_lite.errors import UsageError
 
-NORMALIZING_RULES = (
-  'NUM_REAL_TARGET_TOKENS',
-  'NUM_TOTAL_TARGET_TOKENS',
-  'AVERAGE_PER_SEQUENCE',
-)
+NORMALIZING_RULES = ('NUM_REAL_TARGET_TOKENS', 'NUM_TOTAL_TARGET_TOKENS', 'AVERAGE_PER_SEQUENCE')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +51,7 @@ class LossConfig:
       )
     if not (self.z_loss >= 0 and math.isfinite(self.z_loss)):
       raise UsageError(
-        f'LossConfig.z_loss is {self.z_loss}; it must be 0 or more (T5 1.1 '
-        'uses 1e-4).'
+        f'LossConfig.z_loss is {self.z_loss}; it must be 0 or more (T5 1.1 uses 1e-4).'
       )
     if self.chunk is not None and self.chunk < 1:
       raise UsageError(
@@ -79,11 +74,7 @@ class LossConfig:
 
 
 def cross_entropy_with_logits(
-  logits_BLV: Array,
-  targets_BL: Array,
-  *,
-  z_loss: float = 0.0,
-  label_smoothing: float = 0.0,
+  logits_BLV: Array, targets_BL: Array, *, z_loss: float = 0.0, label_smoothing: float = 0.0
 ) -> tuple[Array, Array]:
   """Returns per-token cross entropy in nats, and the z-loss part of it.
 
@@ -105,9 +96,7 @@ def cross_entropy_with_logits(
   return loss, z
 
 
-def _confidences(
-  label_smoothing: float, vocab_size: int
-) -> tuple[float, float]:
+def _confidences(label_smoothing: float, vocab_size: int) -> tuple[float, float]:
   """Returns the target probability of the right and of any wrong token."""
   return 1 - label_smoothing, label_smoothing / max(vocab_size - 1, 1)
 
@@ -146,9 +135,7 @@ def _token_losses_bwd(z_loss, label_smoothing, residuals, cotangents):
   softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])
   ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
   is_target = ids == targets[..., None]
-  soft_target = jnp.where(
-    is_target, (g * right)[..., None], (g * wrong)[..., None]
-  )
+  soft_target = jnp.where(is_target, (g * right)[..., None], (g * wrong)[..., None])
   grad = softmax * scale[..., None] - soft_target
   return grad.astype(logits.dtype), None
 
@@ -175,9 +162,7 @@ def loss_sums(
     ratio is the accuracy (a target that ties with another token is correct).
     All float32 scalars, so they add up over batches.
   """
-  loss, z, correct = _token_losses(
-    z_loss, label_smoothing, logits_BLV, targets_BL
-  )
+  loss, z, correct = _token_losses(z_loss, label_smoothing, logits_BLV, targets_BL)
   counted = weights_BL != 0
   weights = weights_BL.astype(jnp.float32)
   rest = {
@@ -228,9 +213,7 @@ def chunked_cross_entropy(
     x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
-  sums = functools.partial(
-    loss_sums, z_loss=z_loss, label_smoothing=label_smoothing
-  )
+  sums = functools.partial(loss_sums, z_loss=z_loss, label_smoothing=label_smoothing)
   return _scan_sums(
     lambda head, h, t, w: sums(project(h, *head), t, w),
     head,
@@ -265,9 +248,7 @@ def _scan_sums_fwd(sums_fn, head, hidden, targets, weights):
       return sums['loss'], sums
 
     (g_head, g_h), sums = jax.grad(loss_fn, (0, 1), has_aux=True)(head, h)
-    head_grad = jax.tree.map(
-      lambda total, g: total + g.astype(jnp.float32), head_grad, g_head
-    )
+    head_grad = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), head_grad, g_head)
     return (jax.tree.map(jnp.add, total, sums), head_grad), g_h
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
@@ -281,9 +262,7 @@ def _scan_sums_bwd(sums_fn, residuals, cotangents):
   del sums_fn
   head, head_grad, hidden_grad = residuals
   g = cotangents['loss']
-  head_grad = jax.tree.map(
-    lambda x, grad: (g * grad).astype(x.dtype), head, head_grad
-  )
+  head_grad = jax.tree.map(lambda x, grad: (g * grad).astype(x.dtype), head, head_grad)
   return head_grad, (g * hidden_grad).astype(hidden_grad.dtype), None, None
 
 
@@ -333,9 +312,7 @@ def loss_weights_and_normalizer(
     else:
       same = segments[:, :, None] == segments[:, None, :]
       per_example = jnp.sum(jnp.where(same, weights[:, None, :], 0), axis=-1)
-    weights = jnp.where(
-      weights == 0, 0.0, weights / jnp.where(per_example == 0, 1.0, per_example)
-    )
+    weights = jnp.where(weights == 0, 0.0, weights / jnp.where(per_example == 0, 1.0, per_example))
   normalizer = jnp.sum(weights)
   # A batch of nothing but padding has loss 0, not 0 / 0.
   return weights, jnp.where(normalizer == 0, 1.0, normalizer)

@@ -23,9 +23,7 @@ class MasterWeightsState(NamedTuple):
   inner: Any
 
 
-def master_weights(
-  inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
+def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """Returns `inner` applied to float32 copies of the parameters.
 
   The updates that come out lead from the parameters to the rounded copies,
@@ -40,24 +38,16 @@ def master_weights(
 
   def update(updates, state, params=None, *, learning_rate=None, **extra_args):
     if params is None or learning_rate is None:
-      raise ValueError(
-        'master_weights needs update(grads, state, params, learning_rate=...).'
-      )
+      raise ValueError('master_weights needs update(grads, state, params, learning_rate=...).')
     rate = jnp.float32(learning_rate)
     safe_rate = jnp.maximum(rate, jnp.finfo(jnp.float32).tiny)
     updates = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
-    steps, new = inner.update(
-      updates, state.inner, state.master, learning_rate=rate, **extra_args
-    )
+    steps, new = inner.update(updates, state.inner, state.master, learning_rate=rate, **extra_args)
     master = jax.tree.map(lambda m, u: m + rate * u, state.master, steps)
     # From each parameter to its copy: added, it rounds as the copy rounds. At
     # a rate of 0 nothing has moved.
     result = jax.tree.map(
-      lambda m, p: jnp.where(
-        rate > 0, (m - p.astype(jnp.float32)) / safe_rate, 0.0
-      ),
-      master,
-      params,
+      lambda m, p: jnp.where(rate > 0, (m - p.astype(jnp.float32)) / safe_rate, 0.0), master, params
     )
     return result, MasterWeightsState(master, new)
 

@@ -80,8 +80,7 @@ class OptimizerConfig:
       raise unknown('OptimizerConfig.name', self.name, OPTIMIZERS)
     if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
       raise UsageError(
-        f'OptimizerConfig.weight_decay is {self.weight_decay}; it must be 0 '
-        'or more.'
+        f'OptimizerConfig.weight_decay is {self.weight_decay}; it must be 0 or more.'
       )
     if self.global_norm_clip is not None and not self.global_norm_clip > 0:
       raise UsageError(
@@ -111,13 +110,7 @@ def _arguments(config: OptimizerConfig) -> dict[str, Any]:
   """Returns the keyword arguments of the optimizer's factory, checked."""
   accepted = set(inspect.signature(_factory(config.name)).parameters)
   # These are set by other fields, or not at all.
-  accepted -= {
-    'axes',
-    'learning_rate',
-    'mask',
-    'weight_decay',
-    'weight_decay_mask',
-  }
+  accepted -= {'axes', 'learning_rate', 'mask', 'weight_decay', 'weight_decay_mask'}
   arguments = {}
   for field in ('b1', 'b2', 'eps'):
     value = getattr(config, field)
@@ -137,11 +130,7 @@ def _arguments(config: OptimizerConfig) -> dict[str, Any]:
     arguments[name] = value
   for name, value in config.kwargs.items():
     if name not in accepted:
-      raise unknown(
-        f'An argument of {config.name} in OptimizerConfig.kwargs',
-        name,
-        accepted,
-      )
+      raise unknown(f'An argument of {config.name} in OptimizerConfig.kwargs', name, accepted)
     arguments[name] = value
   return arguments
 
@@ -173,9 +162,7 @@ def make_optimizer(
   def decayed(tree):
     return _map_paths(
       lambda name: (
-        not re.search(config.weight_decay_exclude, name)
-        if config.weight_decay_exclude
-        else True
+        not re.search(config.weight_decay_exclude, name) if config.weight_decay_exclude else True
       ),
       tree,
     )
@@ -198,17 +185,14 @@ def make_optimizer(
     tx = factory(**arguments)
   parts['optimizer'] = tx
   if config.weight_decay and not native_decay:
-    parts['weight_decay'] = optax.add_decayed_weights(
-      -config.weight_decay, decayed
-    )
+    parts['weight_decay'] = optax.add_decayed_weights(-config.weight_decay, decayed)
   tx = optax.named_chain(*parts.items())
   if config.master_weights:
     tx = master_weights(tx)
   if config.trainable is None:
     return tx
   labels = jax.tree.map(
-    lambda trained: 'trained' if trained else 'frozen',
-    trainable_mask(config, params),
+    lambda trained: 'trained' if trained else 'frozen', trainable_mask(config, params)
   )
   return optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
 
@@ -227,9 +211,7 @@ def _per_unit_rate(
     updates, state = make(learning_rate=rate).update(updates, state, params)
     return jax.tree.map(lambda u: u / rate, updates), state
 
-  return optax.GradientTransformationExtraArgs(
-    make(learning_rate=1.0).init, update
-  )
+  return optax.GradientTransformationExtraArgs(make(learning_rate=1.0).init, update)
 
 
 def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
@@ -251,9 +233,7 @@ def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
 
 
 def _map_paths(fn: Callable[[str], Any], tree: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: fn(pytrees.path_name(path)), tree
-  )
+  return jax.tree_util.tree_map_with_path(lambda path, _: fn(pytrees.path_name(path)), tree)
 
 
 def adamw_scale(
@@ -296,9 +276,7 @@ def adamw_scale(
 # ---- Axes of the optimizer's state ----
 
 
-def opt_state_axes(
-  tx: optax.GradientTransformation, params: Any, axes: Any
-) -> Any:
+def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> Any:
   """Returns the logical axes of every array in the optimizer's state.
 
   A leaf belongs to the parameter whose path its own path ends with. One of the
@@ -319,9 +297,7 @@ def opt_state_axes(
   leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
   known: dict[Path, tuple[tuple[int, ...], Axes]] = {
     pytrees.names_of(path): (leaf.shape, leaf_axes)
-    for (path, leaf), leaf_axes in zip(
-      leaves, treedef.flatten_up_to(axes), strict=True
-    )
+    for (path, leaf), leaf_axes in zip(leaves, treedef.flatten_up_to(axes), strict=True)
   }
 
   def find(path, leaf) -> Axes:
@@ -338,10 +314,7 @@ def opt_state_axes(
 
 
 def _leaf_axes(
-  field: str,
-  shape: tuple[int, ...],
-  param_shape: tuple[int, ...],
-  axes: Axes,
+  field: str, shape: tuple[int, ...], param_shape: tuple[int, ...], axes: Axes
 ) -> Axes:
   """Returns the axes of a state leaf that belongs to a parameter."""
   added = len(shape) - len(param_shape)

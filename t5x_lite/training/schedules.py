@@ -28,9 +28,7 @@ def unknown(name: str, value: str, allowed: Iterable[str]) -> UsageError:
   allowed = sorted(allowed)
   close = difflib.get_close_matches(value.lower(), allowed, n=1)
   hint = f' Did you mean {close[0]!r}?' if close else ''
-  return UsageError(
-    f'{name} is {value!r}; allowed: {", ".join(allowed)}.{hint}'
-  )
+  return UsageError(f'{name} is {value!r}; allowed: {", ".join(allowed)}.{hint}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,28 +73,14 @@ class ScheduleConfig:
   def __post_init__(self):
     if self.shape not in SHAPES:
       raise unknown('ScheduleConfig.shape', self.shape, SHAPES)
-    for name in (
-      'base_learning_rate',
-      'final_learning_rate',
-      'min_learning_rate',
-      'warmup_steps',
-    ):
+    for name in ('base_learning_rate', 'final_learning_rate', 'min_learning_rate', 'warmup_steps'):
       value = getattr(self, name)
       if not (value >= 0 and math.isfinite(value)):
-        raise UsageError(
-          f'ScheduleConfig.{name} is {value}; it must be 0 or more.'
-        )
-    for name in (
-      'steps_per_decay',
-      'steps_per_cycle',
-      'total_steps',
-      'decay_steps',
-    ):
+        raise UsageError(f'ScheduleConfig.{name} is {value}; it must be 0 or more.')
+    for name in ('steps_per_decay', 'steps_per_cycle', 'total_steps', 'decay_steps'):
       value = getattr(self, name)
       if value is not None and value < 1:
-        raise UsageError(
-          f'ScheduleConfig.{name} is {value}; it must be a positive number.'
-        )
+        raise UsageError(f'ScheduleConfig.{name} is {value}; it must be a positive number.')
     if self.shape == 'factors':
       names = _split(self.factors)
       for name in names:
@@ -135,9 +119,7 @@ def make_schedule(
   if config.shape == 'factors':
     return lambda step: _product(config, _steps(config, step))
   if config.shape == 'constant':
-    return lambda step: (
-      config.base_learning_rate * _warmup(config, _steps(config, step))
-    )
+    return lambda step: config.base_learning_rate * _warmup(config, _steps(config, step))
 
   total = config.total_steps
   if total is None and total_steps is not None:
@@ -177,9 +159,7 @@ def _steps(config: ScheduleConfig, step: ArrayLike) -> Array:
 def _warmup(config: ScheduleConfig, step: Array) -> Array:
   """Returns 0 at step 0 (as optax and HF do) and 1 from warmup_steps on."""
   return (
-    jnp.minimum(step / config.warmup_steps, 1.0)
-    if (config.warmup_steps)
-    else jnp.ones_like(step)
+    jnp.minimum(step / config.warmup_steps, 1.0) if (config.warmup_steps) else jnp.ones_like(step)
   )
 
 

@@ -27,16 +27,9 @@ def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key):
   targets_BL = batch['decoder_target_tokens']
   kwargs = {'z_loss': loss.z_loss, 'label_smoothing': loss.label_smoothing}
   if loss.chunk is None:
-    return losses.loss_sums(
-      model.project(hidden_BLD), targets_BL, weights, **kwargs
-    )
+    return losses.loss_sums(model.project(hidden_BLD), targets_BL, weights, **kwargs)
   return losses.chunked_cross_entropy(
-    model.projection(),
-    hidden_BLD,
-    targets_BL,
-    weights,
-    chunk=loss.chunk,
-    **kwargs,
+    model.projection(), hidden_BLD, targets_BL, weights, chunk=loss.chunk, **kwargs
   )
 
 
@@ -88,16 +81,12 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
     key = jax.random.fold_in(key, state.step)
-    weights, normalizer = losses.loss_weights_and_normalizer(
-      batch, loss.loss_normalizing_factor
-    )
+    weights, normalizer = losses.loss_weights_and_normalizer(batch, loss.loss_normalizing_factor)
 
     def loss_fn(params, batch, weights, key):
       if trainable is not None:
         params = jax.tree.map(
-          lambda p, train: p if train else jax.lax.stop_gradient(p),
-          params,
-          trainable,
+          lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable
         )
       sums = _sums(nnx.merge(graphdef, params), batch, weights, loss, key)
       return sums['loss'] / normalizer, sums
@@ -110,17 +99,13 @@ def make_train_step(
       def add(total, xs):
         part, weights, i = xs
         new = grad_fn(state.params, part, weights, jax.random.fold_in(key, i))
-        return jax.tree.map(
-          lambda a, b: a + b.astype(jnp.float32), total, new
-        ), None
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
 
       zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.float32),
         jax.eval_shape(grad_fn, state.params, batch, weights, key),
       )
-      parts, part_weights = _microbatches(
-        (dict(batch), weights), num_microbatches
-      )
+      parts, part_weights = _microbatches((dict(batch), weights), num_microbatches)
       (grads, sums), _ = jax.lax.scan(
         add, zeros, (parts, part_weights, jnp.arange(num_microbatches))
       )
@@ -175,10 +160,7 @@ def group_norms(grads: Any) -> dict[str, jax.Array]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     name = '/'.join(pytrees.names_of(path)[:2])
     groups.setdefault(name, []).append(leaf)
-  return {
-    GROUP_NORM + name: optax.global_norm(leaves)
-    for name, leaves in groups.items()
-  }
+  return {GROUP_NORM + name: optax.global_norm(leaves) for name, leaves in groups.items()}
 
 
 def _input_tokens(batch: Batch) -> jax.Array:

@@ -69,12 +69,8 @@ def make_spec(
       'pinned_host'; None is the device's own.
   """
   graphdef, params, params_axes = t5.abstract_params(cfg)
-  shapes = TrainState(
-    jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params)
-  )
-  axes = TrainState(
-    (), params_axes, optimizers.opt_state_axes(tx, params, params_axes)
-  )
+  shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))
+  axes = TrainState((), params_axes, optimizers.opt_state_axes(tx, params, params_axes))
   shardings = placement.shardings(shapes, axes)
   if opt_state_memory is not None:
     opt_state = jax.tree.map(
@@ -84,18 +80,13 @@ def make_spec(
     )
     shardings = dataclasses.replace(shardings, opt_state=opt_state)
   shapes = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
   return StateSpec(graphdef, shapes, axes, shardings)
 
 
 def init_state(
-  cfg: T5Config,
-  tx: optax.GradientTransformation,
-  spec: StateSpec,
-  key: jax.Array,
+  cfg: T5Config, tx: optax.GradientTransformation, spec: StateSpec, key: jax.Array
 ) -> TrainState:
   """Draws a new state, each array made where it will live."""
   init = functools.partial(_init, cfg=cfg, tx=tx)
@@ -108,15 +99,10 @@ def _init(key, *, cfg, tx):
 
 
 def start_from(
-  params: Any,
-  tx: optax.GradientTransformation,
-  spec: StateSpec,
-  step: int = 0,
+  params: Any, tx: optax.GradientTransformation, spec: StateSpec, step: int = 0
 ) -> TrainState:
   """Makes a state from given parameters with a fresh optimizer state."""
   init = jax.jit(tx.init, out_shardings=spec.shardings.opt_state)
   return TrainState(
-    jax.device_put(jnp.asarray(step, jnp.int32), spec.shardings.step),
-    params,
-    init(params),
+    jax.device_put(jnp.asarray(step, jnp.int32), spec.shardings.step), params, init(params)
   )

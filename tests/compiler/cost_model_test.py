@@ -47,9 +47,7 @@ def test_recomputing_more_saves_more():
 
 def test_hardware_flops_without_recomputation_are_the_models():
   plain = with_policy('none')
-  expected = flops.train_step_flops(
-    plain.model, batch_size=2048, inputs=512, targets=114
-  )
+  expected = flops.train_step_flops(plain.model, batch_size=2048, inputs=512, targets=114)
   np.testing.assert_allclose(cost_model.hardware_flops(plain), expected)
 
 
@@ -79,9 +77,7 @@ def test_levers_only_name_what_helps():
   assert "remat_policy = 'full'" in texts
   assert 'chunk' in texts and 'num_microbatches = 2' in texts
   # Nothing is left of recomputation to recommend.
-  assert 'T5Config.remat' not in ' '.join(
-    lever.text for lever in cost_model.levers(setup())
-  )
+  assert 'T5Config.remat' not in ' '.join(lever.text for lever in cost_model.levers(setup()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +89,7 @@ class Device:
 
 def grid(*shape, slices=1):
   return [
-    Device(tuple(int(i) for i in index), s)
-    for s in range(slices)
-    for index in np.ndindex(*shape)
+    Device(tuple(int(i) for i in index), s) for s in range(slices) for index in np.ndindex(*shape)
   ]
 
 
@@ -113,9 +107,7 @@ def grid(*shape, slices=1):
     (V5P, grid(4, 4, 4), range(64), 6),
   ],
 )
-def test_collectives_use_the_links_of_the_dims_they_span(
-  chip, devices, group, links
-):
+def test_collectives_use_the_links_of_the_dims_they_span(chip, devices, group, links):
   one = Collective('all-gather', 1e9, tuple(group), 3)
   seconds = cost_model.network_seconds(chip, devices, [one])
   expected = 3e9 / chip.link_bandwidth / links

@@ -54,20 +54,13 @@ def test_forward_flops_are_those_of_the_models_matmuls(overrides):
 
 def test_training_costs_three_forward_passes():
   cfg = named_config('t5_1_1_small')
-  batch = {
-    'encoder_input_tokens': np.zeros((3, 10)),
-    'decoder_target_tokens': np.zeros((3, 7)),
-  }
-  assert flops.batch_train_flops(cfg, batch) == 3 * flops.forward_flops(
-    cfg, **SHAPE
-  )
+  batch = {'encoder_input_tokens': np.zeros((3, 10)), 'decoder_target_tokens': np.zeros((3, 7))}
+  assert flops.batch_train_flops(cfg, batch) == 3 * flops.forward_flops(cfg, **SHAPE)
 
 
 def test_long_batches_cost_six_flops_a_parameter_and_token():
   """Up to attention, the rule of thumb of 6 N (Kaplan et al. 2020)."""
   cfg = named_config('t5_1_1_xxl')
-  per_token = (
-    flops.train_step_flops(cfg, batch_size=1, inputs=512, targets=512) / 512
-  )
+  per_token = flops.train_step_flops(cfg, batch_size=1, inputs=512, targets=512) / 512
   layers = 24 * (12 * 4096**2 + 6 * 4096 * 10240) + 4096 * 32128
   assert per_token == pytest.approx(6 * layers, rel=0.05)

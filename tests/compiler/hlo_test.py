@@ -74,8 +74,7 @@ def test_what_passes_through_a_fusion_is_not_traffic():
     ('replica_groups=[4,2]<=[4,2]T(1,0)', (0, 2)),
     ('replica_groups=[2,4]<=[2,2,2]T(1,0,2)', (0, 1, 4, 5)),
     (
-      "replica_groups=mesh['axis_0'=2,'axis_1'=4], "
-      "device_ids=([2,2,2]T(1,0,2)) {'axis_0'}, dims",
+      "replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_0'}, dims",
       (0, 2),
     ),
     (
@@ -109,9 +108,7 @@ def test_a_program_of_this_machine():
   x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=cut)
   stack = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32, sharding=whole)
   text = jax.jit(step, out_shardings=cut).lower(x, stack).compile().as_text()
-  gathers = [
-    c for c in hlo.HloModule(text, 8).collectives() if c.kind == 'all-gather'
-  ]
+  gathers = [c for c in hlo.HloModule(text, 8).collectives() if c.kind == 'all-gather']
   assert sum(c.count for c in gathers) == 5
   total = sum(c.count * c.bytes for c in gathers)
   np.testing.assert_allclose(total, 5 * 16 * 32 * 4 * 7 / 8)

@@ -34,28 +34,18 @@ def test_a_compiled_step_runs_in_place():
   program = train_program()
   compiled = program.lower().compile()
   model = tiny.config(num_encoder_layers=1, num_decoder_layers=1)
-  key = jax.jit(
-    lambda: jax.random.key(0),
-    out_shardings=partitioning.replicated(program.mesh),
-  )()
+  key = jax.jit(lambda: jax.random.key(0), out_shardings=partitioning.replicated(program.mesh))()
   state = train_state.init_state(model, program.tx, program.spec, key)
   embedding = state.params['token_embedder']['embedding']
   rng = np.random.default_rng(0)
   batch = partitioning.global_batch(
-    {
-      name: rng.integers(1, 9, x.shape).astype(x.dtype)
-      for name, x in program.arguments[1].items()
-    },
+    {name: rng.integers(1, 9, x.shape).astype(x.dtype) for name, x in program.arguments[1].items()},
     program.mesh,
   )
   state, metrics = compiled(state, batch, key)
   assert int(state.step) == 1 and np.isfinite(float(metrics['loss']))
   assert embedding.is_deleted()
-  for x, s in zip(
-    jax.tree.leaves(state),
-    jax.tree.leaves(program.spec.shardings),
-    strict=True,
-  ):
+  for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(program.spec.shardings), strict=True):
     assert x.sharding.is_equivalent_to(s, x.ndim)
 
 

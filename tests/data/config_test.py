@@ -13,11 +13,7 @@ LENGTHS = {'inputs': 24, 'targets': 16}
 
 
 def config(**kwargs):
-  values = {
-    'mixture_or_task_name': 'any',
-    'task_feature_lengths': LENGTHS,
-    'batch_size': 4,
-  }
+  values = {'mixture_or_task_name': 'any', 'task_feature_lengths': LENGTHS, 'batch_size': 4}
   return DatasetConfig(**values | kwargs)
 
 

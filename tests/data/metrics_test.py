@@ -27,12 +27,9 @@ def test_edits_are_the_fewest():
   for tokens in ('ab', ['', 'B', 'AW1', '\u00e9', '\U0001f600']):
     for _ in range(200):
       wanted, got = (
-        [generator.choice(tokens) for _ in range(generator.randrange(least, 7))]
-        for least in (1, 0)
+        [generator.choice(tokens) for _ in range(generator.randrange(least, 7))] for least in (1, 0)
       )
-      rate = metrics.token_error_rate(
-        [json.dumps(wanted)], [json.dumps(got)], json.loads
-      )
+      rate = metrics.token_error_rate([json.dumps(wanted)], [json.dumps(got)], json.loads)
       edits = reference_edit_distance(wanted, got)
       assert rate == pytest.approx(100.0 * edits / len(wanted))
 
@@ -46,9 +43,7 @@ def test_pronunciation_is_right_if_it_equals_any_reference():
 
 
 def test_stress_counts_and_can_be_left_out():
-  scores = metrics.pronunciation_error_rates(
-    [['AH0 B', 'EY1'], 'K AE1 T'], ['EY2', 'K AA1 T']
-  )
+  scores = metrics.pronunciation_error_rates([['AH0 B', 'EY1'], 'K AE1 T'], ['EY2', 'K AA1 T'])
   assert scores == {
     'word_error_rate': 100.0,
     'phoneme_error_rate': pytest.approx(200 / 4),
@@ -79,9 +74,7 @@ def test_transcription_error_rates():
 
 def test_accuracies():
   targets, predictions = ['de', ['fr', 'fr-CA'], 'nl'], [' de', 'fr-CA', 'da']
-  assert metrics.accuracy(targets, predictions)['accuracy'] == (
-    pytest.approx(200 / 3)
-  )
+  assert metrics.accuracy(targets, predictions)['accuracy'] == (pytest.approx(200 / 3))
   assert metrics.sequence_accuracy(targets, predictions) == {
     'sequence_accuracy': pytest.approx(100 / 3)
   }
@@ -134,9 +127,7 @@ def test_every_metric_is_perfect_on_itself_and_returns_floats(name):
   scores = metrics.METRICS[name](texts, texts)
   for key, value in scores.items():
     assert isinstance(value, float)
-    assert value == pytest.approx(
-      0.0 if 'error_rate' in key or 'distance' in key else 100.0
-    )
+    assert value == pytest.approx(0.0 if 'error_rate' in key or 'distance' in key else 100.0)
 
 
 def test_errors():

@@ -145,11 +145,7 @@ def test_holding_out_is_stable_and_keeps_equal_inputs_together():
 def test_fingerprint_tells_content_and_order():
   prints = {
     pairs.read(rows).fingerprint()
-    for rows in (
-      [('a', 'b'), ('c', 'd')],
-      [('c', 'd'), ('a', 'b')],
-      [('ac', 'b'), ('x', 'd')],
-    )
+    for rows in ([('a', 'b'), ('c', 'd')], [('c', 'd'), ('a', 'b')], [('ac', 'b'), ('x', 'd')])
   }
   assert len(prints) == 3
 

@@ -20,11 +20,7 @@ def write(path, data):
 @pytest.mark.parametrize('name', ['x.tsv', 'x.tsv.gz'])
 def test_tsv_keeps_odd_rows(tmp_path, name):
   path = write(tmp_path / name, f'{ODD}\t1\t\n\n\t\t\n"x\t2\ty"\n')
-  assert list(records.rows(path, [0, 1])) == [
-    (ODD, '1'),
-    ('', ''),
-    ('"x', '2'),
-  ]
+  assert list(records.rows(path, [0, 1])) == [(ODD, '1'), ('', ''), ('"x', '2')]
   assert list(records.rows(path, [2])) == [('',), ('',), ('y"',)]
 
 
@@ -45,10 +41,7 @@ def test_a_torn_tsv_row_is_named(tmp_path):
 
 
 def test_jsonl(tmp_path):
-  entries = [
-    {'q': ODD, 'a': 'x\ny', 'n': 1},
-    {'q': 'Ü', 'a': '', 'n': 2.5, 'more': None},
-  ]
+  entries = [{'q': ODD, 'a': 'x\ny', 'n': 1}, {'q': 'Ü', 'a': '', 'n': 2.5, 'more': None}]
   text = '\n'.join(json.dumps(entry) for entry in entries) + '\n\n'
   path = write(tmp_path / 'x.jsonl', text)
   assert list(records.rows(path, ['q', 'a'])) == [
@@ -184,9 +177,7 @@ def test_json_errors(tmp_path, text, message):
 
 def test_nested_fields(tmp_path):
   path = write(tmp_path / 'x.jsonl', '{"translation": {"en": "a", "de": "b"}}')
-  assert list(records.rows(path, ['translation.de', 'translation.en'])) == [
-    ('b', 'a')
-  ]
+  assert list(records.rows(path, ['translation.de', 'translation.en'])) == [('b', 'a')]
   with pytest.raises(UsageError, match=r"'translation\.fr' must be text"):
     list(records.rows(path, ['translation.fr']))
 
@@ -194,10 +185,7 @@ def test_nested_fields(tmp_path):
 def test_half_a_character_is_refused(tmp_path):
   # JSON can say it, UTF-8 and so every vocabulary cannot.
   path = write(tmp_path / 'x.jsonl', r'{"q": "fine"}' + '\n{"q": "a\\ud83d"}')
-  for call in (
-    lambda: list(records.rows(path, ['q'])),
-    lambda: list(records.texts(path)),
-  ):
+  for call in (lambda: list(records.rows(path, ['q'])), lambda: list(records.texts(path))):
     with pytest.raises(UsageError, match=r':2: .* half of a surrogate pair'):
       call()
 

@@ -14,8 +14,7 @@ NUM_EXAMPLES = 300
 # Example i is: inputs = [i + 3] * (1 + i % 11), targets = [i + 3, 1].
 FIRST_ID = 3
 FEATURES = {
-  name: seqio.Feature(seqio.PassThroughVocabulary(512), dtype=tf.int32)
-  for name in LENGTHS
+  name: seqio.Feature(seqio.PassThroughVocabulary(512), dtype=tf.int32) for name in LENGTHS
 }
 
 
@@ -32,9 +31,7 @@ def _examples(offset=0, num=NUM_EXAMPLES):
     del split, shuffle_files, seed
     return tf.data.Dataset.range(offset, offset + num).map(make)
 
-  return seqio.FunctionDataSource(
-    dataset_fn, splits=['train'], num_input_examples={'train': num}
-  )
+  return seqio.FunctionDataSource(dataset_fn, splits=['train'], num_input_examples={'train': num})
 
 
 @seqio.map_over_dataset(num_seeds=1)
@@ -44,9 +41,7 @@ def _drop_tokens(example, seed):
 
 
 def _stateful(ds):
-  return ds.map(
-    lambda ex: ex | {'inputs': tf.random.shuffle(ex['inputs'], seed=1)}
-  )
+  return ds.map(lambda ex: ex | {'inputs': tf.random.shuffle(ex['inputs'], seed=1)})
 
 
 def _python(ds):
@@ -58,9 +53,7 @@ def _python(ds):
 
 
 def _with(**values):
-  return lambda ds: ds.map(
-    lambda ex: ex | {k: tf.constant(v, tf.int32) for k, v in values.items()}
-  )
+  return lambda ds: ds.map(lambda ex: ex | {k: tf.constant(v, tf.int32) for k, v in values.items()})
 
 
 @contextlib.contextmanager
@@ -86,9 +79,7 @@ def registered():
   add('dt_zero', _with(inputs=[5, 0, 6]))
   add('dt_big_id', _with(targets=[512]))
   add('dt_none', source=_examples(0, 0))
-  floats = FEATURES | {
-    'inputs': seqio.ContinuousFeature(dtype=tf.float32, rank=1)
-  }
+  floats = FEATURES | {'inputs': seqio.ContinuousFeature(dtype=tf.float32, rank=1)}
   add('dt_float', features=floats)
   seqio.MixtureRegistry.add('dt_mixture', [('dt_low', 1), ('dt_high', 2)])
   seqio.MixtureRegistry.add('dt_mixed', [('dt_random', 1), ('dt_plain', 1)])
@@ -116,9 +107,7 @@ def take(iterator, num):
 
 
 def batches(cfg, num, index=0, count=1):
-  iterator = dataset_iterator.DatasetIterator(
-    cfg, process_index=index, process_count=count
-  )
+  iterator = dataset_iterator.DatasetIterator(cfg, process_index=index, process_count=count)
   try:
     return take(iterator, num)
   finally:
@@ -126,9 +115,7 @@ def batches(cfg, num, index=0, count=1):
 
 
 def all_batches(cfg, index=0, count=1):
-  iterator = dataset_iterator.DatasetIterator(
-    cfg, process_index=index, process_count=count
-  )
+  iterator = dataset_iterator.DatasetIterator(cfg, process_index=index, process_count=count)
   found = list(iterator)
   iterator.close()
   return found

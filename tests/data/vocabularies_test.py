@@ -19,9 +19,7 @@ def test_official_vocabulary_has_its_published_ids():
   assert vocabulary.encode('The house is wonderful.') == [
     37, 629, 19, 1627, 5,
   ]  # fmt: skip
-  assert vocabulary.decode([37, 629, 19, 1627, 5, 1, 37]) == (
-    'The house is wonderful.'
-  )
+  assert vocabulary.decode([37, 629, 19, 1627, 5, 1, 37]) == ('The house is wonderful.')
 
 
 @pytest.mark.parametrize('extra_ids', [1, 100, 300])
@@ -64,11 +62,7 @@ def test_passthrough_reads_and_writes_numbers():
 
 @pytest.mark.parametrize(
   'config',
-  [
-    VocabularyConfig(),
-    VocabularyConfig(kind='byte'),
-    VocabularyConfig(kind='passthrough', size=9),
-  ],
+  [VocabularyConfig(), VocabularyConfig(kind='byte'), VocabularyConfig(kind='passthrough', size=9)],
   ids=lambda config: config.kind,
 )
 def test_negative_ids_are_an_error(config):

@@ -16,28 +16,17 @@ MESH = MeshConfig(data=1, model=8)
 
 
 def make_predictor(cfg, mesh=MESH, **overrides):
-  arguments = dict(
-    decoding=DecodingConfig(max_decode_length=6),
-    batch_size=4,
-    max_input_length=40,
-  )
+  arguments = dict(decoding=DecodingConfig(max_decode_length=6), batch_size=4, max_input_length=40)
   placement = model_sharding.place_model(cfg, mesh)
-  return prediction.Predictor(
-    cfg, placement=placement, **{**arguments, **overrides}
-  )
+  return prediction.Predictor(cfg, placement=placement, **{**arguments, **overrides})
 
 
 def place(predictor, params):
-  return jax.tree.map(
-    lambda x, y: jax.device_put(x, y.sharding),
-    params,
-    predictor.abstract_params,
-  )
+  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, predictor.abstract_params)
 
 
 @pytest.mark.parametrize(
-  'longest, lengths',
-  [(5, {5}), (16, {16}), (40, {16, 32, 40}), (None, {16, 32, 64})],
+  'longest, lengths', [(5, {5}), (16, {16}), (40, {16, 32, 40}), (None, {16, 32, 64})]
 )
 def test_sizes_are_few(longest, lengths):
   found = set()
@@ -108,9 +97,7 @@ def test_one_compilation_a_size(monkeypatch):
 
 
 def test_batches_fill_the_mesh():
-  predictor = make_predictor(
-    tiny.config(), MeshConfig(data=4, model=2), batch_size=5
-  )
+  predictor = make_predictor(tiny.config(), MeshConfig(data=4, model=2), batch_size=5)
   assert predictor.batch_size == 8
 
 

@@ -127,8 +127,6 @@ def test_score_is_the_sequences_log_probability():
     if a == 1 and b != 1:
       continue
     prompt = jnp.asarray([[a, b if a != 1 else 0]], jnp.int32)
-    _, scores = run(
-      DecodingConfig(max_decode_length=2), batch_size=1, prompt_BP=prompt
-    )
+    _, scores = run(DecodingConfig(max_decode_length=2), batch_size=1, prompt_BP=prompt)
     total += math.exp(float(scores[0]))
   assert abs(total - 1.0) < 1e-4

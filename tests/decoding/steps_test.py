@@ -14,12 +14,8 @@ def test_greedy_prediction_is_argmax_of_the_full_forward():
   graphdef, _, _ = t5.abstract_params(cfg)
   params = tiny.params(cfg)
   batch = tiny.batch()
-  predict = steps.make_predict_step(
-    graphdef, DecodingConfig(max_decode_length=8)
-  )
-  tokens, scores = jax.jit(predict)(
-    params, {'encoder_input_tokens': batch['encoder_input_tokens']}
-  )
+  predict = steps.make_predict_step(graphdef, DecodingConfig(max_decode_length=8))
+  tokens, scores = jax.jit(predict)(params, {'encoder_input_tokens': batch['encoder_input_tokens']})
   tokens = np.asarray(tokens)
   full = {
     'encoder_input_tokens': batch['encoder_input_tokens'],
@@ -34,11 +30,7 @@ def test_greedy_prediction_is_argmax_of_the_full_forward():
   scored = dict(
     full,
     decoder_target_tokens=tokens,
-    decoder_loss_weights=(
-      np.cumsum(tokens == 1, 1) - (tokens == 1) == 0
-    ).astype(np.float32),
+    decoder_loss_weights=(np.cumsum(tokens == 1, 1) - (tokens == 1) == 0).astype(np.float32),
   )
   score = jax.jit(steps.make_score_step(graphdef))
-  np.testing.assert_allclose(
-    score(params, scored), scores, rtol=1e-4, atol=1e-4
-  )
+  np.testing.assert_allclose(score(params, scored), scores, rtol=1e-4, atol=1e-4)

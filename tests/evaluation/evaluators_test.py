@@ -50,9 +50,7 @@ def test_teacher_forced_is_the_mean_over_all_tokens(setting):
     correct += float(np.sum((np.argmax(logits, -1) == targets) * weights))
   iterator.close()
   assert metrics['loss'] == pytest.approx(total / weight, rel=1e-5)
-  assert metrics['perplexity'] == pytest.approx(
-    np.exp(total / weight), rel=1e-4
-  )
+  assert metrics['perplexity'] == pytest.approx(np.exp(total / weight), rel=1e-4)
   assert metrics['accuracy'] == pytest.approx(correct / weight)
   assert metrics['target_tokens'] == weight
 
@@ -126,9 +124,7 @@ def test_decoded_gives_tasks_what_seqio_gives_them(setting):
 def test_every_task_of_a_mixture_is_evaluated_by_itself(setting):
   cfg, where, _ = setting
   one = config('quickstart_mixture_byte')
-  found = evaluators.Evaluators(
-    cfg, tiny_run.VOCABULARY, **where, infer_eval=[one]
-  )
+  found = evaluators.Evaluators(cfg, tiny_run.VOCABULARY, **where, infer_eval=[one])
   assert sorted(found.names) == ['language_id', 'pronounce', 'syllables']
 
 

@@ -73,9 +73,7 @@ def toy(tmp_path, monkeypatch):
 
 def configure(toy, *flags, files=('toy.gin',), program=None, **kwargs):
   bindings = [configuration.binding(*flag.split('=', 1)) for flag in flags]
-  return configuration.configure(
-    program or toy.run, gin_files=files, bindings=bindings, **kwargs
-  )
+  return configuration.configure(program or toy.run, gin_files=files, bindings=bindings, **kwargs)
 
 
 def test_files_macros_and_flags_reach_the_program(toy):
@@ -172,9 +170,7 @@ def test_a_file_may_configure_other_programs_too(toy, tmp_path):
   assert configure(toy, 'STEPS=1', **flags).call()['steps'] == 1
 
 
-def test_an_override_may_leave_a_file_of_the_package_without_use(
-  toy, tmp_path, monkeypatch
-):
+def test_an_override_may_leave_a_file_of_the_package_without_use(toy, tmp_path, monkeypatch):
   (tmp_path / 'configs' / 'runs').mkdir(parents=True)
   (tmp_path / 'configs' / 'runs' / 'toy.gin').write_text(CONFIG)
   monkeypatch.setattr(configuration, 'shipped_root', lambda: tmp_path)

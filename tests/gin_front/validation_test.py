@@ -18,10 +18,7 @@ from tests.gin_front.configuration_test import configure, toy  # noqa: F401
       ['STEPS=1', 'trian/Data.batch_size=2'],
       r"do nothing: no scope 'trian' ever calls toy\.Data.*mean train\?",
     ),
-    (
-      ['STEPS=1', 'train/Model.emb_dim=2'],
-      r'train/toy\.Model\.emb_dim would do nothing',
-    ),
+    (['STEPS=1', 'train/Model.emb_dim=2'], r'train/toy\.Model\.emb_dim would do nothing'),
     (
       ['STEPS=1', 'toy.run.data=None', 'toy.Model.name=%MODEEL'],
       r'%MODEEL is used and never set.*mean MODEL',
@@ -89,7 +86,5 @@ def test_mistakes_in_files_name_the_place(toy, tmp_path, line, message):  # noqa
 
 
 def test_suggest():
-  assert validation.suggest('trian', ['train', 'eval']) == (
-    '; did you mean train?'
-  )
+  assert validation.suggest('trian', ['train', 'eval']) == ('; did you mean train?')
   assert validation.suggest('zzz', ['train']) == ''

@@ -55,9 +55,7 @@ def spec():
 
 @pytest.fixture(scope='module')
 def iterator():
-  cfg = start_checks.resolve_dataset(
-    tiny_run.dataset(), tiny_run.model(), tiny_run.VOCABULARY
-  )
+  cfg = start_checks.resolve_dataset(tiny_run.dataset(), tiny_run.model(), tiny_run.VOCABULARY)
   iterator = DatasetIterator(cfg)
   yield iterator
   iterator.close()
@@ -82,9 +80,7 @@ def damage(path, kind, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['flipped', 'cut', 'deleted'])
 def test_every_file_in_turn(run, spec, iterator, tmp_path, kind):
-  saved = {
-    step: restoring.load_arrays(f'{run}/checkpoints/{step}') for step in (4, 6)
-  }
+  saved = {step: restoring.load_arrays(f'{run}/checkpoints/{step}') for step in (4, 6)}
   rng = random.Random(0)
   outcomes = set()
   for name in files(run):
@@ -93,9 +89,7 @@ def test_every_file_in_turn(run, spec, iterator, tmp_path, kind):
     shutil.copytree(run, copy)
     damage(copy / 'checkpoints' / '6' / name, kind, rng)
     with Checkpointer(str(copy), CONFIG) as checkpointer:
-      state, meta = checkpointer.restore(
-        spec, iterator, verify=verification.verify
-      )
+      state, meta = checkpointer.restore(spec, iterator, verify=verification.verify)
     step = int(state.step)
     assert meta['step'] == step
     assert checkpointer.damaged == ([] if step == 6 else [6]), name

@@ -87,11 +87,7 @@ def test_any_bytes_as_safetensors(tmp_path):
   data = safetensors.numpy.save(ARRAYS)
 
   @hypothesis.settings(fuzz.settings, max_examples=200 * fuzz.SCALE)
-  @hypothesis.given(
-    st.one_of(
-      st.binary(max_size=40), fuzz.mutated(data), fuzz.mutated(data[:9])
-    )
-  )
+  @hypothesis.given(st.one_of(st.binary(max_size=40), fuzz.mutated(data), fuzz.mutated(data[:9])))
   def check(changed):
     path.write_bytes(changed)
     check_folder(tmp_path, None)
@@ -104,9 +100,7 @@ def test_any_bytes_as_safetensors(tmp_path):
 def test_any_header_of_safetensors(tmp_path):
   path = tmp_path / 'model.safetensors'
   header, numbers = split(safetensors.numpy.save(ARRAYS))
-  kinds = st.sampled_from(
-    'F64 F32 F16 BF16 I64 I8 BOOL U8 F8_E4M3 F8_E5M2 F4 C64 f32 X'.split()
-  )
+  kinds = st.sampled_from('F64 F32 F16 BF16 I64 I8 BOOL U8 F8_E4M3 F8_E5M2 F4 C64 f32 X'.split())
   number = st.one_of(unsigned(64), st.just(-1), st.floats(), st.none())
   entry = st.fixed_dictionaries(
     {},
@@ -125,8 +119,7 @@ def test_any_header_of_safetensors(tmp_path):
     st.one_of(st.none(), st.none(), unsigned(64)),
     st.one_of(st.none(), st.integers(0, len(numbers))),
     st.dictionaries(
-      st.sampled_from(['__metadata__', 'd']),
-      st.one_of(entry, fuzz.json_values('pt')),
+      st.sampled_from(['__metadata__', 'd']), st.one_of(entry, fuzz.json_values('pt'))
     ),
   )
   def check(name, change, size, cut, more):
@@ -140,9 +133,7 @@ def test_any_header_of_safetensors(tmp_path):
 @pytest.mark.parametrize('end', ['"a":{}', '"a":' + '[' * 200_000])
 def test_headers_that_lie_about_their_size(tmp_path, end):
   for size in (2**63, 2**40, 100_000_000, 99_999_999):
-    (tmp_path / 'model.safetensors').write_bytes(
-      struct.pack('<Q', size) + b'{' + end.encode()
-    )
+    (tmp_path / 'model.safetensors').write_bytes(struct.pack('<Q', size) + b'{' + end.encode())
     check_folder(tmp_path, None)
 
 
@@ -157,8 +148,7 @@ def good(tmp_path_factory):
   path = tmp_path_factory.mktemp('good') / 'model'
   vocabulary = VocabularyConfig(path='package:quickstart')
   config = tiny_run.model(
-    vocab_size=vocabularies.make_vocabulary(vocabulary).vocab_size,
-    scan_layers=False,
+    vocab_size=vocabularies.make_vocabulary(vocabulary).vocab_size, scan_layers=False
   )
   t5x_lite.new(config, vocabulary).save(str(path), format='hf')
   return path
@@ -188,9 +178,7 @@ def open_all(folder):
   return found
 
 
-@pytest.mark.parametrize(
-  'name', ['config.json', 'tokenizer_config.json', 'tokenizer.json']
-)
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer_config.json', 'tokenizer.json'])
 def test_damaged_json(folder, name):
   assert open_all(folder) is not None
   path = folder / name
@@ -232,9 +220,7 @@ def test_any_setting_in_config_json(folder):
   @hypothesis.settings(fuzz.settings, max_examples=400 * fuzz.SCALE)
   @hypothesis.given(
     st.dictionaries(
-      st.sampled_from(keys),
-      any_value('umt5', 'mt5', 'gated-', 'gated-gelu', 'relu', 4),
-      max_size=3,
+      st.sampled_from(keys), any_value('umt5', 'mt5', 'gated-', 'gated-gelu', 'relu', 4), max_size=3
     )
   )
   def check(changes):
@@ -253,9 +239,7 @@ def test_any_setting_of_the_tokenizer(good, folder):
   @hypothesis.settings(fuzz.settings, max_examples=150 * fuzz.SCALE)
   @hypothesis.given(
     st.booleans(),
-    st.dictionaries(
-      st.sampled_from(keys), any_value('ByT5Tokenizer', ['<extra_id_0>'])
-    ),
+    st.dictionaries(st.sampled_from(keys), any_value('ByT5Tokenizer', ['<extra_id_0>'])),
   )
   def check(spiece, changes):
     path.write_text(json.dumps({**entry, **changes}))
@@ -294,9 +278,7 @@ def test_any_entry_of_tokenizer_json(folder):
   ]
 
   @hypothesis.settings(fuzz.settings, max_examples=250 * fuzz.SCALE)
-  @hypothesis.given(
-    st.sampled_from(places), any_value('Unigram', 'Precompiled', 'AAAA')
-  )
+  @hypothesis.given(st.sampled_from(places), any_value('Unigram', 'Precompiled', 'AAAA'))
   def check(place, value):
     changed = json.loads(json.dumps(entry))
     inside = changed
@@ -320,11 +302,7 @@ def test_any_index_of_shards(folder):
   maps = st.dictionaries(st.text(max_size=3), names, max_size=3)
 
   @hypothesis.settings(fuzz.settings, max_examples=150 * fuzz.SCALE)
-  @hypothesis.given(
-    st.one_of(
-      st.fixed_dictionaries({'weight_map': st.one_of(maps, names)}), names
-    )
-  )
+  @hypothesis.given(st.one_of(st.fixed_dictionaries({'weight_map': st.one_of(maps, names)}), names))
   def check(value):
     path.write_text(json.dumps(value))
     open_all(folder)
@@ -334,9 +312,7 @@ def test_any_index_of_shards(folder):
 
 def test_any_names_and_shapes_of_tensors(folder):
   path = folder / hf.WEIGHTS
-  arrays = {
-    name: tensor.read() for name, tensor in hf.read_tensors(folder).items()
-  }
+  arrays = {name: tensor.read() for name, tensor in hf.read_tensors(folder).items()}
   names = st.one_of(
     st.sampled_from(
       [
@@ -355,9 +331,7 @@ def test_any_names_and_shapes_of_tensors(folder):
   shapes = st.lists(st.integers(0, 4), max_size=3)
 
   @hypothesis.settings(fuzz.settings, max_examples=200 * fuzz.SCALE)
-  @hypothesis.given(
-    st.dictionaries(names, shapes, max_size=2), st.lists(names, max_size=1)
-  )
+  @hypothesis.given(st.dictionaries(names, shapes, max_size=2), st.lists(names, max_size=1))
   def check(added, removed):
     made = {name: np.zeros(shape, np.float32) for name, shape in added.items()}
     kept = {k: v for k, v in arrays.items() if k not in removed}

@@ -41,17 +41,13 @@ def rows_of(lengths, examples, num_open_rows, window, restart):
   """Packs window by window; restarted from its state after every one."""
 
   def new():
-    return packing.Packer(
-      lengths, {'weights': 'targets'}, num_open_rows=num_open_rows
-    )
+    return packing.Packer(lengths, {'weights': 'targets'}, num_open_rows=num_open_rows)
 
   packer, buffer = new(), row_buffer.RowBuffer()
   count = len(examples['inputs'].lengths)
   for start in range(0, count, window):
     index = np.arange(start, min(start + window, count))
-    buffer.push(
-      packer.add({k: packing.take(v, index) for k, v in examples.items()})
-    )
+    buffer.push(packer.add({k: packing.take(v, index) for k, v in examples.items()}))
     if restart:
       state = packer.state()
       packer = new()
@@ -91,9 +87,7 @@ def test_every_token_once_in_order_and_apart(stream):
     assert rows[name].shape == (buffer.num_rows, length)
     wanted = {}
     ragged = examples[name]
-    for i, values in enumerate(
-      np.split(ragged.values, np.cumsum(ragged.lengths)[:-1])
-    ):
+    for i, values in enumerate(np.split(ragged.values, np.cumsum(ragged.lengths)[:-1])):
       if len(values):
         wanted[values[0]] = (i, values)
     seen = 0
@@ -106,9 +100,7 @@ def test_every_token_once_in_order_and_apart(stream):
       seen += 1
     assert seen == len(wanted)
   held = rows['targets_segment_ids'] > 0
-  np.testing.assert_array_equal(
-    rows['weights'], np.where(held, rows['targets'] * 0.5, 0.0)
-  )
+  np.testing.assert_array_equal(rows['weights'], np.where(held, rows['targets'] * 0.5, 0.0))
   # However the stream is cut into windows, and whether or not it was resumed.
   for other in (
     rows_of(lengths, examples, num_open_rows, window, restart=True),
@@ -123,9 +115,7 @@ def test_every_token_once_in_order_and_apart(stream):
     parts.append(buffer.pop(batch))
     assert len(parts[-1]['inputs']) <= batch
   for name, array in rows.items():
-    np.testing.assert_array_equal(
-      np.concatenate([p[name] for p in parts]), array
-    )
+    np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
 
 
 @hypothesis.settings(fuzz.settings, max_examples=200 * fuzz.SCALE)
@@ -145,9 +135,7 @@ def test_rows_that_are_not_packed(stream):
 
 
 @hypothesis.settings(fuzz.settings, max_examples=100 * fuzz.SCALE)
-@hypothesis.given(
-  st.integers(1, 5), st.lists(st.integers(0, 9), min_size=1, max_size=5)
-)
+@hypothesis.given(st.integers(1, 5), st.lists(st.integers(0, 9), min_size=1, max_size=5))
 def test_what_is_too_long_is_refused(length, sizes):
   ragged = packing.Ragged.from_arrays([np.ones(n) for n in sizes], np.int32)
   packer = packing.Packer({'inputs': length})

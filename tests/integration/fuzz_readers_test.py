@@ -105,8 +105,7 @@ def json_values(*special):
   return st.recursive(
     leaf,
     lambda inner: st.one_of(
-      st.lists(inner, max_size=3),
-      st.dictionaries(st.text(max_size=3), inner, max_size=3),
+      st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)
     ),
     max_leaves=6,
   )
@@ -211,9 +210,7 @@ def test_damaged_saved_datasets(saved_dataset, data):
     files_of = st.fixed_dictionaries(
       {key: st.lists(st.fixed_dictionaries({'filename': values}), max_size=2)}
     )
-    encoded = st.one_of(entry, files_of, values).map(
-      lambda value: json.dumps(value).encode()
-    )
+    encoded = st.one_of(entry, files_of, values).map(lambda value: json.dumps(value).encode())
     how = st.one_of(how, encoded)
   try:
     path.write_bytes(data.draw(how))
@@ -235,9 +232,7 @@ def saved_dataset(folder):
 
 # What a user's text may hold: all of Unicode but halves of pairs, which UTF-8
 # cannot say. Blank rows are skipped on purpose.
-TEXTS = st.text(st.characters(exclude_categories=['Cs']), max_size=20).filter(
-  str.strip
-)
+TEXTS = st.text(st.characters(exclude_categories=['Cs']), max_size=20).filter(str.strip)
 LISTS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6)
 WRITERS = {
   'csv': 'csv',
@@ -323,9 +318,7 @@ PYTHON_VALUES = st.recursive(
   max_leaves=5,
 )
 NAMES = st.one_of(
-  st.sampled_from(
-    ['program.value', 'program.other', 'program.x', 'a/program.value', 'M']
-  ),
+  st.sampled_from(['program.value', 'program.other', 'program.x', 'a/program.value', 'M']),
   # main takes no name with a blank or '='.
   st.text(min_size=1, max_size=12).filter(
     lambda name: '=' not in name and not any(map(str.isspace, name))

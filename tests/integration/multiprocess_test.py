@@ -65,9 +65,7 @@ def read_log(model_dir, index):
 
 def wait(processes, model_dir, timeout=500):
   codes = [process.wait(timeout=timeout) for process in processes]
-  logs = '\n'.join(
-    read_log(model_dir, i)[-2000:] for i in range(len(processes))
-  )
+  logs = '\n'.join(read_log(model_dir, i)[-2000:] for i in range(len(processes)))
   assert codes == [0] * len(codes), logs
 
 

@@ -115,16 +115,13 @@ def test_small_scanned_matrices_which_t5x_factors_and_we_do_not():
   rng = np.random.default_rng(0)
   first, second = rng.random(16), rng.random(32)
   given = {
-    name: Moment(np.zeros(shape, np.float32))
-    for name, shape in tensor_names.shapes(cfg).items()
+    name: Moment(np.zeros(shape, np.float32)) for name, shape in tensor_names.shapes(cfg).items()
   }
   name = 'encoder/layers_1/mlp/wi_0/kernel'
   given[name] = Moment(np.outer(first, second))
   tree = adafactor_moments.to_t5x(given, cfg)
   back = adafactor_moments.of_t5x(flat(tree), cfg)
-  np.testing.assert_allclose(
-    back[name].as_whole(), given[name].whole, rtol=1e-6
-  )
+  np.testing.assert_allclose(back[name].as_whole(), given[name].whole, rtol=1e-6)
 
 
 @pytest.mark.parametrize('scan_layers', [True, False])
@@ -181,9 +178,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   same(checkpoint_source.open_source(back).read_moments(), given)
 
 
-@pytest.mark.parametrize(
-  'settings', [{}, {'global_norm_clip': 1.0}, {'weight_decay': 0.01}]
-)
+@pytest.mark.parametrize('settings', [{}, {'global_norm_clip': 1.0}, {'weight_decay': 0.01}])
 def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
   """With T5X's step and second moments, whatever stands before Adafactor."""
   cfg = config(vocab_size=384)
@@ -194,17 +189,12 @@ def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
     ), cfg=cfg, to='t5x', vocabulary=None, step=21, second_moments=given,
   )  # fmt: skip
   run = str(tmp_path / 'run')
-  convert.convert(
-    source=str(tmp_path / 't5x'), destination=run, vocabulary='byte'
-  )
+  convert.convert(source=str(tmp_path / 't5x'), destination=run, vocabulary='byte')
   saved = checkpoint_source.open_source(run).config
   optimizer = optimizers.OptimizerConfig(
-    schedule=ScheduleConfig(factors='constant', base_learning_rate=0.0),
-    **settings,
+    schedule=ScheduleConfig(factors='constant', base_learning_rate=0.0), **settings
   )
-  state = train(
-    **tiny_run.arguments(run, model=saved, optimizer=optimizer, total_steps=22)
-  )
+  state = train(**tiny_run.arguments(run, model=saved, optimizer=optimizer, total_steps=22))
   assert int(state.step) == 22
   assert 'is read from its beginning' in caplog.text
   inner = state.opt_state['optimizer']
@@ -212,9 +202,7 @@ def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
   # One step later: beta2 of what was converted is still in them.
   beta2 = 1 - 22.0**-0.8
   moved = np.asarray(inner.v['encoder']['encoder_norm']['scale'])
-  assert (
-    moved >= 0.999 * beta2 * given['encoder/encoder_norm/scale'].whole
-  ).all()
+  assert (moved >= 0.999 * beta2 * given['encoder/encoder_norm/scale'].whole).all()
   assert (moved < given['encoder/encoder_norm/scale'].whole + 0.1).all()
 
 

@@ -33,10 +33,7 @@ def test_equal_names_by_default(opened):
 
 def test_patterns_map_names(opened):
   result, report = assignment.assign(
-    known(opened),
-    CFG,
-    assignment_map=[(WO, r'decoder/layers_\1/mlp/wo/kernel')],
-    strict=False,
+    known(opened), CFG, assignment_map=[(WO, r'decoder/layers_\1/mlp/wo/kernel')], strict=False
   )
   for i in range(2):
     np.testing.assert_array_equal(
@@ -50,9 +47,7 @@ def test_none_draws_anew_and_drops(opened):
   result, report = assignment.assign(
     opened, CFG, assignment_map=[(WO, None), ('strange.*', None)], seed=3
   )
-  assert report.initialised == [
-    f'encoder/layers_{i}/mlp/wo/kernel' for i in range(2)
-  ]
+  assert report.initialised == [f'encoder/layers_{i}/mlp/wo/kernel' for i in range(2)]
   assert 'stranger' in report.skipped
   import jax
 
@@ -64,9 +59,7 @@ def test_none_draws_anew_and_drops(opened):
     tensor = result[f'encoder/layers_{i}/mlp/wo/kernel']
     np.testing.assert_allclose(tensor.read(), drawn[i], rtol=1e-6)
   placed = tensors.place(result, CFG)
-  np.testing.assert_allclose(
-    placed['encoder']['layers']['mlp']['wo']['kernel'], drawn, rtol=1e-6
-  )
+  np.testing.assert_allclose(placed['encoder']['layers']['mlp']['wo']['kernel'], drawn, rtol=1e-6)
   assert '2 newly initialised (encoder/layers_0' in report.summary()
 
 
@@ -79,17 +72,13 @@ def test_strict_speaks_of_what_is_left_over(opened):
 
 def test_strict_speaks_of_what_is_missing(opened):
   deeper = CFG.replace(num_encoder_layers=3)
-  with pytest.raises(
-    errors.UsageError, match=r'no tensor for encoder/layers_2'
-  ):
+  with pytest.raises(errors.UsageError, match=r'no tensor for encoder/layers_2'):
     assignment.assign(known(opened), deeper)
   result, report = assignment.assign(known(opened), deeper, strict=False)
   assert len(report.initialised) == 9
   placed = tensors.place(result, deeper)
   kernel = placed['encoder']['layers']['mlp']['wo']['kernel']
-  np.testing.assert_array_equal(
-    kernel[1], opened.tensors['encoder/layers_1/mlp/wo/kernel'].read()
-  )
+  np.testing.assert_array_equal(kernel[1], opened.tensors['encoder/layers_1/mlp/wo/kernel'].read())
   assert np.abs(kernel[2]).max() > 0
 
 

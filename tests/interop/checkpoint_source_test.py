@@ -80,6 +80,5 @@ def test_a_name_of_the_hub_is_fetched(monkeypatch, tmp_path):
   assert asked[0][0] == 'someone/tiny-t5'
   assert not any('bin' in p for p in asked[0][1]['allow_patterns'])
   np.testing.assert_array_equal(
-    opened.tensors['decoder/decoder_norm/scale'].read(),
-    found['decoder/decoder_norm/scale'].read(),
+    opened.tensors['decoder/decoder_norm/scale'].read(), found['decoder/decoder_norm/scale'].read()
   )

@@ -12,16 +12,11 @@ from tests.models import tiny
 
 
 def array(*shape, dtype=np.float32):
-  return tensors.of_array(
-    np.arange(np.prod(shape)).reshape(shape).astype(dtype)
-  )
+  return tensors.of_array(np.arange(np.prod(shape)).reshape(shape).astype(dtype))
 
 
 def test_shards_keep_the_order_and_the_limit():
-  found = {
-    name: array(size)
-    for name, size in (('a', 3), ('b', 3), ('c', 9), ('d', 1), ('e', 2))
-  }
+  found = {name: array(size) for name, size in (('a', 3), ('b', 3), ('c', 9), ('d', 1), ('e', 2))}
   shards = hf_export.plan_shards(found, itemsize=4, limit=24)
   assert [[name for name, _ in s.tensors] for s in shards] == [
     ['a', 'b'], ['c'], ['d', 'e'],
@@ -100,9 +95,7 @@ def test_shared_parameters_are_written_twice():
   a = turned['encoder.block.1.layer.1.DenseReluDense.wo.weight'].read()
   b = turned['decoder.block.1.layer.2.DenseReluDense.wo.weight'].read()
   np.testing.assert_array_equal(a, b)
-  full = tensors.of_params(
-    tiny.params(cfg.replace(share_encoder_decoder=False)), cfg
-  )
+  full = tensors.of_params(tiny.params(cfg.replace(share_encoder_decoder=False)), cfg)
   assert len(turned) == len(full)
 
 

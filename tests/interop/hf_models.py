@@ -50,9 +50,7 @@ VARIANTS = (
   Variant('t5_1_1_tied', fields=_GATED, untied=False),
   Variant('mt5', **_MT5),
   Variant('mt5_tied_unrolled', untied=False, scan_layers=False, **_MT5),
-  Variant(
-    'byt5', fields=(*_GATED, ('num_layers', 4), ('num_decoder_layers', 1))
-  ),
+  Variant('byt5', fields=(*_GATED, ('num_layers', 4), ('num_decoder_layers', 1))),
   Variant('umt5_untied', **_UMT5),
   Variant('umt5_tied', untied=False, **_UMT5),
   Variant('umt5_unrolled', scan_layers=False, **_UMT5),

@@ -17,9 +17,7 @@ transformers = pytest.importorskip('transformers')
 
 from tests.interop import hf_models  # noqa: E402
 
-VARIANTS = pytest.mark.parametrize(
-  'variant', hf_models.VARIANTS, ids=lambda v: v.name
-)
+VARIANTS = pytest.mark.parametrize('variant', hf_models.VARIANTS, ids=lambda v: v.name)
 TOKENS = 10
 
 
@@ -43,9 +41,7 @@ def test_logits_of_padded_batches(variant, saved):
   inputs, targets = hf_models.inputs(), hf_models.targets()
   theirs = hf_models.logits(model, inputs, targets)
   assert np.abs(theirs).max() > 0.3, 'the test would pass on zeros'
-  np.testing.assert_allclose(
-    ours.logits(inputs, targets), theirs, atol=1e-4, rtol=0
-  )
+  np.testing.assert_allclose(ours.logits(inputs, targets), theirs, atol=1e-4, rtol=0)
 
 
 @VARIANTS
@@ -55,9 +51,7 @@ def test_greedy_outputs_of_fifty_prompts(variant, saved):
   prompts = hf_models.inputs(seed=2, size=50, length=20)
   theirs = hf_models.greedy(model, prompts, TOKENS)
   outputs = ours.generate(prompts, max_new_tokens=TOKENS, batch_size=50)
-  assert [without_padding(row) for row in outputs] == [
-    without_padding(row) for row in theirs
-  ]
+  assert [without_padding(row) for row in outputs] == [without_padding(row) for row in theirs]
   assert len({tuple(row) for row in outputs}) > 10, 'prompts hardly matter'
 
 
@@ -67,9 +61,7 @@ def test_exported_again_it_is_the_same_bit_for_bit(variant, saved, tmp_path):
   out = tmp_path / 'out'
   convert.convert(source=str(folder), destination=str(out), to='hf')
   assert hf_models.tensors(out) == hf_models.tensors(folder)
-  again, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-    out, output_loading_info=True
-  )
+  again, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
   assert not info['missing_keys'] and not info['unexpected_keys']
   inputs, targets = hf_models.inputs(), hf_models.targets()
   scale = 1.0
@@ -93,10 +85,7 @@ def test_the_scaling_of_transformers_umt5_can_be_had(saved):
   inputs, targets = hf_models.inputs(), hf_models.targets()
   ours = load(variant, folder, scale_logits=True)
   np.testing.assert_allclose(
-    ours.logits(inputs, targets),
-    hf_models.logits(loaded, inputs, targets),
-    atol=1e-4,
-    rtol=0,
+    ours.logits(inputs, targets), hf_models.logits(loaded, inputs, targets), atol=1e-4, rtol=0
   )
 
 
@@ -116,10 +105,7 @@ def test_half_precision_files(dtype, tmp_path):
   ours = load(variant, out)
   inputs, targets = hf_models.inputs(), hf_models.targets()
   np.testing.assert_allclose(
-    ours.logits(inputs, targets),
-    hf_models.logits(half.float(), inputs, targets),
-    atol=1e-4,
-    rtol=0,
+    ours.logits(inputs, targets), hf_models.logits(half.float(), inputs, targets), atol=1e-4, rtol=0
   )
 
 
@@ -130,10 +116,7 @@ def test_several_files_with_an_index(saved, tmp_path):
   assert (tmp_path / 'theirs' / hf.WEIGHTS_INDEX).is_file()
   out = tmp_path / 'ours'
   convert.convert(
-    source=str(tmp_path / 'theirs'),
-    destination=str(out),
-    to='hf',
-    shard_bytes=30_000,
+    source=str(tmp_path / 'theirs'), destination=str(out), to='hf', shard_bytes=30_000
   )
   assert (out / hf.WEIGHTS_INDEX).is_file()
   files = sorted(out.glob('*.safetensors'))
@@ -143,9 +126,7 @@ def test_several_files_with_an_index(saved, tmp_path):
   transformers.AutoModelForSeq2SeqLM.from_pretrained(out)
 
 
-def test_copies_of_the_embedding_and_of_a_tied_head_are_read_over(
-  saved, tmp_path
-):
+def test_copies_of_the_embedding_and_of_a_tied_head_are_read_over(saved, tmp_path):
   from safetensors.numpy import load_file, save_file
 
   _, folder = saved(hf_models.VARIANTS[0])
@@ -174,24 +155,16 @@ def test_an_encoder_alone(saved, tmp_path):
   ids = hf_models.inputs(length=30)
   with torch.no_grad():
     theirs = encoder(
-      input_ids=torch.tensor(ids).long(),
-      attention_mask=torch.tensor(ids != 0).long(),
+      input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(ids != 0).long()
     ).last_hidden_state.numpy()
-  for ours in (
-    load(variant, tmp_path / 'encoder'),
-    load(variant, folder, architecture='encoder'),
-  ):
+  for ours in (load(variant, tmp_path / 'encoder'), load(variant, folder, architecture='encoder')):
     assert not ours.config.has_decoder
     real = ids != 0
     encoded = ours.encode(ids)
     np.testing.assert_allclose(encoded[real], theirs[real], atol=1e-4)
     mean = (theirs * real[..., None]).sum(1) / real.sum(1)[:, None]
-    np.testing.assert_allclose(
-      ours.encode(ids, pooling='mean'), mean, atol=1e-4
-    )
-    np.testing.assert_allclose(
-      ours.encode(ids, pooling='first'), theirs[:, 0], atol=1e-4
-    )
+    np.testing.assert_allclose(ours.encode(ids, pooling='mean'), mean, atol=1e-4)
+    np.testing.assert_allclose(ours.encode(ids, pooling='first'), theirs[:, 0], atol=1e-4)
   ours.save(str(tmp_path / 'again'), format='hf')
   again, info = transformers.T5EncoderModel.from_pretrained(
     tmp_path / 'again', output_loading_info=True
@@ -199,8 +172,7 @@ def test_an_encoder_alone(saved, tmp_path):
   assert not info['missing_keys'] and not info['unexpected_keys']
   with torch.no_grad():
     out = again.eval()(
-      input_ids=torch.tensor(ids).long(),
-      attention_mask=torch.tensor(ids != 0).long(),
+      input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(ids != 0).long()
     )
   np.testing.assert_array_equal(out.last_hidden_state.numpy(), theirs)
 
@@ -232,9 +204,7 @@ def refused(folder, tmp_path, match):
   """Checks that a conversion stops with one line and leaves nothing behind."""
   before = sorted(tmp_path.iterdir())
   with pytest.raises(errors.UsageError, match=match) as caught:
-    convert.convert(
-      source=str(folder), destination=str(tmp_path / 'to'), to='t5x_lite'
-    )
+    convert.convert(source=str(folder), destination=str(tmp_path / 'to'), to='t5x_lite')
   assert '\n' not in str(caught.value)
   assert sorted(tmp_path.iterdir()) == before
 
@@ -246,9 +216,7 @@ def test_a_missing_tensor(damaged, tmp_path):
 
 
 def test_an_unknown_tensor(damaged, tmp_path):
-  folder = damaged(
-    lambda tensors: tensors.update(surprise=np.zeros(3, np.float32))
-  )
+  folder = damaged(lambda tensors: tensors.update(surprise=np.zeros(3, np.float32)))
   refused(folder, tmp_path, 'surprise')
 
 
@@ -290,8 +258,7 @@ def test_a_pickle_is_not_opened(damaged, tmp_path):
     b'\x00' * 7,
     struct.pack('<Q', 1 << 40) + b'{}',
     struct.pack('<Q', 2) + b'{]',
-    struct.pack('<Q', 60)
-    + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}     ',
+    struct.pack('<Q', 60) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}     ',
   ],
 )
 def test_a_bad_header(data, damaged, tmp_path):
@@ -317,9 +284,7 @@ def test_an_index_with_a_missing_file(damaged, tmp_path):
 
 def test_another_type_of_numbers(damaged, tmp_path):
   folder = damaged(
-    lambda tensors: tensors.update(
-      {'shared.weight': tensors['shared.weight'].astype(np.int8)}
-    )
+    lambda tensors: tensors.update({'shared.weight': tensors['shared.weight'].astype(np.int8)})
   )
   refused(folder, tmp_path, 'shared.weight.*I8.*known are')
 

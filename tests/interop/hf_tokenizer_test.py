@@ -28,9 +28,7 @@ def byte_fallback(tmp_path_factory):
   folder = tmp_path_factory.mktemp('spm')
   text = folder / 'text'
   words = 'the cat sat on a mat and the dog ran to the red house'.split()
-  text.write_text(
-    '\n'.join(' '.join(words[i:] + words[:i]) for i in range(len(words)))
-  )
+  text.write_text('\n'.join(' '.join(words[i:] + words[:i]) for i in range(len(words))))
   sentencepiece.SentencePieceTrainer.train(
     input=str(text), model_prefix=str(folder / 'm'), vocab_size=320,
     byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
@@ -72,9 +70,7 @@ def test_bytes(tmp_path):
   assert len(tokenizer) == 384
   same_ids(tokenizer, vocabulary, TEXTS)
   assert tokenizer.convert_tokens_to_ids('<extra_id_0>') == 259
-  found = hf_tokenizer.read_vocabulary(
-    epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch')
-  )
+  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
   assert found == vocabulary
 
 
@@ -90,24 +86,16 @@ def test_byte_fallback_as_in_mt5(byte_fallback, model_type, tmp_path):
 
 def test_what_was_written_is_read_again(tmp_path):
   written(VocabularyConfig(extra_ids=7), tmp_path / 'a')
-  found = hf_tokenizer.read_vocabulary(
-    epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch')
-  )
-  assert found == VocabularyConfig(
-    path=str(tmp_path / 'a' / hf_tokenizer.SPIECE), extra_ids=7
-  )
+  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
+  assert found == VocabularyConfig(path=str(tmp_path / 'a' / hf_tokenizer.SPIECE), extra_ids=7)
   # Without its config, the sentinels are counted in tokenizer.json.
   (tmp_path / 'a' / hf_tokenizer.TOKENIZER_CONFIG).unlink()
-  found = hf_tokenizer.read_vocabulary(
-    epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch')
-  )
+  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
   assert found.extra_ids == 7
 
 
 @pytest.mark.parametrize('kind', ['official', 'mt5'])
-def test_a_tokenizer_json_alone_gives_the_same_ids(
-  kind, byte_fallback, tmp_path
-):
+def test_a_tokenizer_json_alone_gives_the_same_ids(kind, byte_fallback, tmp_path):
   vocabulary = VocabularyConfig() if kind == 'official' else byte_fallback
   tokenizer = written(vocabulary, tmp_path / 'a')
   tokenizer.save_pretrained(tmp_path / 'again')  # as transformers 5 saves it
@@ -132,7 +120,5 @@ def test_folders_without_a_vocabulary(tmp_path):
   (tmp_path / hf_tokenizer.TOKENIZER).write_text('{')
   with pytest.raises(errors.UsageError, match='is not JSON'):
     hf_tokenizer.read_vocabulary(folder, scratch)
-  hf_tokenizer.write_vocabulary(
-    VocabularyConfig(kind='passthrough', size=9), scratch
-  )
+  hf_tokenizer.write_vocabulary(VocabularyConfig(kind='passthrough', size=9), scratch)
   assert not scratch.exists()

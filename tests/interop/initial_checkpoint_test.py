@@ -26,17 +26,11 @@ def spec_of(cfg):
 def open_start(path, cfg=None, **fields):
   vocabulary = fields.pop('vocabulary', tiny_run.VOCABULARY)
   config = CheckpointConfig(restore_path=str(path), **fields)
-  return initial_checkpoint.open_start(
-    config, cfg or tiny_run.model(), vocabulary, seed=0
-  )
+  return initial_checkpoint.open_start(config, cfg or tiny_run.model(), vocabulary, seed=0)
 
 
 def assert_same_bits(a, b):
-  jax.tree.map(
-    lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)),
-    a,
-    b,
-  )
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 @pytest.fixture(scope='module')
@@ -46,9 +40,7 @@ def run(tmp_path_factory):
   cfg = tiny_run.model()
   state = train_state.init_state(cfg, TX, spec_of(cfg), jax.random.key(1))
   state = jax.tree.map(lambda x: x + 1, state)
-  run_directory.write_run(
-    str(model_dir), model=cfg, vocabulary=tiny_run.VOCABULARY
-  )
+  run_directory.write_run(str(model_dir), model=cfg, vocabulary=tiny_run.VOCABULARY)
   checkpointer = Checkpointer(str(model_dir), CheckpointConfig())
   checkpointer.save(1, state, None)
   checkpointer.close()
@@ -70,9 +62,7 @@ def test_parameters_of_a_run(run):
   state = open_start(model_dir).make(TX, spec, jax.random.key(0))
   assert_same_bits(state.params, saved.params)
   assert int(state.step) == 0
-  assert all(
-    (np.asarray(x) == 0).all() for x in jax.tree.leaves(state.opt_state)
-  )
+  assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(state.opt_state))
   jax.tree.map(lambda x, s: x.sharding == s, state, spec.shardings)
 
 
@@ -94,9 +84,7 @@ def test_layers_need_not_be_stacked_the_same_way(run):
 @pytest.mark.parametrize('form', ['hf', 't5x'])
 def test_checkpoints_of_others(run, tmp_path, form):
   model_dir, saved = run
-  convert.convert(
-    source=str(model_dir), destination=str(tmp_path / form), to=form
-  )
+  convert.convert(source=str(model_dir), destination=str(tmp_path / form), to=form)
   spec = spec_of(tiny_run.model())
   path = tmp_path / form
   state = open_start(path).make(TX, spec, jax.random.key(0))
@@ -110,9 +98,7 @@ def test_parts_can_be_drawn_anew(run):
   cfg = tiny_run.model(num_encoder_layers=2)
   with pytest.raises(UsageError, match='has no tensor for'):
     open_start(model_dir, cfg)
-  state = open_start(model_dir, cfg, strict=False).make(
-    TX, spec_of(cfg), jax.random.key(0)
-  )
+  state = open_start(model_dir, cfg, strict=False).make(TX, spec_of(cfg), jax.random.key(0))
   first = jax.tree.map(lambda x: x[:1], state.params['encoder']['layers'])
   assert_same_bits(first, saved.params['encoder']['layers'])
 

@@ -33,13 +33,9 @@ def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   config = MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
   mesh = partitioning.make_mesh(config)
   _, shapes, axes = t5.abstract_params(cfg)
-  shardings = logical_axes.shardings(
-    shapes, axes, mesh, partitioning.logical_axis_rules(config)
-  )
+  shardings = logical_axes.shardings(shapes, axes, mesh, partitioning.logical_axis_rules(config))
   wanted = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
   restored = restoring.load_params(str(tmp_path), wanted)
   jax.tree.map(np.testing.assert_array_equal, restored, params)

@@ -60,9 +60,7 @@ def test_added_pieces_follow_and_change_nothing_else(official):
   assert ours.EncodeAsIds(TEXTS[0]) == theirs.EncodeAsIds(TEXTS[0])
 
 
-@pytest.mark.parametrize(
-  'data', [b'', b'\x00\x01', b'not a model', b'\x0a\xff']
-)
+@pytest.mark.parametrize('data', [b'', b'\x00\x01', b'not a model', b'\x0a\xff'])
 def test_other_files_are_refused(data):
   with pytest.raises(UsageError, match='not a SentencePiece model'):
     sentencepiece_model.parse(data)

@@ -16,14 +16,7 @@ from flax import serialization
 
 import t5x_lite
 from t5x_lite import errors
-from t5x_lite.interop import (
-  checkpoint_source,
-  export,
-  t5x,
-  tensor_names,
-  tensors,
-  zarr,
-)
+from t5x_lite.interop import checkpoint_source, export, t5x, tensor_names, tensors, zarr
 from t5x_lite.parallel import pytrees
 from tests.models import tiny
 
@@ -60,10 +53,7 @@ def bucket(distance, bidirectional):
 def bias(table, queries, keys, bidirectional):
   return np.array(
     [
-      [
-        [table[h, bucket(k - q, bidirectional)] for k in range(keys)]
-        for q in range(queries)
-      ]
+      [[table[h, bucket(k - q, bidirectional)] for k in range(keys)] for q in range(queries)]
       for h in range(table.shape[0])
     ]
   )
@@ -74,13 +64,10 @@ def attention(p, x, memory, added, heads):
     return y.reshape(len(y), heads, -1).transpose(1, 0, 2)
 
   q, k, v = (
-    split(y @ p[name]['kernel'])
-    for name, y in (('query', x), ('key', memory), ('value', memory))
+    split(y @ p[name]['kernel']) for name, y in (('query', x), ('key', memory), ('value', memory))
   )
   weights = softmax(q @ k.transpose(0, 2, 1) + added)
-  return (weights @ v).transpose(1, 0, 2).reshape(len(x), -1) @ p['out'][
-    'kernel'
-  ]
+  return (weights @ v).transpose(1, 0, 2).reshape(len(x), -1) @ p['out']['kernel']
 
 
 def gelu(x):
@@ -98,9 +85,7 @@ def t5_1_1(p, inputs, decoder_inputs):
   table = p['token_embedder']['embedding']
   heads = p['encoder']['relpos_bias']['rel_embedding'].shape[0]
   x = table[inputs]
-  added = bias(
-    p['encoder']['relpos_bias']['rel_embedding'], len(x), len(x), True
-  )
+  added = bias(p['encoder']['relpos_bias']['rel_embedding'], len(x), len(x), True)
   for i in range(2):
     layer = p['encoder'][f'layers_{i}']
     y = rms_norm(x, layer['pre_attention_layer_norm']['scale'])
@@ -109,9 +94,7 @@ def t5_1_1(p, inputs, decoder_inputs):
     x = x + mlp(layer['mlp'], y)
   memory = rms_norm(x, p['encoder']['encoder_norm']['scale'])
   x = table[decoder_inputs]
-  added = bias(
-    p['decoder']['relpos_bias']['rel_embedding'], len(x), len(x), False
-  )
+  added = bias(p['decoder']['relpos_bias']['rel_embedding'], len(x), len(x), False)
   added = np.where(np.tril(np.ones(added.shape[1:])), added, -np.inf)
   for i in range(2):
     layer = p['decoder'][f'layers_{i}']
@@ -131,15 +114,11 @@ def test_t5xs_tiny_t5_gives_the_logits_of_its_arrays():
   assert model.config.mlp_activations == ('gelu', 'linear')
   assert not model.config.logits_via_embedding
   assert model.step == 0
-  target = serialization.msgpack_restore(file.read_bytes())['optimizer'][
-    'target'
-  ]
+  target = serialization.msgpack_restore(file.read_bytes())['optimizer']['target']
   rng = np.random.default_rng(0)
   for length, decoder_length in ((150, 9), (17, 33)):
     inputs = rng.integers(2, 32100, length)
-    decoder_inputs = np.concatenate(
-      [[0], rng.integers(2, 32100, decoder_length)]
-    )
+    decoder_inputs = np.concatenate([[0], rng.integers(2, 32100, decoder_length)])
     expected = t5_1_1(target, inputs, decoder_inputs)
     padded = np.pad(inputs, (0, 160 - length))[None]
     ours = model.logits(padded, decoder_inputs[None])[0]
@@ -151,9 +130,7 @@ def test_t5xs_tiny_t5_gives_the_logits_of_its_arrays():
 
 def test_t5xs_arrays_are_read_bit_for_bit():
   file = FIXTURES / 'test_t5_tiny.checkpoint_0'
-  target = serialization.msgpack_restore(file.read_bytes())['optimizer'][
-    'target'
-  ]
+  target = serialization.msgpack_restore(file.read_bytes())['optimizer']['target']
   opened = checkpoint_source.open_source(str(file))
   assert opened.unknown == []
   leaves = jax.tree_util.tree_leaves_with_path(target)
@@ -220,10 +197,7 @@ def scanned_tree(cfg, found):
       flat[place] = found[name].read()
     else:
       flat.setdefault(place, []).append(found[name].read())
-  return {
-    name: np.stack(x, 1) if isinstance(x, list) else x
-    for name, x in flat.items()
-  }
+  return {name: np.stack(x, 1) if isinstance(x, list) else x for name, x in flat.items()}
 
 
 def nested(flat):
@@ -277,9 +251,7 @@ def test_constructed_scanned_msgpack(umt5, tmp_path):
     },
   }
   (tmp_path / 'checkpoint_7').mkdir()
-  (tmp_path / 'checkpoint_7' / 'checkpoint').write_bytes(
-    serialization.msgpack_serialize(contents)
-  )
+  (tmp_path / 'checkpoint_7' / 'checkpoint').write_bytes(serialization.msgpack_serialize(contents))
   assert check_same(tmp_path, cfg, found).step == 7
 
 
@@ -294,14 +266,9 @@ def test_constructed_orbax(umt5, dtype, use_ocdbt, tmp_path):
     'state': {'step': np.int32(3), 'param_states': {'x': np.zeros(1)}},
   }
   folder = tmp_path / 'checkpoint_3'
-  with ocp.Checkpointer(
-    ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)
-  ) as checkpointer:
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as checkpointer:
     checkpointer.save(folder / 'state', args=ocp.args.PyTreeSave(state))
-  rounded = {
-    name: tensors.of_array(tensor.read().astype(kind))
-    for name, tensor in found.items()
-  }
+  rounded = {name: tensors.of_array(tensor.read().astype(kind)) for name, tensor in found.items()}
   assert check_same(tmp_path, cfg, rounded).step == 3
 
 
@@ -320,12 +287,7 @@ def test_round_trips_are_bit_identical(fields, dtype, tmp_path):
   cfg = tiny.config(param_dtype=dtype, **fields)
   found = tensors.of_params(tiny.params(cfg), cfg)
   export.write(
-    epath.Path(tmp_path / 'out'),
-    tensors=found,
-    cfg=cfg,
-    to='t5x',
-    vocabulary=None,
-    step=11,
+    epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to='t5x', vocabulary=None, step=11
   )
   opened = check_same(tmp_path / 'out', cfg, found)
   assert opened.step == 11
@@ -344,9 +306,7 @@ def test_the_newest_step_is_meant(umt5, tmp_path):
       epath.Path(tmp_path / f'{step}'), tensors=found, cfg=cfg, to='t5x',
       vocabulary=None, step=step,
     )  # fmt: skip
-    (tmp_path / f'{step}' / f'checkpoint_{step}').rename(
-      tmp_path / f'checkpoint_{step}'
-    )
+    (tmp_path / f'{step}' / f'checkpoint_{step}').rename(tmp_path / f'checkpoint_{step}')
   (tmp_path / 'checkpoint_20.tmp-123').mkdir()
   assert checkpoint_source.open_source(str(tmp_path)).step == 10
   assert checkpoint_source.open_source(str(tmp_path / 'checkpoint_9')).step == 9
@@ -378,22 +338,10 @@ def test_damaged_checkpoints(umt5, tmp_path):
   for version, target, match in (
     (1, {}, 'version 1'),
     (3, {'a': spec}, 'elsewhere'),
-    (
-      3,
-      {
-        'a': {
-          **spec,
-          'dtype': 'uint16',
-          'kvstore': {'driver': 'file', 'path': 'a'},
-        }
-      },
-      'uint16',
-    ),
+    (3, {'a': {**spec, 'dtype': 'uint16', 'kvstore': {'driver': 'file', 'path': 'a'}}}, 'uint16'),
     (3, {'a': np.zeros(3)}, 'not a T5 model'),
   ):
-    write_msgpack(
-      tmp_path, {'version': version, 'optimizer': {'target': target}}
-    )
+    write_msgpack(tmp_path, {'version': version, 'optimizer': {'target': target}})
     with pytest.raises(errors.UsageError, match=match):
       checkpoint_source.open_source(str(tmp_path))
   (tmp_path / 'checkpoint').write_bytes(b'\x82\xa7version')

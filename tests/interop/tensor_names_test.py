@@ -71,10 +71,7 @@ def test_shared_parameters_name_their_lender():
     assert full[lender] == full[name]
   # Each half has its own cross-attention, biases and final norms.
   assert tensor_names.lender('decoder/relpos_bias/rel_embedding') is None
-  assert (
-    tensor_names.lender('decoder/layers_0/encoder_decoder_attention/key/kernel')
-    is None
-  )
+  assert tensor_names.lender('decoder/layers_0/encoder_decoder_attention/key/kernel') is None
 
 
 def test_shapes_of_the_largest_size_cost_nothing():

@@ -10,9 +10,7 @@ from tests.models import tiny
 
 
 def same(a, b):
-  return jax.tree.all(
-    jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)
-  )
+  return jax.tree.all(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b))
 
 
 def test_parts_of_turned_and_cut_tensors():

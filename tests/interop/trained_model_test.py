@@ -28,12 +28,8 @@ def test_every_format_gives_the_same_parameters(folders, format_, preset):
   root, model = folders
   opened = trained_model.open_model(str(root / format_), scan_layers=False)
   assert opened.format == format_
-  placement = model_sharding.place_model(
-    opened.config, MeshConfig(preset=preset)
-  )
-  params = opened.load_params(
-    model_sharding.inference_params(opened.config, placement)
-  )
+  placement = model_sharding.place_model(opened.config, MeshConfig(preset=preset))
+  params = opened.load_params(model_sharding.inference_params(opened.config, placement))
   wanted = pytrees.flatten_names(model.params)
   for name, leaf in pytrees.flatten_names(params).items():
     np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
@@ -54,9 +50,7 @@ def test_unknown_fields_and_no_vocabulary(folders, tmp_path):
   root, model = folders
   with pytest.raises(UsageError, match='no field of T5Config'):
     trained_model.open_model(str(root / 'hf'), depth=3)
-  t5x_lite.new(tiny_run.model(vocab_size=999)).save(
-    str(tmp_path / 'ids'), format='t5x'
-  )
+  t5x_lite.new(tiny_run.model(vocab_size=999)).save(str(tmp_path / 'ids'), format='t5x')
   with pytest.raises(UsageError, match='does not say what its vocabulary is'):
     trained_model.open_model(str(tmp_path / 'ids'))
   del model

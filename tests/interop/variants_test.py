@@ -19,11 +19,9 @@ DISTINCT = {id(config): name for name, config in NAMED_CONFIGS.items()}
 def test_parameter_counts(name):
   cfg = NAMED_CONFIGS[name]
   kind = 'umt5' if cfg.relpos_per_layer else 't5'
-  gate = {
-    ('relu',): 'relu',
-    ('gelu', 'linear'): 'gated-gelu',
-    ('silu', 'linear'): 'gated-silu',
-  }[cfg.mlp_activations]
+  gate = {('relu',): 'relu', ('gelu', 'linear'): 'gated-gelu', ('silu', 'linear'): 'gated-silu'}[
+    cfg.mlp_activations
+  ]
   entry = transformers.AutoConfig.for_model(
     kind,
     vocab_size=cfg.vocab_size,

@@ -15,9 +15,7 @@ def test_orbax_items_are_read(use_ocdbt, tmp_path):
     'a': {'b': rng.random((5, 3)), '0': np.float32(2.5)},
     'c': jax.numpy.ones((4,), 'bfloat16'),
   }
-  with ocp.Checkpointer(
-    ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)
-  ) as checkpointer:
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as checkpointer:
     checkpointer.save(tmp_path / 'x', args=ocp.args.PyTreeSave(tree))
   found = zarr.orbax_tensors(epath.Path(tmp_path / 'x'), zarr.Reader())
   assert sorted(found) == ['a.0', 'a.b', 'c']
@@ -52,9 +50,7 @@ def test_urls():
 
 
 def test_a_lost_chunk_is_no_zero(tmp_path):
-  with ocp.Checkpointer(
-    ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-  ) as checkpointer:
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
     tree = {'a': np.zeros((2, 3)), 'b': np.ones(4)}
     checkpointer.save(tmp_path / 'x', args=ocp.args.PyTreeSave(tree))
   found = zarr.orbax_tensors(epath.Path(tmp_path / 'x'), zarr.Reader())

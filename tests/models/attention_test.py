@@ -29,11 +29,7 @@ def assert_same(fn, reference, arguments, rtol=1e-5):
   value, vjp = jax.vjp(fn, *arguments)
   expected, expected_vjp = jax.vjp(reference, *arguments)
   np.testing.assert_allclose(value, expected, rtol, 1e-6)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 2e-6),
-    vjp(g),
-    expected_vjp(g),
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 2e-6), vjp(g), expected_vjp(g))
 
 
 @pytest.mark.parametrize('lead', [(), (6,), (2, 3)])
@@ -78,10 +74,6 @@ def test_attention_keeps_no_logits_for_the_backward_pass():
     draw(3, 1, H, L, M),
     jnp.ones((B, 1, 1, M), bool),
   )
-  _, vjp = jax.vjp(
-    lambda *a: attention.attention(*a, arguments[4]), *arguments[:4]
-  )
-  kept = [
-    x for x in jax.tree.leaves(vjp) if getattr(x, 'shape', ()) == (B, H, L, M)
-  ]
+  _, vjp = jax.vjp(lambda *a: attention.attention(*a, arguments[4]), *arguments[:4])
+  kept = [x for x in jax.tree.leaves(vjp) if getattr(x, 'shape', ()) == (B, H, L, M)]
   assert len(kept) == 1

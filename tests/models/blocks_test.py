@@ -25,21 +25,14 @@ def test_a_position_is_written_for_all_rows_or_for_each(i):
   np.testing.assert_array_equal(together, expected)
   rows = np.asarray(cache).copy()
   rows[i, 0, 1] = rows[i, 1, 4] = -1
-  np.testing.assert_array_equal(
-    blocks._write(cache, new, i, jnp.asarray([1, 4])), rows
-  )
+  np.testing.assert_array_equal(blocks._write(cache, new, i, jnp.asarray([1, 4])), rows)
 
 
 def test_a_borrowing_decoder_layer_owns_only_cross_attention():
   cfg = tiny.config(share_encoder_decoder=True, num_decoder_layers=2)
   layer = blocks.DecoderLayer(cfg, rngs=nnx.Rngs(params=0))
-  names = {
-    path[0] for path, _ in nnx.to_flat_state(nnx.split(layer, graph=False)[1])
-  }
-  assert names == {
-    'pre_cross_attention_layer_norm',
-    'encoder_decoder_attention',
-  }
+  names = {path[0] for path, _ in nnx.to_flat_state(nnx.split(layer, graph=False)[1])}
+  assert names == {'pre_cross_attention_layer_norm', 'encoder_decoder_attention'}
   lender = blocks.EncoderLayer(cfg, rngs=nnx.Rngs(params=1))
   norm, attention = layer.self_block(lender)
   assert norm is lender.pre_attention_layer_norm

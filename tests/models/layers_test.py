@@ -78,9 +78,7 @@ def test_gated_mlp_multiplies():
   cfg = tiny.config()
   module = layers.MLP(cfg, rngs=RNGS)
   x = np.random.default_rng(0).normal(size=(1, 2, 16)).astype('float32')
-  wi_0, wi_1, wo = (
-    np.asarray(getattr(module, n).kernel[...]) for n in ('wi_0', 'wi_1', 'wo')
-  )
+  wi_0, wi_1, wo = (np.asarray(getattr(module, n).kernel[...]) for n in ('wi_0', 'wi_1', 'wo'))
   z = x @ wi_0
   tanh = np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
   expected = (0.5 * z * (1 + tanh) * (x @ wi_1)) @ wo

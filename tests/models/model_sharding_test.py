@@ -12,18 +12,14 @@ from tests.models import tiny
 
 def load(params, specs):
   return jax.tree.map(
-    lambda x, spec: jax.device_put(x.astype(spec.dtype), spec.sharding),
-    params,
-    specs,
+    lambda x, spec: jax.device_put(x.astype(spec.dtype), spec.sharding), params, specs
   )
 
 
 @pytest.mark.parametrize('tied', [True, False])
 def test_casting_once_changes_no_bit(tied):
   """bfloat16 of the loader is the bfloat16 that the model reads."""
-  cfg = tiny.config(
-    dtype='bfloat16', logits_via_embedding=tied, relpos_per_layer=not tied
-  )
+  cfg = tiny.config(dtype='bfloat16', logits_via_embedding=tied, relpos_per_layer=not tied)
   placement = model_sharding.place_model(cfg, MeshConfig(data=8))
   params = tiny.params(cfg)
   batch = {'encoder_input_tokens': tiny.batch(8)['encoder_input_tokens']}
@@ -40,10 +36,7 @@ def test_casting_once_changes_no_bit(tied):
   found = step(load(params, specs), batch)
   for a, b in zip(expected, found, strict=True):
     np.testing.assert_array_equal(a, b)
-  sizes = [
-    sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    for tree in (whole, specs)
-  ]
+  sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (whole, specs)]
   assert sizes[1] < 0.75 * sizes[0]
 
 
@@ -59,9 +52,7 @@ def test_one_jitted_step_for_equal_arguments():
   placement = model_sharding.place_model(cfg, MeshConfig(data=8))
   one = model_sharding.jit_step(steps.make_score_step, cfg, placement)
   again = model_sharding.place_model(tiny.config(), MeshConfig(data=8))
-  assert (
-    model_sharding.jit_step(steps.make_score_step, tiny.config(), again) is one
-  )
+  assert model_sharding.jit_step(steps.make_score_step, tiny.config(), again) is one
   other = model_sharding.place_model(cfg, MeshConfig(data=4, model=2))
   assert model_sharding.jit_step(steps.make_score_step, cfg, other) is not one
 
@@ -69,6 +60,4 @@ def test_one_jitted_step_for_equal_arguments():
 def test_count_params():
   cfg = tiny.config()
   _, shapes, _ = t5.abstract_params(cfg)
-  assert model_sharding.count_params(shapes) == model_sharding.count_params(
-    tiny.params(cfg)
-  )
+  assert model_sharding.count_params(shapes) == model_sharding.count_params(tiny.params(cfg))

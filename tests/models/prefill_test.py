@@ -58,6 +58,4 @@ def test_continuations_are_those_of_the_whole_sequence(fields, bidirectional):
   full = np.asarray(at_once(params))
   step = np.asarray(stepwise(params))
   for row, length in enumerate(lengths):
-    np.testing.assert_allclose(
-      step[row], full[row, length - 1 : length + NEW], atol=1e-4
-    )
+    np.testing.assert_allclose(step[row], full[row, length - 1 : length + NEW], atol=1e-4)

@@ -42,23 +42,17 @@ def test_relative_position_bucket(bidirectional):
 @pytest.mark.parametrize(('L', 'M'), [(1, 1), (7, 7), (5, 40), (40, 5)])
 def test_relative_bias_is_the_table_by_bucket(L, M):
   cfg = tiny.config()
-  module = relative_position.RelativePositionBias(
-    cfg, bidirectional=True, rngs=RNGS
-  )
+  module = relative_position.RelativePositionBias(cfg, bidirectional=True, rngs=RNGS)
   bias = module(L, M)
   assert bias.shape == (1, cfg.num_heads, L, M)
   table = np.asarray(module.rel_embedding[...])
   for i in range(L):
     for j in range(M):
-      np.testing.assert_array_equal(
-        bias[0, :, i, j], table[:, bucket_by_hand(j - i, True)]
-      )
+      np.testing.assert_array_equal(bias[0, :, i, j], table[:, bucket_by_hand(j - i, True)])
 
 
 def test_relative_bias_at_one_position_is_a_row():
-  module = relative_position.RelativePositionBias(
-    tiny.config(), bidirectional=False, rngs=RNGS
-  )
+  module = relative_position.RelativePositionBias(tiny.config(), bidirectional=False, rngs=RNGS)
   full = module(6, 6)
   for i in range(6):
     row = module.at(jnp.asarray(i), 6)

@@ -36,9 +36,7 @@ def test_scanned_is_unrolled(model):
   cfg, params = model
   b = tiny.batch()
   scanned = tiny.apply(cfg, params, '__call__', b)
-  unrolled = tiny.apply(
-    cfg.replace(scan_layers=False), tiny.unstack(params, cfg), '__call__', b
-  )
+  unrolled = tiny.apply(cfg.replace(scan_layers=False), tiny.unstack(params, cfg), '__call__', b)
   np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
 
 
@@ -48,11 +46,7 @@ def test_scanned_dropout_is_unrolled_dropout():
   key = jax.random.key(1)
   scanned = tiny.apply(cfg, params, '__call__', b, dropout_key=key)
   unrolled = tiny.apply(
-    cfg.replace(scan_layers=False),
-    tiny.unstack(params, cfg),
-    '__call__',
-    b,
-    dropout_key=key,
+    cfg.replace(scan_layers=False), tiny.unstack(params, cfg), '__call__', b, dropout_key=key
   )
   np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
   plain = tiny.apply(cfg, params, '__call__', b)
@@ -63,9 +57,7 @@ def test_init_does_not_depend_on_scanning():
   cfg = tiny.config()
   scanned = t5.init_params(cfg, jax.random.key(3))
   unrolled = t5.init_params(cfg.replace(scan_layers=False), jax.random.key(3))
-  jax.tree.map(
-    np.testing.assert_array_equal, tiny.unstack(scanned, cfg), unrolled
-  )
+  jax.tree.map(np.testing.assert_array_equal, tiny.unstack(scanned, cfg), unrolled)
 
 
 def test_packed_is_unpacked(model):
@@ -80,9 +72,7 @@ def test_packed_is_unpacked(model):
     row, segment = divmod(i, 4)
     where = packed['decoder_segment_ids'][row] == segment + 1
     assert where.sum() == n
-    np.testing.assert_allclose(
-      packed_logits[row][where], logits[i, :n], atol=1e-5
-    )
+    np.testing.assert_allclose(packed_logits[row][where], logits[i, :n], atol=1e-5)
 
 
 def test_token_zero_inside_a_segment_is_real():
@@ -112,9 +102,7 @@ def test_cached_decode_is_full_decode(model):
     def run(tree, b, graphdef=graphdef):
       m = nnx.merge(graphdef, tree)
       inputs = b['encoder_input_tokens']
-      cache = m.init_cache(
-        m.encode(inputs), inputs, batch_size=4, max_decode_length=6
-      )
+      cache = m.init_cache(m.encode(inputs), inputs, batch_size=4, max_decode_length=6)
 
       def body(cache, tokens):
         logits, cache = m.decode_step(tokens, cache)
@@ -134,9 +122,7 @@ def test_cache_with_a_position_per_row():
   graphdef, _, _ = t5.abstract_params(cfg)
   m = nnx.merge(graphdef, params)
   inputs = b['encoder_input_tokens']
-  cache = m.init_cache(
-    m.encode(inputs), inputs, batch_size=4, max_decode_length=6
-  )
+  cache = m.init_cache(m.encode(inputs), inputs, batch_size=4, max_decode_length=6)
   cache = jax.tree.map(lambda x: x, cache)
   cache = t5.dataclasses.replace(cache, index=jnp.zeros(4, jnp.int32))
   for t in range(3):
@@ -168,13 +154,9 @@ def test_encoder_padding_changes_nothing():
   cfg = tiny.config()
   params, b = tiny.params(cfg), tiny.batch()
   longer = dict(b)
-  longer['encoder_input_tokens'] = np.pad(
-    b['encoder_input_tokens'], ((0, 0), (0, 5))
-  )
+  longer['encoder_input_tokens'] = np.pad(b['encoder_input_tokens'], ((0, 0), (0, 5)))
   np.testing.assert_allclose(
-    tiny.apply(cfg, params, '__call__', b),
-    tiny.apply(cfg, params, '__call__', longer),
-    atol=1e-5,
+    tiny.apply(cfg, params, '__call__', b), tiny.apply(cfg, params, '__call__', longer), atol=1e-5
   )
 
 
@@ -188,15 +170,13 @@ def test_prefix_sees_itself_in_both_directions():
   changed[0, 2] += 1
 
   def logits(tokens, **kwargs):
-    return tiny.apply(
-      cfg, params, '__call__', {'decoder_input_tokens': tokens, **kwargs}
-    )
+    return tiny.apply(cfg, params, '__call__', {'decoder_input_tokens': tokens, **kwargs})
 
   causal = logits(base['decoder_input_tokens']) - logits(changed)
   assert np.abs(causal[0, :2]).max() == 0
-  both = logits(
-    base['decoder_input_tokens'], decoder_causal_attention=prefix
-  ) - logits(changed, decoder_causal_attention=prefix)
+  both = logits(base['decoder_input_tokens'], decoder_causal_attention=prefix) - logits(
+    changed, decoder_causal_attention=prefix
+  )
   assert np.abs(both[0, 0]).max() > 1e-4
 
 
@@ -237,7 +217,5 @@ def test_encoder_alone():
   cfg = tiny.config(architecture='encoder')
   params = tiny.params(cfg)
   assert set(params) == {'token_embedder', 'encoder'}
-  encoded = tiny.apply(
-    cfg, params, 'encode', tiny.batch()['encoder_input_tokens']
-  )
+  encoded = tiny.apply(cfg, params, 'encode', tiny.batch()['encoder_input_tokens'])
   assert encoded.shape == (4, 9, 16)

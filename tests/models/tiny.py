@@ -28,8 +28,7 @@ def params(cfg: T5Config, seed: int = 0):
   tree = jax.jit(t5.init_params, static_argnums=0)(cfg, jax.random.key(seed))
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda x: (x + 0.1 * rng.standard_normal(x.shape)).astype(x.dtype),
-    jax.device_get(tree),
+    lambda x: (x + 0.1 * rng.standard_normal(x.shape)).astype(x.dtype), jax.device_get(tree)
   )
 
 
@@ -65,14 +64,9 @@ def pack(b, rows: int):
   B = b['encoder_input_tokens'].shape[0]
   per_row = B // rows
   out = {}
-  for side, tokens in (
-    ('encoder', 'encoder_input_tokens'),
-    ('decoder', 'decoder_target_tokens'),
-  ):
+  for side, tokens in (('encoder', 'encoder_input_tokens'), ('decoder', 'decoder_target_tokens')):
     real = b[tokens] != 0
-    length = max(
-      real[r * per_row : (r + 1) * per_row].sum() for r in range(rows)
-    )
+    length = max(real[r * per_row : (r + 1) * per_row].sum() for r in range(rows))
     length += 2
     names = [n for n in b if n.startswith(side)]
     new = {n: np.zeros((rows, length), b[n].dtype) for n in names}
@@ -97,14 +91,9 @@ def pack(b, rows: int):
 def unstack(tree, cfg: T5Config):
   """The same parameters in the layout of scan_layers=False."""
   out = jax.tree.map(lambda x: x, tree)
-  for side, n in (
-    ('encoder', cfg.num_encoder_layers),
-    ('decoder', cfg.num_decoder_layers),
-  ):
+  for side, n in (('encoder', cfg.num_encoder_layers), ('decoder', cfg.num_decoder_layers)):
     if side not in out:
       continue
     layers = out[side]['layers']
-    out[side]['layers'] = {
-      i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(n)
-    }
+    out[side]['layers'] = {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(n)}
   return out

@@ -9,11 +9,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.distributed import LostProcessError, detect
 
-OURS = {
-  'JAX_COORDINATOR_ADDRESS': 'host:1234',
-  'JAX_NUM_PROCESSES': '4',
-  'JAX_PROCESS_ID': '2',
-}
+OURS = {'JAX_COORDINATOR_ADDRESS': 'host:1234', 'JAX_NUM_PROCESSES': '4', 'JAX_PROCESS_ID': '2'}
 
 
 # ---- Finding each other ----
@@ -21,9 +17,7 @@ OURS = {
 
 def test_a_laptop_is_one_process():
   assert detect({}) is None
-  assert detect({'HOME': '/home/me', 'TPU_WORKER_HOSTNAMES': 'localhost'}) is (
-    None
-  )
+  assert detect({'HOME': '/home/me', 'TPU_WORKER_HOSTNAMES': 'localhost'}) is (None)
 
 
 def test_our_own_variables_name_everything():
@@ -72,14 +66,8 @@ def test_one_task_of_a_launcher_is_no_group(environ):
   [
     (dict(process_count=2), 'give all of'),
     (dict(coordinator_address='a:1', process_count=2), 'give all of'),
-    (
-      dict(coordinator_address='a', process_count=2, process_index=0),
-      'has no port',
-    ),
-    (
-      dict(coordinator_address='a:1', process_count=2, process_index=2),
-      r'outside 0\.\.1',
-    ),
+    (dict(coordinator_address='a', process_count=2, process_index=0), 'has no port'),
+    (dict(coordinator_address='a:1', process_count=2, process_index=2), r'outside 0\.\.1'),
   ],
 )
 def test_wrong_flags_are_one_clear_line(flags, message):
@@ -142,8 +130,7 @@ def test_threads_have_no_handlers():
 
 def test_a_lost_peer_is_told_apart_from_other_errors(monkeypatch):
   gone = jax.errors.JaxRuntimeError(
-    'INTERNAL: [../gloo/transport/tcp/pair.cc:547] Connection closed by peer\n'
-    'and so on'
+    'INTERNAL: [../gloo/transport/tcp/pair.cc:547] Connection closed by peer\nand so on'
   )
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   with pytest.raises(LostProcessError, match='lost another process'):

@@ -78,9 +78,7 @@ def check(**kwargs):
   config = MeshConfig(fsdp=4, model=2, **kwargs)
   mesh = partitioning.make_mesh(config)
   _, shapes, axes = t5.abstract_params(tiny.config())
-  logical_axes.check_rules(
-    shapes, axes, mesh, partitioning.logical_axis_rules(config)
-  )
+  logical_axes.check_rules(shapes, axes, mesh, partitioning.logical_axis_rules(config))
 
 
 def test_standard_rules_pass_the_check():
@@ -96,10 +94,7 @@ def test_standard_rules_pass_the_check():
     ({'additional_rules': [('embbed', 'fsdp')]}, "did you mean 'embed'"),
     ({'additional_rules': [('embed', 'tensor')]}, "mesh axis 'tensor'"),
     ({'parameter_rules': [('embeder', [('vocab', None)])]}, 'no parameter'),
-    (
-      {'parameter_rules': [('mlp/wo', [('mlp', 'fsdp'), ('embed', 'fsdp')])]},
-      'collides',
-    ),
+    ({'parameter_rules': [('mlp/wo', [('mlp', 'fsdp'), ('embed', 'fsdp')])]}, 'collides'),
     (
       {
         'additional_rules': [('relpos_buckets', ('fsdp', 'model'))],

@@ -30,9 +30,7 @@ class Device:
 
 
 def tpus(count, kind='TPU v5', slices=1):
-  return [
-    Device(i, kind, 'tpu', i // 4, i * slices // count) for i in range(count)
-  ]
+  return [Device(i, kind, 'tpu', i // 4, i * slices // count) for i in range(count)]
 
 
 def gpus(count, per_node=8):
@@ -76,12 +74,7 @@ def sizes(config, devices, **hints):
     # rows than devices leaves some of them for the matrices.
     (MeshConfig(), tpus(256), {'num_params': 10**8}, (256, 1, 1)),
     (MeshConfig(), tpus(512), {'num_params': 11 * 10**9}, (1, 512, 1)),
-    (
-      MeshConfig(),
-      tpus(512),
-      {'num_params': 11 * 10**9, 'batch_size': 128},
-      (1, 128, 4),
-    ),
+    (MeshConfig(), tpus(512), {'num_params': 11 * 10**9, 'batch_size': 128}, (1, 128, 4)),
     (
       MeshConfig(),
       tpus(512, slices=2),
@@ -99,11 +92,7 @@ def test_sizes(config, devices, hints, expected):
 
 
 def test_a_resolved_config_resolves_to_itself():
-  for config in (
-    MeshConfig(preset='fsdp_tp'),
-    MeshConfig(num_partitions=4),
-    MeshConfig(),
-  ):
+  for config in (MeshConfig(preset='fsdp_tp'), MeshConfig(num_partitions=4), MeshConfig()):
     once = partitioning.resolve(config, tpus(16))
     assert partitioning.resolve(once, tpus(16)) == once
     rules = partitioning.logical_axis_rules
@@ -120,25 +109,13 @@ def test_a_resolved_config_resolves_to_itself():
     (lambda: MeshConfig(data=-1, fsdp=-1), 'At most one'),
     (lambda: MeshConfig(parameter_dims=3), 'allowed are 1 and 2'),
     (lambda: MeshConfig(additional_rules=('embed', 'model')), 'a rule is'),
-    (
-      lambda: MeshConfig(additional_rules=[('mlp', ('model', 'model'))]),
-      'different',
-    ),
+    (lambda: MeshConfig(additional_rules=[('mlp', ('model', 'model'))]), 'different'),
     (lambda: MeshConfig(parameter_rules=['wo']), 'regular expression'),
     (lambda: sizes(MeshConfig(model=3), tpus(8)), 'does not multiply'),
     (lambda: sizes(MeshConfig(num_slices=3), tpus(8)), 'does not divide'),
-    (
-      lambda: sizes(MeshConfig(num_slices=4), tpus(8, slices=2)),
-      'come from 2 slices',
-    ),
-    (
-      lambda: sizes(MeshConfig(fsdp=8), tpus(8, slices=2)),
-      'only the data axis can span slices',
-    ),
-    (
-      lambda: partitioning.make_mesh(MeshConfig(model=3), gpus(24)),
-      'factor nor a multiple',
-    ),
+    (lambda: sizes(MeshConfig(num_slices=4), tpus(8, slices=2)), 'come from 2 slices'),
+    (lambda: sizes(MeshConfig(fsdp=8), tpus(8, slices=2)), 'only the data axis can span slices'),
+    (lambda: partitioning.make_mesh(MeshConfig(model=3), gpus(24)), 'factor nor a multiple'),
   ],
 )
 def test_mistakes_are_told(make, message):
@@ -171,18 +148,14 @@ MESHES = {
   'fsdp': MeshConfig(preset='fsdp'),
   'fsdp_tp': MeshConfig(preset='fsdp_tp'),
   'num_partitions': MeshConfig(num_partitions=2),
-  'num_partitions_2d': MeshConfig(
-    num_partitions=2, parameter_dims=2, activation_dims=2
-  ),
+  'num_partitions_2d': MeshConfig(num_partitions=2, parameter_dims=2, activation_dims=2),
   'data_fsdp_model': MeshConfig(data=2, fsdp=2, model=2),
   'model': MeshConfig(data=1, model=8),
   'two_slices': MeshConfig(fsdp=4, num_slices=2),
   'own_rules': MeshConfig(
     fsdp=4,
     model=2,
-    parameter_rules=[
-      ('token_embedder', [('vocab', ('fsdp', 'model')), ('embed', None)])
-    ],
+    parameter_rules=[('token_embedder', [('vocab', ('fsdp', 'model')), ('embed', None)])],
   ),
 }
 NUM_STEPS = 20
@@ -205,9 +178,7 @@ def train(mesh_config, dropout_rate, num_microbatches=1, optimizer='adafactor'):
   _, shapes, axes = t5.abstract_params(cfg)
   config = optimizers.OptimizerConfig(
     name=optimizer,
-    schedule=schedules.ScheduleConfig(
-      shape='constant', warmup_steps=0, base_learning_rate=0.01
-    ),
+    schedule=schedules.ScheduleConfig(shape='constant', warmup_steps=0, base_learning_rate=0.01),
   )
   tx = optimizers.make_optimizer(config, axes, shapes)
   spec = train_state.make_spec(cfg, tx, placement)
@@ -222,9 +193,7 @@ def train(mesh_config, dropout_rate, num_microbatches=1, optimizer='adafactor'):
     donate_argnums=0,
     out_shardings=(spec.shardings, partitioning.replicated(mesh)),
   )
-  key = jax.jit(
-    lambda: jax.random.key(0), out_shardings=partitioning.replicated(mesh)
-  )()
+  key = jax.jit(lambda: jax.random.key(0), out_shardings=partitioning.replicated(mesh))()
   state = train_state.init_state(cfg, tx, spec, key)
   rng = np.random.default_rng(0)
   result = []
@@ -267,9 +236,7 @@ def test_microbatches_give_the_losses_of_one_batch():
 @pytest.mark.parametrize('optimizer', ['adafactor', 'adamw'])
 def test_no_device_holds_more_than_its_part_of_the_state(optimizer):
   _, state = train(MESHES['fsdp_tp'], 0.0, 1, optimizer)
-  per_device = sum(
-    x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)
-  )
+  per_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
   total = sum(x.nbytes for x in jax.tree.leaves(state))
   assert per_device < 1.2 * total / 8
 

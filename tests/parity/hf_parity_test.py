@@ -31,9 +31,7 @@ def apply(cfg, params, b):
 def test_tree_is_the_models_tree(pair):
   _, _, cfg, params = pair
   _, shapes, _ = t5.abstract_params(cfg)
-  assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
-    lambda x: x.shape, shapes
-  )
+  assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
 
 
 def test_logits(pair):
@@ -64,9 +62,7 @@ def test_gradients(pair):
   value, ours = jax.jit(jax.value_and_grad(loss_fn))(params)
   np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
   for (path, a), e in zip(
-    jax.tree_util.tree_leaves_with_path(ours),
-    jax.tree.leaves(theirs),
-    strict=True,
+    jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
   ):
     error = np.linalg.norm(a - e) / np.linalg.norm(e)
     assert error < 1e-3, (jax.tree_util.keystr(path), error)
@@ -89,22 +85,13 @@ def test_twenty_steps_of_adamw(pair):
     theirs.append(loss.item())
 
   config = optimizers.OptimizerConfig(
-    name='adamw',
-    weight_decay=0.01,
-    weight_decay_exclude='$^',
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
+    name='adamw', weight_decay=0.01, weight_decay_exclude='$^', b1=0.9, b2=0.999, eps=1e-8
   )
   graphdef, shapes, axes = t5.abstract_params(cfg)
   tx = optimizers.make_optimizer(config, axes, shapes)
-  step = jax.jit(
-    steps.make_train_step(graphdef, tx, lambda step: 1e-3, losses.LossConfig())
-  )
+  step = jax.jit(steps.make_train_step(graphdef, tx, lambda step: 1e-3, losses.LossConfig()))
   params = jax.tree.map(jax.numpy.asarray, params)
-  state = train_state.TrainState(
-    jax.numpy.zeros((), 'int32'), params, tx.init(params)
-  )
+  state = train_state.TrainState(jax.numpy.zeros((), 'int32'), params, tx.init(params))
   ours = []
   for i in range(20):
     state, metrics = step(state, ref.batch(seed=i), jax.random.key(0))

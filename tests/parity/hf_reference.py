@@ -35,9 +35,7 @@ def tiny_config(version: str, **overrides):
 def make_model(version: str, seed: int = 0, **overrides):
   """Returns a random model whose logits are of ordinary size."""
   torch.manual_seed(seed)
-  model = transformers.T5ForConditionalGeneration(
-    tiny_config(version, **overrides)
-  )
+  model = transformers.T5ForConditionalGeneration(tiny_config(version, **overrides))
   # Untied, transformers 5 also unties the two stacks' input tables.
   model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
   with torch.no_grad():
@@ -81,15 +79,8 @@ def to_params(tensors: dict, cfg) -> dict:
 
   def attention(side, n, where):
     return {
-      ours: {
-        'kernel': stack(side, n, f'{where}.{theirs}.weight').transpose(0, 2, 1)
-      }
-      for ours, theirs in (
-        ('query', 'q'),
-        ('key', 'k'),
-        ('value', 'v'),
-        ('out', 'o'),
-      )
+      ours: {'kernel': stack(side, n, f'{where}.{theirs}.weight').transpose(0, 2, 1)}
+      for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'o'))
     }
 
   def norm(side, n, layer):
@@ -98,11 +89,7 @@ def to_params(tensors: dict, cfg) -> dict:
   def mlp(side, n, layer):
     names = ['wi_0', 'wi_1'] if len(cfg.mlp_activations) > 1 else ['wi']
     return {
-      name: {
-        'kernel': stack(
-          side, n, f'{layer}.DenseReluDense.{name}.weight'
-        ).transpose(0, 2, 1)
-      }
+      name: {'kernel': stack(side, n, f'{layer}.DenseReluDense.{name}.weight').transpose(0, 2, 1)}
       for name in [*names, 'wo']
     }
 

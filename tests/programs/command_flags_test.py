@@ -23,10 +23,7 @@ def test_the_source_says_what_the_function_says(name):
     if parameter.default:
       assert parameter.default == str(theirs.default), parameter.name
     if parameter.type is not None and not parameter.many:
-      assert parameter.type in (
-        theirs.annotation,
-        *getattr(theirs.annotation, '__args__', ()),
-      )
+      assert parameter.type in (theirs.annotation, *getattr(theirs.annotation, '__args__', ()))
 
 
 def test_objects_have_no_type_here():

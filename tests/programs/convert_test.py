@@ -67,9 +67,7 @@ def test_dry_run_lists_the_mapping(run, tmp_path, capsys):
   out = capsys.readouterr().out
   assert code == 0
   assert not (tmp_path / 'out').exists()
-  assert 'wo.kernel -> encoder.block.2.layer.1.DenseReluDense.wo.weight [' in (
-    out
-  )
+  assert 'wo.kernel -> encoder.block.2.layer.1.DenseReluDense.wo.weight [' in (out)
   assert 't5x_lite -> hf' in out
   assert 'parameters as float32' in out
 
@@ -95,9 +93,7 @@ def test_dtype_and_vocabulary_can_be_said(run, tmp_path, capsys):
     (['--dtype', 'float16', '--to', 't5x'], 'float32 or bfloat16'),
   ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(
-  run, arguments, match, tmp_path, capsys
-):
+def test_mistakes_are_one_line_and_leave_nothing(run, arguments, match, tmp_path, capsys):
   import re
 
   code = main.main(['convert', str(run), str(tmp_path / 'out'), *arguments])

@@ -32,11 +32,7 @@ def test_metrics_by_task_and_predictions_beside_references(run, tmp_path):
     assert metrics['examples'] == 9
     assert metrics['eval/loss'] > 0
   saved = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
-  assert saved == {
-    'checkpoint': str(run / 'checkpoints' / '1'),
-    'step': 1,
-    'tasks': results,
-  }
+  assert saved == {'checkpoint': str(run / 'checkpoints' / '1'), 'step': 1, 'tasks': results}
   for task in results:
     lines = (tmp_path / 'out' / f'{task}.jsonl').read_text().splitlines()
     assert len(lines) == 9
@@ -44,12 +40,7 @@ def test_metrics_by_task_and_predictions_beside_references(run, tmp_path):
 
 
 def test_by_default_results_lie_in_the_run(run):
-  evaluate(
-    model_dir=str(run),
-    datasets=[dataset()],
-    num_examples=1,
-    teacher_forced=False,
-  )
+  evaluate(model_dir=str(run), datasets=[dataset()], num_examples=1, teacher_forced=False)
   assert (run / 'eval' / '1' / 'metrics.json').exists()
 
 
@@ -66,9 +57,7 @@ def test_by_default_results_lie_in_the_run(run):
   ],
 )
 def test_mistakes_are_one_clear_line(run, tmp_path, overrides, message):
-  arguments = dict(
-    model_dir=str(run), datasets=[dataset()], output=str(tmp_path / 'out')
-  )
+  arguments = dict(model_dir=str(run), datasets=[dataset()], output=str(tmp_path / 'out'))
   with pytest.raises(UsageError, match=message):
     evaluate(**{**arguments, **overrides})
   assert not (tmp_path / 'out').exists()

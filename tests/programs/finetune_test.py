@@ -35,9 +35,7 @@ def table(tmp_path_factory):
 @pytest.fixture(scope='module')
 def finished(start, table, tmp_path_factory):
   output = tmp_path_factory.mktemp('finished') / 'out'
-  results = finetune(
-    model=start, train=table, output=str(output), steps=6, seed=3
-  )
+  results = finetune(model=start, train=table, output=str(output), steps=6, seed=3)
   return output, results
 
 
@@ -84,13 +82,9 @@ def test_the_gin_file_runs_it_again_bit_for_bit(finished, tmp_path):
     assert array.tobytes() == b[name].tobytes(), name
 
 
-def test_stopped_and_started_again_ends_the_same(
-  start, table, finished, tmp_path, monkeypatch
-):
+def test_stopped_and_started_again_ends_the_same(start, table, finished, tmp_path, monkeypatch):
   output = tmp_path / 'out'
-  arguments = dict(
-    model=start, train=table, output=str(output), steps=6, seed=3
-  )
+  arguments = dict(model=start, train=table, output=str(output), steps=6, seed=3)
   original = train_lib.DatasetIterator.__next__
   calls = []
 
@@ -112,9 +106,7 @@ def test_stopped_and_started_again_ends_the_same(
     assert array.tobytes() == b[name].tobytes(), name
 
 
-def test_other_data_in_the_same_run_is_refused(
-  start, table, finished, tmp_path
-):
+def test_other_data_in_the_same_run_is_refused(start, table, finished, tmp_path):
   output, _ = finished
   other = tmp_path / 'other.csv'
   other.write_text('text,label\na,x\nb,y\nc,x\n')
@@ -153,17 +145,7 @@ def test_bad_data_is_told_before_anything_is_written(start, tmp_path, capsys):
   path = tmp_path / 'x.csv'
   path.write_text('text,label\na,b\nc\n')
   output = tmp_path / 'out'
-  code = main.main(
-    [
-      'finetune',
-      '--model',
-      start,
-      '--train',
-      str(path),
-      '--output',
-      str(output),
-    ]
-  )
+  code = main.main(['finetune', '--model', start, '--train', str(path), '--output', str(output)])
   assert code == 2 and not output.exists()
   [line] = capsys.readouterr().err.splitlines()
   assert f'{path}:3 has 1 columns' in line

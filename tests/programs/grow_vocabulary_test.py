@@ -5,12 +5,7 @@ from etils import epath
 from t5x_lite import api, errors, main
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import (
-  checkpoint_source,
-  export,
-  sentencepiece_model,
-  tensors,
-)
+from t5x_lite.interop import checkpoint_source, export, sentencepiece_model, tensors
 from t5x_lite.programs import grow_vocabulary
 from tests.models import tiny
 
@@ -25,9 +20,7 @@ def vocabulary(tmp_path_factory):
   )
   path = tmp_path_factory.mktemp('grow') / 'small.model'
   path.write_bytes(
-    sentencepiece_model.make(
-      whole.pieces[:60], whole.normalizer_spec.precompiled_charsmap
-    )
+    sentencepiece_model.make(whole.pieces[:60], whole.normalizer_spec.precompiled_charsmap)
   )
   return VocabularyConfig(path=str(path), extra_ids=5)
 
@@ -90,9 +83,7 @@ def test_new_tokens_are_found_in_text(vocabulary):
 def test_a_multiple_of_128_is_filled_before_it_grows(vocabulary):
   cfg = tiny.config(vocab_size=128)
   found = tensors.of_params(tiny.params(cfg), cfg)
-  grown, new, _, changes = grow_vocabulary.grow(
-    found, cfg, vocabulary, tokens=['{']
-  )
+  grown, new, _, changes = grow_vocabulary.grow(found, cfg, vocabulary, tokens=['{'])
   assert new.vocab_size == 128
   assert changes.size == 66
   before = found['token_embedder/embedding'].read()
@@ -105,10 +96,7 @@ def test_a_multiple_of_128_is_filled_before_it_grows(vocabulary):
 def test_bytes_can_have_more_sentinels():
   cfg = tiny.config(vocab_size=384)
   grown, new, config, _ = grow_vocabulary.grow(
-    tensors.of_params(tiny.params(cfg), cfg),
-    cfg,
-    VocabularyConfig(kind='byte'),
-    extra_ids=200,
+    tensors.of_params(tiny.params(cfg), cfg), cfg, VocabularyConfig(kind='byte'), extra_ids=200
   )
   assert new.vocab_size == 512
   assert config == VocabularyConfig(kind='byte', extra_ids=200)
@@ -133,9 +121,7 @@ def test_mistakes(vocabulary, arguments, match):
 def test_bytes_have_no_pieces():
   cfg = tiny.config(vocab_size=384)
   with pytest.raises(errors.UsageError, match="kind 'byte'"):
-    api.Model(
-      cfg, tiny.params(cfg), VocabularyConfig(kind='byte')
-    ).grow_vocabulary(['{'])
+    api.Model(cfg, tiny.params(cfg), VocabularyConfig(kind='byte')).grow_vocabulary(['{'])
 
 
 def test_from_the_command_line_to_transformers(vocabulary, tmp_path, capsys):

@@ -55,21 +55,9 @@ def test_formats_agree(run, words, tmp_path):
   lines = [json.dumps({'id': 3, 'word': word}) for word in WORDS]
   jsonl.write_text('\n'.join(lines))
   outputs = []
-  for path, field in (
-    (words, ''),
-    (tsv, '1'),
-    (jsonl, 'word'),
-    (table, 'word'),
-  ):
+  for path, field in ((words, ''), (tsv, '1'), (jsonl, 'word'), (table, 'word')):
     output = tmp_path / 'out.jsonl'
-    infer(
-      model=run,
-      input=str(path),
-      output=str(output),
-      field=field,
-      batch_size=8,
-      overwrite=True,
-    )
+    infer(model=run, input=str(path), output=str(output), field=field, batch_size=8, overwrite=True)
     outputs.append(output.read_text())
   assert len(set(outputs)) == 1
 
@@ -90,12 +78,7 @@ def test_a_prefix_is_for_the_model_alone(run, tmp_path):
   for path, prefix in ((bare, 'say: '), (full, '')):
     output = tmp_path / 'out.jsonl'
     infer(
-      model=run,
-      input=str(path),
-      output=str(output),
-      prefix=prefix,
-      batch_size=8,
-      overwrite=True,
+      model=run, input=str(path), output=str(output), prefix=prefix, batch_size=8, overwrite=True
     )
     entries += read(output)
   assert entries[0]['prediction'] == entries[1]['prediction']
@@ -104,13 +87,7 @@ def test_a_prefix_is_for_the_model_alone(run, tmp_path):
 
 def test_long_inputs_are_cut_and_say_so(run, words, tmp_path, caplog):
   output = tmp_path / 'out.jsonl'
-  infer(
-    model=run,
-    input=str(words),
-    output=str(output),
-    max_input_length=10,
-    batch_size=8,
-  )
+  infer(model=run, input=str(words), output=str(output), max_input_length=10, batch_size=8)
   cut = [entry.get('truncated', False) for entry in read(output)]
   assert cut == [len(w.encode()) > 9 for w in WORDS]
   warnings = [r for r in caplog.records if r.levelname == 'WARNING']
@@ -120,9 +97,7 @@ def test_long_inputs_are_cut_and_say_so(run, words, tmp_path, caplog):
 def test_an_empty_file(run, tmp_path):
   (tmp_path / 'in.txt').write_text('')
   output = tmp_path / 'out.jsonl'
-  assert (
-    infer(model=run, input=str(tmp_path / 'in.txt'), output=str(output)) == 0
-  )
+  assert infer(model=run, input=str(tmp_path / 'in.txt'), output=str(output)) == 0
   assert output.read_text() == ''
 
 
@@ -134,9 +109,7 @@ def test_needs_no_tensorflow(run, words, tmp_path):
     'assert "tensorflow" not in sys.modules\n'
     'assert "seqio" not in sys.modules\n'
   )
-  result = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True
-  )
+  result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
   assert len(result.stdout.splitlines()) == len(WORDS)
 
@@ -216,12 +189,7 @@ def test_an_unreadable_line_is_named_before_anything_is_written(
   output = tmp_path / 'out.jsonl'
   output.write_text('precious')
   with pytest.raises(UsageError, match=message):
-    infer(
-      model=run,
-      input=str(tmp_path / name),
-      output=str(output),
-      overwrite=True,
-    )
+    infer(model=run, input=str(tmp_path / name), output=str(output), overwrite=True)
   assert output.read_text() == 'precious'
 
 
@@ -241,9 +209,7 @@ def test_an_unreadable_line_is_named_before_anything_is_written(
   ],
 )
 def test_mistakes_are_one_clear_line(run, words, tmp_path, overrides, message):
-  arguments = dict(
-    model=run, input=str(words), output=str(tmp_path / 'out.jsonl')
-  )
+  arguments = dict(model=run, input=str(words), output=str(tmp_path / 'out.jsonl'))
   with pytest.raises(UsageError, match=message):
     infer(**{**arguments, **overrides})
 
@@ -256,9 +222,4 @@ def test_the_input_is_not_overwritten(run, words):
 def test_lines_end_where_the_file_says(tmp_path):
   path = tmp_path / 'in.txt'
   path.write_bytes('\ufeffa\u2028b\r\nc\n\nd'.encode())
-  assert list(infer_lib.read_inputs(str(path), 'auto', Columns())) == [
-    'a\u2028b',
-    'c',
-    '',
-    'd',
-  ]
+  assert list(infer_lib.read_inputs(str(path), 'auto', Columns())) == ['a\u2028b', 'c', '', 'd']

@@ -27,9 +27,7 @@ def test_the_gin_file_gives_the_settings_back(tmp_path, monkeypatch):
   path = tmp_path / 'finetune.gin'
   path.write_text(model_card.gin_text(SETTINGS, 'finetune.gin'))
   found = {}
-  monkeypatch.setattr(
-    finetune, 'read_parts', lambda *args: found.update(args=args) or 1 / 0
-  )
+  monkeypatch.setattr(finetune, 'read_parts', lambda *args: found.update(args=args) or 1 / 0)
   configured = configuration.configure(
     finetune.finetune, gin_files=[str(path)], given={'output': str(tmp_path)}
   )

@@ -18,8 +18,7 @@ from tests import tiny_run
 from tests.models import tiny
 
 needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='libtpu is not installed (the tpu extra)',
+  importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed (the tpu extra)'
 )
 
 
@@ -76,9 +75,7 @@ def test_state_bytes_are_those_of_the_shards():
 
 def row(**overrides):
   fields = dict(
-    mesh={'data': 1, 'fsdp': 4, 'model': 2},
-    remat_policy='save_names',
-    num_microbatches=2,
+    mesh={'data': 1, 'fsdp': 4, 'model': 2}, remat_policy='save_names', num_microbatches=2
   )
   return {**fields, **overrides}
 
@@ -88,14 +85,8 @@ def test_the_winners_bindings_win_over_the_experiments(tmp_path):
   winner.write_text(plan.gin_bindings(row()))
   configured = configuration.configure(
     precompile.precompile,
-    gin_files=[
-      'configs/experiments/t5_1_1_xxl_pretrain.gin',
-      str(winner),
-    ],
-    programs=[
-      't5x_lite.programs.train.train',
-      't5x_lite.programs.precompile.precompile',
-    ],
+    gin_files=['configs/experiments/t5_1_1_xxl_pretrain.gin', str(winner)],
+    programs=['t5x_lite.programs.train.train', 't5x_lite.programs.precompile.precompile'],
     inherits='t5x_lite.programs.train.train',
   )
   for setting in (
@@ -128,9 +119,7 @@ def test_the_table_shows_both_peaks():
 
 def test_mistakes_are_told():
   given = dict(
-    model=tiny.config(),
-    dataset=tiny_run.dataset(batch_size=16),
-    optimizer=OptimizerConfig(),
+    model=tiny.config(), dataset=tiny_run.dataset(batch_size=16), optimizer=OptimizerConfig()
   )
   with pytest.raises(UsageError, match='nothing is known'):
     plan.plan(**given, topology='local')
@@ -152,12 +141,8 @@ def test_a_plan_for_a_small_slice(tmp_path, capsys):
     output=str(output),
     json=True,
   )
-  assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(
-    json.dumps(result)
-  )
+  assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(result))
   assert output.read_text() == plan.gin_bindings(result['winner'])
   written = [r for r in result['table'] if r['written']]
   assert len(written) == 1
-  assert np.all(
-    [result['winner']['rank'] <= r['rank'] for r in result['table']]
-  )
+  assert np.all([result['winner']['rank'] <= r['rank'] for r in result['table']])

@@ -22,9 +22,7 @@ from tests import tiny_run
 from tests.models import tiny
 
 HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
-needs_libtpu = pytest.mark.skipif(
-  not HAS_LIBTPU, reason='libtpu is not installed (the tpu extra)'
-)
+needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason='libtpu is not installed (the tpu extra)')
 
 REQUIRED = {
   'topology',
@@ -141,9 +139,7 @@ def test_out_of_memory_is_an_answer(capsys):
 @pytest.mark.slow
 def test_a_decode_step_and_two_slices(capsys):
   precompile.precompile(
-    **arguments(decoding=DecodingConfig(max_decode_length=8)),
-    topology='v5e:2x4',
-    step='decode',
+    **arguments(decoding=DecodingConfig(max_decode_length=8)), topology='v5e:2x4', step='decode'
   )
   two = arguments(mesh=MeshConfig(preset='fsdp'))
   report = precompile.precompile(**two, topology='v5e:2x2', num_slices=2)

@@ -23,9 +23,7 @@ class Phase:
   def __call__(self, **arguments):
     self.calls.append(arguments)
     os.makedirs(arguments['model_dir'], exist_ok=True)
-    with metric_writers.MetricWriter(
-      arguments['model_dir'], first_step=0
-    ) as writer:
+    with metric_writers.MetricWriter(arguments['model_dir'], first_step=0) as writer:
       for step in (1, 2):
         writer.write(step, {'loss': 3.0 / step, 'eval/pronounce/loss': 2.0})
     if self.stop:
@@ -58,9 +56,7 @@ def test_order_of_things(tmp_path, fake_evaluate, capsys):
   first, second = calls
   assert first == {'model_dir': str(tmp_path / 'pretrain')}
   assert second['model_dir'] == str(tmp_path)
-  assert second['checkpoint'] == CheckpointConfig(
-    period=7, restore_path=str(tmp_path / 'pretrain')
-  )
+  assert second['checkpoint'] == CheckpointConfig(period=7, restore_path=str(tmp_path / 'pretrain'))
   saved = json.loads((tmp_path / 'results.json').read_text())
   assert saved == results
   assert saved['test']['pronounce']['phoneme_error_rate'] == 12.5
@@ -87,10 +83,7 @@ def test_nothing_need_be_shown(tmp_path, fake_evaluate, capsys):
 def test_a_stopped_phase_stops_the_rest(tmp_path, fake_evaluate):
   calls = []
   results = quickstart.quickstart(
-    pretrain=Phase(calls, stop=True),
-    finetune=Phase(calls),
-    test=[],
-    output_dir=str(tmp_path),
+    pretrain=Phase(calls, stop=True), finetune=Phase(calls), test=[], output_dir=str(tmp_path)
   )
   assert results is None
   assert len(calls) == 1
@@ -114,16 +107,8 @@ def test_all_phases_really(tmp_path):
     num_examples=3,
   )
   assert results is not None
-  assert set(results['test']) == {
-    'language_id',
-    'pronounce',
-    'syllables',
-  }
+  assert set(results['test']) == {'language_id', 'pronounce', 'syllables'}
   (tmp_path / 'in.txt').write_text('pronounce: hello\n')
   output = tmp_path / 'out.jsonl'
-  infer(
-    model=str(tmp_path / 'run'),
-    input=str(tmp_path / 'in.txt'),
-    output=str(output),
-  )
+  infer(model=str(tmp_path / 'run'), input=str(tmp_path / 'in.txt'), output=str(output))
   assert json.loads(output.read_text())['input'] == 'pronounce: hello'

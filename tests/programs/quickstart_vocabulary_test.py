@@ -18,9 +18,7 @@ def test_the_script_makes_the_shipped_file(tmp_path):
 
 
 def test_words_are_spelt_and_phonemes_are_whole():
-  pieces = sentencepiece.SentencePieceProcessor(
-    model_file=vocabularies.model_path(CONFIG)
-  )
+  pieces = sentencepiece.SentencePieceProcessor(model_file=vocabularies.model_path(CONFIG))
   assert pieces.encode('pronounce: the', out_type=str)[1:] == list('the')
   assert pieces.encode('DH AH0', out_type=str) == ['▁DH', '▁AH0']
   assert vocabularies.make_vocabulary(CONFIG).vocab_size == 3072

@@ -10,9 +10,7 @@ BYTES = tiny_run.VOCABULARY
 
 
 def test_names_of_the_catalog_get_the_models_vocabulary():
-  resolved = start_checks.resolve_dataset(
-    tiny_run.dataset('pronounce'), tiny_run.model(), BYTES
-  )
+  resolved = start_checks.resolve_dataset(tiny_run.dataset('pronounce'), tiny_run.model(), BYTES)
   assert resolved.mixture_or_task_name == 'pronounce_byte'
   assert catalog.short_name('pronounce_byte', BYTES) == 'pronounce'
   assert catalog.short_name('my_task', BYTES) == 'my_task'
@@ -31,9 +29,7 @@ def test_names_of_the_catalog_get_the_models_vocabulary():
 )
 def test_data_must_fit_the_model(data, cfg, message):
   with pytest.raises(UsageError, match=message):
-    start_checks.resolve_dataset(
-      tiny_run.dataset(**data), tiny_run.model(**cfg), BYTES
-    )
+    start_checks.resolve_dataset(tiny_run.dataset(**data), tiny_run.model(**cfg), BYTES)
 
 
 def test_the_embedding_must_have_a_row_for_every_id():

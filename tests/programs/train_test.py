@@ -21,10 +21,7 @@ from tests import tiny_run
 
 
 def leaves(state):
-  return {
-    name: np.asarray(leaf)
-    for name, leaf in pytrees.flatten_names(state).items()
-  }
+  return {name: np.asarray(leaf) for name, leaf in pytrees.flatten_names(state).items()}
 
 
 def assert_same_bits(a, b):
@@ -47,9 +44,7 @@ def finished(tmp_path_factory):
       infer_eval=[tiny_run.dataset(split='validation')],
       eval_steps=2,
       infer_eval_examples=5,
-      checkpoint=CheckpointConfig(
-        period=3, keep=1, keep_best=1, best_metric='eval/pronounce/loss'
-      ),
+      checkpoint=CheckpointConfig(period=3, keep=1, keep_best=1, best_metric='eval/pronounce/loss'),
       summarize_config_fn=lambda d: open(f'{d}/config.gin', 'w').close(),
     )
   )
@@ -116,9 +111,7 @@ def test_evaluation_sees_the_state_of_its_step(finished):
   entries = metric_writers.read_metrics(str(model_dir))
   entry = entries[-1]
   results = evaluate.evaluate(
-    model_dir=str(model_dir),
-    datasets=[tiny_run.dataset(split='validation')],
-    num_examples=5,
+    model_dir=str(model_dir), datasets=[tiny_run.dataset(split='validation')], num_examples=5
   )
   metrics = results['pronounce']
   decoded = 'infer_eval/pronounce/phoneme_error_rate'
@@ -165,9 +158,7 @@ def test_each_evaluation_is_of_its_own_step(tmp_path):
 
 def test_resumed_is_uninterrupted_bit_for_bit(finished, tmp_path):
   _, expected = finished
-  first = tiny_run.arguments(
-    tmp_path / 'run', total_steps=3, checkpoint=CheckpointConfig(period=2)
-  )
+  first = tiny_run.arguments(tmp_path / 'run', total_steps=3, checkpoint=CheckpointConfig(period=2))
   train(**first)
   state = train(**{**first, 'total_steps': 6})
   assert_same_bits(state, expected)
@@ -226,9 +217,7 @@ def test_an_unfinished_window_is_written(tmp_path, monkeypatch, why):
     monkeypatch.setattr(distributed.StopSignal, 'requested', stop_at_six)
   else:
     monkeypatch.setattr(DatasetIterator, '__next__', end_at_six)
-  arguments = tiny_run.arguments(
-    tmp_path / 'run', total_steps=100, stats_period=4
-  )
+  arguments = tiny_run.arguments(tmp_path / 'run', total_steps=100, stats_period=4)
   train(**arguments)
   entries = metric_writers.read_metrics(arguments['model_dir'])
   assert [e['step'] for e in entries if 'loss' in e] == [4, 6]
@@ -269,9 +258,7 @@ def test_fine_tuning_starts_from_the_parameters(finished, tmp_path):
   assert_same_bits(state.params, pretrained.params)
   arguments['model_dir'] = str(tmp_path / 'all')
   arguments['total_steps'] = 7
-  arguments['checkpoint'] = CheckpointConfig(
-    restore_path=str(model_dir), restore_optimizer=True
-  )
+  arguments['checkpoint'] = CheckpointConfig(restore_path=str(model_dir), restore_optimizer=True)
   assert int(train(**arguments).step) == 7
 
 
@@ -343,10 +330,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     (dict(eval_steps=0), 'eval_steps is 0'),
     (dict(infer_eval_examples=0), 'infer_eval_examples is 0'),
     (dict(model_dir=''), 'model_dir'),
-    (
-      dict(dataset=tiny_run.dataset(batch_size=7), mesh=MeshConfig(data=8)),
-      'batch size 7',
-    ),
+    (dict(dataset=tiny_run.dataset(batch_size=7), mesh=MeshConfig(data=8)), 'batch size 7'),
     (dict(num_microbatches=2), 'num_microbatches=2'),
     (dict(model=tiny_run.model(vocab_size=256)), '384 ids'),
     (dict(dataset=tiny_run.dataset('pronunce')), 'pronounce'),
@@ -354,23 +338,15 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     (dict(dataset=tiny_run.dataset('pronounce_t5')), 'vocabulary'),
     (dict(vocabulary=VocabularyConfig(kind='byte', extra_ids=300)), 'ids'),
     (dict(mesh=MeshConfig(data=3)), 'does not multiply'),
-    (
-      dict(checkpoint=CheckpointConfig(restore_path='/nowhere')),
-      '/nowhere does not exist',
-    ),
-    (
-      dict(train_eval=[tiny_run.dataset(split='validation')] * 2),
-      'twice',
-    ),
+    (dict(checkpoint=CheckpointConfig(restore_path='/nowhere')), '/nowhere does not exist'),
+    (dict(train_eval=[tiny_run.dataset(split='validation')] * 2), 'twice'),
     (
       dict(dataset=tiny_run.dataset(feature_converter='lm', segment_ids=True)),
       "feature_converter='lm'",
     ),
   ],
 )
-def test_mistakes_are_told_before_anything_is_written(
-  tmp_path, overrides, message
-):
+def test_mistakes_are_told_before_anything_is_written(tmp_path, overrides, message):
   arguments = tiny_run.arguments(tmp_path / 'run')
   with pytest.raises(UsageError, match=message) as raised:
     train(**{**arguments, **overrides})
@@ -404,9 +380,7 @@ def test_what_the_lengths_cut_is_said_once(tmp_path, caplog):
     **tiny_run.arguments(
       tmp_path / 'run',
       total_steps=2,
-      dataset=tiny_run.dataset(
-        task_feature_lengths={'inputs': 14, 'targets': 16}
-      ),
+      dataset=tiny_run.dataset(task_feature_lengths={'inputs': 14, 'targets': 16}),
     )
   )
   assert 'examples are longer than' in caplog.text

@@ -18,9 +18,7 @@ WORDS = ['house', 'garden', 'tree', 'über', 'naïve', 'walking', 'talked', '42'
 def text(tmp_path):
   generator = random.Random(0)
   path = tmp_path / 'text.txt'
-  path.write_text(
-    '\n'.join(' '.join(generator.choices(WORDS, k=9)) for _ in range(200))
-  )
+  path.write_text('\n'.join(' '.join(generator.choices(WORDS, k=9)) for _ in range(200)))
   return str(path)
 
 
@@ -54,9 +52,7 @@ def test_trains_what_t5_needs(text, tmp_path, model_type):
 def test_the_same_text_gives_the_same_bytes(text, tmp_path):
   outputs = [str(tmp_path / f'{i}.model') for i in range(3)]
   for output, seed in zip(outputs, (0, 0, 1), strict=True):
-    train_vocabulary(
-      input=text, output=output, vocab_size=30, max_sentences=50, seed=seed
-    )
+    train_vocabulary(input=text, output=output, vocab_size=30, max_sentences=50, seed=seed)
   assert sha256(outputs[0]) == sha256(outputs[1])
   assert sha256(outputs[0]) != sha256(outputs[2])
 
@@ -116,10 +112,7 @@ def test_options(text, tmp_path):
 
 def test_text_of_a_registered_task(tmp_path):
   summary = train_vocabulary(
-    task='translate_en_fr',
-    split='test',
-    output=str(tmp_path / 'x.model'),
-    vocab_size=200,
+    task='translate_en_fr', split='test', output=str(tmp_path / 'x.model'), vocab_size=200
   )
   assert summary.num_sentences == 2 * 205
   vocabulary = make_vocabulary(summary.config)

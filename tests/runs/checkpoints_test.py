@@ -45,16 +45,13 @@ def make_state(mesh, seed: int = 0):
   params = {
     'embedding': place(rng.normal(size=(16, 8)).astype('f'), 'data', 'model'),
     'layers': {
-      i: {'kernel': place(rng.normal(size=(8, 4)).astype('f'), None, 'model')}
-      for i in range(2)
+      i: {'kernel': place(rng.normal(size=(8, 4)).astype('f'), None, 'model')} for i in range(2)
     },
     'half': place(jnp.ones(8, jnp.bfloat16)),
   }
   opt_state = jax.jit(optax.adamw(1e-3).init)(params)
   replicated = NamedSharding(mesh, PartitionSpec())
-  opt_state = jax.tree.map(
-    lambda x: x if x.ndim else jax.device_put(x, replicated), opt_state
-  )
+  opt_state = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, replicated), opt_state)
   step = place(jnp.asarray(seed, jnp.int32))
   return {'step': step, 'params': params, 'opt_state': opt_state}
 
@@ -109,10 +106,7 @@ def test_restores_bit_identical_on_any_mesh(tmp_path, shape):
 
 def test_state_and_iterator_may_move_on_while_a_save_is_under_way(tmp_path):
   state = make_state(make_mesh(4, 2))
-  step = jax.jit(
-    lambda s: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), s),
-    donate_argnums=0,
-  )
+  step = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), s), donate_argnums=0)
   checkpointer = Checkpointer(str(tmp_path), CheckpointConfig(keep=0))
   expected, iterator = {}, Iterator()
   for i in range(1, 5):
@@ -229,9 +223,7 @@ def test_loads_only_parameters_and_casts(run):
   restored = restoring.load_params(path, abstract(params, mesh))
   assert_same_bits(restored, params)
   assert restored['embedding'].sharding.mesh == mesh
-  halved = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params
-  )
+  halved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
   restored = restoring.load_params(path, halved)
   assert restored['embedding'].dtype == jnp.bfloat16
 

@@ -18,9 +18,7 @@ def spec():
 
 
 def test_bytes_per_device_are_those_of_the_arrays(spec):
-  state = train_state.init_state(
-    tiny.config(), optax.adam(1.0), spec, jax.random.key(0)
-  )
+  state = train_state.init_state(tiny.config(), optax.adam(1.0), spec, jax.random.key(0))
   device = jax.devices()[3]
   held = sum(
     shard.data.nbytes
@@ -56,16 +54,10 @@ def test_summaries(spec):
   count = model_sharding.count_params(spec.shapes.params)
   assert text.startswith(f'{count:,} parameters (')
   assert 'optimizer state' in memory_report.state_memory(spec)
-  compiled = (
-    jax.jit(lambda x: x @ x)
-    .lower(jax.ShapeDtypeStruct((64, 64), 'float32'))
-    .compile()
-  )
+  compiled = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), 'float32')).compile()
   assert '16.00 KiB' in memory_report.compiled_memory(compiled)
 
 
-@pytest.mark.parametrize(
-  'size, text', [(5, '5 B'), (2048, '2.00 KiB'), (3 * 2**30, '3.00 GiB')]
-)
+@pytest.mark.parametrize('size, text', [(5, '5 B'), (2048, '2.00 KiB'), (3 * 2**30, '3.00 GiB')])
 def test_format_bytes(size, text):
   assert memory_report.format_bytes(size) == text

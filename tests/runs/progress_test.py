@@ -19,10 +19,7 @@ def test_window_means_rates_and_utilisation(monkeypatch):
   now = [100.0]
   monkeypatch.setattr(time, 'monotonic', lambda: now[0])
   window = Window(
-    batch_shapes={
-      'decoder_target_tokens': (4, 10),
-      'encoder_input_tokens': (4, 20),
-    },
+    batch_shapes={'decoder_target_tokens': (4, 10), 'encoder_input_tokens': (4, 20)},
     step_flops=6e12,
     peak_flops=1e12,
     num_devices=2,
@@ -46,9 +43,7 @@ def test_window_means_rates_and_utilisation(monkeypatch):
 
 
 def test_no_utilisation_without_a_peak():
-  window = Window(
-    batch_shapes={}, step_flops=1.0, peak_flops=None, num_devices=1
-  )
+  window = Window(batch_shapes={}, step_flops=1.0, peak_flops=None, num_devices=1)
   window.add({'loss': 1.0})
   assert 'mfu' not in window.summary()
 
@@ -91,23 +86,18 @@ def test_eta_leaves_pauses_out(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'seconds, text',
-  [(42, '0:42'), (725, '12:05'), (11241, '3:07:21'), (357000, '4d 03:10')],
+  'seconds, text', [(42, '0:42'), (725, '12:05'), (11241, '3:07:21'), (357000, '4d 03:10')]
 )
 def test_format_duration(seconds, text):
   assert progress.format_duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-  'value, text', [(950, '950'), (12345, '12.3k'), (4.56e6, '4.56M')]
-)
+@pytest.mark.parametrize('value, text', [(950, '950'), (12345, '12.3k'), (4.56e6, '4.56M')])
 def test_format_count(value, text):
   assert progress.format_count(value) == text
 
 
-def test_a_notebook_is_a_place_where_lines_rewrite_themselves(
-  monkeypatch, tmp_path
-):
+def test_a_notebook_is_a_place_where_lines_rewrite_themselves(monkeypatch, tmp_path):
   assert not progress.in_notebook()
   shown = []
   shell = types.ModuleType('IPython')
@@ -131,9 +121,7 @@ def test_a_notebook_is_a_place_where_lines_rewrite_themselves(
 
 
 def test_updates_left_out_are_counted_by_window():
-  window = Window(
-    batch_shapes={}, step_flops=1.0, peak_flops=None, num_devices=1
-  )
+  window = Window(batch_shapes={}, step_flops=1.0, peak_flops=None, num_devices=1)
   window.add({'loss': 1.0})
   window.skip()
   assert window.summary()['skipped_updates'] == 1.0

@@ -92,8 +92,7 @@ def make_layers(seed=0):
 
   def draw_all():
     return [
-      {name: draw(shape, i) for name, (shape, _) in LAYER_SHAPES.items()}
-      for i in range(LAYERS)
+      {name: draw(shape, i) for name, (shape, _) in LAYER_SHAPES.items()} for i in range(LAYERS)
     ]
 
   params = draw_all()
@@ -105,12 +104,9 @@ def stack(layers):
   return {name: np.stack([x[name] for x in layers]) for name in layers[0]}
 
 
-STACKED_AXES = {
-  name: ('layers', *axes) for name, (_, axes) in LAYER_SHAPES.items()
-}
+STACKED_AXES = {name: ('layers', *axes) for name, (_, axes) in LAYER_SHAPES.items()}
 UNROLLED_AXES = {
-  str(i): {name: axes for name, (_, axes) in LAYER_SHAPES.items()}
-  for i in range(LAYERS)
+  str(i): {name: axes for name, (_, axes) in LAYER_SHAPES.items()} for i in range(LAYERS)
 }
 
 
@@ -181,16 +177,12 @@ def test_stacked_layers_are_the_papers_formulas_for_each_layer(setting):
 def test_stacked_is_unrolled(setting):
   ours, _ = SETTINGS[setting]
   layers, grads = make_layers()
-  stacked = run(
-    adafactor(axes=STACKED_AXES, **ours), stack(layers), [*map(stack, grads)]
-  )
+  stacked = run(adafactor(axes=STACKED_AXES, **ours), stack(layers), [*map(stack, grads)])
 
   def named(layers):
     return {str(i): layer for i, layer in enumerate(layers)}
 
-  unrolled = run(
-    adafactor(axes=UNROLLED_AXES, **ours), named(layers), [*map(named, grads)]
-  )
+  unrolled = run(adafactor(axes=UNROLLED_AXES, **ours), named(layers), [*map(named, grads)])
   for i, layer in enumerate(layers):
     for name, start in layer.items():
       assert_close(stacked[name][i], unrolled[str(i)][name], start, rtol=1e-5)
@@ -201,15 +193,9 @@ def test_optax_adafactor_on_stacked_parameters_is_another_optimizer():
   kwargs = {'decay_rate': 0.8, 'multiply_by_parameter_scale': True}
 
   def optax_run(params, grads):
-    return run(
-      optax.with_extra_args_support(optax.adafactor(1.0, **kwargs)),
-      params,
-      grads,
-    )
+    return run(optax.with_extra_args_support(optax.adafactor(1.0, **kwargs)), params, grads)
 
-  one = [
-    optax_run(layer, [g[i] for g in grads]) for i, layer in enumerate(layers)
-  ]
+  one = [optax_run(layer, [g[i] for g in grads]) for i, layer in enumerate(layers)]
   ours = run(adafactor(axes=STACKED_AXES), stack(layers), [*map(stack, grads)])
   stacked = optax_run(stack(layers), [*map(stack, grads)])
   for i, layer in enumerate(layers):
@@ -251,9 +237,9 @@ def test_state_has_only_what_is_used():
   assert state.v_col['wide'].shape == (LAYERS, 160)
   assert state.v_row['tall'].shape == (LAYERS, 128)
   assert state.v_col['tall'].shape == (LAYERS, 160)
-  momentum = adafactor(
-    axes=STACKED_AXES, beta1=0.9, dtype_momentum=jnp.bfloat16
-  ).init(stack(layers))
+  momentum = adafactor(axes=STACKED_AXES, beta1=0.9, dtype_momentum=jnp.bfloat16).init(
+    stack(layers)
+  )
   assert {x.dtype for x in jax.tree.leaves(momentum.m)} == {jnp.bfloat16.dtype}
 
 
@@ -329,9 +315,7 @@ def test_a_learning_rate_of_zero_moves_nothing():
   for kwargs in ({'beta1': 0.9}, {'weight_decay_rate_lr_exponent': 1.0}):
     tx = adafactor(**kwargs)
     rate = jnp.float32(0)
-    updates, state = tx.update(
-      params, tx.init(params), params, learning_rate=rate
-    )
+    updates, state = tx.update(params, tx.init(params), params, learning_rate=rate)
     np.testing.assert_array_equal(rate * updates['a'], 0)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 

@@ -54,9 +54,7 @@ def test_cross_entropy_is_the_formula(z_loss, label_smoothing):
   np.testing.assert_allclose(got_extra, extra, rtol=1e-5, atol=1e-7)
 
   def total(x):
-    return jnp.sum(
-      losses.cross_entropy_with_logits(x, targets, **kwargs)[0] * weights
-    )
+    return jnp.sum(losses.cross_entropy_with_logits(x, targets, **kwargs)[0] * weights)
 
   got = jax.grad(total)(x)
   np.testing.assert_allclose(got, grad * weights[..., None], atol=2e-6)
@@ -70,17 +68,13 @@ def test_the_z_loss_output_has_a_gradient_of_its_own():
     return jnp.sum(losses.cross_entropy_with_logits(x, targets, z_loss=0.5)[1])
 
   z = jax.nn.logsumexp(x, axis=-1, keepdims=True)
-  np.testing.assert_allclose(
-    jax.grad(z_only)(x), z * jax.nn.softmax(x), rtol=1e-4, atol=1e-6
-  )
+  np.testing.assert_allclose(jax.grad(z_only)(x), z * jax.nn.softmax(x), rtol=1e-4, atol=1e-6)
 
 
 def test_a_perfect_smoothed_prediction_costs_nothing():
   targets = jnp.zeros((1, 1), jnp.int32)
   q = jnp.full((1, 1, V), 0.2 / (V - 1)).at[..., 0].set(0.8)
-  loss, _ = losses.cross_entropy_with_logits(
-    jnp.log(q), targets, label_smoothing=0.2
-  )
+  loss, _ = losses.cross_entropy_with_logits(jnp.log(q), targets, label_smoothing=0.2)
   np.testing.assert_allclose(loss, 0.0, atol=1e-6)
 
 
@@ -97,9 +91,7 @@ def test_huge_logits_stay_finite_and_bfloat16_is_computed_in_float32():
   assert loss.dtype == jnp.float32
   want, _, _ = reference(np.asarray(low, np.float64), targets, 0, 0)
   np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-5)
-  grad = jax.grad(
-    lambda x: jnp.sum(losses.cross_entropy_with_logits(x, targets)[0])
-  )(low)
+  grad = jax.grad(lambda x: jnp.sum(losses.cross_entropy_with_logits(x, targets)[0]))(low)
   assert grad.dtype == jnp.bfloat16
 
 
@@ -123,9 +115,7 @@ def test_no_buffer_beside_the_logits_and_their_gradient():
   targets = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
   weights = jax.ShapeDtypeStruct(shape[:2], jnp.float32)
   step = jax.jit(
-    jax.value_and_grad(
-      lambda x, t, w: (s := losses.loss_sums(x, t, w))['loss'] + 0 * s['z_loss']
-    )
+    jax.value_and_grad(lambda x, t, w: (s := losses.loss_sums(x, t, w))['loss'] + 0 * s['z_loss'])
   )
   memory = step.lower(x, targets, weights).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 0.1 * 4 * math.prod(shape)
@@ -135,30 +125,14 @@ def test_no_buffer_beside_the_logits_and_their_gradient():
 
 # Two rows: examples of 3 and 5 tokens, and one of 6; 2 positions of padding.
 PACKED = {
-  'decoder_target_tokens': np.array(
-    [[3, 4, 1, 5, 6, 7, 8, 1], [2, 3, 4, 5, 6, 1, 0, 0]]
-  ),
-  'decoder_segment_ids': np.array(
-    [[1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0, 0]]
-  ),
-  'decoder_positions': np.array(
-    [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0]]
-  ),
-  'decoder_loss_weights': np.array(
-    [[1.0] * 8, [1.0] * 6 + [0.0] * 2], np.float32
-  ),
+  'decoder_target_tokens': np.array([[3, 4, 1, 5, 6, 7, 8, 1], [2, 3, 4, 5, 6, 1, 0, 0]]),
+  'decoder_segment_ids': np.array([[1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0, 0]]),
+  'decoder_positions': np.array([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0]]),
+  'decoder_loss_weights': np.array([[1.0] * 8, [1.0] * 6 + [0.0] * 2], np.float32),
 }
 UNPACKED = {
-  'decoder_target_tokens': np.array(
-    [
-      [3, 4, 1, 0, 0, 0],
-      [5, 6, 7, 8, 1, 0],
-      [2, 3, 4, 5, 6, 1],
-    ]
-  ),
-  'decoder_loss_weights': np.array(
-    [[1] * 3 + [0] * 3, [1] * 5 + [0], [1] * 6], np.float32
-  ),
+  'decoder_target_tokens': np.array([[3, 4, 1, 0, 0, 0], [5, 6, 7, 8, 1, 0], [2, 3, 4, 5, 6, 1]]),
+  'decoder_loss_weights': np.array([[1] * 3 + [0] * 3, [1] * 5 + [0], [1] * 6], np.float32),
 }
 
 
@@ -182,9 +156,7 @@ def test_normalizing_rules(rule, want):
 
 @pytest.mark.parametrize('batch', [PACKED, UNPACKED])
 def test_average_per_sequence_weighs_examples_alike(batch):
-  weights, normalizer = losses.loss_weights_and_normalizer(
-    batch, 'AVERAGE_PER_SEQUENCE'
-  )
+  weights, normalizer = losses.loss_weights_and_normalizer(batch, 'AVERAGE_PER_SEQUENCE')
   thirds, fifths, sixths = 1 / 3, 1 / 5, 1 / 6
   want = [thirds] * 3 + [fifths] * 5 + [sixths] * 6
   np.testing.assert_allclose(weights[weights > 0], want, rtol=1e-6)
@@ -197,9 +169,7 @@ def test_average_per_sequence_with_weights_of_an_example_all_zero():
   batch['decoder_loss_weights'] = PACKED['decoder_loss_weights'] * (
     PACKED['decoder_segment_ids'] != 2
   )
-  weights, normalizer = losses.loss_weights_and_normalizer(
-    batch, 'AVERAGE_PER_SEQUENCE'
-  )
+  weights, normalizer = losses.loss_weights_and_normalizer(batch, 'AVERAGE_PER_SEQUENCE')
   assert np.all(np.isfinite(weights))
   np.testing.assert_allclose(normalizer, 2, rtol=1e-6)
 
@@ -228,10 +198,7 @@ def test_microbatches_add_up_to_the_whole_batch(rule):
   # (t5x/trainer.py accumulate_grads_microbatched).
   logits, targets, weights = draw()
   weights[0] = 0  # one microbatch without a single token
-  batch = {
-    'decoder_target_tokens': targets,
-    'decoder_loss_weights': weights.astype(np.float32),
-  }
+  batch = {'decoder_target_tokens': targets, 'decoder_loss_weights': weights.astype(np.float32)}
   weights, normalizer = losses.loss_weights_and_normalizer(batch, rule)
 
   def loss(x, targets, weights):
@@ -240,15 +207,10 @@ def test_microbatches_add_up_to_the_whole_batch(rule):
   x = jnp.asarray(logits, jnp.float32)
   whole, grad = jax.value_and_grad(loss)(x, targets, weights)
   parts = [
-    jax.value_and_grad(loss)(
-      x[i : i + 1], targets[i : i + 1], weights[i : i + 1]
-    )
-    for i in range(B)
+    jax.value_and_grad(loss)(x[i : i + 1], targets[i : i + 1], weights[i : i + 1]) for i in range(B)
   ]
   np.testing.assert_allclose(sum(p[0] for p in parts), whole, rtol=1e-6)
-  np.testing.assert_allclose(
-    jnp.concatenate([p[1] for p in parts]), grad, rtol=1e-6, atol=1e-9
-  )
+  np.testing.assert_allclose(jnp.concatenate([p[1] for p in parts]), grad, rtol=1e-6, atol=1e-9)
 
 
 # ---- Chunks ----
@@ -270,18 +232,14 @@ def head_loss(kernel, hidden, targets, weights, chunk):
   if chunk is None:
     sums = losses.loss_sums(project(hidden), targets, weights, **kwargs)
   else:
-    sums = losses.chunked_cross_entropy(
-      project, hidden, targets, weights, chunk=chunk, **kwargs
-    )
+    sums = losses.chunked_cross_entropy(project, hidden, targets, weights, chunk=chunk, **kwargs)
   return sums['loss'] / 7, sums
 
 
 @pytest.mark.parametrize('chunk', [1, 2, 4, 6, 100])
 def test_chunked_is_unchunked(chunk):
   hidden, kernel, targets, weights = head_problem()
-  grad_fn = jax.jit(
-    jax.value_and_grad(head_loss, (0, 1), has_aux=True), static_argnums=4
-  )
+  grad_fn = jax.jit(jax.value_and_grad(head_loss, (0, 1), has_aux=True), static_argnums=4)
   (_, want), want_grads = grad_fn(kernel, hidden, targets, weights, None)
   (_, got), got_grads = grad_fn(kernel, hidden, targets, weights, chunk)
   for name in want:
@@ -295,9 +253,9 @@ def test_chunked_is_unchunked(chunk):
 
 def test_chunked_gradient_keeps_dtypes():
   hidden, kernel, targets, weights = head_problem()
-  grads = jax.grad(
-    lambda k, h: head_loss(k, h, targets, weights, 2)[0], (0, 1)
-  )(kernel.astype(jnp.bfloat16), hidden.astype(jnp.bfloat16))
+  grads = jax.grad(lambda k, h: head_loss(k, h, targets, weights, 2)[0], (0, 1))(
+    kernel.astype(jnp.bfloat16), hidden.astype(jnp.bfloat16)
+  )
   assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16]
 
 
@@ -332,16 +290,11 @@ def test_sharded_vocabulary_and_batch(chunk):
   )
   mesh = jax.make_mesh((2, 4), ('data', 'model'), (AxisType.Auto,) * 2)
   specs = (P(None, 'model'), P('data'), P('data'), P('data'))
-  sharded = [
-    jax.device_put(x, NamedSharding(mesh, s))
-    for x, s in zip(arrays, specs, strict=True)
-  ]
+  sharded = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
 
   @jax.jit
   def step(*args):
-    return jax.value_and_grad(
-      lambda *a: head_loss(*a, chunk), (0, 1), has_aux=True
-    )(*args)
+    return jax.value_and_grad(lambda *a: head_loss(*a, chunk), (0, 1), has_aux=True)(*args)
 
   (_, want), want_grads = step(*arrays)
   (_, got), got_grads = step(*sharded)

@@ -49,9 +49,7 @@ def test_small_updates_add_up():
 def test_a_rate_of_0_changes_nothing():
   tx = master_weights(optax.sgd(1.0))
   kernel, _ = run(tx, jnp.bfloat16, [0.0, 0.0])
-  np.testing.assert_array_equal(
-    kernel, jnp.asarray(PARAMS['a']['kernel'], jnp.bfloat16)
-  )
+  np.testing.assert_array_equal(kernel, jnp.asarray(PARAMS['a']['kernel'], jnp.bfloat16))
 
 
 def test_copies_are_cut_like_their_parameters():
@@ -60,9 +58,7 @@ def test_copies_are_cut_like_their_parameters():
   tx = optimizers.make_optimizer(config, AXES, shapes)
   axes = optimizers.opt_state_axes(tx, shapes, AXES)
   assert axes.master == AXES
-  inner = jax.tree.leaves(
-    axes.inner, is_leaf=lambda x: x in (('embed',), ('mlp',))
-  )
+  inner = jax.tree.leaves(axes.inner, is_leaf=lambda x: x in (('embed',), ('mlp',)))
   assert ('embed',) in inner and ('mlp',) in inner
 
 

@@ -21,10 +21,7 @@ from tests.models import tiny
 
 AXES = {
   'embedding': ('vocab', 'embed'),
-  'layers': {
-    'kernel': ('layers', 'embed', 'mlp'),
-    'scale': ('layers', 'embed'),
-  },
+  'layers': {'kernel': ('layers', 'embed', 'mlp'), 'scale': ('layers', 'embed')},
   'rel_embedding': ('heads', 'relpos_buckets'),
 }
 SHAPES = {
@@ -67,9 +64,7 @@ def assert_trees_close(a, b, **kwargs):
 
 
 # Optax's optimizers without gradient noise and with no state of their own kind.
-@pytest.mark.parametrize(
-  'name', sorted(set(optimizers.OPTIMIZERS) - {'adafactor', 'adamw_scale'})
-)
+@pytest.mark.parametrize('name', sorted(set(optimizers.OPTIMIZERS) - {'adafactor', 'adamw_scale'}))
 def test_updates_at_learning_rate_1_are_optaxs_with_a_schedule(name):
   # sm3 wants a number for its learning rate, noisy_sgd a key.
   factory = getattr(optax, name)
@@ -79,9 +74,7 @@ def test_updates_at_learning_rate_1_are_optaxs_with_a_schedule(name):
   decay = {}
   if 'weight_decay' in inspect.signature(factory).parameters:
     decay['weight_decay'] = 0.0
-  theirs = optax.with_extra_args_support(
-    factory(learning_rate=lr, **kwargs, **decay)
-  )
+  theirs = optax.with_extra_args_support(factory(learning_rate=lr, **kwargs, **decay))
   config = OptimizerConfig(name=name, kwargs=kwargs)
   # Two parameters are enough here, and compile sooner.
   params = draw(0)['layers']
@@ -102,19 +95,12 @@ def test_weight_decay_is_decoupled_and_spares_norms_and_biases():
     decayed = {
       **params,
       'embedding': params['embedding'] * 0.95,
-      'layers': {
-        **params['layers'],
-        'kernel': params['layers']['kernel'] * 0.95,
-      },
+      'layers': {**params['layers'], 'kernel': params['layers']['kernel'] * 0.95},
     }
     assert_trees_close(got, decayed, rtol=1e-6)
-  config = OptimizerConfig(
-    name='sgd', weight_decay=0.1, weight_decay_exclude=''
-  )
+  config = OptimizerConfig(name='sgd', weight_decay=0.1, weight_decay_exclude='')
   got, _ = train(make_optimizer(config, AXES, params), params, grads, [0.5])
-  np.testing.assert_allclose(
-    got['layers']['scale'], params['layers']['scale'] * 0.95, rtol=1e-6
-  )
+  np.testing.assert_allclose(got['layers']['scale'], params['layers']['scale'] * 0.95, rtol=1e-6)
 
 
 def test_adamw_has_no_weight_decay_unless_asked():
@@ -129,9 +115,7 @@ def test_adamw_scale_is_nanot5s_formula_for_each_layer():
   rng = np.random.default_rng(0)
   p = rng.standard_normal((2, 3, 4)) * np.array([1.0, 1e-5])[:, None, None]
   grads = [rng.standard_normal(p.shape) for _ in range(6)]
-  config = OptimizerConfig(
-    name='adamw_scale', b1=0.8, b2=0.99, weight_decay=0.1
-  )
+  config = OptimizerConfig(name='adamw_scale', b1=0.8, b2=0.99, weight_decay=0.1)
   tx = make_optimizer(config, {'w': ('layers', 'embed', 'mlp')}, {'w': p})
   got, _ = train(
     tx,
@@ -168,9 +152,7 @@ def test_global_norm_clip():
 @pytest.mark.parametrize('name', ['adafactor', 'adamw', 'adamw_scale'])
 def test_frozen_parameters_stay_and_cost_nothing(name):
   params = draw(0)
-  config = OptimizerConfig(
-    name=name, trainable='^layers/', weight_decay=0.1, global_norm_clip=1.0
-  )
+  config = OptimizerConfig(name=name, trainable='^layers/', weight_decay=0.1, global_norm_clip=1.0)
   tx = make_optimizer(config, AXES, params)
   got, state = train(tx, params, grads_for())
   for frozen in ('embedding', 'rel_embedding'):
@@ -181,15 +163,11 @@ def test_frozen_parameters_stay_and_cost_nothing(name):
     {'layers': params['layers']},
   )
   want, alone_state = train(
-    alone,
-    {'layers': params['layers']},
-    [{'layers': g['layers']} for g in grads_for()],
+    alone, {'layers': params['layers']}, [{'layers': g['layers']} for g in grads_for()]
   )
   # Clipping too saw the trained part alone.
   assert_trees_close(got['layers'], want['layers'], rtol=1e-6)
-  sizes = [
-    sum(x.size for x in jax.tree.leaves(s)) for s in (state, alone_state)
-  ]
+  sizes = [sum(x.size for x in jax.tree.leaves(s)) for s in (state, alone_state)]
   assert sizes[0] == sizes[1]
 
 
@@ -222,9 +200,7 @@ def axes_of(tx):
 
 
 def test_state_axes_of_adafactor_are_those_left_in_each_moment():
-  tx = make_optimizer(
-    OptimizerConfig(b1=0.9, global_norm_clip=1.0), AXES, draw(0)
-  )
+  tx = make_optimizer(OptimizerConfig(b1=0.9, global_norm_clip=1.0), AXES, draw(0))
   assert axes_of(tx) == {
     'optimizer/count': (),
     'optimizer/m/embedding': ('vocab', 'embed'),
@@ -250,9 +226,7 @@ def test_state_axes_of_square_matrices_are_not_confused():
 
 
 def test_state_axes_of_chains_masks_and_partitions():
-  config = OptimizerConfig(
-    name='adamw', weight_decay=0.1, global_norm_clip=1.0, trainable='layers'
-  )
+  config = OptimizerConfig(name='adamw', weight_decay=0.1, global_norm_clip=1.0, trainable='layers')
   pairs = axes_of(make_optimizer(config, AXES, draw(0)))
   params = {k: v for k, v in pairs.items() if 'kernel' in k}
   assert len(params) == 2
@@ -285,16 +259,12 @@ def test_8_devices_are_1(config):
   tx = make_optimizer(config, AXES, params)
   want, want_state = train(tx, params, grads)
 
-  mesh_config = partitioning.MeshConfig(
-    data=2, fsdp=2, model=2, parameter_dims=2
-  )
+  mesh_config = partitioning.MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
   mesh = partitioning.make_mesh(mesh_config)
   rules = partitioning.logical_axis_rules(mesh_config)
   shapes = jax.eval_shape(tx.init, params)
   shardings = logical_axes.shardings(params, AXES, mesh, rules)
-  state_shardings = logical_axes.shardings(
-    shapes, opt_state_axes(tx, params, AXES), mesh, rules
-  )
+  state_shardings = logical_axes.shardings(shapes, opt_state_axes(tx, params, AXES), mesh, rules)
 
   def step(params, state, g, lr):
     updates, state = tx.update(g, state, params, learning_rate=lr)
@@ -360,13 +330,9 @@ def test_every_parameter_of_every_model_has_axes_for_its_moments(overrides):
   moments = opt_state_axes(tx, params, axes)['optimizer']
   factored = 0
   for shape, roles in zip(
-    jax.tree.leaves(params),
-    jax.tree.structure(params).flatten_up_to(axes),
-    strict=True,
+    jax.tree.leaves(params), jax.tree.structure(params).flatten_up_to(axes), strict=True
   ):
-    matrix = [
-      n for n, r in zip(shape.shape, roles, strict=True) if r != 'layers'
-    ]
+    matrix = [n for n, r in zip(shape.shape, roles, strict=True) if r != 'layers']
     factored += len(matrix) == 2 and min(matrix) >= 128
   assert len(jax.tree.leaves(state.v_row)) == factored > 5
 

@@ -18,15 +18,11 @@ KEY = jax.random.key(7)
 
 def setup(cfg, optimizer='sgd'):
   graphdef, shapes, axes = t5.abstract_params(cfg)
-  tx = optimizers.make_optimizer(
-    optimizers.OptimizerConfig(name=optimizer), axes, shapes
-  )
+  tx = optimizers.make_optimizer(optimizers.OptimizerConfig(name=optimizer), axes, shapes)
   params = tiny.params(cfg)
   if not cfg.scan_layers:
     params = tiny.unstack(tiny.params(cfg.replace(scan_layers=True)), cfg)
-  state = train_state.TrainState(
-    jnp.zeros((), jnp.int32), params, tx.init(params)
-  )
+  state = train_state.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
   return graphdef, tx, state
 
 
@@ -40,9 +36,7 @@ def assert_same(a, b, atol=1e-5):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
-@pytest.mark.parametrize(
-  'rule', ['NUM_REAL_TARGET_TOKENS', 'AVERAGE_PER_SEQUENCE', None]
-)
+@pytest.mark.parametrize('rule', ['NUM_REAL_TARGET_TOKENS', 'AVERAGE_PER_SEQUENCE', None])
 def test_microbatches_change_nothing(rule):
   """Rows differ in length, so a mean of means would show."""
   loss = dataclasses.replace(LOSS, loss_normalizing_factor=rule)
@@ -91,9 +85,7 @@ def test_metrics_by_hand():
   targets = batch['decoder_target_tokens']
   real = targets != 0
   log_probs = jax.nn.log_softmax(logits)
-  nll = -np.take_along_axis(np.asarray(log_probs), targets[..., None], -1)[
-    ..., 0
-  ]
+  nll = -np.take_along_axis(np.asarray(log_probs), targets[..., None], -1)[..., 0]
   np.testing.assert_allclose(metrics['loss'], nll[real].mean(), rtol=1e-5)
   np.testing.assert_allclose(metrics['cross_entropy'], metrics['loss'])
   right = np.asarray(logits.argmax(-1) == targets)[real]
@@ -103,9 +95,7 @@ def test_metrics_by_hand():
   assert metrics['learning_rate'] == 0.5
   assert int(state.step) == 1
   # sgd: the update is the learning rate times the gradient.
-  np.testing.assert_allclose(
-    metrics['update_norm'], 0.5 * metrics['grad_norm'], rtol=1e-5
-  )
+  np.testing.assert_allclose(metrics['update_norm'], 0.5 * metrics['grad_norm'], rtol=1e-5)
 
 
 def test_frozen_parameters_have_no_gradient_and_no_part_in_its_norm():
@@ -133,9 +123,7 @@ def test_eval_step_has_no_dropout_smoothing_or_z_loss():
   batch = tiny.batch()
   sums = jax.jit(steps.make_eval_step(graphdef, LOSS))(state.params, batch)
   _, metrics = train(cfg.replace(dropout_rate=0.0), batch, losses.LossConfig())
-  np.testing.assert_allclose(
-    sums['loss'] / sums['weight'], metrics['loss'], rtol=1e-5
-  )
+  np.testing.assert_allclose(sums['loss'] / sums['weight'], metrics['loss'], rtol=1e-5)
 
 
 def test_dropout_differs_by_step_and_repeats_by_key():
@@ -175,9 +163,7 @@ def test_updates_that_are_not_finite_can_be_left_out():
   wi = np.array(layers['mlp']['wi_0']['kernel'])
   wi[0, 0, 0] = np.nan
   layers['mlp']['wi_0']['kernel'] = wi
-  step = steps.make_train_step(
-    graphdef, tx, lambda s: 0.1, LOSS, skip_nonfinite=True
-  )
+  step = steps.make_train_step(graphdef, tx, lambda s: 0.1, LOSS, skip_nonfinite=True)
   after, metrics = jax.jit(step)(state, batch, KEY)
   assert metrics['skipped'] == 1.0 and int(after.step) == 1
   for old, new in zip(

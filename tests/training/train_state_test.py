@@ -15,9 +15,7 @@ from tests.models import tiny
 def make(mesh_config, optimizer='adafactor'):
   cfg = tiny.config(emb_dim=128, mlp_dim=256, vocab_size=512)
   _, shapes, axes = t5.abstract_params(cfg)
-  tx = optimizers.make_optimizer(
-    optimizers.OptimizerConfig(name=optimizer), axes, shapes
-  )
+  tx = optimizers.make_optimizer(optimizers.OptimizerConfig(name=optimizer), axes, shapes)
   return cfg, tx, train_state.make_spec(cfg, tx, make_placement(mesh_config))
 
 
@@ -44,10 +42,7 @@ def test_init_does_not_depend_on_the_mesh():
   ):
     cfg, tx, spec = make(mesh)
     states.append(train_state.init_state(cfg, tx, spec, jax.random.key(5)))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
-    *states,
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *states)
 
 
 def test_starting_from_parameters_keeps_them():
@@ -56,10 +51,7 @@ def test_starting_from_parameters_keeps_them():
   new = train_state.start_from(state.params, tx, spec, step=3)
   assert int(new.step) == 3
   assert new.params is state.params
-  jax.tree.map(
-    lambda x: np.testing.assert_array_equal(x, jnp.zeros_like(x)),
-    new.opt_state,
-  )
+  jax.tree.map(lambda x: np.testing.assert_array_equal(x, jnp.zeros_like(x)), new.opt_state)
   assert model_sharding.count_params(state.params) == sum(
     x.size for x in jax.tree.leaves(spec.shapes.params)
   )

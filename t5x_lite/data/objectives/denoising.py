@@ -76,9 +76,7 @@ def random_spans_helper(
   check_noise(noise_density, mean_noise_span_length)
 
   def lengths(tokens_length: int) -> tuple[int, int]:
-    noise, spans = num_noise_tokens_and_spans(
-      tokens_length, noise_density, mean_noise_span_length
-    )
+    noise, spans = num_noise_tokens_and_spans(tokens_length, noise_density, mean_noise_span_length)
     text = tokens_length - noise
     return (
       text + spans * extra_tokens_per_span_inputs + 1,
@@ -87,8 +85,7 @@ def random_spans_helper(
 
   if lengths(2)[0] > inputs_length:
     raise UsageError(
-      f'Span corruption needs an inputs length of at least {lengths(2)[0]}; '
-      f'got {inputs_length}'
+      f'Span corruption needs an inputs length of at least {lengths(2)[0]}; got {inputs_length}'
     )
   # The inputs lose at most the noise and gain at least one token a span.
   tokens_length = 2
@@ -104,19 +101,12 @@ def random_spans_helper(
 def check_noise(noise_density: float, mean_noise_span_length: float = 1.0):
   """Raises UsageError for a density or a span length that has no meaning."""
   if not 0.0 < noise_density < 1.0:
-    raise UsageError(
-      f'noise_density is {noise_density}; it must lie between 0 and 1'
-    )
+    raise UsageError(f'noise_density is {noise_density}; it must lie between 0 and 1')
   if mean_noise_span_length < 1.0:
-    raise UsageError(
-      f'mean_noise_span_length is {mean_noise_span_length}; it must be 1 or '
-      'more'
-    )
+    raise UsageError(f'mean_noise_span_length is {mean_noise_span_length}; it must be 1 or more')
 
 
-def sentinel_capacity(
-  vocabulary: seqio.Vocabulary, num_sentinels: int | None = None
-) -> int:
+def sentinel_capacity(vocabulary: seqio.Vocabulary, num_sentinels: int | None = None) -> int:
   """Returns how many spans of one sequence can have a sentinel of their own.
 
   Args:
@@ -128,8 +118,7 @@ def sentinel_capacity(
   if num_sentinels is not None:
     if not 0 < num_sentinels <= vocabulary.vocab_size - 3:
       raise UsageError(
-        f'num_sentinels is {num_sentinels}; this vocabulary allows 1 to '
-        f'{vocabulary.vocab_size - 3}'
+        f'num_sentinels is {num_sentinels}; this vocabulary allows 1 to {vocabulary.vocab_size - 3}'
       )
     return num_sentinels
   if isinstance(vocabulary, seqio.ByteVocabulary) and not vocabulary.extra_ids:
@@ -140,18 +129,13 @@ def sentinel_capacity(
 # ---- Noise masks -------------------------------------------------------------
 
 
-def iid_noise_mask(
-  length: tf.Tensor, noise_density: float, seeds: Seeds
-) -> tf.Tensor:
+def iid_noise_mask(length: tf.Tensor, noise_density: float, seeds: Seeds) -> tf.Tensor:
   """Returns a mask of tokens drawn independently."""
   return tf.random.stateless_uniform([length], seed=seeds[0]) < noise_density
 
 
 def random_spans_noise_mask(
-  length: tf.Tensor,
-  noise_density: float,
-  seeds: Seeds,
-  mean_noise_span_length: float = 3.0,
+  length: tf.Tensor, noise_density: float, seeds: Seeds, mean_noise_span_length: float = 3.0
 ) -> tf.Tensor:
   """Returns a mask of an exact number of noise tokens in exact spans.
 
@@ -177,16 +161,11 @@ def random_spans_noise_mask(
     ],
     axis=1,
   )
-  mask = tf.repeat(
-    tf.tile([False, True], tf.reshape(spans, [1])),
-    tf.reshape(span_lengths, [-1]),
-  )
+  mask = tf.repeat(tf.tile([False, True], tf.reshape(spans, [1])), tf.reshape(span_lengths, [-1]))
   return mask[:length]
 
 
-def random_prefix_noise_mask(
-  length: tf.Tensor, noise_density: float, seeds: Seeds
-) -> tf.Tensor:
+def random_prefix_noise_mask(length: tf.Tensor, noise_density: float, seeds: Seeds) -> tf.Tensor:
   """Returns a mask of the first tokens: the prefix of a prefix language model.
 
   The prefix length is uniform between (1 - 2 noise_density) (length - 1), at
@@ -215,35 +194,24 @@ def limit_spans(noise_mask: tf.Tensor, max_spans: int) -> tf.Tensor:
 
 
 def noise_span_to_unique_sentinel(
-  tokens: tf.Tensor,
-  noise_mask: tf.Tensor,
-  vocabulary: seqio.Vocabulary,
-  seeds: Seeds = (),
+  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
 ) -> tf.Tensor:
   """Returns the tokens with the i-th noise span as the sentinel of index i."""
   del seeds
   starts = _span_starts(noise_mask)
   sentinels = vocabulary.vocab_size - tf.cumsum(tf.cast(starts, tokens.dtype))
-  return tf.boolean_mask(
-    tf.where(starts, sentinels, tokens), starts | ~noise_mask
-  )
+  return tf.boolean_mask(tf.where(starts, sentinels, tokens), starts | ~noise_mask)
 
 
 def nonnoise_span_to_unique_sentinel(
-  tokens: tf.Tensor,
-  noise_mask: tf.Tensor,
-  vocabulary: seqio.Vocabulary,
-  seeds: Seeds = (),
+  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
 ) -> tf.Tensor:
   """Returns the noise, each span of text between it as the next sentinel."""
   return noise_span_to_unique_sentinel(tokens, ~noise_mask, vocabulary, seeds)
 
 
 def noise_token_to_sentinel(
-  tokens: tf.Tensor,
-  noise_mask: tf.Tensor,
-  vocabulary: seqio.Vocabulary,
-  seeds: Seeds = (),
+  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
 ) -> tf.Tensor:
   """Returns the tokens with every noise token as <extra_id_0> (MASS-style)."""
   del seeds
@@ -252,10 +220,7 @@ def noise_token_to_sentinel(
 
 
 def noise_token_to_random_token(
-  tokens: tf.Tensor,
-  noise_mask: tf.Tensor,
-  vocabulary: seqio.Vocabulary,
-  seeds: Seeds,
+  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary, seeds: Seeds
 ) -> tf.Tensor:
   """Returns the tokens with every noise token replaced by any ordinary id."""
   random = tf.random.stateless_uniform(
@@ -276,9 +241,7 @@ def noise_token_to_random_token_or_sentinel(
   random_prob: float = 0.1,
 ) -> tf.Tensor:
   """Returns BERT-style inputs: a random id one time in ten, else a sentinel."""
-  use_random = (
-    tf.random.stateless_uniform(tf.shape(tokens), seed=seeds[0]) < random_prob
-  )
+  use_random = tf.random.stateless_uniform(tf.shape(tokens), seed=seeds[0]) < random_prob
   return tf.where(
     use_random,
     noise_token_to_random_token(tokens, noise_mask, vocabulary, seeds[1:]),
@@ -309,10 +272,7 @@ def drop_nonnoise_tokens(
 
 
 def permute_noise_tokens(
-  tokens: tf.Tensor,
-  noise_mask: tf.Tensor,
-  vocabulary: seqio.Vocabulary | None,
-  seeds: Seeds,
+  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary | None, seeds: Seeds
 ) -> tf.Tensor:
   """Returns the tokens with the noise shuffled among its own positions."""
   del vocabulary

@@ -33,10 +33,7 @@ CONCAT_DOCUMENTS = 128
 
 
 def select_random_chunk(
-  dataset: tf.data.Dataset,
-  *,
-  feature_key: str = 'targets',
-  max_length: int = MAX_CHUNK_TOKENS,
+  dataset: tf.data.Dataset, *, feature_key: str = 'targets', max_length: int = MAX_CHUNK_TOKENS
 ) -> tf.data.Dataset:
   """Keeps one of the consecutive chunks of `max_length` tokens of an example.
 
@@ -60,10 +57,7 @@ def select_random_chunk(
 
 
 def reduce_concat_tokens(
-  dataset: tf.data.Dataset,
-  *,
-  feature_key: str = 'targets',
-  batch_size: int = CONCAT_DOCUMENTS,
+  dataset: tf.data.Dataset, *, feature_key: str = 'targets', batch_size: int = CONCAT_DOCUMENTS
 ) -> tf.data.Dataset:
   """Joins the tokens of `batch_size` examples into one.
 
@@ -71,8 +65,7 @@ def reduce_concat_tokens(
   """
   dataset = dataset.map(lambda example: example[feature_key])
   return dataset.ragged_batch(batch_size).map(
-    lambda tokens: {feature_key: tokens.flat_values},
-    num_parallel_calls=tf.data.AUTOTUNE,
+    lambda tokens: {feature_key: tokens.flat_values}, num_parallel_calls=tf.data.AUTOTUNE
   )
 
 
@@ -94,8 +87,7 @@ def split_tokens(
   """
   if max_tokens_per_segment < 1:
     raise UsageError(
-      f'Segments of {max_tokens_per_segment} tokens hold nothing; raise '
-      'task_feature_lengths'
+      f'Segments of {max_tokens_per_segment} tokens hold nothing; raise task_feature_lengths'
     )
 
   @seqio.map_over_dataset(num_seeds=1)
@@ -120,11 +112,7 @@ def split_tokens(
 
 
 def split_tokens_to_length(
-  dataset: tf.data.Dataset,
-  sequence_length: Lengths,
-  output_features: Features,
-  *,
-  feature: str,
+  dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features, *, feature: str
 ) -> tf.data.Dataset:
   """Cuts the targets into segments that fill `feature`, leaving room for EOS.
 
@@ -144,8 +132,7 @@ def _drop_empty(dataset: tf.data.Dataset, key: str) -> tf.data.Dataset:
 def _length(sequence_length: Lengths, feature: str) -> int:
   if sequence_length is None or feature not in sequence_length:
     raise UsageError(
-      f'This objective needs the length of {feature!r}; set it in '
-      'task_feature_lengths'
+      f'This objective needs the length of {feature!r}; set it in task_feature_lengths'
     )
   return sequence_length[feature]
 
@@ -235,8 +222,7 @@ def span_corruption(
     output_features,
     noise_density=noise_density,
     noise_mask_fn=functools.partial(
-      denoising.random_spans_noise_mask,
-      mean_noise_span_length=mean_noise_span_length,
+      denoising.random_spans_noise_mask, mean_noise_span_length=mean_noise_span_length
     ),
     inputs_fn=denoising.noise_span_to_unique_sentinel,
     targets_fn=denoising.nonnoise_span_to_unique_sentinel,
@@ -273,9 +259,7 @@ def iid_denoising(
   """
   denoising.check_noise(noise_density)
   if style not in _IID_STYLES:
-    raise UsageError(
-      f'style is {style!r}; it must be one of {", ".join(_IID_STYLES)}'
-    )
+    raise UsageError(f'style is {style!r}; it must be one of {", ".join(_IID_STYLES)}')
   inputs_fn, targets_fn = _IID_STYLES[style]
   length = _length(sequence_length, 'inputs')
   if targets_fn is None:
@@ -289,9 +273,7 @@ def iid_denoising(
     _check_sentinels(output_features, num_sentinels, 1)
   dataset = select_random_chunk(dataset)
   dataset = reduce_concat_tokens(dataset)
-  dataset = split_tokens_to_length(
-    dataset, sequence_length, output_features, feature='inputs'
-  )
+  dataset = split_tokens_to_length(dataset, sequence_length, output_features, feature='inputs')
   return denoise(
     dataset,
     output_features,
@@ -320,9 +302,7 @@ def deshuffling(
   """All tokens shuffled in the inputs, the text as it was in the targets."""
   _check_targets(sequence_length, _length(sequence_length, 'inputs'))
   dataset = select_random_chunk(dataset)
-  dataset = split_tokens_to_length(
-    dataset, sequence_length, output_features, feature='inputs'
-  )
+  dataset = split_tokens_to_length(dataset, sequence_length, output_features, feature='inputs')
   return denoise(
     dataset,
     output_features,
@@ -338,9 +318,7 @@ def prefix_lm(
   """A random prefix in the inputs, what follows it in the targets."""
   _check_targets(sequence_length, _length(sequence_length, 'inputs'))
   dataset = select_random_chunk(dataset)
-  dataset = split_tokens_to_length(
-    dataset, sequence_length, output_features, feature='inputs'
-  )
+  dataset = split_tokens_to_length(dataset, sequence_length, output_features, feature='inputs')
   return denoise(
     dataset,
     output_features,
@@ -358,9 +336,7 @@ def full_lm(
   dataset = select_random_chunk(dataset)
   dataset = seqio.preprocessors.append_eos(dataset, output_features)
   dataset = reduce_concat_tokens(dataset)
-  return split_tokens(
-    dataset, max_tokens_per_segment=_length(sequence_length, 'targets')
-  )
+  return split_tokens(dataset, max_tokens_per_segment=_length(sequence_length, 'targets'))
 
 
 def _check_targets(sequence_length: Lengths, needed: int) -> None:
@@ -373,13 +349,9 @@ def _check_targets(sequence_length: Lengths, needed: int) -> None:
     )
 
 
-def _check_sentinels(
-  output_features: Features, num_sentinels: int | None, spans: int
-) -> int:
+def _check_sentinels(output_features: Features, num_sentinels: int | None, spans: int) -> int:
   """Returns the sentinels there are, if they are enough for the spans."""
-  capacity = denoising.sentinel_capacity(
-    output_features['targets'].vocabulary, num_sentinels
-  )
+  capacity = denoising.sentinel_capacity(output_features['targets'].vocabulary, num_sentinels)
   if spans > capacity:
     raise UsageError(
       f'The objective needs {spans} sentinels per sequence and the vocabulary '

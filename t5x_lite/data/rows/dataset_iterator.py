@@ -57,13 +57,7 @@ class DatasetIterator:
   Not for several consumers: one thread calls `__next__`, `save` and `restore`.
   """
 
-  def __init__(
-    self,
-    cfg: DatasetConfig,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-  ):
+  def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
     """Reads nothing before `start`.
 
     Args:
@@ -86,9 +80,7 @@ class DatasetIterator:
   def _reset(self, seed: int) -> None:
     self._seed = seed
     self._untouched = True  # neither read from nor restored
-    self._stream = row_stream.RowStream(
-      self._cfg, seed, self._index, self._count
-    )
+    self._stream = row_stream.RowStream(self._cfg, seed, self._index, self._count)
     self._buffer = row_buffer.RowBuffer()
     self._window_rows = 0
     self._busy = self._paused = self._closed = False
@@ -111,9 +103,7 @@ class DatasetIterator:
     """Begins to read ahead (the first `__next__` does it too)."""
     self._untouched = False
     if self._thread is None and not self._closed:
-      self._thread = threading.Thread(
-        target=self._produce, name='t5x_lite-data', daemon=True
-      )
+      self._thread = threading.Thread(target=self._produce, name='t5x_lite-data', daemon=True)
       # A daemon thread inside TensorFlow must not outlive the interpreter.
       atexit.register(self.close)
       self._thread.start()
@@ -128,9 +118,7 @@ class DatasetIterator:
     condition = self._condition
     while True:
       with condition:
-        condition.wait_for(
-          lambda: self._closed or (not self._paused and self._wants_rows())
-        )
+        condition.wait_for(lambda: self._closed or (not self._paused and self._wants_rows()))
         if self._closed or self._ended:
           return
         self._busy = True
@@ -193,8 +181,7 @@ class DatasetIterator:
         timeout=_PATIENCE_SECONDS,
       ):
         logging.warning(
-          'Still waiting for a batch of %s; do its preprocessors drop every '
-          'example?',
+          'Still waiting for a batch of %s; do its preprocessors drop every example?',
           self._cfg.mixture_or_task_name,
         )
       left = self._buffer.num_rows
@@ -343,9 +330,7 @@ def _saved_process_count(directory: epath.Path) -> int:
   counts = [re.fullmatch(r'process_0-of-(\d+)\.json', name) for name in names]
   counts = [int(match[1]) for match in counts if match]
   if len(counts) != 1:
-    raise DamagedError(
-      f'{directory} holds {len(counts)} saved data positions, expected one'
-    )
+    raise DamagedError(f'{directory} holds {len(counts)} saved data positions, expected one')
   return counts[0]
 
 

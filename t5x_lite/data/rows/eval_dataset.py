@@ -21,13 +21,7 @@ class EvalDataset:
   text as bytes. Every pass reads the data again.
   """
 
-  def __init__(
-    self,
-    cfg: DatasetConfig,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-  ):
+  def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
     """Takes what to read; its `pack`, `shuffle` and `num_epochs` are ignored.
 
     Args:
@@ -39,9 +33,7 @@ class EvalDataset:
       UsageError: the config does not fit the task, or the task cannot be read.
     """
     row_buffer.check_processes(cfg, process_index, process_count)
-    self._cfg = dataclasses.replace(
-      cfg, pack=False, shuffle=False, num_epochs=1
-    )
+    self._cfg = dataclasses.replace(cfg, pack=False, shuffle=False, num_epochs=1)
     self._index = process_index
     self._count = process_count
     self._examples = row_stream.RawExamples(self._cfg)
@@ -53,15 +45,11 @@ class EvalDataset:
 
     def batch() -> tuple[packing.Rows, list[dict[str, Any]]]:
       ragged = {
-        name: packing.Ragged.from_arrays(
-          [example[name][:length] for example in examples], np.int64
-        )
+        name: packing.Ragged.from_arrays([example[name][:length] for example in examples], np.int64)
         for name, length in cfg.lengths.items()
       }
       self._examples.check_ids(ragged)
-      rows = packing.pad(
-        converter.prepare(ragged), converter.row_lengths, converter.aligned
-      )
+      rows = packing.pad(converter.prepare(ragged), converter.row_lengths, converter.aligned)
       rows = row_buffer.fill(converter.convert(rows), cfg.batch_size)
       return row_buffer.host_rows(rows, self._index, self._count), examples
 

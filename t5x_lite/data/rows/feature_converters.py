@@ -65,9 +65,7 @@ class FeatureConverter:
     inputs = _int32(examples['inputs'])
     return {
       'targets': packing.interleave(inputs, targets),
-      _PREFIX: packing.interleave(
-        _full_like(inputs, 1), _full_like(targets, 0)
-      ),
+      _PREFIX: packing.interleave(_full_like(inputs, 1), _full_like(targets, 0)),
     }
 
   def convert(self, rows: packing.Rows) -> packing.Rows:
@@ -105,8 +103,7 @@ class FeatureConverter:
   def spec(self) -> dict[str, tuple[int, np.dtype]]:
     """Returns the length and dtype of every model feature."""
     empty = {
-      name: packing.Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
-      for name in self.lengths
+      name: packing.Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64)) for name in self.lengths
     }
     rows = packing.pad(self.prepare(empty), self.row_lengths, self.aligned)
     return {k: (v.shape[1], v.dtype) for k, v in self.convert(rows).items()}

@@ -37,9 +37,7 @@ class Ragged(NamedTuple):
     """Joins a list of 1-D arrays."""
     arrays = [np.asarray(array, dtype) for array in arrays]
     lengths = np.array([len(array) for array in arrays], np.int64)
-    values = (
-      np.concatenate(arrays) if arrays else np.zeros(0, dtype or np.int32)
-    )
+    values = np.concatenate(arrays) if arrays else np.zeros(0, dtype or np.int32)
     return cls(values, lengths)
 
 
@@ -66,8 +64,7 @@ def take(ragged: Ragged, index: np.ndarray) -> Ragged:
 def concatenate(first: Ragged, second: Ragged) -> Ragged:
   """Returns the examples of `first`, then those of `second`."""
   return Ragged(
-    np.concatenate([first.values, second.values]),
-    np.concatenate([first.lengths, second.lengths]),
+    np.concatenate([first.values, second.values]), np.concatenate([first.lengths, second.lengths])
   )
 
 
@@ -121,9 +118,7 @@ def _scatter(
     segments = np.repeat(segment.astype(np.int32), ragged.lengths)
     rows[name] = write(ragged.values, where[name], length)
     rows[f'{name}_segment_ids'] = write(segments, where[name], length)
-    rows[f'{name}_positions'] = write(
-      ramp.astype(np.int32), where[name], length
-    )
+    rows[f'{name}_positions'] = write(ramp.astype(np.int32), where[name], length)
   for name, leader in aligned.items():
     rows[name] = write(examples[name].values, where[leader], lengths[leader])
   return rows
@@ -140,9 +135,7 @@ def _check(examples: Examples, lengths: Mapping[str, int]) -> None:
 
 
 def pad(
-  examples: Examples,
-  lengths: Mapping[str, int],
-  aligned: Mapping[str, str] | None = None,
+  examples: Examples, lengths: Mapping[str, int], aligned: Mapping[str, str] | None = None
 ) -> Rows:
   """Returns one example a row, with the arrays that packed rows have.
 
@@ -201,8 +194,7 @@ class Packer:
     row = np.concatenate([self._pending_row, self._assign(examples)])
     if self._pending:
       examples = {
-        name: concatenate(pending, examples[name])
-        for name, pending in self._pending.items()
+        name: concatenate(pending, examples[name]) for name, pending in self._pending.items()
       }
     first_open = max(self._next_row - self.num_open_rows, 0)
     return self._emit(examples, row, first_open)

@@ -32,10 +32,7 @@ with contextlib.suppress(RuntimeError):  # already initialised by the caller
 def vocab_sizes(cfg: DatasetConfig) -> dict[str, int]:
   """Returns the first id that is too large, for each task feature."""
   features = catalog.task_provider(cfg).output_features
-  return {
-    name: cfg.vocab_size or features[name].vocabulary.vocab_size
-    for name in cfg.lengths
-  }
+  return {name: cfg.vocab_size or features[name].vocabulary.vocab_size for name in cfg.lengths}
 
 
 def read_examples(
@@ -58,9 +55,7 @@ def read_examples(
   half_the_cores = max((os.cpu_count() or 1) // 2, 1)
   options = tf.data.Options()
   options.deterministic = True
-  options.threading.private_threadpool_size = cfg.num_threads or min(
-    half_the_cores, 16
-  )
+  options.threading.private_threadpool_size = cfg.num_threads or min(half_the_cores, 16)
   try:
     return [
       task.get_dataset(
@@ -80,14 +75,10 @@ def read_examples(
     ]
   except (ValueError, OSError, tf.errors.NotFoundError) as error:
     first_line = str(error).partition('\n')[0]
-    raise UsageError(
-      f'{cfg.mixture_or_task_name} cannot be read: {first_line}'
-    ) from error
+    raise UsageError(f'{cfg.mixture_or_task_name} cannot be read: {first_line}') from error
 
 
-def _token_dataset(
-  cfg: DatasetConfig, seed: int, shard: seqio.ShardInfo | None
-) -> tf.data.Dataset:
+def _token_dataset(cfg: DatasetConfig, seed: int, shard: seqio.ShardInfo | None) -> tf.data.Dataset:
   """Returns the features that the converter needs, of all tasks."""
   provider = catalog.task_provider(cfg)
   names = tuple(cfg.lengths)
@@ -96,15 +87,11 @@ def _token_dataset(
     for dataset in read_examples(cfg, provider, seed=seed, shard=shard)
   ]
   if cfg.shuffle and len(datasets) > 1:
-    return tf.data.Dataset.sample_from_datasets(
-      datasets, seed=seed, stop_on_empty_dataset=False
-    )
+    return tf.data.Dataset.sample_from_datasets(datasets, seed=seed, stop_on_empty_dataset=False)
   return functools.reduce(tf.data.Dataset.concatenate, datasets)
 
 
-def check_ids(
-  cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Examples
-) -> None:
+def check_ids(cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Examples) -> None:
   """Refuses ids that the model has no row for, or would take for padding."""
   task = cfg.mixture_or_task_name
   for name, size in sizes.items():
@@ -160,16 +147,12 @@ class RowStream:
   deterministic.
   """
 
-  def __init__(
-    self, cfg: DatasetConfig, seed: int, index: int = 0, count: int = 1
-  ):
+  def __init__(self, cfg: DatasetConfig, seed: int, index: int = 0, count: int = 1):
     self._cfg = cfg
     self._converter = cfg.converter
     self._vocab_sizes = vocab_sizes(cfg)
     self._packer = packing.Packer(
-      self._converter.row_lengths,
-      self._converter.aligned,
-      num_open_rows=cfg.num_open_rows,
+      self._converter.row_lengths, self._converter.aligned, num_open_rows=cfg.num_open_rows
     )
     self._num_examples = 0
     self.ended = False
@@ -239,9 +222,7 @@ class RowStream:
     if self._cfg.pack:
       rows = self._packer.add(examples)
     else:
-      rows = packing.pad(
-        examples, self._converter.row_lengths, self._converter.aligned
-      )
+      rows = packing.pad(examples, self._converter.row_lengths, self._converter.aligned)
     return self._converter.convert(rows)
 
   def _end(self) -> packing.Rows:

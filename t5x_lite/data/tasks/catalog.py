@@ -24,10 +24,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 
 # Suffixes that can be read. Any other vocabulary gets its fingerprint.
-VOCABULARIES = {
-  't5': VocabularyConfig(),
-  'byte': VocabularyConfig(kind='byte'),
-}
+VOCABULARIES = {'t5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
 
 Rate = float | Callable[[seqio.Task], float]
 
@@ -75,9 +72,7 @@ class MixtureRecipe:
 
   def register(self, name: str, vocabulary: VocabularyConfig) -> None:
     """Adds the mixture, and the tasks that it needs, to SeqIO's registry."""
-    rates = [
-      (resolve(task, vocabulary), rate) for task, rate in self.rates.items()
-    ]
+    rates = [(resolve(task, vocabulary), rate) for task, rate in self.rates.items()]
     seqio.MixtureRegistry.add(name, rates)
 
 
@@ -143,10 +138,7 @@ def register_catalog(vocabulary: VocabularyConfig) -> tuple[str, ...]:
 
 
 def register_mixture(
-  name: str,
-  rates: Mapping[str, Rate],
-  *,
-  vocabulary: VocabularyConfig | None = None,
+  name: str, rates: Mapping[str, Rate], *, vocabulary: VocabularyConfig | None = None
 ) -> None:
   """Adds a mixture of tasks of the catalog.
 
@@ -166,8 +158,7 @@ def register_mixture(
       )
     if not callable(rate) and rate <= 0:
       raise UsageError(
-        f'The mixture {name!r} gives {task!r} the rate {rate}; rates must be '
-        'more than 0'
+        f'The mixture {name!r} gives {task!r} the rate {rate}; rates must be more than 0'
       )
   add(name, MixtureRecipe(rates=dict(rates)), vocabulary)
 
@@ -182,9 +173,7 @@ def texts(name: str, split: str = 'train') -> Iterator[str]:
   full_name = resolve(name, VOCABULARIES['byte']) if name in _CATALOG else name
   provider = find_provider(full_name)
   if split not in provider.splits:
-    raise UsageError(
-      f'{name!r} has no split {split!r}, only {", ".join(provider.splits)}'
-    )
+    raise UsageError(f'{name!r} has no split {split!r}, only {", ".join(provider.splits)}')
   for task in seqio.get_subtasks(provider):
     if split not in task.splits:
       continue
@@ -238,9 +227,7 @@ def _registered() -> set[str]:
 
 
 def add(
-  name: str,
-  recipe: TaskRecipe | MixtureRecipe,
-  vocabulary: VocabularyConfig | None = None,
+  name: str, recipe: TaskRecipe | MixtureRecipe, vocabulary: VocabularyConfig | None = None
 ) -> None:
   """Adds a recipe to the catalog, or registers it for one vocabulary alone.
 
@@ -248,9 +235,7 @@ def add(
     UsageError: if the name is taken.
   """
   if name in _CATALOG or is_registered(name):
-    raise UsageError(
-      f'There is a task or mixture {name!r} already; choose another name'
-    )
+    raise UsageError(f'There is a task or mixture {name!r} already; choose another name')
   if vocabulary is None:
     _CATALOG[name] = recipe
   else:
@@ -272,9 +257,7 @@ def _same(a: seqio.Vocabulary, b: seqio.Vocabulary) -> bool:
   if a == b:
     return True
   if isinstance(a, seqio.SentencePieceVocabulary):
-    return (
-      isinstance(b, seqio.SentencePieceVocabulary) and a.sp_model == b.sp_model
-    )
+    return isinstance(b, seqio.SentencePieceVocabulary) and a.sp_model == b.sp_model
   return False
 
 
@@ -309,9 +292,7 @@ def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
   name = cfg.mixture_or_task_name
   provider = find_provider(name)
   if cfg.split not in provider.splits:
-    raise UsageError(
-      f'{name} has no split {cfg.split!r}, only {sorted(provider.splits)}'
-    )
+    raise UsageError(f'{name} has no split {cfg.split!r}, only {sorted(provider.splits)}')
   for feature in cfg.lengths:
     spec = provider.output_features.get(feature)
     if spec is None:

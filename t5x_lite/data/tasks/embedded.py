@@ -17,16 +17,8 @@ import seqio
 from t5x_lite.data import metrics
 from t5x_lite.data.objectives.named import OBJECTIVES
 from t5x_lite.data.tasks import sources
-from t5x_lite.data.tasks.catalog import (
-  VOCABULARIES,
-  MixtureRecipe,
-  add,
-  register_catalog,
-)
-from t5x_lite.data.tasks.from_files import (
-  register_text_task,
-  supervised,
-)
+from t5x_lite.data.tasks.catalog import VOCABULARIES, MixtureRecipe, add, register_catalog
+from t5x_lite.data.tasks.from_files import register_text_task, supervised
 
 # Paragraphs of Shakespeare that stay together when documents are shuffled.
 _LINES_PER_DOCUMENT = 32
@@ -50,12 +42,7 @@ def _add_pairs(
     split: functools.partial(sources.read_pairs, _path(corpus, split, 'tsv'))
     for split in ('train', 'validation', 'test')
   }
-  add(
-    name,
-    supervised(
-      split_to_rows, prefix=prefix, metric_fns=metric_fns, separator=separator
-    ),
-  )
+  add(name, supervised(split_to_rows, prefix=prefix, metric_fns=metric_fns, separator=separator))
 
 
 _add_pairs(
@@ -65,12 +52,7 @@ _add_pairs(
   metric_fns=(metrics.pronunciation_error_rates,),
   separator=' | ',
 )
-_add_pairs(
-  'language_id',
-  'language_id',
-  prefix='language: ',
-  metric_fns=(metrics.accuracy,),
-)
+_add_pairs('language_id', 'language_id', prefix='language: ', metric_fns=(metrics.accuracy,))
 _add_pairs(
   'translate_en_de',
   'translate_en_de',
@@ -138,13 +120,7 @@ add(
 # What ten minutes can learn; translation is not among it (docs/lab_notes.md).
 add(
   'quickstart_mixture',
-  MixtureRecipe(
-    rates={
-      'pronounce': 0.57,
-      'language_id': 0.37,
-      'syllables': 0.06,
-    }
-  ),
+  MixtureRecipe(rates={'pronounce': 0.57, 'language_id': 0.37, 'syllables': 0.06}),
 )
 
 for _vocabulary in VOCABULARIES.values():

@@ -60,9 +60,7 @@ def register_file_task(
     UsageError: if the name is taken, a file is missing, or a metric unknown.
       Rows are read, and checked, when first used.
   """
-  split_to_files = _split_files(
-    name, train=train_file, validation=validation_file, test=test_file
-  )
+  split_to_files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
   for pattern in split_to_files.values():
     for path in text_files.expand(pattern):
       if records.format_of(path, file_format) == 'text':
@@ -74,10 +72,7 @@ def register_file_task(
   recipe = supervised(
     {
       split: functools.partial(
-        sources.read_pairs,
-        pattern,
-        fields=(input_field, target_field),
-        file_format=file_format,
+        sources.read_pairs, pattern, fields=(input_field, target_field), file_format=file_format
       )
       for split, pattern in split_to_files.items()
     },
@@ -121,18 +116,10 @@ def register_text_task(
     UsageError: if the name is taken, a file is missing or the objective
       unknown.
   """
-  split_to_files = _split_files(
-    name, train=train_file, validation=validation_file, test=test_file
-  )
+  split_to_files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
   if lines_per_document < 1:
-    raise UsageError(
-      f'lines_per_document is {lines_per_document}; it must be 1 or more'
-    )
-  files = [
-    path
-    for pattern in split_to_files.values()
-    for path in text_files.expand(pattern)
-  ]
+    raise UsageError(f'lines_per_document is {lines_per_document}; it must be 1 or more')
+  files = [path for pattern in split_to_files.values() for path in text_files.expand(pattern)]
   is_text = all(records.format_of(f, file_format) == 'text' for f in files)
   if is_text and text_files.total_bytes(files) > MAX_IN_MEMORY_BYTES:
     if lines_per_document != 1:
@@ -160,8 +147,7 @@ def _split_files(name: str, **split_to_file: str) -> dict[str, str]:
   found = {split: file for split, file in split_to_file.items() if file}
   if not found:
     raise UsageError(
-      f'The task {name!r} has no files; give train_file, validation_file or '
-      'test_file'
+      f'The task {name!r} has no files; give train_file, validation_file or test_file'
     )
   return found
 
@@ -184,24 +170,16 @@ def supervised(
   steps = []
   postprocess_fn = None
   if separator:
-    steps.append(
-      functools.partial(text_preprocessors.first_reference, separator=separator)
-    )
-    postprocess_fn = functools.partial(
-      metrics_lib.split_references, separator=separator
-    )
+    steps.append(functools.partial(text_preprocessors.first_reference, separator=separator))
+    postprocess_fn = functools.partial(metrics_lib.split_references, separator=separator)
   if prefix:
-    steps.append(
-      functools.partial(text_preprocessors.prefix_inputs, prefix=prefix)
-    )
+    steps.append(functools.partial(text_preprocessors.prefix_inputs, prefix=prefix))
   steps.append(text_preprocessors.tokenize_rows)
   if separator:
     steps.append(text_preprocessors.restore_references)
   return catalog.TaskRecipe(
     make_source=functools.cache(
-      functools.partial(
-        sources.RowsDataSource, split_to_rows, rows_per_element=_ROWS_AT_ONCE
-      )
+      functools.partial(sources.RowsDataSource, split_to_rows, rows_per_element=_ROWS_AT_ONCE)
     ),
     preprocessors=(*steps, text_preprocessors.split_rows),
     metric_fns=tuple(metric_fns),
@@ -210,8 +188,7 @@ def supervised(
 
 
 def unsupervised(
-  make_source: Callable[[], seqio.DataSource],
-  objective: str | catalog.Preprocessor,
+  make_source: Callable[[], seqio.DataSource], objective: str | catalog.Preprocessor
 ) -> catalog.TaskRecipe:
   """Returns the recipe of a pre-training task.
 
@@ -221,16 +198,9 @@ def unsupervised(
   """
   if isinstance(objective, str):
     if objective not in OBJECTIVES:
-      raise UsageError(
-        f'There is no objective {objective!r}; there are '
-        f'{", ".join(OBJECTIVES)}'
-      )
+      raise UsageError(f'There is no objective {objective!r}; there are {", ".join(OBJECTIVES)}')
     objective = OBJECTIVES[objective]
-  steps = [
-    text_preprocessors.tokenize_documents,
-    seqio.CacheDatasetPlaceholder(),
-    objective,
-  ]
+  steps = [text_preprocessors.tokenize_documents, seqio.CacheDatasetPlaceholder(), objective]
   is_lm = objective is preprocessors.full_lm
   if not is_lm:
     steps.append(seqio.preprocessors.append_eos_after_trim)

@@ -20,6 +20,4 @@ def to_seqio(config: vocabularies.VocabularyConfig) -> seqio.Vocabulary:
     return seqio.ByteVocabulary(extra_ids=config.extra_ids)
   if config.kind == 'passthrough':
     return seqio.PassThroughVocabulary(config.size, eos_id=vocabularies.EOS_ID)
-  return seqio.SentencePieceVocabulary(
-    vocabularies.model_path(config), extra_ids=config.extra_ids
-  )
+  return seqio.SentencePieceVocabulary(vocabularies.model_path(config), extra_ids=config.extra_ids)

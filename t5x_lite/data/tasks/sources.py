@@ -27,10 +27,7 @@ class RowsDataSource(seqio.DataSource):
   """
 
   def __init__(
-    self,
-    split_to_rows: Mapping[str, Callable[[], Columns]],
-    *,
-    rows_per_element: int | None = None,
+    self, split_to_rows: Mapping[str, Callable[[], Columns]], *, rows_per_element: int | None = None
   ):
     """Takes what to read; reads a split when it is first asked for.
 
@@ -39,9 +36,7 @@ class RowsDataSource(seqio.DataSource):
       rows_per_element: if given, an element of the data set is not a row but
         vectors of this many, for preprocessors that take them.
     """
-    super().__init__(
-      splits=split_to_rows.keys(), performs_internal_shuffling=True
-    )
+    super().__init__(splits=split_to_rows.keys(), performs_internal_shuffling=True)
     self._read = dict(split_to_rows)
     self._rows_per_element = rows_per_element
     self._columns: dict[str, dict[str, tf.Tensor]] = {}
@@ -95,9 +90,7 @@ class RowsDataSource(seqio.DataSource):
 
     def epoch(epoch_seed: tf.Tensor) -> tf.data.Dataset:
       return numbers.map(
-        lambda i: rows(
-          tf.random.experimental.index_shuffle(i, epoch_seed, count - 1)
-        )
+        lambda i: rows(tf.random.experimental.index_shuffle(i, epoch_seed, count - 1))
       )
 
     # A new pair of numbers at every iteration, that is, every epoch.
@@ -109,17 +102,13 @@ class RowsDataSource(seqio.DataSource):
       if split not in self._columns:
         columns = self._read[split]()
         self._columns[split] = {
-          name: tf.constant(values, tf.string)
-          for name, values in columns.items()
+          name: tf.constant(values, tf.string) for name, values in columns.items()
         }
       return self._columns[split]
 
 
 def read_pairs(
-  pattern: str,
-  *,
-  fields: Sequence[str | int] = (0, 1),
-  file_format: str = '',
+  pattern: str, *, fields: Sequence[str | int] = (0, 1), file_format: str = ''
 ) -> Columns:
   """Returns the inputs and targets of all rows of the files of a pattern.
 
@@ -137,11 +126,7 @@ def read_pairs(
 
 
 def read_documents(
-  pattern: str,
-  *,
-  field: str | int = 'text',
-  file_format: str = '',
-  lines_per_document: int = 1,
+  pattern: str, *, field: str | int = 'text', file_format: str = '', lines_per_document: int = 1
 ) -> Columns:
   """Returns the documents of the files of a pattern, as targets.
 
@@ -172,8 +157,7 @@ def stream_text(split_to_pattern: Mapping[str, str]) -> seqio.FileDataSource:
   the order of files is shuffled here; the task shuffles a window of examples.
   """
   split_to_files = {
-    split: text_files.expand(pattern)
-    for split, pattern in split_to_pattern.items()
+    split: text_files.expand(pattern) for split, pattern in split_to_pattern.items()
   }
 
   def read(path: tf.Tensor) -> tf.data.Dataset:

@@ -25,9 +25,7 @@ def prefix_inputs(dataset: tf.data.Dataset, *, prefix: str) -> tf.data.Dataset:
   return add(dataset)
 
 
-def first_reference(
-  dataset: tf.data.Dataset, *, separator: str
-) -> tf.data.Dataset:
+def first_reference(dataset: tf.data.Dataset, *, separator: str) -> tf.data.Dataset:
   """Trains on the first of several references; keeps all for the metrics.
 
   The targets become the first one. `restore_references` must follow the
@@ -59,9 +57,7 @@ def restore_references(example):
 
 
 def tokenize_rows(
-  dataset: tf.data.Dataset,
-  sequence_length: Lengths,
-  output_features: Features,
+  dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
 ) -> tf.data.Dataset:
   """Tokenizes vectors of rows, cuts, appends EOS; the rows stay together.
 
@@ -96,9 +92,7 @@ def split_rows(dataset: tf.data.Dataset) -> tf.data.Dataset:
   return dataset.unbatch()
 
 
-def tokenize_documents(
-  dataset: tf.data.Dataset, output_features: Features
-) -> tf.data.Dataset:
+def tokenize_documents(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dataset:
   """Tokenizes the targets, one text an example, without EOS or a copy.
 
   `seqio.preprocessors.tokenize` does 256 texts at once, which for documents

@@ -44,9 +44,7 @@ class Cut:
   percent_of_tokens: float
 
 
-def measure(
-  cfg: DatasetConfig, vocabulary: VocabularyConfig, sample: int = SAMPLE
-) -> list[Cut]:
+def measure(cfg: DatasetConfig, vocabulary: VocabularyConfig, sample: int = SAMPLE) -> list[Cut]:
   """Tokenizes the first examples of each supervised task and counts.
 
   Args:
@@ -95,12 +93,9 @@ def _texts(task: Any, split: str) -> Any:
       preprocessor, output_features=task.output_features
     )(dataset)
   for row in dataset.as_numpy_iterator():
-    columns = {
-      key: np.ravel(row[key]) for key in ('inputs', 'targets') if key in row
-    }
+    columns = {key: np.ravel(row[key]) for key in ('inputs', 'targets') if key in row}
     for values in zip(*columns.values(), strict=True):
       if all(isinstance(value, bytes) for value in values):
         yield {
-          key: value.decode('utf-8', 'replace')
-          for key, value in zip(columns, values, strict=True)
+          key: value.decode('utf-8', 'replace') for key, value in zip(columns, values, strict=True)
         }

@@ -68,9 +68,7 @@ def test_published_lengths(inputs, density, span, tokens_length, targets):
 @pytest.mark.parametrize('inputs_length', [3, 7, 33, 128])
 def test_lengths_are_exactly_as_solved(inputs_length, density, span):
   settings = {'noise_density': density, 'mean_noise_span_length': span}
-  length, targets_length = denoising.random_spans_helper(
-    inputs_length, **settings
-  )
+  length, targets_length = denoising.random_spans_helper(inputs_length, **settings)
   noise, spans = denoising.num_noise_tokens_and_spans(length, density, span)
   for i in range(2):
     mask = denoising.random_spans_noise_mask(
@@ -79,12 +77,8 @@ def test_lengths_are_exactly_as_solved(inputs_length, density, span):
     assert mask.sum() == noise
     assert len(runs(mask)) == spans
     assert not mask[0] and mask[-1]
-    inputs = denoising.noise_span_to_unique_sentinel(
-      tokens(length), mask, VOCABULARY
-    )
-    targets = denoising.nonnoise_span_to_unique_sentinel(
-      tokens(length), mask, VOCABULARY
-    )
+    inputs = denoising.noise_span_to_unique_sentinel(tokens(length), mask, VOCABULARY)
+    targets = denoising.nonnoise_span_to_unique_sentinel(tokens(length), mask, VOCABULARY)
     assert len(targets) + 1 == targets_length
     assert len(inputs) + 1 <= inputs_length
   # No longer text would fit.
@@ -95,9 +89,7 @@ def test_lengths_are_exactly_as_solved(inputs_length, density, span):
 
 @pytest.mark.parametrize('length', [1, 2, 3, 5, 20, 113])
 @pytest.mark.parametrize(
-  'mask_fn',
-  [denoising.random_spans_noise_mask, denoising.iid_noise_mask],
-  ids=['spans', 'iid'],
+  'mask_fn', [denoising.random_spans_noise_mask, denoising.iid_noise_mask], ids=['spans', 'iid']
 )
 def test_inputs_and_targets_hold_every_token_once(length, mask_fn):
   for i in range(5):
@@ -115,9 +107,7 @@ def test_inputs_and_targets_hold_every_token_once(length, mask_fn):
     for feature in (inputs, targets):
       sentinels = feature[feature >= SIZE - 100]
       # <extra_id_0> first, then down one by one.
-      assert sentinels.tolist() == list(
-        range(SIZE - 1, SIZE - 1 - len(sentinels), -1)
-      )
+      assert sentinels.tolist() == list(range(SIZE - 1, SIZE - 1 - len(sentinels), -1))
     kept = np.concatenate([inputs, targets])
     assert sorted(kept[kept < SIZE - 100]) == sorted(text)
     # Text that begins with noise shifts the sentinels of the targets by one,
@@ -145,9 +135,7 @@ def test_all_masks_are_equally_likely():
 def test_prefix_mask_is_a_uniform_prefix():
   counts = np.zeros(6, int)
   for i in range(300):
-    mask = denoising.random_prefix_noise_mask(
-      tf.constant(5), 0.5, [seed(i)]
-    ).numpy()
+    mask = denoising.random_prefix_noise_mask(tf.constant(5), 0.5, [seed(i)]).numpy()
     prefix = mask.sum()
     assert mask[:prefix].all() and not mask[prefix:].any()
     counts[prefix] += 1
@@ -177,16 +165,12 @@ def test_whole_text_objectives():
   noise = mask.numpy()
   mass = denoising.noise_token_to_sentinel(text, mask, VOCABULARY).numpy()
   assert (mass[noise] == SIZE - 1).all()
-  bert = denoising.noise_token_to_random_token_or_sentinel(
-    text, mask, VOCABULARY, seeds(5)
-  ).numpy()
+  bert = denoising.noise_token_to_random_token_or_sentinel(text, mask, VOCABULARY, seeds(5)).numpy()
   assert (bert[~noise] == text.numpy()[~noise]).all()
   random = bert[noise][bert[noise] != SIZE - 1]
   assert len(random) / noise.sum() == pytest.approx(0.1, abs=0.03)
   assert random.min() >= 3
-  shuffled = denoising.permute_noise_tokens(
-    text, mask, VOCABULARY, seeds(5)
-  ).numpy()
+  shuffled = denoising.permute_noise_tokens(text, mask, VOCABULARY, seeds(5)).numpy()
   assert (shuffled[~noise] == text.numpy()[~noise]).all()
   assert (shuffled[noise] != text.numpy()[noise]).any()
   assert sorted(shuffled) == sorted(text.numpy())

@@ -12,9 +12,7 @@ BYTES = VocabularyConfig(kind='byte')
 def test_every_objective_makes_examples(tmp_path, objective):
   name = f'named_test_{objective}'
   (tmp_path / 'x.txt').write_text('to be or not to be ' * 20)
-  from_files.register_text_task(
-    name, train_file=str(tmp_path / 'x.txt'), objective=objective
-  )
+  from_files.register_text_task(name, train_file=str(tmp_path / 'x.txt'), objective=objective)
   task = seqio.get_mixture_or_task(catalog.resolve(name, BYTES))
   dataset = task.get_dataset({'inputs': 32, 'targets': 32}, split='train')
   found = list(dataset.as_numpy_iterator())

@@ -11,18 +11,13 @@ from t5x_lite.data.objectives import preprocessors
 from t5x_lite.errors import UsageError
 
 BYTES = seqio.ByteVocabulary(extra_ids=100)
-FEATURES = {
-  'inputs': seqio.Feature(BYTES),
-  'targets': seqio.Feature(BYTES),
-}
+FEATURES = {'inputs': seqio.Feature(BYTES), 'targets': seqio.Feature(BYTES)}
 
 
 def documents(*lengths):
   """Documents whose tokens are all different, so that order shows."""
   starts = np.cumsum([0, *lengths])
-  return [
-    np.arange(a, b, dtype=np.int32) for a, b in itertools.pairwise(starts)
-  ]
+  return [np.arange(a, b, dtype=np.int32) for a, b in itertools.pairwise(starts)]
 
 
 def dataset(docs, key='targets'):
@@ -50,10 +45,7 @@ def test_reduce_concat_keeps_zeros_and_order():
 def test_split_tokens_keeps_every_token_once_in_order(minimum):
   docs = documents(10, 0, 3, 4, 1)
   out = run(
-    preprocessors.split_tokens,
-    docs,
-    max_tokens_per_segment=4,
-    min_tokens_per_segment=minimum,
+    preprocessors.split_tokens, docs, max_tokens_per_segment=4, min_tokens_per_segment=minimum
   )
   segments = [e['targets'] for e in out]
   assert np.concatenate(segments).tolist() == list(range(18))
@@ -70,9 +62,7 @@ def test_select_random_chunk_takes_one_whole_chunk():
   starts = [int(e['targets'][0]) for e in out]
   assert {starts.count(s) > 4 for s in (0, 30, 60, 90)} == {True}
   for start, example in zip(starts, out, strict=True):
-    assert example['targets'].tolist() == list(
-      range(start, min(start + 30, 100))
-    )
+    assert example['targets'].tolist() == list(range(start, min(start + 30, 100)))
 
 
 # ---- Objectives ----
@@ -81,18 +71,13 @@ def test_select_random_chunk_takes_one_whole_chunk():
 def bytes_documents(n=40, seed=0):
   generator = np.random.default_rng(seed)
   return [
-    generator.integers(3, 259, size=generator.integers(1, 90)).astype(np.int32)
-    for _ in range(n)
+    generator.integers(3, 259, size=generator.integers(1, 90)).astype(np.int32) for _ in range(n)
   ]
 
 
 OBJECTIVES = {
   'span': (preprocessors.span_corruption, {}, 50),
-  'span_5': (
-    preprocessors.span_corruption,
-    {'mean_noise_span_length': 5.0},
-    50,
-  ),
+  'span_5': (preprocessors.span_corruption, {'mean_noise_span_length': 5.0}, 50),
   'replace': (preprocessors.iid_denoising, {}, 50),
   'drop': (preprocessors.iid_denoising, {'style': 'drop'}, 50),
   'mass': (preprocessors.iid_denoising, {'style': 'mass'}, 50),
@@ -124,10 +109,7 @@ def test_objectives_hold_every_token_once(name):
   again = run(fn, docs, lengths, FEATURES, **settings)
   other = run(fn, docs, lengths, FEATURES, seed=99, **settings)
   same, moved = (
-    [
-      np.array_equal(a['inputs'], b['inputs'])
-      for a, b in zip(out, others, strict=False)
-    ]
+    [np.array_equal(a['inputs'], b['inputs']) for a, b in zip(out, others, strict=False)]
     for others in (again, other)
   )
   assert all(same) and not all(moved)
@@ -135,16 +117,9 @@ def test_objectives_hold_every_token_once(name):
 
 def test_span_corruption_fills_the_inputs_and_targets_exactly():
   docs = [np.full(5000, 7, np.int32)]
-  out = run(
-    preprocessors.span_corruption,
-    docs,
-    {'inputs': 512, 'targets': 114},
-    FEATURES,
-  )
+  out = run(preprocessors.span_corruption, docs, {'inputs': 512, 'targets': 114}, FEATURES)
   # One less than the paper's, for EOS.
-  assert {(len(e['inputs']), len(e['targets'])) for e in out[:-1]} == {
-    (511, 113)
-  }
+  assert {(len(e['inputs']), len(e['targets'])) for e in out[:-1]} == {(511, 113)}
   assert len(out) == 9  # 5,000 tokens in segments of 568
   reserved = run(
     preprocessors.span_corruption,
@@ -173,9 +148,7 @@ def test_span_corruption_of_short_texts():
 
 
 def test_byt5_reuses_its_last_bytes():
-  features = dict.fromkeys(
-    ('inputs', 'targets'), seqio.Feature(seqio.ByteVocabulary())
-  )
+  features = dict.fromkeys(('inputs', 'targets'), seqio.Feature(seqio.ByteVocabulary()))
   docs = [np.full(100, 7, np.int32)]
   out = run(
     preprocessors.span_corruption,
@@ -189,28 +162,17 @@ def test_byt5_reuses_its_last_bytes():
 
 def test_full_lm_marks_the_ends_of_documents():
   docs = [doc + 3 for doc in documents(5, 3, 4)]
-  out = run(
-    preprocessors.full_lm,
-    docs,
-    {'targets': 6},
-    {'targets': FEATURES['targets']},
-  )
+  out = run(preprocessors.full_lm, docs, {'targets': 6}, {'targets': FEATURES['targets']})
   tokens = np.concatenate([e['targets'] for e in out]).tolist()
   assert tokens == [3, 4, 5, 6, 7, 1, 8, 9, 10, 1, 11, 12, 13, 14, 1]
   assert [len(e['targets']) for e in out] == [6, 6, 3]
 
 
 def test_iid_denoising_never_runs_out_of_sentinels():
-  features = dict.fromkeys(
-    ('inputs', 'targets'), seqio.Feature(seqio.ByteVocabulary(extra_ids=13))
-  )
+  features = dict.fromkeys(('inputs', 'targets'), seqio.Feature(seqio.ByteVocabulary(extra_ids=13)))
   docs = [np.full(5000, 7, np.int32)]
-  out = run(
-    preprocessors.iid_denoising, docs, {'inputs': 100, 'targets': 100}, features
-  )
-  lowest = min(
-    int(e[f][e[f] > 7].min()) for e in out for f in ('inputs', 'targets')
-  )
+  out = run(preprocessors.iid_denoising, docs, {'inputs': 100, 'targets': 100}, features)
+  lowest = min(int(e[f][e[f] > 7].min()) for e in out for f in ('inputs', 'targets'))
   assert lowest == 259
   held = np.concatenate([e[f] for e in out for f in ('inputs', 'targets')])
   assert (held == 7).sum() == 5000
@@ -223,12 +185,7 @@ def test_iid_denoising_never_runs_out_of_sentinels():
     ('span', {'inputs': 2048, 'targets': 512}, {}, 'needs 114 sentinels'),
     ('span', None, {}, "needs the length of 'inputs'"),
     ('span', {'inputs': 512}, {}, "needs the length of 'targets'"),
-    (
-      'span',
-      {'inputs': 9, 'targets': 9},
-      {'num_sentinels': 0},
-      'num_sentinels',
-    ),
+    ('span', {'inputs': 9, 'targets': 9}, {'num_sentinels': 0}, 'num_sentinels'),
     ('span', {'inputs': 512, 'targets': 512}, {'noise_density': 1.5}, '1.5'),
     ('mass', {'inputs': 64, 'targets': 32}, {}, 'targets of 64'),
     ('deshuffling', {'inputs': 64, 'targets': 32}, {}, 'targets of 64'),
@@ -241,24 +198,17 @@ def test_iid_denoising_never_runs_out_of_sentinels():
     ('replace', {'inputs': 64, 'targets': 64}, {'style': 'mask'}, "is 'mask'"),
   ],
 )
-def test_what_cannot_work_is_said_before_any_example(
-  fn, lengths, settings, message
-):
+def test_what_cannot_work_is_said_before_any_example(fn, lengths, settings, message):
   function, defaults, _ = OBJECTIVES[fn]
   with pytest.raises(UsageError, match=message):
     function(dataset(documents(9)), lengths, FEATURES, **defaults | settings)
 
 
 def test_masks_need_a_sentinel():
-  features = dict.fromkeys(
-    ('inputs', 'targets'), seqio.Feature(seqio.PassThroughVocabulary(50, 1))
-  )
+  features = dict.fromkeys(('inputs', 'targets'), seqio.Feature(seqio.PassThroughVocabulary(50, 1)))
   with pytest.raises(UsageError, match=r'needs 1 sentinels .* has 0'):
     preprocessors.iid_denoising(
-      dataset(documents(9)),
-      {'inputs': 64, 'targets': 64},
-      features,
-      style='mass',
+      dataset(documents(9)), {'inputs': 64, 'targets': 64}, features, style='mass'
     )
 
 
@@ -274,14 +224,6 @@ def test_reused_ids_lift_the_limit():
 
 
 def test_denoising_needs_one_vocabulary():
-  features = {
-    'inputs': seqio.Feature(seqio.ByteVocabulary()),
-    'targets': FEATURES['targets'],
-  }
+  features = {'inputs': seqio.Feature(seqio.ByteVocabulary()), 'targets': FEATURES['targets']}
   with pytest.raises(UsageError, match=r'one vocabulary'):
-    run(
-      preprocessors.span_corruption,
-      documents(9),
-      {'inputs': 64, 'targets': 64},
-      features,
-    )
+    run(preprocessors.span_corruption, documents(9), {'inputs': 64, 'targets': 64}, features)

@@ -37,12 +37,8 @@ def test_inputs_stay_with_their_targets():
   for batch in all_batches(config(num_epochs=1)):
     for row in range(4):
       for segment in range(1, batch['decoder_segment_ids'][row].max() + 1):
-        inputs = batch['encoder_input_tokens'][row][
-          batch['encoder_segment_ids'][row] == segment
-        ]
-        targets = batch['decoder_target_tokens'][row][
-          batch['decoder_segment_ids'][row] == segment
-        ]
+        inputs = batch['encoder_input_tokens'][row][batch['encoder_segment_ids'][row] == segment]
+        targets = batch['decoder_target_tokens'][row][batch['decoder_segment_ids'][row] == segment]
         number = targets[0] - FIRST_ID
         assert inputs.tolist() == [number + FIRST_ID] * (1 + number % 11)
 
@@ -54,9 +50,7 @@ def test_batch_spec_is_what_comes():
     got = {name: (array.shape, array.dtype) for name, array in batch.items()}
     assert got == batch_spec(cfg)
   assert 'decoder_segment_ids' not in batch
-  assert (
-    'decoder_segment_ids' in batches(config(pack=False, segment_ids=True), 1)[0]
-  )
+  assert 'decoder_segment_ids' in batches(config(pack=False, segment_ids=True), 1)[0]
 
 
 def test_seed_decides_the_stream():
@@ -78,13 +72,7 @@ def test_window_and_prefetch_do_not_change_the_stream():
 def test_last_batch_is_filled_with_rows_without_weight():
   cfg = config(pack=False, num_epochs=1, batch_size=64)
   found = all_batches(cfg)
-  assert [int(b['decoder_loss_weights'].any(1).sum()) for b in found] == [
-    64,
-    64,
-    64,
-    64,
-    44,
-  ]
+  assert [int(b['decoder_loss_weights'].any(1).sum()) for b in found] == [64, 64, 64, 64, 44]
   padding = {k: v[44:] for k, v in found[-1].items()}
   assert not any(array.any() for array in padding.values())
   assert len(all_batches(dataclasses.replace(cfg, drop_remainder=True))) == 4
@@ -125,10 +113,7 @@ def test_host_shards_are_disjoint_and_cover(count):
     seen += example_numbers(batches(cfg, num, index, count))
   assert sorted(seen) == list(range(num * 4 * count))
   cfg = dataclasses.replace(cfg, shuffle=True)
-  hosts = [
-    set(example_numbers(batches(cfg, num, index, count)))
-    for index in range(count)
-  ]
+  hosts = [set(example_numbers(batches(cfg, num, index, count))) for index in range(count)]
   assert sum(map(len, hosts)) == len(set.union(*hosts))
 
 
@@ -136,10 +121,7 @@ def test_replicated_hosts_share_the_batches_of_one_host():
   cfg = config('dt_random', host_sharding='replicated')
   want = batches(cfg, 5)
   parts = [batches(cfg, 5, index, 2) for index in range(2)]
-  joined = [
-    {k: np.concatenate([a[k], b[k]]) for k in a}
-    for a, b in zip(*parts, strict=True)
-  ]
+  joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
   assert_equal(joined, want)
 
 
@@ -147,9 +129,7 @@ def test_finite_streams_have_as_many_batches_on_every_host():
   cfg = config(num_epochs=1, batch_size=8)
   parts = [all_batches(cfg, index, 4) for index in range(4)]
   assert len({len(part) for part in parts}) == 1
-  assert example_numbers([b for part in parts for b in part]) == list(
-    range(NUM_EXAMPLES)
-  )
+  assert example_numbers([b for part in parts for b in part]) == list(range(NUM_EXAMPLES))
 
 
 def test_closed_is_closed():

@@ -16,9 +16,7 @@ def tasks():
 
 @pytest.mark.parametrize('name', ['dt_plain', 'dt_mixture'])
 def test_eval_dataset_pairs_rows_with_raw_examples(name):
-  cfg = config(
-    name, batch_size=64, task_feature_lengths=LENGTHS | {'inputs': 5}
-  )
+  cfg = config(name, batch_size=64, task_feature_lengths=LENGTHS | {'inputs': 5})
   for _ in range(2):  # it can be iterated again
     seen = []
     for batch, examples in EvalDataset(cfg):
@@ -40,13 +38,8 @@ def test_eval_dataset_pairs_rows_with_raw_examples(name):
 def test_eval_hosts_have_the_rows_of_one_host():
   cfg = config(batch_size=64)
   whole = list(EvalDataset(cfg))
-  parts = [
-    list(EvalDataset(cfg, process_index=index, process_count=2))
-    for index in range(2)
-  ]
+  parts = [list(EvalDataset(cfg, process_index=index, process_count=2)) for index in range(2)]
   for (batch, examples), (a, _), (b, others) in zip(whole, *parts, strict=True):
     assert len(examples) == len(others)
     for name in batch:
-      np.testing.assert_array_equal(
-        batch[name], np.concatenate([a[name], b[name]])
-      )
+      np.testing.assert_array_equal(batch[name], np.concatenate([a[name], b[name]]))

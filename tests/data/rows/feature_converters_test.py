@@ -7,9 +7,7 @@ from t5x_lite.data.rows import feature_converters, packing
 
 
 def convert(kind, lengths, examples, packed, **kwargs):
-  converter = feature_converters.FeatureConverter(
-    kind=kind, lengths=lengths, **kwargs
-  )
+  converter = feature_converters.FeatureConverter(kind=kind, lengths=lengths, **kwargs)
   examples = converter.prepare(
     {k: packing.Ragged.from_arrays(v, np.int64) for k, v in examples.items()}
   )
@@ -31,10 +29,7 @@ def check(batch, want):
     assert batch[name].tolist() == rows, name
 
 
-PAIRS = {
-  'inputs': [[7, 8, 5, 1], [8, 4, 9, 3, 1]],
-  'targets': [[3, 9, 1], [4, 1]],
-}
+PAIRS = {'inputs': [[7, 8, 5, 1], [8, 4, 9, 3, 1]], 'targets': [[3, 9, 1], [4, 1]]}
 
 
 def test_enc_dec_packed_is_seqios_example():
@@ -89,9 +84,7 @@ def test_id_zero_is_a_target_like_any_other():
 
 
 def test_lm_packed_is_seqios_example():
-  batch = convert(
-    'lm', {'targets': 6}, {'targets': [[3, 9, 1], [4, 1]]}, packed=True
-  )
+  batch = convert('lm', {'targets': 6}, {'targets': [[3, 9, 1], [4, 1]]}, packed=True)
   check(
     batch,
     {
@@ -148,11 +141,7 @@ def test_prefix_lm_unpacked_is_seqios_example():
 
 def test_loss_on_the_prefix_too():
   batch = convert(
-    'prefix_lm',
-    {'inputs': 7, 'targets': 8},
-    PAIRS,
-    packed=True,
-    loss_on_targets_only=False,
+    'prefix_lm', {'inputs': 7, 'targets': 8}, PAIRS, packed=True, loss_on_targets_only=False
   )
   assert batch['decoder_loss_weights'].sum() == 14
 
@@ -160,10 +149,7 @@ def test_loss_on_the_prefix_too():
 @pytest.mark.parametrize('kind', ['lm', 'prefix_lm'])
 def test_an_example_without_targets_leaves_its_neighbour_alone(kind):
   batch = convert(
-    kind,
-    {'inputs': 4, 'targets': 4},
-    {'inputs': [[5, 6], [7]], 'targets': [[], [8]]},
-    packed=True,
+    kind, {'inputs': 4, 'targets': 4}, {'inputs': [[5, 6], [7]], 'targets': [[], [8]]}, packed=True
   )
   assert batch['decoder_segment_ids'][0, :5].tolist() == [1, 1, 2, 2, 0]
   assert batch['decoder_loss_weights'][0, :5].tolist() == [0, 0, 0, 1, 0]

@@ -18,8 +18,7 @@ def random_examples(num, seed=0, min_length=0):
       np.int32,
     ),
     'targets': packing.Ragged.from_arrays(
-      [rng.integers(0, 9, rng.integers(min_length, 12)) for _ in range(num)],
-      np.int32,
+      [rng.integers(0, 9, rng.integers(min_length, 12)) for _ in range(num)], np.int32
     ),
   }
 
@@ -40,9 +39,7 @@ def pack_all(examples, windows=(None,), **kwargs):
   num = len(examples['inputs'].lengths)
   for size in windows:
     index = np.arange(start, num if size is None else min(start + size, num))
-    parts.append(
-      packer.add({k: packing.take(v, index) for k, v in examples.items()})
-    )
+    parts.append(packer.add({k: packing.take(v, index) for k, v in examples.items()}))
     start += len(index)
   return merge([*parts, packer.flush()])
 
@@ -51,10 +48,7 @@ def unpack(rows):
   """Returns the (inputs, targets) pairs of rows, from segment ids alone."""
   pairs = []
   for row in range(len(rows['inputs'])):
-    last = max(
-      rows['inputs_segment_ids'][row].max(),
-      rows['targets_segment_ids'][row].max(),
-    )
+    last = max(rows['inputs_segment_ids'][row].max(), rows['targets_segment_ids'][row].max())
     for segment in range(1, last + 1):
       pair = []
       for name in LENGTHS:
@@ -69,9 +63,7 @@ def unpack(rows):
 def pairs_of(examples):
   return [
     (tuple(i.tolist()), tuple(t.tolist()))
-    for i, t in zip(
-      split(examples['inputs']), split(examples['targets']), strict=True
-    )
+    for i, t in zip(split(examples['inputs']), split(examples['targets']), strict=True)
   ]
 
 
@@ -151,12 +143,7 @@ def test_floats_stay_floats_and_aligned_values_follow():
   }
   for rows in (
     merge(
-      [
-        (packer := packing.Packer(LENGTHS, {'weights': 'targets'})).add(
-          examples
-        ),
-        packer.flush(),
-      ]
+      [(packer := packing.Packer(LENGTHS, {'weights': 'targets'})).add(examples), packer.flush()]
     ),
     packing.pad(examples, LENGTHS, {'weights': 'targets'}),
   ):
@@ -164,11 +151,7 @@ def test_floats_stay_floats_and_aligned_values_follow():
     assert rows['targets'].dtype == np.int32
     real = rows['targets_segment_ids'] > 0
     assert rows['weights'][real].tolist() == [0.25, 0.5, 1.0]
-    assert rows['inputs'][rows['inputs_segment_ids'] > 0].tolist() == [
-      0.5,
-      0.0,
-      1.5,
-    ]
+    assert rows['inputs'][rows['inputs_segment_ids'] > 0].tolist() == [0.5, 0.0, 1.5]
     assert 'weights_segment_ids' not in rows
 
 

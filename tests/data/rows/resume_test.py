@@ -9,13 +9,7 @@ import pytest
 from t5x_lite.data.rows import dataset_iterator
 from t5x_lite.errors import UsageError
 from tests.data import small_tasks
-from tests.data.small_tasks import (
-  all_batches,
-  assert_equal,
-  batches,
-  config,
-  take,
-)
+from tests.data.small_tasks import all_batches, assert_equal, batches, config, take
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -94,16 +88,14 @@ def test_batch_size_may_change_on_resuming(tmp_path):
   fresh.close()
   for name in want[0]:
     np.testing.assert_array_equal(
-      np.concatenate([b[name] for b in got]),
-      np.concatenate([b[name] for b in want]),
+      np.concatenate([b[name] for b in got]), np.concatenate([b[name] for b in want])
     )
 
 
 def test_processes_write_and_find_their_own_files(tmp_path):
   cfg = config(batch_size=8)
   iterators = [
-    dataset_iterator.DatasetIterator(cfg, process_index=i, process_count=2)
-    for i in range(2)
+    dataset_iterator.DatasetIterator(cfg, process_index=i, process_count=2) for i in range(2)
   ]
   for iterator in iterators:
     take(iterator, 4)
@@ -121,9 +113,7 @@ def test_hosts_with_the_same_rows_do_not_mix_their_files(tmp_path):
   # Both write process_0-of-1, having read ahead differently far.
   want = batches(config('dt_random'), 20)
   for prefetch in (40, 1):
-    iterator = dataset_iterator.DatasetIterator(
-      config('dt_random', prefetch_batches=prefetch)
-    )
+    iterator = dataset_iterator.DatasetIterator(config('dt_random', prefetch_batches=prefetch))
     take(iterator, 3)
     iterator.save(tmp_path)
     iterator.close()
@@ -137,9 +127,7 @@ def test_hosts_with_the_same_rows_do_not_mix_their_files(tmp_path):
 def test_other_process_count_needs_leave_and_is_deterministic(tmp_path, caplog):
   cfg = config(batch_size=8)
   for index in range(2):
-    iterator = dataset_iterator.DatasetIterator(
-      cfg, process_index=index, process_count=2
-    )
+    iterator = dataset_iterator.DatasetIterator(cfg, process_index=index, process_count=2)
     take(iterator, 4)
     iterator.save(tmp_path)
     iterator.close()
@@ -174,9 +162,7 @@ def test_replicated_hosts_resume_exactly_on_any_number(tmp_path):
   cfg = config('dt_random', host_sharding='replicated', batch_size=8)
   want = batches(cfg, 8)
   for index in range(4):
-    iterator = dataset_iterator.DatasetIterator(
-      cfg, process_index=index, process_count=4
-    )
+    iterator = dataset_iterator.DatasetIterator(cfg, process_index=index, process_count=4)
     take(iterator, 3)
     iterator.save(tmp_path)
     iterator.close()

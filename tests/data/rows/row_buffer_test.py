@@ -32,16 +32,12 @@ def test_fill_adds_zeros_and_hosts_share():
   assert batch['b'].shape == (6, 3)
   assert not batch['b'][3:].any()
   parts = [row_buffer.host_rows(batch, index, 3) for index in range(3)]
-  np.testing.assert_array_equal(
-    np.concatenate([part['a'] for part in parts]), batch['a']
-  )
+  np.testing.assert_array_equal(np.concatenate([part['a'] for part in parts]), batch['a'])
 
 
 def test_processes_must_divide_the_batch():
   cfg = DatasetConfig(
-    mixture_or_task_name='any',
-    task_feature_lengths={'inputs': 3, 'targets': 3},
-    batch_size=4,
+    mixture_or_task_name='any', task_feature_lengths={'inputs': 3, 'targets': 3}, batch_size=4
   )
   row_buffer.check_processes(cfg, 3, 4)
   with pytest.raises(UsageError, match='batch_size 4 does not divide over 3'):

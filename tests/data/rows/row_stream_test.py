@@ -17,10 +17,7 @@ def tasks():
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [
-    (
-      {'name': 'dt_plian'},
-      "'dt_plian'; did you mean dt_plain",
-    ),
+    ({'name': 'dt_plian'}, "'dt_plian'; did you mean dt_plain"),
     ({'split': 'tset'}, "no split 'tset', only.*train"),
     ({'module': 'no_such_module'}, "'no_such_module' cannot be imported"),
     (

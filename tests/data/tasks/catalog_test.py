@@ -22,10 +22,7 @@ def name():
 def add(name, **settings):
   rows = {'inputs': ['a', 'b'], 'targets': ['x', 'y']}
   recipe = catalog.TaskRecipe(
-    make_source=functools.partial(
-      sources.RowsDataSource, {'train': lambda: rows}
-    ),
-    **settings,
+    make_source=functools.partial(sources.RowsDataSource, {'train': lambda: rows}), **settings
   )
   catalog.add(name, recipe)
 
@@ -40,9 +37,7 @@ def test_a_recipe_serves_every_vocabulary(name):
   assert catalog.resolve(name, own) == f'{name}_byte7'
   assert catalog.resolve(name, own) == f'{name}_byte7'
   sizes = [
-    seqio.TaskRegistry.get(f'{name}_{suffix}')
-    .output_features['inputs']
-    .vocabulary.vocab_size
+    seqio.TaskRegistry.get(f'{name}_{suffix}').output_features['inputs'].vocabulary.vocab_size
     for suffix in ('byte', 't5', 'byte7')
   ]
   assert sizes == [384, 32_100, 266]
@@ -62,18 +57,13 @@ def test_a_vocabulary_saved_with_a_run_is_the_same(name, tmp_path):
 def test_full_names_must_have_the_models_vocabulary(name):
   add(name)
   full_name = catalog.resolve(name, VocabularyConfig())
-  for other in (
-    VocabularyConfig(kind='byte'),
-    VocabularyConfig(extra_ids=28),
-  ):
+  for other in (VocabularyConfig(kind='byte'), VocabularyConfig(extra_ids=28)):
     with pytest.raises(UsageError, match=rf'{full_name}.* has the vocabulary'):
       catalog.resolve(full_name, other)
 
 
 def test_tasks_that_others_registered(name):
-  feature = seqio.Feature(
-    seqio_vocabularies.to_seqio(VocabularyConfig(kind='byte'))
-  )
+  feature = seqio.Feature(seqio_vocabularies.to_seqio(VocabularyConfig(kind='byte')))
   seqio.TaskRegistry.add(
     name,
     source=seqio.FunctionDataSource(lambda split, shuffle_files: None, ['x']),

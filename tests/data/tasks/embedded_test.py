@@ -58,9 +58,7 @@ def test_all_names_are_registered(suffix):
   }
   for name in (*ROWS, *MIXTURES, 'shakespeare_prefix_lm'):
     assert f'{name}_{suffix}' in names
-  assert catalog.resolve('pronounce', catalog.VOCABULARIES[suffix]) == (
-    f'pronounce_{suffix}'
-  )
+  assert catalog.resolve('pronounce', catalog.VOCABULARIES[suffix]) == (f'pronounce_{suffix}')
 
 
 @pytest.mark.parametrize('name', ROWS)
@@ -81,9 +79,7 @@ def test_no_row_is_lost(name):
 
 
 def test_pronounce_has_every_reference():
-  examples = {
-    e['inputs_pretokenized'].decode(): e for e in get('pronounce_t5', 'test')
-  }
+  examples = {e['inputs_pretokenized'].decode(): e for e in get('pronounce_t5', 'test')}
   example = examples['pronounce: a']
   vocabulary = make_vocabulary(VocabularyConfig())
   assert vocabulary.decode(example['targets']) == 'AH0'
@@ -105,20 +101,14 @@ def test_the_official_vocabulary_can_spell_the_targets():
 def test_batches_do_not_follow_the_alphabet():
   initials = [
     e['inputs_pretokenized'][len('pronounce: ') :][:1]
-    for e, _ in zip(
-      get('pronounce_byte', 'train', shuffle=True, seed=0),
-      range(200),
-      strict=False,
-    )
+    for e, _ in zip(get('pronounce_byte', 'train', shuffle=True, seed=0), range(200), strict=False)
   ]
   assert len(set(initials)) > 15
 
 
 @pytest.mark.parametrize('name', MIXTURES)
 def test_mixtures_draw_from_every_task(name):
-  iterator = get(
-    f'{name}_byte', 'train', shuffle=True, seed=0, copy_pretokenized=True
-  )
+  iterator = get(f'{name}_byte', 'train', shuffle=True, seed=0, copy_pretokenized=True)
   found = set()
   for example, _ in zip(iterator, range(300), strict=False):
     found.add(example['inputs_pretokenized'].decode().split(': ')[0] + ': ')
@@ -128,42 +118,26 @@ def test_mixtures_draw_from_every_task(name):
 def test_syllables_are_the_vowels_of_the_first_pronunciation():
   rows = get('syllables_byte', 'test')
   counts = {
-    row['inputs_pretokenized'].decode(): row['targets_pretokenized'].decode()
-    for row in rows
+    row['inputs_pretokenized'].decode(): row['targets_pretokenized'].decode() for row in rows
   }
-  assert counts['syllables: a'] == '1' and set(counts.values()) <= set(
-    map(str, range(1, 15))
-  )
+  assert counts['syllables: a'] == '1' and set(counts.values()) <= set(map(str, range(1, 15)))
 
 
 @pytest.mark.parametrize('name', ['quickstart_mixture', 'pronounce'])
 def test_seeds_and_hosts(name):
   def first(n=50, seed=0, **settings):
-    iterator = get(
-      f'{name}_byte',
-      'train',
-      shuffle=True,
-      seed=seed,
-      num_epochs=None,
-      **settings,
-    )
-    return [
-      e['inputs'].tolist() for e, _ in zip(iterator, range(n), strict=False)
-    ]
+    iterator = get(f'{name}_byte', 'train', shuffle=True, seed=seed, num_epochs=None, **settings)
+    return [e['inputs'].tolist() for e, _ in zip(iterator, range(n), strict=False)]
 
   assert first() == first()
   assert first() != first(seed=1)
-  hosts = [
-    first(shard_info=seqio.ShardInfo(index=i, num_shards=2)) for i in range(2)
-  ]
+  hosts = [first(shard_info=seqio.ShardInfo(index=i, num_shards=2)) for i in range(2)]
   assert not {tuple(x) for x in hosts[0]} & {tuple(x) for x in hosts[1]}
 
 
 def test_shakespeare_fills_the_papers_lengths():
   dataset = seqio.get_mixture_or_task('shakespeare_span_corruption_t5')
-  dataset = dataset.get_dataset(
-    {'inputs': 512, 'targets': 114}, split='validation', shuffle=False
-  )
+  dataset = dataset.get_dataset({'inputs': 512, 'targets': 114}, split='validation', shuffle=False)
   examples = list(dataset.as_numpy_iterator())
   full = [e for e in examples if len(e['inputs']) == 512]
   assert len(full) >= len(examples) - 1

@@ -21,17 +21,12 @@ def name():
 
 def examples(name, split='train', lengths=None, **settings):
   task = seqio.get_mixture_or_task(catalog.resolve(name, BYTES))
-  dataset = task.get_dataset(
-    lengths or LENGTHS, split=split, shuffle=False, **settings
-  )
+  dataset = task.get_dataset(lengths or LENGTHS, split=split, shuffle=False, **settings)
   return task, list(dataset.as_numpy_iterator())
 
 
 def test_fine_tuning_on_jsonl_takes_two_lines(name, tmp_path):
-  rows = [
-    {'input': 'zwei', 'target': 'two'},
-    {'input': 'drei', 'target': 'three'},
-  ]
+  rows = [{'input': 'zwei', 'target': 'two'}, {'input': 'drei', 'target': 'three'}]
   text = '\n'.join(map(json.dumps, rows))
   (tmp_path / 'train.jsonl').write_text(text)
   from_files.register_file_task(
@@ -52,10 +47,7 @@ def test_fine_tuning_on_jsonl_takes_two_lines(name, tmp_path):
 def test_long_examples_are_cut_and_still_end(name, tmp_path):
   (tmp_path / 'x.tsv').write_text('a' * 100 + '\t' + 'b' * 100 + '\n')
   from_files.register_file_task(
-    name,
-    validation_file=str(tmp_path / 'x.tsv'),
-    input_field=0,
-    target_field=1,
+    name, validation_file=str(tmp_path / 'x.tsv'), input_field=0, target_field=1
   )
   _, [example] = examples(name, 'validation')
   assert len(example['inputs']) == 32 and example['inputs'][-1] == 1
@@ -76,9 +68,7 @@ def test_references(name, tmp_path):
   vocabulary = task.output_features['targets'].vocabulary
   assert [vocabulary.decode(e['targets']) for e in found] == ['AH0', 'B IY1']
   targets = [
-    task.postprocess_fn(
-      e['targets_pretokenized'].decode(), example=e, is_target=True
-    )
+    task.postprocess_fn(e['targets_pretokenized'].decode(), example=e, is_target=True)
     for e in found
   ]
   assert targets == [['AH0', 'EY1'], ['B IY1']]
@@ -88,13 +78,9 @@ def test_references(name, tmp_path):
 
 
 def test_pretraining_on_own_text(name, tmp_path):
-  lines = [
-    f'{i} the quick brown fox jumps over the lazy dog' for i in range(50)
-  ]
+  lines = [f'{i} the quick brown fox jumps over the lazy dog' for i in range(50)]
   (tmp_path / 'books.txt').write_text('\n'.join(lines))
-  from_files.register_text_task(
-    name, train_file=str(tmp_path / '*.txt'), lines_per_document=5
-  )
+  from_files.register_text_task(name, train_file=str(tmp_path / '*.txt'), lines_per_document=5)
   task, found = examples(name)
   assert set(found[0]) == {'inputs', 'targets'}
   assert task.num_input_examples('train') == 10
@@ -115,9 +101,7 @@ def test_an_objective_of_ones_own(name, tmp_path):
     return dataset.map(lambda e: {'inputs': e['targets'], **e})
 
   (tmp_path / 'x.txt').write_text('abc\n')
-  from_files.register_text_task(
-    name, train_file=str(tmp_path / 'x.txt'), objective=copy
-  )
+  from_files.register_text_task(name, train_file=str(tmp_path / 'x.txt'), objective=copy)
   _, [example] = examples(name)
   assert example['inputs'].tolist() == example['targets'].tolist()
 
@@ -132,16 +116,12 @@ def test_large_text_is_streamed(name, tmp_path, monkeypatch):
   held = np.concatenate([e[f] for e in found for f in ('inputs', 'targets')])
   assert ((held > 2) & (held < 259)).sum() == 9 * 29
   with pytest.raises(UsageError, match=r'too large for lines_per_document=2'):
-    from_files.register_text_task(
-      f'{name}_2', train_file=file, lines_per_document=2
-    )
+    from_files.register_text_task(f'{name}_2', train_file=file, lines_per_document=2)
 
 
 def test_a_vocabulary_of_its_own(name, tmp_path):
   (tmp_path / 'x.txt').write_text('text')
-  from_files.register_text_task(
-    name, train_file=str(tmp_path / 'x.txt'), vocabulary=BYTES
-  )
+  from_files.register_text_task(name, train_file=str(tmp_path / 'x.txt'), vocabulary=BYTES)
   assert catalog.is_registered(name)
   assert name not in catalog.catalog()
 

@@ -19,9 +19,7 @@ def numbers(n, **settings):
 
 def values(dataset):
   return [
-    int(value)
-    for example in dataset.as_numpy_iterator()
-    for value in np.ravel(example['targets'])
+    int(value) for example in dataset.as_numpy_iterator() for value in np.ravel(example['targets'])
   ]
 
 
@@ -38,10 +36,7 @@ def test_rows_in_order():
 
 def test_vectors_of_rows_are_the_same_rows():
   together, apart = numbers(10, rows_per_element=4), numbers(10)
-  sizes = [
-    len(e['targets'])
-    for e in together.get_dataset('train', seed=0).as_numpy_iterator()
-  ]
+  sizes = [len(e['targets']) for e in together.get_dataset('train', seed=0).as_numpy_iterator()]
   assert sizes == [4, 4, 2]
   for settings in (
     {'shuffle': False},
@@ -75,10 +70,7 @@ def test_shards_are_disjoint_and_complete(n, hosts, shuffle):
   shards = [
     # Different seeds: hosts need not agree.
     read(
-      source,
-      shuffle=shuffle,
-      seed=host,
-      shard_info=seqio.ShardInfo(index=host, num_shards=hosts),
+      source, shuffle=shuffle, seed=host, shard_info=seqio.ShardInfo(index=host, num_shards=hosts)
     )
     for host in range(hosts)
   ]
@@ -155,8 +147,7 @@ def test_streamed_text(tmp_path):
   (tmp_path / 'b.txt.gz').write_bytes(gzip.compress('3\n4 ü\n'.encode()))
   source = sources.stream_text({'train': str(tmp_path / '*')})
   lines = [
-    e['targets'].decode()
-    for e in source.get_dataset('train', shuffle=False).as_numpy_iterator()
+    e['targets'].decode() for e in source.get_dataset('train', shuffle=False).as_numpy_iterator()
   ]
   assert sorted(lines) == ['', '1', '2', '3', '4 ü']
   assert len(source.list_shards('train')) == 2

@@ -8,14 +8,7 @@ from t5x_lite.data.tasks import text_preprocessors
 from t5x_lite.data.tasks.seqio_vocabulary import to_seqio
 from t5x_lite.data.vocabularies import VocabularyConfig
 
-TEXTS = [
-  '',
-  ' ',
-  'a',
-  'Übung macht den Meister',
-  'x' * 50,
-  '東京 \t\n\0 <extra_id_0>',
-]
+TEXTS = ['', ' ', 'a', 'Übung macht den Meister', 'x' * 50, '東京 \t\n\0 <extra_id_0>']
 BYTES = to_seqio(VocabularyConfig(kind='byte'))
 
 
@@ -44,11 +37,7 @@ def plain(dataset):
 @pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
 def test_tokenize_rows_is_seqios_tokenization(kind, lengths):
   specs = features(to_seqio(VocabularyConfig(kind=kind)))
-  columns = {
-    'inputs': TEXTS,
-    'targets': TEXTS[::-1],
-    'other': [str(i) for i in range(len(TEXTS))],
-  }
+  columns = {'inputs': TEXTS, 'targets': TEXTS[::-1], 'other': [str(i) for i in range(len(TEXTS))]}
   ours = text_preprocessors.tokenize_rows(rows(**columns), lengths, specs)
   ours = plain(text_preprocessors.split_rows(ours))
   seqios = tf.data.Dataset.from_tensor_slices(columns)
@@ -62,18 +51,14 @@ def test_tokenize_rows_is_seqios_tokenization(kind, lengths):
 def test_tokenize_documents(kind):
   vocabulary = to_seqio(VocabularyConfig(kind=kind))
   dataset = tf.data.Dataset.from_tensor_slices({'targets': TEXTS})
-  found = plain(
-    text_preprocessors.tokenize_documents(dataset, features(vocabulary))
-  )
+  found = plain(text_preprocessors.tokenize_documents(dataset, features(vocabulary)))
   assert found == [{'targets': list(vocabulary.encode(t))} for t in TEXTS]
 
 
 def test_rows_of_ids():
   vocabulary = to_seqio(VocabularyConfig(kind='passthrough', size=50))
   dataset = rows(inputs=['7 0 49', ''], targets=['3', '4 5'])
-  dataset = text_preprocessors.tokenize_rows(
-    dataset, None, features(vocabulary)
-  )
+  dataset = text_preprocessors.tokenize_rows(dataset, None, features(vocabulary))
   found = plain(text_preprocessors.split_rows(dataset))
   assert [e['inputs'] for e in found] == [[7, 0, 49, 1], [1]]
   assert [e['targets'] for e in found] == [[3], [4, 5]]

@@ -22,9 +22,7 @@ def task(tmp_path_factory):
   path = tmp_path_factory.mktemp('truncation') / 'x.tsv'
   rows = ['short\tok', 'x' * 21 + '\tok', 'short\t' + 'y' * 10]
   path.write_text('\n'.join(rows))
-  register_file_task(
-    'truncation_task', train_file=str(path), input_field=0, target_field=1
-  )
+  register_file_task('truncation_task', train_file=str(path), input_field=0, target_field=1)
   return 'truncation_task'
 
 
