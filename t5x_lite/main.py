@@ -76,6 +76,12 @@ COMMANDS: dict[str, Command] = {
   'infer': Command(
     't5x_lite.programs.infer.infer', 'predict for every line of a file', computes=True
   ),
+  'serve': Command(
+    't5x_lite.programs.serve.serve',
+    'serve a model over HTTP, to OpenAI clients too',
+    positional=('model',),
+    computes=True,
+  ),
   'quickstart': Command(
     't5x_lite.programs.quickstart.quickstart',
     'pretrain, fine-tune, evaluate and predict on the embedded text',

@@ -1,0 +1,244 @@
+"""The serve program: a model behind HTTP, until SIGTERM.
+
+No TensorFlow: it starts in a few seconds. The framework is in the `serve` extra.
+"""
+
+import functools
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from t5x_lite.data import vocabularies
+from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.decoding import prediction, steps
+from t5x_lite.decoding.config import decoding_config
+from t5x_lite.decoding.continuous import ContinuousBatch, Request
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import trained_model
+from t5x_lite.interop.trained_model import TrainedModel
+from t5x_lite.models import model_sharding
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.placement import Placement
+from t5x_lite.serving.worker import Worker
+
+log = logging.getLogger(__name__)
+
+Rows = Sequence[Sequence[int]]
+
+
+def serve(
+  *,
+  model: str,
+  name: str = '',
+  host: str = '127.0.0.1',
+  port: int = 8000,
+  num_slots: int = 8,
+  chunk: int = 4,
+  max_queue: int = 256,
+  max_input_tokens: int = 1024,
+  max_new_tokens: int = 256,
+  max_inputs: int = 64,
+  max_body_bytes: int = 2**20,
+  body_seconds: float = 10.0,
+  request_seconds: float = 120.0,
+  token_file: str = '',
+  dtype: str = '',
+  mesh: MeshConfig | None = None,
+) -> None:
+  """Serves a model over HTTP until SIGTERM or Ctrl-C; what was accepted is answered before it ends.
+
+  GET / is a page to try it by hand, /openapi.json describes the endpoints, OpenAI's clients take
+  http://HOST:PORT/v1.
+
+  Args:
+    model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
+      T5X, or the name of a model on the hub.
+    name: what clients call it; the folder's name by default.
+    host: address to listen on; loopback by default, '0.0.0.0' for all.
+    port: 0 takes any that is free.
+    num_slots: outputs decoded at a time.
+    chunk: tokens between two looks at who has ended and who waits: smaller streams more smoothly,
+      larger is a little faster.
+    max_queue: requests that may wait for a slot; more are answered 429.
+    max_input_tokens: of an input; longer ones are refused, or cut if the client asks for it.
+    max_new_tokens: of an output.
+    max_inputs: inputs of one call, times the outputs of each.
+    max_body_bytes: of a call.
+    body_seconds: in which a call's body must have come.
+    request_seconds: in which a call must be answered.
+    token_file: file with the token that clients must send as 'Authorization: Bearer TOKEN'; the
+      environment's T5X_LITE_TOKEN by default; none, if that is empty.
+    dtype: to compute in; the checkpoint's own by default.
+    mesh: how devices are arranged; decided by their number by default.
+
+  Raises:
+    UsageError: if the model cannot be read, the address is taken, or a package is missing.
+  """
+  for what, value in locals().copy().items():
+    if type(value) in (int, float) and what != 'port' and value <= 0:
+      raise UsageError(f'serve.{what} is {value}; it must be positive')
+  if jax.process_count() > 1:
+    raise UsageError('serve runs in one process; start one on each host')
+  try:
+    import uvicorn
+
+    from t5x_lite.serving import app as app_lib
+    from t5x_lite.serving.guard import Limits
+  except ImportError as error:
+    raise UsageError(f"{error.name} is missing: pip install 't5x_lite[serve]'") from error
+  token = _read_token(token_file)
+  listener = _listen(host, port)
+  opened = trained_model.open_model(model, **({'dtype': dtype} if dtype else {}))
+  placement = model_sharding.place_model(opened.config, mesh)
+  params = opened.load_params(model_sharding.inference_params(opened.config, placement))
+  vocabulary = vocabularies.make_vocabulary(opened.vocabulary)
+  batch = ContinuousBatch(
+    opened.config,
+    params,
+    placement=placement,
+    num_slots=num_slots,
+    max_decode_length=max_new_tokens,
+    chunk=chunk,
+  )
+  _warm_up(batch, vocabulary)
+  served = app_lib.Served(
+    name=name or os.path.basename(os.path.normpath(model)),
+    vocabulary=vocabulary,
+    worker=Worker(batch, max_queue=max_queue),
+    encode=functools.partial(_encode, opened, params, placement),
+    score=functools.partial(_score, opened, params, placement),
+    decode=functools.partial(_decode, opened, params, placement),
+    describe={
+      'num_parameters': model_sharding.count_params(params),
+      'max_input_tokens': max_input_tokens,
+      'max_new_tokens': max_new_tokens,
+    },
+  )
+  limits = Limits(
+    max_input_tokens=max_input_tokens,
+    max_new_tokens=max_new_tokens,
+    max_inputs=max_inputs,
+    max_body_bytes=max_body_bytes,
+    body_seconds=body_seconds,
+    request_seconds=request_seconds,
+  )
+  if not token and not _is_loopback(host):
+    log.warning('everybody who reaches %s can use it: --token_file asks for a token', host)
+  server = uvicorn.Server(
+    uvicorn.Config(
+      app_lib.make_app(served, limits, token=token),
+      log_level='warning',
+      timeout_keep_alive=5,
+      timeout_graceful_shutdown=int(request_seconds) + 1,
+    )
+  )
+  # uvicorn raises the signal again when all is answered: then it has done its work.
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
+  address = f'http://{host}:{listener.getsockname()[1]}'
+  print(
+    f'{served.name} is served at {address} (a page to try it; OpenAI: {address}/v1)', flush=True
+  )
+  server.run(sockets=[listener])
+  log.info('all requests are answered: stopped')
+
+
+def _read_token(path: str) -> str:
+  if not path:
+    return os.environ.get('T5X_LITE_TOKEN', '')
+  try:
+    token = epath.Path(path).read_text().strip()
+  except OSError as error:
+    raise UsageError(f'cannot read token_file {path}: {error}') from error
+  if not token:
+    raise UsageError(f'token_file {path} is empty')
+  return token
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  """Binds now, so that a taken address is told before the model is read."""
+  try:
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+  except (OSError, OverflowError) as error:
+    raise UsageError(f'cannot listen on {host}:{port}: {error}') from error
+  return listener
+
+
+def _is_loopback(host: str) -> bool:
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == 'localhost'
+
+
+def _warm_up(batch: ContinuousBatch, vocabulary: Vocabulary) -> None:
+  """Compiles what the first client would wait for."""
+  began = time.monotonic()
+  requests = [Request(tokens=[vocabulary.eos_id], max_new_tokens=2)] * batch.num_free
+  for _ in batch.run(requests[:1]):
+    pass
+  log.info('compiled in %.1f s', time.monotonic() - began)
+
+
+def _padded(opened: TrainedModel, rows: Rows) -> np.ndarray:
+  return prediction.pad_rows(
+    rows,
+    batch_size=len(rows),
+    length=prediction.padded_length(max(map(len, rows))),
+    pad_id=opened.config.pad_id,
+  )
+
+
+def _encode(opened: TrainedModel, params: Any, placement: Placement, rows: Rows) -> np.ndarray:
+  batch = {'encoder_input_tokens': _padded(opened, rows)}
+  return prediction.call_step(
+    steps.make_encode_step, opened.config, params, placement, batch, 'mean'
+  )
+
+
+def _score(
+  opened: TrainedModel, params: Any, placement: Placement, rows: Rows, targets: Rows
+) -> np.ndarray:
+  tokens = _padded(opened, targets)
+  lengths = np.asarray([[len(row)] for row in targets])
+  shifted = np.roll(tokens, 1, axis=1)
+  shifted[:, 0] = opened.config.decoder_start_id
+  batch = {
+    'encoder_input_tokens': _padded(opened, rows),
+    'decoder_input_tokens': shifted,
+    'decoder_target_tokens': tokens,
+    'decoder_loss_weights': (np.arange(tokens.shape[1]) < lengths).astype(np.float32),
+  }
+  return prediction.call_step(steps.make_score_step, opened.config, params, placement, batch)
+
+
+def _decode(
+  opened: TrainedModel,
+  params: Any,
+  placement: Placement,
+  rows: Rows,
+  max_new_tokens: int,
+  seed: int,
+  settings: dict[str, Any],
+) -> tuple[list[list[int]], list[float]]:
+  predictor = prediction.Predictor(
+    opened.config,
+    placement=placement,
+    decoding=decoding_config(max_new_tokens, **settings),
+    batch_size=prediction.padded_length(len(rows), shortest=1),
+    max_input_length=prediction.padded_length(max(map(len, rows))),
+    seed=seed,
+  )
+  return predictor.predict(params, rows)

@@ -1,0 +1,442 @@
+"""The ASGI application: JSON endpoints, a part of OpenAI's API, metrics, a page to try the model.
+
+`guard.py` stands before it and says what every error looks like.
+"""
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import functools
+import importlib.resources
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import fastapi
+import prometheus_client
+import pydantic
+from fastapi import responses
+from fastapi.exceptions import RequestValidationError
+
+from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.decoding.continuous import Output, Request
+from t5x_lite.errors import UsageError
+from t5x_lite.serving.guard import (
+  Guard,
+  Limits,
+  Metrics,
+  RefusedError,
+  error_body,
+  error_response,
+  explain,
+)
+from t5x_lite.serving.worker import QueueFullError, StoppedError, Worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+  """The model, as the application sees it.
+
+  Attributes:
+    name: that clients ask for.
+    vocabulary: encodes and decodes text.
+    worker: owns the device.
+    encode: token rows -> a vector for each; runs in the worker.
+    score: input rows, target rows -> a log-probability for each; likewise.
+    decode: token rows, max_new_tokens, seed, settings -> (token rows, scores), by any settings of
+      DecodingConfig, such as num_beams; likewise.
+    describe: what /v1/models says of it.
+  """
+
+  name: str
+  vocabulary: Vocabulary
+  worker: Worker
+  encode: Callable[[Sequence[Sequence[int]]], Any]
+  score: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Any]
+  decode: Callable[..., tuple[list[list[int]], list[float]]]
+  describe: dict[str, Any]
+
+
+class _Strict(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(extra='forbid')
+
+
+class GenerateBody(_Strict):
+  """Texts in, texts out; greedy unless a temperature is given."""
+
+  inputs: str | list[str]
+  max_new_tokens: int | None = pydantic.Field(None, ge=1)
+  temperature: float = pydantic.Field(0.0, ge=0.0, le=100.0)
+  top_k: int = pydantic.Field(0, ge=0)
+  top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
+  seed: int = 0
+  num_outputs: int = pydantic.Field(1, ge=1, description='samples of each input')
+  stop: list[str] = []
+  stream: bool = pydantic.Field(False, description='server-sent events, one input alone')
+  truncate: bool = pydantic.Field(False, description='cut long inputs instead of refusing them')
+  decoding: dict[str, Any] = pydantic.Field(
+    {}, description='settings of DecodingConfig instead of those above; not streamed'
+  )
+
+
+class ScoreBody(_Strict):
+  """Log-probabilities of given targets, EOS included, natural logarithm."""
+
+  inputs: list[str]
+  targets: list[str]
+
+
+class CompletionBody(pydantic.BaseModel):
+  """OpenAI's /v1/completions, as far as it makes sense for an encoder-decoder."""
+
+  model: str = ''
+  prompt: str | list[str] | list[int] | list[list[int]]
+  max_tokens: int | None = pydantic.Field(None, ge=1)
+  temperature: float = pydantic.Field(1.0, ge=0.0, le=2.0)
+  top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
+  n: int = pydantic.Field(1, ge=1)
+  seed: int | None = None
+  stop: str | list[str] | None = None
+  stream: bool = False
+  stream_options: dict[str, Any] | None = None
+  logprobs: int | None = None
+  echo: bool = False
+  best_of: int | None = None
+  suffix: str | None = None
+
+
+class EmbeddingBody(pydantic.BaseModel):
+  """OpenAI's /v1/embeddings."""
+
+  model: str = ''
+  input: str | list[str] | list[int] | list[list[int]]
+  encoding_format: str = 'float'
+
+
+class _Text:
+  """Text of a growing output: what is new of it, and whether a stop string has come."""
+
+  def __init__(self, vocabulary: Vocabulary, stop: Sequence[str]):
+    self._vocabulary, self._stop = vocabulary, [s for s in stop if s]
+    self._held = max([len(s) for s in self._stop], default=1) - 1
+    self.text, self._sent = '', 0
+
+  def add(self, output: Output) -> str:
+    """Takes everything decoded so far; returns why it ends, or ''."""
+    self.text = self._vocabulary.decode(output.tokens)
+    found = [at for s in self._stop if (at := self.text.find(s)) >= 0]
+    if found:
+      self.text = self.text[: min(found)]
+      return 'stop'
+    return {'eos': 'stop'}.get(output.ended, output.ended)
+
+  def new(self, ended: str) -> str:
+    """Returns what can be sent: never half a character or the beginning of a stop string."""
+    end = len(self.text)
+    if not ended:
+      end = max(self._sent, len(self.text.rstrip('\ufffd')) - self._held)
+    part, self._sent = self.text[self._sent : end], max(self._sent, end)
+    return part
+
+
+def make_app(
+  served: Served, limits: Limits, *, token: str = '', on_stop: Callable[[], None] | None = None
+) -> Any:
+  """Returns the ASGI application.
+
+  Args:
+    served: the model.
+    limits: what clients may ask for.
+    token: that clients must send, if not empty.
+    on_stop: called when the server has answered everything and stops.
+  """
+  worker, vocabulary = served.worker, served.vocabulary
+  metrics = Metrics(worker)
+
+  @contextlib.asynccontextmanager
+  async def lifespan(_: Any) -> AsyncIterator[None]:
+    yield
+    await asyncio.to_thread(worker.stop)
+    if on_stop is not None:
+      on_stop()
+
+  app = fastapi.FastAPI(
+    title=f't5x_lite: {served.name}', lifespan=lifespan, docs_url=None, redoc_url=None
+  )
+
+  def rows_of(inputs: Any, *, truncate: bool = False) -> list[list[int]]:
+    """Returns token rows, EOS included, within the limits."""
+    if isinstance(inputs, str) or (inputs and isinstance(inputs[0], int)):
+      inputs = [inputs]
+    if not inputs or len(inputs) > limits.max_inputs:
+      raise RefusedError(400, f'{len(inputs)} inputs; 1 to {limits.max_inputs} are allowed')
+    most = limits.max_input_tokens
+    rows = []
+    for i, one in enumerate(inputs):
+      row = vocabulary.encode(one) if isinstance(one, str) else list(one)
+      if any(not 0 <= token < vocabulary.vocab_size for token in row):
+        raise RefusedError(400, f'input {i} has ids outside 0 to {vocabulary.vocab_size - 1}')
+      if not row or row[-1] != vocabulary.eos_id:
+        row.append(vocabulary.eos_id)
+      if len(row) > most:
+        if not truncate:
+          raise RefusedError(400, f'input {i} has {len(row)} tokens; {most} are allowed')
+        row[most - 1 :] = [vocabulary.eos_id]
+      rows.append(row)
+    metrics.tokens.labels('input').inc(sum(map(len, rows)))
+    return rows
+
+  def check_length(asked: int | None) -> int:
+    most = limits.max_new_tokens
+    if asked is not None and asked > most:
+      raise RefusedError(400, f'{asked} new tokens; {most} are allowed')
+    return asked or most
+
+  async def outputs(request: Request) -> AsyncGenerator[Output]:
+    """Yields what is decoded, as it grows; leaving early gives the slot back."""
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+    began: float | None = time.monotonic()
+
+    def deliver(output: Output | Exception) -> None:
+      loop.call_soon_threadsafe(queue.put_nowait, output)
+
+    ticket = worker.submit(request, deliver)
+    try:
+      while True:
+        output = await queue.get()
+        if isinstance(output, Exception):
+          raise output
+        if began is not None:
+          metrics.first.observe(time.monotonic() - began)
+          began = None
+        yield output
+        if output.ended:
+          metrics.tokens.labels('output').inc(len(output.tokens))
+          return
+    finally:
+      worker.cancel(ticket)
+
+  async def finish(request: Request, stop: Sequence[str]) -> tuple[str, Output, str]:
+    """Returns text, output and why it ended."""
+    text = _Text(vocabulary, stop)
+    async with contextlib.aclosing(outputs(request)) as growing:
+      async for output in growing:
+        if ended := text.add(output):
+          return text.text, output, ended
+    raise AssertionError('an output always ends')
+
+  async def in_time(work: Awaitable[Any]) -> Any:
+    async with asyncio.timeout(limits.request_seconds):
+      return await work
+
+  async def on_device(function: Callable[..., Any], *args: Any) -> Any:
+    return await in_time(asyncio.wrap_future(worker.call(functools.partial(function, *args))))
+
+  async def stream(
+    request: Request, stop: Sequence[str], wrap: Callable[[str, str | None, Output], Any]
+  ) -> responses.StreamingResponse:
+    """Answers with server-sent events; what is refused is refused before the first."""
+    growing = outputs(request)
+    first = await in_time(anext(growing))
+
+    async def events() -> AsyncIterator[str]:
+      text, output = _Text(vocabulary, stop), first
+      try:
+        async with asyncio.timeout(limits.request_seconds), contextlib.aclosing(growing):
+          while True:
+            ended = text.add(output)
+            if (part := text.new(ended)) or ended:
+              yield f'data: {json.dumps(wrap(part, ended or None, output))}\n\n'
+            if ended:
+              break
+            output = await anext(growing)
+      except Exception as error:
+        yield f'data: {json.dumps(error_body(*explain(error)))}\n\n'
+      yield 'data: [DONE]\n\n'
+
+    headers = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}
+    return responses.StreamingResponse(events(), media_type='text/event-stream', headers=headers)
+
+  async def all_of(requests: list[Request], stop: Sequence[str]) -> list[tuple[str, Output, str]]:
+    if len(requests) > limits.max_inputs:
+      raise RefusedError(400, f'{len(requests)} outputs; at most {limits.max_inputs} are allowed')
+
+    async def together() -> list[tuple[str, Output, str]]:
+      tasks: list[asyncio.Task] = []
+      try:
+        async with asyncio.TaskGroup() as group:
+          tasks = [group.create_task(finish(request, stop)) for request in requests]
+      except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+      return [task.result() for task in tasks]
+
+    return await in_time(together())
+
+  @app.post('/generate')
+  async def generate(body: GenerateBody) -> Any:
+    rows = rows_of(body.inputs, truncate=body.truncate)
+    length = check_length(body.max_new_tokens)
+    if body.decoding:
+      if body.stream or body.stop or body.num_outputs > 1 or body.temperature:
+        raise RefusedError(400, 'decoding replaces the other settings, and is not streamed')
+      tokens, scores = await on_device(served.decode, rows, length, body.seed, body.decoding)
+      metrics.tokens.labels('output').inc(sum(map(len, tokens)))
+      count = len(tokens) // len(rows)
+      found = [
+        {'text': vocabulary.decode(row), 'score': score, 'index': i // count}
+        for i, (row, score) in enumerate(zip(tokens, scores, strict=True))
+      ]
+      return {'outputs': found}
+    requests = [
+      Request(
+        tokens=row,
+        max_new_tokens=length,
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        seed=body.seed + i,
+      )
+      for row in rows
+      for i in range(body.num_outputs)
+    ]
+    if body.stream:
+      if len(requests) > 1:
+        raise RefusedError(400, 'stream takes one input and num_outputs=1')
+
+      def wrap(text: str, ended: str | None, output: Output) -> Any:
+        return {'text': text, 'finish_reason': ended, 'score': sum(output.log_probs)}
+
+      return await stream(requests[0], body.stop, wrap)
+    found = await all_of(requests, body.stop)
+    return {
+      'outputs': [
+        {
+          'text': text,
+          'score': sum(output.log_probs),  # log-probability, EOS included
+          'num_tokens': len(output.tokens),
+          'finish_reason': ended,
+          'index': i // body.num_outputs,
+        }
+        for i, (text, output, ended) in enumerate(found)
+      ]
+    }
+
+  @app.post('/score')
+  async def score(body: ScoreBody) -> Any:
+    if len(body.inputs) != len(body.targets):
+      raise RefusedError(400, f'{len(body.inputs)} inputs and {len(body.targets)} targets')
+    rows, targets = rows_of(body.inputs), rows_of(body.targets)
+    scores = await on_device(served.score, rows, targets)
+    return {
+      'scores': [
+        {'log_prob': float(value), 'num_tokens': len(target)}
+        for value, target in zip(scores, targets, strict=True)
+      ]
+    }
+
+  @app.post('/v1/completions')
+  async def completions(body: CompletionBody) -> Any:
+    for name, default in (('logprobs', None), ('echo', False), ('suffix', None)):
+      if getattr(body, name) not in (default, 0):
+        raise RefusedError(400, f'{name} is not supported')
+    if body.best_of not in (None, body.n):
+      raise RefusedError(400, 'best_of is not supported: ask for n and choose by score')
+    rows = rows_of(body.prompt)
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    seed = uuid.uuid4().int % 2**31 if body.seed is None else body.seed
+    requests = [
+      Request(
+        tokens=row,
+        max_new_tokens=check_length(body.max_tokens),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        seed=seed + i,
+      )
+      for row in rows
+      for i in range(body.n)
+    ]
+    head = {
+      'id': f'cmpl-{uuid.uuid4().hex}',
+      'object': 'text_completion',
+      'created': int(time.time()),
+      'model': served.name,
+    }
+
+    def choice(index: int, text: str, ended: str | None) -> dict[str, Any]:
+      return {'index': index, 'text': text, 'logprobs': None, 'finish_reason': ended}
+
+    if body.stream:
+      if len(requests) > 1:
+        raise RefusedError(400, 'stream takes one prompt and n=1')
+      return await stream(
+        requests[0], stop, lambda text, ended, _: {**head, 'choices': [choice(0, text, ended)]}
+      )
+    found = await all_of(requests, stop)
+    read = sum(len(row) for row in rows)
+    written = sum(len(output.tokens) for _, output, _ in found)
+    return {
+      **head,
+      'choices': [choice(i, text, ended) for i, (text, _, ended) in enumerate(found)],
+      'usage': {
+        'prompt_tokens': read,
+        'completion_tokens': written,
+        'total_tokens': read + written,
+      },
+    }
+
+  @app.post('/v1/embeddings')
+  async def embeddings(body: EmbeddingBody) -> Any:
+    if body.encoding_format not in ('float', 'base64'):
+      raise RefusedError(400, f'encoding_format is {body.encoding_format!r}; float or base64')
+    rows = rows_of(body.input)
+    vectors = await on_device(served.encode, rows)
+    return {
+      'object': 'list',
+      'model': served.name,
+      'data': [
+        {'object': 'embedding', 'index': i, 'embedding': _as_asked(vector, body.encoding_format)}
+        for i, vector in enumerate(vectors)
+      ],
+      'usage': {'prompt_tokens': sum(map(len, rows)), 'total_tokens': sum(map(len, rows))},
+    }
+
+  @app.get('/v1/models')
+  async def models() -> Any:
+    entry = {'id': served.name, 'object': 'model', 'created': 0, 'owned_by': 't5x_lite'}
+    return {'object': 'list', 'data': [{**entry, **served.describe}]}
+
+  @app.get('/healthz')
+  async def healthz() -> Any:
+    return {'status': 'ok'}
+
+  @app.get('/readyz')
+  async def readyz() -> Any:
+    if not worker.alive:
+      raise RefusedError(503, 'the server is stopping')
+    return {'status': 'ready'}
+
+  @app.get('/metrics')
+  async def read_metrics() -> Any:
+    text = prometheus_client.generate_latest(metrics.registry)
+    return responses.Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+  @app.get('/', response_class=responses.HTMLResponse)
+  async def page() -> str:
+    return importlib.resources.files('t5x_lite.serving').joinpath('page.html').read_text('utf-8')
+
+  async def explained(_: Any, error: Exception) -> responses.JSONResponse:
+    return error_response(*explain(error))
+
+  for kind in (RefusedError, UsageError, QueueFullError, StoppedError, TimeoutError, Exception):
+    app.add_exception_handler(kind, explained)
+  app.add_exception_handler(RequestValidationError, explained)
+  return Guard(app, limits=limits, token=token, metrics=metrics)
+
+
+def _as_asked(vector: Any, encoding: str) -> Any:
+  if encoding == 'float':
+    return [float(x) for x in vector]
+  return base64.b64encode(vector.astype('<f4').tobytes()).decode()

@@ -1,0 +1,172 @@
+"""What stands before the application: limits, the token, the numbers at /metrics, errors.
+
+Every error is {"error": {"message", "type", "param", "code"}} with the right status: 400 what is
+asked makes no sense or is too long, 401 no or a wrong token, 408 the body did not come, 413 it is
+too large, 429 the queue is full, 503 the server stops, 504 it took too long.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import hmac
+import time
+from typing import Any
+
+import prometheus_client
+from fastapi import responses
+from fastapi.exceptions import RequestValidationError
+
+from t5x_lite.errors import UsageError
+from t5x_lite.serving.worker import QueueFullError, StoppedError, Worker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+  """What a client may ask for.
+
+  Attributes:
+    max_input_tokens: of one input.
+    max_new_tokens: of one output, EOS included.
+    max_inputs: of one call, times the outputs of each.
+    max_body_bytes: of a request.
+    body_seconds: in which the whole body must have come.
+    request_seconds: in which it must be answered.
+  """
+
+  max_input_tokens: int = 1024
+  max_new_tokens: int = 256
+  max_inputs: int = 64
+  max_body_bytes: int = 2**20
+  body_seconds: float = 10.0
+  request_seconds: float = 120.0
+
+
+class RefusedError(Exception):
+  """An answer with a status of its own."""
+
+  def __init__(self, status: int, message: str):
+    super().__init__(message)
+    self.status = status
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+  """Returns what an error looks like to OpenAI's clients."""
+  kind = 'server_error' if status >= 500 else 'invalid_request_error'
+  return {'error': {'message': message, 'type': kind, 'param': None, 'code': status}}
+
+
+def error_response(status: int, message: str) -> responses.JSONResponse:
+  """Returns the same as an answer."""
+  headers = {'Retry-After': '1'} if status in (429, 503) else None
+  return responses.JSONResponse(error_body(status, message), status, headers)
+
+
+class Metrics:
+  """What /metrics shows, in a registry of its own."""
+
+  def __init__(self, worker: Worker):
+    self.registry = prometheus_client.CollectorRegistry()
+    make = functools.partial(dict, registry=self.registry)
+    self.requests = prometheus_client.Counter(
+      't5x_lite_requests', 'Answered requests.', ['path', 'status'], **make()
+    )
+    self.tokens = prometheus_client.Counter('t5x_lite_tokens', 'Tokens.', ['kind'], **make())
+    self.seconds = prometheus_client.Histogram(
+      't5x_lite_request_seconds', 'From request to its last byte.', ['path'], **make()
+    )
+    self.first = prometheus_client.Histogram(
+      't5x_lite_first_token_seconds', 'From request to its first tokens.', **make()
+    )
+    for name, text, read in (
+      ('waiting', 'Requests without a slot.', lambda: worker.num_waiting),
+      ('running', 'Requests being decoded.', lambda: worker.num_running),
+    ):
+      prometheus_client.Gauge(f't5x_lite_{name}', text, **make()).set_function(read)
+
+
+class Guard:
+  """Outermost layer: token, size and time of the body, time of the answer, counting.
+
+  A body is read before anything else happens, so that a client who sends it slowly holds nothing
+  but a connection.
+  """
+
+  def __init__(self, app: Any, *, limits: Limits, token: str, metrics: Metrics):
+    self._app, self._limits, self._token, self._metrics = app, limits, token, metrics
+
+  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    """Answers one request; ASGI's own interface."""
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    began, status = time.monotonic(), 500
+
+    async def counted(message: Any) -> None:
+      nonlocal status
+      if message['type'] == 'http.response.start':
+        status = message['status']
+      await send(message)
+
+    try:
+      await self._answer(scope, receive, counted)
+    finally:
+      route = scope.get('route')
+      path = getattr(route, 'path', 'other')
+      self._metrics.requests.labels(path, status).inc()
+      self._metrics.seconds.labels(path).observe(time.monotonic() - began)
+
+  async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+    headers = dict(scope['headers'])
+    open_to_all = scope['path'] in ('/healthz', '/readyz')
+    if self._token and not open_to_all:
+      given = headers.get(b'authorization', b'')
+      if not hmac.compare_digest(given, f'Bearer {self._token}'.encode()):
+        await error_response(401, 'no token, or a wrong one: Authorization: Bearer TOKEN')(
+          scope, receive, send
+        )
+        return
+    most = self._limits.max_body_bytes
+    parts: list[bytes] = []
+    try:
+      async with asyncio.timeout(self._limits.body_seconds):
+        more = True
+        while more:
+          message = await receive()
+          if message['type'] == 'http.disconnect':
+            return
+          parts.append(message.get('body', b''))
+          more = message.get('more_body', False)
+          if sum(map(len, parts)) > most:
+            await error_response(413, f'the body is larger than {most} bytes')(scope, receive, send)
+            return
+    except TimeoutError:
+      seconds = self._limits.body_seconds
+      await error_response(408, f'the body did not come within {seconds:g} s')(scope, receive, send)
+      return
+    body = b''.join(parts)
+    handed_over = False
+
+    async def replay() -> Any:
+      nonlocal handed_over
+      if handed_over:
+        return await receive()
+      handed_over = True
+      return {'type': 'http.request', 'body': body, 'more_body': False}
+
+    await self._app(scope, replay, send)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+  """Returns the status and one line."""
+  if isinstance(error, RefusedError):
+    return error.status, str(error)
+  if isinstance(error, RequestValidationError):
+    first = error.errors()[0]
+    where = '.'.join(str(part) for part in first['loc'] if part != 'body')
+    return 400, f'{where or "body"}: {first["msg"]}'
+  for kind, status in ((UsageError, 400), (QueueFullError, 429), (StoppedError, 503)):
+    if isinstance(error, kind):
+      return status, str(error)
+  if isinstance(error, TimeoutError):
+    return 504, 'it took too long'
+  return 500, f'{type(error).__name__}: the server failed; its log says more'

@@ -1,0 +1,184 @@
+"""The one thread that talks to the device, between any number of waiting clients.
+
+Requests wait in a bounded queue; the thread puts them into free slots of a `ContinuousBatch`,
+decodes a chunk, and hands every client what is there. Whatever else needs the device (embeddings,
+scores, beam search) runs between two chunks, one call a turn, so that nobody starves.
+"""
+
+import collections
+import dataclasses
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from t5x_lite.decoding.continuous import ContinuousBatch, Output, Request
+
+log = logging.getLogger(__name__)
+
+Deliver = Callable[[Output | Exception], None]
+
+
+class QueueFullError(RuntimeError):
+  """As many requests wait as may; try again later."""
+
+
+class StoppedError(RuntimeError):
+  """The worker has stopped, or is about to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  ticket: int
+  request: Request
+  deliver: Deliver
+
+
+class Worker:
+  """Feeds a ContinuousBatch from a queue. Its methods may be called from any thread."""
+
+  def __init__(self, batch: ContinuousBatch, *, max_queue: int = 256):
+    """Starts the thread.
+
+    Args:
+      batch: used by the thread alone from now on.
+      max_queue: requests that may wait for a slot; calls likewise.
+    """
+    self._batch = batch
+    self._max_queue = max_queue
+    self._waiting: collections.deque[_Job] = collections.deque()
+    self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
+    self._running: dict[int, _Job] = {}  # by slot
+    self._cancelled: set[int] = set()
+    self._tickets = itertools.count()
+    self._changed = threading.Condition()
+    self._stopping = False
+    self._thread = threading.Thread(target=self._loop, name='device', daemon=True)
+    self._thread.start()
+
+  @property
+  def num_waiting(self) -> int:
+    """Requests that have no slot yet."""
+    return len(self._waiting)
+
+  @property
+  def num_running(self) -> int:
+    """Requests that are being decoded."""
+    return len(self._running)
+
+  @property
+  def alive(self) -> bool:
+    """Whether requests are served."""
+    return self._thread.is_alive() and not self._stopping
+
+  def submit(self, request: Request, deliver: Deliver) -> int:
+    """Queues a request and returns a ticket for `cancel`.
+
+    Args:
+      request: see `continuous.Request`.
+      deliver: called from the worker's thread with everything decoded so far, after each chunk,
+        until an Output has ended or an exception comes instead.
+
+    Raises:
+      QueueFullError: if too many wait.
+      StoppedError: after `stop`.
+    """
+    with self._changed:
+      self._check(len(self._waiting))
+      job = _Job(next(self._tickets), request, deliver)
+      self._waiting.append(job)
+      self._changed.notify()
+      return job.ticket
+
+  def call(self, function: Callable[[], Any]) -> Future:
+    """Queues a function that uses the device; raises as `submit` does."""
+    with self._changed:
+      self._check(len(self._calls))
+      future: Future = Future()
+      self._calls.append((function, future))
+      self._changed.notify()
+      return future
+
+  def cancel(self, ticket: int) -> None:
+    """Forgets a request; nothing is delivered for it any more. Once it has ended, does nothing."""
+    with self._changed:
+      known = [*self._waiting, *self._running.values()]
+      if any(job.ticket == ticket for job in known):
+        self._cancelled.add(ticket)
+        self._changed.notify()
+
+  def stop(self) -> None:
+    """Finishes what was accepted, then ends the thread."""
+    with self._changed:
+      self._stopping = True
+      self._changed.notify()
+    self._thread.join()
+
+  def _check(self, waiting: int) -> None:
+    if self._stopping or not self._thread.is_alive():
+      raise StoppedError('the server is stopping')
+    if waiting >= self._max_queue:
+      raise QueueFullError(f'{waiting} requests are waiting already; try again later')
+
+  def _loop(self) -> None:
+    while True:
+      with self._changed:
+        while not (self._waiting or self._calls or self._running):
+          if self._stopping:
+            return
+          self._changed.wait()
+        call = self._calls.popleft() if self._calls else None
+      if call is not None:
+        _run_call(*call)
+      try:
+        self._turn()
+      except Exception as error:  # a bug or a lost device: say so to all, and go on
+        log.exception('decoding failed')
+        with self._changed:
+          failed = [*self._running.values(), *self._waiting]
+          self._batch.drop(self._running)
+          self._running.clear()
+          self._waiting.clear()
+        for job in failed:
+          job.deliver(error)
+
+  def _turn(self) -> None:
+    """Fills free slots, decodes a chunk, delivers."""
+    with self._changed:
+      gone = [slot for slot, job in self._running.items() if job.ticket in self._cancelled]
+      kept = [job for job in self._waiting if job.ticket not in self._cancelled]
+      self._waiting = collections.deque(kept)
+      self._cancelled.clear()
+      for slot in gone:
+        del self._running[slot]
+      free = self._batch.num_free + len(gone)
+      jobs = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+    self._batch.drop(gone)
+    if jobs:
+      try:
+        slots = self._batch.add([job.request for job in jobs])
+      except Exception:
+        self._waiting.extendleft(reversed(jobs))  # _loop tells them
+        raise
+      with self._changed:
+        self._running.update(zip(slots, jobs, strict=True))
+    if not self._running:
+      return
+    for slot, output in self._batch.advance().items():
+      job = self._running[slot]
+      if output.ended:
+        with self._changed:
+          del self._running[slot]
+      if job.ticket not in self._cancelled:
+        job.deliver(output)
+
+
+def _run_call(function: Callable[[], Any], future: Future) -> None:
+  if not future.set_running_or_notify_cancel():
+    return
+  try:
+    future.set_result(function())
+  except Exception as error:
+    future.set_exception(error)

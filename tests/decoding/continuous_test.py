@@ -1,0 +1,131 @@
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite.decoding import continuous, prediction
+from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.decoding.continuous import ContinuousBatch, Request
+from t5x_lite.errors import UsageError
+from t5x_lite.models import model_sharding
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.placement import single_device
+from tests.models import tiny
+
+LIMIT = 12
+
+
+def make(cfg, params, **arguments):
+  return ContinuousBatch(
+    cfg, params, placement=single_device(), max_decode_length=LIMIT, **{'chunk': 3, **arguments}
+  )
+
+
+@pytest.fixture(scope='module', params=[False, True], ids=['unrolled', 'scanned'])
+def model(request):
+  cfg = tiny.config(scan_layers=request.param)
+  return cfg, tiny.params(cfg)
+
+
+@pytest.fixture(scope='module')
+def rows(model):
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(1, 40, 17)
+  return [[*rng.integers(2, model[0].vocab_size, n).tolist(), 1] for n in lengths]
+
+
+def alone(cfg, params, row, length=LIMIT):
+  predictor = prediction.Predictor(
+    cfg,
+    placement=single_device(),
+    decoding=DecodingConfig(max_decode_length=length),
+    batch_size=1,
+    max_input_length=64,
+  )
+  [tokens], [score] = predictor.predict(params, [row])
+  return tokens, score
+
+
+def test_each_row_gets_what_it_gets_alone(model, rows):
+  cfg, params = model
+  limits = [1 + i % LIMIT for i in range(len(rows))]
+  requests = [Request(tokens=r, max_new_tokens=n) for r, n in zip(rows, limits, strict=True)]
+  outputs = dict(make(cfg, params, num_slots=4).run(requests))
+  assert sorted(outputs) == list(range(len(rows)))
+  for i, output in outputs.items():
+    tokens, score = alone(cfg, params, rows[i], limits[i])
+    # Without EOS and padding at its end, as Predictor returns them.
+    kept = list(output.tokens)
+    while kept and output.ended == 'length' and kept[-1] == cfg.pad_id:
+      kept.pop()
+    assert kept == tokens
+    np.testing.assert_allclose(sum(output.log_probs), score, rtol=1e-4, atol=1e-4)
+    assert output.ended in ('eos', 'length')
+    assert len(output.log_probs) == len(output.tokens) + (output.ended == 'eos')
+
+
+def test_sampling_does_not_depend_on_the_company(model, rows):
+  cfg, params = model
+  requests = [
+    Request(tokens=r, temperature=0.5 + 0.2 * (i % 3), top_k=(0, 5)[i % 2], top_p=0.9, seed=i)
+    for i, r in enumerate(rows)
+  ]
+  one = dict(make(cfg, params, num_slots=1, chunk=5).run(requests[:5]))
+  many = dict(make(cfg, params, num_slots=8).run(reversed(requests)))
+  for i, output in one.items():
+    assert output.tokens == many[len(rows) - 1 - i].tokens
+
+
+def test_bounds_of_sampling_are_the_rows_own(model, rows):
+  """Of 200 draws of one position, none is outside of its own top k or top p."""
+  cfg, params = model
+  greedy, _ = alone(cfg, params, rows[0], 1)
+  batch = make(cfg, params, num_slots=8)
+  settings = [dict(top_k=1), dict(top_p=1e-6), dict(top_k=3), dict()]
+  requests = [
+    Request(tokens=rows[0], max_new_tokens=1, temperature=2.0, seed=i, **settings[i % 4])
+    for i in range(200)
+  ]
+  drawn = [set() for _ in settings]
+  for i, output in batch.run(requests):
+    drawn[i % 4].add(tuple(output.tokens))
+  assert drawn[0] == drawn[1] == {tuple(greedy)}
+  assert 1 < len(drawn[2]) <= 3 < len(drawn[3])
+
+
+def test_a_dropped_slot_is_free_and_disturbs_nobody(model, rows):
+  cfg, params = model
+  batch = make(cfg, params, num_slots=2)
+  first, second = batch.add([Request(tokens=rows[0]), Request(tokens=rows[1])])
+  batch.advance()
+  batch.drop([first])
+  [slot] = batch.add([Request(tokens=rows[2])])
+  assert slot == first and batch.num_free == 0
+  ended = {}
+  while batch.num_free < 2:
+    ended |= {k: v for k, v in batch.advance().items() if v.ended}
+  for slot, row in ((second, rows[1]), (first, rows[2])):
+    expected = alone(cfg, params, row)[0]
+    assert ended[slot].tokens[: len(expected)] == expected
+
+
+def test_on_a_mesh_as_on_one_device(rows):
+  cfg = tiny.config()
+  params = tiny.params(cfg)
+  placement = model_sharding.place_model(cfg, MeshConfig(data=2, fsdp=2, model=2))
+  specs = model_sharding.inference_params(cfg, placement)
+  placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, specs)
+  batch = continuous.ContinuousBatch(
+    cfg, placed, placement=placement, num_slots=4, max_decode_length=LIMIT
+  )
+  requests = [Request(tokens=row) for row in rows[:6]]
+  expected = dict(make(cfg, params, num_slots=4).run(requests))
+  found = dict(batch.run(requests))
+  assert {i: o.tokens for i, o in found.items()} == {i: o.tokens for i, o in expected.items()}
+
+
+def test_what_cannot_be_decoded_is_refused():
+  cfg = tiny.config(architecture='decoder')
+  with pytest.raises(UsageError, match='encoder_decoder'):
+    make(cfg, None)
+  with pytest.raises(UsageError, match='num_slots is 0'):
+    make(tiny.config(), None, num_slots=0)

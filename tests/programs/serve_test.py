@@ -1,0 +1,259 @@
+"""The server as a process of its own, met by real clients over loopback."""
+
+import concurrent.futures
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+import t5x_lite
+from t5x_lite.errors import UsageError
+from t5x_lite.programs.serve import serve
+
+TOKEN = 'a long secret'
+TEXTS = ['That is good.', 'x', 'Das Fenster ist offen. ' * 4]
+
+
+@pytest.fixture(scope='session')
+def model_dir(tmp_path_factory):
+  config = t5x_lite.named_config(
+    't5_1_1_small',
+    vocab_size=384,
+    emb_dim=32,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+  )
+  model = t5x_lite.new(config, t5x_lite.VocabularyConfig(kind='byte'), seed=3)
+  directory = tmp_path_factory.mktemp('serve') / 'tiny'
+  model.save(str(directory))
+  return str(directory)
+
+
+class Server:
+  def __init__(self, model_dir, *flags, token=TOKEN):
+    self.process = subprocess.Popen(
+      [sys.executable, '-m', 't5x_lite.main', 'serve', model_dir, '--port=0', *flags],
+      env={**os.environ, 'T5X_LITE_TOKEN': token, 'XLA_FLAGS': ''},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    line = self.process.stdout.readline()
+    found = re.search(r'http://([\d.]+):(\d+)', line)
+    assert found, line + self.process.stderr.read()
+    self.url, self.port = found[0], int(found[2])
+    self.client = httpx.Client(
+      base_url=self.url, headers={'Authorization': f'Bearer {token}'} if token else {}, timeout=120
+    )
+
+  def post(self, path, body):
+    return self.client.post(path, json=body)
+
+  def stop(self):
+    self.client.close()
+    self.process.send_signal(signal.SIGTERM)
+    code = self.process.wait(timeout=120)
+    return code, self.process.stderr.read()
+
+
+@pytest.fixture(scope='module')
+def server(model_dir):
+  server = Server(
+    model_dir,
+    '--max_new_tokens=24',
+    '--max_input_tokens=128',
+    '--num_slots=4',
+    '--max_body_bytes=20000',
+    '--body_seconds=2',
+  )
+  yield server
+  code, _ = server.stop()
+  assert code == 0
+
+
+@pytest.fixture(scope='module')
+def model(model_dir):
+  return t5x_lite.load(model_dir)
+
+
+def test_generate_writes_what_the_python_interface_writes(server, model):
+  answer = server.post('/generate', {'inputs': TEXTS, 'max_new_tokens': 12})
+  outputs = answer.json()['outputs']
+  texts, scores = model.generate(TEXTS, max_new_tokens=12, return_scores=True)
+  assert [one['text'] for one in outputs] == texts
+  np.testing.assert_allclose([one['score'] for one in outputs], scores, rtol=1e-3)
+  assert {one['finish_reason'] for one in outputs} <= {'stop', 'length'}
+
+
+def test_samples_are_repeatable_and_differ_by_seed(server):
+  body = {'inputs': 'abc', 'temperature': 2.0, 'num_outputs': 3, 'seed': 5}
+  first, again = [server.post('/generate', body).json()['outputs'] for _ in range(2)]
+  assert first == again
+  assert len({one['text'] for one in first}) > 1
+
+
+def test_a_stream_adds_up_to_the_whole(server):
+  body = {'inputs': TEXTS[0], 'temperature': 1.0, 'max_new_tokens': 20}
+  whole = server.post('/generate', body).json()['outputs'][0]
+  events = []
+  with server.client.stream('POST', '/generate', json={**body, 'stream': True}) as answer:
+    assert answer.headers['content-type'].startswith('text/event-stream')
+    events = [line.removeprefix('data: ') for line in answer.iter_lines() if line]
+  assert events.pop() == '[DONE]'
+  parts = [json.loads(event) for event in events]
+  assert ''.join(part['text'] for part in parts) == whole['text']
+  assert parts[-1]['finish_reason'] == whole['finish_reason']
+
+
+def test_a_stop_string_ends_the_text_before_it(server):
+  body = {'inputs': 'abc', 'temperature': 3.0, 'seed': 1}
+  text = server.post('/generate', body).json()['outputs'][0]['text']
+  stop = text[len(text) // 2]
+  found = server.post('/generate', {**body, 'stop': [stop]}).json()['outputs'][0]
+  assert found['text'] == text[: text.index(stop)]
+  assert found['finish_reason'] == 'stop'
+
+
+def test_settings_of_decoding_go_through(server, model):
+  body = {'inputs': TEXTS, 'max_new_tokens': 8, 'decoding': {'temperature': 0.5, 'top_k': 1}}
+  outputs = server.post('/generate', body).json()['outputs']
+  assert [one['text'] for one in outputs] == model.generate(TEXTS, max_new_tokens=8)
+  refused = server.post('/generate', {**body, 'decoding': {'beems': 3}})
+  assert refused.status_code == 400 and 'beems' in refused.json()['error']['message']
+
+
+def test_scores_and_embeddings(server, model):
+  body = {'inputs': TEXTS, 'targets': ['a', 'bc', 'def']}
+  scores = [one['log_prob'] for one in server.post('/score', body).json()['scores']]
+  np.testing.assert_allclose(scores, model.score(TEXTS, body['targets']), rtol=1e-4)
+  answer = server.post('/v1/embeddings', {'input': TEXTS}).json()
+  found = [one['embedding'] for one in answer['data']]
+  np.testing.assert_allclose(found, model.encode(TEXTS, pooling='mean'), rtol=1e-3, atol=1e-4)
+
+
+def test_openai_clients_work_unmodified(server, model):
+  client = openai.OpenAI(base_url=f'{server.url}/v1', api_key=TOKEN)
+  [entry] = client.models.list().data
+  done = client.completions.create(model=entry.id, prompt=TEXTS, max_tokens=9, temperature=0)
+  assert [choice.text for choice in done.choices] == model.generate(TEXTS, max_new_tokens=9)
+  assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
+  parts = client.completions.create(
+    model=entry.id, prompt=TEXTS[0], max_tokens=9, temperature=0, stream=True
+  )
+  assert ''.join(part.choices[0].text for part in parts) == done.choices[0].text
+  vectors = client.embeddings.create(model=entry.id, input=TEXTS)  # asks for base64
+  np.testing.assert_allclose(
+    vectors.data[1].embedding, model.encode(TEXTS[1], pooling='mean')[0], rtol=1e-3, atol=1e-4
+  )
+  with pytest.raises(openai.BadRequestError, match='logprobs'):
+    client.completions.create(model=entry.id, prompt='a', logprobs=3)
+  stranger = openai.OpenAI(base_url=f'{server.url}/v1', api_key='wrong')
+  with pytest.raises(openai.AuthenticationError):
+    stranger.models.list()
+
+
+@pytest.mark.parametrize(
+  'body, message',
+  [
+    ({'inputs': 'a' * 500}, 'input 0 has 501 tokens; 128'),
+    ({'inputs': []}, '0 inputs'),
+    ({'inputs': ['a'] * 65}, '65 inputs'),
+    ({'inputs': 'a', 'max_new_tokens': 25}, '25 new tokens; 24'),
+    ({'inputs': 'a', 'max_new_tokens': 0}, 'max_new_tokens'),
+    ({'inputs': 'a', 'temprature': 1}, 'temprature'),
+    ({'inputs': 7}, 'inputs'),
+    ({'inputs': 'a', 'top_p': 0}, 'top_p'),
+    ({'inputs': ['a', 'b'], 'stream': True}, 'stream'),
+    ({}, 'inputs'),
+  ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(server, body, message):
+  answer = server.post('/generate', body)
+  assert answer.status_code == 400
+  assert message in answer.json()['error']['message']
+
+
+def test_long_inputs_are_cut_if_asked(server, model):
+  body = {'inputs': 'a' * 500, 'truncate': True, 'max_new_tokens': 6}
+  [found] = server.post('/generate', body).json()['outputs']
+  assert found['text'] == model.generate('a' * 500, max_new_tokens=6, max_input_tokens=128)
+
+
+def test_broken_oversized_and_slow_bodies_hold_up_nobody(server):
+  headers = {'content-type': 'application/json'}
+  broken = server.client.post('/generate', content=b'{"inputs": ', headers=headers)
+  assert broken.status_code == 400
+  big = server.client.post('/generate', content=b'x' * 30000, headers=headers)
+  assert big.status_code == 413
+  assert server.client.get('/no_such_page').status_code == 404
+  head = f'POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n'
+  with socket.create_connection(('127.0.0.1', server.port), timeout=30) as slow:
+    slow.sendall((head + 'Content-Length: 100\r\n\r\n{"inp').encode())
+    answer = server.post('/generate', {'inputs': 'quick', 'max_new_tokens': 2})
+    assert answer.status_code == 200  # meanwhile
+    assert b'408' in slow.recv(4096)
+
+
+def test_health_metrics_page_and_schema(server):
+  assert httpx.get(f'{server.url}/healthz').json() == {'status': 'ok'}
+  assert httpx.get(f'{server.url}/readyz').json() == {'status': 'ready'}
+  assert httpx.get(f'{server.url}/metrics').status_code == 401
+  text = server.client.get('/metrics').text
+  assert re.search(r't5x_lite_requests_total\{path="/generate",status="200"\} [1-9]', text)
+  assert 't5x_lite_request_seconds_bucket' in text
+  paths = server.client.get('/openapi.json').json()['paths']
+  assert {'/generate', '/score', '/v1/completions', '/v1/embeddings'} <= set(paths)
+  page = server.client.get('/').text
+  assert '<form' in page and 'src="http' not in page
+
+
+def test_under_load_a_full_queue_says_429_and_a_sigterm_loses_nothing(model_dir):
+  server = Server(model_dir, '--num_slots=2', '--max_queue=4', '--max_new_tokens=64', token='')
+  with concurrent.futures.ThreadPoolExecutor(24) as pool:
+    body = {'inputs': 'abc', 'temperature': 1.0, 'max_new_tokens': 64}
+    answers = list(
+      pool.map(lambda i: httpx.post(f'{server.url}/generate', json=body, timeout=120), range(24))
+    )
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert {a.headers['retry-after'] for a in answers if a.status_code == 429} == {'1'}
+    waiting = [
+      pool.submit(httpx.post, f'{server.url}/generate', json=body, timeout=120) for _ in range(4)
+    ]
+    while True:  # until all four are in
+      text = server.client.get('/metrics').text
+      counts = [float(x) for x in re.findall(r't5x_lite_(?:waiting|running) ([\d.]+)', text)]
+      if sum(counts) == 4 or all(one.done() for one in waiting):
+        break
+      time.sleep(0.01)
+    code, errors = server.stop()
+    assert code == 0, errors
+    assert [one.result().status_code for one in waiting] == [200] * 4
+  with pytest.raises(httpx.ConnectError):
+    httpx.get(f'{server.url}/healthz')
+
+
+def test_what_cannot_start_says_so_at_once(model_dir, tmp_path):
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))
+    taken.listen()
+    with pytest.raises(UsageError, match='cannot listen'):
+      serve(model=model_dir, port=taken.getsockname()[1])
+  with pytest.raises(UsageError, match='num_slots is 0'):
+    serve(model=model_dir, num_slots=0)
+  with pytest.raises(UsageError, match='token_file'):
+    serve(model=model_dir, token_file=str(tmp_path / 'none'))
+  (tmp_path / 'empty').touch()
+  with pytest.raises(UsageError, match='is empty'):
+    serve(model=model_dir, token_file=str(tmp_path / 'empty'))
