@@ -101,6 +101,11 @@ COMMANDS: dict[str, Command] = {
     'convert checkpoints between t5x_lite, Hugging Face and T5X',
     positional=('source', 'destination'),
   ),
+  'export': Command(
+    't5x_lite.programs.export.export',
+    'write a model as StableHLO or a SavedModel, for programs without t5x_lite',
+    positional=('model', 'destination'),
+  ),
   'grow_vocab': Command(
     't5x_lite.programs.grow_vocabulary.grow_vocabulary',
     'add tokens or sentinels to a model and its vocabulary',

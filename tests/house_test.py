@@ -36,9 +36,9 @@ NNX_NAMES = {
 # Who may import what, anywhere in the file. Paths inside the package.
 ALLOWED_IMPORTERS = {
   'gin': ('gin_front/',),
-  'safetensors': ('interop/',),
+  'safetensors': ('interop/', 'programs/export.py'),
   'seqio': ('data/',),
-  'tensorflow': ('data/',),
+  'tensorflow': ('data/', 'programs/export.py'),
   'tensorflow_datasets': ('data/',),
   'tensorflow_text': ('data/',),
   'torch': (),

@@ -20,6 +20,7 @@ _SIMPLE: Mapping[str, tuple[type, bool]] = {
   'float': (float, False),
   'int': (int, False),
   'str': (str, False),
+  'Sequence[int]': (int, True),
   'Sequence[str]': (str, True),
   'str | Sequence[str]': (str, True),
 }
