@@ -117,7 +117,8 @@ class Guard:
 
   async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
     headers = dict(scope['headers'])
-    open_to_all = scope['path'] in ('/healthz', '/readyz')
+    # The page is one file without secrets, and has a field for the token.
+    open_to_all = scope['path'] in ('/', '/healthz', '/readyz')
     if self._token and not open_to_all:
       given = headers.get(b'authorization', b'')
       if not hmac.compare_digest(given, f'Bearer {self._token}'.encode()):
