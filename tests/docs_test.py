@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import json
+import os
 import pathlib
 import re
 import shlex
@@ -250,6 +252,39 @@ def test_the_reference_is_read_from_source(from_source):
   assert 'summarize_config_fn' not in text
   for name in t5x_lite._EXPORTS:
     assert from_source.api_text(name)
+
+
+@pytest.mark.slow
+def test_what_extends_it_runs(tmp_path):
+  """The Python of extend.md, then a batch of each task that it registers."""
+  (tmp_path / 'corpus').mkdir()
+  texts = [f'Sentence {i} says that {i} and {i + 1} are neighbours.' for i in range(200)]
+  (tmp_path / 'corpus' / 'a.txt').write_text('\n'.join(texts))
+  for name in ('train', 'valid'):
+    rows = [{'question': text, 'answer': str(i)} for i, text in enumerate(texts)]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (tmp_path / f'{name}.tsv').write_text('\n'.join(f'{text}\t{i}' for i, text in enumerate(texts)))
+  blocks = _blocks((DOCS / 'extend.md').read_text(), 'python')
+  look = (
+    'from t5x_lite.data.rows.dataset_iterator import DatasetIterator\n'
+    "for name in ('questions', 'my_seqio_task', 'my_denser'):\n"
+    '  config = t5x_lite.DatasetConfig(mixture_or_task_name=name, batch_size=4,\n'
+    "    task_feature_lengths={'inputs': 64, 'targets': 64})\n"
+    '  iterator = DatasetIterator(config)\n'
+    "  print(name, (next(iterator)['decoder_target_tokens'] > 0).sum())\n"
+    '  iterator.close()\n'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', '\n'.join([*blocks, look])],
+    cwd=tmp_path,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  counts = dict(re.findall(r'^(\w+) (\d+)$', result.stdout, re.M))
+  assert counts.keys() == {'questions', 'my_seqio_task', 'my_denser'}
+  assert all(map(int, counts.values()))
 
 
 @pytest.mark.slow

@@ -177,12 +177,16 @@ def _iota(text: str, size: int) -> np.ndarray:
 
 
 class HloModule:
-  """A compiled program's HLO."""
+  """A compiled program's HLO.
+
+  Attributes:
+    computations: the operations of each, by name.
+  """
 
   def __init__(self, text: str, num_devices: int):
     """Parses the text of jax.stages.Compiled.as_text()."""
     self._num_devices = num_devices
-    self._computations: dict[str, list[_Op]] = {}
+    self.computations: dict[str, list[_Op]] = {}
     self._entry = ''
     ops: list[_Op] = []
     for line in text.splitlines():
@@ -191,7 +195,7 @@ class HloModule:
         if op is not None:
           ops.append(op)
       elif match := _COMPUTATION.match(line):
-        ops = self._computations[match[2]] = []
+        ops = self.computations[match[2]] = []
         if match[1]:
           self._entry = match[2]
 
@@ -221,7 +225,7 @@ class HloModule:
     """
     total = 0.0
     for name, times in self._counts().items():
-      ops = self._computations[name]
+      ops = self.computations[name]
       types = {op.name: op.type for op in ops}
       total += times * sum(self._traffic(op, types) for op in ops)
     return total
@@ -230,7 +234,7 @@ class HloModule:
     """Returns XLA:TPU's own estimate, loops multiplied out; 0 elsewhere."""
     total = 0
     for name, times in self._counts().items():
-      for op in self._computations[name]:
+      for op in self.computations[name]:
         if match := _CYCLES.search(op.rest):
           total += times * int(match[1])
     return total
@@ -241,7 +245,7 @@ class HloModule:
 
     def visit(name: str, times: int) -> None:
       counts[name] += times
-      for op in self._computations.get(name, ()):
+      for op in self.computations.get(name, ()):
         if op.opcode == 'while':
           trips = self._trips(op)
           for called in op.calls:
@@ -258,7 +262,7 @@ class HloModule:
     if match := re.search(r'known_trip_count":\{"n":"(\d+)"', op.rest):
       return int(match[1])
     match = re.search(r'condition=%([\w.\-]+)', op.rest)
-    condition = self._computations.get(match[1] if match else '', [])
+    condition = self.computations.get(match[1] if match else '', [])
     ops = {one.name: one for one in condition}
     # The comparison may lie in a fusion; its constant is an operand then.
     for one in condition:
@@ -273,7 +277,7 @@ class HloModule:
 
   def _with_fused(self, name: str) -> Iterator[tuple[str, _Op]]:
     """Yields the operations of a computation and of all fused into it."""
-    for op in self._computations.get(name, ()):
+    for op in self.computations.get(name, ()):
       yield name, op
       if op.opcode in ('fusion', 'custom-call'):
         for called in op.calls:
@@ -326,7 +330,7 @@ class HloModule:
 
   def _fusion_traffic(self, fusion: _Op, operands: Sequence[str]) -> float:
     """Returns what a fusion reads and writes, given its operands' types."""
-    ops = self._computations.get(fusion.calls[0], [])
+    ops = self.computations.get(fusion.calls[0], [])
     types = {op.name: op.type for op in ops}
     users = _users(ops)
     carried = _aliased(fusion.rest)
@@ -369,7 +373,7 @@ class HloModule:
       elif user.opcode in _PASSED_ON:
         total += self._read(user, users)
       elif user.opcode == 'fusion' and user.calls:
-        inner = self._computations.get(user.calls[0], [])
+        inner = self.computations.get(user.calls[0], [])
         inner_users = _users(inner)
         for i, name in enumerate(user.operands):
           for one in inner if name == op.name else ():

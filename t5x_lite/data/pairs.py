@@ -341,6 +341,12 @@ def _choose(row: records.Row, columns: Columns, place: str) -> tuple[str, str]:
     raise _unclear('input', row, place)
   if not other or other == one:
     raise _unclear('target', row, place)
+  second = _known(row, records.SECOND_INPUT_NAMES, one)
+  if not (columns.input or columns.template or numbered or second in ('', other)):
+    raise UsageError(
+      f'{place}: is the input {one!r} alone, or {second!r} too? Say --input_column {one}, '
+      f"or --template '{{{second}}} {{{one}}}'"
+    )
   return one or columns.template, other
 
 

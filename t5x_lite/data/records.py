@@ -31,6 +31,8 @@ INPUT_NAMES = (
   'input inputs source src text question sentence prompt instruction document '
   'article dialogue passage query word en'
 ).split()
+# Beside one of those they are a second half of the input.
+SECOND_INPUT_NAMES = 'instruction context passage hypothesis sentence2'.split()
 TARGET_NAMES = (
   'target targets output outputs label labels tgt summary highlights answer '
   'answers translation completion response reference category class'
@@ -197,7 +199,7 @@ def _cells(path: str, kind: str) -> Iterator[tuple[int, list[str]]]:
   reader = csv.reader(
     _chain(first, lines),
     # What spreadsheets write where the comma is in the numbers.
-    delimiter=';' if ';' in first and ',' not in first else ',',
+    delimiter=next((one for one in ',;\t' if one in first), ','),
     strict=True,
   )
   start = 1

@@ -67,6 +67,12 @@ def total_bytes(files: Sequence[str]) -> int:
   return sum(epath.Path(file).stat().length * (4 if file.endswith('.gz') else 1) for file in files)
 
 
+_ARCHIVES = {
+  b'PK\x03\x04': 'a spreadsheet or a zip archive; save it as CSV',
+  b'\x1f\x8b': 'a gzip file; give it a name that ends in .gz',
+}
+
+
 def lines(path: str, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
   r"""Yields (line number from 1, line without its end), blank lines too.
 
@@ -88,6 +94,9 @@ def lines(path: str, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
       for number, line in enumerate(binary, start=1):
         if number == 1:
           line = line.removeprefix(b'\xef\xbb\xbf')
+          for magic, what in _ARCHIVES.items():
+            if line.startswith(magic):
+              raise UsageError(f'{path} is {what}')
         if not keep_ends:
           line = line.removesuffix(b'\n').removesuffix(b'\r')
         yield number, line.decode('utf-8')

@@ -326,10 +326,16 @@ class Evaluators:
       )
       yield result
 
-  def run(self, params: Any, step: int, model_dir: str) -> Metrics:
+  def run(
+    self,
+    params: Any,
+    step: int,
+    model_dir: str,
+    show: Callable[[str, list[dict[str, Any]]], None] | None = None,
+  ) -> Metrics:
     """Returns 'eval/TASK/...' and 'infer_eval/TASK/...' of a training step.
 
-    Predictions go to MODEL_DIR/infer_eval/TASK/STEP.jsonl.
+    Predictions go to MODEL_DIR/infer_eval/TASK/STEP.jsonl, and to `show`.
     """
     log.info('step %d: evaluation', step)
     metrics: Metrics = {}
@@ -339,6 +345,8 @@ class Evaluators:
       if result.lines and distributed.is_primary():
         path = epath.Path(model_dir) / prefix / f'{step}.jsonl'
         write_lines(path, result.lines)
+        if show is not None:
+          show(prefix, result.lines)
     return metrics
 
 

@@ -17,6 +17,8 @@ from jax import Array
 MASK_VALUE = -1e10
 
 _HEADS = ((0, 1), (0, 1))
+# The name of these operations in a trace.
+SCOPE = 'attention'
 
 
 @jax.custom_vjp
@@ -43,6 +45,7 @@ def attention(
   return _attention_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM)[0]
 
 
+@jax.named_scope(SCOPE)
 def _attention_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
   # Heads become a batch dim of every product, once, in the small arrays.
   q_BHLK, k_BHMK, v_BHMK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
@@ -56,6 +59,7 @@ def _attention_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
   return y_BHLK.swapaxes(1, 2), (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK)
 
 
+@jax.named_scope(SCOPE)
 def _attention_bwd(residuals, g_BLHK):
   (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK) = residuals
   g_BHLK = g_BLHK.swapaxes(1, 2)

@@ -79,6 +79,9 @@ def finetune(
   metrics: Sequence[str] = (),
   num_shown: int = 10,
   export_hf: bool = True,
+  report_to: str | Sequence[str] = 'tensorboard',
+  histogram_period: int | None = None,
+  profile_steps: int | None = None,
   seed: int = 0,
   mesh: MeshConfig | None = None,
 ) -> dict[str, Any] | None:
@@ -127,6 +130,9 @@ def finetune(
       data by default.
     num_shown: predictions that are printed at the end.
     export_hf: write OUTPUT/export for transformers.
+    report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
+    histogram_period: steps between histograms of the gradient; see `train`.
+    profile_steps: steps to trace into OUTPUT/profile; see `train`.
     seed: of dropout and the order of the data.
     mesh: how devices are arranged; decided by their number by default.
 
@@ -154,6 +160,7 @@ def finetune(
   if learning_rate is not None and not 0.0 < learning_rate < math.inf:
     raise UsageError(f'finetune.learning_rate is {learning_rate}')
   metrics_lib.get_metrics(metrics)
+  metric_writers.reporters(report_to)
   start_checks.check_writable(output)
   columns = Columns(
     input=input_column,
@@ -221,6 +228,8 @@ def finetune(
     'patience': patience,
     'eval_examples': eval_examples,
     'metrics': list(plan.metrics),
+    'report_to': report_to,
+    'histogram_period': histogram_period,
     'seed': seed,
   }
 
@@ -262,6 +271,9 @@ def finetune(
       eval_period=plan.steps_per_epoch,
       eval_steps=None,
       patience=patience,
+      report_to=report_to,
+      histogram_period=histogram_period,
+      profile_steps=profile_steps,
       stats_period=max(1, min(100, plan.total_steps // 50)),
       mesh=mesh,
       seed=seed,
@@ -317,6 +329,11 @@ def read_parts(
   if len(whole) < 2:
     raise UsageError('there is one example: too few to hold one out; give a validation file')
   rest, held = whole.hold_out(count)
+  if len(set(rest.targets)) == 1 < len(set(whole.targets)):
+    raise UsageError(
+      f'without {len(held)} rows to evaluate on, every target is {rest.targets[0]!r:.60}: equal '
+      'inputs are held out together, and few differ; give more rows or a validation file'
+    )
   return {'train': rest, 'validation': held}
 
 

@@ -7,6 +7,7 @@ only then does the iterator move.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 import jax
 
-from t5x_lite.compiler import flops, step_programs
+from t5x_lite.compiler import flops, profiling, step_programs
 from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.vocabularies import VocabularyConfig
@@ -32,7 +33,7 @@ from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.runs.progress import Progress, Window
 from t5x_lite.training.losses import LossConfig
 from t5x_lite.training.optimizers import OptimizerConfig
-from t5x_lite.training.steps import GROUP_NORM
+from t5x_lite.training.steps import GROUP_HISTOGRAM, GROUP_NORM
 from t5x_lite.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,9 @@ def train(
   num_microbatches: int = 1,
   patience: int | None = None,
   max_skipped_updates: int = 0,
+  report_to: str | Sequence[str] = 'tensorboard',
+  histogram_period: int | None = None,
+  profile_steps: int | None = None,
   seed: int = 0,
   dry_run: bool = False,
   dry_run_file: str = '',
@@ -101,6 +105,11 @@ def train(
       after which training ends early; None trains to the end.
     max_skipped_updates: updates in a row that may be left out because the
       gradient is not finite; 0 stops at the first.
+    report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
+    histogram_period: steps between histograms of the gradient, by group of
+      parameters; None for none.
+    profile_steps: steps to trace, after a few, into model_dir/profile, with a
+      table of where their time goes; None for none.
     seed: of parameters and dropout; the data has its own.
     dry_run: print parameters, mesh and memory, begin nothing and return None.
     dry_run_file: where a dry run writes the configuration, and how every array
@@ -123,10 +132,15 @@ def train(
     ('eval_steps', eval_steps),
     ('infer_eval_examples', infer_eval_examples),
     ('patience', patience),
+    ('histogram_period', histogram_period),
+    ('profile_steps', profile_steps),
   ):
     start_checks.check_positive(f'train.{name}', count)
   if patience is not None and not checkpoint.best_metric:
     raise UsageError(f'train.patience is {patience}; it needs CheckpointConfig.best_metric')
+  reporters = metric_writers.reporters(report_to) if distributed.is_primary() else ()
+  if distributed.is_primary() and histogram_period and not reporters:
+    raise UsageError(f'train.histogram_period is {histogram_period}; it needs report_to')
   model, vocabulary = start_checks.resolve_model(
     model,
     vocabulary,
@@ -155,6 +169,9 @@ def train(
     'num_microbatches': num_microbatches,
     'patience': patience,
     'max_skipped_updates': max_skipped_updates,
+    'report_to': report_to,
+    'histogram_period': histogram_period,
+    'profile_steps': profile_steps,
     'seed': seed,
   }
   dataset, *evals = [
@@ -168,7 +185,8 @@ def train(
     new = initial_checkpoint.open_start(checkpoint, model, vocabulary, seed=seed)
 
   # ---- The step, its mesh and abstract state: nothing is allocated yet ----
-  program = step_programs.train_program(
+  make_program = functools.partial(
+    step_programs.train_program,
     model=model,
     optimizer=optimizer,
     loss=loss,
@@ -178,6 +196,7 @@ def train(
     num_microbatches=num_microbatches,
     skip_nonfinite=max_skipped_updates > 0,
   )
+  program = make_program()
   device_mesh, spec, tx = program.mesh, program.spec, program.tx
   assert spec is not None and tx is not None
 
@@ -189,9 +208,9 @@ def train(
   sharding = partitioning.batch_sharding(device_mesh)
   _, batch_shapes, _ = program.arguments
 
-  def compile_step() -> jax.stages.Compiled:
+  def compile_step(histograms: bool = False) -> jax.stages.Compiled:
     began = time.monotonic()
-    compiled = program.lower().compile()
+    compiled = (make_program(histograms=True) if histograms else program).lower().compile()
     log.info('compiled in %.1f s', time.monotonic() - began)
     return compiled
 
@@ -254,12 +273,23 @@ def train(
       return state
     iterator.start()
     train_step = compile_step()
+    histogram_step = compile_step(histograms=True) if histogram_period else train_step
     log.info('%s', memory_report.compiled_memory(train_step))
 
     # ---- Writers ----
     writer = stack.enter_context(
-      metric_writers.MetricWriter(model_dir, first_step=first_step, active=primary)
+      metric_writers.MetricWriter(
+        model_dir,
+        first_step=first_step,
+        active=primary,
+        report_to=reporters,
+        config=run_directory.to_json(record),
+      )
     )
+    profiler = profiling.StepProfiler(
+      model_dir, first_step=first_step, last_step=total_steps, num_steps=profile_steps
+    )
+    stack.callback(profiler.stop)
     if checkpointer.damaged:
       writer.write(first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))})
     progress = stack.enter_context(
@@ -280,7 +310,10 @@ def train(
       if pending is None:
         return
       at, metrics = pending
-      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      metrics = jax.device_get(metrics)
+      counts = {name: metrics.pop(name) for name in [*metrics] if name.startswith(GROUP_HISTOGRAM)}
+      writer.write_histograms(at, counts)
+      metrics = {k: float(v) for k, v in metrics.items()}
       bad = [name for name, x in metrics.items() if not math.isfinite(x)]
       if bad:
         what = f'{bad[0]} is {metrics[bad[0]]} at step {at}{_culprit(metrics)}'
@@ -315,7 +348,9 @@ def train(
       metrics = {}
       due = not hurry and (last or step % eval_period == 0)
       if due and step > max(evaluated, 0):
-        metrics = evaluation.run(state.params, step, model_dir)
+        metrics = evaluation.run(
+          state.params, step, model_dir, show=functools.partial(writer.write_samples, step)
+        )
         writer.write(step, metrics)
         best.add(metrics)
         evaluated = step
@@ -333,7 +368,8 @@ def train(
       if step % eval_period == 0 or checkpointer.should_save(step):
         collect(pending)  # a state that diverged must not be saved
         pending = None
-        evaluate_and_save()
+        with profiling.part('evaluate and save'):
+          evaluate_and_save()
         if best.worse_for(patience):
           log.info(
             '%s has not improved for %d evaluations: training ends at step %d',
@@ -342,16 +378,23 @@ def train(
             step,
           )
           break
-      batch = next(iterator, None)
+      profiler.before(step, state)
+      with profiling.part('wait for data'):
+        batch = next(iterator, None)
       if batch is None:
         log.warning('the data ended at step %d of %d', step, total_steps)
         break
-      batch = partitioning.global_batch(batch, device_mesh)
-      with jax.transfer_guard('disallow'):
-        state, metrics = train_step(state, batch, key)  # asynchronous
-      collect(pending)
+      with profiling.part('data to the devices'):
+        batch = partitioning.global_batch(batch, device_mesh)
       step += 1
+      wanted = histogram_period and step % histogram_period == 0
+      with profiling.part('dispatch'), jax.transfer_guard('disallow'):
+        state, metrics = (histogram_step if wanted else train_step)(state, batch, key)
+      with profiling.part('wait for the device'):  # which is a step ahead
+        collect(pending)
       pending = (step, metrics)
+      if profile := profiler.after(step, state, train_step):
+        log.info('%s', profile)
 
     # ---- End: the last checkpoint, evaluated unless there is a hurry ----
     collect(pending)

@@ -1,21 +1,31 @@
-"""Writes metrics to metrics.jsonl and TensorBoard.
+"""Writes metrics to metrics.jsonl, and to TensorBoard and wandb as asked.
 
 No TensorFlow: TensorBoard's own package writes its event format. Only process
 0 writes. Names are plain for training ('loss', 'learning_rate'), and start
 with 'eval/TASK/' (teacher-forced) or 'infer_eval/TASK/' (decoded) otherwise.
 """
 
+import html
 import importlib
 import json
 import logging
 import math
 import os
+import re
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
+from tensorboard.plugins.histogram import metadata as histogram_metadata
+from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer import record_writer
+from tensorboard.util import tensor_util
+
+from t5x_lite.errors import UsageError
+from t5x_lite.training.steps import HISTOGRAM_BOUNDS
 
 # Generated when imported: a type checker finds no names in them.
 _event_pb2: Any = importlib.import_module('tensorboard.compat.proto.event_pb2')
@@ -25,6 +35,11 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
+WANDB = 'wandb'
+NONE = 'none'
+WANDB_RUN_ID_FILE = 'wandb_run_id'
+_NUM_SAMPLES = 10
+_SAMPLE_COLUMNS = ('input', 'prediction', 'target')
 
 
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
@@ -45,31 +60,70 @@ def read_metrics(model_dir: str) -> list[dict[str, Any]]:
   return entries
 
 
-class MetricWriter:
-  """Writes scalars by step into a run directory."""
+def reporters(report_to: str | Sequence[str]) -> tuple[str, ...]:
+  """Returns the names in a list, or in a text with commas.
 
-  def __init__(self, model_dir: str, *, first_step: int, active: bool = True):
+  Raises:
+    UsageError: if one is unknown, or its package cannot be used.
+  """
+  listed = [report_to] if isinstance(report_to, str) else report_to
+  names = [name.strip() for one in listed for name in one.split(',') if name.strip()]
+  for name in names:
+    if name not in (TENSORBOARD, WANDB, NONE) or (name == NONE and len(names) > 1):
+      raise UsageError(
+        f'report_to is {",".join(names)}; allowed are {TENSORBOARD}, {WANDB}, both, or {NONE}'
+      )
+  if WANDB in names:
+    wandb = _wandb()
+    if wandb.setup().settings.mode == 'online':
+      try:
+        wandb.login()
+      except wandb.Error as error:
+        raise UsageError(f'wandb: {error} (or set WANDB_MODE=offline)') from error
+  return tuple(dict.fromkeys(name for name in names if name != NONE))
+
+
+def _wandb() -> Any:
+  try:
+    return importlib.import_module('wandb')
+  except ImportError as error:
+    raise UsageError(
+      f"report_to={WANDB} needs the package wandb ({error}): pip install 't5x_lite[wandb]'"
+    ) from error
+
+
+class MetricWriter:
+  """Writes scalars, samples and histograms by step into a run directory."""
+
+  def __init__(
+    self,
+    model_dir: str,
+    *,
+    first_step: int,
+    active: bool = True,
+    report_to: Sequence[str] = (TENSORBOARD,),
+    config: Mapping[str, Any] | None = None,
+  ):
     """Opens the files; what a killed run wrote past its checkpoint goes.
 
     Args:
       model_dir: the run directory; must exist.
       first_step: the step that training continues from.
       active: False on all processes but one; the writer then does nothing.
+      report_to: what `reporters` returns.
+      config: shown beside the run in wandb.
     """
     self._active = active
+    self._sinks: list[_TensorBoard | _Wandb] = []
     if not active:
       return
     root = epath.Path(model_dir)
     _drop_later(root / METRICS_FILE, first_step)
     self._jsonl = (root / METRICS_FILE).open('a')
-    directory = root / TENSORBOARD
-    directory.mkdir(parents=True, exist_ok=True)
-    name = f'events.out.tfevents.{time.time():.0f}.{os.getpid()}.t5x_lite'
-    self._events = record_writer.RecordWriter((directory / name).open('wb'))
-    self._event(file_version='brain.Event:2')
-    # TensorBoard then forgets what it has seen past this step.
-    start = _event_pb2.SessionLog(status=_event_pb2.SessionLog.START)
-    self._event(step=first_step, session_log=start)
+    if TENSORBOARD in report_to:
+      self._sinks.append(_TensorBoard(root / TENSORBOARD, first_step))
+    if WANDB in report_to:
+      self._sinks.append(_Wandb(root, config or {}))
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Writes one line and one event; flushed, so that a reader can follow."""
@@ -82,29 +136,121 @@ class MetricWriter:
       entry[name] = value if math.isfinite(value) else None
     self._jsonl.write(json.dumps(entry) + '\n')
     self._jsonl.flush()
-    values = [
-      _summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()
-    ]
-    self._event(step=step, summary=_summary_pb2.Summary(value=values))
+    for sink in self._sinks:
+      sink.scalars(step, scalars)
+
+  def write_samples(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Shows the first predictions of an evaluation, beside their references."""
+    rows = [[str(line[column]) for column in _SAMPLE_COLUMNS] for line in lines[:_NUM_SAMPLES]]
+    for sink in self._sinks:
+      sink.samples(step, name, rows)
+
+  def write_histograms(self, step: int, counts: Mapping[str, np.ndarray]) -> None:
+    """Draws histograms of `steps.HISTOGRAM_BOUNDS`, by name."""
+    for sink in self._sinks if counts else ():
+      sink.histograms(step, counts)
+
+  def close(self, *, failed: bool = False) -> None:
+    """Closes the files."""
+    if self._active:
+      self._jsonl.close()
+    for sink in self._sinks:
+      sink.close(failed)
+
+  def __enter__(self) -> 'MetricWriter':
+    """Returns the writer itself."""
+    return self
+
+  def __exit__(self, kind: Any, *exc: object) -> None:
+    """Closes the files."""
+    self.close(failed=kind is not None)
+
+
+class _TensorBoard:
+  """Event files, as TensorBoard's own writer makes them."""
+
+  def __init__(self, directory: epath.Path, first_step: int):
+    directory.mkdir(parents=True, exist_ok=True)
+    name = f'events.out.tfevents.{time.time():.0f}.{os.getpid()}.t5x_lite'
+    self._events = record_writer.RecordWriter((directory / name).open('wb'))
+    self._event(file_version='brain.Event:2')
+    # TensorBoard then forgets what it has seen past this step.
+    start = _event_pb2.SessionLog(status=_event_pb2.SessionLog.START)
+    self._event(step=first_step, session_log=start)
+
+  def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._values(step, [{'tag': name, 'simple_value': x} for name, x in scalars.items()])
+
+  def samples(self, step: int, name: str, rows: list[list[str]]) -> None:
+    # It renders Markdown, and a matrix as a table.
+    cells = [[_literal(cell) for cell in row] for row in (list(_SAMPLE_COLUMNS), *rows)]
+    metadata = text_metadata.create_summary_metadata(display_name=name, description='')
+    tensor = tensor_util.make_tensor_proto(np.array(cells, object))
+    self._values(step, [{'tag': f'{name}/samples', 'metadata': metadata, 'tensor': tensor}])
+
+  def histograms(self, step: int, counts: Mapping[str, np.ndarray]) -> None:
+    values = []
+    for name, count in counts.items():
+      table = np.stack([HISTOGRAM_BOUNDS[:-1], HISTOGRAM_BOUNDS[1:], count], axis=1)
+      metadata = histogram_metadata.create_summary_metadata(display_name=name, description='')
+      tensor = tensor_util.make_tensor_proto(table.astype(np.float64))
+      values.append({'tag': name, 'metadata': metadata, 'tensor': tensor})
+    self._values(step, values)
+
+  def _values(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
+    found = [_summary_pb2.Summary.Value(**value) for value in values]
+    self._event(step=step, summary=_summary_pb2.Summary(value=found))
     self._events.flush()
 
   def _event(self, **fields: Any) -> None:
     event = _event_pb2.Event(wall_time=time.time(), **fields)
     self._events.write(event.SerializeToString())
 
-  def close(self) -> None:
-    """Closes the files."""
-    if self._active:
-      self._jsonl.close()
-      self._events.close()
+  def close(self, failed: bool) -> None:
+    del failed
+    self._events.close()
 
-  def __enter__(self) -> 'MetricWriter':
-    """Returns the writer itself."""
-    return self
 
-  def __exit__(self, *exc: object) -> None:
-    """Closes the files."""
-    self.close()
+def _literal(text: str) -> str:
+  """Returns Markdown that shows a text as it is."""
+  return re.sub(r'([\\`*_{}\[\]#|])', r'\\\1', html.escape(text, quote=False))
+
+
+class _Wandb:
+  """A run of wandb; its id is kept, so that a restart continues it."""
+
+  def __init__(self, root: epath.Path, config: Mapping[str, Any]):
+    self._wandb = _wandb()
+    path = root / WANDB_RUN_ID_FILE
+    if not path.exists():
+      path.write_text(secrets.token_hex(4))
+    self._run = self._wandb.init(
+      project=os.environ.get('WANDB_PROJECT', 't5x_lite'),
+      name=os.environ.get('WANDB_NAME', root.name),
+      dir=os.fspath(root),
+      id=path.read_text().strip(),
+      resume='allow',
+      config=dict(config),
+    )
+    # Not wandb's own counter: that would refuse the steps a restart repeats.
+    self._run.define_metric('*', step_metric='step')
+
+  def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._run.log({'step': step, **scalars})
+
+  def samples(self, step: int, name: str, rows: list[list[str]]) -> None:
+    table = self._wandb.Table(columns=list(_SAMPLE_COLUMNS), data=rows)
+    self._run.log({'step': step, f'{name}/samples': table})
+
+  def histograms(self, step: int, counts: Mapping[str, np.ndarray]) -> None:
+    drawn = {
+      name: self._wandb.Histogram(np_histogram=(count, HISTOGRAM_BOUNDS))
+      for name, count in counts.items()
+    }
+    self._run.log({'step': step, **drawn})
+
+  def close(self, failed: bool) -> None:
+    self._run.finish(exit_code=int(failed))
 
 
 def _drop_later(path: epath.Path, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -55,6 +56,7 @@ def make_train_step(
   num_microbatches: int = 1,
   trainable: Any = None,
   skip_nonfinite: bool = False,
+  histograms: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns train_step(state, batch, key) -> (state, metrics).
 
@@ -72,6 +74,7 @@ def make_train_step(
       all. The gradient of a frozen parameter is 0 and costs nothing.
     skip_nonfinite: leave parameters and optimizer as they are where loss or
       gradient are not finite, and say so in the metric `skipped`.
+    histograms: add `group_histograms` of the gradient to the metrics.
 
   The key is the run's; the step folds in its number. Metrics are float32
   scalars: loss (as minimised), cross_entropy and z_loss (nats per unit of loss
@@ -111,11 +114,12 @@ def make_train_step(
       )
 
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-    updates, opt_state = tx.update(
-      grads, state.opt_state, state.params, learning_rate=learning_rate
-    )
-    updates = jax.tree.map(lambda u: learning_rate.astype(u.dtype) * u, updates)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, learning_rate=learning_rate
+      )
+      updates = jax.tree.map(lambda u: learning_rate.astype(u.dtype) * u, updates)
+      params = optax.apply_updates(state.params, updates)
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     if skip_nonfinite:
@@ -140,6 +144,8 @@ def make_train_step(
       'update_norm': optax.global_norm(updates),
       'param_norm': optax.global_norm(params),
     }
+    if histograms:
+      metrics |= group_histograms(grads)
     if skip_nonfinite:
       metrics['skipped'] = 1.0 - finite.astype(jnp.float32)
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -156,11 +162,41 @@ def group_norms(grads: Any) -> dict[str, jax.Array]:
   They tell where a gradient that is not finite comes from. The sums of squares
   are those of the global norm.
   """
+  return {GROUP_NORM + name: optax.global_norm(leaves) for name, leaves in _groups(grads).items()}
+
+
+def _groups(grads: Any) -> dict[str, list[jax.Array]]:
   groups: dict[str, list[jax.Array]] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     name = '/'.join(pytrees.names_of(path)[:2])
     groups.setdefault(name, []).append(leaf)
-  return {GROUP_NORM + name: optax.global_norm(leaves) for name, leaves in groups.items()}
+  return groups
+
+
+GROUP_HISTOGRAM = 'grad_log10/'
+# Half decades of |gradient|; the first bin has all below, the last all above.
+HISTOGRAM_BOUNDS = np.arange(-12.5, 4.0, 0.5)
+
+
+def group_histograms(grads: Any) -> dict[str, jax.Array]:
+  """Returns 'grad_log10/GROUP', how many |gradients| are in each bin.
+
+  By powers of ten, since a linear scale shows one peak at 0 and not whether
+  bfloat16 or a clipped norm loses what is small.
+  """
+  least = jnp.asarray(10.0 ** HISTOGRAM_BOUNDS[1:-1], jnp.float32)
+
+  def count(leaf: jax.Array) -> jax.Array:
+    dims = tuple(range(leaf.ndim))
+    sizes = jnp.abs(leaf.astype(jnp.float32))[..., None]
+    above = jnp.sum(sizes >= jnp.expand_dims(least, dims), axis=dims, dtype=jnp.int32)
+    edges = jnp.pad(above.astype(jnp.float32), 1).at[0].set(leaf.size)
+    return edges[:-1] - edges[1:]
+
+  return {
+    GROUP_HISTOGRAM + name: sum(map(count, leaves), jnp.zeros(len(HISTOGRAM_BOUNDS) - 1))
+    for name, leaves in _groups(grads).items()
+  }
 
 
 def _input_tokens(batch: Batch) -> jax.Array:

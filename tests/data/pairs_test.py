@@ -162,3 +162,30 @@ def test_too_large_to_hold(tmp_path, monkeypatch):
   path = write(tmp_path / 'x.csv', 'text,label\na,b\n')
   with pytest.raises(UsageError, match='more than is held in memory'):
     pairs.read(path)
+
+
+def test_a_second_half_of_the_input_is_asked_for(tmp_path):
+  path = tmp_path / 'alpaca.json'
+  path.write_text('[{"instruction": "Add", "input": "1 2", "output": "3"}]')
+  with pytest.raises(UsageError, match=r"'input' alone, or 'instruction' too\? Say .*--template '"):
+    pairs.read(str(path))
+  found = pairs.read(str(path), Columns(template='{instruction} {input}'))
+  assert found.inputs == ['Add 1 2']
+  assert pairs.read(str(path), Columns(input='input')).inputs == ['1 2']
+
+
+@pytest.mark.parametrize(
+  ('data', 'message'),
+  [(b'PK\x03\x04abc', 'a spreadsheet or a zip archive'), (b'\x1f\x8babc', r'ends in \.gz')],
+)
+def test_archives_are_named(tmp_path, data, message):
+  path = tmp_path / 'table.csv'
+  path.write_bytes(data)
+  with pytest.raises(UsageError, match=message):
+    pairs.read(str(path))
+
+
+def test_a_csv_with_tabs(tmp_path):
+  path = tmp_path / 'table.csv'
+  path.write_text('text\tlabel\n"two\nlines, a comma"\tx\nmore\ty\n')
+  assert pairs.read(str(path)).inputs == ['two\nlines, a comma', 'more']

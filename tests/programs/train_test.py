@@ -18,6 +18,7 @@ from t5x_lite.programs.train import NonFiniteError, train
 from t5x_lite.runs import metric_writers, restoring, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from tests import tiny_run
+from tests.runs import metric_writers_test
 
 
 def leaves(state):
@@ -388,3 +389,47 @@ def test_what_the_lengths_cut_is_said_once(tmp_path, caplog):
   assert first['data/pronounce/cut_examples_percent'] > 50
   assert 0 < first['data/pronounce/cut_tokens_percent'] < 100
   assert not any(name.startswith('data/') for name in second)
+
+
+# ---- Watching ----
+
+
+def test_histograms_and_a_profile_on_demand(tmp_path):
+  state = train(
+    **tiny_run.arguments(
+      tmp_path / 'run', report_to=['tensorboard'], histogram_period=2, profile_steps=2
+    )
+  )
+  assert state is not None and int(state.step) == 4
+  drawn = {
+    (event.step, value.tag)
+    for event in metric_writers_test.read_events(tmp_path / 'run')
+    for value in event.summary.value
+    if value.tag.startswith('grad_log10/')
+  }
+  assert {step for step, _ in drawn} == {2, 4}
+  assert (2, 'grad_log10/encoder/layers') in drawn
+  for entry in metric_writers.read_metrics(str(tmp_path / 'run')):
+    assert not [name for name in entry if name.startswith('grad_log10/')]
+  text = (tmp_path / 'run' / 'profile' / 'summary.txt').read_text()
+  assert text.startswith('steps 3 to 4') and 'wait for data' in text and 'attention' in text
+
+
+def test_predictions_are_shown(finished):
+  events = metric_writers_test.read_events(finished[0])
+  tags = {(event.step, value.tag) for event in events for value in event.summary.value}
+  assert {(3, 'infer_eval/pronounce/samples'), (6, 'infer_eval/pronounce/samples')} <= tags
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'report_to': 'tensorbord'}, 'report_to is tensorbord'),
+    ({'report_to': 'none', 'histogram_period': 2}, 'needs report_to'),
+    ({'profile_steps': 0}, 'profile_steps is 0'),
+  ],
+)
+def test_watching_that_makes_no_sense(tmp_path, settings, message):
+  with pytest.raises(UsageError, match=message):
+    train(**tiny_run.arguments(tmp_path / 'run', **settings))
+  assert not (tmp_path / 'run').exists()

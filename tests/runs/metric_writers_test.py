@@ -1,9 +1,15 @@
 import importlib
 import json
+import os
 import struct
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+from tensorboard.util import tensor_util
+
+from t5x_lite.errors import UsageError
 from t5x_lite.runs import metric_writers
 from t5x_lite.runs.metric_writers import MetricWriter
 
@@ -95,7 +101,111 @@ def test_needs_no_tensorflow(tmp_path):
   subprocess.run([sys.executable, '-c', code], check=True)
 
 
-# ---- Averages and rates ----
+# ---- Samples and histograms ----
+
+LINES = [{'input': 'a|b *c*', 'prediction': '<extra_id_0> x', 'target': ['x', 'y'], 'more': 1}]
 
 
-# ---- Terminal ----
+def histogram():
+  counts = np.zeros(32, np.float32)
+  counts[3:5] = 2, 5
+  return counts
+
+
+def test_tensorboard_gets_samples_and_histograms(tmp_path):
+  with MetricWriter(str(tmp_path), first_step=0) as writer:
+    writer.write_samples(7, 'infer_eval/task', LINES * 20)
+    writer.write_histograms(7, {'grad_log10/encoder': histogram()})
+    writer.write_histograms(8, {})
+  values = [value for event in read_events(tmp_path) for value in event.summary.value]
+  assert [value.metadata.plugin_data.plugin_name for value in values] == ['text', 'histograms']
+  samples, drawn = (tensor_util.make_ndarray(value.tensor) for value in values)
+  assert samples.shape == (11, 3)
+  # As Markdown these are the texts themselves.
+  assert samples[1].tolist() == [b'a\\|b \\*c\\*', b'&lt;extra\\_id\\_0&gt; x', rb"\['x', 'y'\]"]
+  assert drawn[3].tolist() == [-11.0, -10.5, 2.0]
+  assert drawn.shape == (32, 3) and drawn[:, 2].sum() == 7
+  assert metric_writers.read_metrics(str(tmp_path)) == []
+
+
+# ---- Reporters ----
+
+
+def test_reporters_are_a_list_or_a_text():
+  assert metric_writers.reporters('tensorboard') == ('tensorboard',)
+  assert metric_writers.reporters('none') == ()
+  assert metric_writers.reporters(['tensorboard,', 'tensorboard']) == ('tensorboard',)
+  for wrong in ('mlflow', 'none,tensorboard', ['tensorboard', 'x']):
+    with pytest.raises(UsageError, match=r'report_to is .*allowed are tensorboard, wandb'):
+      metric_writers.reporters(wrong)
+
+
+def test_wandb_that_is_missing_is_one_line(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(UsageError, match=r"pip install 't5x_lite\[wandb\]'"):
+    metric_writers.reporters('tensorboard,wandb')
+
+
+def test_none_writes_metrics_alone(tmp_path):
+  with MetricWriter(str(tmp_path), first_step=0, report_to=()) as writer:
+    writer.write(1, {'loss': 1.0})
+    writer.write_samples(1, 'infer_eval/task', LINES)
+  assert [path.name for path in tmp_path.iterdir()] == ['metrics.jsonl']
+
+
+def wandb_records(folder):
+  """Reads what wandb wrote offline: LevelDB's log format, records inside."""
+  pb = importlib.import_module('wandb.proto.wandb_internal_pb2')
+  (path,) = folder.glob('*.wandb')
+  data, position, record = path.read_bytes(), 7, b''
+  while position + 7 <= len(data):
+    left = 32768 - position % 32768
+    if left < 7:
+      position += left
+      continue
+    length, kind = struct.unpack('<HB', data[position + 4 : position + 7])
+    record += data[position + 7 : position + 7 + length]
+    position += 7 + length
+    if kind in (1, 4):  # full, or the last part
+      yield pb.Record.FromString(record)
+      record = b''
+
+
+@pytest.mark.slow
+def test_wandb_offline_and_the_same_run_after_a_restart(tmp_path):
+  """In processes of their own, since wandb starts another."""
+  pytest.importorskip('wandb')
+  code = (
+    'import sys\n'
+    'import numpy as np\n'
+    'from t5x_lite.runs import metric_writers\n'
+    'names = metric_writers.reporters("wandb")\n'
+    'with metric_writers.MetricWriter(sys.argv[1], first_step=int(sys.argv[2]),\n'
+    '                                 report_to=names, config={"seed": 5}) as writer:\n'
+    '  for step in map(int, sys.argv[3:]):\n'
+    '    writer.write(step, {"loss": step / 2, "eval/task/loss": float("nan")})\n'
+    f'  writer.write_samples(step, "infer_eval/task", {LINES!r})\n'
+    '  writer.write_histograms(step, {"grad_log10/encoder": np.ones(32)})\n'
+  )
+  environment = {**os.environ, 'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}
+  for steps in (['0', '1', '2', '3'], ['2', '3', '4']):
+    subprocess.run([sys.executable, '-c', code, str(tmp_path), *steps], env=environment, check=True)
+  folders = sorted(tmp_path.glob('wandb/offline-run-*'))
+  run_id = (tmp_path / 'wandb_run_id').read_text()
+  assert len(folders) == 2 and all(one.name.endswith(run_id) for one in folders)
+  losses = []
+  for folder in folders:
+    records = list(wandb_records(folder))
+    (run,) = [one.run for one in records if one.HasField('run')]
+    assert (run.run_id, run.project) == (run_id, 't5x_lite')
+    assert {'seed': '5'}.items() <= {x.key: x.value_json for x in run.config.update}.items()
+    for record in records:
+      items = {x.key or '/'.join(x.nested_key): x.value_json for x in record.history.item}
+      if 'loss' in items:
+        losses.append((int(items['step']), float(items['loss'])))
+      elif 'infer_eval/task/samples' in items:
+        assert json.loads(items['infer_eval/task/samples'])['nrows'] == 1
+      elif 'grad_log10/encoder' in items:
+        assert json.loads(items['grad_log10/encoder'])['values'] == [1.0] * 32
+  assert losses == [(1, 0.5), (2, 1.0), (3, 1.5), (3, 1.5), (4, 2.0)]
+  assert not list(tmp_path.glob('tensorboard'))

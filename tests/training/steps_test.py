@@ -187,3 +187,34 @@ def test_norms_of_groups_add_up():
   assert f'{steps.GROUP_NORM}encoder/layers' in groups and len(groups) > 4
   total = np.sqrt(sum(float(value) ** 2 for value in groups.values()))
   np.testing.assert_allclose(total, metrics['grad_norm'], rtol=1e-5)
+
+
+def test_histograms_count_every_gradient_once():
+  rng = np.random.default_rng(0)
+  sizes = 10.0 ** rng.uniform(-14, 5, (3, 50))
+  grads = {
+    'encoder': {'a': jnp.asarray(sizes * rng.choice([-1, 1], sizes.shape), jnp.float32)},
+    'decoder': {'b': jnp.zeros(7), 'c': jnp.asarray([[0.02]])},
+  }
+  found = jax.device_get(jax.jit(steps.group_histograms)(grads))
+  clipped = np.clip(np.log10(sizes), -12.4, 3.4)
+  expected, _ = np.histogram(clipped, steps.HISTOGRAM_BOUNDS)
+  np.testing.assert_array_equal(found['grad_log10/encoder/a'], expected)
+  np.testing.assert_array_equal(np.flatnonzero(found['grad_log10/decoder/b']), [0])
+  assert found['grad_log10/decoder/b'][0] == 7
+  (place,) = np.flatnonzero(found['grad_log10/decoder/c'])
+  assert steps.HISTOGRAM_BOUNDS[place : place + 2].tolist() == [-2.0, -1.5]
+
+
+def test_histograms_are_there_only_when_asked_for_and_change_nothing():
+  cfg = tiny.config()
+  batch = tiny.batch()
+  plain, metrics = train(cfg, batch)
+  state, more = train(cfg, batch, histograms=True)
+  assert_same(plain, state)
+  extra = more.keys() - metrics.keys()
+  assert not [name for name in metrics if name.startswith(steps.GROUP_HISTOGRAM)]
+  norms = {name.removeprefix(steps.GROUP_NORM) for name in metrics if '/' in name}
+  assert {name.removeprefix(steps.GROUP_HISTOGRAM) for name in extra} == norms
+  count = sum(x.size for x in jax.tree.leaves(plain.params))
+  assert sum(float(more[name].sum()) for name in extra) == count

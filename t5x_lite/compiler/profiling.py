@@ -1,0 +1,185 @@
+"""Where the time of a few steps goes: a trace of JAX's profiler, and a table.
+
+The trace opens in xprof and, its json.gz, in Perfetto (ui.perfetto.dev). The
+table is made of its events with the program's HLO: events name operations, and
+the HLO says what an operation is part of. Tried on CPUs; the names of GPUs'
+and TPUs' lines are those of the profiler's documentation.
+
+Source: https://docs.jax.dev/en/latest/profiling.html.
+"""
+
+import collections
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from t5x_lite.compiler import hlo
+
+FOLDER = 'profile'
+SUMMARY = 'summary.txt'
+# Before them caches are cold, and threads and allocators not yet settled.
+WARMUP = 5
+_MARK = 't5x_lite: '
+_NUM_OPS = 12
+
+
+def part(name: str) -> Any:
+  """Names what the loop does meanwhile, in a trace; nothing without one."""
+  return jax.profiler.TraceAnnotation(_MARK + name)
+
+
+class StepProfiler:
+  """Traces some steps of a loop, once."""
+
+  def __init__(self, model_dir: str, *, first_step: int, last_step: int, num_steps: int | None):
+    """Decides which.
+
+    Args:
+      model_dir: traces go to MODEL_DIR/profile.
+      first_step: where the loop begins.
+      last_step: where it ends; at most so many are traced.
+      num_steps: how many; None for none.
+    """
+    self._directory = os.path.join(model_dir, FOLDER)
+    self._num_steps = min(num_steps or 0, last_step - first_step)
+    self._start = first_step + min(WARMUP, last_step - first_step - self._num_steps)
+    self._running = False
+
+  def before(self, step: int, pending: Any) -> None:
+    """Begins the trace if this is its first step, when `pending` is done."""
+    if self._num_steps and step == self._start:
+      jax.block_until_ready(pending)
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # it would slow the loop down
+      jax.profiler.start_trace(self._directory, profiler_options=options)
+      self._running = True
+
+  def after(self, step: int, pending: Any, program: jax.stages.Compiled) -> str:
+    """Ends the trace after its last step and returns the table, else ''."""
+    if not self._running or step < self._start + self._num_steps:
+      return ''
+    with part('wait for the device'):
+      jax.block_until_ready(pending)
+    self.stop()
+    table = summarize(self._directory, program.as_text() or '', num_steps=self._num_steps)
+    text = f'steps {self._start + 1} to {step}, traced into {self._directory}\n{table}'
+    (epath.Path(self._directory) / SUMMARY).write_text(text + '\n')
+    return text
+
+  def stop(self) -> None:
+    """Ends the trace if it runs, as when the loop ends early."""
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
+
+
+# ---- The table ---------------------------------------------------------------
+
+
+def summarize(directory: str, hlo_text: str, *, num_steps: int) -> str:
+  """Returns where the time of the newest trace went, as a table.
+
+  Args:
+    directory: that the trace was written to.
+    hlo_text: of the program that was traced.
+    num_steps: in the trace.
+  """
+  (path,) = sorted(epath.Path(directory).glob('plugins/profile/*/*.xplane.pb'))[-1:]
+  data = jax.profiler.ProfileData.from_serialized_xspace(path.read_bytes())
+  kinds = operation_kinds(hlo_text)
+  ops: collections.Counter[str] = collections.Counter()
+  loop: collections.Counter[str] = collections.Counter()
+  for plane in data.planes:
+    for line in plane.lines:
+      if plane.name.startswith('/device:TPU') and line.name != 'XLA Ops':
+        continue  # the same once more, by step or module
+      events = []
+      for event in line.events:
+        if event.name.startswith(_MARK):
+          loop[event.name.removeprefix(_MARK)] += int(event.duration_ns)
+        elif not event.name.startswith('end: '):
+          name = str(dict(event.stats).get('hlo_op') or event.name.split(' ')[0].lstrip('%'))
+          if name in kinds:
+            events.append((int(event.start_ns), int(event.duration_ns), name))
+      for name, nanoseconds in self_times(events):
+        ops[name] += nanoseconds
+  by_kind: collections.Counter[str] = collections.Counter()
+  for name, nanoseconds in ops.items():
+    by_kind[kinds[name][0]] += nanoseconds
+  top = {
+    f'{name} ({", ".join(filter(None, kinds[name]))})': t for name, t in ops.most_common(_NUM_OPS)
+  }
+
+  def rows(title: str, times: dict[str, int], total: int) -> Iterator[str]:
+    yield f'{"ms/step":>9} {"share":>6}  {title}'
+    for name, nanoseconds in times.items():
+      share = nanoseconds / total if total else 0.0
+      yield f'{nanoseconds / num_steps / 1e6:9.3f} {share:6.1%}    {name}'
+
+  total = sum(ops.values())
+  return '\n'.join(
+    [
+      *rows('the loop', dict(loop.most_common()), sum(loop.values())),
+      *rows('operations, all devices together', dict(by_kind.most_common()), total),
+      *rows('the longest operations, less what they call', top, total),
+    ]
+  )
+
+
+def self_times(events: list[tuple[int, int, str]]) -> Iterator[tuple[str, int]]:
+  """Yields the time of every event of a thread less that of those inside it.
+
+  Args:
+    events: start, duration and name; they nest.
+  """
+  stack: list[list[Any]] = []  # end, name, time left
+  for start, duration, name in sorted(events, key=lambda one: (one[0], -one[1])):
+    while stack and stack[-1][0] <= start:
+      _, done, left = stack.pop()
+      yield done, left
+    if stack:
+      stack[-1][2] -= duration
+    stack.append([start + duration, name, duration])
+  for _, name, left in stack:
+    yield name, left
+
+
+def operation_kinds(hlo_text: str) -> dict[str, tuple[str, str]]:
+  """Returns what each operation of a program belongs to, and what it computes.
+
+  'attention' is everything from queries, keys and values to their average, its
+  matmuls included; 'matmuls' are those of projections, MLPs and logits.
+  'communication' includes the wait for the slowest device.
+  """
+  module = hlo.HloModule(hlo_text, num_devices=1)
+  with_dot = {name for name, ops in module.computations.items() if any(map(_is_dot, ops))}
+  kinds = {}
+  for ops in module.computations.values():
+    for op in ops:
+      match = re.search(r'op_name="([^"]*)"', op.rest)
+      scope = match[1] if match else ''
+      if op.opcode.removesuffix('-start').removesuffix('-done') in hlo.KINDS:
+        kind = 'communication'
+      elif re.search(r'[/(]attention[/)]', scope):
+        kind = 'attention'
+      elif _is_dot(op) or (op.opcode == 'fusion' and with_dot.intersection(op.calls)):
+        kind = 'matmuls'
+      elif re.search(r'[/(]optimizer[/)]', scope):
+        kind = 'optimizer'
+      elif op.opcode in ('while', 'call', 'conditional'):
+        kind = 'loops and calls'
+      else:
+        kind = 'everything else'
+      backward = ' backward' if 'transpose(' in scope else ''
+      kinds[op.name] = kind, scope.rpartition('/')[2] + backward
+  return kinds
+
+
+def _is_dot(op: Any) -> bool:
+  if op.opcode == 'custom-call':
+    return re.search(r'custom_call_target="[^"]*(gemm|matmul|dot)', op.rest) is not None
+  return op.opcode in ('dot', 'convolution')
