@@ -116,9 +116,8 @@ def summarize(directory: str, hlo_text: str, *, num_steps: int) -> str:
 
   def rows(title: str, times: dict[str, int], total: int) -> Iterator[str]:
     yield f'{"ms/step":>9} {"share":>6}  {title}'
-    for name, nanoseconds in times.items():
-      share = nanoseconds / total if total else 0.0
-      yield f'{nanoseconds / num_steps / 1e6:9.3f} {share:6.1%}    {name}'
+    for name, time in times.items():
+      yield f'{time / num_steps / 1e6:9.3f} {time / max(1, total):6.1%}    {name}'
 
   total = sum(ops.values())
   return '\n'.join(

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -472,12 +473,13 @@ def summary(results: dict[str, Any], output: str, best: str) -> str:
   """Returns the numbers and the commands to go on with."""
   shown = {name: value for name, value in results['metrics'].items() if '/' not in name}
   numbers = ', '.join(f'{name} {value:.5g}' for name, value in shown.items())
+  run = quickstart.typed()
   lines = [f'best checkpoint: step {results["step"]}: {numbers}', '']
   if 'export' in results:
     place = f'{output}/{EXPORT}'
     lines.append(f'transformers: AutoModelForSeq2SeqLM.from_pretrained({place!r})')
   lines += [
-    f'predict:      t5x-lite infer --model {best} --input FILE --output OUT.jsonl',
-    f'look at it:   t5x-lite report {output}',
+    f'predict:      {run} infer --model {shlex.quote(best)} --input FILE --output OUT.jsonl',
+    f'look at it:   {run} report {shlex.quote(output)}',
   ]
   return '\n'.join(lines)

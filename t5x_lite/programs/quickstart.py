@@ -14,6 +14,9 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -128,14 +131,22 @@ def summary(results: Mapping[str, Any]) -> str:
   return '\n'.join([*lines, f'{"time":20} {", ".join(times)}'])
 
 
+def typed() -> str:
+  """Returns the command line's name as it can be typed: its path if it is not on PATH."""
+  path = sys.argv[0]
+  if shutil.which('t5x-lite') or os.path.basename(path) != 't5x-lite':
+    return 't5x-lite'
+  return shlex.quote(os.path.relpath(path))
+
+
 def next_steps(output_dir: str) -> str:
   """Returns three commands to go on with."""
+  run, model = typed(), shlex.quote(output_dir)
   return '\n'.join(
     [
-      'try it:      echo "pronounce: hello" | t5x-lite infer --model '
-      f'{output_dir} --input - --output -',
-      f'fine-tune:   t5x-lite finetune --model {output_dir} --train FILE.csv --output runs/mine',
-      f'look at it:  t5x-lite report {output_dir}',
+      f'try it:      echo "pronounce: hello" | {run} infer --model {model} --input - --output -',
+      f'fine-tune:   {run} finetune --model {model} --train FILE.csv --output runs/mine',
+      f'look at it:  {run} report {model}',
     ]
   )
 

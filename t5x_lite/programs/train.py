@@ -287,7 +287,10 @@ def train(
       )
     )
     profiler = profiling.StepProfiler(
-      model_dir, first_step=first_step, last_step=total_steps, num_steps=profile_steps
+      model_dir,
+      first_step=first_step,
+      last_step=total_steps,
+      num_steps=profile_steps if primary else None,
     )
     stack.callback(profiler.stop)
     if checkpointer.damaged:

@@ -112,3 +112,20 @@ def test_all_phases_really(tmp_path):
   output = tmp_path / 'out.jsonl'
   infer(model=str(tmp_path / 'run'), input=str(tmp_path / 'in.txt'), output=str(output))
   assert json.loads(output.read_text())['input'] == 'pronounce: hello'
+
+
+def test_the_commands_at_the_end_can_be_typed(tmp_path, monkeypatch):
+  """After `make quickstart` the command is in .venv/bin, and not on PATH."""
+  program = tmp_path / '.venv' / 'bin' / 't5x-lite'
+  program.parent.mkdir(parents=True)
+  program.write_text('#!/bin/sh\n')
+  program.chmod(0o755)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('sys.argv', [str(program)])
+  monkeypatch.setenv('PATH', '/nowhere')
+  assert quickstart.typed() == '.venv/bin/t5x-lite'
+  assert quickstart.next_steps('my runs').endswith(".venv/bin/t5x-lite report 'my runs'")
+  monkeypatch.setenv('PATH', str(program.parent))
+  assert quickstart.typed() == 't5x-lite'
+  monkeypatch.setattr('sys.argv', ['pytest'])
+  assert quickstart.typed() == 't5x-lite'
