@@ -26,6 +26,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement, single_device
 from t5x_lite.programs import grow_vocabulary
+from t5x_lite.runs import progress
 
 # Relative positions reach as far as one likes, memory does not.
 MAX_INPUT_TOKENS = 1024
@@ -399,8 +400,9 @@ class Model:
       model_dir: the new run's directory; a run that is there is continued.
       **arguments: of `train.train`: dataset, optimizer, total_steps, ...
     """
-    from t5x_lite.programs import train
-    from t5x_lite.runs import checkpoints
+    with progress.quiet_stderr():
+      from t5x_lite.programs import train
+      from t5x_lite.runs import checkpoints
 
     vocabulary = self._check_vocabulary()
     with tempfile.TemporaryDirectory(prefix='t5x_lite_') as scratch:
@@ -431,7 +433,8 @@ class Model:
       **arguments: of `finetune.finetune`, such as epochs=3 or
         template='summarize: {article}'.
     """
-    from t5x_lite.programs import finetune_rows
+    with progress.quiet_stderr():
+      from t5x_lite.programs import finetune_rows
 
     self._check_vocabulary()
     best = finetune_rows.finetune(data, validation, output=output, save=self.save, **arguments)

@@ -13,15 +13,13 @@ before it are whole; 130 interrupted; 1 anything else, with a traceback.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import logging
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from t5x_lite import __version__
@@ -29,6 +27,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.parallel import host_memory
 from t5x_lite.programs import command_flags
 from t5x_lite.programs.command_flags import Parameter
+from t5x_lite.runs import progress
 
 PROGRAM_NAME = 't5x-lite'
 EXIT_STOPPED = 6
@@ -237,30 +236,8 @@ def _rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 
 def _load(command: Command) -> Any:
   module, name = command.function.rsplit('.', 1)
-  with _quiet_stderr():
+  with progress.quiet_stderr():
     return getattr(importlib.import_module(module), name)
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-  """Holds back what libraries say while they are imported.
-
-  TensorFlow reports on oneDNN and CUDA from C++, before it has read the log
-  level it was given. Shown after all if it ends in a bug.
-  """
-  sys.stderr.flush()
-  with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), 'wb') as stderr:
-    os.dup2(held.fileno(), 2)
-    try:
-      yield
-    except UsageError:
-      raise
-    except BaseException:
-      held.seek(0)
-      stderr.write(held.read())
-      raise
-    finally:
-      os.dup2(stderr.fileno(), 2)
 
 
 def _write_config(model_dir: str, text: str) -> None:
@@ -296,7 +273,7 @@ def _run(argv: Sequence[str]) -> int:
     process_index=args.process_index,
   )
   function = _load(command)
-  with _quiet_stderr():  # gin files import modules too
+  with progress.quiet_stderr():  # gin files import modules too
     configured = configuration.configure(
       function,
       gin_files=args.gin_file,

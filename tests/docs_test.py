@@ -267,8 +267,10 @@ def test_what_extends_it_runs(tmp_path):
   blocks = _blocks((DOCS / 'extend.md').read_text(), 'python')
   look = (
     'from t5x_lite.data.rows.dataset_iterator import DatasetIterator\n'
+    'from t5x_lite.data.tasks import catalog\n'
     "for name in ('questions', 'my_seqio_task', 'my_denser'):\n"
-    '  config = t5x_lite.DatasetConfig(mixture_or_task_name=name, batch_size=4,\n'
+    '  full_name = catalog.resolve(name, t5x_lite.VocabularyConfig())\n'
+    '  config = t5x_lite.DatasetConfig(mixture_or_task_name=full_name, batch_size=4,\n'
     "    task_feature_lengths={'inputs': 64, 'targets': 64})\n"
     '  iterator = DatasetIterator(config)\n'
     "  print(name, (next(iterator)['decoder_target_tokens'] > 0).sum())\n"

@@ -158,8 +158,8 @@ def show_predictions(directory: str, tasks: Sequence[str], num: int) -> None:
     path = epath.Path(directory) / f'{task}.jsonl'
     # Not splitlines: predictions may hold U+2028 and the like.
     lines = path.read_text().removesuffix('\n').split('\n')
-    for line in lines[:: -(-len(lines) // num)]:
-      entry = json.loads(line)
+    entries = list({entry['input']: entry for entry in map(json.loads, lines)}.values())
+    for entry in entries[:: -(-len(entries) // num)]:
       print(f'  input       {entry["input"]}')
       print(f'  prediction  {entry["prediction"]}')
       print(f'  reference   {entry["target"]}\n')

@@ -397,7 +397,8 @@ def train(
         collect(pending)
       pending = (step, metrics)
       if profile := profiler.after(step, state, train_step):
-        log.info('%s', profile)
+        progress.clear()
+        print(profile, flush=True)
 
     # ---- End: the last checkpoint, evaluated unless there is a hurry ----
     collect(pending)

@@ -1,13 +1,18 @@
 """How far a run is: metrics averaged over a window, and the progress line."""
 
+import contextlib
 import importlib
 import logging
 import math
+import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
-from typing import TextIO
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from t5x_lite.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +131,29 @@ def show_picture(path: str) -> None:
   display.display(display.Image(filename=path))
 
 
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+  """Holds back what libraries say while they are imported.
+
+  TensorFlow reports on oneDNN and CUDA from C++, before it has read the log
+  level it was given. Shown after all if it ends in a bug.
+  """
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  sys.stderr.flush()
+  with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), 'wb') as stderr:
+    os.dup2(held.fileno(), 2)
+    try:
+      yield
+    except UsageError:
+      raise
+    except BaseException:
+      held.seek(0)
+      stderr.write(held.read())
+      raise
+    finally:
+      os.dup2(stderr.fileno(), 2)
+
+
 class Progress:
   """One line that rewrites itself on a terminal; plain log lines elsewhere.
 
@@ -145,7 +173,9 @@ class Progress:
       active: False on all processes but one.
     """
     self._stream = stream if stream is not None else sys.stderr
-    self._tty = active and (self._stream.isatty() or in_notebook())
+    self._tty = active and self._stream.isatty()
+    self._notebook = active and in_notebook()
+    self._shown_cell: Any = None
     self._active = active
     self._first_step = first_step
     self._total_steps = total_steps
@@ -210,6 +240,13 @@ class Progress:
       parts.append(f'MFU {metrics["mfu"]:.1%}')
     parts.append(f'ETA {format_duration(self.eta(step))}')
     line = '  '.join(parts)
+    if self._notebook:  # no terminal: every line would stay, and be cut at 80 columns
+      if self._shown_cell is None:
+        display = importlib.import_module('IPython.display').display
+        self._shown_cell = display({'text/plain': line}, raw=True, display_id=True)
+      else:
+        self._shown_cell.update({'text/plain': line}, raw=True)
+      return
     if not self._tty:
       log.info('%s', line)
       return
