@@ -104,7 +104,13 @@ def test_a_notebook_is_a_place_where_lines_rewrite_themselves(monkeypatch, tmp_p
   display = types.ModuleType('IPython.display')
   shell.get_ipython = lambda: types.SimpleNamespace(kernel=object())
   display.Image = lambda filename: filename
-  display.display = shown.append
+  cell = types.SimpleNamespace(update=lambda data, raw: shown.append(('again', data)))
+
+  def show(data, **options):
+    shown.append(data)
+    return cell if options.get('display_id') else None
+
+  shell.display = display.display = show
   for name, module in (
     ('ipykernel', types.ModuleType('ipykernel')),
     ('IPython', shell),
@@ -115,9 +121,14 @@ def test_a_notebook_is_a_place_where_lines_rewrite_themselves(monkeypatch, tmp_p
   stream = io.StringIO()
   with Progress(first_step=0, total_steps=9, stream=stream) as line:
     line.update(3, {'loss': 2.0})
-  assert 'step 3/9' in stream.getvalue()
+    line.update(6, {'loss': 1.0})
+  # One output that changes, whole; nothing on the stream, which would pile up.
+  assert not stream.getvalue()
+  first, (again, second) = shown
+  assert first['text/plain'].startswith('step 3/9') and 'ETA' in first['text/plain']
+  assert again == 'again' and second['text/plain'].startswith('step 6/9')
   progress.show_picture(str(tmp_path / 'x.png'))
-  assert shown == [str(tmp_path / 'x.png')]
+  assert shown[2:] == [str(tmp_path / 'x.png')]
 
 
 def test_updates_left_out_are_counted_by_window():
