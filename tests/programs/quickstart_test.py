@@ -35,10 +35,10 @@ class Phase:
 def fake_evaluate(monkeypatch):
   def run(*, output, **arguments):
     os.makedirs(output)
-    line = {'input': 'pronounce: a', 'prediction': 'AH0', 'target': 'EY1'}
+    line = {'prediction': 'AH0', 'target': 'EY1'}
     with open(os.path.join(output, 'pronounce.jsonl'), 'w') as file:
-      for _ in range(10):
-        file.write(json.dumps(line) + '\n')
+      for i in range(20):  # each twice; shown are different ones
+        file.write(json.dumps({'input': f'pronounce: a{i // 2}', **line}) + '\n')
     return {'pronounce': {'phoneme_error_rate': 12.5, 'examples': 10.0}}
 
   monkeypatch.setattr(evaluate, 'evaluate', run)
@@ -63,6 +63,7 @@ def test_order_of_things(tmp_path, fake_evaluate, capsys):
   assert {'pretrain', 'finetune', 'test', 'total'} <= set(saved['seconds'])
   assert (tmp_path / 'loss_curves.png').read_bytes().startswith(b'\x89PNG')
   printed = capsys.readouterr().out
+  assert [part in printed for part in (': a0\n', ': a4\n', ': a8\n')] == [True] * 3
   assert printed.count('reference   EY1') == 3
   assert f't5x-lite infer --model {tmp_path}' in printed
 
