@@ -241,14 +241,14 @@ def _load(command: Command) -> Any:
 
 
 def _write_config(model_dir: str, text: str) -> None:
-  """Writes config.gin; a run that is killed meanwhile leaves all or nothing."""
+  """Writes config.gin into a run directory."""
   from etils import epath
+
+  from t5x_lite.runs import files
 
   directory = epath.Path(model_dir)
   directory.mkdir(parents=True, exist_ok=True)
-  temporary = directory / 'config.gin.tmp'
-  temporary.write_text(text)
-  temporary.replace(directory / 'config.gin')
+  files.write_text(directory / 'config.gin', text)
 
 
 def _run(argv: Sequence[str]) -> int:

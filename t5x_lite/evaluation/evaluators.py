@@ -32,6 +32,7 @@ from t5x_lite.models import model_sharding
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, partitioning
 from t5x_lite.parallel.placement import Placement
+from t5x_lite.runs.files import retried
 from t5x_lite.training import losses, steps
 
 log = logging.getLogger(__name__)
@@ -364,6 +365,6 @@ def format_metrics(metrics: Metrics) -> str:
 
 def write_lines(path: epath.Path, lines: Sequence[dict[str, Any]]) -> None:
   """Writes JSON lines, and the directory if it is missing."""
-  path.parent.mkdir(parents=True, exist_ok=True)
+  retried(path, lambda: path.parent.mkdir(parents=True, exist_ok=True))
   text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-  path.write_text(text)
+  retried(path, path.write_text, text)

@@ -15,6 +15,7 @@ from t5x_lite.errors import DamagedError, UsageError
 from t5x_lite.interop import zarr
 from t5x_lite.interop.tensors import Tensor, blocks
 from t5x_lite.parallel import checksums
+from t5x_lite.runs.files import retried
 
 _THREADS = 4
 _PART = 1 << 24  # elements that a thread has in memory at a time
@@ -36,7 +37,8 @@ def verify(step: str, prefix: str = '') -> None:
   """
   root = epath.Path(step)
   try:
-    items = json.loads((root / _ITEMS).read_text()).get('item_handlers', {})
+    text = retried(root, (root / _ITEMS).read_text)
+    items = json.loads(text).get('item_handlers', {})
   except (OSError, ValueError, AttributeError) as error:
     raise DamagedError(f'{root / _ITEMS} is missing or damaged') from error
   for item in items:
@@ -70,7 +72,7 @@ def read_meta(root: epath.Path) -> dict[str, Any]:
   if not (root / 'meta').is_dir():
     return {}
   try:
-    meta = json.loads(path.read_text())
+    meta = json.loads(retried(path, path.read_text))
   except (OSError, ValueError) as error:
     raise DamagedError(f'{path} is missing or damaged') from error
   if not isinstance(meta, dict):

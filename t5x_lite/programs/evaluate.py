@@ -4,7 +4,6 @@ See evaluators.py for what is measured and how.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
+from t5x_lite.runs import files
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def evaluate(
         'name a directory with --output'
       )
     output = f'{run.directory}/eval/{run.step}'
+  start_checks.check_writable(output)
   root = epath.Path(output)
   placement = model_sharding.place_model(run.config, mesh)
   evaluators = []
@@ -103,6 +104,6 @@ def evaluate(
         evaluators_lib.write_lines(path, result.lines)
   if distributed.is_primary():
     summary = {'checkpoint': run.checkpoint, 'step': run.step, 'tasks': results}
-    (root / 'metrics.json').write_text(json.dumps(summary, indent=2) + '\n')
+    files.write_json(root / 'metrics.json', summary)
     log.info('metrics and predictions are in %s', root)
   return results

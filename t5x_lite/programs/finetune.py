@@ -35,7 +35,7 @@ from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import convert, evaluate, finetune_plan, model_card, quickstart, start_checks
 from t5x_lite.programs import train as train_lib
 from t5x_lite.programs.finetune_plan import Plan
-from t5x_lite.runs import checkpoints, metric_writers, run_directory
+from t5x_lite.runs import checkpoints, files, metric_writers
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.training.losses import LossConfig
 
@@ -238,8 +238,8 @@ def finetune(
     """Writes what was chosen, beside config.json."""
     root = epath.Path(model_dir)
     record = {'plan': dataclasses.asdict(plan), 'data': prints}
-    run_directory.write_json(root / PLAN_FILE, {**record, 'settings': settings})
-    (root / GIN_FILE).write_text(model_card.gin_text(settings, GIN_FILE))
+    files.write_json(root / PLAN_FILE, {**record, 'settings': settings})
+    files.write_text(root / GIN_FILE, model_card.gin_text(settings, GIN_FILE))
 
   # ---- Train ----
   _register(parts, plan.metrics)
@@ -302,7 +302,7 @@ def finetune(
       results['export'] = _export(
         best, output, card=_card(start, parts, plan, settings, results, lengths)
       )
-    run_directory.write_json(epath.Path(output) / 'results.json', results)
+    files.write_json(epath.Path(output) / 'results.json', results)
     quickstart.show_predictions(os.path.join(output, EVALUATION), [TASK], num_shown)
     print(summary(results, output, best))
   distributed.barrier('finetune')
@@ -382,7 +382,7 @@ def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: 
   if not path.exists() or not checkpoints.has_checkpoint(output):
     return plan
   try:
-    entry = json.loads(path.read_text())
+    entry = json.loads(files.retried(path, path.read_text))
     kept = Plan.of_json(entry['plan'])
     before = dict(entry['data'])
   except (ValueError, KeyError, TypeError) as error:
@@ -439,7 +439,7 @@ def _export(best: str, output: str, *, card: str) -> str:
     if leftover.exists():
       leftover.rmtree()
   convert.convert(source=best, destination=os.fspath(new), to='hf')
-  (new / 'README.md').write_text(card)
+  files.write_text(new / 'README.md', card)
   if target.exists():
     target.rename(old)
   new.rename(target)

@@ -28,7 +28,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
-from t5x_lite.runs import checkpoints, memory_report, metric_writers, run_directory
+from t5x_lite.runs import checkpoints, lease, memory_report, metric_writers, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.runs.progress import Progress, Window
 from t5x_lite.training.losses import LossConfig
@@ -238,9 +238,9 @@ def train(
   with contextlib.ExitStack() as stack:
     stack.callback(iterator.close)
     # ---- Run directory: nothing is written before this line ----
-    primary = distributed.is_primary()
+    primary, held = distributed.is_primary(), None
     if primary:
-      stack.enter_context(run_directory.lock(model_dir))
+      held = stack.enter_context(lease.lock(model_dir))
       run_directory.write_run(
         model_dir,
         model=model,
@@ -349,6 +349,8 @@ def train(
       nonlocal evaluated
       began = time.monotonic()
       metrics = {}
+      if held is not None:
+        held.check()
       due = not hurry and (last or step % eval_period == 0)
       if due and step > max(evaluated, 0):
         metrics = evaluation.run(

@@ -32,7 +32,7 @@ from etils import epath
 from t5x_lite.errors import DamagedError, UsageError
 from t5x_lite.parallel import checksums, distributed, pytrees
 from t5x_lite.parallel.distributed import LostProcessError
-from t5x_lite.runs import save_errors
+from t5x_lite.runs import files, save_errors
 from t5x_lite.runs.data_item import DataHandler, DataSave, SavableIterator
 
 log = logging.getLogger(__name__)
@@ -401,7 +401,7 @@ class Checkpointer:
     path = root / 'meta' / 'metadata'
     if not path.exists():
       return
-    written = json.loads(path.read_text()).get('checksums', {})
+    written = json.loads(files.retried(path, path.read_text)).get('checksums', {})
     names, asked = (
       {name.replace('/', '.') for name in pytrees.flatten_names(tree)} for tree in (saved, wanted)
     )
@@ -415,7 +415,7 @@ class Checkpointer:
       return
     problem: Exception | None = None
     try:
-      iterator.restore(os.fspath(directory))
+      files.retried(directory, iterator.restore, os.fspath(directory))
     except Exception as error:
       problem = error
     if distributed.anywhere(isinstance(problem, DamagedError)):

@@ -7,6 +7,8 @@ from typing import Protocol
 import orbax.checkpoint as ocp
 from etils import epath
 
+from t5x_lite.runs.files import retried
+
 
 class SavableIterator(Protocol):
   """What a checkpoint needs of an input iterator."""
@@ -26,11 +28,11 @@ class DataHandler(ocp.CheckpointHandler):
 
   def save(self, directory: epath.Path, args: 'DataSave') -> None:
     """Writes the position into the item's directory."""
-    args.iterator.save(os.fspath(directory))
+    retried(directory, args.iterator.save, os.fspath(directory))
 
   def restore(self, directory: epath.Path, args: 'DataRestore') -> None:
     """Goes to the position."""
-    args.iterator.restore(os.fspath(directory))
+    retried(directory, args.iterator.restore, os.fspath(directory))
 
 
 @ocp.args.register_with_handler(DataHandler, for_save=True)

@@ -5,6 +5,7 @@ No TensorFlow: TensorBoard's own package writes its event format. Only process
 with 'eval/TASK/' (teacher-forced) or 'infer_eval/TASK/' (decoded) otherwise.
 """
 
+import contextlib
 import html
 import importlib
 import json
@@ -25,6 +26,8 @@ from tensorboard.summary.writer import record_writer
 from tensorboard.util import tensor_util
 
 from t5x_lite.errors import UsageError
+from t5x_lite.runs import files
+from t5x_lite.runs.files import retried
 from t5x_lite.training.steps import HISTOGRAM_BOUNDS
 
 # Generated when imported: a type checker finds no names in them.
@@ -52,7 +55,7 @@ def read_metrics(model_dir: str) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   entries = []
-  for line in path.read_bytes().decode('utf-8', 'replace').splitlines():
+  for line in retried(path, path.read_bytes).decode('utf-8', 'replace').splitlines():
     try:
       entries.append(json.loads(line))
     except json.JSONDecodeError:
@@ -119,9 +122,10 @@ class MetricWriter:
       return
     root = epath.Path(model_dir)
     _drop_later(root / METRICS_FILE, first_step)
-    self._jsonl = (root / METRICS_FILE).open('a')
+    self._files = contextlib.ExitStack()
+    self._jsonl = _opened(root / METRICS_FILE, 'a', self._files)
     if TENSORBOARD in report_to:
-      self._sinks.append(_TensorBoard(root / TENSORBOARD, first_step))
+      self._sinks.append(_TensorBoard(root / TENSORBOARD, first_step, self._files))
     if WANDB in report_to:
       self._sinks.append(_Wandb(root, config or {}))
 
@@ -135,7 +139,7 @@ class MetricWriter:
       # JSON has no NaN or infinity.
       entry[name] = value if math.isfinite(value) else None
     self._jsonl.write(json.dumps(entry) + '\n')
-    self._jsonl.flush()
+    retried(METRICS_FILE, self._jsonl.flush)  # what was not written is kept for it
     for sink in self._sinks:
       sink.scalars(step, scalars)
 
@@ -153,7 +157,7 @@ class MetricWriter:
   def close(self, *, failed: bool = False) -> None:
     """Closes the files."""
     if self._active:
-      self._jsonl.close()
+      self._files.close()
     for sink in self._sinks:
       sink.close(failed)
 
@@ -166,13 +170,18 @@ class MetricWriter:
     self.close(failed=kind is not None)
 
 
+def _opened(path: epath.Path, mode: str, stack: contextlib.ExitStack) -> Any:
+  # Of a file on gs:// `open` returns a context manager, and no file.
+  return retried(path, lambda: stack.enter_context(path.open(mode)))
+
+
 class _TensorBoard:
   """Event files, as TensorBoard's own writer makes them."""
 
-  def __init__(self, directory: epath.Path, first_step: int):
-    directory.mkdir(parents=True, exist_ok=True)
+  def __init__(self, directory: epath.Path, first_step: int, files: contextlib.ExitStack):
+    retried(directory, lambda: directory.mkdir(parents=True, exist_ok=True))
     name = f'events.out.tfevents.{time.time():.0f}.{os.getpid()}.t5x_lite'
-    self._events = record_writer.RecordWriter((directory / name).open('wb'))
+    self._events = record_writer.RecordWriter(_opened(directory / name, 'wb', files))
     self._event(file_version='brain.Event:2')
     # TensorBoard then forgets what it has seen past this step.
     start = _event_pb2.SessionLog(status=_event_pb2.SessionLog.START)
@@ -200,15 +209,14 @@ class _TensorBoard:
   def _values(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
     found = [_summary_pb2.Summary.Value(**value) for value in values]
     self._event(step=step, summary=_summary_pb2.Summary(value=found))
-    self._events.flush()
+    retried(TENSORBOARD, self._events.flush)
 
   def _event(self, **fields: Any) -> None:
     event = _event_pb2.Event(wall_time=time.time(), **fields)
     self._events.write(event.SerializeToString())
 
   def close(self, failed: bool) -> None:
-    del failed
-    self._events.close()
+    del failed  # its file is closed with the others
 
 
 def _literal(text: str) -> str:
@@ -223,7 +231,7 @@ class _Wandb:
     self._wandb = _wandb()
     path = root / WANDB_RUN_ID_FILE
     if not path.exists():
-      path.write_text(secrets.token_hex(4))
+      files.write_text(path, secrets.token_hex(4))
     self._run = self._wandb.init(
       project=os.environ.get('WANDB_PROJECT', 't5x_lite'),
       name=os.environ.get('WANDB_NAME', root.name),
@@ -258,7 +266,7 @@ def _drop_later(path: epath.Path, step: int) -> None:
   if not path.exists():
     return
   kept = []
-  lines = path.read_bytes().decode('utf-8', 'replace').splitlines()
+  lines = retried(path, path.read_bytes).decode('utf-8', 'replace').splitlines()
   for line in lines:
     try:
       entry = json.loads(line)
@@ -267,6 +275,4 @@ def _drop_later(path: epath.Path, step: int) -> None:
     if isinstance(entry, dict) and entry.get('step', 0) <= step:
       kept.append(line)
   if len(kept) < len(lines):
-    temporary = path.parent / (path.name + '.tmp')
-    temporary.write_text(''.join(line + '\n' for line in kept))
-    temporary.replace(path)
+    files.write_text(path, ''.join(line + '\n' for line in kept))

@@ -11,11 +11,10 @@ Inference reads a run through this module, so nothing here may import
 TensorFlow.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -24,11 +23,11 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models.config import T5Config
-from t5x_lite.runs import checkpoints
+from t5x_lite.runs import checkpoints, files
+from t5x_lite.runs.files import retried
 
 MODEL_FILE = 'model.json'
 CONFIG_FILE = 'config.json'
-_LOCK_FILE = '.lock'
 
 # A run may be continued with these changed: no parameter depends on them.
 _FREE_FIELDS = ('dropout_rate', 'dtype', 'remat_policy')
@@ -85,7 +84,7 @@ def _read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
       f'{root} holds no {MODEL_FILE}; name a run directory that `t5x-lite train` wrote'
     )
   try:
-    entry = json.loads(file.read_text())
+    entry = json.loads(retried(file, file.read_text))
     return T5Config(**entry['model']), dict(entry.get('lengths', {}))
   except (json.JSONDecodeError, KeyError, TypeError) as error:
     raise UsageError(f'{file} is not a saved model: {error}') from error
@@ -113,18 +112,18 @@ def write_run(
     texts: other small files, by name.
   """
   root = epath.Path(model_dir)
-  root.mkdir(parents=True, exist_ok=True)
+  retried(root, lambda: root.mkdir(parents=True, exist_ok=True))
   kept = vocabulary
   if _vocabulary_file(root).exists():
     kept = vocabularies.load_vocabulary(root)
   if kept == vocabulary or not same_vocabulary(kept, vocabulary):
-    vocabularies.save_vocabulary(vocabulary, root)
+    retried(root, lambda: vocabularies.save_vocabulary(vocabulary, root))
   entry = {'model': dataclasses.asdict(model), 'lengths': dict(lengths or {})}
-  write_json(root / MODEL_FILE, entry)
+  files.write_json(root / MODEL_FILE, entry)
   if config is not None:
-    write_json(root / CONFIG_FILE, to_json(config))
+    files.write_json(root / CONFIG_FILE, to_json(config))
   for name, text in (texts or {}).items():
-    (root / name).write_text(text)
+    files.write_text(root / name, text)
 
 
 def check_resumable(model_dir: str, *, model: T5Config, vocabulary: VocabularyConfig) -> None:
@@ -177,36 +176,3 @@ def to_json(value: Any) -> Any:
   if value is None or isinstance(value, (bool, int, float, str)):
     return value
   return getattr(value, '__qualname__', None) or repr(value)
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-  """Writes all of the file or nothing: a run may be killed at any moment."""
-  temporary = path.parent / (path.name + '.tmp')
-  temporary.write_text(json.dumps(value, indent=2) + '\n')
-  temporary.replace(path)
-
-
-@contextlib.contextmanager
-def lock(model_dir: str) -> Iterator[None]:
-  """Keeps a second run out of a local directory while this one works there.
-
-  The operating system lets go of the lock when the process ends, however it
-  ends. Object stores have no locks; there it does nothing.
-
-  Raises:
-    UsageError: if another process holds the directory.
-  """
-  if '://' in model_dir:
-    yield
-    return
-  import fcntl
-
-  os.makedirs(model_dir, exist_ok=True)
-  with open(os.path.join(model_dir, _LOCK_FILE), 'w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise UsageError(
-        f'another run is training in {model_dir}: wait for it, stop it, or use another model_dir'
-      ) from error
-    yield

@@ -15,7 +15,7 @@ from t5x_lite.parallel import distributed, pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import evaluate
 from t5x_lite.programs.train import NonFiniteError, train
-from t5x_lite.runs import metric_writers, restoring, run_directory
+from t5x_lite.runs import lease, metric_writers, restoring, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from tests import tiny_run
 from tests.runs import metric_writers_test
@@ -361,7 +361,7 @@ def test_another_models_run_is_left_alone(finished):
   arguments = tiny_run.arguments(model_dir, total_steps=9)
   with pytest.raises(UsageError, match='mlp_dim=32, the configuration 64'):
     train(**{**arguments, 'model': tiny_run.model(mlp_dim=64)})
-  with run_directory.lock(str(model_dir)):
+  with lease.lock(str(model_dir)):
     with pytest.raises(UsageError, match='another run'):
       train(**arguments)
   after = {p: p.read_bytes() for p in model_dir.rglob('*') if p.is_file()}

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -98,26 +96,3 @@ def test_what_is_no_run_says_so(tmp_path):
   (tmp_path / 'model.json').write_text('{"model": {"emb_dims": 3}}')
   with pytest.raises(UsageError, match='not a saved model'):
     run_directory.load_run(str(tmp_path))
-
-
-def test_one_run_at_a_time(tmp_path):
-  directory = str(tmp_path / 'run')
-  with run_directory.lock(directory):
-    with pytest.raises(UsageError, match='another run is training'):
-      with run_directory.lock(directory):
-        pass
-  with run_directory.lock(directory):
-    pass
-
-
-def test_a_killed_process_leaves_no_lock(tmp_path):
-  directory = str(tmp_path / 'run')
-  code = (
-    'import os, signal\n'
-    'from t5x_lite.runs import run_directory\n'
-    f'with run_directory.lock({directory!r}):\n'
-    '  os.kill(os.getpid(), signal.SIGKILL)\n'
-  )
-  assert subprocess.run([sys.executable, '-c', code]).returncode == -9
-  with run_directory.lock(directory):
-    pass

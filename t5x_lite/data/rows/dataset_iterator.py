@@ -312,7 +312,7 @@ def _read_position(path: epath.Path) -> dict[str, Any]:
   """Returns what `save` wrote, once its files are as they were written."""
   try:
     meta = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+  except (FileNotFoundError, ValueError) as error:
     raise DamagedError(f'{path} is missing or damaged') from error
   if checksums.is_signed(meta):
     checksums.check_signed(meta, str(path))
