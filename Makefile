@@ -2,6 +2,7 @@
 # make test         the tests, whole trainings and restarts included
 # make test-quick   the tests without those that take long
 # make lint         formatter, linter, types, import floors, spelling
+# make audit        known vulnerabilities of what is locked, where PyPI's data can be had
 # make docs         the site of docs/, into .cache/docs
 # make lock         renew requirements.lock (needs Python 3.11)
 
@@ -20,7 +21,7 @@ checksum = $(shell cat $(1) | cksum | cut -d' ' -f1)
 RUN := $(VENV)/.run-$(call checksum,requirements.lock)-$(call checksum,pyproject.toml setup.py)
 DEV := $(RUN)-dev
 
-.PHONY: quickstart test test-quick lint docs lock env clean
+.PHONY: quickstart test test-quick lint audit docs lock env clean
 
 # Two devices of one thread each use two cores better than one device of two, and
 # large pages spare the kernel from clearing small ones in every step.
@@ -42,6 +43,15 @@ lint: $(DEV)
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+# In an environment of its own: it is no part of what it looks at.
+AUDIT := .cache/audit
+ADVISORIES := https://pypi.org/pypi/urllib3/1.26.0/json
+audit:
+	@if ! $(PYTHON) -c 'import json, urllib.request as u; assert json.load(u.urlopen("$(ADVISORIES)", timeout=10))["vulnerabilities"]' \
+	  2> /dev/null; then echo 'audit: left out, vulnerability data of PyPI cannot be reached'; exit 0; fi; \
+	$(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python $(PIP_INSTALL) pip-audit && \
+	$(AUDIT)/bin/pip-audit --disable-pip --no-deps -r requirements.lock
 
 docs: $(DEV)
 	$(BIN)/sphinx-build -W --keep-going -q docs .cache/docs

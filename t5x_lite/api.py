@@ -49,7 +49,8 @@ def load(
 
   Args:
     path: a folder of t5x_lite, transformers or T5X, one of its steps, or the
-      name of a model on the Hugging Face hub, such as 'google/flan-t5-base'.
+      name of a model on the Hugging Face hub, such as 'google/flan-t5-base' or,
+      with a branch, tag or commit, 'google/flan-t5-base@main'.
     mesh: how the parameters are spread over devices; one device by default.
     vocabulary: instead of the one that the folder names.
     assignment_map: see `interop.assignment.assign`.

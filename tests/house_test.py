@@ -220,3 +220,12 @@ def test_the_lock_satisfies_the_metadata():
 
 def _canonical(name: str) -> str:
   return re.sub(r'[-_.]+', '-', name).lower()
+
+
+@pytest.mark.parametrize('module', MODULES, ids=_name)
+def test_no_pickle_is_ever_loaded(module):
+  """Nor anything else that runs what a file says."""
+  roots = {name.split('.')[0] for name in _imports(module)}
+  assert not roots & {'pickle', 'cloudpickle', 'dill', 'joblib', 'marshal', 'shelve', 'yaml'}
+  found = re.findall(r'allow_pickle|torch\.load|(?<![.\w])(?:eval|exec)\(', module.read_text())
+  assert found == []

@@ -327,6 +327,8 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
     raise UsageError(f'{file} is not a saved vocabulary: {error}') from error
   if config.kind != 'sentencepiece':
     return config
+  if os.path.basename(config.path) != config.path:
+    raise UsageError(f'{file} names the file {config.path!r}, which is not beside it')
   path = os.fspath(directory / config.path)
   if hashlib.sha256(_read_model(path)).hexdigest() != sha256:
     raise UsageError(

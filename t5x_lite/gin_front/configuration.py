@@ -201,6 +201,10 @@ class _Sources:
     return [text for path, text in self.texts.items() if shipped not in path.resolve().parents]
 
   def _find(self, name: str, included_by: tuple[pathlib.Path, ...]) -> pathlib.Path:
+    if '://' in name:
+      raise UsageError(
+        f'gin file {name!r} is not on a local disk: gin files run code, so none is fetched; copy it'
+      )
     for prefix in self._prefixes:
       path = pathlib.Path(prefix) / name
       if path.is_file():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import os
 import re
 import tempfile
@@ -24,6 +25,8 @@ from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.runs import run_directory
+
+log = logging.getLogger(__name__)
 
 FORMATS = ('t5x_lite', 'hf', 't5x')
 
@@ -68,7 +71,8 @@ def open_source(path: str) -> Source:
 
   Args:
     path: a folder that transformers, T5X or `t5x-lite train` wrote, one of its
-      steps, or the name of a model on the Hugging Face hub.
+      steps, or the name of a model on the Hugging Face hub; NAME@REVISION is
+      one branch, tag or commit of it.
 
   Raises:
     UsageError: if nothing there can be read.
@@ -83,7 +87,7 @@ def open_source(path: str) -> Source:
   found = t5x.find(place)
   if found is not None:
     return _open_t5x(found)
-  if any(place.glob('*.safetensors')) or any(place.glob('*.bin')):
+  if place.is_dir() and any(file.suffix in ('.safetensors', '.bin') for file in place.iterdir()):
     raise UsageError(
       f'{path} holds weights but no {hf.CONFIG}; copy it from where the weights are from'
     )
@@ -96,8 +100,9 @@ def open_source(path: str) -> Source:
 
 def _from_hub(name: str) -> str:
   """Downloads a model of the hub and returns its folder."""
-  if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
-    raise UsageError(f'{name} does not exist')
+  name, at, revision = name.partition('@')
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', name) or bool(at) != bool(revision):
+    raise UsageError(f'{name}{at}{revision} does not exist')
   missing = f'{name} is no local folder, and as the name of a model on the hub it cannot be fetched'
   try:
     import huggingface_hub
@@ -105,10 +110,16 @@ def _from_hub(name: str) -> str:
     raise UsageError(
       f'{missing}: huggingface_hub is not installed (pip install t5x_lite[hf])'
     ) from error
+  if not huggingface_hub.constants.ENDPOINT.startswith('https://'):
+    raise UsageError(f'{missing}: HF_ENDPOINT is {huggingface_hub.constants.ENDPOINT}, not https')
   try:
-    return huggingface_hub.snapshot_download(
-      name, allow_patterns=['*.json', '*.safetensors', hf_tokenizer.SPIECE]
+    folder = huggingface_hub.snapshot_download(
+      name,
+      revision=revision or None,
+      allow_patterns=['*.json', '*.safetensors', hf_tokenizer.SPIECE],
     )
+    log.info('%s from the hub: %s@%s gives it again', name, name, os.path.basename(folder))
+    return folder
   except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise UsageError(f'{missing}: {reason}') from error

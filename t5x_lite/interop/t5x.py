@@ -94,7 +94,7 @@ def read_tensors(path: epath.Path) -> dict[str, Tensor]:
   if placeholders:
     # Orbax before that: the tree in msgpack, all arrays in zarr beside it.
     return {
-      name: zarr.file_tensor(folder / directory, name, reader)
+      name: zarr.file_tensor(folder / _inside(folder, name, directory), name, reader)
       for name, directory in placeholders.items()
     }
   version = contents.get('version')
@@ -131,9 +131,7 @@ def _legacy_tensor(
   """Opens the array that a spec in the msgpack file stands for."""
   kvstore = spec['kvstore']
   # Before TensorStore 0.1.14 the path was in the spec itself.
-  relative = (kvstore.get('path') or spec.get('path', '')).rstrip('/')
-  if not relative or '..' in relative.split('/') or relative.startswith('/'):
-    raise UsageError(f'{name} is stored at {relative!r}, not in {folder}')
+  relative = _inside(folder, name, (kvstore.get('path') or spec.get('path', '')).rstrip('/'))
   dtype = spec.get('dtype')
   if dtype == 'uint16':
     raise UsageError(
@@ -148,6 +146,13 @@ def _legacy_tensor(
   # The spec repeats the metadata, so the array can be read without its own.
   store |= {'dtype': dtype, 'metadata': dict(spec['metadata'])}
   return reader.tensor(store, name, assume_metadata=True)
+
+
+def _inside(folder: epath.Path, name: str, relative: str) -> str:
+  """Returns a path that cannot lead out of its folder."""
+  if not relative or '..' in relative.split('/') or relative.startswith('/') or ':' in relative:
+    raise UsageError(f'{name} is stored at {relative!r}, not in {folder}')
+  return relative
 
 
 def _named(found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def convert(
 
   Args:
     source: a folder of t5x_lite, transformers or T5X, one of its steps, or the
-      name of a model on the Hugging Face hub; the format is detected.
+      NAME@REVISION of a model on the Hugging Face hub; the format is detected.
     destination: the directory to write; it must not exist yet.
     to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a
       model_dir with a legacy checkpoint).

@@ -178,10 +178,10 @@ def _opened(path: epath.Path, mode: str, stack: contextlib.ExitStack) -> Any:
 class _TensorBoard:
   """Event files, as TensorBoard's own writer makes them."""
 
-  def __init__(self, directory: epath.Path, first_step: int, files: contextlib.ExitStack):
+  def __init__(self, directory: epath.Path, first_step: int, stack: contextlib.ExitStack):
     retried(directory, lambda: directory.mkdir(parents=True, exist_ok=True))
     name = f'events.out.tfevents.{time.time():.0f}.{os.getpid()}.t5x_lite'
-    self._events = record_writer.RecordWriter(_opened(directory / name, 'wb', files))
+    self._events = record_writer.RecordWriter(_opened(directory / name, 'wb', stack))
     self._event(file_version='brain.Event:2')
     # TensorBoard then forgets what it has seen past this step.
     start = _event_pb2.SessionLog(status=_event_pb2.SessionLog.START)

@@ -155,3 +155,12 @@ def test_fingerprints_tell_ids_apart():
     VocabularyConfig(kind='passthrough', size=9),
   ]
   assert len({vocabularies.fingerprint(config) for config in configs}) == 5
+
+
+@pytest.mark.parametrize('name', ['../other.model', '/etc/passwd', 'a/b.model'])
+def test_a_saved_vocabulary_names_no_file_elsewhere(tmp_path, name):
+  vocabularies.save_vocabulary(VocabularyConfig(), tmp_path)
+  file = tmp_path / vocabularies.VOCABULARY_FILE
+  file.write_text(json.dumps({**json.loads(file.read_text()), 'path': name}))
+  with pytest.raises(UsageError, match='not beside it'):
+    vocabularies.load_vocabulary(tmp_path)

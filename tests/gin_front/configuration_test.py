@@ -212,3 +212,12 @@ def test_configs_are_made_anew_for_every_call(toy):
   result = configure(toy, 'STEPS=3').call()
   assert result['model'].name == 'toy'
   assert dataclasses.is_dataclass(result['model'])
+
+
+@pytest.mark.parametrize('url', ['https://x.org/a.gin', 'http://x/a.gin', 'gs://b/a.gin'])
+def test_gin_files_are_not_fetched(toy, tmp_path, url):
+  with pytest.raises(UsageError, match=f'{url}.* none is fetched'):
+    configure(toy, files=[url])
+  (tmp_path / 'a.gin').write_text(f"include '{url}'\n")
+  with pytest.raises(UsageError, match='none is fetched'):
+    configure(toy, files=['a.gin'])

@@ -77,8 +77,31 @@ def test_a_name_of_the_hub_is_fetched(monkeypatch, tmp_path):
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
   opened = checkpoint_source.open_source('someone/tiny-t5')
-  assert asked[0][0] == 'someone/tiny-t5'
+  assert asked[0][0] == 'someone/tiny-t5' and asked[0][1]['revision'] is None
   assert not any('bin' in p for p in asked[0][1]['allow_patterns'])
   np.testing.assert_array_equal(
     opened.tensors['decoder/decoder_norm/scale'].read(), found['decoder/decoder_norm/scale'].read()
   )
+
+
+def test_a_revision_of_the_hub_and_https_alone(monkeypatch, tmp_path):
+  huggingface_hub = pytest.importorskip('huggingface_hub')
+  asked = []
+
+  def download(name, *, revision, **_):
+    asked.append((name, revision))
+    raise OSError('not here')
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+  monkeypatch.chdir(tmp_path)
+  for revision in ('main', 'v1.0', 'refs/pr/3', 'a' * 40):
+    with pytest.raises(errors.UsageError, match='not here'):
+      checkpoint_source.open_source(f'someone/tiny@{revision}')
+  assert asked == [('someone/tiny', r) for r in ('main', 'v1.0', 'refs/pr/3', 'a' * 40)]
+  for name in ('someone/tiny@', 'tiny@main', 'http://x/y', 'https://x.org/a/b', 'a/b/c@main'):
+    with pytest.raises(errors.UsageError, match='does not exist'):
+      checkpoint_source.open_source(name)
+  monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', 'http://mirror.example')
+  with pytest.raises(errors.UsageError, match=r'HF_ENDPOINT is http://mirror\.example, not https'):
+    checkpoint_source.open_source('someone/tiny')
+  assert len(asked) == 4

@@ -294,3 +294,24 @@ def test_what_a_folder_is(damaged, tmp_path):
   (tmp_path / 'plain').mkdir()
   (tmp_path / 'plain' / hf.CONFIG).write_text('[1]')
   assert not hf.is_hf(epath.Path(tmp_path / 'plain'))
+
+
+def test_links_are_followed_and_what_they_lead_to_is_not_shown(damaged, tmp_path):
+  """The hub's own cache is made of links."""
+  folder = damaged()
+  weights = folder / hf.WEIGHTS
+  stored = tmp_path / 'blob'
+  weights.rename(stored)
+  weights.symlink_to(stored)
+  found = hf.read_tensors(epath.Path(folder))
+  assert found['shared.weight'].read().size
+  data = stored.read_bytes()
+  secret = tmp_path / 'secret'
+  secret.write_text('the password is 1234, and then some more text')
+  for name in (hf.WEIGHTS, hf.CONFIG):
+    (folder / name).unlink()
+    (folder / name).symlink_to(secret)
+    with pytest.raises(errors.UsageError) as caught:
+      convert.convert(source=str(folder), destination=str(tmp_path / 'to'), to='t5x_lite')
+    assert 'password' not in str(caught.value) and not (tmp_path / 'to').exists()
+  assert secret.read_text().startswith('the password') and stored.read_bytes() == data

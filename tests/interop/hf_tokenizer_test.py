@@ -122,3 +122,14 @@ def test_folders_without_a_vocabulary(tmp_path):
     hf_tokenizer.read_vocabulary(folder, scratch)
   hf_tokenizer.write_vocabulary(VocabularyConfig(kind='passthrough', size=9), scratch)
   assert not scratch.exists()
+
+
+def test_files_named_in_its_configuration_are_not_opened(tmp_path):
+  folder = tmp_path / 'model'
+  written(VocabularyConfig(), folder)
+  before = hf_tokenizer.read_vocabulary(epath.Path(folder), epath.Path(tmp_path / 'scratch'))
+  file = folder / 'tokenizer_config.json'
+  named = {name: '../../etc/passwd' for name in ('vocab_file', 'tokenizer_file', 'name_or_path')}
+  file.write_text(json.dumps({**json.loads(file.read_text()), **named}))
+  again = hf_tokenizer.read_vocabulary(epath.Path(folder), epath.Path(tmp_path / 'scratch'))
+  assert again == before and again.path == str(folder / 'spiece.model')

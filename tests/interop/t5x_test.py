@@ -344,6 +344,10 @@ def test_damaged_checkpoints(umt5, tmp_path):
     write_msgpack(tmp_path, {'version': version, 'optimizer': {'target': target}})
     with pytest.raises(errors.UsageError, match=match):
       checkpoint_source.open_source(str(tmp_path))
+  for place in ('../elsewhere', '/etc', 'a/../../b', '', 'gs://b/a'):
+    write_msgpack(tmp_path, {'optimizer': {'target': {'a': f'PLACEHOLDER://{place}'}}})
+    with pytest.raises(errors.UsageError, match=f"is stored at '{place}', not in"):
+      checkpoint_source.open_source(str(tmp_path))
   (tmp_path / 'checkpoint').write_bytes(b'\x82\xa7version')
   with pytest.raises(errors.UsageError, match='cut short'):
     checkpoint_source.open_source(str(tmp_path))
