@@ -8,12 +8,13 @@ it runs, so that `--help` is instant and inference does without TensorFlow.
 Exit codes: 0 done; 2 a mistake of the user, told in one line on stderr; 3 a
 program that does not fit into the device; 4 training diverged; 5 another
 process of the run was lost; 6 training stopped early for SIGTERM or Ctrl-C and
-saved, the same command continues it; 7 a checkpoint could not be written, those
-before it are whole; 130 interrupted; 1 anything else, with a traceback.
+saved, the same command continues it; 7 a checkpoint, or another file, could not
+be written, those before it are whole; 130 interrupted; 1 anything else, with a traceback.
 """
 
 import argparse
 import dataclasses
+import errno
 import importlib
 import logging
 import os
@@ -30,7 +31,13 @@ from t5x_lite.programs.command_flags import Parameter
 from t5x_lite.runs import progress
 
 PROGRAM_NAME = 't5x-lite'
+COMPLETION = 'completion'
 EXIT_STOPPED = 6
+# No bugs either: places that cannot be written to, and disks that are full or fail.
+_FILE_ERRORS = {
+  **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG), 2),
+  **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT), 7),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +157,23 @@ def _make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         _add_flag(sub, parameter, positional=parameter.name in command.positional)
       _add_common_flags(sub)
       sub.epilog = _epilog(command)
+  text = 'print a script that completes commands, flags and files in a shell'
+  sub = subparsers.add_parser(COMPLETION, help=text, description=text, allow_abbrev=False)
+  sub.add_argument('shell', choices=('bash', 'zsh'), metavar='SHELL', help='bash or zsh')
   return parser
+
+
+def _print_completion(shell: str) -> int:
+  """Prints the script; what an argument takes may be the name of a file."""
+  import shtab
+
+  parser = _make_parser(list(COMMANDS))
+  for sub in parser._subparsers._group_actions[0].choices.values():  # type: ignore
+    for action in sub._actions:
+      if action.type in (None, str) and action.nargs != 0 and not action.choices:
+        action.complete = shtab.FILE
+  print(shtab.complete(parser, shell))
+  return 0
 
 
 def _epilog(command: Command) -> str:
@@ -256,6 +279,8 @@ def _run(argv: Sequence[str]) -> int:
   if any(argument.startswith('--gin.') for argument in argv):
     argv = _rewrite_gin_flags(argv)
   args = _make_parser(argv).parse_args(argv)
+  if args.command == COMPLETION:
+    return _print_completion(args.shell)
   command = COMMANDS[args.command]
   flags = [parameter.name for parameter in command.parameters()]
   given = {name: getattr(args, name) for name in flags}
@@ -323,6 +348,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if 'RESOURCE_EXHAUSTED' in str(error) and not hasattr(error, 'exit_code'):
       print(f'{PROGRAM_NAME}: {_out_of_memory(error)}', file=sys.stderr)
       return 3
+    # gin raises a copy of an error, without what OSError holds.
+    found = error if getattr(error, 'errno', None) else error.__context__
+    if isinstance(found, OSError) and found.errno in _FILE_ERRORS:
+      print(f'{PROGRAM_NAME}: {found.strerror}: {found.filename or "a file"}', file=sys.stderr)
+      return _FILE_ERRORS[found.errno]
     # What a run can meet without a bug in it names its exit code.
     code = getattr(error, 'exit_code', None)
     if code is None:

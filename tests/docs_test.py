@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import t5x_lite
-from t5x_lite.main import COMMANDS
+from t5x_lite.main import COMMANDS, COMPLETION
 from t5x_lite.programs import command_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def test_every_page_is_in_a_table_of_contents():
 @pytest.mark.parametrize('page', READ, ids=_name)
 def test_commands_and_their_flags_exist(page):
   for name, *words in _commands(page.read_text()):
-    if name.startswith(('-', '.')) or name.isupper():
+    if name.startswith(('-', '.')) or name.isupper() or name == COMPLETION:
       continue
     assert name in COMMANDS, f't5x-lite {name}'
     known = _flags(COMMANDS[name])
@@ -128,7 +128,7 @@ def test_commands_and_their_flags_exist(page):
 @pytest.mark.parametrize('page', READ, ids=_name)
 def test_commands_named_in_the_text_exist(page):
   named = re.findall(r'`t5x-lite (\w+)', page.read_text())
-  assert {name for name in named if not name.isupper()} <= set(COMMANDS)
+  assert {name for name in named if not name.isupper()} <= {*COMMANDS, COMPLETION}
 
 
 @pytest.mark.parametrize('page', READ, ids=_name)

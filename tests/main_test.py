@@ -1,11 +1,15 @@
 import dataclasses
+import errno
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
 
 import gin
 import pytest
+from etils import epath
 
 from t5x_lite import main as main_lib
 from t5x_lite.main import Command, main
@@ -235,3 +239,53 @@ def test_modules_in_the_current_directory_are_found(tmp_path, monkeypatch):
   missing = ['infer', '--model', 'missing', '--input', 'x', '--output', 'y']
   assert main(missing) == 2
   assert importlib.import_module('tasks_of_my_own').REGISTERED
+
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh'])
+def test_completion_knows_every_flag_of_every_command(capfd, shell):
+  assert main(['completion', shell]) == 0
+  script = capfd.readouterr().out
+  for name, command in main_lib.COMMANDS.items():
+    assert name in script
+    for parameter in command.parameters():
+      if parameter.name not in command.positional:
+        assert f'--{parameter.name}' in script, (name, parameter.name)
+  assert main(['completion', 'fish']) == 2
+
+
+def test_completion_in_a_real_bash(capfd, tmp_path):
+  bash = shutil.which('bash')
+  if bash is None:
+    pytest.skip('no bash here')
+  assert main(['completion', 'bash']) == 0
+  (tmp_path / 'script').write_text(capfd.readouterr().out)
+  (tmp_path / 'lines.txt').write_text('')
+
+  def complete(*words):
+    quoted = ' '.join(f"'{word}'" for word in words)
+    code = (
+      f'source script; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; '
+      '_shtab_t5x_lite; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    found = subprocess.run([bash, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    return set(found.stdout.split())
+
+  assert set(main_lib.COMMANDS) <= complete('t5x-lite', '')
+  assert complete('t5x-lite', 'infer', '--in') == {'--input', '--input_format'}
+  assert complete('t5x-lite', 'infer', '--input', 'li') == {'lines.txt'}
+
+
+@pytest.mark.parametrize(
+  ('code', 'exit_code'), [('EROFS', 2), ('EACCES', 2), ('ENOSPC', 7), ('EIO', 7)]
+)
+def test_a_file_system_that_refuses_is_no_bug(toy, capfd, monkeypatch, code, exit_code):
+  """Told in one line, also through gin, which raises a copy of the error."""
+  error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)), 'some/file')
+
+  def refuse(self, text):
+    raise error
+
+  monkeypatch.setattr(epath.Path, 'write_text', refuse)
+  assert main(['toy', 'ab', '--gin.run.times=3']) == exit_code
+  [line] = capfd.readouterr().err.splitlines()
+  assert line == f't5x-lite: {error.strerror}: some/file'

@@ -3,9 +3,9 @@
 No TensorFlow here. records.py makes rows with fields of the lines.
 """
 
+import glob
 import gzip
 import os
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -39,16 +39,16 @@ def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
   files = []
   for pattern in patterns:
     path = epath.Path(pattern)
-    wildcard = re.search(r'[*?[]', pattern)
     if path.exists():
       found = [pattern]
-    elif wildcard:
+    elif glob.has_magic(pattern):
       if '**' in pattern:
         raise UsageError(f"{pattern!r} has '**'; name each folder with '*'")
-      # The folder before the first wildcard, and the rest.
-      start = wildcard.start()
-      root, slash, _ = pattern[:start].rpartition('/')
-      matches = epath.Path(root + slash).glob(pattern[len(root + slash) :])
+      # Folders that are there under this very name are no patterns.
+      end = pattern.rfind('/') + 1
+      while end and not epath.Path(pattern[:end]).is_dir():
+        end = pattern.rfind('/', 0, end - 1) + 1
+      matches = epath.Path(glob.escape(pattern[:end])).glob(pattern[end:])
       found = sorted(os.fspath(path) for path in matches)
     else:
       found = []

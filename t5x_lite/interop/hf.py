@@ -105,7 +105,7 @@ def weight_files(directory: epath.Path) -> list[epath.Path]:
     return [directory / name for name in sorted(set(listed.values()))]
   if (directory / WEIGHTS).is_file():
     return [directory / WEIGHTS]
-  files = sorted(directory.glob('*.safetensors'))
+  files = sorted(file for file in directory.iterdir() if file.suffix == '.safetensors')
   if len(files) == 1:
     return files
   pickles = sorted(

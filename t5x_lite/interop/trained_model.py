@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import assignment, checkpoint_source, tensors
@@ -76,6 +77,7 @@ def of_source(source: Source, path: str, **changes: Any) -> TrainedModel:
       f'{path} does not say what its vocabulary is: convert it first with '
       '`t5x-lite convert --vocabulary=...`'
     )
+  check_vocabulary(source.config, source.vocabulary)
   config = source.config.replace(**changes)
   found, _ = assignment.assign(source, config)
   return TrainedModel(
@@ -89,3 +91,13 @@ def of_source(source: Source, path: str, **changes: Any) -> TrainedModel:
     lengths=source.lengths,
     found=found,
   )
+
+
+def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig) -> None:
+  """Refuses a vocabulary with ids that the embedding has no row for."""
+  size = vocabularies.make_vocabulary(vocabulary).vocab_size
+  if size > model.vocab_size:
+    raise UsageError(
+      f'the vocabulary has {size} ids, the embedding only T5Config.vocab_size='
+      f'{model.vocab_size} rows: raise vocab_size to {-(-size // 128) * 128}'
+    )

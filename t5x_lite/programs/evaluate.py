@@ -38,7 +38,8 @@ def evaluate(
 
   Args:
     model_dir: a run directory or one STEP directory of its checkpoints, a
-      folder of transformers or T5X, or the name of a model on the hub.
+      folder of transformers or T5X, or the NAME@REVISION of a
+      model on the hub.
     datasets: tasks or mixtures, their splits and lengths.
     output: directory for metrics.json and TASK.jsonl (input, prediction and
       target of each example); by default MODEL_DIR/eval/STEP of a run; what

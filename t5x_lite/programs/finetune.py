@@ -92,7 +92,7 @@ def finetune(
 
   Args:
     model: where to start: a folder of transformers or T5X, a run of ours, or
-      the name of a model on the hub.
+      the NAME@REVISION of a model on the hub.
     train: JSONL, JSON, CSV, TSV or Parquet files, plain or gzip, or a folder
       that `datasets.save_to_disk` wrote; several, and patterns with '*'.
     output: the run's directory.

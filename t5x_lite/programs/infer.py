@@ -6,6 +6,7 @@ input. No TensorFlow: it starts in a few seconds.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -13,9 +14,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
+from etils import epath
 
 from t5x_lite.data import pairs, records, vocabularies
 from t5x_lite.data.pairs import Columns
@@ -26,7 +28,7 @@ from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.runs import progress
+from t5x_lite.runs import files, progress
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ def infer(
 
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder
-      of transformers or T5X, or the name of a model on the hub.
+      of transformers or T5X, or the NAME@REVISION of a
+      model on the hub.
     input: the file to read; '-' is standard input.
     output: the JSONL file to write, {'input', 'prediction', 'score'} a line,
       the score being the prediction's log-probability; '-' is standard output.
@@ -203,7 +206,8 @@ def _batches(lines: Iterable[tuple[int, str]], size: int) -> Iterator[list[tuple
 
 def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
   """Refuses paths that would fail, or destroy the input, after minutes."""
-  if path != '-' and not os.path.exists(path):
+  place = epath.Path(output)
+  if path != '-' and not epath.Path(path).exists():
     raise UsageError(f'no such input file: {path}')
   if path == '-' and jax.process_count() > 1:
     raise UsageError('with several processes the input must be a file')
@@ -213,17 +217,21 @@ def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
     return
   if resume and path == '-':
     raise UsageError('standard input cannot be resumed: name a file')
-  folder = os.path.dirname(output) or '.'
-  if not os.path.isdir(folder):
-    raise UsageError(f'no such directory for the output: {folder}')
-  if os.path.isdir(output):
+  # An object store has no directories.
+  if '://' not in output and not place.parent.is_dir():
+    raise UsageError(f'no such directory for the output: {place.parent}')
+  if place.is_dir():
     raise UsageError(f'the output {output} is a directory: name a file')
-  if os.path.exists(output) and path != '-' and os.path.samefile(path, output):
+  if path == output or (
+    os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output)
+  ):
     raise UsageError(f'input and output are the same file: {path}')
   if resume and overwrite:
     raise UsageError('resume and overwrite contradict each other')
-  if not (resume or overwrite) and os.path.exists(output):
-    if os.path.getsize(output):
+  if not (resume or overwrite) and place.exists():
+    with place.open('rb') as file:
+      written = file.read(1)
+    if written:
       raise UsageError(
         f'{output} holds predictions already: continue it with --resume, '
         'replace it with --overwrite, or name another file'
@@ -238,18 +246,18 @@ def _no_writer(entry: dict[str, Any]) -> None:
 def _open_output(path: str, *, append: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
   """Yields a function that writes one object, at once."""
   with contextlib.ExitStack() as stack:
-    file: TextIO = sys.stdout
+    file: Any = sys.stdout
     if path != '-':
       try:
-        mode = 'a' if append else 'w'
-        file = stack.enter_context(open(path, mode, encoding='utf-8'))
+        opened = functools.partial(epath.Path(path).open, 'a' if append else 'w')
+        file = files.retried(path, lambda: stack.enter_context(opened()))
       except OSError as error:
         raise UsageError(f'cannot write {path}: {error.strerror}') from error
 
     def write(entry: dict[str, Any]) -> None:
       try:
         file.write(json.dumps(entry, ensure_ascii=False) + '\n')
-        file.flush()
+        files.retried(path, file.flush)
       except OSError as error:
         raise UsageError(
           f'cannot write {path}: {error.strerror}; make room, and continue with --resume'
@@ -267,10 +275,10 @@ def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
   Raises:
     UsageError: if the output belongs to another input.
   """
-  if not os.path.exists(path):
+  if not epath.Path(path).exists():
     return 0
   ends = [0]  # byte offset after each good line
-  with open(path, 'rb') as file:
+  with epath.Path(path).open('rb') as file:
     for line, text in zip(file, inputs, strict=False):
       try:
         written = json.loads(line)['input'] if line.endswith(b'\n') else None
@@ -285,5 +293,8 @@ def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
         )
       ends.append(ends[-1] + len(line))
   kept = (len(ends) - 1) // batch_size * batch_size
-  os.truncate(path, ends[kept])
+  if '://' in path:
+    epath.Path(path).write_bytes(epath.Path(path).read_bytes()[: ends[kept]])
+  else:
+    os.truncate(path, ends[kept])
   return kept

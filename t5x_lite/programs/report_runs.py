@@ -145,7 +145,7 @@ def read(path: str, *, name: str = '') -> Run:
     tasks = _dict(read_json(root / folder / 'metrics.json').get('tasks'))
     if tasks:
       results[folder] = {k: _dict(v) for k, v in tasks.items()}
-    for file in sorted((root / folder).glob('*.jsonl')):
+    for file in _listed(root / folder, '.jsonl'):
       kind = folder.split('/')[0]
       predictions.append(
         Predictions(f'{kind}/{file.stem}', f'{folder}/{file.name}', read_lines(file))
@@ -196,8 +196,8 @@ def _number(value: Any) -> float:
 def _of_training(root: epath.Path) -> list[Predictions]:
   """Returns what the newest evaluation during training decoded."""
   found = []
-  for folder in sorted((root / 'infer_eval').glob('*')):
-    steps = [path for path in folder.glob('*.jsonl') if path.stem.isdigit()]
+  for folder in _listed(root / 'infer_eval'):
+    steps = [path for path in _listed(folder, '.jsonl') if path.stem.isdigit()]
     for path in sorted(steps, key=lambda path: int(path.stem))[-1:]:
       name = f'infer_eval/{folder.name}'
       lines = read_lines(path)
@@ -205,10 +205,17 @@ def _of_training(root: epath.Path) -> list[Predictions]:
   return found
 
 
+def _listed(folder: epath.Path, suffix: str = '') -> list[epath.Path]:
+  """Returns what is in a folder, whatever the folder's name: no glob."""
+  if not folder.is_dir():
+    return []
+  return sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
+
+
 def _result_folders(root: epath.Path) -> list[str]:
   """Returns where `eval` and programs like it wrote; its newest step alone."""
   folders = [name for name in ('test', 'evaluation') if (root / name).is_dir()]
-  steps = [p.name for p in (root / 'eval').glob('*') if p.name.isdigit()]
+  steps = [p.name for p in _listed(root / 'eval') if p.name.isdigit()]
   return folders + [f'eval/{step}' for step in sorted(steps, key=int)[-1:]]
 
 

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.tasks import catalog, truncation
 from t5x_lite.data.vocabularies import VocabularyConfig
@@ -87,16 +86,6 @@ def resolve_model(
     if vocabulary is None:
       raise UsageError(f'{path} does not say what its vocabulary is: set train.vocabulary')
   return model.replace(**changes), vocabulary
-
-
-def check_model(model: T5Config, vocabulary: VocabularyConfig) -> None:
-  """Refuses a vocabulary with ids that the embedding has no row for."""
-  size = vocabularies.make_vocabulary(vocabulary).vocab_size
-  if size > model.vocab_size:
-    raise UsageError(
-      f'the vocabulary has {size} ids, the embedding only T5Config.vocab_size='
-      f'{model.vocab_size} rows: raise vocab_size to {-(-size // 128) * 128}'
-    )
 
 
 def resolve_dataset(

@@ -23,7 +23,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
-from t5x_lite.interop import initial_checkpoint, verification
+from t5x_lite.interop import initial_checkpoint, trained_model, verification
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -148,7 +148,7 @@ def train(
     model_dir=model_dir,
     restore_path=checkpoint.restore_path,
   )
-  start_checks.check_model(model, vocabulary)
+  trained_model.check_vocabulary(model, vocabulary)
   record = {
     'model': model,
     'vocabulary': vocabulary,
@@ -180,6 +180,8 @@ def train(
   ]
   train_eval, infer_eval = evals[: len(train_eval)], evals[len(train_eval) :]
   start_checks.check_model_dir(model_dir, model, vocabulary)
+  if not dry_run:
+    start_checks.check_writable(model_dir)
   new = None
   if not checkpoints.has_checkpoint(model_dir):
     new = initial_checkpoint.open_start(checkpoint, model, vocabulary, seed=seed)

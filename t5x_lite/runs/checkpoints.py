@@ -168,8 +168,8 @@ def has_checkpoint(model_dir: str) -> bool:
 def check_some_are_whole(model_dir: str) -> None:
   """Raises UsageError where all there was is damaged: no silent new start."""
   root = epath.Path(model_dir) / CHECKPOINTS
-  damaged = root.glob(f'*{DAMAGED}') if root.is_dir() else ()
-  if any(damaged) and not has_checkpoint(model_dir):
+  damaged = root.is_dir() and any(path.name.endswith(DAMAGED) for path in root.iterdir())
+  if damaged and not has_checkpoint(model_dir):
     raise UsageError(
       f'{root} holds damaged checkpoints alone (STEP{DAMAGED}): use another '
       'model_dir, or move them away to begin anew'

@@ -1,13 +1,11 @@
 """Keeps a second run out of a run directory, on this machine or on another.
 
-On one machine the operating system's lock decides, and lets go of a killed run
-at once. Other machines may share the file system without locks, and object
-stores have none, so the run also keeps a lease there: MODEL_DIR/.lease says who
-holds it and is renewed while it works. How old it is goes by the file system's
-own clock, so the machines' clocks need not agree.
-
-Two runs that begin at the same moment may both see no lease. The one whose
-lease was written over stops before its next checkpoint.
+On one machine the operating system's lock decides, and ends with the process.
+Other machines may share the file system without locks, and object stores have
+none: there MODEL_DIR/.lease says who holds the directory, and is renewed. Its
+age goes by the file system's clock, since those of machines may not agree. Of
+two runs that begin at the same moment, the one whose lease was written over
+stops before its next checkpoint.
 """
 
 import contextlib
@@ -49,7 +47,7 @@ class Lease:
     self._path = epath.Path(model_dir) / LEASE_FILE
     self._entry: dict[str, Any] = {
       'host': socket.gethostname(),
-      'boot': _boot_id(),
+      'machine': uuid.getnode(),  # containers may all have one name
       'pid': os.getpid(),
       'token': uuid.uuid4().hex,
     }
@@ -57,51 +55,35 @@ class Lease:
     self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
 
   def take(self, *, locked: bool) -> None:
-    """Writes the lease, and renews it from now on.
+    """Writes the lease, once whoever holds it is dead; renews it from now on.
 
-    Args:
-      locked: this process has the machine's lock, so that whoever held a lease
-        on this machine is dead.
-
-    Raises:
-      UsageError: if a run on another machine holds it.
+    That is so at once if it was on this machine, and we have the lock.
     """
-    found = self._read()
-    here = all(found.get(name) == self._entry[name] for name in ('host', 'boot'))
-    if not (locked and here):
-      self._wait_for(found)
-    self._write()
-    self._thread.start()
-
-  def _wait_for(self, first: dict[str, Any]) -> None:
-    """Returns once the lease that was found has expired."""
-    found, told = first, False
-    while found and (age := self._age()) < EXPIRY:
+    found = first = self._read()
+    here = all(found.get(name) == self._entry[name] for name in ('host', 'machine'))
+    while found and not (locked and here) and (age := self._age()) < EXPIRY:
       holder = f'process {found.get("pid")} on {found.get("host")}'
-      if found != first:
+      if found != first:  # it is alive
         raise UsageError(
           f'another run is training in {self._path.parent}: {holder}, last seen {age:.0f} s ago: '
           'wait for it, stop it, or use another model_dir'
         )
-      if not told:
-        log.warning(
-          '%s is held by %s, last seen %.0f s ago: taken over if nothing is heard for %.0f s more',
-          *(self._path.parent, holder, age, EXPIRY - age),
-        )
-        told = True
-      time.sleep(RENEWAL / 10)
+      log.warning('%s is held by %s, last seen %.0f s ago: waiting', self._path, holder, age)
+      time.sleep(RENEWAL / 2)
       found = self._read()
+    self._write()
+    self._thread.start()
 
   def _age(self) -> float:
     """Seconds since the lease was renewed, by the file system's clock."""
     probe = self._path.parent / f'{LEASE_FILE}.{self._entry["token"][:8]}'
-    retried(probe, lambda: probe.write_text(''))
-    now = _changed(probe)
-    probe.unlink()
+    retried(probe, probe.write_text, 'what time is it?')
     try:
-      return now - _changed(self._path)
+      return _changed(probe) - _changed(self._path)
     except FileNotFoundError:
       return EXPIRY
+    finally:
+      probe.unlink()
 
   def _read(self) -> dict[str, Any]:
     """Returns what the lease says; {} if there is none."""
@@ -121,11 +103,10 @@ class Lease:
       try:
         self.check()
         self._write()
-      except LeaseLostError as error:
-        log.error('%s', error)
-        return
-      except OSError as error:
-        log.warning('%s was not renewed: %s', self._path, error.strerror)
+      except LeaseLostError:
+        return  # `check` tells the run
+      except Exception as error:
+        log.warning('%s was not renewed: %s', self._path, error)
 
   def check(self) -> None:
     """Raises LeaseLostError if another run has taken the directory over."""
@@ -146,28 +127,17 @@ class Lease:
 
 @contextlib.contextmanager
 def lock(model_dir: str) -> Iterator[Lease]:
-  """Keeps a second run out of a directory while this one works there.
-
-  Yields:
-    The lease; to be checked before something is written that matters.
+  """Keeps a second run out of a directory; yields the lease, to be checked.
 
   Raises:
     UsageError: if another process holds the directory.
   """
   epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
-    locked = '://' not in model_dir and _lock_here(model_dir, stack)
     lease = Lease(model_dir)
-    lease.take(locked=locked)
+    lease.take(locked='://' not in model_dir and _lock_here(model_dir, stack))
     stack.callback(lease.release)
     yield lease
-
-
-def _boot_id() -> str:
-  """Tells machines apart that have the same name, as containers do."""
-  with contextlib.suppress(OSError), open('/proc/sys/kernel/random/boot_id') as file:
-    return file.read().strip()
-  return ''
 
 
 def _changed(path: epath.Path) -> float:
@@ -177,11 +147,7 @@ def _changed(path: epath.Path) -> float:
 
 
 def _lock_here(model_dir: str, stack: contextlib.ExitStack) -> bool:
-  """Takes the operating system's lock; it ends with the process.
-
-  Returns:
-    False where the file system has no locks.
-  """
+  """Takes the operating system's lock; False where the file system has none."""
   import fcntl
 
   file = stack.enter_context(open(os.path.join(model_dir, _LOCK_FILE), 'w'))

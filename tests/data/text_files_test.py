@@ -60,3 +60,14 @@ def test_total_bytes(tmp_path):
   packed = write(tmp_path / 'x.txt.gz', 'x' * 100)
   size = (tmp_path / 'x.txt.gz').stat().st_size
   assert text_files.total_bytes([plain, packed]) == 100 + 4 * size
+
+
+@pytest.mark.parametrize('folder', ['a[1]', 'what?', 'x*y', 'a b'])
+def test_folders_whose_names_look_like_patterns(tmp_path, folder):
+  (tmp_path / folder / 'in').mkdir(parents=True)
+  (tmp_path / 'a1').mkdir()
+  files = [tmp_path / folder / 'in' / name for name in ('1.txt', '2.txt')]
+  for file in (*files, tmp_path / 'a1' / '3.txt'):
+    file.write_text('x\n')
+  for pattern in ('in/*.txt', '*/?.txt', 'in/[12].txt'):
+    assert text_files.expand(f'{tmp_path / folder}/{pattern}') == list(map(str, files))

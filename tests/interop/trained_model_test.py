@@ -54,3 +54,10 @@ def test_unknown_fields_and_no_vocabulary(folders, tmp_path):
   with pytest.raises(UsageError, match='does not say what its vocabulary is'):
     trained_model.open_model(str(tmp_path / 'ids'))
   del model
+
+
+def test_the_embedding_must_have_a_row_for_every_id():
+  trained_model.check_vocabulary(tiny_run.model(vocab_size=384), tiny_run.VOCABULARY)
+  official = t5x_lite.VocabularyConfig()
+  with pytest.raises(UsageError, match='raise vocab_size to 32128'):
+    trained_model.check_vocabulary(tiny_run.model(vocab_size=32000), official)

@@ -1,7 +1,6 @@
 import pytest
 
 from t5x_lite.data.tasks import catalog
-from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import start_checks
 from tests import tiny_run
@@ -30,13 +29,6 @@ def test_names_of_the_catalog_get_the_models_vocabulary():
 def test_data_must_fit_the_model(data, cfg, message):
   with pytest.raises(UsageError, match=message):
     start_checks.resolve_dataset(tiny_run.dataset(**data), tiny_run.model(**cfg), BYTES)
-
-
-def test_the_embedding_must_have_a_row_for_every_id():
-  start_checks.check_model(tiny_run.model(vocab_size=384), BYTES)
-  official = VocabularyConfig()
-  with pytest.raises(UsageError, match='raise vocab_size to 32128'):
-    start_checks.check_model(tiny_run.model(vocab_size=32000), official)
 
 
 def test_a_run_needs_a_directory(tmp_path):

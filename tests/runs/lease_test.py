@@ -50,7 +50,7 @@ def hold(directory, host):
 
 def write_foreign(directory, **fields):
   directory.mkdir(parents=True, exist_ok=True)
-  entry = {'host': 'node-7', 'boot': 'b', 'pid': 4711, 'token': 't', 'time': time.time(), **fields}
+  entry = {'host': 'node-7', 'machine': 7, 'pid': 4711, 'token': 't', 'time': time.time(), **fields}
   (directory / '.lease.new').write_text(json.dumps(entry))
   (directory / '.lease.new').rename(directory / '.lease')
 
@@ -102,7 +102,7 @@ def test_a_dead_machines_lease_is_taken_over_when_it_has_expired(tmp_path, naps,
   with lease.lock(str(tmp_path)) as held:
     held.check()
     assert json.loads((tmp_path / '.lease').read_text())['pid'] == os.getpid()
-  assert naps and 'is held by process' in caplog.text and 'node-7' in caplog.text
+  assert naps and f'is held by process {process.pid} on node-7' in caplog.text
 
 
 def test_an_old_lease_costs_no_wait(tmp_path, naps):

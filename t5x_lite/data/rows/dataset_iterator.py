@@ -326,7 +326,7 @@ def _file_stem(index: int, count: int) -> str:
 
 def _saved_process_count(directory: epath.Path) -> int:
   """Returns the process count of the position saved in a directory."""
-  names = [path.name for path in directory.glob('process_0-of-*.json')]
+  names = [path.name for path in directory.iterdir()]
   counts = [re.fullmatch(r'process_0-of-(\d+)\.json', name) for name in names]
   counts = [int(match[1]) for match in counts if match]
   if len(counts) != 1:
