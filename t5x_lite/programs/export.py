@@ -26,7 +26,7 @@ from t5x_lite.interop import trained_model
 from t5x_lite.models import t5
 from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.placement import single_device
-from t5x_lite.runs import run_directory
+from t5x_lite.runs import files
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def export(
 
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
-      T5X, or the name of a model on the hub.
+      T5X, or the NAME@REVISION of a model on the hub.
     destination: the directory to write; it must not exist yet.
     to: 'jax' (StableHLO by jax.export, with load_exported.py, which needs jax alone), or
       'saved_model' (TensorFlow's, text in, text out; loading it needs tensorflow_text).
@@ -161,7 +161,7 @@ def _write_stablehlo(
       file = f'{name}_{length}.stablehlo'
       (work / file).write_bytes(bytes(exported.serialize()))
       entries.append({'function': name, 'input_length': length, 'file': file})
-  run_directory.write_json(
+  files.write_json(
     work / MANIFEST,
     {
       'functions': entries,

@@ -61,7 +61,7 @@ def serve(
 
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
-      T5X, or the name of a model on the hub.
+      T5X, or the NAME@REVISION of a model on the hub.
     name: what clients call it; the folder's name by default.
     host: address to listen on; loopback by default, '0.0.0.0' for all.
     port: 0 takes any that is free.

@@ -214,6 +214,7 @@ def uses(rows, model):
     'infer': infer(model, rows),
     'finetune': finetune(model, rows),
     'convert': ('convert', model, 'converted'),
+    'export': ('export', model, 'exported', '--target_length', 8),
     'eval': (
       *('eval', '--gin_file=configs/runs/eval.gin', f'--gin.MODEL_DIR={model}', *task),
       *('--output', 'evaluated'),
@@ -222,7 +223,7 @@ def uses(rows, model):
   }
 
 
-USES = ('infer', 'finetune', 'convert', 'eval', 'train')
+USES = ('infer', 'finetune', 'convert', 'export', 'eval', 'train')
 
 
 @pytest.mark.parametrize('use', USES)
@@ -281,6 +282,7 @@ def test_an_output_that_cannot_be_written(model, rows, refused, read_only, tmp_p
     'infer': (*infer(model, rows)[:-1], f'{out}.jsonl'),
     'finetune': (*finetune(model, rows), '--output', out),
     'convert': ('convert', model, out),
+    'export': ('export', model, out, '--target_length', 8, '--input_lengths', 8),
     'eval': (*uses(rows, model)['eval'], '--output', out),
     'train': (*uses(rows, model)['train'], f'--model_dir={out}'),
     'report': ('report', tmp_path / 'run', '--output', f'{out}.html'),
