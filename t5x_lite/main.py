@@ -285,6 +285,9 @@ def _run(argv: Sequence[str]) -> int:
   flags = [parameter.name for parameter in command.parameters()]
   given = {name: getattr(args, name) for name in flags}
   given = {name: value for name, value in given.items() if value is not None}
+  for name, value in given.items():
+    if re.match(r"(\['?)?(https?|ftp)://", str(value)):
+      raise UsageError(f'--{name} {value}: nothing is read from the network, download it first')
 
   if command.computes:
     host_memory.keep_freed_memory()  # before a thread is started

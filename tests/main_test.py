@@ -14,6 +14,7 @@ from etils import epath
 from t5x_lite import main as main_lib
 from t5x_lite.main import Command, main
 from t5x_lite.parallel import distributed
+from t5x_lite.runs import files
 
 TOY = """
 from t5x_lite.errors import UsageError
@@ -120,6 +121,7 @@ def test_a_dry_run_writes_nothing(toy):
     (['toy', 'a', '--gin.run.times=two'], 'must be of type int'),
     (['toy', 'a', '--gin_file=no.gin'], "no gin file 'no.gin'"),
     (['toy', 'usage'], 'text is usage'),
+    (['toy', 'https://x.org/a'], 'nothing is read from the network'),
     (['toy', 'a', '--process_index=1'], 'give all of coordinator_address'),
     (['train'], 'required settings are missing'),
     (['train', '--gin_file=configs/runs/pretrain.gin'], 'MODEL_DIR=...'),
@@ -258,13 +260,13 @@ def test_completion_in_a_real_bash(capfd, tmp_path):
   if bash is None:
     pytest.skip('no bash here')
   assert main(['completion', 'bash']) == 0
-  (tmp_path / 'script').write_text(capfd.readouterr().out)
+  (tmp_path / 'complete.sh').write_text(capfd.readouterr().out)
   (tmp_path / 'lines.txt').write_text('')
 
   def complete(*words):
     quoted = ' '.join(f"'{word}'" for word in words)
     code = (
-      f'source script; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; '
+      f'source ./complete.sh; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; '
       '_shtab_t5x_lite; printf "%s\\n" "${COMPREPLY[@]}"'
     )
     found = subprocess.run([bash, '-c', code], capture_output=True, text=True, cwd=tmp_path)
@@ -286,6 +288,7 @@ def test_a_file_system_that_refuses_is_no_bug(toy, capfd, monkeypatch, code, exi
     raise error
 
   monkeypatch.setattr(epath.Path, 'write_text', refuse)
+  monkeypatch.setattr(files.time, 'sleep', lambda _: None)
   assert main(['toy', 'ab', '--gin.run.times=3']) == exit_code
   [line] = capfd.readouterr().err.splitlines()
   assert line == f't5x-lite: {error.strerror}: some/file'

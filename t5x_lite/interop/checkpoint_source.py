@@ -77,6 +77,8 @@ def open_source(path: str) -> Source:
   Raises:
     UsageError: if nothing there can be read.
   """
+  if re.match(r'(https?|ftp)://', path):
+    raise UsageError(f'{path} does not exist: models come from disks, buckets and NAMEs of the hub')
   place = epath.Path(path)
   if not place.exists():
     place = epath.Path(_from_hub(path))
@@ -106,12 +108,13 @@ def _from_hub(name: str) -> str:
   missing = f'{name} is no local folder, and as the name of a model on the hub it cannot be fetched'
   try:
     import huggingface_hub
+    from huggingface_hub import constants
   except ImportError as error:
     raise UsageError(
       f'{missing}: huggingface_hub is not installed (pip install t5x_lite[hf])'
     ) from error
-  if not huggingface_hub.constants.ENDPOINT.startswith('https://'):
-    raise UsageError(f'{missing}: HF_ENDPOINT is {huggingface_hub.constants.ENDPOINT}, not https')
+  if not constants.ENDPOINT.startswith('https://'):
+    raise UsageError(f'{missing}: HF_ENDPOINT is {constants.ENDPOINT}, not https')
   try:
     folder = huggingface_hub.snapshot_download(
       name,

@@ -101,7 +101,7 @@ def test_a_revision_of_the_hub_and_https_alone(monkeypatch, tmp_path):
   for name in ('someone/tiny@', 'tiny@main', 'http://x/y', 'https://x.org/a/b', 'a/b/c@main'):
     with pytest.raises(errors.UsageError, match='does not exist'):
       checkpoint_source.open_source(name)
-  monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', 'http://mirror.example')
+  monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://mirror.example')
   with pytest.raises(errors.UsageError, match=r'HF_ENDPOINT is http://mirror\.example, not https'):
     checkpoint_source.open_source('someone/tiny')
   assert len(asked) == 4

@@ -101,9 +101,9 @@ def store(tmp_path, monkeypatch):
   assert not [name for name in os.listdir(tmp_path) if name.startswith('gs:')]
 
 
-@pytest.fixture(params=[0, 2], ids=['works', 'fails_now_and_then'])
+@pytest.fixture(params=[0, 3], ids=['works', 'fails_now_and_then'])
 def shaky(store, request, monkeypatch):
-  """The store, and again where every second write fails at first."""
+  """The store, and again where every third write fails at first."""
   monkeypatch.setattr(files.time, 'sleep', lambda _: None)
   store.failing = request.param
   return store
