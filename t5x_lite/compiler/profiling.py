@@ -9,6 +9,7 @@ Source: https://docs.jax.dev/en/latest/profiling.html.
 """
 
 import collections
+import glob
 import os
 import re
 from collections.abc import Iterator
@@ -88,7 +89,8 @@ def summarize(directory: str, hlo_text: str, *, num_steps: int) -> str:
     hlo_text: of the program that was traced.
     num_steps: in the trace.
   """
-  (path,) = sorted(epath.Path(directory).glob('plugins/profile/*/*.xplane.pb'))[-1:]
+  root = epath.Path(glob.escape(directory))  # its own name is no pattern
+  (path,) = sorted(root.glob('plugins/profile/*/*.xplane.pb'))[-1:]
   data = jax.profiler.ProfileData.from_serialized_xspace(path.read_bytes())
   kinds = operation_kinds(hlo_text)
   ops: collections.Counter[str] = collections.Counter()
