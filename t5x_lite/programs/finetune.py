@@ -8,6 +8,7 @@ checkpoint, and exports it. Every phase continues where it was killed.
   OUTPUT/finetune.json    what was chosen; OUTPUT/finetune.gin runs it again
   OUTPUT/evaluation/      metrics.json, and every prediction
   OUTPUT/export/          for transformers' from_pretrained; with a model card
+  OUTPUT/adapter/         of LoRA, adapters and prompts: what was trained alone
 """
 
 import dataclasses
@@ -27,9 +28,11 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.pairs import Columns, Pairs
 from t5x_lite.data.tasks import catalog, from_files
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import export, trained_model
 from t5x_lite.interop.trained_model import TrainedModel
+from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import convert, evaluate, finetune_plan, model_card, quickstart, start_checks
@@ -46,6 +49,7 @@ PLAN_FILE = 'finetune.json'
 GIN_FILE = 'finetune.gin'
 EXPORT = 'export'
 EVALUATION = 'evaluation'
+ADAPTER = 'adapter'
 BEST_METRIC = f'eval/{TASK}/loss'
 
 
@@ -64,6 +68,11 @@ def finetune(
   skip_bad_rows: bool = False,
   method: str = 'adafactor',
   learning_rate: float | None = None,
+  lora_rank: int | None = None,
+  lora_alpha: float | None = None,
+  lora_targets: Sequence[str] = (),
+  adapter_dim: int | None = None,
+  prompt_length: int | None = None,
   epochs: float | None = None,
   steps: int | None = None,
   batch_tokens: int | None = None,
@@ -108,9 +117,15 @@ def finetune(
     prefix: put before every input, with its space.
     skip_bad_rows: leave out rows without input or target, instead of refusing
       the file.
-    method: 'adafactor' or 'adamw'.
-    learning_rate: the highest; 0.001 for Adafactor, constant, and 0.0003 for
-      AdamW, falling, by default.
+    method: 'adafactor' or 'adamw' train all parameters, 'lora', 'adapters' and
+      'prompt' a few new ones; see `T5Config`.
+    learning_rate: the highest; by default 0.001 for Adafactor, LoRA and adapters,
+      0.0003 for AdamW, 0.3 for a prompt.
+    lora_rank: 8 by default.
+    lora_alpha: 32 by default.
+    lora_targets: matrices by name; query and value by default.
+    adapter_dim: inner dimension of adapters; 64 by default.
+    prompt_length: trained vectors; 100 by default.
     epochs: passes over the data; 3 by default, more if the file is small.
     steps: updates, instead of epochs.
     batch_tokens: of a batch, inputs and targets; by the data and device by
@@ -177,6 +192,15 @@ def finetune(
       f'{model} is of architecture={start.config.architecture!r}; fine-tuning '
       "on pairs needs 'encoder_decoder'"
     )
+  changes = finetune_plan.model_parts(
+    method,
+    start.config,
+    lora_rank=lora_rank,
+    lora_alpha=lora_alpha,
+    lora_targets=tuple(lora_targets),
+    adapter_dim=adapter_dim,
+    prompt_length=prompt_length,
+  )
   vocabulary = vocabularies.make_vocabulary(start.vocabulary)
   lengths = finetune_plan.measure(parts['train'], vocabulary)
   plan = finetune_plan.make_plan(
@@ -198,7 +222,7 @@ def finetune(
     plan = dataclasses.replace(plan, dtype=dtype)
   prints = {name: part.fingerprint() for name, part in parts.items()}
   plan = _same_plan(output, plan, prints, total_steps=steps)
-  can_export = export_hf and _can_export(start)
+  can_export = export_hf and _can_export(start.config.replace(**changes), start.vocabulary)
 
   # ---- Say what will happen ----
   if distributed.is_primary():
@@ -218,6 +242,7 @@ def finetune(
     'skip_bad_rows': skip_bad_rows,
     'method': method,
     'learning_rate': plan.learning_rate,
+    **{name: list(x) if isinstance(x, tuple) else x for name, x in changes.items()},
     'steps': plan.total_steps,
     'batch_tokens': plan.batch_size * sum(plan.row_lengths.values()),
     'pack': plan.pack,
@@ -259,6 +284,7 @@ def finetune(
         'dtype': plan.dtype,
         'dropout_rate': dropout_rate,
         'scan_layers': start.config.scan_layers,
+        **changes,
       },
       checkpoint=CheckpointConfig(
         restore_path=model,
@@ -299,9 +325,10 @@ def finetune(
   # ---- Export, and tell ----
   if distributed.is_primary():
     if can_export:
-      results['export'] = _export(
-        best, output, card=_card(start, parts, plan, settings, results, lengths)
-      )
+      card = _card(start, parts, plan, settings, results, lengths)
+      results['export'] = _export(best, output, EXPORT, to='hf', card=card)
+    if changes:
+      results['adapter'] = _export(best, output, ADAPTER, to=finetune_plan.ALONE[method])
     run_directory.write_json(epath.Path(output) / 'results.json', results)
     quickstart.show_predictions(os.path.join(output, EVALUATION), [TASK], num_shown)
     print(summary(results, output, best))
@@ -420,26 +447,27 @@ def best_step(output: str) -> int:
   return min(losses, key=lambda step: losses[step])
 
 
-def _can_export(start: TrainedModel) -> bool:
+def _can_export(config: T5Config, vocabulary: VocabularyConfig) -> bool:
   """Whether transformers has such a model; says so if not."""
   try:
-    export.check_target(start.config, 'hf', start.vocabulary)
+    export.check_target(config, 'hf', vocabulary)
   except UsageError as error:
     log.warning('there will be no export for transformers: %s', error)
     return False
   return True
 
 
-def _export(best: str, output: str, *, card: str) -> str:
-  """Writes OUTPUT/export anew, the old one being there until it is whole."""
-  target = epath.Path(output) / EXPORT
-  new = epath.Path(output) / f'.{EXPORT}.new'
-  old = epath.Path(output) / f'.{EXPORT}.old'
+def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> str:
+  """Writes OUTPUT/NAME anew, the old one being there until it is whole."""
+  target = epath.Path(output) / name
+  new = epath.Path(output) / f'.{name}.new'
+  old = epath.Path(output) / f'.{name}.old'
   for leftover in (new, old):
     if leftover.exists():
       leftover.rmtree()
-  convert.convert(source=best, destination=os.fspath(new), to='hf')
-  (new / 'README.md').write_text(card)
+  convert.convert(source=best, destination=os.fspath(new), to=to)
+  if card:
+    (new / 'README.md').write_text(card)
   if target.exists():
     target.rename(old)
   new.rename(target)
@@ -456,12 +484,15 @@ def _card(
   results: dict[str, Any],
   lengths: finetune_plan.Lengths,
 ) -> str:
+  method = settings['method']
+  if method == 'lora':
+    method = f'LoRA of rank {settings["lora_rank"]}, merged into the weights'
   return model_card.card(
     base=start.path,
     config=start.config,
     parts={name: len(part) for name, part in parts.items()},
     columns=parts['train'].fields,
-    table=finetune_plan.describe(plan, lengths, method=settings['method']),
+    table=finetune_plan.describe(plan, lengths, method=method),
     results=results,
     example=parts['train'].inputs[0],
     max_new_tokens=plan.target_length,
@@ -478,6 +509,8 @@ def summary(results: dict[str, Any], output: str, best: str) -> str:
   if 'export' in results:
     place = f'{output}/{EXPORT}'
     lines.append(f'transformers: AutoModelForSeq2SeqLM.from_pretrained({place!r})')
+  if 'adapter' in results:
+    lines.append(f'on any base:  t5x_lite.load(BASE, adapter={output + "/" + ADAPTER!r})')
   lines += [
     f'predict:      {run} infer --model {shlex.quote(best)} --input FILE --output OUT.jsonl',
     f'look at it:   {run} report {shlex.quote(output)}',
