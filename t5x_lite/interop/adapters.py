@@ -38,7 +38,8 @@ _PEFT_OTHER = (
 ).split()
 
 
-# ---- LoRA into its base ------------------------------------------------------
+def _is_lora(name: str) -> bool:
+  return name.endswith(('/lora_a', '/lora_b'))
 
 
 def merge_lora(tensors: Tensors, cfg: T5Config) -> tuple[dict[str, Tensor], T5Config]:
@@ -52,7 +53,7 @@ def merge_lora(tensors: Tensors, cfg: T5Config) -> tuple[dict[str, Tensor], T5Co
   scale = np.float32(cfg.lora_alpha / cfg.lora_rank)
   result = {}
   for name, tensor in tensors.items():
-    if re.search(r'/lora_[ab]$', name):
+    if _is_lora(name):
       continue
     stem = name.removesuffix('kernel')
     if f'{stem}lora_a' in tensors:
@@ -65,11 +66,9 @@ def merge_lora(tensors: Tensors, cfg: T5Config) -> tuple[dict[str, Tensor], T5Co
 def _merged(kernel: Tensor, a: Tensor, b: Tensor, scale: np.float32) -> Callable[..., np.ndarray]:
   def fetch(index):
     rows, columns = index or (slice(None), slice(None))
-    w, a_DR, b_RF = (
-      x.astype(np.float32)
-      for x in (kernel.read(index), a.read((rows, slice(None))), b.read((slice(None), columns)))
-    )
-    return w + scale * (a_DR @ b_RF)
+    a_DR, b_RF = a.read((rows, slice(None))), b.read((slice(None), columns))
+    added = a_DR.astype(np.float32) @ b_RF.astype(np.float32)
+    return kernel.read(index).astype(np.float32) + scale * added
 
   return fetch
 
@@ -105,13 +104,13 @@ def write_alone(
   """Writes what a method trains; of adapters that is the norms too.
 
   Args:
-    directory: exists, and is empty.
+    directory: as the rest, see `hf_export.write`.
     tensors: of the whole model, by canonical name.
     cfg: the model, checked by `check_methods`.
     to: one of FORMATS.
     dtype: of the numbers on disk.
     origin: where it comes from, for the record.
-    progress: called with each tensor's name once it is written.
+    progress: called with each name.
   """
   pattern = transfer.trained_pattern(tensors)
   assert pattern is not None
@@ -132,12 +131,8 @@ def write_alone(
 def _lora_names(cfg: T5Config) -> dict[str, str]:
   """Returns {a name of an unshared model: the model's own} of all of LoRA."""
   own = tensor_names.shapes(cfg)
-  names = [
-    name
-    for name in tensor_names.shapes(cfg.replace(share_encoder_decoder=False))
-    if re.search(r'/lora_[ab]$', name)
-  ]
-  return {name: name if name in own else tensor_names.lender(name) or '' for name in names}
+  names = tensor_names.shapes(cfg.replace(share_encoder_decoder=False))
+  return {n: n if n in own else tensor_names.lender(n) or '' for n in names if _is_lora(n)}
 
 
 def _peft_name(name: str) -> str:

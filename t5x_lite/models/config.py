@@ -153,20 +153,19 @@ class T5Config:
 
   def _check_transfer(self) -> None:
     """Checks what transfer methods add, and fills in defaults."""
-    for name in ('lora_rank', 'adapter_dim', 'prompt_length'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise UsageError(f'T5Config.{name} is {value}; it must be at least 1, or None for none.')
-    for name, needed in (
-      ('lora_alpha', 'lora_rank'),
-      ('lora_targets', 'lora_rank'),
-      ('adapter_places', 'adapter_dim'),
+    for size, more in (
+      ('lora_rank', ('lora_alpha', 'lora_targets')),
+      ('adapter_dim', ('adapter_places',)),
+      ('prompt_length', ()),
     ):
-      value = getattr(self, name)
-      if getattr(self, needed) is None and value not in (None, ()):
-        raise UsageError(f'T5Config.{name} is {value!r}, but {needed} is None: set it too.')
-    mlp = ('wi',) if len(self.mlp_activations) == 1 else ('wi_0', 'wi_1', 'wi_2')
-    matrices = ('query', 'key', 'value', 'out', *mlp[: len(self.mlp_activations)], 'wo')
+      value = getattr(self, size)
+      if value is not None and value < 1:
+        raise UsageError(f'T5Config.{size} is {value}; it must be at least 1, or None for none.')
+      if value is None and (alone := [name for name in more if getattr(self, name)]):
+        raise UsageError(f'T5Config.{alone[0]} is set, but {size} is None: set it too.')
+    gated = len(self.mlp_activations) > 1
+    mlp = [f'wi_{i}' for i in range(len(self.mlp_activations))] if gated else ['wi']
+    matrices = ('query', 'key', 'value', 'out', *mlp, 'wo')
     for field, allowed, what in (
       ('lora_targets', matrices, 'matrices'),
       ('adapter_places', ADAPTER_PLACES, 'blocks'),

@@ -203,9 +203,8 @@ class Attention(nnx.Module):
     self.query = project('query', query_init)
     self.key = project('key')
     self.value = project('value')
-    self.out = Linear(
-      (J, D), ('joined_kv', 'embed'), cfg, init=ATTENTION_INIT, name='out', rngs=rngs
-    )
+    out_axes = ('joined_kv', 'embed')
+    self.out = Linear((J, D), out_axes, cfg, init=ATTENTION_INIT, name='out', rngs=rngs)
 
   def _heads(self, x_BLJ: jax.Array) -> jax.Array:
     B, L, _ = x_BLJ.shape

@@ -163,9 +163,8 @@ class T5(nnx.Module):
   def _embed(self, tokens_BL, key, prompt_PD=None) -> jax.Array:
     x_BLD = self.token_embedder(tokens_BL)
     if prompt_PD is not None:
-      prompt_BPD = jnp.broadcast_to(
-        prompt_PD.astype(x_BLD.dtype), (x_BLD.shape[0], *prompt_PD.shape)
-      )
+      shape = (x_BLD.shape[0], *prompt_PD.shape)
+      prompt_BPD = jnp.broadcast_to(prompt_PD.astype(x_BLD.dtype), shape)
       x_BLD = jnp.concatenate([prompt_BPD, x_BLD], axis=1)
     x_BLD = layers.dropout(x_BLD, self.cfg.dropout_rate, key)
     return constrain(x_BLD, 'batch', 'length', 'embed')

@@ -259,8 +259,8 @@ def make_optimizer(method: str, plan: Plan) -> OptimizerConfig:
     schedule = ScheduleConfig(
       shape='constant', base_learning_rate=plan.learning_rate, warmup_steps=0
     )
-    kwargs = {'multiply_by_parameter_scale': False, 'weight_decay_rate': 1e-5}
-    kwargs = kwargs if method == 'prompt' else {}
+    lester = {'multiply_by_parameter_scale': False, 'weight_decay_rate': 1e-5}
+    kwargs = lester if method == 'prompt' else {}
     return OptimizerConfig(name='adafactor', schedule=schedule, kwargs=kwargs)
   schedule = ScheduleConfig(
     shape='linear', base_learning_rate=plan.learning_rate, warmup_steps=warmup

@@ -205,9 +205,8 @@ def make_optimizer(
     labels = jax.tree.map(lambda trained: 'trained' if trained else 'frozen', mask)
     tx = optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
   if config.unfreeze_every is not None:
-    tx = unfreeze_gradually(
-      tx, config.unfreeze_every, params, axes, opt_state_axes(tx, params, axes)
-    )
+    state_axes = opt_state_axes(tx, params, axes)
+    tx = unfreeze_gradually(tx, config.unfreeze_every, params, axes, state_axes)
   return tx
 
 
@@ -239,9 +238,7 @@ def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
   leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   names = [pytrees.path_name(path) for path, _ in leaves]
   pattern = config.trainable
-  if pattern is None:
-    pattern = transfer.trained_pattern(names)
-  if pattern is None:
+  if pattern is None and (pattern := transfer.trained_pattern(names)) is None:
     return None
   mask = _map_paths(lambda name: bool(re.search(pattern, name)), params)
   if not any(jax.tree.leaves(mask)):

@@ -22,9 +22,8 @@ class UnfreezingState(NamedTuple):
 
   Attributes:
     count: updates made.
-    inner: the optimizer's state, made for all parameters at the start. What it
-      keeps of a frozen layer stays as it was made; what it keeps of none, such
-      as a count, goes on.
+    inner: the optimizer's state, made for all parameters at the start. That of a
+      frozen layer stays as it was made; that of none, such as a count, goes on.
   """
 
   count: jax.Array
@@ -43,7 +42,7 @@ def unfreeze_gradually(
     tx: any transform.
     every: updates after which one more layer trains.
     params: the parameters or their shapes.
-    axes: logical axes of each parameter.
+    axes: logical axes of each.
     state_axes: logical axes of tx's state.
   """
   tx = optax.with_extra_args_support(tx)
