@@ -188,8 +188,8 @@ def lora(start, table, tmp_path_factory):
 def test_lora_ends_in_a_plain_model_and_an_adapter(lora, start):
   transformers = pytest.importorskip('transformers')
   peft = pytest.importorskip('peft')
-  output, _, _ = lora
-  ours = t5x_lite.load(str(output))
+  output, _, results = lora
+  ours = t5x_lite.load(str(output / 'checkpoints' / str(results['step'])))
   plain = t5x_lite.load(start)
   for name, x in pytrees.flatten_names(plain.params).items():
     kept = pytrees.flatten_names(ours.params)[name]
