@@ -46,8 +46,7 @@ def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: in
 def train_step_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
   """Returns the FLOPs of one training step: the backward pass costs two.
 
-  One where a transfer method freezes the rest: there is no gradient of it. Its
-  own few FLOPs are not counted.
+  One where a method trains few parameters, whose own FLOPs are not counted.
   """
   return (2 if transfer.fields(config) else 3) * forward_flops(
     config, batch_size=batch_size, inputs=inputs, targets=targets

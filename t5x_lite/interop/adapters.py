@@ -1,8 +1,7 @@
 """What a transfer method trained, without its base: merged, written, read.
 
-An adapter folder holds a few small tensors and loads onto any base of the same
-shape. Ours is adapter.json and adapter.safetensors, by canonical names; LoRA
-also in PEFT's format, adapter_config.json and adapter_model.safetensors.
+An adapter folder loads onto any base of the same shape. Ours has canonical
+names; LoRA is also written and read in PEFT's format.
 
 Source of the latter: peft/tuners/lora (config.py, model.py), PEFT 0.21.
 """
@@ -88,9 +87,6 @@ def check_methods(cfg: T5Config, to: str) -> None:
       )
 
 
-# ---- Writing and reading -----------------------------------------------------
-
-
 def write_alone(
   directory: epath.Path,
   *,
@@ -161,7 +157,7 @@ def put_on(source: Source, path: str) -> Source:
 
   Args:
     source: a model without LoRA, adapters or prompt, of any format.
-    path: a folder that `write` wrote, or PEFT.
+    path: a folder that `write_alone` wrote, or PEFT.
 
   Raises:
     UsageError: if there is no adapter, or it is for another model.

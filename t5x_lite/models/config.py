@@ -52,18 +52,15 @@ class T5Config:
       causal or prefix language model).
     share_encoder_decoder: encoder and decoder layers are the same parameters
       (Raffel et al. 2020, Table 2, 'Enc-dec, shared').
-    lora_rank: rank of what LoRA adds to matrices (Hu et al. 2021); None adds
-      nothing. Where one of the next three fields is set, the rest of the model
-      is frozen, unless OptimizerConfig.trainable says otherwise.
-    adapter_dim: inner dimension of adapters, dense-ReLU-dense blocks with a
-      skip connection (Raffel et al. 2020, 3.5.1; Houlsby et al. 2019); None
-      adds none. The norms train with them.
-    prompt_length: trained vectors before the encoder's input (Lester et al.
-      2021); None adds none.
+    lora_rank: rank of what LoRA adds to matrices; None adds nothing. With this
+      or one of the next two, the rest of the model is frozen, unless
+      OptimizerConfig.trainable says otherwise.
+    adapter_dim: inner dimension of adapters (Raffel et al. 2020, 3.5.1), with
+      which the norms train; None adds none.
+    prompt_length: trained vectors before the encoder's input; None adds none.
     lora_alpha: LoRA is scaled by lora_alpha / lora_rank; 1 by default.
-    lora_targets: names of the matrices, wherever they are: 'query', 'key',
-      'value', 'out', 'wi' or 'wi_0', 'wi_1', and 'wo'. Query and value by
-      default.
+    lora_targets: matrices by name: 'query', 'key', 'value', 'out', 'wi' or
+      'wi_0', 'wi_1', and 'wo'. Query and value by default.
     adapter_places: after which blocks adapters stand, before the residual is
       added: 'attention' (cross-attention too), 'mlp'; both by default.
     pad_id: the token id of padding.

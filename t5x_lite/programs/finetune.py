@@ -50,6 +50,15 @@ GIN_FILE = 'finetune.gin'
 EXPORT = 'export'
 EVALUATION = 'evaluation'
 ADAPTER = 'adapter'
+_COUNTS = (
+  'steps batch_tokens input_length target_length max_input_tokens max_target_tokens '
+  'patience eval_examples'
+).split()
+_FILES = ('train', 'validation', 'train_targets', 'validation_targets')
+# Of no use to a run that is made again, or replaced by what was chosen.
+_DROPPED = (
+  'epochs max_input_tokens max_target_tokens num_shown export_hf profile_steps mesh'.split()
+)
 BEST_METRIC = f'eval/{TASK}/loss'
 
 
@@ -160,17 +169,9 @@ def finetune(
       then.
   """
   # ---- What must fit together; nothing is written here ----
-  for name, count in (
-    ('steps', steps),
-    ('batch_tokens', batch_tokens),
-    ('input_length', input_length),
-    ('target_length', target_length),
-    ('max_input_tokens', max_input_tokens),
-    ('max_target_tokens', max_target_tokens),
-    ('patience', patience),
-    ('eval_examples', eval_examples),
-  ):
-    start_checks.check_positive(f'finetune.{name}', count)
+  given = dict(locals())
+  for name in _COUNTS:
+    start_checks.check_positive(f'finetune.{name}', given[name])
   if not 0.0 < holdout < 1.0:
     raise UsageError(f'finetune.holdout is {holdout}; it is a share, below 1')
   if learning_rate is not None and not 0.0 < learning_rate < math.inf:
@@ -192,15 +193,7 @@ def finetune(
       f'{model} is of architecture={start.config.architecture!r}; fine-tuning '
       "on pairs needs 'encoder_decoder'"
     )
-  changes = finetune_plan.model_parts(
-    method,
-    start.config,
-    lora_rank=lora_rank,
-    lora_alpha=lora_alpha,
-    lora_targets=tuple(lora_targets),
-    adapter_dim=adapter_dim,
-    prompt_length=prompt_length,
-  )
+  changes = finetune_plan.model_parts(method, start.config, given)
   vocabulary = vocabularies.make_vocabulary(start.vocabulary)
   lengths = finetune_plan.measure(parts['train'], vocabulary)
   plan = finetune_plan.make_plan(
@@ -228,36 +221,20 @@ def finetune(
   if distributed.is_primary():
     finetune_plan.show_plan(plan, lengths, parts, start, method, output)
     finetune_plan.show_examples(parts['train'], plan, vocabulary)
-  settings = {
-    'model': model,
-    'train': _listed(train),
-    'output': output,
-    'validation': _listed(validation),
-    'train_targets': _listed(train_targets),
-    'validation_targets': _listed(validation_targets),
-    'input_column': input_column,
-    'target_column': target_column,
-    'template': template,
-    'prefix': prefix,
-    'skip_bad_rows': skip_bad_rows,
-    'method': method,
+  settings = {name: value for name, value in given.items() if name not in _DROPPED}
+  settings |= {name: _listed(settings[name]) for name in settings if name in _FILES}
+  settings |= {
+    **changes,
     'learning_rate': plan.learning_rate,
-    **{name: list(x) if isinstance(x, tuple) else x for name, x in changes.items()},
     'steps': plan.total_steps,
     'batch_tokens': plan.batch_size * sum(plan.row_lengths.values()),
     'pack': plan.pack,
     'input_length': plan.input_length,
     'target_length': plan.target_length,
     'dtype': plan.dtype,
-    'dropout_rate': dropout_rate,
-    'holdout': holdout,
-    'patience': patience,
-    'eval_examples': eval_examples,
-    'metrics': list(plan.metrics),
-    'report_to': report_to,
-    'histogram_period': histogram_period,
-    'seed': seed,
+    'metrics': plan.metrics,
   }
+  settings = {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()}
 
   def write_plan(model_dir: str) -> None:
     """Writes what was chosen, beside config.json."""

@@ -224,20 +224,20 @@ def make_plan(
   )
 
 
-def model_parts(method: str, base: T5Config, **given: Any) -> dict[str, Any]:
+def model_parts(method: str, base: T5Config, given: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the fields of T5Config that a method sets; None and () are not given.
 
   Raises:
     UsageError: if a name is another method's, or base cannot have such parts.
   """
   parts = dict(PARTS.get(method, {}))
-  for name, value in given.items():
-    if value is None or value == ():
-      continue
-    if name not in parts:
-      owner = next(m for m, fields in PARTS.items() if name in fields)
-      raise UsageError(f'finetune.{name} is {value!r}, which is for --method {owner}: add that')
-    parts[name] = value
+  for owner, fields in PARTS.items():
+    for name in fields:
+      if given[name] in (None, (), []):
+        continue
+      if owner != method:
+        raise UsageError(f'finetune.{name} is set, which is for --method {owner}: add that')
+      parts[name] = given[name]
   tuned = base.replace(**parts)
   if transfer.fields(base) and (not parts or tuned != base):
     raise UsageError(

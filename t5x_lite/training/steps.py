@@ -47,13 +47,9 @@ def _microbatches(batch: Any, num: int) -> Any:
   return jax.tree.map(cut, batch)
 
 
-def _is_none(x: Any) -> bool:
-  return x is None
-
-
 def _filled(part: Any, whole: Any) -> Any:
   """Returns a tree with what it has None for taken from another one."""
-  return jax.tree.map(lambda p, w: w if p is None else p, part, whole, is_leaf=_is_none)
+  return jax.tree.map(lambda p, w: w if p is None else p, part, whole, is_leaf=lambda x: x is None)
 
 
 def make_train_step(
@@ -128,13 +124,12 @@ def make_train_step(
       updates, opt_state = tx.update(
         whole, state.opt_state, state.params, learning_rate=learning_rate
       )
-      updates = jax.tree.map(
-        lambda p, u: None if p is None else learning_rate.astype(u.dtype) * u,
-        trained,
-        updates,
-        is_leaf=_is_none,
-      )
-      params = _filled(optax.apply_updates(trained, updates), state.params)
+      updates = jax.tree.map(lambda u: learning_rate.astype(u.dtype) * u, updates)
+      params = optax.apply_updates(state.params, updates)
+      if trainable is not None:  # not even -0.0 + 0.0
+        params = jax.tree.map(
+          lambda new, old, train: new if train else old, params, state.params, trainable
+        )
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     if skip_nonfinite:
