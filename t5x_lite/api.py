@@ -55,8 +55,7 @@ def load(
     vocabulary: instead of the one that the folder names.
     assignment_map: see `interop.assignment.assign`.
     strict: likewise.
-    adapter: a folder with LoRA, adapters or a prompt to put on it, ours or
-      PEFT's.
+    adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on it.
     seed: of parameters that are drawn anew.
     **changes: fields of T5Config to change, such as dtype='bfloat16' to compute
       in, param_dtype='bfloat16' to keep, or architecture='encoder'.

@@ -94,7 +94,6 @@ def write_alone(
   cfg: T5Config,
   to: str,
   dtype: str,
-  origin: str = '',
   progress: Callable[[str], None] = lambda name: None,
 ) -> None:
   """Writes what a method trains; of adapters that is the norms too.
@@ -105,7 +104,6 @@ def write_alone(
     cfg: the model, checked by `check_methods`.
     to: one of FORMATS.
     dtype: of the numbers on disk.
-    origin: where it comes from, for the record.
     progress: called with each name.
   """
   pattern = transfer.trained_pattern(tensors)
@@ -113,7 +111,7 @@ def write_alone(
   kind = np.dtype(hf.DTYPES[hf.SHORT_DTYPES[dtype]])
   if to == 'adapter':
     found = {name: tensor for name, tensor in tensors.items() if re.search(pattern, name)}
-    entry = {'format': 1, 'from': origin, 'model': transfer.fields(cfg)}
+    entry = {'format': 1, 'model': transfer.fields(cfg)}
     file, config = WEIGHTS, CONFIG
   else:
     found = {_peft_name(n): tensors[ours].transposed() for n, ours in _lora_names(cfg).items()}

@@ -203,10 +203,7 @@ def _without_stack(name: str, source: Source, cfg: T5Config) -> bool:
 
 
 def _prompt(table: Tensor, cfg: T5Config, seed: int) -> Tensor:
-  """Returns a prompt of rows of the embedding, of the most frequent pieces.
-
-  Source: Lester et al. 2021, section 3.2; a vocabulary's first ids are those.
-  """
+  """Returns rows of the most frequent pieces, which come first (Lester et al. 2021, 3.2)."""
   assert cfg.prompt_length is not None
   count, population = cfg.prompt_length, min(5000, cfg.vocab_size)
   ids = np.random.default_rng(seed).choice(population, count, replace=count > population)

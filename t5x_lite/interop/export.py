@@ -80,7 +80,7 @@ def write(
   try:
     common = {'tensors': tensors, 'cfg': cfg, 'progress': _Progress()}
     if to in ADAPTERS:
-      write_alone(temporary, to=to, dtype=cfg.param_dtype, origin=origin, **common)
+      write_alone(temporary, to=to, dtype=cfg.param_dtype, **common)
     elif to == 'hf':
       hf_export.write(
         temporary, vocabulary=vocabulary, dtype=cfg.param_dtype, shard_bytes=shard_bytes, **common

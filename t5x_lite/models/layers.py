@@ -106,10 +106,7 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 class Linear(nnx.Module):
-  """A matrix without bias; with LoRA, y = x W + (alpha / rank) x A B.
-
-  B is 0 at first, so that the matrix begins as what it was (Hu et al. 2021, 4.1).
-  """
+  """A matrix without bias; with LoRA x W + (alpha / rank) x A B (Hu et al. 2021, 4.1)."""
 
   def __init__(self, shape, axes, cfg: T5Config, *, init=DENSE_INIT, name: str = '', rngs):
     self.dtype = cfg.dtype
@@ -133,10 +130,7 @@ class Linear(nnx.Module):
 
 
 class Adapter(nnx.Module):
-  """y + up(relu(down(y))), without biases like all of T5; up is 0 at first.
-
-  Sources: Raffel et al. 2020, section 3.5.1; Houlsby et al. 2019, section 2.1.
-  """
+  """y + up(relu(down(y))), without biases (Houlsby et al. 2019, 2.1); up is 0 at first."""
 
   def __init__(self, cfg: T5Config, *, rngs):
     D, A = cfg.emb_dim, cfg.adapter_dim

@@ -85,7 +85,6 @@ def convert(
   export.check_target(cfg, to)
   if merge and (cfg.lora_rank is None or to in export.ADAPTERS):
     raise UsageError(f'convert.merge is True, but there is no LoRA to merge on the way to {to!r}')
-  plain = not transfer.fields(cfg)
   if merge or to in ('hf', 't5x'):
     tensors, cfg = merge_lora(tensors, cfg)
   if dry_run:
@@ -94,7 +93,11 @@ def convert(
   for line in _remarks(opened, cfg, to):
     log.warning('%s', line)
   carried: adafactor_moments.Moments = {}
-  if optimizer_state and to in ('t5x_lite', 't5x') and plain and not assignment_map:
+  if (
+    optimizer_state
+    and to in ('t5x_lite', 't5x')
+    and not (transfer.fields(opened.config) or assignment_map)
+  ):
     carried = opened.read_moments()
   export.write(
     target,

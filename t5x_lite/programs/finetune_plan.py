@@ -27,8 +27,7 @@ log = logging.getLogger(__name__)
 
 # Learning rates: T5's for Adafactor (Raffel et al. 2020, 3.1.2), what is usual
 # for T5 with AdamW.
-# PEFT's for T5 with LoRA, the middle of Houlsby et al. 2019's for adapters;
-# Lester et al. 2021, section 3.2, for prompts.
+# PEFT's for LoRA, Houlsby et al.'s for adapters, Lester et al.'s for prompts.
 METHODS = {'adafactor': 1e-3, 'adamw': 3e-4, 'lora': 1e-3, 'adapters': 1e-3, 'prompt': 0.3}
 # What a method adds to the model, by T5Config's fields.
 PARTS: dict[str, dict[str, Any]] = {

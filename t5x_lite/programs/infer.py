@@ -65,8 +65,7 @@ def infer(
       the score being the prediction's log-probability; '-' is standard output.
       A file that is there already is refused, unless one of the last two
       arguments says what to do with it.
-    adapter: a folder with LoRA, adapters or a prompt to put on the model, ours
-      or PEFT's.
+    adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
     input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json',
       'parquet' or 'datasets'; 'auto' goes by the file's ending.
     field: name of the input's column or field, or its number from 0 where there

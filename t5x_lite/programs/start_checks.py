@@ -122,10 +122,7 @@ def resolve_dataset(
       f'model has {model.decoder_start_id}: make them equal'
     )
   if model.prompt_length is not None and dataset.has_segment_ids:
-    raise UsageError(
-      f'{name} is packed, but the model has prompt_length={model.prompt_length}, which needs '
-      'one example a row: set DatasetConfig.pack=False'
-    )
+    raise UsageError(f'{name} is packed, but a model with a prompt needs DatasetConfig.pack=False')
   dataset = dataclasses.replace(dataset, mixture_or_task_name=catalog.resolve(name, vocabulary))
   catalog.task_provider(dataset)
   return dataset

@@ -58,9 +58,8 @@ class OptimizerConfig:
       match is frozen: no update, no optimizer state, no part in the global
       norm. None trains all; of a model with LoRA, adapters or a prompt, those,
       and with adapters the norms.
-    unfreeze_every: updates after which one more layer trains, from the top of
-      encoder and decoder down; see training/unfreezing.py. None trains all
-      layers from the start.
+    unfreeze_every: updates after which one more layer trains, from the top down;
+      see training/unfreezing.py. None trains all from the start.
     b1: the optimizer's momentum, if not its default (Adafactor's beta1).
     b2: the optimizer's second-moment decay, if not its default.
     eps: the optimizer's epsilon, if not its default.
