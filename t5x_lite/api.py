@@ -20,7 +20,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import decoding_config
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import assignment, checkpoint_source, export, tensors
+from t5x_lite.interop import adapters, assignment, checkpoint_source, export, tensors
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -42,6 +42,7 @@ def load(
   vocabulary: VocabularyConfig | None = None,
   assignment_map: assignment.AssignmentMap = (),
   strict: bool = True,
+  adapter: str = '',
   seed: int = 0,
   **changes: Any,
 ) -> 'Model':
@@ -55,6 +56,7 @@ def load(
     vocabulary: instead of the one that the folder names.
     assignment_map: see `interop.assignment.assign`.
     strict: likewise.
+    adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on it.
     seed: of parameters that are drawn anew.
     **changes: fields of T5Config to change, such as dtype='bfloat16' to compute
       in, param_dtype='bfloat16' to keep, or architecture='encoder'.
@@ -63,6 +65,8 @@ def load(
     UsageError: if nothing there can be read, or it is another kind of model.
   """
   opened = checkpoint_source.open_source(path)
+  if adapter:
+    opened = adapters.put_on(opened, adapter)
   config = opened.config.replace(**changes)
   found, report = assignment.assign(
     opened, config, assignment_map=assignment_map, strict=strict, seed=seed
@@ -350,7 +354,7 @@ class Model:
     Args:
       directory: where to.
       format: 't5x_lite' (a run directory), 'hf' (for from_pretrained of
-        transformers) or 't5x'.
+        transformers), 't5x', 'adapter' or 'peft'; see `convert.convert`.
       dtype: of the numbers written; as they are in memory by default.
     """
     target = epath.Path(directory)

@@ -143,6 +143,15 @@ def test_finetuning_starts_from_a_checkpoint():
   assert (decoded.split, decoded.pack) == ('validation', False)
 
 
+def test_lora_is_finetuning_with_a_changed_model():
+  settings = {**REQUIRED, 'INITIAL_CHECKPOINT_PATH': '/tmp/old', 'LORA_RANK': '4'}
+  built = arguments(train.train, ['configs/runs/finetune_lora.gin'], settings)
+  model = T5Config().replace(**built['model_changes'])
+  assert (model.lora_rank, model.lora_alpha, model.dropout_rate) == (4, 32.0, 0.1)
+  assert built['optimizer'].name == 'adamw'
+  assert built['optimizer'].schedule.shape == 'linear'
+
+
 def test_eval_and_infer_need_no_model_file():
   settings = {k: v for k, v in REQUIRED.items() if k != 'TRAIN_STEPS'}
   built = arguments(evaluate.evaluate, ['configs/runs/eval.gin'], settings)

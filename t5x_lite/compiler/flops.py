@@ -9,6 +9,7 @@ not. Source of the convention: Chowdhery et al. 2022 (PaLM), appendix B.
 from collections.abc import Mapping
 from typing import Any
 
+from t5x_lite.models import transfer
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.hardware import peak_flops as peak_flops
 
@@ -43,8 +44,13 @@ def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: in
 
 
 def train_step_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
-  """Returns the FLOPs of one training step: the backward pass costs two."""
-  return 3 * forward_flops(config, batch_size=batch_size, inputs=inputs, targets=targets)
+  """Returns the FLOPs of one training step: the backward pass costs two.
+
+  One where a method trains few parameters, whose own FLOPs are not counted.
+  """
+  return (2 if transfer.fields(config) else 3) * forward_flops(
+    config, batch_size=batch_size, inputs=inputs, targets=targets
+  )
 
 
 def batch_train_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
@@ -52,5 +58,5 @@ def batch_train_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
   batch_size, targets = batch['decoder_target_tokens'].shape
   inputs = 0
   if config.has_encoder:
-    inputs = batch['encoder_input_tokens'].shape[1]
+    inputs = batch['encoder_input_tokens'].shape[1] + (config.prompt_length or 0)
   return train_step_flops(config, batch_size=batch_size, inputs=inputs, targets=targets)

@@ -136,9 +136,7 @@ def train_program(
     num_microbatches=num_microbatches,
     skip_nonfinite=skip_nonfinite,
     histograms=histograms,
-    trainable=(
-      None if optimizer.trainable is None else optimizers.trainable_mask(optimizer, shapes)
-    ),
+    trainable=optimizers.trainable_mask(optimizer, shapes),
   )
   jitted = jax.jit(
     step, donate_argnums=0, out_shardings=(spec.shardings, partitioning.replicated(placement.mesh))

@@ -134,7 +134,8 @@ class ContinuousBatch:
     assert len(free) == len(requests) > 0, (free, len(requests))
     width = prediction.padded_length(max(len(r.tokens) for r in requests))
     if width > self._width:
-      self._slots = dataclasses.replace(self._slots, cache=_widened(self._slots.cache, width))
+      wide = _widened(self._slots.cache, width + (self.model.prompt_length or 0))
+      self._slots = dataclasses.replace(self._slots, cache=wide)
       self._width = width
     # Rows past the last repeat the first: it is written twice, with the same.
     size = prediction.padded_length(len(requests), shortest=1)
@@ -207,6 +208,7 @@ class ContinuousBatch:
 def _empty(cfg: T5Config, S: int, M: int, L: int) -> _Slots:
   """Returns slots that hold nothing."""
   N, heads = cfg.num_decoder_layers, (cfg.num_heads, cfg.head_dim)
+  M += cfg.prompt_length or 0
 
   def zeros(length):  # of their own: they are donated
     return jnp.zeros((N, S, length, *heads), cfg.dtype)
@@ -251,7 +253,7 @@ def _insert(
     model.encode(tokens_BM), tokens_BM, batch_size=tokens_BM.shape[0], max_decode_length=1
   )
   old = slots.cache
-  more = old.cross_key_NBMHK.shape[2] - tokens_BM.shape[1]
+  more = old.cross_key_NBMHK.shape[2] - new.cross_key_NBMHK.shape[2]
   pad = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
   cache = dataclasses.replace(
     old,

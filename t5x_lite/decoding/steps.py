@@ -136,6 +136,7 @@ def make_encode_step(
     model = nnx.merge(graphdef, params)
     tokens_BM = batch['encoder_input_tokens']
     encoded_BMD = model.encode(tokens_BM).astype(jnp.float32)
+    encoded_BMD = encoded_BMD[:, model.cfg.prompt_length or 0 :]
     if pooling is None:
       return encoded_BMD
     if pooling == 'first':

@@ -20,7 +20,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.interop import tensor_names
 from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.interop.tensors import Index, Tensor
-from t5x_lite.models import t5
+from t5x_lite.models import t5, transfer
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
@@ -71,7 +71,9 @@ def assign(
       A pattern with None that matches a name of the checkpoint in full drops
       that tensor. The first pair that matches counts.
     strict: refuse missing and left-over tensors that no rule speaks of;
-      otherwise draw the former anew and skip the latter.
+      otherwise draw the former anew and skip the latter. What a transfer method
+      adds is always drawn anew where it is missing; a prompt from the
+      embedding's rows.
     seed: of the tensors that are drawn anew.
 
   Raises:
@@ -105,7 +107,7 @@ def assign(
       )
     tensor = source.tensors.get(old)
     if tensor is None:
-      if found is None and strict:
+      if found is None and strict and not transfer.is_added(name):
         raise UsageError(
           f'{source.path} has no tensor for {name} of shape {shape}; map it '
           'from another in assignment_map, or draw it anew with '
@@ -122,6 +124,8 @@ def assign(
     result[name] = tensor
     taken.add(old)
     loaded.append((name, tensor.origin))
+  if transfer.PROMPT in initialised:
+    result[transfer.PROMPT] = _prompt(result['token_embedder/embedding'], cfg, seed)
   skipped = []
   for name in (*source.tensors, *source.unknown):
     if name in taken:
@@ -166,7 +170,8 @@ def check_numerics(source: Source, cfg: T5Config) -> None:
   """
   if source.format == 't5x':
     return
-  for field in _NUMERICS:
+  fields = (*_NUMERICS, 'lora_alpha') if source.config.lora_rank else _NUMERICS
+  for field in fields:
     theirs, ours = getattr(source.config, field), getattr(cfg, field)
     if theirs != ours:
       raise UsageError(
@@ -195,6 +200,18 @@ def _without_stack(name: str, source: Source, cfg: T5Config) -> bool:
     or (not cfg.has_encoder and name.startswith('encoder/'))
     or (not cfg.has_encoder and ('/encoder_decoder_attention/' in name or 'pre_cross_' in name))
   )
+
+
+def _prompt(table: Tensor, cfg: T5Config, seed: int) -> Tensor:
+  """Returns rows of the most frequent pieces, which come first (Lester et al. 2021, 3.2)."""
+  assert cfg.prompt_length is not None
+  count, population = cfg.prompt_length, min(5000, cfg.vocab_size)
+  ids = np.random.default_rng(seed).choice(population, count, replace=count > population)
+
+  def fetch(index: Index) -> np.ndarray:
+    return table.read((slice(0, population), slice(None)))[ids][index]
+
+  return Tensor((count, cfg.emb_dim), table.dtype, fetch, 'rows of the embedding')
 
 
 class _Fresh:

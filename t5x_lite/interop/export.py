@@ -10,6 +10,8 @@ from etils import epath
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adafactor_moments, hf_export, hf_tokenizer, run_export, t5x_export
+from t5x_lite.interop.adapters import FORMATS as ADAPTERS
+from t5x_lite.interop.adapters import check_methods, merge_lora, write_alone
 from t5x_lite.interop.checkpoint_source import FORMATS
 from t5x_lite.interop.tensors import Tensors
 from t5x_lite.models.config import T5Config
@@ -17,6 +19,8 @@ from t5x_lite.models.config import T5Config
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
+
+TARGETS = (*FORMATS, *ADAPTERS)
 
 
 def check_destination(target: epath.Path) -> None:
@@ -30,8 +34,9 @@ def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = N
 
   Nor such a vocabulary, if one is given.
   """
-  if to not in FORMATS:
-    raise UsageError(f'the format {to!r} cannot be written; allowed are {", ".join(FORMATS)}')
+  if to not in TARGETS:
+    raise UsageError(f'the format {to!r} cannot be written; allowed are {", ".join(TARGETS)}')
+  check_methods(cfg, to)
   if to == 'hf':
     hf_export.model_config(cfg, cfg.param_dtype)
     if vocabulary is not None:
@@ -58,8 +63,9 @@ def write(
   Args:
     target: must not exist, or be empty.
     tensors: checked, by canonical name.
-    cfg: the model; its param_dtype is what is written.
-    to: one of FORMATS.
+    cfg: the model; its param_dtype is what is written. LoRA is added to its
+      matrices in 'hf' and 't5x'.
+    to: one of TARGETS.
     vocabulary: None for ids without text.
     step: updates made so far.
     second_moments: Adafactor's; None or empty for none.
@@ -69,9 +75,13 @@ def write(
   """
   temporary = target.parent / f'.{target.name}.tmp-{os.getpid()}'
   temporary.mkdir(parents=True)
+  if to in ('hf', 't5x'):
+    tensors, cfg = merge_lora(tensors, cfg)
   try:
     common = {'tensors': tensors, 'cfg': cfg, 'progress': _Progress()}
-    if to == 'hf':
+    if to in ADAPTERS:
+      write_alone(temporary, to=to, dtype=cfg.param_dtype, **common)
+    elif to == 'hf':
       hf_export.write(
         temporary, vocabulary=vocabulary, dtype=cfg.param_dtype, shard_bytes=shard_bytes, **common
       )

@@ -13,7 +13,7 @@ import jax
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import assignment, checkpoint_source, tensors
+from t5x_lite.interop import adapters, assignment, checkpoint_source, tensors
 from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.models.config import T5Config
 
@@ -55,11 +55,12 @@ class TrainedModel:
     return tensors.place(dict(self.found), self.config, shardings, specs)
 
 
-def open_model(path: str, **changes: Any) -> TrainedModel:
+def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
   """Opens a run of ours, a folder of transformers or T5X, or a hub id.
 
   Args:
     path: see `checkpoint_source.open_source`.
+    adapter: a folder for `adapters.put_on`, or ''.
     **changes: fields of T5Config to change, such as dtype='bfloat16'.
 
   Raises:
@@ -67,6 +68,8 @@ def open_model(path: str, **changes: Any) -> TrainedModel:
       does not say what its vocabulary is.
   """
   source = checkpoint_source.open_source(path)
+  if adapter:
+    source = adapters.put_on(source, adapter)
   return of_source(source, path, **changes)
 
 

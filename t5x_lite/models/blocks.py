@@ -42,6 +42,19 @@ class Cache:
   index: jax.Array
 
 
+def _add_adapters(layer: nnx.Module, cfg: T5Config, *blocks: str, rngs) -> None:
+  """Gives a layer the adapters that stand after its blocks."""
+  for block in blocks:
+    if ('mlp' if block == 'mlp' else 'attention') in cfg.adapter_places:
+      setattr(layer, f'{block}_adapter', layers.Adapter(cfg, rngs=rngs))
+
+
+def _adapted(layer: nnx.Module, block: str, y_BLD: jax.Array) -> jax.Array:
+  """Applies the adapter after a block, if there is one."""
+  adapter = getattr(layer, f'{block}_adapter', None)
+  return y_BLD if adapter is None else adapter(y_BLD)
+
+
 class EncoderLayer(nnx.Module):
   """Self-attention and feed-forward, each with a norm before and a residual."""
 
@@ -53,6 +66,7 @@ class EncoderLayer(nnx.Module):
     self.mlp = layers.MLP(cfg, rngs=rngs)
     if cfg.relpos_per_layer:
       self.relpos_bias = RelativePositionBias(cfg, bidirectional=True, rngs=rngs)
+    _add_adapters(self, cfg, 'attention', 'mlp', rngs=rngs)
 
   def __call__(self, x_BMD, *, bias, mask, key) -> jax.Array:
     """Runs the layer on the residual stream."""
@@ -62,10 +76,10 @@ class EncoderLayer(nnx.Module):
       bias = self.relpos_bias(M, M)
     y_BMD = self.pre_attention_layer_norm(x_BMD)
     y_BMD = self.attention(y_BMD, y_BMD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
-    y_BMD = checkpoint_name(y_BMD, 'attention_out')
+    y_BMD = checkpoint_name(_adapted(self, 'attention', y_BMD), 'attention_out')
     x_BMD = x_BMD + layers.dropout(y_BMD, rate, keys[1])
     y_BMD = self.mlp(self.pre_mlp_layer_norm(x_BMD), key=keys[2])
-    y_BMD = checkpoint_name(y_BMD, 'mlp_out')
+    y_BMD = checkpoint_name(_adapted(self, 'mlp', y_BMD), 'mlp_out')
     x_BMD = x_BMD + layers.dropout(y_BMD, rate, keys[3])
     return constrain(x_BMD, 'batch', 'length', 'embed')
 
@@ -87,6 +101,9 @@ class DecoderLayer(nnx.Module):
       self.mlp = layers.MLP(cfg, rngs=rngs)
     if cfg.relpos_per_layer:
       self.relpos_bias = RelativePositionBias(cfg, bidirectional=False, rngs=rngs)
+    # Its own, even where the rest is lent.
+    cross = ('encoder_decoder_attention',) if cfg.has_encoder else ()
+    _add_adapters(self, cfg, 'self_attention', *cross, 'mlp', rngs=rngs)
 
   def self_block(self, lender: EncoderLayer | None):
     """Returns the norm and the attention of the self-attention block."""
@@ -102,6 +119,7 @@ class DecoderLayer(nnx.Module):
       y_BLD = self.encoder_decoder_attention.attend(
         y_BLD, *cross_kv, mask_B1LM=cross_mask, key=keys[0]
       )
+      y_BLD = _adapted(self, 'encoder_decoder_attention', y_BLD)
       # Where an example has no inputs, a query would average its neighbours'.
       seen_BL1 = jnp.any(cross_mask, axis=-1)[:, 0, :, None]
       y_BLD = jnp.where(seen_BL1, y_BLD, 0)
@@ -109,7 +127,7 @@ class DecoderLayer(nnx.Module):
       x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[1])
     owner = self if lender is None else lender
     y_BLD = owner.mlp(owner.pre_mlp_layer_norm(x_BLD), key=keys[2])
-    y_BLD = checkpoint_name(y_BLD, 'mlp_out')
+    y_BLD = checkpoint_name(_adapted(self, 'mlp', y_BLD), 'mlp_out')
     x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[3])
     return constrain(x_BLD, 'batch', 'length', 'embed')
 
@@ -122,7 +140,7 @@ class DecoderLayer(nnx.Module):
     norm, attention = self.self_block(lender)
     y_BLD = norm(x_BLD)
     y_BLD = attention(y_BLD, y_BLD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
-    y_BLD = checkpoint_name(y_BLD, 'attention_out')
+    y_BLD = checkpoint_name(_adapted(self, 'self_attention', y_BLD), 'attention_out')
     x_BLD = x_BLD + layers.dropout(y_BLD, self.cfg.dropout_rate, keys[1])
     cross_kv = None
     if self.cfg.has_encoder:
@@ -140,6 +158,7 @@ class DecoderLayer(nnx.Module):
     key_NBTHK = _write(cache.key_NBTHK, k_B1HK, i, cache.index)
     value_NBTHK = _write(cache.value_NBTHK, v_B1HK, i, cache.index)
     y_B1D = attention.attend(y_B1D, key_NBTHK[i], value_NBTHK[i], bias_1HLM=bias, mask_B1LM=mask)
+    y_B1D = _adapted(self, 'self_attention', y_B1D)
     x_B1D = self._rest(x_B1D + y_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4)
     return x_B1D, dataclasses.replace(cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
 

@@ -14,6 +14,7 @@ ARCHITECTURES = ('encoder_decoder', 'encoder', 'decoder')
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT_POLICIES = ('none', 'minimal', 'save_names', 'full')
 ACTIVATIONS = ('relu', 'gelu', 'silu', 'swish', 'linear')
+ADAPTER_PLACES = ('attention', 'mlp')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,17 @@ class T5Config:
       causal or prefix language model).
     share_encoder_decoder: encoder and decoder layers are the same parameters
       (Raffel et al. 2020, Table 2, 'Enc-dec, shared').
+    lora_rank: rank of what LoRA adds to matrices; None adds nothing. With this
+      or one of the next two, the rest of the model is frozen, unless
+      OptimizerConfig.trainable says otherwise.
+    adapter_dim: inner dimension of adapters (Raffel et al. 2020, 3.5.1), with
+      which the norms train; None adds none.
+    prompt_length: trained vectors before the encoder's input; None adds none.
+    lora_alpha: LoRA is scaled by lora_alpha / lora_rank; 1 by default.
+    lora_targets: matrices by name: 'query', 'key', 'value', 'out', 'wi' or
+      'wi_0', 'wi_1', and 'wo'. Query and value by default.
+    adapter_places: after which blocks adapters stand, before the residual is
+      added: 'attention' (cross-attention too), 'mlp'; both by default.
     pad_id: the token id of padding.
     eos_id: the token id that ends a sequence.
     decoder_start_id: the first decoder input; T5 starts from padding.
@@ -77,13 +89,20 @@ class T5Config:
   remat_policy: str = 'none'
   architecture: str = 'encoder_decoder'
   share_encoder_decoder: bool = False
+  lora_rank: int | None = None
+  adapter_dim: int | None = None
+  prompt_length: int | None = None
+  lora_alpha: float | None = None
+  lora_targets: tuple[str, ...] = ()
+  adapter_places: tuple[str, ...] = ()
   pad_id: int = 0
   eos_id: int = 1
   decoder_start_id: int = 0
 
   def __post_init__(self):
     # gin and JSON hand over lists; the config must stay hashable.
-    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    for name in ('mlp_activations', 'lora_targets', 'adapter_places'):
+      object.__setattr__(self, name, tuple(getattr(self, name)))
     for name in (
       'vocab_size',
       'emb_dim',
@@ -126,6 +145,45 @@ class T5Config:
         "'encoder_decoder' with as many encoder as decoder layers; got "
         f'{self.architecture!r} with {self.num_encoder_layers} and '
         f'{self.num_decoder_layers}.'
+      )
+    self._check_transfer()
+
+  def _check_transfer(self) -> None:
+    """Checks what transfer methods add, and fills in defaults."""
+    for size, more in (
+      ('lora_rank', ('lora_alpha', 'lora_targets')),
+      ('adapter_dim', ('adapter_places',)),
+      ('prompt_length', ()),
+    ):
+      value = getattr(self, size)
+      if value is not None and value < 1:
+        raise UsageError(f'T5Config.{size} is {value}; it must be at least 1, or None for none.')
+      if value is None and (alone := [name for name in more if getattr(self, name)]):
+        raise UsageError(f'T5Config.{alone[0]} is set, but {size} is None: set it too.')
+    gated = len(self.mlp_activations) > 1
+    mlp = [f'wi_{i}' for i in range(len(self.mlp_activations))] if gated else ['wi']
+    matrices = ('query', 'key', 'value', 'out', *mlp, 'wo')
+    for field, allowed, what in (
+      ('lora_targets', matrices, 'matrices'),
+      ('adapter_places', ADAPTER_PLACES, 'blocks'),
+    ):
+      for name in getattr(self, field):
+        if name not in allowed:
+          raise UsageError(
+            f'T5Config.{field} has {name!r}; the {what} of this model are {", ".join(allowed)}.'
+          )
+    if self.lora_rank is not None:
+      object.__setattr__(self, 'lora_targets', self.lora_targets or ('query', 'value'))
+      if self.lora_alpha is None:
+        object.__setattr__(self, 'lora_alpha', float(self.lora_rank))
+      elif self.lora_alpha <= 0:
+        raise UsageError(f'T5Config.lora_alpha is {self.lora_alpha}; it must be positive.')
+    if self.adapter_dim is not None:
+      object.__setattr__(self, 'adapter_places', self.adapter_places or ADAPTER_PLACES)
+    if self.prompt_length is not None and not self.has_encoder:
+      raise UsageError(
+        f'T5Config.prompt_length is {self.prompt_length}, but the architecture '
+        f'{self.architecture!r} has no encoder, whose input a prompt stands before.'
       )
 
   @property

@@ -38,6 +38,8 @@ _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 ATTENTION_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 DENSE_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 EMBEDDING_INIT = nnx.initializers.normal(stddev=1.0)
+# Uniform within 1 / sqrt(fan_in), as PEFT draws LoRA's A.
+LORA_INIT = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 def param(rngs: nnx.Rngs, init, shape, axes: tuple[str, ...], dtype: str):
@@ -104,15 +106,41 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 class Linear(nnx.Module):
-  """A matrix without bias."""
+  """A matrix without bias; with LoRA x W + (alpha / rank) x A B (Hu et al. 2021, 4.1)."""
 
-  def __init__(self, shape, axes, cfg: T5Config, *, init=DENSE_INIT, rngs):
+  def __init__(self, shape, axes, cfg: T5Config, *, init=DENSE_INIT, name: str = '', rngs):
     self.dtype = cfg.dtype
     self.kernel = param(rngs, init, shape, axes, cfg.param_dtype)
+    self.lora_scale = None
+    if name in cfg.lora_targets:
+      assert cfg.lora_rank is not None and cfg.lora_alpha is not None
+      self.lora_scale = cfg.lora_alpha / cfg.lora_rank
+      (D, F), R = shape, cfg.lora_rank
+      zeros = nnx.initializers.zeros
+      self.lora_a = param(rngs, LORA_INIT, (D, R), (axes[0], 'lora_rank'), cfg.param_dtype)
+      self.lora_b = param(rngs, zeros, (R, F), ('lora_rank', axes[1]), cfg.param_dtype)
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     """Multiplies the last dim, in the compute dtype."""
-    return matmul(x_BLD, self.kernel[...].astype(self.dtype))
+    y_BLF = matmul(x_BLD, self.kernel[...].astype(self.dtype))
+    if self.lora_scale is not None:
+      x_BLR = matmul(x_BLD, self.lora_a[...].astype(self.dtype))
+      y_BLF += matmul(x_BLR, self.lora_b[...].astype(self.dtype)) * self.lora_scale
+    return y_BLF
+
+
+class Adapter(nnx.Module):
+  """y + up(relu(down(y))), without biases (Houlsby et al. 2019, 2.1); up is 0 at first."""
+
+  def __init__(self, cfg: T5Config, *, rngs):
+    D, A = cfg.emb_dim, cfg.adapter_dim
+    assert A is not None
+    self.down = Linear((D, A), ('embed', 'adapter'), cfg, rngs=rngs)
+    self.up = Linear((A, D), ('adapter', 'embed'), cfg, init=nnx.initializers.zeros, rngs=rngs)
+
+  def __call__(self, y_BLD: jax.Array) -> jax.Array:
+    """Transforms each position."""
+    return y_BLD + self.up(jax.nn.relu(self.down(y_BLD)))
 
 
 class RMSNorm(nnx.Module):
@@ -163,13 +191,14 @@ class Attention(nnx.Module):
     def query_init(*args):
       return ATTENTION_INIT(*args) / np.sqrt(cfg.head_dim).astype(np.float32)
 
-    def project(init):
-      return Linear((D, J), ('embed', 'joined_kv'), cfg, init=init, rngs=rngs)
+    def project(name, init=ATTENTION_INIT):
+      return Linear((D, J), ('embed', 'joined_kv'), cfg, init=init, name=name, rngs=rngs)
 
-    self.query = project(query_init)
-    self.key = project(ATTENTION_INIT)
-    self.value = project(ATTENTION_INIT)
-    self.out = Linear((J, D), ('joined_kv', 'embed'), cfg, init=ATTENTION_INIT, rngs=rngs)
+    self.query = project('query', query_init)
+    self.key = project('key')
+    self.value = project('value')
+    out_axes = ('joined_kv', 'embed')
+    self.out = Linear((J, D), out_axes, cfg, init=ATTENTION_INIT, name='out', rngs=rngs)
 
   def _heads(self, x_BLJ: jax.Array) -> jax.Array:
     B, L, _ = x_BLJ.shape
@@ -213,8 +242,9 @@ class MLP(nnx.Module):
     gated = len(cfg.mlp_activations) > 1
     self.names = tuple(f'wi_{i}' if gated else 'wi' for i in range(len(cfg.mlp_activations)))
     for name in self.names:
-      setattr(self, name, Linear((cfg.emb_dim, cfg.mlp_dim), ('embed', 'mlp'), cfg, rngs=rngs))
-    self.wo = Linear((cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, rngs=rngs)
+      linear = Linear((cfg.emb_dim, cfg.mlp_dim), ('embed', 'mlp'), cfg, name=name, rngs=rngs)
+      setattr(self, name, linear)
+    self.wo = Linear((cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, name='wo', rngs=rngs)
 
   def __call__(self, x_BLD: jax.Array, *, key=None) -> jax.Array:
     """Transforms each position; key is that of the dropout inside."""

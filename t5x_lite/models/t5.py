@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_lite.errors import UsageError
 from t5x_lite.models import layers
 from t5x_lite.models.blocks import SAVED_NAMES, Cache, DecoderLayer, EncoderLayer
 from t5x_lite.models.config import T5Config
@@ -97,6 +98,11 @@ class Stack(nnx.Module):
     if not cfg.relpos_per_layer:
       self.relpos_bias = RelativePositionBias(cfg, bidirectional=bidirectional, rngs=rngs)
     self.layers = _stack(layer_cls, cfg, num_layers, rngs=rngs)
+    if bidirectional and cfg.prompt_length is not None:
+      # On a trained base it begins as rows of the embedding: interop/assignment.py.
+      shape = (cfg.prompt_length, cfg.emb_dim)
+      init = layers.EMBEDDING_INIT
+      self.prompt = layers.param(rngs, init, shape, ('prompt', 'embed'), cfg.param_dtype)
     self.norm_name = norm_name
     setattr(self, norm_name, layers.RMSNorm(cfg, rngs=rngs))
     if head:
@@ -142,21 +148,31 @@ class T5(nnx.Module):
       )
 
   def _real(self, tokens_BM, segment_ids_BM):
-    """True where a position is not padding."""
+    """True where a position of the encoder is not padding; the prompt's are not."""
     if segment_ids_BM is not None:
+      # As T5X's: the examples of a row would share the prompt's positions.
+      if self.cfg.prompt_length is not None:
+        raise UsageError('T5Config.prompt_length needs one example a row: DatasetConfig.pack=False')
       # A real token may have the id of padding inside a packed row.
       return segment_ids_BM != 0
-    return tokens_BM != self.cfg.pad_id
+    real_BM = tokens_BM != self.cfg.pad_id
+    if self.cfg.prompt_length is None:
+      return real_BM
+    return jnp.pad(real_BM, ((0, 0), (self.cfg.prompt_length, 0)), constant_values=True)
 
-  def _embed(self, tokens_BL, key) -> jax.Array:
+  def _embed(self, tokens_BL, key, prompt_PD=None) -> jax.Array:
     x_BLD = self.token_embedder(tokens_BL)
+    if prompt_PD is not None:
+      shape = (x_BLD.shape[0], *prompt_PD.shape)
+      prompt_BPD = jnp.broadcast_to(prompt_PD.astype(x_BLD.dtype), shape)
+      x_BLD = jnp.concatenate([prompt_BPD, x_BLD], axis=1)
     x_BLD = layers.dropout(x_BLD, self.cfg.dropout_rate, key)
     return constrain(x_BLD, 'batch', 'length', 'embed')
 
   def encode(
     self, encoder_input_tokens, *, encoder_segment_ids=None, dropout_key=None
   ) -> jax.Array:
-    """Returns encoded_BMD.
+    """Returns encoded_BMD, that of a prompt before that of the tokens.
 
     Args:
       encoder_input_tokens: [B, M] token ids; pad_id is padding unless segment
@@ -171,7 +187,8 @@ class T5(nnx.Module):
     mask_B1MM = real_BM[:, None, None, :]
     if encoder_segment_ids is not None:
       mask_B1MM &= _same_segment(encoder_segment_ids, encoder_segment_ids)
-    M = encoder_input_tokens.shape[1]
+    M = real_BM.shape[1]
+    prompt = self.encoder.prompt[...] if cfg.prompt_length is not None else None
     bias_1HMM = self.encoder.bias(M, M)
 
     def body(x_BMD, layer, key):
@@ -179,7 +196,7 @@ class T5(nnx.Module):
 
     x_BMD = _run(
       body,
-      self._embed(encoder_input_tokens, keys[0]),
+      self._embed(encoder_input_tokens, keys[0], prompt),
       [self.encoder.layers],
       _layer_keys(keys[1], cfg.num_encoder_layers),
       cfg,

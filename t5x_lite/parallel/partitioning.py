@@ -158,7 +158,8 @@ def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
     rules.append(('embed', 'model'))
   if _parameter_dims(config) == 2:
     rules.append(('embed', 'fsdp'))
-  rules += [('embed', None), ('relpos_buckets', None), ('length', None), ('layers', None)]
+  whole = ('embed', 'relpos_buckets', 'length', 'layers', 'lora_rank', 'adapter', 'prompt')
+  rules += [(name, None) for name in whole]
   return LogicalAxisRules(tuple(rules), tuple(config.parameter_rules), len(config.additional_rules))
 
 

@@ -15,8 +15,10 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adafactor_moments, assignment, export, hf, hf_export, tensor_names
-from t5x_lite.interop.checkpoint_source import FORMATS, Source, open_source
+from t5x_lite.interop.adapters import merge_lora
+from t5x_lite.interop.checkpoint_source import Source, open_source
 from t5x_lite.interop.tensors import Tensors
+from t5x_lite.models import transfer
 from t5x_lite.models.config import T5Config
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ def convert(
   assignment_map: assignment.AssignmentMap = (),
   strict: bool = True,
   optimizer_state: bool = True,
+  merge: bool = False,
   shard_bytes: int = hf_export.SHARD_BYTES,
   dry_run: bool = False,
 ) -> str:
@@ -45,7 +48,9 @@ def convert(
       NAME@REVISION of a model on the Hugging Face hub; the format is detected.
     destination: the directory to write; it must not exist yet.
     to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a
-      model_dir with a legacy checkpoint).
+      model_dir with a legacy checkpoint), the last two with LoRA merged; or,
+      without the base, 'peft' (LoRA for PEFT) or 'adapter' (any method's part,
+      for `t5x_lite.load(base, adapter=...)`).
     dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; by
       default as they are in the source.
     vocabulary: a SentencePiece model file, 't5' for the official one, 'byte',
@@ -55,6 +60,7 @@ def convert(
     strict: likewise.
     optimizer_state: carry Adafactor's second moments over, between t5x_lite
       and T5X, where every tensor is loaded under its own name.
+    merge: add LoRA to its matrices in a t5x_lite run too.
     shard_bytes: most bytes of one file of format 'hf'.
     dry_run: list how names map and write nothing.
 
@@ -62,8 +68,8 @@ def convert(
     UsageError: if the source cannot be read, misses a tensor, or the target
       format has no such model. Nothing is left behind then.
   """
-  if to not in FORMATS:
-    raise UsageError(f'convert.to is {to!r}; allowed are {", ".join(FORMATS)}')
+  if to not in export.TARGETS:
+    raise UsageError(f'convert.to is {to!r}; allowed are {", ".join(export.TARGETS)}')
   if shard_bytes < 1:
     raise UsageError(f'convert.shard_bytes is {shard_bytes}; it counts bytes')
   opened = open_source(source)
@@ -77,13 +83,21 @@ def convert(
   tensors, report = assignment.assign(opened, cfg, assignment_map=assignment_map, strict=strict)
   opened = dataclasses.replace(opened, vocabulary=_vocabulary(vocabulary, opened))
   export.check_target(cfg, to)
+  if merge and (cfg.lora_rank is None or to in export.ADAPTERS):
+    raise UsageError(f'convert.merge is True, but there is no LoRA to merge on the way to {to!r}')
+  if merge or to in ('hf', 't5x'):
+    tensors, cfg = merge_lora(tensors, cfg)
   if dry_run:
     _print_mapping(opened, tensors, cfg, to, report, sys.stdout)
     return destination
   for line in _remarks(opened, cfg, to):
     log.warning('%s', line)
   carried: adafactor_moments.Moments = {}
-  if optimizer_state and to != 'hf' and not assignment_map:
+  if (
+    optimizer_state
+    and to in ('t5x_lite', 't5x')
+    and not (transfer.fields(opened.config) or assignment_map)
+  ):
     carried = opened.read_moments()
   export.write(
     target,
@@ -163,8 +177,7 @@ def _print_mapping(
         else tensor_names.t5x_name(name, cfg)
       )
     ),
-    't5x_lite': lambda name: name,
-  }[to]
+  }.get(to, lambda name: name)
   for name, tensor in tensors.items():
     shape = 'x'.join(map(str, tensor.shape))
     print(f'{tensor.origin} -> {places(name)} [{shape}]', file=out)

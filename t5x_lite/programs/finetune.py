@@ -8,6 +8,7 @@ checkpoint, and exports it. Every phase continues where it was killed.
   OUTPUT/finetune.json    what was chosen; OUTPUT/finetune.gin runs it again
   OUTPUT/evaluation/      metrics.json, and every prediction
   OUTPUT/export/          for transformers' from_pretrained; with a model card
+  OUTPUT/adapter/         of LoRA, adapters and prompts: what was trained alone
 """
 
 import dataclasses
@@ -27,9 +28,11 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.pairs import Columns, Pairs
 from t5x_lite.data.tasks import catalog, from_files
+from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import export, trained_model
 from t5x_lite.interop.trained_model import TrainedModel
+from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import convert, evaluate, finetune_plan, model_card, quickstart, start_checks
@@ -46,6 +49,16 @@ PLAN_FILE = 'finetune.json'
 GIN_FILE = 'finetune.gin'
 EXPORT = 'export'
 EVALUATION = 'evaluation'
+ADAPTER = 'adapter'
+_COUNTS = (
+  'steps batch_tokens input_length target_length max_input_tokens max_target_tokens '
+  'patience eval_examples'
+).split()
+_FILES = ('train', 'validation', 'train_targets', 'validation_targets')
+# Of no use to a run that is made again, or replaced by what was chosen.
+_DROPPED = (
+  'epochs max_input_tokens max_target_tokens num_shown export_hf profile_steps mesh'.split()
+)
 BEST_METRIC = f'eval/{TASK}/loss'
 
 
@@ -64,6 +77,11 @@ def finetune(
   skip_bad_rows: bool = False,
   method: str = 'adafactor',
   learning_rate: float | None = None,
+  lora_rank: int | None = None,
+  lora_alpha: float | None = None,
+  lora_targets: Sequence[str] = (),
+  adapter_dim: int | None = None,
+  prompt_length: int | None = None,
   epochs: float | None = None,
   steps: int | None = None,
   batch_tokens: int | None = None,
@@ -108,9 +126,15 @@ def finetune(
     prefix: put before every input, with its space.
     skip_bad_rows: leave out rows without input or target, instead of refusing
       the file.
-    method: 'adafactor' or 'adamw'.
-    learning_rate: the highest; 0.001 for Adafactor, constant, and 0.0003 for
-      AdamW, falling, by default.
+    method: 'adafactor' or 'adamw' train all parameters, 'lora', 'adapters' and
+      'prompt' a few new ones; see `T5Config`.
+    learning_rate: the highest; by default 0.001 for Adafactor, LoRA and adapters,
+      0.0003 for AdamW, 0.3 for a prompt.
+    lora_rank: 8 by default.
+    lora_alpha: 32 by default.
+    lora_targets: matrices by name; query and value by default.
+    adapter_dim: inner dimension of adapters; 64 by default.
+    prompt_length: trained vectors; 100 by default.
     epochs: passes over the data; 3 by default, more if the file is small.
     steps: updates, instead of epochs.
     batch_tokens: of a batch, inputs and targets; by the data and device by
@@ -145,17 +169,9 @@ def finetune(
       then.
   """
   # ---- What must fit together; nothing is written here ----
-  for name, count in (
-    ('steps', steps),
-    ('batch_tokens', batch_tokens),
-    ('input_length', input_length),
-    ('target_length', target_length),
-    ('max_input_tokens', max_input_tokens),
-    ('max_target_tokens', max_target_tokens),
-    ('patience', patience),
-    ('eval_examples', eval_examples),
-  ):
-    start_checks.check_positive(f'finetune.{name}', count)
+  given = dict(locals())
+  for name in _COUNTS:
+    start_checks.check_positive(f'finetune.{name}', given[name])
   if not 0.0 < holdout < 1.0:
     raise UsageError(f'finetune.holdout is {holdout}; it is a share, below 1')
   if learning_rate is not None and not 0.0 < learning_rate < math.inf:
@@ -177,6 +193,7 @@ def finetune(
       f'{model} is of architecture={start.config.architecture!r}; fine-tuning '
       "on pairs needs 'encoder_decoder'"
     )
+  changes = finetune_plan.model_parts(method, start.config, given)
   vocabulary = vocabularies.make_vocabulary(start.vocabulary)
   lengths = finetune_plan.measure(parts['train'], vocabulary)
   plan = finetune_plan.make_plan(
@@ -198,25 +215,16 @@ def finetune(
     plan = dataclasses.replace(plan, dtype=dtype)
   prints = {name: part.fingerprint() for name, part in parts.items()}
   plan = _same_plan(output, plan, prints, total_steps=steps)
-  can_export = export_hf and _can_export(start)
+  can_export = export_hf and _can_export(start.config.replace(**changes), start.vocabulary)
 
   # ---- Say what will happen ----
   if distributed.is_primary():
     finetune_plan.show_plan(plan, lengths, parts, start, method, output)
     finetune_plan.show_examples(parts['train'], plan, vocabulary)
-  settings = {
-    'model': model,
-    'train': _listed(train),
-    'output': output,
-    'validation': _listed(validation),
-    'train_targets': _listed(train_targets),
-    'validation_targets': _listed(validation_targets),
-    'input_column': input_column,
-    'target_column': target_column,
-    'template': template,
-    'prefix': prefix,
-    'skip_bad_rows': skip_bad_rows,
-    'method': method,
+  settings = {name: value for name, value in given.items() if name not in _DROPPED}
+  settings |= {name: _listed(settings[name]) for name in settings if name in _FILES}
+  settings |= {
+    **changes,
     'learning_rate': plan.learning_rate,
     'steps': plan.total_steps,
     'batch_tokens': plan.batch_size * sum(plan.row_lengths.values()),
@@ -224,15 +232,9 @@ def finetune(
     'input_length': plan.input_length,
     'target_length': plan.target_length,
     'dtype': plan.dtype,
-    'dropout_rate': dropout_rate,
-    'holdout': holdout,
-    'patience': patience,
-    'eval_examples': eval_examples,
-    'metrics': list(plan.metrics),
-    'report_to': report_to,
-    'histogram_period': histogram_period,
-    'seed': seed,
+    'metrics': plan.metrics,
   }
+  settings = {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()}
 
   def write_plan(model_dir: str) -> None:
     """Writes what was chosen, beside config.json."""
@@ -259,6 +261,7 @@ def finetune(
         'dtype': plan.dtype,
         'dropout_rate': dropout_rate,
         'scan_layers': start.config.scan_layers,
+        **changes,
       },
       checkpoint=CheckpointConfig(
         restore_path=model,
@@ -299,9 +302,10 @@ def finetune(
   # ---- Export, and tell ----
   if distributed.is_primary():
     if can_export:
-      results['export'] = _export(
-        best, output, card=_card(start, parts, plan, settings, results, lengths)
-      )
+      card = _card(start, parts, plan, settings, results, lengths)
+      results['export'] = _export(best, output, EXPORT, to='hf', card=card)
+    if changes:
+      results['adapter'] = _export(best, output, ADAPTER, to=finetune_plan.ALONE[method])
     files.write_json(epath.Path(output) / 'results.json', results)
     quickstart.show_predictions(os.path.join(output, EVALUATION), [TASK], num_shown)
     print(summary(results, output, best))
@@ -420,26 +424,27 @@ def best_step(output: str) -> int:
   return min(losses, key=lambda step: losses[step])
 
 
-def _can_export(start: TrainedModel) -> bool:
+def _can_export(config: T5Config, vocabulary: VocabularyConfig) -> bool:
   """Whether transformers has such a model; says so if not."""
   try:
-    export.check_target(start.config, 'hf', start.vocabulary)
+    export.check_target(config, 'hf', vocabulary)
   except UsageError as error:
     log.warning('there will be no export for transformers: %s', error)
     return False
   return True
 
 
-def _export(best: str, output: str, *, card: str) -> str:
-  """Writes OUTPUT/export anew, the old one being there until it is whole."""
-  target = epath.Path(output) / EXPORT
-  new = epath.Path(output) / f'.{EXPORT}.new'
-  old = epath.Path(output) / f'.{EXPORT}.old'
+def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> str:
+  """Writes OUTPUT/NAME anew, the old one being there until it is whole."""
+  target = epath.Path(output) / name
+  new = epath.Path(output) / f'.{name}.new'
+  old = epath.Path(output) / f'.{name}.old'
   for leftover in (new, old):
     if leftover.exists():
       leftover.rmtree()
-  convert.convert(source=best, destination=os.fspath(new), to='hf')
-  files.write_text(new / 'README.md', card)
+  convert.convert(source=best, destination=os.fspath(new), to=to)
+  if card:
+    files.write_text(new / 'README.md', card)
   if target.exists():
     target.rename(old)
   new.rename(target)
@@ -456,12 +461,15 @@ def _card(
   results: dict[str, Any],
   lengths: finetune_plan.Lengths,
 ) -> str:
+  method = settings['method']
+  if method == 'lora':
+    method = f'LoRA of rank {settings["lora_rank"]}, merged into the weights'
   return model_card.card(
     base=start.path,
     config=start.config,
     parts={name: len(part) for name, part in parts.items()},
     columns=parts['train'].fields,
-    table=finetune_plan.describe(plan, lengths, method=settings['method']),
+    table=finetune_plan.describe(plan, lengths, method=method),
     results=results,
     example=parts['train'].inputs[0],
     max_new_tokens=plan.target_length,
@@ -478,6 +486,8 @@ def summary(results: dict[str, Any], output: str, best: str) -> str:
   if 'export' in results:
     place = f'{output}/{EXPORT}'
     lines.append(f'transformers: AutoModelForSeq2SeqLM.from_pretrained({place!r})')
+  if 'adapter' in results:
+    lines.append(f'on any base:  t5x_lite.load(BASE, adapter={output + "/" + ADAPTER!r})')
   lines += [
     f'predict:      {run} infer --model {shlex.quote(best)} --input FILE --output OUT.jsonl',
     f'look at it:   {run} report {shlex.quote(output)}',

@@ -18,6 +18,8 @@ from t5x_lite.data.pairs import Pairs
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.errors import UsageError
 from t5x_lite.interop.trained_model import TrainedModel
+from t5x_lite.models import transfer
+from t5x_lite.models.config import T5Config
 from t5x_lite.training.optimizers import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
@@ -25,7 +27,16 @@ log = logging.getLogger(__name__)
 
 # Learning rates: T5's for Adafactor (Raffel et al. 2020, 3.1.2), what is usual
 # for T5 with AdamW.
-METHODS = {'adafactor': 1e-3, 'adamw': 3e-4}
+# PEFT's for LoRA, Houlsby et al.'s for adapters, Lester et al.'s for prompts.
+METHODS = {'adafactor': 1e-3, 'adamw': 3e-4, 'lora': 1e-3, 'adapters': 1e-3, 'prompt': 0.3}
+# What a method adds to the model, by T5Config's fields.
+PARTS: dict[str, dict[str, Any]] = {
+  'lora': {'lora_rank': 8, 'lora_alpha': 32.0, 'lora_targets': ('query', 'value')},
+  'adapters': {'adapter_dim': 64},
+  'prompt': {'prompt_length': 100},
+}
+# The format of what was trained, by itself.
+ALONE = {'lora': 'peft', 'adapters': 'adapter', 'prompt': 'adapter'}
 
 # Tokens of a batch at most, inputs and targets together.
 _MAX_BATCH_TOKENS = {'cpu': 4096, 'gpu': 32768, 'tpu': 65536}
@@ -152,6 +163,10 @@ def make_plan(
   """
   if method not in METHODS:
     raise UsageError(f'finetune.method is {method!r}; allowed are {", ".join(METHODS)}')
+  if method == 'prompt':
+    if pack:
+      raise UsageError('finetune.pack is True; a prompt needs one example a row')
+    pack = False
   if epochs is not None and steps is not None:
     raise UsageError('give epochs or steps, not both')
   if epochs is not None and not 0 < epochs < math.inf:
@@ -208,6 +223,29 @@ def make_plan(
   )
 
 
+def model_parts(method: str, base: T5Config, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of T5Config that a method sets; None and () are not given.
+
+  Raises:
+    UsageError: if a name is another method's, or base cannot have such parts.
+  """
+  parts = dict(PARTS.get(method, {}))
+  for owner, fields in PARTS.items():
+    for name in fields:
+      if given[name] in (None, (), []):
+        continue
+      if owner != method:
+        raise UsageError(f'finetune.{name} is set, which is for --method {owner}: add that')
+      parts[name] = given[name]
+  tuned = base.replace(**parts)
+  if transfer.fields(base) and (not parts or tuned != base):
+    raise UsageError(
+      f'the model has {transfer.fields(base)}: fine-tune it with the same, or its base, or '
+      'make it a plain one with `t5x-lite convert --merge`'
+    )
+  return parts
+
+
 def _whole(rows: int, devices: int) -> int:
   """Returns a multiple of the devices, at least one row each."""
   return devices * max(1, rows // devices)
@@ -216,15 +254,17 @@ def _whole(rows: int, devices: int) -> int:
 def make_optimizer(method: str, plan: Plan) -> OptimizerConfig:
   """Returns the optimizer of a method, with its schedule."""
   warmup = min(100, plan.total_steps // 10)
-  if method == 'adafactor':
+  if method in ('adafactor', 'prompt'):
     schedule = ScheduleConfig(
       shape='constant', base_learning_rate=plan.learning_rate, warmup_steps=0
     )
-    return OptimizerConfig(name='adafactor', schedule=schedule)
+    lester = {'multiply_by_parameter_scale': False, 'weight_decay_rate': 1e-5}
+    kwargs = lester if method == 'prompt' else {}
+    return OptimizerConfig(name='adafactor', schedule=schedule, kwargs=kwargs)
   schedule = ScheduleConfig(
     shape='linear', base_learning_rate=plan.learning_rate, warmup_steps=warmup
   )
-  return OptimizerConfig(name=method, schedule=schedule, global_norm_clip=1.0)
+  return OptimizerConfig(name='adamw', schedule=schedule, global_norm_clip=1.0)
 
 
 def is_classification(targets: Sequence[str]) -> bool:

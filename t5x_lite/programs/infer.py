@@ -43,6 +43,7 @@ def infer(
   model: str,
   input: str,
   output: str,
+  adapter: str = '',
   input_format: str = 'auto',
   field: str = '',
   template: str = '',
@@ -67,6 +68,7 @@ def infer(
       the score being the prediction's log-probability; '-' is standard output.
       A file that is there already is refused, unless one of the last two
       arguments says what to do with it.
+    adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
     input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json',
       'parquet' or 'datasets'; 'auto' goes by the file's ending.
     field: name of the input's column or field, or its number from 0 where there
@@ -103,7 +105,7 @@ def infer(
   num_lines = None
   if input != '-':
     num_lines = sum(1 for _ in read_inputs(input, input_format, columns))
-  run = trained_model.open_model(model)
+  run = trained_model.open_model(model, adapter=adapter)
 
   # ---- Model ----
   decoding = decoding or DecodingConfig(max_decode_length=run.lengths.get('targets', 128))

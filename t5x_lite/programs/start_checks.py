@@ -110,6 +110,8 @@ def resolve_dataset(
       f'{name} is read with decoder_start_id={dataset.decoder_start_id}, the '
       f'model has {model.decoder_start_id}: make them equal'
     )
+  if model.prompt_length is not None and dataset.has_segment_ids:
+    raise UsageError(f'{name} is packed, but a model with a prompt needs DatasetConfig.pack=False')
   dataset = dataclasses.replace(dataset, mixture_or_task_name=catalog.resolve(name, vocabulary))
   catalog.task_provider(dataset)
   return dataset

@@ -58,6 +58,8 @@ def standard_logical_factor_rules() -> dict[str, FactorDim]:
     'kv_fused': column,
     'layer_norm_scale': none,
     'mlp_activations': column,
+    # Not T5X's.
+    **dict.fromkeys(('lora_rank', 'adapter', 'prompt'), none),
   }
 
 

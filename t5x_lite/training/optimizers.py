@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import optax
 
 from t5x_lite.errors import UsageError
+from t5x_lite.models import transfer
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
 from t5x_lite.training.adafactor import Axes, Path
 from t5x_lite.training.master_weights import master_weights
 from t5x_lite.training.schedules import ScheduleConfig, unknown
+from t5x_lite.training.unfreezing import unfreeze_gradually
 
 # Optax's optimizers whose step is proportional to the learning rate of the same
 # step alone, as "updates at learning rate 1" needs; a test checks each.
@@ -54,7 +56,10 @@ class OptimizerConfig:
     global_norm_clip: gradients' largest global norm, or None.
     trainable: regular expression searched in parameter paths; what it does not
       match is frozen: no update, no optimizer state, no part in the global
-      norm. None trains all.
+      norm. None trains all; of a model with LoRA, adapters or a prompt, those,
+      and with adapters the norms.
+    unfreeze_every: updates after which one more layer trains, from the top down;
+      see training/unfreezing.py. None trains all from the start.
     b1: the optimizer's momentum, if not its default (Adafactor's beta1).
     b2: the optimizer's second-moment decay, if not its default.
     eps: the optimizer's epsilon, if not its default.
@@ -69,6 +74,7 @@ class OptimizerConfig:
   weight_decay_exclude: str = r'(^|/)(scale|bias|rel_embedding)$'
   global_norm_clip: float | None = None
   trainable: str | None = None
+  unfreeze_every: int | None = None
   b1: float | None = None
   b2: float | None = None
   eps: float | None = None
@@ -86,6 +92,10 @@ class OptimizerConfig:
       raise UsageError(
         f'OptimizerConfig.global_norm_clip is {self.global_norm_clip}; it '
         'must be positive, or None for no clipping.'
+      )
+    if self.unfreeze_every is not None and self.unfreeze_every < 1:
+      raise UsageError(
+        f'OptimizerConfig.unfreeze_every is {self.unfreeze_every}; it counts steps, from 1.'
       )
     for name in ('trainable', 'weight_decay_exclude'):
       try:
@@ -189,12 +199,14 @@ def make_optimizer(
   tx = optax.named_chain(*parts.items())
   if config.master_weights:
     tx = master_weights(tx)
-  if config.trainable is None:
-    return tx
-  labels = jax.tree.map(
-    lambda trained: 'trained' if trained else 'frozen', trainable_mask(config, params)
-  )
-  return optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
+  mask = trainable_mask(config, params)
+  if mask is not None:
+    labels = jax.tree.map(lambda trained: 'trained' if trained else 'frozen', mask)
+    tx = optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
+  if config.unfreeze_every is not None:
+    state_axes = opt_state_axes(tx, params, axes)
+    tx = unfreeze_gradually(tx, config.unfreeze_every, params, axes, state_axes)
+  return tx
 
 
 def _per_unit_rate(
@@ -217,14 +229,18 @@ def _per_unit_rate(
 def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
   """Returns params' tree with True where config trains the parameter.
 
+  None if it trains all of them.
+
   Raises:
     UsageError: if it trains none.
   """
-  pattern = config.trainable or ''
+  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+  names = [pytrees.path_name(path) for path, _ in leaves]
+  pattern = config.trainable
+  if pattern is None and (pattern := transfer.trained_pattern(names)) is None:
+    return None
   mask = _map_paths(lambda name: bool(re.search(pattern, name)), params)
   if not any(jax.tree.leaves(mask)):
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    names = [pytrees.path_name(path) for path, _ in leaves]
     raise UsageError(
       f'OptimizerConfig.trainable is {pattern!r}, which matches none of the '
       f'{len(names)} parameters, such as {", ".join(names[:3])}.'

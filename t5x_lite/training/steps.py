@@ -47,6 +47,11 @@ def _microbatches(batch: Any, num: int) -> Any:
   return jax.tree.map(cut, batch)
 
 
+def _filled(part: Any, whole: Any) -> Any:
+  """Returns a tree with what it has None for taken from another one."""
+  return jax.tree.map(lambda p, w: w if p is None else p, part, whole, is_leaf=lambda x: x is None)
+
+
 def make_train_step(
   graphdef: Any,
   tx: optax.GradientTransformationExtraArgs,
@@ -71,7 +76,7 @@ def make_train_step(
     loss: what is minimised.
     num_microbatches: must divide the batch size.
     trainable: tree of booleans from `optimizers.trainable_mask`, or None for
-      all. The gradient of a frozen parameter is 0 and costs nothing.
+      all. Frozen parameters have no gradient, and come out as they went in.
     skip_nonfinite: leave parameters and optimizer as they are where loss or
       gradient are not finite, and say so in the metric `skipped`.
     histograms: add `group_histograms` of the gradient to the metrics.
@@ -86,27 +91,27 @@ def make_train_step(
     key = jax.random.fold_in(key, state.step)
     weights, normalizer = losses.loss_weights_and_normalizer(batch, loss.loss_normalizing_factor)
 
-    def loss_fn(params, batch, weights, key):
-      if trainable is not None:
-        params = jax.tree.map(
-          lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable
-        )
+    def loss_fn(trained, batch, weights, key):
+      params = _filled(trained, state.params)
       sums = _sums(nnx.merge(graphdef, params), batch, weights, loss, key)
       return sums['loss'] / normalizer, sums
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
+    trained = state.params
+    if trainable is not None:
+      trained = jax.tree.map(lambda p, train: p if train else None, trained, trainable)
     if num_microbatches == 1:
-      grads, sums = grad_fn(state.params, batch, weights, key)
+      grads, sums = grad_fn(trained, batch, weights, key)
     else:
 
       def add(total, xs):
         part, weights, i = xs
-        new = grad_fn(state.params, part, weights, jax.random.fold_in(key, i))
+        new = grad_fn(trained, part, weights, jax.random.fold_in(key, i))
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
 
       zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.float32),
-        jax.eval_shape(grad_fn, state.params, batch, weights, key),
+        jax.eval_shape(grad_fn, trained, batch, weights, key),
       )
       parts, part_weights = _microbatches((dict(batch), weights), num_microbatches)
       (grads, sums), _ = jax.lax.scan(
@@ -115,11 +120,16 @@ def make_train_step(
 
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
     with jax.named_scope('optimizer'):
+      whole = _filled(grads, jax.tree.map(jnp.zeros_like, state.params))
       updates, opt_state = tx.update(
-        grads, state.opt_state, state.params, learning_rate=learning_rate
+        whole, state.opt_state, state.params, learning_rate=learning_rate
       )
       updates = jax.tree.map(lambda u: learning_rate.astype(u.dtype) * u, updates)
       params = optax.apply_updates(state.params, updates)
+      if trainable is not None:  # not even -0.0 + 0.0
+        params = jax.tree.map(
+          lambda new, old, train: new if train else old, params, state.params, trainable
+        )
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     if skip_nonfinite:

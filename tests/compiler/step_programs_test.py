@@ -1,5 +1,7 @@
 """Programs are complete: they compile, donate, and match their description."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from t5x_lite.data.config import batch_spec
 from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.parallel import partitioning
+from t5x_lite.models import transfer
+from t5x_lite.parallel import partitioning, pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.training import train_state
 from t5x_lite.training.losses import LossConfig
@@ -103,3 +106,72 @@ def test_decoding_is_compiled_for_the_parameters_that_are_loaded():
     max_input_length=32,
   )
   assert program.arguments[0] == predictor.abstract_params
+
+
+# ---- Transfer methods ----
+
+PARTS = {'lora_rank': 2, 'adapter_dim': 4, 'prompt_length': 3}
+
+
+def _trained_for(num_steps, mesh, **overrides):
+  """Returns the state before and after, on the host, and the program."""
+  model = tiny.config(num_encoder_layers=1, num_decoder_layers=1, **PARTS)
+  dataset = tiny_run.dataset(batch_size=8, pack=False)
+  program = train_program(
+    model=model,
+    optimizer=OptimizerConfig(name='adamw', weight_decay=0.1, **overrides),
+    batch=batch_spec(dataset),
+    **mesh,
+  )
+  compiled = program.lower().compile()
+  key = jax.jit(lambda: jax.random.key(0), out_shardings=partitioning.replicated(program.mesh))()
+  params = jax.tree.map(jax.device_put, tiny.params(model), program.spec.shardings.params)
+  state = train_state.start_from(params, program.tx, program.spec)
+  before = jax.device_get(state)
+  rng = np.random.default_rng(0)
+  batch = partitioning.global_batch(
+    {name: rng.integers(1, 9, x.shape).astype(x.dtype) for name, x in program.arguments[1].items()},
+    program.mesh,
+  )
+  for _ in range(num_steps):
+    state, _ = compiled(state, batch, key)
+  return before, jax.device_get(state), program
+
+
+def test_only_the_parts_of_a_method_train_on_any_mesh():
+  one = {'mesh': MeshConfig(), 'devices': jax.devices()[:1]}
+  before, after, program = _trained_for(3, one)
+  _, cut, _ = _trained_for(3, {'mesh': MeshConfig(fsdp=4, model=2)})
+  was, now = (pytrees.flatten_names(state.params) for state in (before, after))
+  pattern = transfer.trained_pattern(was)
+  for name, x in was.items():
+    changed = x.tobytes() != now[name].tobytes()
+    assert changed == bool(re.search(pattern, name)), name
+  for name, x in pytrees.flatten_names(cut.params).items():
+    np.testing.assert_allclose(x, now[name], atol=2e-4, err_msg=name)
+  kept = pytrees.flatten_names(program.spec.shapes.opt_state)
+  trained = tuple(name for name in was if re.search(pattern, name))
+  assert all(not x.shape or name.endswith(trained) for name, x in kept.items())
+
+
+def test_gradients_of_what_is_frozen_cost_nothing():
+  def cost(**overrides):
+    program = train_program(
+      model=tiny.config(
+        scan_layers=False,
+        emb_dim=64,
+        mlp_dim=256,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        lora_rank=1,
+      ),
+      mesh=MeshConfig(),
+      devices=jax.devices()[:1],
+      **overrides,
+    )
+    return program.lower().compile().cost_analysis()['flops']
+
+  lora = cost()
+  everything = cost(optimizer=OptimizerConfig(trainable='.'))
+  # Two of the three products of each matrix, and attention, which is small here.
+  assert 0.6 < lora / everything < 0.75

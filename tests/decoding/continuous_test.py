@@ -20,9 +20,9 @@ def make(cfg, params, **arguments):
   )
 
 
-@pytest.fixture(scope='module', params=[False, True], ids=['unrolled', 'scanned'])
+@pytest.fixture(scope='module', params=[False, True], ids=['unrolled', 'scanned_with_a_prompt'])
 def model(request):
-  cfg = tiny.config(scan_layers=request.param)
+  cfg = tiny.config(scan_layers=request.param, prompt_length=3 if request.param else None)
   return cfg, tiny.params(cfg)
 
 

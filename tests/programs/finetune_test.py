@@ -1,12 +1,13 @@
 import json
 import signal
 
+import numpy as np
 import pytest
 
 import t5x_lite
 from t5x_lite import main
 from t5x_lite.errors import UsageError
-from t5x_lite.parallel import distributed
+from t5x_lite.parallel import distributed, pytrees
 from t5x_lite.programs import finetune as finetune_lib
 from t5x_lite.programs import train as train_lib
 from t5x_lite.runs import metric_writers, restoring
@@ -168,3 +169,80 @@ def test_train_takes_its_architecture_from_the_checkpoint(start, tmp_path):
   assert int(train_lib.train(**arguments).step) == 2
   with pytest.raises(UsageError, match="'depth' is no field"):
     train_lib.train(**{**arguments, 'model_changes': {'depth': 3}})
+
+
+# ---- Methods that train a few parameters ----
+
+
+@pytest.fixture(scope='module')
+def lora(start, table, tmp_path_factory):
+  output = tmp_path_factory.mktemp('lora') / 'out'
+  settings = {'method': 'lora', 'lora_rank': 2, 'lora_targets': ['query', 'wo'], 'seed': 3}
+  return (
+    output,
+    settings,
+    finetune(model=start, train=table, output=str(output), steps=6, learning_rate=0.1, **settings),
+  )
+
+
+def test_lora_ends_in_a_plain_model_and_an_adapter(lora, start):
+  transformers = pytest.importorskip('transformers')
+  peft = pytest.importorskip('peft')
+  output, _, results = lora
+  ours = t5x_lite.load(str(output / 'checkpoints' / str(results['step'])))
+  plain = t5x_lite.load(start)
+  for name, x in pytrees.flatten_names(plain.params).items():
+    kept = pytrees.flatten_names(ours.params)[name]
+    assert np.asarray(x).tobytes() == np.asarray(kept).tobytes(), name
+  merged = transformers.AutoModelForSeq2SeqLM.from_pretrained(output / 'export')
+  base = transformers.AutoModelForSeq2SeqLM.from_pretrained(start)
+  with_adapter = peft.PeftModel.from_pretrained(base, str(output / 'adapter'))
+  tokenizer = transformers.AutoTokenizer.from_pretrained(output / 'export')
+  again = t5x_lite.load(start, adapter=str(output / 'adapter'))
+  ids = tokenizer('word 3 3', return_tensors='pt').input_ids
+  first = np.zeros((1, 1), np.int32)
+  wanted = ours.logits(ids.numpy(), first)
+  assert np.abs(wanted - plain.logits(ids.numpy(), first)).max() > 1e-2
+  np.testing.assert_array_equal(again.logits(ids.numpy(), first), wanted)
+  for model in (merged, with_adapter):
+    found = model(input_ids=ids, decoder_input_ids=ids[:, :1] * 0).logits
+    np.testing.assert_allclose(found.detach().numpy(), wanted, atol=1e-4)
+  card = (output / 'export' / 'README.md').read_text()
+  assert 'LoRA of rank 2, merged into the weights' in card
+  assert '--lora_rank 2' in card and '--lora_targets query wo' in card
+
+
+def test_lora_stopped_and_started_again_ends_the_same(lora, start, table, tmp_path, monkeypatch):
+  output, settings, _ = lora
+  arguments = dict(model=start, train=table, steps=6, learning_rate=0.1, **settings)
+  original = train_lib.DatasetIterator.__next__
+  calls = []
+
+  def stop_after_three(self):
+    calls.append(1)
+    if len(calls) == 3:
+      signal.raise_signal(signal.SIGTERM)
+    return original(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train_lib.DatasetIterator, '__next__', stop_after_three)
+    assert finetune(output=str(tmp_path / 'out'), **arguments) is None
+  assert finetune(output=str(tmp_path / 'out'), **arguments) is not None
+  for file in ('adapter/adapter_model.safetensors', 'export/model.safetensors'):
+    assert (output / file).read_bytes() == (tmp_path / 'out' / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'method': 'lora', 'lora_rank': 0}, 'lora_rank is 0'),
+    ({'method': 'lora', 'lora_targets': ['wi']}, "'wi'; the matrices of this model"),
+    ({'method': 'adamw', 'lora_rank': 8}, 'for --method lora'),
+    ({'method': 'prompt', 'pack': True}, 'one example a row'),
+    ({'method': 'adapter'}, 'allowed are adafactor, adamw, lora, adapters, prompt'),
+  ],
+)
+def test_methods_that_cannot_be(start, table, tmp_path, settings, message):
+  with pytest.raises(UsageError, match=message):
+    finetune(model=start, train=table, output=str(tmp_path / 'out'), **settings)
+  assert not (tmp_path / 'out').exists()

@@ -1,0 +1,207 @@
+"""What a transfer method trained, without its base: merged, written, read.
+
+An adapter folder loads onto any base of the same shape. Ours has canonical
+names; LoRA is also written and read in PEFT's format.
+
+Source of the latter: peft/tuners/lora (config.py, model.py), PEFT 0.21.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import hf, hf_export, tensor_names
+from t5x_lite.interop.checkpoint_source import Source
+from t5x_lite.interop.tensors import Tensor, Tensors
+from t5x_lite.models import transfer
+from t5x_lite.models.config import T5Config
+
+FORMATS = ('adapter', 'peft')
+CONFIG, WEIGHTS = 'adapter.json', 'adapter.safetensors'
+PEFT_CONFIG, PEFT_WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
+_PREFIX = 'base_model.model.'
+_HF_MATRICES = {
+  **{'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'},
+  **{name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')},
+}
+# What PEFT's LoRA can do and this one not.
+_PEFT_OTHER = (
+  'bias fan_in_fan_out lora_bias use_dora rank_pattern alpha_pattern layers_to_transform '
+  'modules_to_save'
+).split()
+
+
+def _is_lora(name: str) -> bool:
+  return name.endswith(('/lora_a', '/lora_b'))
+
+
+def merge_lora(tensors: Tensors, cfg: T5Config) -> tuple[dict[str, Tensor], T5Config]:
+  """Returns the tensors with LoRA added to its matrices, and such a config.
+
+  Nothing is read yet. The sums are float32.
+  """
+  if cfg.lora_rank is None:
+    return dict(tensors), cfg
+  assert cfg.lora_alpha is not None
+  scale = np.float32(cfg.lora_alpha / cfg.lora_rank)
+  result = {}
+  for name, tensor in tensors.items():
+    if _is_lora(name):
+      continue
+    stem = name.removesuffix('kernel')
+    if f'{stem}lora_a' in tensors:
+      a, b = tensors[f'{stem}lora_a'], tensors[f'{stem}lora_b']
+      tensor = dataclasses.replace(tensor, dtype=scale.dtype, fetch=_merged(tensor, a, b, scale))
+    result[name] = tensor
+  return result, cfg.replace(lora_rank=None, lora_alpha=None, lora_targets=())
+
+
+def _merged(kernel: Tensor, a: Tensor, b: Tensor, scale: np.float32) -> Callable[..., np.ndarray]:
+  def fetch(index):
+    rows, columns = index or (slice(None), slice(None))
+    a_DR, b_RF = a.read((rows, slice(None))), b.read((slice(None), columns))
+    added = a_DR.astype(np.float32) @ b_RF.astype(np.float32)
+    return kernel.read(index).astype(np.float32) + scale * added
+
+  return fetch
+
+
+def check_methods(cfg: T5Config, to: str) -> None:
+  """Raises UsageError if a format has no place for what a method added."""
+  fields = transfer.fields(cfg)
+  if to in FORMATS and not fields:
+    raise UsageError('this model has no LoRA, no adapters and no prompt to write by themselves')
+  if to == 'peft' and (cfg.lora_rank is None or cfg.architecture == 'decoder'):
+    raise UsageError(f"PEFT's format is for LoRA on a T5 with an encoder; this one has {fields}")
+  for name in ('adapter_dim', 'prompt_length'):
+    if name in fields and to not in ('t5x_lite', 'adapter'):
+      raise UsageError(
+        f'a model with {name}={fields[name]} cannot be written as {to!r}, which has '
+        "nothing of the kind: write it as 't5x_lite', or as 'adapter' without its base"
+      )
+
+
+def write_alone(
+  directory: epath.Path,
+  *,
+  tensors: Tensors,
+  cfg: T5Config,
+  to: str,
+  dtype: str,
+  progress: Callable[[str], None] = lambda name: None,
+) -> None:
+  """Writes what a method trains; of adapters that is the norms too.
+
+  Args:
+    directory: as the rest, see `hf_export.write`.
+    tensors: of the whole model, by canonical name.
+    cfg: the model, checked by `check_methods`.
+    to: one of FORMATS.
+    dtype: of the numbers on disk.
+    progress: called with each name.
+  """
+  pattern = transfer.trained_pattern(tensors)
+  assert pattern is not None
+  kind = np.dtype(hf.DTYPES[hf.SHORT_DTYPES[dtype]])
+  if to == 'adapter':
+    found = {name: tensor for name, tensor in tensors.items() if re.search(pattern, name)}
+    entry = {'format': 1, 'model': transfer.fields(cfg)}
+    file, config = WEIGHTS, CONFIG
+  else:
+    found = {_peft_name(n): tensors[ours].transposed() for n, ours in _lora_names(cfg).items()}
+    entry = _peft_entry(cfg)
+    file, config = PEFT_WEIGHTS, PEFT_CONFIG
+  shard = hf_export.Shard(file, list(found.items()))
+  hf_export.write_shard(directory / file, shard, kind, progress)
+  (directory / config).write_text(json.dumps(entry, indent=2) + '\n')
+
+
+def _lora_names(cfg: T5Config) -> dict[str, str]:
+  """Returns {a name of an unshared model: the model's own} of all of LoRA."""
+  own = tensor_names.shapes(cfg)
+  names = tensor_names.shapes(cfg.replace(share_encoder_decoder=False))
+  return {n: n if n in own else tensor_names.lender(n) or '' for n in names if _is_lora(n)}
+
+
+def _peft_name(name: str) -> str:
+  stem, _, letter = name.rpartition('/lora_')
+  module = tensor_names.hf_name(f'{stem}/kernel').removesuffix('.weight')
+  return f'{_PREFIX}{module}.lora_{letter.upper()}.weight'
+
+
+def _peft_entry(cfg: T5Config) -> dict[str, Any]:
+  return {
+    'peft_type': 'LORA',
+    'task_type': 'SEQ_2_SEQ_LM' if cfg.has_decoder else 'FEATURE_EXTRACTION',
+    'base_model_name_or_path': None,  # any of the same shape
+    'inference_mode': True,
+    'r': cfg.lora_rank,
+    'lora_alpha': cfg.lora_alpha,
+    'lora_dropout': 0.0,
+    'target_modules': [_HF_MATRICES[name] for name in cfg.lora_targets],
+    'bias': 'none',
+    'fan_in_fan_out': False,
+  }
+
+
+def put_on(source: Source, path: str) -> Source:
+  """Returns an open base with the adapter of a folder.
+
+  Args:
+    source: a model without LoRA, adapters or prompt, of any format.
+    path: a folder that `write_alone` wrote, or PEFT.
+
+  Raises:
+    UsageError: if there is no adapter, or it is for another model.
+  """
+  folder = epath.Path(path)
+  if transfer.fields(source.config):
+    raise UsageError(f'{source.path} has {transfer.fields(source.config)} already: name its base')
+  peft = (folder / PEFT_CONFIG).exists()
+  config, weights = (PEFT_CONFIG, PEFT_WEIGHTS) if peft else (CONFIG, WEIGHTS)
+  for file in (config, weights):
+    if not (folder / file).exists():
+      raise UsageError(f'{path} holds no adapter: no {file}')
+  entry = hf.read_json(folder / config)
+  stored: dict[str, Tensor] = hf.read_tensors(folder)
+  try:
+    changes = _peft_fields(entry) if peft else dict(entry['model'])
+    cfg = source.config.replace(**changes)
+  except (KeyError, TypeError, ValueError) as error:
+    raise UsageError(f'{folder / config} describes no adapter: {error}') from error
+  if peft:
+    names = {ours: _peft_name(name) for name, ours in _lora_names(cfg).items()}
+    stored = {ours: stored[n].transposed() for ours, n in names.items() if n in stored}
+  shapes = tensor_names.shapes(cfg)
+  for name in (*stored, *(n for n in shapes if transfer.is_added(n))):
+    if name not in stored or name not in shapes or stored[name].shape != shapes[name]:
+      have = stored[name].shape if name in stored else 'none'
+      raise UsageError(
+        f'the adapter {path} is for another model than {source.path}: of {name} it has '
+        f'{have}, the model {shapes.get(name, "none")}'
+      )
+  return dataclasses.replace(source, config=cfg, tensors={**source.tensors, **stored})
+
+
+def _peft_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of T5Config that PEFT's configuration means."""
+  if entry['peft_type'] != 'LORA':
+    raise UsageError(f'peft_type is {entry["peft_type"]!r}; of PEFT only LORA is read')
+  for name in _PEFT_OTHER:
+    if entry.get(name) not in (None, False, 'none', {}, []):
+      raise UsageError(f'{name} is {entry[name]!r} in {PEFT_CONFIG}, which LoRA here has not')
+  targets = entry['target_modules']
+  ours = {theirs: name for name, theirs in _HF_MATRICES.items()}
+  if isinstance(targets, str) or not set(targets) <= set(ours):
+    raise UsageError(f'target_modules is {targets!r}; what is read are {", ".join(ours)}')
+  rank, alpha = int(entry['r']), float(entry['lora_alpha'])
+  if entry.get('use_rslora'):
+    alpha *= rank**0.5  # scaled by alpha / sqrt(r)
+  names = [ours[name] for name in sorted(targets, key=list(ours).index)]
+  return {'lora_rank': rank, 'lora_alpha': alpha, 'lora_targets': names}
