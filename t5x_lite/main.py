@@ -35,7 +35,9 @@ COMPLETION = 'completion'
 EXIT_STOPPED = 6
 # No bugs either: places that cannot be written to, and disks that are full or fail.
 _FILE_ERRORS = {
-  **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG), 2),
+  **dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), 2
+  ),
   **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT), 7),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ _OCDBT = 'manifest.ocdbt'
 def url(path: str | os.PathLike) -> str:
   """Returns a path as TensorStore's URL, without a slash at its end."""
   path = os.fspath(path).rstrip('/')
-  return path if '://' in path else f'file://{os.path.abspath(path)}'
+  return path if '://' in path else f'file://{urllib.parse.quote(os.path.abspath(path))}'
 
 
 class Reader:

@@ -5,6 +5,7 @@ checks raise `UsageError`.
 """
 
 import dataclasses
+import glob
 import logging
 import os
 import tempfile
@@ -142,5 +143,9 @@ def check_model_dir(model_dir: str, model: T5Config, vocabulary: VocabularyConfi
   """Refuses to continue another model's run."""
   if not model_dir:
     raise UsageError("model_dir is '': name the run's directory")
+  # Orbax 0.12 looks for the parts of a checkpoint with a glob of the whole path, finds none in
+  # such a folder, and commits a checkpoint that holds no arrays.
+  if glob.has_magic(os.path.abspath(model_dir)):
+    raise UsageError(f'{model_dir}: a run cannot be below a folder with *, ? or [ in its name')
   run_directory.check_resumable(model_dir, model=model, vocabulary=vocabulary)
   checkpoints.check_some_are_whole(model_dir)
