@@ -29,7 +29,8 @@ def command_text(name: str) -> str:
   command = main.COMMANDS[name]
   lines = [f'{command.help[0].upper()}{_plain(command.help[1:])}.', '']
   objects = []
-  for parameter in command_flags.read_parameters(command.function):
+  found = command_flags.read_parameters(command.function)
+  for parameter in [*command.parameters(), *(one for one in found if one.type is None)]:
     if parameter.type is None:
       objects.append(parameter)
       continue

@@ -115,15 +115,17 @@ class DecodingConfig:
     fields = dataclasses.fields(self)
     changed = {field.name for field in fields if getattr(self, field.name) != field.default}
     if self.temperature == 0.0:
-      why = 'temperature is 0, which is greedy and draws nothing: set temperature=1.0 to sample'
+      why = 'but temperature is 0, which is greedy and draws nothing: set temperature=1.0 to sample'
       self._refuse(changed, _OF_SAMPLING, why)
     elif self.num_beams > 1:
-      self._refuse(changed, ['num_beams'], 'with a temperature: beams are searched, not sampled')
+      self._refuse(
+        changed, ['num_beams'], 'but with a temperature: beams are searched, not sampled'
+      )
     if self.num_beams == 1:
       ranks = () if self.best_of else ('length_penalty', 'brevity_alpha')
-      self._refuse(changed, (*ranks, 'early_stopping'), 'num_beams is 1: it ranks beams')
+      self._refuse(changed, (*ranks, 'early_stopping'), 'but num_beams is 1: it ranks beams')
     if self.brevity_alpha is not None:
-      self._refuse(changed, ['length_penalty'], 'brevity_alpha is set too: choose one of them')
+      self._refuse(changed, ['length_penalty'], 'but brevity_alpha is set too: choose one of them')
     most = max(self.num_beams, self.best_of)
     if most == 1 and not self.best_of and self.temperature:
       most = INF
@@ -141,7 +143,7 @@ class DecodingConfig:
   def _refuse(self, changed: set[str], names: Sequence[str], why: str) -> None:
     for name in names:
       if name in changed:
-        raise UsageError(f'DecodingConfig.{name} is {getattr(self, name)}, but {why}')
+        raise UsageError(f'DecodingConfig.{name} is {getattr(self, name)}, {why}')
 
   @property
   def length(self) -> int:
