@@ -1,11 +1,13 @@
-"""Cached greedy decoding beside Hugging Face's `generate`, in turns.
+"""Cached decoding, greedy or by beams, beside other implementations, in turns.
 
-  python benchmarks/decode.py --versus hf
+  python benchmarks/decode.py --versus hf,hf-compile,ctranslate2 --num_beams 4
 
-Both run the encoder once and then decode exactly `targets` tokens for each row
+All run the encoder once and then decode exactly `targets` tokens for each row
 with key and value caches, from the same weights; no row ends early. Ours is the
-jitted step of `t5x_lite.decoding.steps`, theirs is eager PyTorch, which is what
-`generate` runs. Read train_step.py for how they are measured.
+jitted step of `t5x_lite.decoding.steps`, with layers scanned and unrolled;
+transformers is PyTorch's eager `generate`, or with its forward pass compiled;
+CTranslate2 reads the same weights, converted. Read train_step.py for how they
+are measured.
 """
 
 import argparse
@@ -22,31 +24,34 @@ import train_step
 def arguments() -> argparse.Namespace:
   """Returns the parsed command line."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--versus', choices=('hf', 'none'), default='none')
+  parser.add_argument('--versus', default='', help='of hf, hf-compile, ctranslate2; commas between')
   parser.add_argument('--model', default='t5_1_1_small', help='a named size')
   parser.add_argument('--num_layers', type=int)
   parser.add_argument('--batch_size', type=int, default=8)
   parser.add_argument('--inputs', type=int, default=512)
   parser.add_argument('--targets', type=int, default=114)
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--scan_layers', action=argparse.BooleanOptionalAction, default=True)
+  parser.add_argument('--num_beams', type=int, default=1)
+  parser.add_argument('--layers', default='scanned,unrolled', help='which of ours')
   parser.add_argument('--huge_pages', action='store_true')
   parser.add_argument('--weights', help=argparse.SUPPRESS)
   parser.add_argument('--worker', help=argparse.SUPPRESS)
   args = parser.parse_args()
-  args.dropout_rate, args.remat_policy = 0.0, 'none'
+  args.dropout_rate, args.remat_policy, args.scan_layers = 0.0, 'none', True
   return args
 
 
-def run_ours(args: argparse.Namespace) -> None:
+def run_ours(args: argparse.Namespace, scan_layers: bool) -> None:
   """The jitted predict step."""
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   import jax
 
-  from t5x_lite.decoding import sampling, steps
+  from t5x_lite.decoding import steps
+  from t5x_lite.decoding.config import DecodingConfig
   from t5x_lite.models import t5
 
   # No token has the id -1, so no row ends.
+  args.scan_layers = scan_layers
   cfg = train_step.model_config(args).replace(eos_id=-1)
   graphdef, _, _ = t5.abstract_params(cfg)
   if (Path(args.weights) / 'config.json').exists():
@@ -57,9 +62,8 @@ def run_ours(args: argparse.Namespace) -> None:
     params = jax.jit(lambda key: t5.init_params(cfg, key))(jax.random.key(0))
   inputs = train_step.make_batch(args, cfg.vocab_size)['inputs']
   batch = {'encoder_input_tokens': jax.device_put(inputs.astype(np.int32))}
-  predict = jax.jit(
-    steps.make_predict_step(graphdef, sampling.DecodingConfig(max_decode_length=args.targets))
-  )
+  config = DecodingConfig(max_decode_length=args.targets, num_beams=args.num_beams)
+  predict = jax.jit(steps.make_predict_step(graphdef, config, scored=False))
 
   def step() -> float:
     return float(np.asarray(predict(params, batch)[0]).mean())
@@ -67,15 +71,20 @@ def run_ours(args: argparse.Namespace) -> None:
   side_by_side.work(step)
 
 
-def run_hf(args: argparse.Namespace) -> None:
-  """PyTorch's generate; it saves the weights for ours."""
+def run_hf(args: argparse.Namespace, compiled: bool) -> None:
+  """PyTorch's generate; the first saves the weights for everyone."""
   import torch
 
   model = train_step.hf_model(args).eval()
-  model.save_pretrained(args.weights)
+  if not compiled:
+    model.save_pretrained(args.weights)
   inputs = torch.from_numpy(train_step.make_batch(args, model.config.vocab_size)['inputs'])
   mask = torch.ones_like(inputs)
   model.generation_config.eos_token_id = None
+  static = {}
+  if compiled:
+    model.forward = torch.compile(model.forward)
+    static['cache_implementation'] = 'static'
 
   def step() -> float:
     with torch.no_grad():
@@ -83,8 +92,9 @@ def run_hf(args: argparse.Namespace) -> None:
         input_ids=inputs,
         attention_mask=mask,
         do_sample=False,
-        num_beams=1,
+        num_beams=args.num_beams,
         use_cache=True,
+        **static,
         max_new_tokens=args.targets,
         min_new_tokens=args.targets,
       )
@@ -94,16 +104,66 @@ def run_hf(args: argparse.Namespace) -> None:
   side_by_side.work(step, warm_up=1)
 
 
-WORKERS = {'hf generate': run_hf, 'ours': run_ours}
+def run_ctranslate2(args: argparse.Namespace) -> None:
+  """CTranslate2's translate_batch, of the weights that run_hf has saved."""
+  import ctranslate2
+  import transformers
+
+  vocab_size = transformers.AutoConfig.from_pretrained(args.weights).vocab_size
+  folder = Path(args.weights) / 'ctranslate2'
+  # Its converter wants a tokenizer; ids have names here, no text.
+  spec_loader = ctranslate2.converters.transformers._MODEL_LOADERS['T5Config']
+  model = transformers.AutoModelForSeq2SeqLM.from_pretrained(args.weights)
+  names = [f't{i}' for i in range(vocab_size)]
+  names[:3] = ['<pad>', '</s>', '<unk>']
+  spec = spec_loader.get_model_spec(model)
+  spec.register_source_vocabulary(names)
+  spec.register_target_vocabulary(names)
+  spec.config.bos_token = spec.config.decoder_start_token = '<pad>'
+  spec.config.eos_token, spec.config.unk_token = '</s>', '<unk>'
+  spec.config.add_source_bos = spec.config.add_source_eos = False
+  spec.validate()
+  spec.optimize()
+  folder.mkdir()
+  spec.save(str(folder))
+  translator = ctranslate2.Translator(
+    str(folder), device='cpu', compute_type='float32', intra_threads=os.cpu_count()
+  )
+  inputs = train_step.make_batch(args, vocab_size)['inputs']
+  rows = [[names[i] for i in row] for row in inputs.tolist()]
+
+  def step() -> float:
+    found = translator.translate_batch(
+      rows,
+      beam_size=args.num_beams,
+      max_decoding_length=args.targets,
+      min_decoding_length=args.targets,
+      max_batch_size=len(rows),
+    )
+    ids = [[names.index(t) for t in one.hypotheses[0]] for one in found] if not seen else []
+    seen.extend([float(np.mean(ids))] if ids else [])
+    return seen[0]
+
+  seen: list[float] = []
+  side_by_side.work(step)
+
+
+WORKERS = {
+  'hf': lambda args: run_hf(args, compiled=False),
+  'hf-compile': lambda args: run_hf(args, compiled=True),
+  'ctranslate2': run_ctranslate2,
+  'scanned': lambda args: run_ours(args, scan_layers=True),
+  'unrolled': lambda args: run_ours(args, scan_layers=False),
+}
 
 
 def main() -> None:
-  """Starts both, lets them run in turns, and prints a table."""
+  """Starts all, lets them run in turns, and prints a table."""
   args = arguments()
   if args.worker:
     WORKERS[args.worker](args)
     return
-  names = ['hf generate', 'ours'] if args.versus == 'hf' else ['ours']
+  names = [*filter(None, args.versus.split(',')), *filter(None, args.layers.split(','))]
   with tempfile.TemporaryDirectory() as directory:
     forwarded = [*sys.argv[1:], '--weights', directory]
     contenders = [side_by_side.start(name, forwarded, args.huge_pages) for name in names]
@@ -111,12 +171,12 @@ def main() -> None:
   ours = contenders[-1]
   tokens = args.batch_size * args.targets
   print(
-    f'{args.model}, batch {args.batch_size}, {args.inputs} inputs, '
-    f'{args.targets} tokens decoded greedily, float32, scan {args.scan_layers},'
-    f' huge pages {args.huge_pages}, {os.cpu_count()} cores'
+    f'{args.model}, batch {args.batch_size}, {args.num_beams} beams, {args.inputs} inputs, '
+    f'{args.targets} tokens decoded, float32, huge pages {args.huge_pages}, '
+    f'{os.cpu_count()} cores'
   )
   print(
-    f'{"":12}{"tokens/s":>10}{"s":>8}{"ours is":>9}'
+    f'{"":12}{"tokens/s":>10}{"s":>8}{"last is":>9}'
     f'{"tokens/CPU s":>15}{"CPU s":>8}{"ours is":>9}{"mean id":>12}'
   )
   for c in contenders:

@@ -29,7 +29,8 @@ def command_text(name: str) -> str:
   command = main.COMMANDS[name]
   lines = [f'{command.help[0].upper()}{_plain(command.help[1:])}.', '']
   objects = []
-  for parameter in command_flags.read_parameters(command.function):
+  found = command_flags.read_parameters(command.function)
+  for parameter in [*command.parameters(), *(one for one in found if one.type is None)]:
     if parameter.type is None:
       objects.append(parameter)
       continue
@@ -61,17 +62,35 @@ def api_text(name: str) -> str:
   """
   exported, _, method = name.partition('.')
   module = f't5x_lite.{t5x_lite._EXPORTS[exported]}'
-  spec = importlib.util.find_spec(module)
-  assert spec is not None and spec.origin is not None
-  tree = ast.parse(pathlib.Path(spec.origin).read_text())
+  tree = _tree(module)
   node = _find(tree, exported)
   if method:
-    node = _find(node, method)
+    node = _method(tree, node, method)
   parts = [f'```python\n{_signature(node, name)}\n```']
   if not method:
     parts.append(f'In `{module}`.')
   parts.append(docstring_text(ast.get_docstring(node) or ''))
   return '\n\n'.join(parts)
+
+
+def _tree(module: str) -> ast.Module:
+  spec = importlib.util.find_spec(module)
+  assert spec is not None and spec.origin is not None
+  return ast.parse(pathlib.Path(spec.origin).read_text())
+
+
+def _method(tree: ast.Module, node: ast.AST, name: str) -> ast.FunctionDef | ast.ClassDef:
+  """Returns a method of a class, or of the class that it is imported to extend."""
+  assert isinstance(node, ast.ClassDef)
+  if any(getattr(child, 'name', '') == name for child in node.body):
+    return _find(node, name)
+  bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+  for statement in tree.body:
+    for imported in getattr(statement, 'names', []):
+      if imported.name in bases and isinstance(statement, ast.ImportFrom) and statement.module:
+        other = _tree(statement.module)
+        return _method(other, _find(other, imported.name), name)
+  raise KeyError(name)
 
 
 def _find(parent: ast.AST, name: str) -> ast.FunctionDef | ast.ClassDef:

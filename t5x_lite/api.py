@@ -15,10 +15,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from t5x_lite.data import model_inputs, vocabularies
+from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
-from t5x_lite.decoding.config import decoding_config
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, export, tensors
 from t5x_lite.models import model_sharding, t5
@@ -26,13 +25,8 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement, single_device
 from t5x_lite.programs import grow_vocabulary
+from t5x_lite.programs.generation import MAX_INPUT_TOKENS, Generation, Ids, Texts
 from t5x_lite.runs import progress
-
-# Relative positions reach as far as one likes, memory does not.
-MAX_INPUT_TOKENS = 1024
-
-Texts = str | Sequence[str]
-Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
 def load(
@@ -109,7 +103,7 @@ def new(
   return Model(config, params, vocabulary, placement=placement)
 
 
-class Model:
+class Model(Generation):
   """A model in memory.
 
   Attributes:
@@ -232,120 +226,6 @@ class Model:
     encoded = self._call(steps.make_encode_step, batch, pooling)
     return encoded[:, :length] if pooling is None else encoded
 
-  def score(
-    self,
-    inputs: Texts | Ids | None,
-    targets: Texts | Ids,
-    *,
-    max_input_tokens: int = MAX_INPUT_TOKENS,
-  ) -> np.ndarray:
-    """Returns the log-probability of each target, EOS of texts included.
-
-    Args:
-      inputs: texts or ids; None for a model without an encoder.
-      targets: texts or ids, as many as inputs.
-      max_input_tokens: longer inputs are cut with a warning, targets refused.
-    """
-    wanted = self._rows(targets)
-    longest = max(map(len, wanted))
-    if longest > max_input_tokens:
-      raise UsageError(f'a target has {longest} tokens; max_input_tokens is {max_input_tokens}')
-    tokens = self._padded(wanted, longest)
-    lengths = np.asarray([[len(row)] for row in wanted])
-    weights = np.arange(tokens.shape[1]) < lengths
-    shifted = np.roll(tokens, 1, axis=1)
-    shifted[:, 0] = self.config.decoder_start_id
-    batch = {
-      'decoder_target_tokens': tokens,
-      'decoder_loss_weights': weights.astype(np.float32),
-      'decoder_input_tokens': shifted,
-    }
-    if self.config.has_encoder:
-      if inputs is None:
-        raise UsageError('score needs inputs: there is an encoder')
-      rows = self._rows(inputs, limit=max_input_tokens)
-      if len(rows) != len(wanted):
-        raise UsageError(f'score got {len(rows)} inputs and {len(wanted)} targets')
-      batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
-    return self._call(steps.make_score_step, batch)
-
-  # ---- Text ----
-
-  def generate(
-    self,
-    inputs: Texts | Ids,
-    *,
-    max_new_tokens: int = 128,
-    max_input_tokens: int = MAX_INPUT_TOKENS,
-    batch_size: int = 32,
-    seed: int = 0,
-    bidirectional_prefix: bool = False,
-    return_scores: bool = False,
-    **sampling: Any,
-  ) -> Any:
-    """Generates an output for each input.
-
-    Args:
-      inputs: texts (for an encoder EOS is added) or ids as they are. A model
-        without an encoder continues them.
-      max_new_tokens: most tokens an output, EOS included.
-      max_input_tokens: longer inputs are cut, and a warning counts them;
-        attention takes memory by the square of it.
-      batch_size: inputs decoded at a time.
-      seed: of sampling.
-      bidirectional_prefix: the input's tokens see each other in both
-        directions; for prefix language models.
-      return_scores: return (outputs, log-probabilities of each).
-      **sampling: fields of DecodingConfig, such as temperature=0.7, top_p=0.9;
-        greedy by default.
-
-    Returns:
-      Texts for texts, lists of ids without EOS for ids; one alone if the input
-      was one text.
-    """
-    config = decoding_config(max_new_tokens, **sampling)
-    if batch_size < 1:
-      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
-    rows = self._rows(inputs, eos=self.config.has_encoder, limit=max_input_tokens)
-    outputs: list[list[int]] = []
-    scores: Any = []
-    # Few sizes, so that what is compiled serves the next call too.
-    size = min(batch_size, prediction.padded_length(len(rows), shortest=1))
-    predictor = None
-    if self.config.has_encoder:
-      predictor = prediction.Predictor(
-        self.config,
-        placement=self.placement,
-        decoding=config,
-        batch_size=size,
-        max_input_length=prediction.padded_length(max(map(len, rows))),
-        seed=seed,
-      )
-    for index, start in enumerate(range(0, len(rows), size)):
-      part = rows[start : start + size]
-      if predictor is not None:
-        new, log_probs = predictor.predict(self.params, part, index=index)
-      else:
-        new, log_probs = prediction.continue_prompts(
-          self.config,
-          self.params,
-          part,
-          placement=self.placement,
-          decoding=config,
-          batch_size=size,
-          key=jax.random.fold_in(jax.random.key(seed), index),
-          bidirectional=bidirectional_prefix,
-        )
-      outputs += new
-      scores += log_probs
-    results: Any = outputs
-    if model_inputs.is_text(inputs):
-      assert self.vocabulary is not None
-      results = [self.vocabulary.decode(row) for row in outputs]
-    if isinstance(inputs, str):
-      results, scores = results[0], scores[0]
-    return (results, scores) if return_scores else results
-
   # ---- Saving and training ----
 
   def save(self, directory: str, *, format: str = 't5x_lite', dtype: str | None = None) -> None:
@@ -447,31 +327,10 @@ class Model:
 
   # ---- Plumbing ----
 
-  def _rows(self, inputs: Any, *, eos: bool = True, limit: int | None = None) -> list[list[int]]:
-    return model_inputs.token_rows(
-      inputs,
-      self.vocabulary,
-      num_ids=self.config.vocab_size,
-      pad_id=self.config.pad_id,
-      eos=eos,
-      limit=limit,
-    )
-
-  def _padded(self, rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    """Returns rows as one array, as wide as the next size compiled for."""
-    return prediction.pad_rows(
-      rows, batch_size=len(rows), length=prediction.padded_length(length), pad_id=self.config.pad_id
-    )
-
   def _widened(self, array: np.ndarray, value: int) -> np.ndarray:
     """Adds columns of a value likewise."""
     missing = prediction.padded_length(array.shape[1]) - array.shape[1]
     return np.pad(array, ((0, 0), (0, missing)), constant_values=value)
-
-  def _call(self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any) -> np.ndarray:
-    return prediction.call_step(
-      make_step, self.config, self.params, self.placement, batch, *arguments
-    )
 
   def _check_vocabulary(self) -> VocabularyConfig:
     if self.vocabulary_config is None:

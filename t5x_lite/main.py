@@ -54,6 +54,7 @@ class Command:
     inherits: dotted name of the function whose experiment files this one reads.
     computes: it runs steps, whose temporaries are worth keeping; see
       parallel/host_memory.py.
+    opened: a parameter that is an object, whose simple fields are flags too.
   """
 
   function: str
@@ -61,11 +62,30 @@ class Command:
   positional: tuple[str, ...] = ()
   inherits: str = ''
   computes: bool = False
+  opened: str = ''
 
   def parameters(self) -> list[Parameter]:
     """Returns what can be written on the command line."""
     found = command_flags.read_parameters(self.function)
+    if self.opened:
+      found += command_flags.read_fields(self.function, self.opened)
     return [parameter for parameter in found if parameter.type is not None]
+
+  def bindings(self, given: dict[str, Any]) -> list[str]:
+    """Takes the fields' flags out of `given` and returns them as gin statements."""
+    fields = [p for p in self.parameters() if p.parent and p.name in given]
+    if not fields:
+      return []
+    module = command_flags.NESTED[fields[0].owner]
+    program, _, name = self.function.rpartition('.')
+    owner = f'{module}.{fields[0].owner}'
+    return [
+      'from __gin__ import dynamic_registration',
+      f'import {module}',
+      f'import {program}',
+      f'{program}.{name}.{self.opened} = @{owner}()',
+      *(f'{owner}.{p.name} = {given.pop(p.name)!r}' for p in fields),
+    ]
 
 
 _TRAIN = 't5x_lite.programs.train.train'
@@ -80,9 +100,13 @@ COMMANDS: dict[str, Command] = {
     't5x_lite.programs.evaluate.evaluate',
     'evaluate a run on tasks by their own metrics',
     computes=True,
+    opened='decoding',
   ),
   'infer': Command(
-    't5x_lite.programs.infer.infer', 'predict for every line of a file', computes=True
+    't5x_lite.programs.infer.infer',
+    'predict for every line of a file',
+    computes=True,
+    opened='decoding',
   ),
   'serve': Command(
     't5x_lite.programs.serve.serve',
@@ -285,11 +309,12 @@ def _run(argv: Sequence[str]) -> int:
     return _print_completion(args.shell)
   command = COMMANDS[args.command]
   flags = [parameter.name for parameter in command.parameters()]
-  given = {name: getattr(args, name) for name in flags}
+  given: dict[str, Any] = {name: getattr(args, name) for name in flags}
   given = {name: value for name, value in given.items() if value is not None}
   for name, value in given.items():
     if re.match(r"(\['?)?(https?|ftp)://", str(value)):
       raise UsageError(f'--{name} {value}: nothing is read from the network, download it first')
+  fields = command.bindings(given)
 
   if command.computes:
     host_memory.keep_freed_memory()  # before a thread is started
@@ -307,7 +332,7 @@ def _run(argv: Sequence[str]) -> int:
     configured = configuration.configure(
       function,
       gin_files=args.gin_file,
-      bindings=args.gin_bindings,
+      bindings=[*args.gin_bindings, *fields],
       search_paths=[path for path in args.gin_search_paths.split(',') if path],
       given=given,
       flags=flags,

@@ -14,7 +14,6 @@ import pytest
 
 import t5x_lite
 from t5x_lite.main import COMMANDS, COMPLETION
-from t5x_lite.programs import command_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
@@ -77,9 +76,8 @@ def _commands(text):
 
 def _flags(command):
   names = set(COMMON_FLAGS)
-  for parameter in command_flags.read_parameters(command.function):
-    if parameter.type is not None:
-      names.add(parameter.name)
+  for parameter in command.parameters():
+    names.add(parameter.name)
     if parameter.type is bool:
       names.add(f'no-{parameter.name}')
   return names - set(command.positional)

@@ -1,61 +1,209 @@
-"""DecodingConfig: how output tokens are chosen."""
+"""DecodingConfig: how output tokens are chosen, flat, so that gin and flags can set it."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from t5x_lite.errors import UsageError
 
+DEFAULT_LENGTH = 128
+INF = float('inf')
+_POSITIVE, _FROM_0, _FROM_1, _UP_TO_1, _WITHIN_1 = (
+  (1e-9, INF, 'above 0'),
+  (0, INF, '0 or more'),
+  (1, INF, 'at least 1'),
+  (1e-9, 1.0, 'above 0 and at most 1'),
+  (0.0, 1.0, '0 to 1'),
+)
+_BOUNDS: dict[str, tuple[float, float, str]] = {
+  **dict.fromkeys(('max_decode_length', 'num_beams', 'num_return_sequences'), _FROM_1),
+  **dict.fromkeys(('min_new_tokens', 'top_k', 'no_repeat_ngram_size', 'best_of'), _FROM_0),
+  **dict.fromkeys(('min_p', 'epsilon_cutoff', 'eta_cutoff'), _WITHIN_1),
+  **dict.fromkeys(('top_p', 'typical_p'), _UP_TO_1),
+  'temperature': (0.0, INF, '0 (greedy) or positive'),
+  'repetition_penalty': _POSITIVE,
+}
+_OF_SAMPLING = ('top_k', 'top_p', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff', 'best_of')
+_EARLY_STOPPING = {'false': False, 'true': True, 'never': 'never'}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
-  """How tokens are chosen.
+  """How tokens are chosen; names and meanings are those of transformers' `generate`.
 
   Attributes:
-    max_decode_length: most tokens to decode, the end of sequence included.
+    max_decode_length: most new tokens, the end of sequence included; None for as
+      many as the targets of training had, or 128.
+    min_new_tokens: no end of sequence before this many new tokens.
     temperature: 0 is greedy; otherwise logits are divided by it and sampled.
     top_k: sample among the k likeliest tokens; 0 means all.
-    top_p: sample among the fewest tokens whose probability reaches p; 1 means
-      all. Applied after top_k.
+    top_p: sample among the fewest tokens whose probability reaches p; 1 means all.
+    min_p: sample among tokens at least this many times as likely as the likeliest.
+    typical_p: sample among the tokens of most ordinary surprise that reach p
+      (Meister et al. 2022); 1 means all.
+    epsilon_cutoff: sample among tokens of at least this probability (Hewitt et al. 2022).
+    eta_cutoff: as epsilon_cutoff, but lower where the distribution is flat.
+    repetition_penalty: divides the positive logits of tokens written already, the
+      start token and the prefix included, and multiplies the negative ones.
+    frequency_penalty: taken from a logit as often as its token has been written.
+    no_repeat_ngram_size: no n-gram of this size twice; 0 means off.
+    forced_bos_id: the first new token; None for a free choice.
+    forced_eos_id: the token at max_decode_length; None for a free choice.
+    forbidden_tokens: sequences of ids that may not be written.
+    forbidden_words: texts that may not be written, as the vocabulary encodes each.
+    allowed_outputs: sequences of ids, without the end of sequence: the only outputs there can be.
+    labels: texts, the only outputs there can be.
+    stop_strings: a text is cut before the first of these.
+    num_beams: hypotheses of beam search; 1 is greedy or sampling.
+    length_penalty: beams are ranked by log-probability / length**length_penalty;
+      above 0 favours long outputs.
+    brevity_alpha: rank by log-probability / ((5 + length) / 6)**alpha instead, as
+      T5X does (the paper: 0.6); None for length_penalty.
+    early_stopping: True stops an input's search at num_beams finished hypotheses;
+      False when no running one is better now; 'never' when none can become better.
+    num_return_sequences: outputs for each input: the best beams, or samples.
+    best_of: draw this many samples and return the best by length-normalised score.
   """
 
-  max_decode_length: int = 128
+  max_decode_length: int | None = None
+  min_new_tokens: int = 0
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
+  min_p: float = 0.0
+  typical_p: float = 1.0
+  epsilon_cutoff: float = 0.0
+  eta_cutoff: float = 0.0
+  repetition_penalty: float = 1.0
+  frequency_penalty: float = 0.0
+  no_repeat_ngram_size: int = 0
+  forced_bos_id: int | None = None
+  forced_eos_id: int | None = None
+  forbidden_tokens: tuple[tuple[int, ...], ...] = ()
+  forbidden_words: Sequence[str] = ()
+  allowed_outputs: tuple[tuple[int, ...], ...] = ()
+  labels: Sequence[str] = ()
+  stop_strings: Sequence[str] = ()
+  num_beams: int = 1
+  length_penalty: float = 1.0
+  brevity_alpha: float | None = None
+  early_stopping: bool | str = False
+  num_return_sequences: int = 1
+  best_of: int = 0
 
   def __post_init__(self):
-    if self.max_decode_length < 1:
-      raise UsageError(
-        f'DecodingConfig.max_decode_length is {self.max_decode_length}; it must be at least 1.'
+    # gin and JSON hand over lists; the config must stay hashable.
+    for name in ('forbidden_words', 'labels', 'stop_strings'):
+      value = getattr(self, name)
+      texts = (value,) if isinstance(value, str) else tuple(value)
+      self._check('' not in texts, name, 'texts that are not empty')
+      object.__setattr__(self, name, texts)
+    for name in ('forbidden_tokens', 'allowed_outputs'):
+      rows = tuple((i,) if isinstance(i, int) else tuple(i) for i in getattr(self, name))
+      self._check(all(rows), name, 'sequences of at least one id')
+      object.__setattr__(self, name, rows)
+    for name, (least, most, allowed) in _BOUNDS.items():
+      value = getattr(self, name)
+      self._check(value is None or least <= value <= most, name, allowed)
+    stop = _EARLY_STOPPING.get(str(self.early_stopping).lower())
+    self._check(stop is not None, 'early_stopping', "True, False or 'never'")
+    object.__setattr__(self, 'early_stopping', stop)
+    longest = self.length
+    self._check(
+      self.min_new_tokens <= longest, 'min_new_tokens', f'at most max_decode_length, {longest}'
+    )
+    fields = dataclasses.fields(self)
+    changed = {field.name for field in fields if getattr(self, field.name) != field.default}
+    if self.temperature == 0.0:
+      why = 'but temperature is 0, which is greedy and draws nothing: set temperature=1.0 to sample'
+      self._refuse(changed, _OF_SAMPLING, why)
+    elif self.num_beams > 1:
+      self._refuse(
+        changed, ['num_beams'], 'but with a temperature: beams are searched, not sampled'
       )
-    if self.temperature < 0.0:
-      raise UsageError(
-        f'DecodingConfig.temperature is {self.temperature}; it must be 0 (greedy) or positive.'
-      )
-    if self.top_k < 0:
-      raise UsageError(f'DecodingConfig.top_k is {self.top_k}; it must be 0 (all) or more.')
-    if not 0.0 < self.top_p <= 1.0:
-      raise UsageError(f'DecodingConfig.top_p is {self.top_p}; it must be above 0 and at most 1.')
-    if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
-      name = 'top_k' if self.top_k else 'top_p'
-      raise UsageError(
-        f'DecodingConfig.{name} is {getattr(self, name)}, but temperature is '
-        '0, which is greedy and draws nothing: set temperature=1.0 to sample'
-      )
+    if self.num_beams == 1:
+      ranks = () if self.best_of else ('length_penalty', 'brevity_alpha')
+      self._refuse(changed, (*ranks, 'early_stopping'), 'but num_beams is 1: it ranks beams')
+    if self.brevity_alpha is not None:
+      self._refuse(changed, ['length_penalty'], 'but brevity_alpha is set too: choose one of them')
+    most = max(self.num_beams, self.best_of)
+    if most == 1 and not self.best_of and self.temperature:
+      most = INF
+    self._check(
+      self.num_return_sequences <= most,
+      'num_return_sequences',
+      f'at most {most}, as many as there are',
+    )
+
+  def _check(self, fine: bool, name: str, allowed: str) -> None:
+    if not fine:
+      value = getattr(self, name)
+      raise UsageError(f'DecodingConfig.{name} is {value!r}; it must be {allowed}.')
+
+  def _refuse(self, changed: set[str], names: Sequence[str], why: str) -> None:
+    for name in names:
+      if name in changed:
+        raise UsageError(f'DecodingConfig.{name} is {getattr(self, name)}, {why}')
+
+  @property
+  def length(self) -> int:
+    """Most new tokens."""
+    return DEFAULT_LENGTH if self.max_decode_length is None else self.max_decode_length
+
+  @property
+  def rows_per_input(self) -> int:
+    """Beams or samples that are decoded for each input."""
+    return max(self.num_beams, self.best_of, self.num_return_sequences)
+
+  @property
+  def normalization(self) -> str:
+    """Says what a score is, for whoever reads it."""
+    total = 'sum of log-probabilities'
+    if self.num_beams == 1 and not self.best_of:
+      return total
+    if self.brevity_alpha is not None:
+      return f'{total} / ((5 + length) / 6)**{self.brevity_alpha:g}'
+    return f'{total} / length**{self.length_penalty:g}' if self.length_penalty else total
+
+  def normalized(self, total: Any, length: Any) -> Any:
+    """Returns what outputs are ranked by, of the sum over `length` new tokens (a float)."""
+    if self.brevity_alpha is not None:  # t5x/decoding.py:723, Wu et al. 2016
+      return total / ((5.0 + length) / 6.0) ** self.brevity_alpha
+    return total / length**self.length_penalty
+
+  def resolved(
+    self, encode: Callable[[str], Sequence[int]] | None, max_decode_length: int | None = None
+  ) -> 'DecodingConfig':
+    """Returns the config with ids for texts, and a length where it names none."""
+    if encode is None and (self.labels or self.forbidden_words):
+      raise UsageError('DecodingConfig has labels or forbidden_words, and there is no vocabulary')
+    labels, words = (
+      tuple(tuple(encode(text)) for text in texts) if encode is not None else ()
+      for texts in (self.labels, self.forbidden_words)
+    )
+    length = max_decode_length if self.max_decode_length is None else self.max_decode_length
+    return dataclasses.replace(
+      self,
+      max_decode_length=length,
+      labels=(),
+      forbidden_words=(),
+      allowed_outputs=self.allowed_outputs + labels,
+      forbidden_tokens=self.forbidden_tokens + words,
+    )
+
+  def cut(self, text: str) -> str:
+    """Returns a text up to the first stop string."""
+    return text[: min((text.find(s) for s in self.stop_strings if s in text), default=len(text))]
 
 
-def decoding_config(max_new_tokens: int, **sampling: Any) -> DecodingConfig:
+def decoding_config(max_new_tokens: int, **settings: Any) -> DecodingConfig:
   """Returns the config that the Python interface's arguments mean.
 
   Raises:
     UsageError: if there is no such setting.
   """
-  known = {field.name for field in dataclasses.fields(DecodingConfig)}
-  known -= {'max_decode_length'}
-  for name in sampling:
+  known = {field.name for field in dataclasses.fields(DecodingConfig)} - {'max_decode_length'}
+  for name in settings:
     if name not in known:
-      raise UsageError(
-        f'{name!r} is no setting of decoding; there are '
-        f'{", ".join(sorted(known))}, and no beam search yet'
-      )
-  return DecodingConfig(max_decode_length=max_new_tokens, **sampling)
+      raise UsageError(f'{name!r} is no setting of decoding; there are {", ".join(sorted(known))}')
+  return DecodingConfig(max_decode_length=max_new_tokens, **settings)

@@ -5,6 +5,7 @@ interface all decode through `Predictor`. Lengths are padded to one of few
 sizes, so that the number of compilations does not depend on the data.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from jax.sharding import Mesh
 
 from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.decoding.loop import Decoded
+from t5x_lite.decoding.processors import Processor
 from t5x_lite.errors import UsageError
 from t5x_lite.models import model_sharding
 from t5x_lite.models.config import T5Config
@@ -68,6 +71,21 @@ def replicated_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
   return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """One output of an input.
+
+  Attributes:
+    tokens: its ids, without EOS and padding.
+    score: as `DecodingConfig.normalization` says; None if not asked for.
+    log_probs: of each token, EOS included; None likewise.
+  """
+
+  tokens: list[int]
+  score: float | None
+  log_probs: list[float] | None
+
+
 class Predictor:
   """A decoding model: parameters are an argument, compilations are kept."""
 
@@ -80,34 +98,46 @@ class Predictor:
     batch_size: int,
     max_input_length: int,
     seed: int = 0,
+    scored: bool = True,
+    extra: tuple[Processor, ...] = (),
+    continues: bool = False,
+    bidirectional: bool = False,
   ):
     """Compiles nothing yet.
 
     Args:
-      model: must have an encoder and a decoder.
+      model: must have an encoder and a decoder, unless `continues`.
       placement: where it runs.
-      decoding: how tokens are chosen.
-      batch_size: rows decoded at a time; raised to a multiple of the mesh's
+      decoding: how tokens are chosen; ids, not texts: see its `resolved`.
+      batch_size: inputs decoded at a time; raised to a multiple of the mesh's
         data axes.
       max_input_length: longest input, in tokens; longer ones are an error
         here, the caller truncates.
       seed: of sampling.
+      scored: whether scores are wanted; without, some work less.
+      extra: processors that are applied after those of `decoding`.
+      continues: inputs are what the decoder reads first, and is to continue.
+      bidirectional: these tokens see each other in both directions.
 
     Raises:
       UsageError: if the model does not read inputs and write outputs.
     """
-    if model.architecture != 'encoder_decoder':
+    if not model.has_decoder or not (model.has_encoder or continues):
       raise UsageError(
         f'architecture={model.architecture!r} cannot predict outputs from '
         "inputs; it takes 'encoder_decoder'"
       )
+    assert not (decoding.labels or decoding.forbidden_words), 'not resolved'
     self.model = model
     self.placement = placement
     self.decoding = decoding
     self.batch_size = placement.whole_batch(batch_size)
     self.max_input_length = max_input_length
+    self._continues = continues
     self._key = jax.random.key(seed)
-    self._step = model_sharding.jit_step(steps.make_predict_step, model, placement, decoding)
+    self._step = model_sharding.jit_step(
+      steps.make_predict_step, model, placement, decoding, scored, extra, bidirectional
+    )
 
   @property
   def abstract_params(self) -> Any:
@@ -117,72 +147,59 @@ class Predictor:
   def predict(
     self, params: Any, rows: Sequence[Sequence[int]], *, index: int = 0
   ) -> tuple[list[list[int]], list[float]]:
-    """Decodes at most `batch_size` inputs.
+    """Returns the ids of each input's best output, and its score; see `predict_all`."""
+    best = [outputs[0] for outputs in self.predict_all(params, rows, index=index)]
+    return [output.tokens for output in best], [output.score or 0.0 for output in best]
+
+  def predict_all(
+    self,
+    params: Any,
+    rows: Sequence[Sequence[int]],
+    *,
+    index: int = 0,
+    prefixes: Sequence[Sequence[int]] | None = None,
+    seeds: Sequence[int] | None = None,
+    temperatures: Sequence[float] | None = None,
+  ) -> list[list[Output]]:
+    """Decodes at most `batch_size` inputs; returns the outputs of each.
 
     Args:
       params: as `abstract_params` describes, or in any other float dtype.
       rows: token ids of each input, EOS included if the model expects it.
       index: of this batch; sampling differs from one to the next.
-
-    Returns:
-      Token ids up to and without EOS, and the log-probability of each output.
+      prefixes: ids that each output is to begin with; they are read in one
+        pass, are no part of the output, and do not count.
+      seeds: of each row's sampling, whatever batch it is in.
+      temperatures: of each row, instead of the config's; 0 is greedy.
     """
     assert 0 < len(rows) <= self.batch_size, len(rows)
     longest = max(map(len, rows))
     assert longest <= self.max_input_length, (longest, self.max_input_length)
-    array = pad_rows(
-      rows,
-      batch_size=self.batch_size,
-      length=padded_length(longest, self.max_input_length),
-      pad_id=self.model.pad_id,
-    )
+    size, pad_id = self.batch_size, self.model.pad_id
+    missing = size - len(rows)
+    batch: dict[str, np.ndarray] = {}
+    if self._continues:
+      prefixes = rows
+    else:
+      length = padded_length(longest, self.max_input_length)
+      array = pad_rows(rows, batch_size=size, length=length, pad_id=pad_id)
+      batch['encoder_input_tokens'] = array
+    if prefixes is not None:
+      read = [[self.model.decoder_start_id, *prefix] for prefix in prefixes]
+      read += read[:1] * missing
+      length = padded_length(max(map(len, read)), shortest=8)
+      array = pad_rows(read, batch_size=size, length=length, pad_id=pad_id)
+      batch['decoder_prompt_tokens'] = array
+      batch['decoder_prompt_lengths'] = np.asarray([len(row) for row in read], np.int32)
+    if seeds is None:
+      seeds = range(index * size, index * size + len(rows))
+    batch['seeds'] = np.asarray([*seeds, *[0] * missing], np.uint32)
+    if temperatures is not None:
+      batch['temperature'] = np.asarray([*temperatures, *[0] * missing], np.float32)
     mesh = self.placement.mesh
-    batch = {'encoder_input_tokens': replicated_batch(array, mesh)}
-    key = jax.random.fold_in(self._key, index)
-    tokens, scores = self._step(params, batch, key)
-    return _outputs(self.model, tokens, scores, len(rows))
-
-
-def continue_prompts(
-  model: T5Config,
-  params: Any,
-  rows: Sequence[Sequence[int]],
-  *,
-  placement: Placement,
-  decoding: DecodingConfig,
-  batch_size: int,
-  key: jax.Array,
-  bidirectional: bool = False,
-) -> tuple[list[list[int]], list[float]]:
-  """Decodes what follows each prompt, by a model without an encoder.
-
-  Args:
-    model: the architecture.
-    params: its parameters.
-    rows: token ids of each prompt, at most batch_size.
-    placement: where the parameters are.
-    decoding: how tokens are chosen; its length counts new tokens alone.
-    batch_size: rows that the program is compiled for.
-    key: of sampling.
-    bidirectional: the prompt's tokens see each other in both directions.
-
-  Returns:
-    Token ids up to and without EOS, and the log-probability of each output.
-  """
-  prompts = [[model.decoder_start_id, *row] for row in rows]
-  prompts += prompts[:1] * (batch_size - len(prompts))
-  array = pad_rows(
-    prompts,
-    batch_size=batch_size,
-    length=padded_length(max(map(len, prompts))),
-    pad_id=model.pad_id,
-  )
-  lengths = np.asarray([len(row) for row in prompts], np.int32)
-  step = model_sharding.jit_step(
-    steps.make_continue_step, model, placement, decoding, bidirectional
-  )
-  tokens, scores = step(params, array, lengths, key)
-  return _outputs(model, tokens, scores, len(rows))
+    on_mesh = {name: replicated_batch(array, mesh) for name, array in batch.items()}
+    decoded = self._step(params, on_mesh, self._key)
+    return _outputs(self.model, decoded, len(rows))
 
 
 def call_step(
@@ -215,15 +232,25 @@ def call_step(
   return to_host(result)[:size]
 
 
-def _outputs(
-  model: T5Config, tokens: jax.Array, scores: jax.Array, num_rows: int
-) -> tuple[list[list[int]], list[float]]:
-  """Returns the ids of each row without EOS and padding, and its score."""
-  rows = to_host(tokens)[:num_rows].tolist()
-  for row in rows:
+def _outputs(model: T5Config, decoded: Decoded, num_rows: int) -> list[list[Output]]:
+  tokens, scores, log_probs = (
+    None if array is None else to_host(array)[:num_rows].tolist() for array in decoded
+  )
+  assert tokens is not None
+
+  def output(i: int, j: int) -> Output:
+    row = tokens[i][j]
     if model.eos_id in row:
-      del row[row.index(model.eos_id) :]
-      continue
-    while row and row[-1] == model.pad_id:  # it never ended
-      row.pop()
-  return rows, to_host(scores)[:num_rows].tolist()
+      end = row.index(model.eos_id)
+      length = end + 1
+    else:
+      end = length = len(row)
+      while end and row[end - 1] == model.pad_id:  # it never ended
+        end -= 1
+    return Output(
+      row[:end],
+      None if scores is None else scores[i][j],
+      None if log_probs is None else log_probs[i][j][:length],
+    )
+
+  return [[output(i, j) for j in range(len(tokens[i]))] for i in range(num_rows)]

@@ -1,46 +1,20 @@
-"""Greedy decoding and sampling over any step(tokens_B, cache).
+"""Greedy decoding and sampling over any step(tokens_R, cache).
 
-Knows no model. The whole loop is one `lax.while_loop`, so it runs inside jit
-and stops as soon as every row has ended.
+Knows no model; see loop.py for what goes around.
 
-Legend: B batch, L decoded length, V vocabulary, P prompt length.
+Legend: R rows, L new tokens, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from t5x_lite.decoding import loop, processors
 from t5x_lite.decoding.config import DecodingConfig
-
-StepFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
-
-
-def _choose(logits_BV, key, config: DecodingConfig):
-  """Returns tokens_B."""
-  if config.temperature == 0.0:
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV = logits_BV / config.temperature
-  if config.top_k:
-    k = min(config.top_k, logits_BV.shape[-1])
-    kth_B1 = jax.lax.top_k(logits_BV, k)[0][:, -1:]
-    logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-  if config.top_p < 1.0:
-    logits_BV = _nucleus(logits_BV, config.top_p)
-  return jax.random.categorical(key, logits_BV).astype(jnp.int32)
-
-
-def _nucleus(logits_BV, top_p: float):
-  """Hides tokens outside the smallest set whose probability reaches top_p."""
-  sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-  probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-  # A token stays if what is likelier than it has not reached top_p yet, so the
-  # likeliest always stays.
-  before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-  least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-  return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+from t5x_lite.decoding.loop import Decoded, Prompt, StepFn
 
 
 @jax.tree_util.register_dataclass
@@ -50,92 +24,140 @@ class _State:
 
   Attributes:
     position: int32, tokens decoded so far.
-    last_B: the token fed next.
-    tokens_BL: decoded so far; pad_id after the end.
-    scores_B: sum of the log-probabilities of the decoded tokens.
-    ended_B: rows that have produced eos_id.
+    last_R: the token fed next.
+    tokens_RL: decoded so far; pad_id after the end.
+    log_probs_RL: of these; None if no score is wanted.
+    ended_R: rows that have produced eos_id.
     cache: the model's.
   """
 
   position: jax.Array
-  last_B: jax.Array
-  tokens_BL: jax.Array
-  scores_B: jax.Array
-  ended_B: jax.Array
+  last_R: jax.Array
+  tokens_RL: jax.Array
+  log_probs_RL: jax.Array | None
+  ended_R: jax.Array
   cache: Any
+
+
+def likeliest(logits_RV) -> jax.Array:
+  """Returns the first of the largest, as argmax, which XLA:CPU is six times slower at."""
+  V = logits_RV.shape[-1]
+  is_max_RV = logits_RV == jnp.max(logits_RV, axis=-1, keepdims=True)
+  first_R = jnp.min(jnp.where(is_max_RV, jnp.arange(V, dtype=jnp.int32)[None, :], V), axis=-1)
+  return jnp.minimum(first_R, V - 1)  # not a number is no maximum
+
+
+def _sample(logits_RV, keys_R, temperature_R, config: DecodingConfig) -> jax.Array:
+  """Returns tokens_R; a row of temperature 0 is greedy."""
+  greedy_R = likeliest(logits_RV)
+  logits_RV = logits_RV / jnp.where(temperature_R > 0, temperature_R, 1.0)[:, None]
+  for hide in processors.make_filters(config):
+    logits_RV = hide(logits_RV)
+  drawn_R = jax.vmap(jax.random.categorical)(keys_R, logits_RV)
+  return jnp.where(temperature_R > 0, drawn_R, greedy_R)
 
 
 def decode(
   step: StepFn,
   cache: Any,
   *,
-  batch_size: int,
+  num_rows: int,
   config: DecodingConfig,
   start_id: int,
   eos_id: int,
   pad_id: int,
-  key: jax.Array | None = None,
-  prompt_BP: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+  keys_R: jax.Array | None = None,
+  temperature_R: jax.Array | None = None,
+  prompt: Prompt | None = None,
+  extra: Sequence[processors.Processor] = (),
+  scored: bool = True,
+  grow: Callable[[Any, int], Any] | None = None,
+) -> Decoded:
   """Decodes greedily or by sampling.
 
   Args:
     step: feeds one token a row; returns float32 logits of the next.
-    cache: what step needs; must hold config.max_decode_length positions.
-    batch_size: B.
+    cache: what step needs.
+    num_rows: R: inputs times config.rows_per_input, the rows of an input together.
     config: how tokens are chosen.
     start_id: fed first.
     eos_id: ends a row; it is part of the output.
     pad_id: fills a row after its end.
-    key: random key; needed when the temperature is not 0.
-    prompt_BP: tokens the output must begin with, padded with pad_id; they
-      count towards the length and the score.
-
-  Returns:
-    tokens_BL, with L = max_decode_length, and scores_B: the log-probability of
-    each row's tokens, eos_id included.
+    keys_R: random keys; needed when the temperature is not 0.
+    temperature_R: of each row, instead of the config's.
+    prompt: what the cache holds already.
+    extra: processors that are applied after the config's.
+    scored: whether scores and log-probabilities are wanted.
+    grow: see `loop.run`.
   """
-  L = config.max_decode_length
-  if key is None:
-    if config.temperature != 0.0:
-      raise ValueError('Sampling needs a key.')
-    key = jax.random.key(0)
+  L, n = config.length, config.rows_per_input
+  sampled = config.temperature != 0.0 or temperature_R is not None
+  if sampled and keys_R is None:
+    raise ValueError('Sampling needs keys.')
+  if temperature_R is None:
+    temperature_R = jnp.full((num_rows,), config.temperature)
+  chain = [*processors.make_processors(config, eos_id), *extra]
+  scored |= bool(config.best_of)
 
-  def body(s: _State) -> _State:
-    logits_BV, cache = step(s.last_B, s.cache)
-    next_B = _choose(logits_BV, jax.random.fold_in(key, s.position), config)
-    if prompt_BP is not None:
-      P = prompt_BP.shape[1]
-      forced_B = jax.lax.dynamic_index_in_dim(
-        prompt_BP, jnp.minimum(s.position, P - 1), axis=1, keepdims=False
+  def choose(s: _State, logits_RV) -> _State:
+    seen_RV = loop.processed(chain, logits_RV, prompt, start_id, s.tokens_RL, s.position)
+    if sampled and keys_R is not None:
+      keys = jax.vmap(jax.random.fold_in, (0, None))(keys_R, s.position)
+      next_R = _sample(seen_RV, keys, temperature_R, config)
+    else:
+      next_R = likeliest(seen_RV)
+    next_R = jnp.where(s.ended_R, pad_id, next_R.astype(jnp.int32))
+    log_probs_RL = s.log_probs_RL
+    if log_probs_RL is not None:
+      chosen_R = jnp.take_along_axis(logits_RV, next_R[:, None], axis=1)[:, 0]
+      log_prob_R = chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
+      log_prob_R = jnp.where(s.ended_R, 0.0, log_prob_R)
+      log_probs_RL = jax.lax.dynamic_update_slice(
+        log_probs_RL, log_prob_R[:, None], (0, s.position)
       )
-      forced = (s.position < P) & (forced_B != pad_id)
-      next_B = jnp.where(forced, forced_B, next_B)
-    log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    score_B = jnp.take_along_axis(log_probs_BV, next_B[:, None], axis=1)[:, 0]
-    next_B = jnp.where(s.ended_B, pad_id, next_B)
-    return _State(
+    return dataclasses.replace(
+      s,
       position=s.position + 1,
-      last_B=next_B,
-      tokens_BL=jax.lax.dynamic_update_slice(s.tokens_BL, next_B[:, None], (0, s.position)),
-      scores_B=s.scores_B + jnp.where(s.ended_B, 0.0, score_B),
-      ended_B=s.ended_B | (next_B == eos_id),
-      cache=cache,
+      last_R=next_R,
+      tokens_RL=jax.lax.dynamic_update_slice(s.tokens_RL, next_R[:, None], (0, s.position)),
+      log_probs_RL=log_probs_RL,
+      ended_R=s.ended_R | (next_R == eos_id),
     )
 
-  def going(s: _State) -> jax.Array:
-    return (s.position < L) & ~jnp.all(s.ended_B)
+  def advance(s: _State) -> _State:
+    logits_RV, cache = step(s.last_R, s.cache)
+    return choose(dataclasses.replace(s, cache=cache), logits_RV)
 
-  state = jax.lax.while_loop(
-    going,
-    body,
-    _State(
-      position=jnp.zeros((), jnp.int32),
-      last_B=jnp.full((batch_size,), start_id, jnp.int32),
-      tokens_BL=jnp.full((batch_size, L), pad_id, jnp.int32),
-      scores_B=jnp.zeros((batch_size,), jnp.float32),
-      ended_B=jnp.zeros((batch_size,), bool),
-      cache=cache,
-    ),
+  state = _State(
+    position=jnp.zeros((), jnp.int32),
+    last_R=jnp.full((num_rows,), start_id, jnp.int32),
+    tokens_RL=jnp.full((num_rows, L), pad_id, jnp.int32),
+    log_probs_RL=jnp.zeros((num_rows, L), jnp.float32) if scored else None,
+    ended_R=jnp.zeros((num_rows,), bool),
+    cache=cache,
   )
-  return state.tokens_BL, state.scores_B
+  if prompt is not None:
+    state = choose(state, prompt.logits_RV)
+  tokens_RL, log_probs_RL = loop.run(
+    state,
+    length=L,
+    going=lambda s: ~jnp.all(s.ended_R),
+    advance=advance,
+    result=lambda s: (s.tokens_RL, s.log_probs_RL),
+    grow=grow,
+  )
+  tokens_BnL = tokens_RL.reshape(-1, n, L)
+  if log_probs_RL is None:
+    return Decoded(tokens_BnL, None, None)
+  log_probs_BnL = log_probs_RL.reshape(-1, n, L)
+  scores_Bn = jnp.sum(log_probs_BnL, axis=-1)
+  if not config.best_of:
+    return Decoded(tokens_BnL, scores_Bn, log_probs_BnL)
+  is_end_BnL = tokens_BnL == eos_id
+  length_Bn = jnp.where(jnp.any(is_end_BnL, -1), jnp.argmax(is_end_BnL, -1) + 1, L)
+  scores_Bn = config.normalized(scores_Bn, length_Bn.astype(jnp.float32))
+  scores_Bn, best_Bn = jax.lax.top_k(scores_Bn, config.num_return_sequences)
+  tokens_BnL, log_probs_BnL = (
+    jnp.take_along_axis(x_BnL, best_Bn[:, :, None], axis=1) for x_BnL in (tokens_BnL, log_probs_BnL)
+  )
+  return Decoded(tokens_BnL, scores_Bn, log_probs_BnL)

@@ -1,4 +1,4 @@
-"""The pure steps that use a model: predict, continue, score, encode.
+"""The pure steps that use a model: predict, score, encode.
 
 As in training/steps.py, what is static (model, decoding) is bound when a step
 is made; a step takes arrays and returns arrays.
@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite.decoding import sampling
+from t5x_lite.decoding import beam_search, loop, sampling
 from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.decoding.loop import Decoded
+from t5x_lite.decoding.processors import Processor
 from t5x_lite.models import prefill
 from t5x_lite.training import losses
 
@@ -22,81 +24,81 @@ POOLINGS = (None, 'mean', 'first')
 
 
 def make_predict_step(
-  graphdef: Any, config: DecodingConfig
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Returns predict_step(params, batch, key) -> (tokens_BL, scores_B).
+  graphdef: Any,
+  config: DecodingConfig,
+  scored: bool = True,
+  extra: tuple[Processor, ...] = (),
+  bidirectional: bool = False,
+) -> Callable[..., Decoded]:
+  """Returns predict_step(params, batch, key) -> Decoded.
 
-  The batch needs encoder_input_tokens (unpacked); `decoder_prompt_tokens`, if
-  there, is what every output begins with. See `decoding.decode`.
+  The batch has, unpacked and of B rows each:
+    encoder_input_tokens: of a model with an encoder.
+    decoder_prompt_tokens, decoder_prompt_lengths: what the decoder reads first,
+      the start token included (see `prefill.prefill`); a model without an
+      encoder needs it. Outputs are what follows.
+    seeds: of each row's sampling, folded into the key; its number by default.
+    temperature: of each row, instead of the config's.
+
+  Args:
+    graphdef: of the model.
+    config: how tokens are chosen.
+    scored: whether scores are wanted; beams have them anyway.
+    extra: processors that are applied after the config's.
+    bidirectional: see `prefill.prefill`.
   """
 
-  def predict_step(params, batch: Batch, key: jax.Array | None = None):
+  def predict_step(params, batch: Batch, key: jax.Array | None = None) -> Decoded:
     model = nnx.merge(graphdef, params)
     cfg = model.cfg
-    inputs = batch['encoder_input_tokens']
-    encoded = model.encode(inputs)
+    inputs = batch.get('encoder_input_tokens')
+    prompts_BP = batch.get('decoder_prompt_tokens')
+    B = next(iter(batch.values())).shape[0]
+    P = 0 if prompts_BP is None else prompts_BP.shape[1]
+    n = config.rows_per_input
     cache = model.init_cache(
-      encoded, inputs, batch_size=inputs.shape[0], max_decode_length=config.max_decode_length
+      None if inputs is None else model.encode(inputs),
+      inputs,
+      batch_size=B * n,
+      max_decode_length=P + min(config.length, loop.FIRST_STAGE),
     )
+    prompt = None
+    if prompts_BP is not None:
+      lengths_B = batch['decoder_prompt_lengths']
+      logits_RV, cache = prefill.prefill(
+        model, cache, prompts_BP, lengths_B, bidirectional=bidirectional
+      )
+      prompt = loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
+    cache = model.fuse(cache)
+    common: dict[str, Any] = {
+      'num_rows': B * n,
+      'config': config,
+      'start_id': cfg.decoder_start_id,
+      'eos_id': cfg.eos_id,
+      'pad_id': cfg.pad_id,
+      'prompt': prompt,
+      'extra': extra,
+      'grow': lambda cache, length: cache.grown(P + length),
+    }
+    if config.num_beams > 1:
+      return beam_search.search(
+        model.decode_step,
+        cache.for_beams(n),
+        reorder=lambda cache, parents_BK: cache.reordered(parents_BK),
+        **common,
+      )
+    temperature_R = keys_R = None
+    if 'temperature' in batch:
+      temperature_R = jnp.repeat(batch['temperature'], n)
+    if key is not None:
+      row_of = jax.vmap(jax.random.fold_in, (None, 0))
+      keys_B = row_of(key, batch.get('seeds', jnp.arange(B)))
+      keys_R = jax.vmap(row_of, (0, None))(keys_B, jnp.arange(n)).reshape(-1)
     return sampling.decode(
-      model.decode_step,
-      cache,
-      batch_size=inputs.shape[0],
-      config=config,
-      start_id=cfg.decoder_start_id,
-      eos_id=cfg.eos_id,
-      pad_id=cfg.pad_id,
-      key=key,
-      prompt_BP=batch.get('decoder_prompt_tokens'),
+      model.decode_step, cache, keys_R=keys_R, temperature_R=temperature_R, scored=scored, **common
     )
 
   return predict_step
-
-
-def make_continue_step(
-  graphdef: Any, config: DecodingConfig, bidirectional: bool
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Returns continue_step(params, prompts_BP, lengths_B, key).
-
-  For models without an encoder; it returns (tokens_BL, scores_B) of what
-  follows each prompt. See `prefill.prefill` for the arguments.
-  """
-
-  def continue_step(params, prompts_BP, lengths_B, key: jax.Array):
-    model = nnx.merge(graphdef, params)
-    cfg = model.cfg
-    B, P = prompts_BP.shape
-    prompt_logits_BV, cache = prefill.prefill(
-      model,
-      prompts_BP,
-      lengths_B,
-      max_decode_length=P + config.max_decode_length,
-      bidirectional=bidirectional,
-    )
-
-    def step(tokens_B, carried):
-      # The first token is predicted by the prompt, which has been read.
-      is_first, cache = carried
-      logits_BV, cache = jax.lax.cond(
-        is_first,
-        lambda cache: (prompt_logits_BV, cache),
-        lambda cache: model.decode_step(tokens_B, cache),
-        cache,
-      )
-      return logits_BV, (jnp.zeros((), bool), cache)
-
-    return sampling.decode(
-      step,
-      (jnp.ones((), bool), cache),
-      batch_size=B,
-      config=config,
-      start_id=cfg.decoder_start_id,
-      eos_id=cfg.eos_id,
-      pad_id=cfg.pad_id,
-      key=key,
-    )
-
-  return continue_step
 
 
 def make_score_step(graphdef: Any) -> Callable[[Any, Batch], jax.Array]:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.rows.eval_dataset import EvalDataset
@@ -200,7 +201,7 @@ class Decoded:
       if task.score_metric_fns:
         scores.extend(self._target_scores(params, batch)[: len(examples)])
       for example, output in zip(examples, outputs, strict=True):
-        text = vocabulary.decode(output)
+        text = self.predictor.decoding.cut(vocabulary.decode(output))
         target = _text(example, 'targets', vocabulary)
         predictions.append(task.postprocess_fn(text, example=example, is_target=False))
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
@@ -293,13 +294,15 @@ class Evaluators:
     ]
     self._decoded = []
     for config in infer_eval:
-      length = config.lengths['targets']
+      encode = vocabularies.make_vocabulary(vocabulary).encode
+      chosen = (decoding or DecodingConfig()).resolved(encode, config.lengths['targets'])
       predictor = prediction.Predictor(
         model,
         placement=placement,
-        decoding=decoding or DecodingConfig(max_decode_length=length),
+        decoding=chosen,
         batch_size=config.batch_size,
         max_input_length=config.lengths['inputs'],
+        scored=False,
       )
       self._decoded += [
         Decoded(name, task, one, predictor, num_examples=infer_eval_examples)

@@ -1,10 +1,11 @@
 """Encoder and decoder layers, and the cache of a decoder.
 
 Legend: B batch, L decoder length, M encoder length, T slots of a cache,
-N layers, D emb_dim, H heads, K head_dim.
+N layers, D emb_dim, H heads, K head_dim, R rows of a cache (n of each input).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,10 @@ class Cache:
     cross_value_NBMHK: values of the encoder output; or None.
     cross_mask_B11M: True at real encoder positions; or None.
     index: int32, the position of the next token: a scalar, or [B].
+    owner_BnT: in beam search, the beam whose row holds what beam n read in each
+      slot. Beams go on from others by changing this; keys and values stay where
+      they are. None if every row reads its own.
+    fused: of each layer, see `DecoderLayer.fused`; None if not prepared.
   """
 
   key_NBTHK: jax.Array
@@ -40,6 +45,60 @@ class Cache:
   cross_value_NBMHK: jax.Array | None
   cross_mask_B11M: jax.Array | None
   index: jax.Array
+  owner_BnT: jax.Array | None = None
+  fused: Any = None
+
+  def grown(self, T: int) -> 'Cache':
+    """Returns it with T slots."""
+    more = T - self.key_NBTHK.shape[2]
+    pads = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
+    owner = self.owner_BnT
+    return dataclasses.replace(
+      self,
+      key_NBTHK=jnp.pad(self.key_NBTHK, pads),
+      value_NBTHK=jnp.pad(self.value_NBTHK, pads),
+      owner_BnT=None if owner is None else jnp.pad(owner, ((0, 0), (0, 0), (0, more))),
+    )
+
+  def for_beams(self, num_beams: int) -> 'Cache':
+    """Returns it for beam search; what it holds is the same in all beams of an input."""
+    R, T = self.key_NBTHK.shape[1:3]
+    return dataclasses.replace(self, owner_BnT=jnp.zeros((R // num_beams, num_beams, T), jnp.int32))
+
+  def reordered(self, parents_Bn: jax.Array) -> 'Cache':
+    """Returns it so that beam n of an input goes on from beam parents_Bn[n]."""
+    assert self.owner_BnT is not None
+    owner_BnT = jnp.take_along_axis(self.owner_BnT, parents_Bn[:, :, None], axis=1)
+    return dataclasses.replace(self, owner_BnT=owner_BnT)
+
+  def next_slot(self) -> tuple['Cache', jax.Array]:
+    """Returns it with the next slot owned by the row that writes it, and the mask.
+
+    The mask is [R or 1, 1, 1, T]; with beams [B, 1, n, n T]: the beams of an
+    input see each other's rows, and of these what they have read.
+    """
+    T = self.key_NBTHK.shape[2]
+    slots_11T = jnp.arange(T)[None, None, :]
+    if self.owner_BnT is None:
+      return self, (slots_11T <= jnp.atleast_1d(self.index)[:, None, None])[:, None]
+    B, n, _ = self.owner_BnT.shape
+    beams_n = jnp.arange(n)
+    index_Bn1 = jnp.broadcast_to(self.index, (B * n,)).reshape(B, n, 1)
+    owner_BnT = jnp.where(slots_11T == index_Bn1, beams_n[None, :, None], self.owner_BnT)
+    mine_BnmT = owner_BnT[:, :, None, :] == beams_n[None, None, :, None]
+    mine_BnmT &= (slots_11T <= index_Bn1)[:, :, None, :]
+    mask_B1nS = mine_BnmT.reshape(B, 1, n, n * T)
+    return dataclasses.replace(self, owner_BnT=owner_BnT), mask_B1nS
+
+  def over_beams(self, bias_RH1T: jax.Array) -> jax.Array:
+    """Returns the bias of one position for the mask of `next_slot`."""
+    if self.owner_BnT is None:
+      return bias_RH1T
+    B, n, _ = self.owner_BnT.shape
+    if bias_RH1T.shape[0] == B * n and B * n > 1:  # a position for each row
+      _, H, _, T = bias_RH1T.shape
+      bias_RH1T = bias_RH1T.reshape(B, n, H, T).transpose(0, 2, 1, 3)
+    return jnp.tile(bias_RH1T, (1, 1, 1, n))
 
 
 def _add_adapters(layer: nnx.Module, cfg: T5Config, *blocks: str, rngs) -> None:
@@ -111,22 +170,24 @@ class DecoderLayer(nnx.Module):
       return self.pre_self_attention_layer_norm, self.self_attention
     return lender.pre_attention_layer_norm, lender.attention
 
-  def _rest(self, x_BLD, cross_kv, cross_mask, lender, keys) -> jax.Array:
+  def _rest(self, x_BLD, cross_kv, cross_mask, lender, keys, wi=None) -> jax.Array:
     """What follows self-attention: cross-attention and feed-forward."""
     rate = self.cfg.dropout_rate
     if self.cfg.has_encoder:
       y_BLD = self.pre_cross_attention_layer_norm(x_BLD)
+      # Several rows of one input (beams) are several queries of it.
+      y_BLD = y_BLD.reshape(cross_kv[0].shape[0], -1, y_BLD.shape[-1])
       y_BLD = self.encoder_decoder_attention.attend(
         y_BLD, *cross_kv, mask_B1LM=cross_mask, key=keys[0]
       )
       y_BLD = _adapted(self, 'encoder_decoder_attention', y_BLD)
       # Where an example has no inputs, a query would average its neighbours'.
       seen_BL1 = jnp.any(cross_mask, axis=-1)[:, 0, :, None]
-      y_BLD = jnp.where(seen_BL1, y_BLD, 0)
+      y_BLD = jnp.where(seen_BL1, y_BLD, 0).reshape(x_BLD.shape)
       y_BLD = checkpoint_name(y_BLD, 'cross_attention_out')
       x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[1])
     owner = self if lender is None else lender
-    y_BLD = owner.mlp(owner.pre_mlp_layer_norm(x_BLD), key=keys[2])
+    y_BLD = owner.mlp(owner.pre_mlp_layer_norm(x_BLD), key=keys[2], fused=wi)
     y_BLD = checkpoint_name(_adapted(self, 'mlp', y_BLD), 'mlp_out')
     x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[3])
     return constrain(x_BLD, 'batch', 'length', 'embed')
@@ -147,19 +208,51 @@ class DecoderLayer(nnx.Module):
       cross_kv = self.encoder_decoder_attention.keys_values(encoded_BMD)
     return self._rest(x_BLD, cross_kv, cross_mask, lender, keys[2:])
 
-  def step(self, x_B1D, i, cache: Cache, cross_kv, lender, *, bias, mask):
+  def fused(self, lender: EncoderLayer | None) -> Any:
+    """Returns (query, key and value; wi) side by side, or None of either.
+
+    One product of a few rows with a wide matrix takes half the time that two or
+    three with narrow ones take (docs/lab_notes.md).
+    """
+    _, attention = self.self_block(lender)
+    mlp = (self if lender is None else lender).mlp
+    return (
+      layers.side_by_side([attention.query, attention.key, attention.value]),
+      layers.side_by_side([getattr(mlp, name) for name in mlp.names]),
+    )
+
+  def read(self, x_BPD, cross_kv, cross_mask, lender, *, bias, mask):
+    """Reads a prompt; returns x_BPD, and its keys and values of self-attention."""
+    norm, attention = self.self_block(lender)
+    if self.cfg.relpos_per_layer:
+      bias = self.relpos_bias(x_BPD.shape[1], x_BPD.shape[1])
+    y_BPD = norm(x_BPD)
+    k_BPHK, v_BPHK = attention.keys_values(y_BPD)
+    y_BPD = attention.attend(y_BPD, k_BPHK, v_BPHK, bias_1HLM=bias, mask_B1LM=mask)
+    y_BPD = _adapted(self, 'self_attention', y_BPD)
+    x_BPD = self._rest(x_BPD + y_BPD, cross_kv, cross_mask, lender, [None] * 4)
+    return x_BPD, (k_BPHK, v_BPHK)
+
+  def step(self, x_B1D, i, cache: Cache, cross_kv, lender, fused, *, bias, mask):
     """One position; returns x_B1D and the cache with layer i written."""
     norm, attention = self.self_block(lender)
     T = cache.key_NBTHK.shape[2]
     if self.cfg.relpos_per_layer:
-      bias = self.relpos_bias.at(cache.index, T)
+      bias = cache.over_beams(self.relpos_bias.at(cache.index, T))
     y_B1D = norm(x_B1D)
-    k_B1HK, v_B1HK = attention.keys_values(y_B1D)
+    qkv, wi = fused or (None, None)
+    q_B1HK, k_B1HK, v_B1HK = attention.queries_keys_values(y_B1D, qkv)
     key_NBTHK = _write(cache.key_NBTHK, k_B1HK, i, cache.index)
     value_NBTHK = _write(cache.value_NBTHK, v_B1HK, i, cache.index)
-    y_B1D = attention.attend(y_B1D, key_NBTHK[i], value_NBTHK[i], bias_1HLM=bias, mask_B1LM=mask)
-    y_B1D = _adapted(self, 'self_attention', y_B1D)
-    x_B1D = self._rest(x_B1D + y_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4)
+    k_BTHK, v_BTHK = key_NBTHK[i], value_NBTHK[i]
+    if cache.owner_BnT is not None:
+      # The rows of an input's beams side by side, and the beams as queries.
+      B = cache.owner_BnT.shape[0]
+      k_BTHK, v_BTHK = (x.reshape(B, -1, *x.shape[2:]) for x in (k_BTHK, v_BTHK))
+      q_B1HK = q_B1HK.reshape(B, -1, *q_B1HK.shape[2:])
+    y_B1D = attention.attend(q_B1HK, k_BTHK, v_BTHK, bias_1HLM=bias, mask_B1LM=mask)
+    x_B1D = x_B1D + _adapted(self, 'self_attention', y_B1D.reshape(x_B1D.shape))
+    x_B1D = self._rest(x_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4, wi)
     return x_B1D, dataclasses.replace(cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
 
 

@@ -11,6 +11,7 @@ D emb_dim, H heads, K head_dim, F mlp_dim, V vocabulary.
 
 import functools
 import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,14 @@ class Adapter(nnx.Module):
     return y_BLD + self.up(jax.nn.relu(self.down(y_BLD)))
 
 
+def side_by_side(linears: Sequence[Linear]) -> Array | None:
+  """Returns the matrices of several as one, or None if one is more than a matrix."""
+  if len(linears) == 1 or any(getattr(linear, 'lora_scale', None) for linear in linears):
+    return None
+  kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
+  return jnp.concatenate(kernels, axis=-1)
+
+
 class RMSNorm(nnx.Module):
   """Root mean square norm: no mean, no bias, computed in float32."""
 
@@ -209,18 +218,27 @@ class Attention(nnx.Module):
     """Returns k_BMHK and v_BMHK."""
     return self._heads(self.key(x_BMD)), self._heads(self.value(x_BMD))
 
+  def queries_keys_values(
+    self, x_BLD: jax.Array, fused: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns q_BLHK, k_BLHK and v_BLHK; fused is `side_by_side` of their matrices."""
+    if fused is None:
+      return self._heads(self.query(x_BLD)), *self.keys_values(x_BLD)
+    q_BLHK, k_BLHK, v_BLHK = (self._heads(x) for x in jnp.split(x_BLD @ fused, 3, axis=-1))
+    return q_BLHK, k_BLHK, v_BLHK
+
   def attend(self, x_BLD, k_BMHK, v_BMHK, *, bias_1HLM=None, mask_B1LM=None, key=None) -> jax.Array:
     """Attends from x to given keys and values.
 
     Args:
-      x_BLD: what queries are made of.
+      x_BLD: what queries are made of; or the queries, [B, L, H, K].
       k_BMHK: keys.
       v_BMHK: values.
       bias_1HLM: added to the logits (float32), broadcast over the batch.
       mask_B1LM: True where a query may see a key; None shows everything.
       key: random key of the dropout of attention weights.
     """
-    q_BLHK = self._heads(self.query(x_BLD))
+    q_BLHK = x_BLD if x_BLD.ndim == 4 else self._heads(self.query(x_BLD))
     # T5X draws one mask for all queries of a row, so that dropping weights is
     # dropping keys: v_BMHK has L times fewer entries to scale.
     v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))
@@ -246,9 +264,12 @@ class MLP(nnx.Module):
       setattr(self, name, linear)
     self.wo = Linear((cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, name='wo', rngs=rngs)
 
-  def __call__(self, x_BLD: jax.Array, *, key=None) -> jax.Array:
+  def __call__(self, x_BLD: jax.Array, *, key=None, fused=None) -> jax.Array:
     """Transforms each position; key is that of the dropout inside."""
-    inputs = [getattr(self, name)(x_BLD) for name in self.names]
+    if fused is None:
+      inputs = [getattr(self, name)(x_BLD) for name in self.names]
+    else:  # `side_by_side` of their matrices
+      inputs = jnp.split(x_BLD @ fused, len(self.names), axis=-1)
 
     # The product wo needs is not kept either: it comes from the inputs.
     @_recomputed

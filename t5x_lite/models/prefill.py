@@ -1,11 +1,11 @@
 """Reads a prompt into a decoder's cache in one pass.
 
-For models without an encoder: a causal language model, or a prefix model,
-whose prompt tokens see each other in both directions and therefore cannot be
-fed one at a time.
+Of a causal language model, of a prefix model, whose prompt tokens see each
+other in both directions and therefore cannot be fed one at a time, or what the
+outputs of an encoder-decoder begin with.
 
 Legend: B batch, P prompt length, T slots of a cache, V vocabulary, D emb_dim,
-H heads, K head_dim.
+H heads, K head_dim, N layers, R rows of a cache (n of each prompt).
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from t5x_lite.models.t5 import T5, Cache
 
 def prefill(
   model: T5,
+  cache: Cache,
   tokens_BP: jax.Array,
   lengths_B: jax.Array,
   *,
-  max_decode_length: int,
-  bidirectional: bool,
+  bidirectional: bool = False,
 ) -> tuple[jax.Array, Cache]:
-  """Returns logits_BV of the token after each prompt, and the cache.
+  """Returns logits_RV of the token after each prompt, and the cache.
 
   Args:
-    model: without an encoder.
+    model: with a decoder.
+    cache: empty, of a multiple of B rows and at least P slots.
     tokens_BP: decoder inputs: the start token, then the prompt, then padding.
     lengths_B: how many of them are not padding, the start token counted.
-    max_decode_length: T, slots of the cache; at least P.
     bidirectional: whether the prompt's tokens, and the start token, see each
       other in both directions (T5X's inputs_bidirectional_attention).
   """
@@ -42,30 +42,35 @@ def prefill(
   if bidirectional:
     mask_B1PP = mask_B1PP | (real_BP[:, None, :, None] & real_BP[:, None, None, :])
   bias = model.decoder.bias(P, P)
-  cache = model.init_cache(None, None, batch_size=B, max_decode_length=max_decode_length)
 
-  def body(x_BPD, layer):
-    norm, attention = layer.self_block(None)
-    k_BPHK, v_BPHK = attention.keys_values(norm(x_BPD))
-    x_BPD = layer(x_BPD, None, None, bias=bias, mask=mask_B1PP, cross_mask=None, key=None)
-    return x_BPD, (k_BPHK, v_BPHK)
+  def body(x_BPD, xs):
+    layer, cross_kv, lender = xs
+    return layer.read(x_BPD, cross_kv, cache.cross_mask_B11M, lender, bias=bias, mask=mask_B1PP)
 
   x_BPD = model.token_embedder(tokens_BP)
+  cross, lenders = (cache.cross_key_NBMHK, cache.cross_value_NBMHK), model.lenders()
   if cfg.scan_layers:
-    x_BPD, (k_NBPHK, v_NBPHK) = jax.lax.scan(body, x_BPD, model.decoder.layers)
+    x_BPD, kv = jax.lax.scan(body, x_BPD, (model.decoder.layers, cross, lenders))
   else:
     pairs = []
-    for layer in model.decoder.layers:
-      x_BPD, pair = body(x_BPD, layer)
+    for i, layer in enumerate(model.decoder.layers):
+      cross_i = tuple(None if c is None else c[i] for c in cross)
+      x_BPD, pair = body(x_BPD, (layer, cross_i, None if lenders is None else lenders[i]))
       pairs.append(pair)
-    k_NBPHK, v_NBPHK = (jnp.stack(p) for p in zip(*pairs, strict=True))
+    kv = tuple(jnp.stack(p) for p in zip(*pairs, strict=True))
   hidden_BPD = model.decoder.norm(x_BPD)
   # What follows a prompt is predicted at its last token; slots after it hold
   # padding, and are written over before they are seen.
-  last_B = lengths_B - 1
-  last_B1D = jnp.take_along_axis(hidden_BPD, last_B[:, None, None], axis=1)
-  key_NBTHK = cache.key_NBTHK.at[:, :, :P].set(k_NBPHK.astype(cache.key_NBTHK.dtype))
-  value_NBTHK = cache.value_NBTHK.at[:, :, :P].set(v_NBPHK.astype(cache.value_NBTHK.dtype))
-  return model.project(last_B1D)[:, 0], dataclasses.replace(
-    cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK, index=lengths_B.astype(jnp.int32)
+  last_B1D = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)
+  n = cache.key_NBTHK.shape[1] // B
+
+  def written(old_NRTHK, new_NBPHK):
+    new_NRPHK = jnp.repeat(new_NBPHK, n, axis=1).astype(old_NRTHK.dtype)
+    return old_NRTHK.at[:, :, :P].set(new_NRPHK)
+
+  return jnp.repeat(model.project(last_B1D)[:, 0], n, axis=0), dataclasses.replace(
+    cache,
+    key_NBTHK=written(cache.key_NBTHK, kv[0]),
+    value_NBTHK=written(cache.value_NBTHK, kv[1]),
+    index=jnp.repeat(lengths_B.astype(jnp.int32), n),
   )

@@ -23,7 +23,7 @@ from t5x_lite.models import layers
 from t5x_lite.models.blocks import SAVED_NAMES, Cache, DecoderLayer, EncoderLayer
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.relative_position import RelativePositionBias
-from t5x_lite.parallel.logical_axes import constrain
+from t5x_lite.parallel.logical_axes import active_mesh, constrain
 
 
 def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
@@ -255,7 +255,7 @@ class T5(nnx.Module):
     x_BLD = _run(
       body,
       self._embed(decoder_input_tokens, keys[0]),
-      [self.decoder.layers, self._lenders()],
+      [self.decoder.layers, self.lenders()],
       _layer_keys(keys[1], cfg.num_decoder_layers),
       cfg,
       cfg.num_decoder_layers,
@@ -263,7 +263,8 @@ class T5(nnx.Module):
     x_BLD = self.decoder.norm(x_BLD)
     return layers.dropout(x_BLD, cfg.dropout_rate, keys[2])
 
-  def _lenders(self):
+  def lenders(self):
+    """Returns the layers that own shared parameters, or None."""
     return self.encoder.layers if self.cfg.share_encoder_decoder else None
 
   def head(self) -> tuple[jax.Array, float]:
@@ -321,7 +322,7 @@ class T5(nnx.Module):
     Args:
       encoded_BMD: from `encode`; None when there is no encoder.
       encoder_input_tokens: [B, M]; None likewise.
-      batch_size: B.
+      batch_size: rows; a multiple of B, where several rows share an input.
       max_decode_length: T, positions that can be decoded.
     """
     cfg = self.cfg
@@ -342,27 +343,45 @@ class T5(nnx.Module):
       cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
     return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask, jnp.zeros((), jnp.int32))
 
+  def fuse(self, cache: Cache) -> Cache:
+    """Returns the cache with matrices side by side, on a CPU alone.
+
+    There it is faster; it is a copy of half of the decoder, too.
+    """
+    mesh, lenders = active_mesh(), self.lenders()
+    devices = jax.devices() if mesh is None else mesh.devices.flat
+    if devices[0].platform != 'cpu' or (mesh is not None and mesh.size > 1):
+      return cache
+    if self.cfg.scan_layers:
+      fused = jax.lax.map(lambda pair: pair[0].fused(pair[1]), (self.decoder.layers, lenders))
+    else:
+      fused = [
+        layer.fused(None if lenders is None else lenders[i])
+        for i, layer in enumerate(self.decoder.layers)
+      ]
+    return dataclasses.replace(cache, fused=fused)
+
   def decode_step(self, tokens_B, cache: Cache) -> tuple[jax.Array, Cache]:
     """Feeds one token a row; returns logits_BV of the next, and the cache."""
     cfg = self.cfg
-    T = cache.key_NBTHK.shape[2]
-    seen_BT = jnp.arange(T)[None, :] <= jnp.atleast_1d(cache.index)[:, None]
-    mask_B11T = seen_BT[:, None, None, :]
+    cache, mask = cache.next_slot()
     bias = None
     if not cfg.relpos_per_layer:
-      bias = self.decoder.relpos_bias.at(cache.index, T)
+      T = cache.key_NBTHK.shape[2]
+      bias = cache.over_beams(self.decoder.relpos_bias.at(cache.index, T))
     x_B1D = self._embed(tokens_B[:, None], None)
-    step = functools.partial(_decode_layer, bias=bias, mask=mask_B11T)
+    step = functools.partial(_decode_layer, bias=bias, mask=mask)
     cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
-    lenders = self._lenders()
+    lenders = self.lenders()
     if cfg.scan_layers:
-      xs = (jnp.arange(cfg.num_decoder_layers), self.decoder.layers, cross, lenders)
+      xs = (jnp.arange(cfg.num_decoder_layers), self.decoder.layers, cross, lenders, cache.fused)
       (x_B1D, cache), _ = jax.lax.scan(step, (x_B1D, cache), xs)
     else:
       for i, layer in enumerate(self.decoder.layers):
         lender = None if lenders is None else lenders[i]
         cross_i = tuple(None if c is None else c[i] for c in cross)
-        (x_B1D, cache), _ = step((x_B1D, cache), (i, layer, cross_i, lender))
+        fused_i = None if cache.fused is None else cache.fused[i]
+        (x_B1D, cache), _ = step((x_B1D, cache), (i, layer, cross_i, lender, fused_i))
     hidden_B1D = self.decoder.norm(x_B1D)
     cache = dataclasses.replace(cache, index=cache.index + 1)
     return self.project(hidden_B1D)[:, 0], cache
@@ -370,8 +389,8 @@ class T5(nnx.Module):
 
 def _decode_layer(carry, xs, *, bias, mask):
   x_B1D, cache = carry
-  i, layer, cross_kv, lender = xs
-  return layer.step(x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
+  i, layer, cross_kv, lender, fused = xs
+  return layer.step(x_B1D, i, cache, cross_kv, lender, fused, bias=bias, mask=mask), None
 
 
 def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:

@@ -7,6 +7,7 @@ docstring are read from the file's syntax tree.
 
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import re
@@ -21,14 +22,19 @@ _SIMPLE: Mapping[str, tuple[type, bool]] = {
   'int': (int, False),
   'str': (str, False),
   'Sequence[int]': (int, True),
+  'bool | str': (str, False),
   'Sequence[str]': (str, True),
   'str | Sequence[str]': (str, True),
 }
 
 
+# Dataclasses whose fields are flags of their own where a command says so.
+NESTED: Mapping[str, str] = {'DecodingConfig': 't5x_lite.decoding.config'}
+
+
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """One keyword-only parameter of a program.
+  """One keyword-only parameter of a program, or a field of one.
 
   Attributes:
     name: its name.
@@ -36,6 +42,8 @@ class Parameter:
     type: of one value, or None if it cannot be written on a command line.
     many: whether it takes several values.
     default: as text; '' if there is none, or nothing that says more.
+    parent: the program's parameter that this is a field of; '' if of none.
+    owner: the dataclass of that field.
   """
 
   name: str
@@ -43,6 +51,29 @@ class Parameter:
   type: type | None
   many: bool = False
   default: str = ''
+  parent: str = ''
+  owner: str = ''
+
+
+def read_fields(function: str, parent: str) -> list[Parameter]:
+  """Returns the fields of a parameter's dataclass that can be flags.
+
+  Args:
+    function: as of `read_parameters`.
+    parent: a parameter whose annotation is in NESTED.
+  """
+  [owner] = [p.owner for p in read_parameters(function) if p.name == parent]
+  cls = getattr(importlib.import_module(NESTED[owner]), owner)
+  entries = _args_section(inspect.getdoc(cls) or '', 'Attributes')
+  found = []
+  for field in dataclasses.fields(cls):
+    annotation = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+    name = annotation.replace('collections.abc.', '').removesuffix(' | None')
+    if name in _SIMPLE:
+      default = '' if field.default in (None, '', (), False) else str(field.default)
+      help_text = entries.get(field.name, '')
+      found.append(Parameter(field.name, help_text, *_SIMPLE[name], default, parent, owner))
+  return found
 
 
 def read_parameters(function: str) -> list[Parameter]:
@@ -64,18 +95,19 @@ def read_parameters(function: str) -> list[Parameter]:
   parameters = []
   for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
     annotation = ast.unparse(argument.annotation) if argument.annotation else ''
-    kind, many = _SIMPLE.get(annotation.removesuffix(' | None'), (None, False))
+    annotation = annotation.removesuffix(' | None')
+    kind, many = _SIMPLE.get(annotation, (None, False))
+    text = entries.get(argument.arg, '')
+    owner = annotation if annotation in NESTED else ''
     parameters.append(
-      Parameter(
-        argument.arg, entries.get(argument.arg, ''), kind, many, _default(default, constants)
-      )
+      Parameter(argument.arg, text, kind, many, _default(default, constants), owner=owner)
     )
   return parameters
 
 
-def _args_section(docstring: str) -> dict[str, str]:
-  """Returns {name: text} of a Google-style Args section."""
-  match = re.search(r'^Args:\n((?:[ ]+.*\n?|\n)+)', inspect.cleandoc(docstring), re.MULTILINE)
+def _args_section(docstring: str, section: str = 'Args') -> dict[str, str]:
+  """Returns {name: text} of a section of a Google-style docstring."""
+  match = re.search(rf'^{section}:\n((?:[ ]+.*\n?|\n)+)', inspect.cleandoc(docstring), re.MULTILINE)
   if match is None:
     return {}
   found = re.findall(r'^  (\w+): (.*(?:\n    .*)*)', match[1], flags=re.MULTILINE)

@@ -87,7 +87,8 @@ def export(
   _, shapes, axes = t5.abstract_params(config)
   params = opened.load_params(single_device().specs(shapes, axes))
   graphdef, _, _ = t5.abstract_params(config)
-  decoding = decoding or DecodingConfig(max_decode_length=target_length)
+  encode = vocabularies.make_vocabulary(opened.vocabulary).encode
+  decoding = (decoding or DecodingConfig()).resolved(encode, target_length)
   made = {name: _function(name, graphdef, decoding, config.decoder_start_id) for name in functions}
   work = target.parent / f'.{target.name}.tmp'
   if work.exists():
@@ -109,10 +110,14 @@ def _function(
   """Returns function(params, inputs[, targets]) of arrays of ids padded with pad_id."""
   if name == 'generate':
     predict = steps.make_predict_step(graphdef, decoding)
+
     # The seed as an argument of a sampling model would change its signature.
-    return lambda params, inputs: predict(
-      params, {'encoder_input_tokens': inputs}, jax.random.key(0)
-    )
+    def generate(params, inputs):
+      found = predict(params, {'encoder_input_tokens': inputs}, jax.random.key(0))
+      assert found.scores_Bn is not None
+      return found.tokens_BnL[:, 0], found.scores_Bn[:, 0]
+
+    return generate
   if name == 'encode':
     encode = steps.make_encode_step(graphdef)
     return lambda params, inputs: encode(params, {'encoder_input_tokens': inputs})

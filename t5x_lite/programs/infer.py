@@ -5,7 +5,6 @@ input. No TensorFlow: it starts in a few seconds.
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -50,7 +49,6 @@ def infer(
   prefix: str = '',
   batch_size: int = 32,
   max_input_length: int = MAX_INPUT_LENGTH,
-  max_decode_length: int | None = None,
   decoding: DecodingConfig | None = None,
   mesh: MeshConfig | None = None,
   seed: int = 0,
@@ -65,7 +63,9 @@ def infer(
       model on the hub.
     input: the file to read; '-' is standard input.
     output: the JSONL file to write, {'input', 'prediction', 'score'} a line,
-      the score being the prediction's log-probability; '-' is standard output.
+      the score being the prediction's log-probability, or of beams what
+      'normalization' says; 'n_best' holds all of num_return_sequences, best
+      first; '-' is standard output.
       A file that is there already is refused, unless one of the last two
       arguments says what to do with it.
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
@@ -77,8 +77,8 @@ def infer(
     prefix: put before every input, such as 'pronounce: '.
     batch_size: lines decoded at a time.
     max_input_length: tokens; what is longer is truncated and says so.
-    max_decode_length: tokens; as long as the training targets by default.
-    decoding: how tokens are chosen; greedy by default.
+    decoding: how tokens are chosen; greedy, and at most as long as the training
+      targets, by default.
     mesh: how devices are arranged; decided by their number by default.
     seed: of sampling.
     resume: continue an output that was interrupted.
@@ -89,12 +89,8 @@ def infer(
       is read through before anything is written.
   """
   # ---- Check everything that can be checked before any work ----
-  for name, value in (
-    ('batch_size', batch_size),
-    ('max_input_length', max_input_length),
-    ('max_decode_length', max_decode_length),
-  ):
-    if value is not None and value < 1:
+  for name, value in (('batch_size', batch_size), ('max_input_length', max_input_length)):
+    if value < 1:
       raise UsageError(f'infer.{name} is {value}; it must be at least 1')
   if input_format not in FORMATS:
     raise UsageError(f'input_format={input_format!r} is not one of {", ".join(FORMATS)}')
@@ -108,9 +104,8 @@ def infer(
   run = trained_model.open_model(model, adapter=adapter)
 
   # ---- Model ----
-  decoding = decoding or DecodingConfig(max_decode_length=run.lengths.get('targets', 128))
-  if max_decode_length is not None:
-    decoding = dataclasses.replace(decoding, max_decode_length=max_decode_length)
+  vocabulary = vocabularies.make_vocabulary(run.vocabulary)
+  decoding = (decoding or DecodingConfig()).resolved(vocabulary.encode, run.lengths.get('targets'))
   predictor = prediction.Predictor(
     run.config,
     placement=model_sharding.place_model(run.config, mesh),
@@ -119,7 +114,6 @@ def infer(
     max_input_length=max_input_length,
     seed=seed,
   )
-  vocabulary = vocabularies.make_vocabulary(run.vocabulary)
   params = run.load_params(predictor.abstract_params)
   log.info('predicting with %s', run.checkpoint)
 
@@ -146,11 +140,21 @@ def infer(
         # EOS takes the last place: the model saw no input without one.
         rows.append([*ids[: max_input_length - 1], vocabulary.eos_id])
       index = batch[0][0] // predictor.batch_size
-      outputs, scores = predictor.predict(params, rows, index=index)
+      outputs = predictor.predict_all(params, rows, index=index)
       for i, (number, text) in enumerate(batch):
         entry: dict[str, Any] = {'input': text}
-        entry['prediction'] = vocabulary.decode(outputs[i])
-        entry['score'] = round(scores[i], 6)
+        n_best = [
+          {
+            'prediction': decoding.cut(vocabulary.decode(one.tokens)),
+            'score': round(one.score or 0.0, 6),
+          }
+          for one in outputs[i]
+        ]
+        entry |= n_best[0]
+        if len(n_best) > 1:
+          entry['n_best'] = n_best
+        if decoding.num_beams > 1 or decoding.best_of:
+          entry['normalization'] = decoding.normalization
         if cut[i]:
           entry['truncated'] = True
           if not truncated:

@@ -251,7 +251,7 @@ def _model_flops(
   if decoding is None:
     total = flops.train_step_flops(model, targets=targets, **sizes)
   else:
-    length = decoding.max_decode_length
+    length = decoding.length
     total = flops.forward_flops(model, targets=length, **sizes)
   return {'model_flops_per_step': total}
 

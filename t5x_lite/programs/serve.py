@@ -116,7 +116,7 @@ def serve(
     worker=Worker(batch, max_queue=max_queue),
     encode=functools.partial(_encode, opened, params, placement),
     score=functools.partial(_score, opened, params, placement),
-    decode=functools.partial(_decode, opened, params, placement),
+    decode=functools.partial(_decode, opened, vocabulary, params, placement),
     describe={
       'num_parameters': model_sharding.count_params(params),
       'max_input_tokens': max_input_tokens,
@@ -226,6 +226,7 @@ def _score(
 
 def _decode(
   opened: TrainedModel,
+  vocabulary: Vocabulary,
   params: Any,
   placement: Placement,
   rows: Rows,
@@ -233,10 +234,13 @@ def _decode(
   seed: int,
   settings: dict[str, Any],
 ) -> tuple[list[list[int]], list[float]]:
+  config = decoding_config(max_new_tokens, **settings).resolved(vocabulary.encode)
+  if config.stop_strings or config.num_return_sequences > 1:
+    raise UsageError('decoding takes no stop_strings and one output an input')
   predictor = prediction.Predictor(
     opened.config,
     placement=placement,
-    decoding=decoding_config(max_new_tokens, **settings),
+    decoding=config,
     batch_size=prediction.padded_length(len(rows), shortest=1),
     max_input_length=prediction.padded_length(max(map(len, rows))),
     seed=seed,

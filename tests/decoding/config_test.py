@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from t5x_lite.decoding.config import DecodingConfig, decoding_config
@@ -20,8 +22,67 @@ def test_bad_values_are_named(field):
     DecodingConfig(**field)
 
 
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'num_beams': 4, 'temperature': 1.0}, 'searched, not sampled'),
+    ({'length_penalty': 0.6}, 'num_beams'),
+    ({'early_stopping': True}, 'num_beams'),
+    ({'num_beams': 4, 'early_stopping': 'sometimes'}, "True, False or 'never'"),
+    ({'num_beams': 4, 'length_penalty': 0.5, 'brevity_alpha': 0.6}, 'one of them'),
+    ({'num_beams': 4, 'num_return_sequences': 5}, 'at most 4'),
+    ({'num_return_sequences': 2}, 'at most 1'),
+    ({'best_of': 3}, 'temperature'),
+    ({'max_decode_length': 4, 'min_new_tokens': 5}, 'at most max_decode_length'),
+    ({'labels': ['']}, 'not empty'),
+    ({'forbidden_tokens': [[]]}, 'at least one id'),
+  ],
+)
+def test_what_would_do_nothing_or_cannot_be_is_an_error(fields, message):
+  with pytest.raises(UsageError, match=message):
+    DecodingConfig(**fields)
+
+
+def test_settings_as_gin_and_flags_give_them():
+  config = DecodingConfig(
+    num_beams=4, early_stopping='true', labels='yes', forbidden_tokens=[[3, 4], 5]
+  )
+  assert config.early_stopping is True and config.labels == ('yes',)
+  assert config.forbidden_tokens == ((3, 4), (5,))
+  assert hash(config) == hash(dataclasses.replace(config))
+  resolved = config.resolved(lambda text: [len(text)], 9)
+  assert resolved.allowed_outputs == ((3,),) and resolved.labels == () and resolved.length == 9
+  assert DecodingConfig().length == 128
+
+
+@pytest.mark.parametrize(
+  ('fields', 'score', 'text'),
+  [
+    ({}, -3.0, 'sum of log-probabilities'),
+    ({'num_beams': 2}, -0.75, 'sum of log-probabilities / length**1'),
+    ({'num_beams': 2, 'length_penalty': 0.0}, -3.0, 'sum of log-probabilities'),
+    (
+      {'num_beams': 2, 'brevity_alpha': 1.0},
+      -2.0,
+      'sum of log-probabilities / ((5 + length) / 6)**1',
+    ),
+  ],
+)
+def test_scores_say_what_they_are(fields, score, text):
+  config = DecodingConfig(**fields)
+  if fields:
+    assert config.normalized(-3.0, 4.0) == pytest.approx(score)
+  assert config.normalization == text
+
+
+def test_texts_are_cut_before_the_first_stop_string():
+  config = DecodingConfig(stop_strings=['. ', '!'])
+  assert config.cut('One! Two. Three') == 'One'
+  assert config.cut('One') == 'One'
+
+
 def test_an_unknown_setting_says_what_there_is():
   config = decoding_config(5, temperature=0.5, top_p=0.9)
   assert (config.max_decode_length, config.top_p) == (5, 0.9)
-  with pytest.raises(UsageError, match=r"'num_beams'.*temperature.*no beam"):
-    decoding_config(5, num_beams=4)
+  with pytest.raises(UsageError, match=r"'num_beam'.*num_beams.*temperature"):
+    decoding_config(5, num_beam=4)

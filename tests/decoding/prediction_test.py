@@ -54,12 +54,12 @@ def test_predictions_are_the_steps_own():
   step = jax.jit(steps.make_predict_step(graphdef, predictor.decoding))
   for row, output, score in zip(ROWS, outputs, scores, strict=True):
     batch = {'encoder_input_tokens': np.array([row], np.int32)}
-    tokens, alone = step(params, batch)
-    expected = tokens[0].tolist()
+    tokens, alone, _ = step(params, batch)
+    expected = tokens[0, 0].tolist()
     if cfg.eos_id in expected:
       expected = expected[: expected.index(cfg.eos_id)]
     assert output == expected
-    assert score == pytest.approx(float(alone[0]), rel=1e-4)
+    assert score == pytest.approx(float(alone[0, 0]), rel=1e-4)
 
 
 def count_traces(monkeypatch, name):

@@ -15,8 +15,8 @@ def test_greedy_prediction_is_argmax_of_the_full_forward():
   params = tiny.params(cfg)
   batch = tiny.batch()
   predict = steps.make_predict_step(graphdef, DecodingConfig(max_decode_length=8))
-  tokens, scores = jax.jit(predict)(params, {'encoder_input_tokens': batch['encoder_input_tokens']})
-  tokens = np.asarray(tokens)
+  decoded = jax.jit(predict)(params, {'encoder_input_tokens': batch['encoder_input_tokens']})
+  tokens, scores = np.asarray(decoded.tokens_BnL[:, 0]), decoded.scores_Bn[:, 0]
   full = {
     'encoder_input_tokens': batch['encoder_input_tokens'],
     'decoder_input_tokens': np.pad(tokens, ((0, 0), (1, 0)))[:, :-1],

@@ -34,8 +34,7 @@ def test_casting_once_changes_no_bit(tied):
   )
   expected = step(whole, batch)
   found = step(load(params, specs), batch)
-  for a, b in zip(expected, found, strict=True):
-    np.testing.assert_array_equal(a, b)
+  jax.tree.map(np.testing.assert_array_equal, expected, found)
   sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (whole, specs)]
   assert sizes[1] < 0.75 * sizes[0]
 

@@ -33,12 +33,9 @@ def test_continuations_are_those_of_the_whole_sequence(fields, bidirectional):
   @jax.jit
   def stepwise(params):
     model = nnx.merge(graphdef, params)
+    cache = model.init_cache(None, None, batch_size=3, max_decode_length=P + NEW)
     logits, cache = prefill.prefill(
-      model,
-      jnp.asarray(prompts),
-      jnp.asarray(lengths),
-      max_decode_length=P + NEW,
-      bidirectional=bidirectional,
+      model, cache, jnp.asarray(prompts), jnp.asarray(lengths), bidirectional=bidirectional
     )
     result = [logits]
     for i in range(NEW):

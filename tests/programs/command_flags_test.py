@@ -1,9 +1,11 @@
+import dataclasses
 import importlib
 import inspect
 
 import pytest
 
 from t5x_lite import main
+from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.programs import command_flags
 
 
@@ -40,3 +42,27 @@ def test_constants_of_the_module_are_resolved():
   defaults = {parameter.name: parameter.default for parameter in found}
   assert defaults['max_input_length'] == '1024'
   assert defaults['field'] == ''
+
+
+@pytest.mark.parametrize('name', ['infer', 'eval'])
+def test_fields_of_the_decoding_are_flags(name):
+  """Every field that can be written, once, with a help of its own."""
+  found = main.COMMANDS[name].parameters()
+  names = [p.name for p in found]
+  assert len(set(names)) == len(names)
+  fields = {p.name: p for p in found if p.parent}
+  left_out = {f.name for f in dataclasses.fields(DecodingConfig)} - set(fields)
+  assert left_out == {'forbidden_tokens', 'allowed_outputs'}
+  assert all(p.help and 'likewise' not in p.help for p in fields.values())
+  assert (fields['num_beams'].type, fields['brevity_alpha'].type) == (int, float)
+  assert fields['labels'].many and fields['max_decode_length'].type is int
+
+
+def test_fields_become_bindings():
+  given = {'model': 'm', 'num_beams': 4, 'labels': ['yes', "it's"]}
+  statements = main.COMMANDS['infer'].bindings(given)
+  assert given == {'model': 'm'}
+  owner = 't5x_lite.decoding.config.DecodingConfig'
+  labels = ['yes', "it's"]
+  assert statements[-2:] == [f'{owner}.labels = {labels!r}', f'{owner}.num_beams = 4']
+  assert main.COMMANDS['infer'].bindings({'model': 'm'}) == []

@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from t5x_lite import main
 from t5x_lite.data.pairs import Columns
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import infer as infer_lib
@@ -45,6 +46,28 @@ def test_one_object_a_line_in_order(run, words, tmp_path):
   for entry in entries:
     assert isinstance(entry['prediction'], str)
     assert entry['score'] < 0
+
+
+def test_settings_are_flags(run, words, tmp_path):
+  output = tmp_path / 'out.jsonl'
+  argv = ['infer', f'--model={run}', f'--input={words}', f'--output={output}', '--batch_size=8']
+  argv += ['--num_beams=3', '--num_return_sequences=2', '--brevity_alpha=0.6']
+  # A gin file's decoding is changed by a flag, not replaced.
+  argv += [
+    '--gin_file=configs/runs/infer.gin',
+    '--gin.MAX_DECODE_LENGTH=5',
+    '--early_stopping=never',
+  ]
+  assert main.main(argv) == 0
+  for entry in read(output):
+    best, second = entry['n_best']
+    assert (entry['prediction'], entry['score']) == (best['prediction'], best['score'])
+    assert best['score'] >= second['score'] and best != second
+    assert entry['normalization'] == 'sum of log-probabilities / ((5 + length) / 6)**0.6'
+  argv = ['infer', f'--model={run}', f'--input={words}', f'--output={output}', '--batch_size=8']
+  assert main.main([*argv, '--overwrite', '--labels', 'yes', 'no']) == 0
+  assert {entry['prediction'] for entry in read(output)} <= {'yes', 'no'}
+  assert main.main([*argv, '--overwrite', '--num_beams=2', '--temperature=1']) == 2
 
 
 def test_formats_agree(run, words, tmp_path):

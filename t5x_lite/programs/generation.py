@@ -1,0 +1,297 @@
+"""What a model in memory says: generated outputs, and scores of given ones.
+
+The base of `api.Model`: texts or ids in, in any number and of any length; out
+of here go batches of few sizes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5x_lite.data import model_inputs
+from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.decoding import prediction, steps
+from t5x_lite.decoding.config import decoding_config
+from t5x_lite.decoding.processors import Processor
+from t5x_lite.errors import UsageError
+from t5x_lite.models.config import T5Config
+from t5x_lite.parallel.placement import Placement
+
+# Relative positions reach as far as one likes, memory does not.
+MAX_INPUT_TOKENS = 1024
+
+Texts = str | Sequence[str]
+Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+
+
+class Generation:
+  """Needs a config, parameters, a placement, and a vocabulary for texts."""
+
+  config: T5Config
+  params: Any
+  placement: Placement
+  vocabulary: Vocabulary | None
+
+  def generate(
+    self,
+    inputs: Texts | Ids,
+    *,
+    max_new_tokens: int = 128,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
+    batch_size: int = 32,
+    seed: int | Sequence[int] = 0,
+    temperature: float | Sequence[float] = 0.0,
+    prefix: Any = None,
+    processors: Sequence[Processor] = (),
+    bidirectional_prefix: bool = False,
+    return_scores: bool = False,
+    return_log_probs: bool = False,
+    **settings: Any,
+  ) -> Any:
+    """Generates an output for each input, or several.
+
+    Args:
+      inputs: texts (for an encoder EOS is added) or ids as they are. A model
+        without an encoder continues them.
+      max_new_tokens: most tokens an output, EOS included.
+      max_input_tokens: longer inputs are cut, and a warning counts them;
+        attention takes memory by the square of it.
+      batch_size: inputs decoded at a time.
+      seed: of sampling; or one for each input, whatever batch it is in.
+      temperature: 0 is greedy; or one for each input.
+      prefix: what outputs begin with, a text or ids for all or for each input;
+        of a model with an encoder. It is returned with them, and does not
+        count for length and score.
+      processors: functions (logits_RV, history) -> logits_RV, see
+        decoding/processors.py; each must be one object from call to call, or
+        everything is compiled again.
+      bidirectional_prefix: the input's tokens see each other in both
+        directions; for prefix language models.
+      return_scores: return (outputs, scores); a score is the sum of the
+        log-probabilities, of beams and best_of divided as
+        `DecodingConfig.normalization` says.
+      return_log_probs: also return the log-probabilities of each output's
+        tokens, EOS included, as the last of the results.
+      **settings: fields of DecodingConfig, such as num_beams=4, top_p=0.9,
+        no_repeat_ngram_size=3, labels=['yes', 'no']; greedy by default.
+
+    Returns:
+      Texts for texts, lists of ids without EOS for ids; one alone if the input
+      was one text. With num_return_sequences above 1, a list of so many each.
+    """
+    temperatures = np.asarray(temperature).tolist() if np.ndim(temperature) else None
+    settings['temperature'] = temperature if temperatures is None else max(temperatures, default=0)
+    config = decoding_config(max_new_tokens, **settings)
+    several = config.num_return_sequences > 1
+    is_text = model_inputs.is_text(inputs)
+    config = config.resolved(None if self.vocabulary is None else self.vocabulary.encode)
+    if batch_size < 1:
+      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
+    rows = self._rows(inputs, eos=self.config.has_encoder, limit=max_input_tokens)
+    seeds = np.asarray(seed).tolist() if np.ndim(seed) else None
+    prefixes = None if prefix is None else self._prefixes(prefix, len(rows))
+    for name, given in (('seed', seeds), ('temperature', temperatures)):
+      if given is not None and len(given) != len(rows):
+        raise UsageError(f'generate got {len(rows)} inputs and {len(given)} of {name}')
+    # Few sizes, so that what is compiled serves the next call too.
+    size = min(batch_size, prediction.padded_length(len(rows), shortest=1))
+    predictor = prediction.Predictor(
+      self.config,
+      placement=self.placement,
+      decoding=config,
+      batch_size=size,
+      max_input_length=prediction.padded_length(max(map(len, rows))),
+      seed=0 if isinstance(seed, Sequence | np.ndarray) else seed,
+      scored=return_scores or return_log_probs,
+      extra=tuple(processors),
+      continues=not self.config.has_encoder,
+      bidirectional=bidirectional_prefix,
+    )
+    found: list[list[prediction.Output]] = []
+    for index, start in enumerate(range(0, len(rows), size)):
+      part = slice(start, start + size)
+      found += predictor.predict_all(
+        self.params,
+        rows[part],
+        index=index,
+        prefixes=prefixes and prefixes[part],
+        seeds=seeds and seeds[part],
+        temperatures=temperatures and temperatures[part],
+      )
+
+    def read(row: int, output: prediction.Output) -> Any:
+      tokens = [*(prefixes[row] if prefixes else ()), *output.tokens]
+      if not is_text:
+        return tokens
+      assert self.vocabulary is not None
+      return config.cut(self.vocabulary.decode(tokens))
+
+    results: list[Any] = []
+    for of in (
+      read,
+      (lambda _, output: output.score) if return_scores else None,
+      (lambda _, output: output.log_probs) if return_log_probs else None,
+    ):
+      if of is not None:
+        each = [[of(i, output) for output in outputs] for i, outputs in enumerate(found)]
+        each = each if several else [outputs[0] for outputs in each]
+        results.append(each[0] if isinstance(inputs, str) else each)
+    return results[0] if len(results) == 1 else tuple(results)
+
+  def _prefixes(self, prefix: Any, count: int) -> list[list[int]]:
+    """Returns the ids that each output begins with."""
+    if not self.config.has_encoder:
+      raise UsageError('without an encoder the input itself is the prefix: leave out prefix=...')
+    if isinstance(prefix, str) or (len(prefix) and isinstance(prefix[0], int | np.integer)):
+      prefix = [prefix] * count
+    rows = self._rows(prefix, eos=False)
+    if len(rows) != count:
+      raise UsageError(f'generate got {count} inputs and {len(rows)} prefixes')
+    return rows
+
+  def score(
+    self,
+    inputs: Texts | Ids | None,
+    targets: Texts | Ids,
+    *,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
+    batch_size: int = 32,
+    length_normalized: bool = False,
+  ) -> np.ndarray:
+    """Returns the log-probability of each target, EOS of texts included.
+
+    Rows go in batches of about one length, whatever order they come in.
+
+    Args:
+      inputs: texts or ids; None for a model without an encoder.
+      targets: texts or ids, as many as inputs.
+      max_input_tokens: longer inputs are cut with a warning, targets refused.
+      batch_size: rows scored at a time.
+      length_normalized: divide by the number of a target's tokens.
+    """
+    wanted = self._rows(targets)
+    longest = max(map(len, wanted))
+    if longest > max_input_tokens:
+      raise UsageError(f'a target has {longest} tokens; max_input_tokens is {max_input_tokens}')
+    if batch_size < 1:
+      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
+    read: list[list[int]] = []
+    if self.config.has_encoder:
+      if inputs is None:
+        raise UsageError('score needs inputs: there is an encoder')
+      read = self._rows(inputs, limit=max_input_tokens)
+      if len(read) != len(wanted):
+        raise UsageError(f'score got {len(read)} inputs and {len(wanted)} targets')
+
+    def size(i: int) -> tuple[int, int]:
+      return len(read[i]) if read else 0, len(wanted[i])
+
+    scores = np.zeros(len(wanted), np.float32)
+    order = sorted(range(len(wanted)), key=size)
+    for start in range(0, len(order), batch_size):
+      part = order[start : start + batch_size]
+      batch = self._score_batch([wanted[i] for i in part])
+      if read:
+        rows = [read[i] for i in part]
+        batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
+      scores[part] = self._call(steps.make_score_step, batch)
+    if length_normalized:
+      scores /= np.maximum([len(row) for row in wanted], 1)
+    return scores
+
+  def _score_batch(self, wanted: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    tokens = self._padded(wanted, max(map(len, wanted)))
+    lengths = np.asarray([[len(row)] for row in wanted])
+    shifted = np.roll(tokens, 1, axis=1)
+    shifted[:, 0] = self.config.decoder_start_id
+    return {
+      'decoder_target_tokens': tokens,
+      'decoder_loss_weights': (np.arange(tokens.shape[1]) < lengths).astype(np.float32),
+      'decoder_input_tokens': shifted,
+    }
+
+  def classify(
+    self,
+    inputs: Texts | Ids,
+    labels: Sequence[Any],
+    *,
+    length_normalized: bool = False,
+    return_scores: bool = False,
+    **arguments: Any,
+  ) -> Any:
+    """Returns the label that the model finds likeliest for each input.
+
+    Rank classification (Brown et al. 2020; t5.evaluation.metrics'
+    rank_classification): nothing is generated, every label is scored.
+
+    Args:
+      inputs: texts or ids.
+      labels: texts, or lists of ids with EOS.
+      length_normalized: by the log-probability a token; of labels of different
+        lengths it favours the longer ones.
+      return_scores: return (labels, scores [inputs, labels]).
+      **arguments: of `score`.
+    """
+    if not len(labels) or isinstance(labels, str):
+      raise UsageError(f'labels is {labels!r}; give a list of at least one label')
+    each = [inputs] if isinstance(inputs, str) else inputs
+    if not model_inputs.is_text(inputs):
+      each = self._rows(inputs)
+    read: Any = [one for one in each for _ in labels]
+    scores = self.score(
+      read, [*labels] * len(each), length_normalized=length_normalized, **arguments
+    ).reshape(-1, len(labels))
+    found: Any = [labels[i] for i in scores.argmax(axis=1)]
+    if isinstance(inputs, str):
+      found, scores = found[0], scores[0]
+    return (found, scores) if return_scores else found
+
+  def perplexity(
+    self, inputs: Texts | Ids | None, targets: Texts | Ids, **arguments: Any
+  ) -> dict[str, float]:
+    """Returns how well the targets are predicted, over all of them together.
+
+    Args:
+      inputs: as of `score`.
+      targets: likewise.
+      **arguments: of `score`.
+
+    Returns:
+      loss (natural logarithm, a token, EOS of texts included), perplexity (its
+      exponential), tokens; of texts also bits_per_byte (by the UTF-8 bytes of
+      the targets, which no vocabulary changes) and bytes.
+    """
+    total = -float(self.score(inputs, targets, **arguments).sum(dtype=np.float64))
+    tokens = sum(map(len, self._rows(targets)))
+    loss = total / max(tokens, 1)
+    measured = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'tokens': float(tokens)}
+    if model_inputs.is_text(targets):
+      texts: Any = [targets] if isinstance(targets, str) else targets
+      size = sum(len(text.encode()) for text in texts)
+      bits = total / math.log(2.0) / max(size, 1)
+      measured |= {'bits_per_byte': bits, 'bytes': float(size)}
+    return measured
+
+  def _rows(self, inputs: Any, *, eos: bool = True, limit: int | None = None) -> list[list[int]]:
+    return model_inputs.token_rows(
+      inputs,
+      self.vocabulary,
+      num_ids=self.config.vocab_size,
+      pad_id=self.config.pad_id,
+      eos=eos,
+      limit=limit,
+    )
+
+  def _padded(self, rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """Returns rows as one array, as wide as the next size compiled for."""
+    return prediction.pad_rows(
+      rows, batch_size=len(rows), length=prediction.padded_length(length), pad_id=self.config.pad_id
+    )
+
+  def _call(self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any) -> np.ndarray:
+    return prediction.call_step(
+      make_step, self.config, self.params, self.placement, batch, *arguments
+    )

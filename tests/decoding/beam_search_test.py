@@ -1,0 +1,80 @@
+"""Beam search beside an exhaustive one, over a toy step whose distribution is known."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_lite.decoding import beam_search
+from t5x_lite.decoding.config import DecodingConfig
+
+V, L, B = 5, 4, 3
+# Logits of the next token by input, position and the last token; 1 ends.
+TABLE = 2.0 * jax.random.normal(jax.random.key(3), (B, L, V, V))
+
+
+def search(**settings):
+  config = DecodingConfig(max_decode_length=L, **settings)
+  K = config.num_beams
+
+  def step(last_R, cache):
+    inputs_R = jnp.repeat(jnp.arange(B), K)
+    return TABLE[inputs_R, cache, last_R], cache + 1
+
+  return jax.jit(
+    lambda: beam_search.search(
+      step,
+      jnp.zeros((), jnp.int32),
+      num_rows=B * K,
+      config=config,
+      start_id=0,
+      eos_id=1,
+      pad_id=0,
+      reorder=lambda cache, parents: cache,
+    )
+  )()
+
+
+def exhaustive(row, rank):
+  """Returns every whole output as (rank, tokens), best first."""
+  log_probs = np.asarray(jax.nn.log_softmax(TABLE[row], axis=-1), np.float64)
+  found = []
+  for length in range(1, L + 1):
+    for tokens in itertools.product(range(V), repeat=length):
+      if 1 in tokens[:-1] or (length < L and tokens[-1] != 1):
+        continue
+      last, total = 0, 0.0
+      for t, token in enumerate(tokens):
+        total += log_probs[t, last, token]
+        last = token
+      found.append((rank(total, length), tokens))
+  return sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'rank'),
+  [
+    ({'length_penalty': 0.0}, lambda s, n: s),
+    ({'length_penalty': 1.0}, lambda s, n: s / n),
+    ({'length_penalty': 2.5}, lambda s, n: s / n**2.5),
+    ({'brevity_alpha': 0.6}, lambda s, n: s / ((5 + n) / 6) ** 0.6),
+  ],
+)
+def test_wide_beams_find_what_there_is(settings, rank):
+  # Beams enough for every prefix: nothing is ever dropped.
+  found = search(num_beams=V**3, num_return_sequences=5, early_stopping='never', **settings)
+  for row in range(B):
+    for k, (score, tokens) in enumerate(exhaustive(row, rank)[:5]):
+      assert found.tokens_BnL[row, k].tolist() == [*tokens, *[0] * (L - len(tokens))]
+      assert abs(float(found.scores_Bn[row, k]) - score) < 1e-4
+      total = float(found.log_probs_BnL[row, k].sum())
+      assert abs(rank(total, len(tokens)) - score) < 1e-4
+
+
+def test_a_narrow_beam_is_not_better_than_the_best():
+  found = search(num_beams=2, length_penalty=0.0)
+  for row in range(B):
+    best, _ = exhaustive(row, lambda s, n: s)[0]
+    assert float(found.scores_Bn[row, 0]) <= best + 1e-5

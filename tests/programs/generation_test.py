@@ -1,0 +1,137 @@
+"""What is generated and scored, through the Python interface."""
+
+import math
+
+import numpy as np
+import pytest
+
+import t5x_lite
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.errors import UsageError
+from tests.models import tiny
+
+TEXTS = ['abc', 'a longer input', 'z']
+
+
+@pytest.fixture(scope='module')
+def model():
+  # A byte has an id of its own, so that every output is a text.
+  cfg = tiny.config(vocab_size=384)
+  return t5x_lite.api.Model(cfg, tiny.params(cfg), VocabularyConfig(kind='byte'))
+
+
+def test_n_best_come_best_first(model):
+  outputs, scores, log_probs = model.generate(
+    TEXTS,
+    max_new_tokens=6,
+    num_beams=4,
+    num_return_sequences=3,
+    length_penalty=0.6,
+    return_scores=True,
+    return_log_probs=True,
+  )
+  assert [len(n_best) for n_best in outputs] == [3, 3, 3]
+  for row in range(3):
+    assert scores[row] == sorted(scores[row], reverse=True)
+    for score, each in zip(scores[row], log_probs[row], strict=True):
+      assert score == pytest.approx(sum(each) / len(each) ** 0.6, rel=1e-4)
+  best = model.generate(TEXTS[0], max_new_tokens=6, num_beams=4, length_penalty=0.6)
+  assert best == outputs[0][0]
+
+
+def test_a_prefix_is_returned_and_does_not_count(model):
+  rows = [[5, 6, 7, 1], [9, 1]]
+  plain = model.generate(rows, max_new_tokens=6)
+  # Greedy search goes on as it did.
+  prefixes = [plain[0][:2], plain[1][:3]]
+  again = model.generate(rows, max_new_tokens=3, prefix=prefixes)
+  assert again == [plain[0][:5], plain[1][:6]]
+  assert model.generate('abc', prefix='xy', max_new_tokens=2).startswith('xy')
+
+
+def test_one_of_the_labels(model):
+  labels = ['yes', 'no', 'yesterday', 'other']
+  assert set(model.generate(TEXTS, labels=labels)) <= set(labels)
+  # A beam that can hold all of them finds the likeliest.
+  found = model.generate(
+    TEXTS, labels=labels, num_beams=8, length_penalty=0.0, early_stopping='never'
+  )
+  best, scores = model.classify(TEXTS, labels, return_scores=True)
+  assert found == best
+  assert scores.shape == (3, 4)
+  normalized = model.classify(TEXTS, labels, length_normalized=True)
+  counts = np.asarray([len(label) + 1 for label in labels])
+  assert normalized == [labels[i] for i in (scores / counts).argmax(axis=1)]
+  assert model.classify('abc', labels) == best[0]
+
+
+def test_words_are_forbidden_and_texts_are_cut(model):
+  plain = model.generate('abc', max_new_tokens=20, min_new_tokens=20)
+  word = plain[3:5]
+  assert word not in model.generate(
+    'abc', max_new_tokens=20, min_new_tokens=20, forbidden_words=[word]
+  )
+  cut = model.generate('abc', max_new_tokens=20, min_new_tokens=20, stop_strings=[word, 'nowhere'])
+  assert cut == plain[: plain.index(word)]
+
+
+def test_seeds_and_temperatures_belong_to_rows(model):
+  arguments = dict(max_new_tokens=8, min_new_tokens=8)
+  all_of_them = model.generate(TEXTS, temperature=1.0, seed=[3, 4, 5], **arguments)
+  alone = model.generate(TEXTS[2:], temperature=1.0, seed=[5], **arguments)
+  assert alone == all_of_them[2:]
+  mixed = model.generate(TEXTS, temperature=[0.0, 1.0, 1.0], seed=[3, 4, 5], **arguments)
+  assert mixed[1:] == all_of_them[1:]
+  assert mixed[0] == model.generate(TEXTS[0], **arguments)
+  several = model.generate('abc', temperature=1.0, num_return_sequences=4, **arguments)
+  assert len(set(several)) > 1
+
+
+def test_a_processor_of_ones_own(model):
+  seen = []
+
+  def never(logits, history):
+    seen.append(logits.shape)
+    return logits.at[:, 68].set(-np.inf)
+
+  arguments = dict(max_new_tokens=5, temperature=1.0, num_return_sequences=20)
+  rows = model.generate([[5, 1]], processors=[never], **arguments)[0]
+  assert all(68 not in row for row in rows) and seen
+  count = len(seen)
+  model.generate([[6, 1]], processors=[never], **arguments)
+  assert len(seen) == count, 'compiled again'
+
+
+def test_scoring_in_batches_is_scoring_alone(model):
+  inputs = ['abc', 'a' * 40, 'z', 'some words', 'b' * 18]
+  targets = ['x', 'yes, a long target', 'no', '', 'c' * 20]
+  together = model.score(inputs, targets, batch_size=2)
+  alone = [model.score([i], [t])[0] for i, t in zip(inputs, targets, strict=True)]
+  np.testing.assert_allclose(together, alone, rtol=1e-5)
+  normalized = model.score(inputs, targets, length_normalized=True)
+  np.testing.assert_allclose(normalized, together / [len(t) + 1 for t in targets], rtol=1e-5)
+
+
+def test_perplexity_and_bits_per_byte(model):
+  inputs, targets = ['abc', 'z'], ['xyz', 'é']
+  found = model.perplexity(inputs, targets)
+  total = -model.score(inputs, targets).sum()
+  assert found['tokens'] == 4 + 3 and found['bytes'] == 3 + 2
+  assert found['perplexity'] == pytest.approx(math.exp(total / 7), rel=1e-4)
+  assert found['bits_per_byte'] == pytest.approx(total / math.log(2) / 5, rel=1e-4)
+  assert 'bytes' not in model.perplexity([[5, 1]], [[6, 1]])
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (lambda m: m.generate(TEXTS, seed=[1]), '3 inputs and 1 of seed'),
+    (lambda m: m.generate(TEXTS, prefix=['a']), '3 inputs and 1 prefixes'),
+    (lambda m: m.classify(TEXTS, []), 'at least one label'),
+    (lambda m: m.score('a', 'b', batch_size=0), 'batch_size'),
+    (lambda m: m.generate('a', num_beams=2, temperature=1.0), 'searched, not sampled'),
+  ],
+)
+def test_mistakes(model, call, message):
+  with pytest.raises(UsageError, match=message):
+    call(model)
