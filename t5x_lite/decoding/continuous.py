@@ -12,6 +12,7 @@ V vocabulary.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -69,9 +70,10 @@ class Output:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Slots:
-  """All slots' state; `cache.index` is how many tokens a slot has decoded."""
+  """All slots' state; `length_S` is how many tokens a slot has decoded."""
 
   last_S: jax.Array
+  length_S: jax.Array
   tokens_SL: jax.Array
   log_probs_SL: jax.Array
   going_S: jax.Array  # holds a row that has not ended
@@ -115,23 +117,40 @@ class ContinuousBatch:
       if value < 1:
         raise UsageError(f'{name} is {value}; it must be at least 1')
     self.model, self.params, self.placement = model, params, placement
-    self.max_decode_length = max_decode_length
-    self._held: list[bool] = [False] * num_slots
+    self.max_decode_length, self._num_slots = max_decode_length, num_slots
     self._width = prediction.SHORTEST
+    self._tickets = itertools.count()
+    self._rows: list[int | None] = [None]  # the ticket of the request in each row
     graphdef, _, _ = t5.abstract_params(model)
     self._insert = jax.jit(functools.partial(_insert, graphdef), donate_argnums=1)
     self._advance = jax.jit(functools.partial(_advance, graphdef, chunk), donate_argnums=1)
-    self._slots = _empty(model, num_slots, self._width, max_decode_length)
+    self._slots = _empty(model, 1, self._width, max_decode_length)
 
   @property
   def num_free(self) -> int:
-    """Slots that a request can be put into."""
-    return self._held.count(False)
+    """Requests that there is room for."""
+    return self._num_slots - self._num_held
+
+  @property
+  def _num_held(self) -> int:
+    return len(self._rows) - self._rows.count(None)
+
+  def _resize(self, num_rows: int) -> None:
+    """Makes room for so many rows, or gives up room: an empty row costs as much as a full one."""
+    size = prediction.padded_length(max(num_rows, 1), shortest=1)
+    if size == len(self._rows):
+      return
+    kept = [row for row, ticket in enumerate(self._rows) if ticket is not None]
+    order = np.asarray(kept + [0] * (size - len(kept)), np.int32)
+    with self.placement.active():
+      self._slots = _taken(self._slots, order, len(kept))
+    self._rows = [*(self._rows[row] for row in kept), *[None] * (size - len(kept))]
 
   def add(self, requests: Sequence[Request]) -> list[int]:
-    """Puts requests into free slots and returns which; see `num_free`."""
-    free = [slot for slot, held in enumerate(self._held) if not held][: len(requests)]
-    assert len(free) == len(requests) > 0, (free, len(requests))
+    """Puts requests into free slots and returns a ticket for each; see `num_free`."""
+    assert 0 < len(requests) <= self.num_free, (len(requests), self.num_free)
+    self._resize(self._num_held + len(requests))
+    free = [row for row, ticket in enumerate(self._rows) if ticket is None][: len(requests)]
     width = prediction.padded_length(max(len(r.tokens) for r in requests))
     if width > self._width:
       wide = _widened(self._slots.cache, width + (self.model.prompt_length or 0))
@@ -156,37 +175,41 @@ class ContinuousBatch:
         np.asarray([r.top_p for r in rows], np.float32),
         np.asarray([r.seed % 2**32 for r in rows], np.uint32),
       )
-    for slot in free:
-      self._held[slot] = True
-    return free
+    tickets = [next(self._tickets) for _ in free]
+    for row, ticket in zip(free, tickets, strict=True):
+      self._rows[row] = ticket
+    return tickets
 
   def advance(self) -> dict[int, Output]:
-    """Decodes a chunk; returns every held slot's output, and frees the ended."""
+    """Decodes a chunk; returns every request's output by ticket, and frees the ended."""
+    self._resize(self._num_held)
     with self.placement.active():
       self._slots = self._advance(self.params, self._slots)
     s = self._slots
     tokens_SL, log_probs_SL, going_S, length_S = jax.device_get(
-      (s.tokens_SL, s.log_probs_SL, s.going_S, s.cache.index)
+      (s.tokens_SL, s.log_probs_SL, s.going_S, s.length_S)
     )
     outputs = {}
-    for slot, held in enumerate(self._held):
-      if not held:
+    for row, ticket in enumerate(self._rows):
+      if ticket is None:
         continue
-      tokens = tokens_SL[slot, : length_S[slot]].tolist()
-      log_probs = log_probs_SL[slot, : length_S[slot]].tolist()
-      ended = '' if going_S[slot] else 'length'
+      tokens = tokens_SL[row, : length_S[row]].tolist()
+      log_probs = log_probs_SL[row, : length_S[row]].tolist()
+      ended = '' if going_S[row] else 'length'
       if tokens and tokens[-1] == self.model.eos_id:
         tokens.pop()
         ended = 'eos'
-      outputs[slot] = Output(tokens, log_probs, ended)
-      self._held[slot] = not ended
+      outputs[ticket] = Output(tokens, log_probs, ended)
+      if ended:
+        self._rows[row] = None
     return outputs
 
-  def drop(self, slots: Iterable[int]) -> None:
-    """Frees slots whose outputs nobody waits for any more."""
-    for slot in slots:
-      self._held[slot] = False
-      going_S = self._slots.going_S.at[slot].set(False)
+  def drop(self, tickets: Iterable[int]) -> None:
+    """Frees the slots of requests whose outputs nobody waits for any more."""
+    for ticket in tickets:
+      row = self._rows.index(ticket)
+      self._rows[row] = None
+      going_S = self._slots.going_S.at[row].set(False)
       self._slots = dataclasses.replace(self._slots, going_S=going_S)
 
   def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
@@ -194,15 +217,15 @@ class ContinuousBatch:
     waiting = enumerate(requests)
     running: dict[int, int] = {}
     while True:
-      new = [pair for _, pair in zip(range(self.num_free), waiting, strict=False)]
+      new = list(itertools.islice(waiting, self.num_free))
       if new:
-        slots = self.add([request for _, request in new])
-        running.update(zip(slots, (index for index, _ in new), strict=True))
+        tickets = self.add([request for _, request in new])
+        running.update(zip(tickets, (index for index, _ in new), strict=True))
       if not running:
         return
-      for slot, output in self.advance().items():
+      for ticket, output in self.advance().items():
         if output.ended:
-          yield running.pop(slot), output
+          yield running.pop(ticket), output
 
 
 def _empty(cfg: T5Config, S: int, M: int, L: int) -> _Slots:
@@ -215,9 +238,9 @@ def _empty(cfg: T5Config, S: int, M: int, L: int) -> _Slots:
 
   # An empty slot decodes along, and needs a key to look at.
   cross_mask = jnp.broadcast_to(jnp.arange(M) == 0, (S, 1, 1, M))
-  index_S = jnp.zeros((S,), jnp.int32)
   return _Slots(
     last_S=jnp.zeros((S,), jnp.int32),
+    length_S=jnp.zeros((S,), jnp.int32),
     tokens_SL=jnp.full((S, L), cfg.pad_id, jnp.int32),
     log_probs_SL=jnp.zeros((S, L), jnp.float32),
     going_S=jnp.zeros((S,), bool),
@@ -226,8 +249,30 @@ def _empty(cfg: T5Config, S: int, M: int, L: int) -> _Slots:
     top_k_S=jnp.ones((S,), jnp.int32),
     top_p_S=jnp.ones((S,), jnp.float32),
     seed_S=jnp.zeros((S,), jnp.uint32),
-    cache=Cache(zeros(L), zeros(L), zeros(M), zeros(M), cross_mask, index_S),
+    cache=Cache(
+      zeros(L),
+      zeros(L),
+      zeros(M),
+      zeros(M),
+      cross_mask,
+      index=jnp.zeros((), jnp.int32),
+      seen_B=jnp.zeros((S,), jnp.int32),
+    ),
   )
+
+
+@jax.jit
+def _taken(slots: _Slots, order_S, count) -> _Slots:
+  """Returns the rows of order_S, of which the first `count` go on."""
+
+  def take(path, x):
+    if x.ndim == 0:  # the index of the ring, which all share
+      return x
+    return jnp.take(x, order_S, axis=1 if path[-1].name.split('_')[-1].startswith('NB') else 0)
+
+  taken = jax.tree_util.tree_map_with_path(take, slots)
+  going_S = taken.going_S & (jnp.arange(len(order_S)) < count)
+  return dataclasses.replace(taken, going_S=going_S)
 
 
 def _widened(cache: Cache, M: int) -> Cache:
@@ -262,10 +307,11 @@ def _insert(
     cross_mask_B11M=old.cross_mask_B11M.at[slots_B].set(
       jnp.pad(new.cross_mask_B11M, ((0, 0), (0, 0), (0, 0), (0, more)))
     ),
-    index=old.index.at[slots_B].set(0),  # what was decoded before is never seen
+    seen_B=old.seen_B.at[slots_B].set(0),  # what was decoded before is never seen
   )
   return _Slots(
     last_S=slots.last_S.at[slots_B].set(model.cfg.decoder_start_id),
+    length_S=slots.length_S.at[slots_B].set(0),
     tokens_SL=slots.tokens_SL.at[slots_B].set(model.cfg.pad_id),
     log_probs_SL=slots.log_probs_SL.at[slots_B].set(0.0),
     going_S=slots.going_S.at[slots_B].set(True),
@@ -285,22 +331,21 @@ def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
 
   def body(carry):
     i, s = carry
-    index_S = s.cache.index
     logits_SV, cache = model.decode_step(s.last_S, s.cache)
-    next_S = _choose(logits_SV, s, index_S)
+    next_S = _choose(logits_SV, s)
     log_prob_S = jnp.take_along_axis(logits_SV, next_S[:, None], axis=1)[:, 0]
     log_prob_S -= jax.nn.logsumexp(logits_SV, axis=-1)
-    new_index_S = jnp.where(s.going_S, index_S + 1, index_S)
+    length_S = jnp.where(s.going_S, s.length_S + 1, s.length_S)
     # Out of bounds for slots that have ended, which drops the write.
-    at_S = jnp.where(s.going_S, index_S, s.tokens_SL.shape[1])
-    going_S = s.going_S & (next_S != model.cfg.eos_id) & (new_index_S < s.limit_S)
+    at_S = jnp.where(s.going_S, s.length_S, s.tokens_SL.shape[1])
     return i + 1, dataclasses.replace(
       s,
       last_S=jnp.where(s.going_S, next_S, s.last_S),
+      length_S=length_S,
       tokens_SL=s.tokens_SL.at[rows_S, at_S].set(next_S, mode='drop'),
       log_probs_SL=s.log_probs_SL.at[rows_S, at_S].set(log_prob_S, mode='drop'),
-      going_S=going_S,
-      cache=dataclasses.replace(cache, index=new_index_S),
+      going_S=s.going_S & (next_S != model.cfg.eos_id) & (length_S < s.limit_S),
+      cache=cache,
     )
 
   def unfinished(carry):
@@ -310,7 +355,7 @@ def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
   return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), slots))[1]
 
 
-def _choose(logits_SV, s: _Slots, index_S) -> jax.Array:
+def _choose(logits_SV, s: _Slots) -> jax.Array:
   """Returns each slot's next token by its own settings."""
   greedy_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
 
@@ -325,7 +370,7 @@ def _choose(logits_SV, s: _Slots, index_S) -> jax.Array:
     sorted_SV = jnp.where(before_SV < s.top_p_S[:, None], sorted_SV, -jnp.inf)
     # Seed and position alone: no neighbour changes what is drawn.
     keys_S = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(
-      s.seed_S, index_S
+      s.seed_S, s.length_S
     )
     rank_S = jax.vmap(jax.random.categorical)(keys_S, sorted_SV)
     drawn_S = jnp.take_along_axis(order_SV, rank_S[:, None], axis=1)[:, 0].astype(jnp.int32)

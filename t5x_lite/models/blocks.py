@@ -37,6 +37,9 @@ class Cache:
       slot. Beams go on from others by changing this; keys and values stay where
       they are. None if every row reads its own.
     fused: of each layer, see `DecoderLayer.fused`; None if not prepared.
+    seen_B: in continuous batching, how many tokens each row has decoded, T - 1 at most. Slots are
+      then a ring that all rows write at the same index, however long they are there: a row sees as
+      many slots back as it has decoded, and T5's bias knows distances alone. None otherwise.
   """
 
   key_NBTHK: jax.Array
@@ -47,6 +50,7 @@ class Cache:
   index: jax.Array
   owner_BnT: jax.Array | None = None
   fused: Any = None
+  seen_B: jax.Array | None = None
 
   def grown(self, T: int) -> 'Cache':
     """Returns it with T slots."""
@@ -79,6 +83,8 @@ class Cache:
     """
     T = self.key_NBTHK.shape[2]
     slots_11T = jnp.arange(T)[None, None, :]
+    if self.seen_B is not None:
+      return self, ((self.index - slots_11T) % T <= self.seen_B[:, None, None])[:, None]
     if self.owner_BnT is None:
       return self, (slots_11T <= jnp.atleast_1d(self.index)[:, None, None])[:, None]
     B, n, _ = self.owner_BnT.shape
@@ -89,6 +95,21 @@ class Cache:
     mine_BnmT &= (slots_11T <= index_Bn1)[:, :, None, :]
     mask_B1nS = mine_BnmT.reshape(B, 1, n, n * T)
     return dataclasses.replace(self, owner_BnT=owner_BnT), mask_B1nS
+
+  def advanced(self) -> 'Cache':
+    """Returns it for the next position."""
+    if self.seen_B is None:
+      return dataclasses.replace(self, index=self.index + 1)
+    T = self.key_NBTHK.shape[2]
+    seen_B = jnp.minimum(self.seen_B + 1, T - 1)
+    return dataclasses.replace(self, index=(self.index + 1) % T, seen_B=seen_B)
+
+  def bias(self, relpos_bias: RelativePositionBias) -> jax.Array:
+    """Returns the bias of the next position for the mask of `next_slot`."""
+    T = self.key_NBTHK.shape[2]
+    if self.seen_B is not None:
+      return relpos_bias.around(self.index, T)
+    return self.over_beams(relpos_bias.at(self.index, T))
 
   def over_beams(self, bias_RH1T: jax.Array) -> jax.Array:
     """Returns the bias of one position for the mask of `next_slot`."""
@@ -236,9 +257,8 @@ class DecoderLayer(nnx.Module):
   def step(self, x_B1D, i, cache: Cache, cross_kv, lender, fused, *, bias, mask):
     """One position; returns x_B1D and the cache with layer i written."""
     norm, attention = self.self_block(lender)
-    T = cache.key_NBTHK.shape[2]
     if self.cfg.relpos_per_layer:
-      bias = cache.over_beams(self.relpos_bias.at(cache.index, T))
+      bias = cache.bias(self.relpos_bias)
     y_B1D = norm(x_B1D)
     qkv, wi = fused or (None, None)
     q_B1HK, k_B1HK, v_B1HK = attention.queries_keys_values(y_B1D, qkv)

@@ -98,3 +98,9 @@ class RelativePositionBias(nnx.Module):
       index_B
     )
     return rows_BHT[:, :, None, :]
+
+  def around(self, index: jax.Array, T: int) -> jax.Array:
+    """Returns the bias [1, H, 1, T] of the newest in a ring of slots, which is at index."""
+    values_HT = self.by_distance(-(T - 1), 0)
+    back_T = (index - jnp.arange(T)) % T  # how many steps ago a slot was written
+    return values_HT[None, :, None, T - 1 - back_T]

@@ -367,8 +367,7 @@ class T5(nnx.Module):
     cache, mask = cache.next_slot()
     bias = None
     if not cfg.relpos_per_layer:
-      T = cache.key_NBTHK.shape[2]
-      bias = cache.over_beams(self.decoder.relpos_bias.at(cache.index, T))
+      bias = cache.bias(self.decoder.relpos_bias)
     x_B1D = self._embed(tokens_B[:, None], None)
     step = functools.partial(_decode_layer, bias=bias, mask=mask)
     cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
@@ -383,8 +382,7 @@ class T5(nnx.Module):
         fused_i = None if cache.fused is None else cache.fused[i]
         (x_B1D, cache), _ = step((x_B1D, cache), (i, layer, cross_i, lender, fused_i))
     hidden_B1D = self.decoder.norm(x_B1D)
-    cache = dataclasses.replace(cache, index=cache.index + 1)
-    return self.project(hidden_B1D)[:, 0], cache
+    return self.project(hidden_B1D)[:, 0], cache.advanced()
 
 
 def _decode_layer(carry, xs, *, bias, mask):

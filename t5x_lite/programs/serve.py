@@ -184,11 +184,13 @@ def _is_loopback(host: str) -> bool:
 
 
 def _warm_up(batch: ContinuousBatch, vocabulary: Vocabulary) -> None:
-  """Compiles what the first client would wait for."""
+  """Compiles what the first clients would wait for: a program for every number of rows."""
   began = time.monotonic()
-  requests = [Request(tokens=[vocabulary.eos_id], max_new_tokens=2)] * batch.num_free
-  for _ in batch.run(requests[:1]):
-    pass
+  request = Request(tokens=[vocabulary.eos_id], max_new_tokens=2)
+  count, most = 1, batch.num_free
+  while count < 2 * most:
+    list(batch.run([request] * min(count, most)))
+    count *= 2
   log.info('compiled in %.1f s', time.monotonic() - began)
 
 
