@@ -13,6 +13,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from t5x_lite.models import attention
+from t5x_lite.models.attention_inputs import Visibility
 from t5x_lite.models.t5 import T5, Cache
 
 
@@ -38,16 +40,15 @@ def prefill(
   B, P = tokens_BP.shape
   positions_P = jnp.arange(P)
   real_BP = positions_P[None, :] < lengths_B[:, None]
-  mask_B1PP = jnp.tril(jnp.ones((1, 1, P, P), bool))
-  if bidirectional:
-    mask_B1PP = mask_B1PP | (real_BP[:, None, :, None] & real_BP[:, None, None, :])
+  visibility = Visibility(prefix_BL=real_BP if bidirectional else None, causal=True)
+  mask = attention.mask(cfg.attention, visibility, P, P)
   bias = model.decoder.bias(P, P)
   cache = model.init_cache(None, None, batch_size=B, max_decode_length=max_decode_length)
 
   def body(x_BPD, layer):
-    norm, attention = layer.self_block(None)
-    k_BPHK, v_BPHK = attention.keys_values(norm(x_BPD))
-    x_BPD = layer(x_BPD, None, None, bias=bias, mask=mask_B1PP, cross_mask=None, key=None)
+    norm, self_attention = layer.self_block(None)
+    k_BPHK, v_BPHK = self_attention.keys_values(norm(x_BPD))
+    x_BPD = layer(x_BPD, None, None, bias=bias, mask=mask, cross_mask=None, key=None)
     return x_BPD, (k_BPHK, v_BPHK)
 
   x_BPD = model.token_embedder(tokens_BP)
