@@ -25,7 +25,7 @@ LONG = 2048 * 2048
 
 # These take bias and mask as arrays of every pair.
 _DENSE = ('dense', 'cudnn')
-_PLATFORMS = {'cudnn': ('gpu', 'cuda')}
+_PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'pallas_tpu': ('tpu',)}
 
 _HEADS = ((0, 1), (0, 1))
 # The name of these operations in a trace.
@@ -60,6 +60,14 @@ def choose(implementation: str, L: int, M: int, platform: str | None = None) -> 
   if implementation == 'auto':
     return 'dense' if L * M < LONG else 'blocked'
   return implementation
+
+
+def describe(implementation: str, inputs: int, targets: int, platform: str) -> str:
+  """Returns what each attention of a model is; lengths of 0 are not there."""
+  pairs = {'encoder': (inputs, inputs), 'decoder': (targets, targets), 'cross': (targets, inputs)}
+  return ', '.join(
+    f'{name} {choose(implementation, *pair, platform)}' for name, pair in pairs.items() if all(pair)
+  )
 
 
 def takes_arrays(implementation: str, L: int, M: int) -> bool:
@@ -108,10 +116,16 @@ def attention(
       scale=1.0,
       implementation='cudnn',
     )
+  kernel = blocked_attention.attention
+  if form == 'pallas_tpu':
+    from t5x_lite.models import pallas_tpu_attention  # slow to import
+
+    kernel = pallas_tpu_attention.attention
   vector = ('batch', 'length', 'heads', 'kv')
   axes = (vector, vector, vector, ('heads', None), ('batch', None))
-  run = logical_axes.per_shard(blocked_attention.attention, axes, vector)
-  return run(q_BLHK, k_BMHK, v_BMHK, bias, mask or Visibility())
+  return logical_axes.per_shard(kernel, axes, vector)(
+    q_BLHK, k_BMHK, v_BMHK, bias, Visibility() if mask is None else mask
+  )
 
 
 @jax.custom_vjp

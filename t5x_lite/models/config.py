@@ -13,7 +13,7 @@ from t5x_lite.errors import UsageError
 ARCHITECTURES = ('encoder_decoder', 'encoder', 'decoder')
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT_POLICIES = ('none', 'minimal', 'save_names', 'full')
-ATTENTIONS = ('auto', 'dense', 'blocked', 'cudnn')
+ATTENTIONS = ('auto', 'dense', 'blocked', 'pallas_tpu', 'cudnn')
 ACTIVATIONS = ('relu', 'gelu', 'silu', 'swish', 'linear')
 ADAPTER_PLACES = ('attention', 'mlp')
 
@@ -51,8 +51,9 @@ class T5Config:
       saves each block's output, 'full' recomputes whole layers.
     attention: 'dense' holds the bias and the weights of every pair of
       positions, 'blocked' makes them block by block in memory that grows with
-      the length alone, 'cudnn' is cuDNN's dense kernel (half precision). All
-      give the same result; 'auto' is 'dense' up to about 2,048 positions.
+      the length alone, 'pallas_tpu' does so in a kernel for TPUs, 'cudnn' is
+      cuDNN's dense kernel (half precision). All give the same result; 'auto'
+      is 'dense' below 2,048 x 2,048 pairs, else 'blocked'.
     architecture: 'encoder_decoder', 'encoder' (embeddings) or 'decoder' (a
       causal or prefix language model).
     share_encoder_decoder: encoder and decoder layers are the same parameters
