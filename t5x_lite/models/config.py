@@ -132,6 +132,10 @@ class T5Config:
         raise UsageError(
           f'T5Config.{name} is {getattr(self, name)!r}; allowed are {", ".join(allowed)}.'
         )
+    if self.attention == 'cudnn' and self.dtype == 'float32':
+      raise UsageError(
+        "T5Config.attention is 'cudnn', which computes in half precision; dtype is 'float32'."
+      )
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
         raise UsageError(

@@ -176,6 +176,13 @@ def test_auto_is_dense_until_it_is_long():
   assert attention.choose('cudnn', 512, 512, 'gpu') == 'cudnn'
 
 
+def test_description_names_each_attention():
+  assert (
+    attention.describe('auto', 8192, 512, 'tpu') == 'encoder blocked, decoder dense, cross blocked'
+  )
+  assert attention.describe('auto', 0, 512, 'cpu') == 'decoder dense'
+
+
 def test_what_the_platform_lacks_is_refused():
   with pytest.raises(UsageError, match=r"'cudnn', which needs a GPU; this is a CPU: use 'auto'"):
     attention.choose('cudnn', 512, 512)
