@@ -17,7 +17,7 @@ from jax import Array
 
 from t5x_lite.errors import UsageError
 from t5x_lite.models import blocked_attention
-from t5x_lite.models.attention_inputs import MASK_VALUE, Visibility
+from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility
 from t5x_lite.parallel import logical_axes
 
 # From this many pairs on, 'auto' takes 'blocked' (docs/lab_notes.md).
@@ -28,8 +28,6 @@ _DENSE = ('dense', 'cudnn')
 _PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'pallas_tpu': ('tpu',)}
 
 _HEADS = ((0, 1), (0, 1))
-# The name of these operations in a trace.
-SCOPE = 'attention'
 
 
 def choose(implementation: str, L: int, M: int, platform: str | None = None) -> str:

@@ -17,6 +17,8 @@ from jax import Array
 # T5X adds this to the logits of masked pairs. It is finite, so a row in which
 # everything is masked (padding) averages values instead of making NaNs.
 MASK_VALUE = -1e10
+# The name of attention's operations in a trace.
+SCOPE = 'attention'
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t5x_lite.models.attention_inputs import MASK_VALUE, Visibility, skew, unskew, visible
+from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility, skew, unskew, visible
 
 # Entries of a block, whichever way; see docs/lab_notes.md.
 BLOCK = 512
@@ -140,6 +140,7 @@ def _attention(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_co
   return _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM)[0]
 
 
+@jax.named_scope(SCOPE)
 def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM):
   N = q_BHLK.shape[2] // blocks.l
   keys = (
@@ -184,6 +185,7 @@ def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, ke
   )
 
 
+@jax.named_scope(SCOPE)
 def _attention_bwd(blocks, residuals, g_BHLK):
   q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = residuals[:6]
   y_BHLK, total_NBHl, top_NBHl = residuals[6:]

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5x_lite.errors import UsageError
-from t5x_lite.models.attention_inputs import MASK_VALUE, Visibility, visible
+from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility, visible
 from t5x_lite.models.blocked_attention import pad
 
 BLOCK = 512
@@ -271,6 +271,7 @@ def _attention(kernel, q, k, v, values, queries, keys):
   return _attention_fwd(kernel, q, k, v, values, queries, keys)[0]
 
 
+@jax.named_scope(SCOPE)
 def _attention_fwd(kernel, q, k, v, values, queries, keys):
   (B, H, K, L), M, b = q.shape, k.shape[3], kernel.b
   vector, row, inputs = _specs(b, K, M // b, 2, 3)
@@ -287,6 +288,7 @@ def _attention_fwd(kernel, q, k, v, values, queries, keys):
   return y, (q, k, v, values, queries, keys, y, total, top)
 
 
+@jax.named_scope(SCOPE)
 def _attention_bwd(kernel, residuals, g):
   q, k, v, values, queries, keys, y, total, top = residuals
   (B, H, K, L), M, b = q.shape, k.shape[3], kernel.b
