@@ -142,6 +142,11 @@ def _attention(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_co
 
 @jax.named_scope(SCOPE)
 def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM):
+  # As if bias and mask depended on q: differentiation of a scan over layers
+  # would else make what does not, for all blocks, before the scan.
+  inputs = (q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM)
+  inputs = jax.lax.optimization_barrier(inputs)
+  q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = inputs
   N = q_BHLK.shape[2] // blocks.l
   keys = (
     jnp.arange(k_BHMK.shape[2] // blocks.m),
@@ -179,14 +184,12 @@ def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, ke
   y_BHLK = _join(y_NBHlK, 2)
   # The top and the total, not the logarithm of their product: where nothing
   # is seen the top is -1e10, beside which a float32 logarithm is nothing.
-  return y_BHLK, (
-    *(q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM),
-    *(y_BHLK, total_NBHl, top_NBHl),
-  )
+  return y_BHLK, (*inputs, y_BHLK, total_NBHl, top_NBHl)
 
 
 @jax.named_scope(SCOPE)
 def _attention_bwd(blocks, residuals, g_BHLK):
+  residuals, g_BHLK = jax.lax.optimization_barrier((residuals, g_BHLK))
   q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = residuals[:6]
   y_BHLK, total_NBHl, top_NBHl = residuals[6:]
   N = q_BHLK.shape[2] // blocks.l

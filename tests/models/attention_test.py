@@ -135,6 +135,21 @@ def test_a_model_trains_the_same_with_blocked_attention(name, monkeypatch):
   )
 
 
+@pytest.mark.parametrize('policy', ['none', 'full'])
+def test_a_scanned_model_holds_no_array_of_every_pair(policy):
+  """JAX would move what does not depend on the layer out of the scan."""
+  fields = {'attention': 'blocked', 'remat_policy': policy, 'num_encoder_layers': 2}
+  cfg, M = tiny.config(architecture='encoder', **fields), 4096
+  graphdef, shapes, _ = t5.abstract_params(cfg)
+  tokens = jax.ShapeDtypeStruct((1, M), jnp.int32)
+
+  def loss(params, tokens):
+    return jnp.sum(nnx.merge(graphdef, params).encode(tokens, encoder_segment_ids=tokens) ** 2)
+
+  stats = jax.jit(jax.grad(loss)).lower(shapes, tokens).compile().memory_analysis()
+  assert stats.temp_size_in_bytes < cfg.num_heads * M * M  # a quarter of one in float32
+
+
 def test_8_devices_are_1():
   cfg = tiny.config(num_encoder_layers=1, num_decoder_layers=1, attention='blocked')
   params, batch = tiny.params(cfg), tiny.pack(tiny.batch(B=8), rows=4)
