@@ -117,9 +117,7 @@ class DecoderLayer(nnx.Module):
     rate = self.cfg.dropout_rate
     if self.cfg.has_encoder:
       y_BLD = self.pre_cross_attention_layer_norm(x_BLD)
-      y_BLD = self.encoder_decoder_attention.attend(
-        y_BLD, *cross_kv, mask=cross_mask, key=keys[0]
-      )
+      y_BLD = self.encoder_decoder_attention.attend(y_BLD, *cross_kv, mask=cross_mask, key=keys[0])
       y_BLD = _adapted(self, 'encoder_decoder_attention', y_BLD)
       # Where an example has no inputs, a query would average its neighbours'.
       seen_BL1 = sees_any(cross_mask)[:, :, None]

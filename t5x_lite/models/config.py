@@ -53,7 +53,8 @@ class T5Config:
       positions, 'blocked' makes them block by block in memory that grows with
       the length alone, 'pallas_tpu' does so in a kernel for TPUs, 'cudnn' is
       cuDNN's dense kernel (half precision). All give the same result; 'auto'
-      is 'dense' below 2,048 x 2,048 pairs, else 'blocked'.
+      is 'dense' below 2,048 x 2,048 pairs (on CPUs 1,024 x 1,024), else
+      'blocked'.
     architecture: 'encoder_decoder', 'encoder' (embeddings) or 'decoder' (a
       causal or prefix language model).
     share_encoder_decoder: encoder and decoder layers are the same parameters

@@ -186,6 +186,8 @@ def test_encoding_and_prefill_take_blocks_too():
 def test_auto_is_dense_until_it_is_long():
   assert attention.choose('auto', 512, 512, 'cpu') == 'dense'
   assert attention.choose('auto', 8192, 8192, 'cpu') == 'blocked'
+  assert attention.choose('auto', 1024, 1024, 'cpu') == 'blocked'
+  assert attention.choose('auto', 1024, 1024, 'tpu') == 'dense'
   assert attention.choose('auto', 8192, 114, 'tpu') == 'dense'
   assert attention.choose('blocked', 1, 8192, 'cpu') == 'dense'
   assert attention.choose('cudnn', 512, 512, 'gpu') == 'cudnn'
