@@ -94,16 +94,20 @@ def _dot(a: Array, b: Array, a_dim: int, b_dim: int) -> Array:
   )
 
 
-def _split(x: Array, dim: int, size: int) -> Array:
-  """Returns [N, ...]: the blocks of a dim, first."""
-  shape = (*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
-  return jnp.moveaxis(x.reshape(shape), dim, 0)
+def _split(size: int, *arrays: Array) -> tuple[Array, ...]:
+  """Returns the numbers of blocks and, [N, ...], the blocks of each array's length."""
+  blocks = []
+  for x in arrays:
+    dim = min(2, x.ndim - 1)
+    x = x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
+    blocks.append(jnp.moveaxis(x, dim, 0))
+  return jnp.arange(len(blocks[0])), *blocks
 
 
-def _join(x: Array, dim: int) -> Array:
-  """Undoes `_split`."""
-  x = jnp.moveaxis(x, 0, dim)
-  return x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
+def _join(x_NBHlK: Array) -> Array:
+  """Undoes `_split` of vectors."""
+  N, B, H, l, K = x_NBHlK.shape
+  return jnp.moveaxis(x_NBHlK, 0, 2).reshape(B, H, N * l, K)
 
 
 def _window(blocks: _Blocks, i, j, num_rows: int):
@@ -148,12 +152,7 @@ def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, ke
   inputs = jax.lax.optimization_barrier(inputs)
   q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = inputs
   N = q_BHLK.shape[2] // blocks.l
-  keys = (
-    jnp.arange(k_BHMK.shape[2] // blocks.m),
-    _split(k_BHMK, 2, blocks.m),
-    _split(v_BHMK, 2, blocks.m),
-    _split(key_codes_BM, 1, blocks.m),
-  )
+  keys = _split(blocks.m, k_BHMK, v_BHMK, key_codes_BM)
 
   def row(_, xs):
     i, q_BHlK, query_codes_Bl = xs
@@ -179,9 +178,9 @@ def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, ke
     (y_BHlK, total_BHl, top_BHl), _ = jax.lax.scan(column, start, keys)
     return None, ((y_BHlK / total_BHl[..., None]).astype(v_BHMK.dtype), total_BHl, top_BHl)
 
-  rows = (jnp.arange(N), _split(q_BHLK, 2, blocks.l), _split(query_codes_BL, 1, blocks.l))
+  rows = _split(blocks.l, q_BHLK, query_codes_BL)
   _, (y_NBHlK, total_NBHl, top_NBHl) = jax.lax.scan(row, None, rows)
-  y_BHLK = _join(y_NBHlK, 2)
+  y_BHLK = _join(y_NBHlK)
   # The top and the total, not the logarithm of their product: where nothing
   # is seen the top is -1e10, beside which a float32 logarithm is nothing.
   return y_BHLK, (*inputs, y_BHLK, total_NBHl, top_NBHl)
@@ -193,12 +192,7 @@ def _attention_bwd(blocks, residuals, g_BHLK):
   q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = residuals[:6]
   y_BHLK, total_NBHl, top_NBHl = residuals[6:]
   N = q_BHLK.shape[2] // blocks.l
-  keys = (
-    jnp.arange(k_BHMK.shape[2] // blocks.m),
-    _split(k_BHMK, 2, blocks.m),
-    _split(v_BHMK, 2, blocks.m),
-    _split(key_codes_BM, 1, blocks.m),
-  )
+  keys = _split(blocks.m, k_BHMK, v_BHMK, key_codes_BM)
   # The mean of the weights' gradients, as in attention.py.
   mean_BHL = jnp.sum(g_BHLK.astype(jnp.float32) * y_BHLK.astype(jnp.float32), axis=-1)
 
@@ -237,26 +231,12 @@ def _attention_bwd(blocks, residuals, g_BHLK):
     (dq_BHlK, dvalues_HP), (dk, dv) = jax.lax.scan(column, start, keys)
     return (dk_NBHmK + dk, dv_NBHmK + dv, dvalues_HP), dq_BHlK.astype(q_BHLK.dtype)
 
-  rows = (
-    jnp.arange(N),
-    _split(q_BHLK, 2, blocks.l),
-    _split(query_codes_BL, 1, blocks.l),
-    _split(g_BHLK, 2, blocks.l),
-    _split(mean_BHL, 2, blocks.l),
-    total_NBHl,
-    top_NBHl,
-  )
+  rows = (*_split(blocks.l, q_BHLK, query_codes_BL, g_BHLK, mean_BHL), total_NBHl, top_NBHl)
   zeros = jnp.zeros(keys[1].shape, jnp.float32)
   start = (zeros, zeros, None if values_HP is None else jnp.zeros_like(values_HP))
   (dk, dv, dvalues_HP), dq = jax.lax.scan(row, start, rows)
-  return (
-    _join(dq, 2),
-    _join(dk, 2).astype(k_BHMK.dtype),
-    _join(dv, 2).astype(v_BHMK.dtype),
-    dvalues_HP,
-    None,
-    None,
-  )
+  dk, dv = _join(dk).astype(k_BHMK.dtype), _join(dv).astype(v_BHMK.dtype)
+  return _join(dq), dk, dv, dvalues_HP, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
