@@ -117,7 +117,13 @@ def assert_trees_close(one, other):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, other)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in ('packed, dropout', 'prefix') else pytest.mark.slow)
+    for name in MODELS
+  ],
+)
 def test_a_model_trains_the_same_with_blocked_attention(name, monkeypatch):
   """Loss and every gradient, the bias tables' included, over several blocks."""
   monkeypatch.setattr(blocked_attention, 'BLOCK', 8)
