@@ -14,6 +14,7 @@ import jax
 
 from t5x_lite.compiler import flops
 from t5x_lite.compiler.hlo import Collective
+from t5x_lite.models import attention
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.hardware import Chip
 
@@ -94,6 +95,14 @@ class Memory:
     return self.state + self.gradients + self.saved + max(self.working, self.logits) + self.weights
 
 
+def _pairs_bytes(model: T5Config, q: int, m: int, itemsize: int) -> int:
+  """Returns what one head keeps of attention from q positions to m."""
+  if model.attention != 'cudnn' and attention.choose(model.attention, q, m, 'tpu') != 'dense':
+    return q * (4 + 4)  # the softmax's top and total
+  # Logits in float32, their softmax, and the weights in half precision.
+  return q * m * (4 + 4 + itemsize)
+
+
 def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
   """Yields (layers, bytes of one layer's activations by kind) of each stack."""
   model, b, s = setup.model, setup.rows, setup.itemsize
@@ -116,8 +125,7 @@ def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
         # Results of weight matrices: q, k, v, out, wi, wo (and of the cross
         # attention, whose keys and values have the encoder's length).
         'dots': b * s * (q * (3 * J + gates * F + 2 * D) + (q * (J + D) + 2 * cross * J)),
-        # Logits in float32, their softmax, and the weights in half precision.
-        'attention': b * H * q * (q + cross) * (4 + 4 + s),
+        'attention': b * H * (_pairs_bytes(model, q, q, s) + _pairs_bytes(model, q, cross, s)),
         'rest': b * q * (3 * D * 4 + (gates + 1) * F * s),
       },
     )
@@ -302,6 +310,7 @@ def levers(setup: Setup) -> list[Lever]:
   if setup.chunk is None:
     chunk = max(1, min(64, setup.targets // 4))
     consider(f'losses.LossConfig.chunk = {chunk}', chunk=chunk)
+  consider("models.T5Config.attention = 'blocked'", model=setup.model.replace(attention='blocked'))
   policies = ('none', 'minimal', 'save_names', 'full')
   at = policies.index(setup.model.remat_policy)
   for policy in policies[at + 1 :]:

@@ -1,52 +1,142 @@
-"""Attention with a backward pass written by hand.
+"""Attention: one interface, several implementations.
 
-It is what automatic differentiation would give, in an order that needs no
+'dense' holds an array of every pair. Its backward pass is written by hand: it
+is what automatic differentiation would give, in an order that needs no
 transposed copy of a large array, and it keeps the attention weights alone, not
-the logits, the exponentials and the mask beside them. No layers and no
-parameters here.
+the logits, the exponentials and the mask beside them. The others are for long
+sequences or certain chips; docs/extend.md says how to add one. No layers and
+no parameters here.
 
-Legend: B batch, L length of queries, M length of keys, H heads, K head_dim.
+Legend: B batch, L length of queries, M length of keys, H heads, K head_dim,
+P distances.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-# T5X adds this to the logits of masked pairs. It is finite, so a row in which
-# everything is masked (padding) averages values instead of making NaNs.
-MASK_VALUE = -1e10
+from t5x_lite.errors import UsageError
+from t5x_lite.models import blocked_attention
+from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility
+from t5x_lite.parallel import logical_axes
+
+# From this many pairs on, 'auto' takes 'blocked': measured on CPUs, where it is
+# faster from there on (docs/lab_notes.md), elsewhere a guess.
+_LONG = {'cpu': 1024 * 1024}
+_LONG_ELSEWHERE = 2048 * 2048
+
+# These take bias and mask as arrays of every pair.
+_DENSE = ('dense', 'cudnn')
+_PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'pallas_tpu': ('tpu',)}
 
 _HEADS = ((0, 1), (0, 1))
-# The name of these operations in a trace.
-SCOPE = 'attention'
 
 
-@jax.custom_vjp
+def choose(implementation: str, L: int, M: int, platform: str | None = None) -> str:
+  """Returns the implementation that a setting means for L queries and M keys.
+
+  Args:
+    implementation: of T5Config.attention.
+    L: queries. One alone, as in decoding, is always 'dense': its arrays are no
+      larger than the keys.
+    M: keys.
+    platform: where it will run; by default that of the mesh being traced, or
+      JAX's own.
+
+  Raises:
+    UsageError: if the platform does not have it.
+  """
+  if platform is None:
+    mesh = logical_axes.active_mesh()
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  allowed = _PLATFORMS.get(implementation, (platform,))
+  if platform not in allowed:
+    raise UsageError(
+      f'T5Config.attention is {implementation!r}, which needs a {allowed[0].upper()}; this is a '
+      f"{platform.upper()}: use 'auto', 'dense' or 'blocked'"
+    )
+  if L == 1:
+    return 'dense'
+  if implementation == 'auto':
+    return 'dense' if L * M < _LONG.get(platform, _LONG_ELSEWHERE) else 'blocked'
+  return implementation
+
+
+def describe(implementation: str, inputs: int, targets: int, platform: str) -> str:
+  """Returns what each attention of a model is; lengths of 0 are not there."""
+  pairs = {'encoder': (inputs, inputs), 'decoder': (targets, targets), 'cross': (targets, inputs)}
+  return ', '.join(
+    f'{name} {choose(implementation, *pair, platform)}' for name, pair in pairs.items() if all(pair)
+  )
+
+
+def takes_arrays(implementation: str, L: int, M: int) -> bool:
+  """Returns whether bias and mask are arrays of every pair."""
+  return choose(implementation, L, M) in _DENSE
+
+
+def mask(implementation: str, visibility: Visibility, L: int, M: int) -> Array | Visibility:
+  """Returns visibility as `attention` takes it."""
+  return visibility.dense(L) if takes_arrays(implementation, L, M) else visibility
+
+
 def attention(
   q_BLHK: Array,
   k_BMHK: Array,
   v_BMHK: Array,
-  bias_1HLM: Array | None = None,
-  mask_B1LM: Array | None = None,
+  bias: Array | None = None,
+  mask: Array | Visibility | None = None,
+  implementation: str = 'dense',
 ) -> Array:
   """Returns y_BLHK: values averaged by the softmax of q.k + bias.
 
   Logits are not divided by sqrt(K); they and the softmax are float32 whatever
-  the inputs' dtype.
+  the inputs' dtype. A query that sees nothing averages all values.
 
   Args:
     q_BLHK: queries.
     k_BMHK: keys.
     v_BMHK: values.
-    bias_1HLM: added to the logits, in float32; dims of size 1 are broadcast.
-    mask_B1LM: True where a query may see a key; dims of size 1 are broadcast.
-      A row that sees nothing averages all values.
+    bias: added to the logits, in float32: bias_1HLM, whose dims of size 1 are
+      broadcast, where `takes_arrays`; else values_HP of distances -(L-1)..M-1.
+    mask: mask_B1LM, True where a query may see a key, or its Visibility,
+      likewise.
+    implementation: of T5Config.attention.
   """
-  return _attention_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM)[0]
+  form = choose(implementation, q_BLHK.shape[1], k_BMHK.shape[1])
+  if form not in _DENSE and mask is not None and not isinstance(mask, Visibility):
+    form = 'dense'  # decoding with a cache, of a few queries
+  if form == 'dense':
+    return _dense(q_BLHK, k_BMHK, v_BMHK, bias, mask)
+  if form == 'cudnn':
+    assert not isinstance(mask, Visibility)
+    # It takes no float32, and makes the mask part of the bias.
+    return jax.nn.dot_product_attention(
+      *(q_BLHK, k_BMHK, v_BMHK),
+      bias=None if bias is None else bias.astype(q_BLHK.dtype),
+      mask=mask,
+      scale=1.0,
+      implementation='cudnn',
+    )
+  kernel = blocked_attention.attention
+  if form == 'pallas_tpu':
+    from t5x_lite.models import pallas_tpu_attention  # slow to import
+
+    kernel = pallas_tpu_attention.attention
+  vector = ('batch', 'length', 'heads', 'kv')
+  axes = (vector, vector, vector, ('heads', None), ('batch', None))
+  return logical_axes.per_shard(kernel, axes, vector)(
+    q_BLHK, k_BMHK, v_BMHK, bias, Visibility() if mask is None else mask
+  )
+
+
+@jax.custom_vjp
+def _dense(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
+  return _dense_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM)[0]
 
 
 @jax.named_scope(SCOPE)
-def _attention_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
+def _dense_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
   # Heads become a batch dim of every product, once, in the small arrays.
   q_BHLK, k_BHMK, v_BHMK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
   logits_BHLM = _dot(q_BHLK, k_BHMK, 3, 3, jnp.float32)
@@ -60,7 +150,7 @@ def _attention_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
 
 
 @jax.named_scope(SCOPE)
-def _attention_bwd(residuals, g_BLHK):
+def _dense_bwd(residuals, g_BLHK):
   (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK) = residuals
   g_BHLK = g_BLHK.swapaxes(1, 2)
   dweights_BHLM = _dot(g_BHLK, v_BHMK, 3, 3, jnp.float32)
@@ -87,7 +177,7 @@ def _attention_bwd(residuals, g_BLHK):
   )
 
 
-attention.defvjp(_attention_fwd, _attention_bwd)
+_dense.defvjp(_dense_fwd, _dense_bwd)
 
 
 def _dot(a: Array, b: Array, a_dim: int, b_dim: int, dtype=None) -> Array:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.models import layers
+from t5x_lite.models.attention_inputs import sees_any
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.relative_position import RelativePositionBias
 from t5x_lite.parallel.logical_axes import constrain
@@ -153,9 +154,9 @@ class EncoderLayer(nnx.Module):
     keys = layers.split_key(key, 4)
     rate, M = self.cfg.dropout_rate, x_BMD.shape[1]
     if self.cfg.relpos_per_layer:
-      bias = self.relpos_bias(M, M)
+      bias = self.relpos_bias.of(M, M)
     y_BMD = self.pre_attention_layer_norm(x_BMD)
-    y_BMD = self.attention(y_BMD, y_BMD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
+    y_BMD = self.attention(y_BMD, y_BMD, bias=bias, mask=mask, key=keys[0])
     y_BMD = checkpoint_name(_adapted(self, 'attention', y_BMD), 'attention_out')
     x_BMD = x_BMD + layers.dropout(y_BMD, rate, keys[1])
     y_BMD = self.mlp(self.pre_mlp_layer_norm(x_BMD), key=keys[2])
@@ -198,12 +199,10 @@ class DecoderLayer(nnx.Module):
       y_BLD = self.pre_cross_attention_layer_norm(x_BLD)
       # Several rows of one input (beams) are several queries of it.
       y_BLD = y_BLD.reshape(cross_kv[0].shape[0], -1, y_BLD.shape[-1])
-      y_BLD = self.encoder_decoder_attention.attend(
-        y_BLD, *cross_kv, mask_B1LM=cross_mask, key=keys[0]
-      )
+      y_BLD = self.encoder_decoder_attention.attend(y_BLD, *cross_kv, mask=cross_mask, key=keys[0])
       y_BLD = _adapted(self, 'encoder_decoder_attention', y_BLD)
       # Where an example has no inputs, a query would average its neighbours'.
-      seen_BL1 = jnp.any(cross_mask, axis=-1)[:, 0, :, None]
+      seen_BL1 = sees_any(cross_mask)[:, :, None]
       y_BLD = jnp.where(seen_BL1, y_BLD, 0).reshape(x_BLD.shape)
       y_BLD = checkpoint_name(y_BLD, 'cross_attention_out')
       x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[1])
@@ -218,10 +217,10 @@ class DecoderLayer(nnx.Module):
     keys = layers.split_key(key, 6)
     L = x_BLD.shape[1]
     if self.cfg.relpos_per_layer:
-      bias = self.relpos_bias(L, L)
+      bias = self.relpos_bias.of(L, L)
     norm, attention = self.self_block(lender)
     y_BLD = norm(x_BLD)
-    y_BLD = attention(y_BLD, y_BLD, bias_1HLM=bias, mask_B1LM=mask, key=keys[0])
+    y_BLD = attention(y_BLD, y_BLD, bias=bias, mask=mask, key=keys[0])
     y_BLD = checkpoint_name(_adapted(self, 'self_attention', y_BLD), 'attention_out')
     x_BLD = x_BLD + layers.dropout(y_BLD, self.cfg.dropout_rate, keys[1])
     cross_kv = None
@@ -246,10 +245,10 @@ class DecoderLayer(nnx.Module):
     """Reads a prompt; returns x_BPD, and its keys and values of self-attention."""
     norm, attention = self.self_block(lender)
     if self.cfg.relpos_per_layer:
-      bias = self.relpos_bias(x_BPD.shape[1], x_BPD.shape[1])
+      bias = self.relpos_bias.of(x_BPD.shape[1], x_BPD.shape[1])
     y_BPD = norm(x_BPD)
     k_BPHK, v_BPHK = attention.keys_values(y_BPD)
-    y_BPD = attention.attend(y_BPD, k_BPHK, v_BPHK, bias_1HLM=bias, mask_B1LM=mask)
+    y_BPD = attention.attend(y_BPD, k_BPHK, v_BPHK, bias=bias, mask=mask)
     y_BPD = _adapted(self, 'self_attention', y_BPD)
     x_BPD = self._rest(x_BPD + y_BPD, cross_kv, cross_mask, lender, [None] * 4)
     return x_BPD, (k_BPHK, v_BPHK)
@@ -270,7 +269,7 @@ class DecoderLayer(nnx.Module):
       B = cache.owner_BnT.shape[0]
       k_BTHK, v_BTHK = (x.reshape(B, -1, *x.shape[2:]) for x in (k_BTHK, v_BTHK))
       q_B1HK = q_B1HK.reshape(B, -1, *q_B1HK.shape[2:])
-    y_B1D = attention.attend(q_B1HK, k_BTHK, v_BTHK, bias_1HLM=bias, mask_B1LM=mask)
+    y_B1D = attention.attend(q_B1HK, k_BTHK, v_BTHK, bias=bias, mask=mask)
     x_B1D = x_B1D + _adapted(self, 'self_attention', y_B1D.reshape(x_B1D.shape))
     x_B1D = self._rest(x_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4, wi)
     return x_B1D, dataclasses.replace(cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)

@@ -13,6 +13,7 @@ from t5x_lite.errors import UsageError
 ARCHITECTURES = ('encoder_decoder', 'encoder', 'decoder')
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT_POLICIES = ('none', 'minimal', 'save_names', 'full')
+ATTENTIONS = ('auto', 'dense', 'blocked', 'pallas_tpu', 'cudnn')
 ACTIVATIONS = ('relu', 'gelu', 'silu', 'swish', 'linear')
 ADAPTER_PLACES = ('attention', 'mlp')
 
@@ -48,6 +49,12 @@ class T5Config:
     remat_policy: what the backward pass recomputes: 'none' recomputes
       nothing, 'minimal' saves the outputs of weight matmuls, 'save_names'
       saves each block's output, 'full' recomputes whole layers.
+    attention: 'dense' holds the bias and the weights of every pair of
+      positions, 'blocked' makes them block by block in memory that grows with
+      the length alone, 'pallas_tpu' does so in a kernel for TPUs, 'cudnn' is
+      cuDNN's dense kernel (half precision). All give the same result; 'auto'
+      is 'dense' below 2,048 x 2,048 pairs (on CPUs 1,024 x 1,024), else
+      'blocked'.
     architecture: 'encoder_decoder', 'encoder' (embeddings) or 'decoder' (a
       causal or prefix language model).
     share_encoder_decoder: encoder and decoder layers are the same parameters
@@ -87,6 +94,7 @@ class T5Config:
   layer_norm_epsilon: float = 1e-6
   scan_layers: bool = True
   remat_policy: str = 'none'
+  attention: str = 'auto'
   architecture: str = 'encoder_decoder'
   share_encoder_decoder: bool = False
   lora_rank: int | None = None
@@ -119,11 +127,16 @@ class T5Config:
       ('dtype', DTYPES),
       ('param_dtype', DTYPES),
       ('remat_policy', REMAT_POLICIES),
+      ('attention', ATTENTIONS),
     ):
       if getattr(self, name) not in allowed:
         raise UsageError(
           f'T5Config.{name} is {getattr(self, name)!r}; allowed are {", ".join(allowed)}.'
         )
+    if self.attention == 'cudnn' and self.dtype == 'float32':
+      raise UsageError(
+        "T5Config.attention is 'cudnn', which computes in half precision; dtype is 'float32'."
+      )
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
         raise UsageError(

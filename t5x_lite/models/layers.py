@@ -227,22 +227,22 @@ class Attention(nnx.Module):
     q_BLHK, k_BLHK, v_BLHK = (self._heads(x) for x in jnp.split(x_BLD @ fused, 3, axis=-1))
     return q_BLHK, k_BLHK, v_BLHK
 
-  def attend(self, x_BLD, k_BMHK, v_BMHK, *, bias_1HLM=None, mask_B1LM=None, key=None) -> jax.Array:
+  def attend(self, x_BLD, k_BMHK, v_BMHK, *, bias=None, mask=None, key=None) -> jax.Array:
     """Attends from x to given keys and values.
 
     Args:
       x_BLD: what queries are made of; or the queries, [B, L, H, K].
       k_BMHK: keys.
       v_BMHK: values.
-      bias_1HLM: added to the logits (float32), broadcast over the batch.
-      mask_B1LM: True where a query may see a key; None shows everything.
+      bias: added to the logits; see `attention.attention`.
+      mask: which keys a query may see; None shows everything.
       key: random key of the dropout of attention weights.
     """
     q_BLHK = x_BLD if x_BLD.ndim == 4 else self._heads(self.query(x_BLD))
     # T5X draws one mask for all queries of a row, so that dropping weights is
     # dropping keys: v_BMHK has L times fewer entries to scale.
     v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))
-    y_BLHK = attention.attention(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM)
+    y_BLHK = attention.attention(q_BLHK, k_BMHK, v_BMHK, bias, mask, self.cfg.attention)
     B, L, H, K = y_BLHK.shape
     return self.out(y_BLHK.reshape(B, L, H * K))
 

@@ -13,6 +13,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from t5x_lite.models import attention
+from t5x_lite.models.attention_inputs import Visibility
 from t5x_lite.models.t5 import T5, Cache
 
 
@@ -38,14 +40,13 @@ def prefill(
   B, P = tokens_BP.shape
   positions_P = jnp.arange(P)
   real_BP = positions_P[None, :] < lengths_B[:, None]
-  mask_B1PP = jnp.tril(jnp.ones((1, 1, P, P), bool))
-  if bidirectional:
-    mask_B1PP = mask_B1PP | (real_BP[:, None, :, None] & real_BP[:, None, None, :])
+  visibility = Visibility(prefix_BL=real_BP if bidirectional else None, causal=True)
+  mask = attention.mask(cfg.attention, visibility, P, P)
   bias = model.decoder.bias(P, P)
 
   def body(x_BPD, xs):
     layer, cross_kv, lender = xs
-    return layer.read(x_BPD, cross_kv, cache.cross_mask_B11M, lender, bias=bias, mask=mask_B1PP)
+    return layer.read(x_BPD, cross_kv, cache.cross_mask_B11M, lender, bias=bias, mask=mask)
 
   x_BPD = model.token_embedder(tokens_BP)
   cross, lenders = (cache.cross_key_NBMHK, cache.cross_value_NBMHK), model.lenders()

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from t5x_lite.models import layers
+from t5x_lite.models import attention, layers
+from t5x_lite.models.attention_inputs import skew
 from t5x_lite.models.config import T5Config
 
 RELPOS_INIT = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
@@ -52,6 +53,7 @@ class RelativePositionBias(nnx.Module):
     self.num_buckets = cfg.relpos_num_buckets
     self.max_distance = cfg.relpos_max_distance
     self.bidirectional = bidirectional
+    self.implementation = cfg.attention
     self.rel_embedding = layers.param(
       rngs,
       RELPOS_INIT,
@@ -71,19 +73,15 @@ class RelativePositionBias(nnx.Module):
     return self.rel_embedding[...].astype(jnp.float32)[:, buckets]
 
   def __call__(self, L: int, M: int) -> jax.Array:
-    """Returns bias_1HLM in float32.
+    """Returns bias_1HLM in float32."""
+    # One value more than is used: see `skew`.
+    return skew(self.by_distance(-(L - 1), M), L, M)[None]
 
-    Each row is the row above it moved by one, so the L x M values are a
-    skewed copy of L + M - 1 of them. Reshaping instead of gathering keeps the
-    gradient a sum over diagonals instead of a scatter of L x M values.
-    """
-    # One value more than is used, so that rows read P - 1 apart drift by one.
-    values_HP = self.by_distance(-(L - 1), M)
-    H, P = values_HP.shape
-    skewed = jnp.broadcast_to(values_HP[:, None, :], (H, L, P))
-    skewed = skewed.reshape(H, L * P)[:, : L * (P - 1)].reshape(H, L, P - 1)
-    # Row i now holds distance c - i - (L - 1) in column c, for c >= i.
-    return skewed[None, :, :, L - 1 : L - 1 + M]
+  def of(self, L: int, M: int) -> jax.Array:
+    """Returns the bias as attention takes it: bias_1HLM, or values_HP by distance."""
+    if attention.takes_arrays(self.implementation, L, M):
+      return self(L, M)
+    return self.by_distance(-(L - 1), M - 1)
 
   def at(self, index: jax.Array, T: int) -> jax.Array:
     """Returns the bias [B or 1, H, 1, T] of queries at position index.

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.errors import UsageError
-from t5x_lite.models import layers
+from t5x_lite.models import attention, layers
+from t5x_lite.models.attention_inputs import Visibility
 from t5x_lite.models.blocks import SAVED_NAMES, Cache, DecoderLayer, EncoderLayer
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.relative_position import RelativePositionBias
@@ -116,7 +117,7 @@ class Stack(nnx.Module):
 
   def bias(self, L: int, M: int):
     """Returns the bias all layers share, or None if each has its own."""
-    return self.relpos_bias(L, M) if hasattr(self, 'relpos_bias') else None
+    return self.relpos_bias.of(L, M) if hasattr(self, 'relpos_bias') else None
 
 
 class T5(nnx.Module):
@@ -184,15 +185,16 @@ class T5(nnx.Module):
     cfg = self.cfg
     keys = layers.split_key(dropout_key, 3)
     real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
-    mask_B1MM = real_BM[:, None, None, :]
-    if encoder_segment_ids is not None:
-      mask_B1MM &= _same_segment(encoder_segment_ids, encoder_segment_ids)
     M = real_BM.shape[1]
+    visibility = Visibility(
+      key_seen_BM=real_BM, segments=_pair(encoder_segment_ids, encoder_segment_ids)
+    )
+    mask = attention.mask(cfg.attention, visibility, M, M)
     prompt = self.encoder.prompt[...] if cfg.prompt_length is not None else None
-    bias_1HMM = self.encoder.bias(M, M)
+    bias = self.encoder.bias(M, M)
 
     def body(x_BMD, layer, key):
-      return layer[0](x_BMD, bias=bias_1HMM, mask=mask_B1MM, key=key)
+      return layer[0](x_BMD, bias=bias, mask=mask, key=key)
 
     x_BMD = _run(
       body,
@@ -232,24 +234,24 @@ class T5(nnx.Module):
     cfg = self.cfg
     keys = layers.split_key(dropout_key, 3)
     L = decoder_input_tokens.shape[1]
-    mask_11LL = jnp.tril(jnp.ones((1, 1, L, L), bool))
-    if decoder_causal_attention is not None:
-      prefix_BL = decoder_causal_attention != 0
-      mask_11LL = mask_11LL | (prefix_BL[:, None, :, None] & prefix_BL[:, None, None, :])
-    mask_B1LL = mask_11LL
-    if decoder_segment_ids is not None:
-      mask_B1LL = mask_11LL & _same_segment(decoder_segment_ids, decoder_segment_ids)
+    visibility = Visibility(
+      segments=_pair(decoder_segment_ids, decoder_segment_ids),
+      prefix_BL=None if decoder_causal_attention is None else decoder_causal_attention != 0,
+      causal=True,
+    )
+    mask = attention.mask(cfg.attention, visibility, L, L)
     cross_mask = None
     if cfg.has_encoder:
       real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
-      cross_mask = real_BM[:, None, None, :]
-      if encoder_segment_ids is not None and decoder_segment_ids is not None:
-        cross_mask &= _same_segment(decoder_segment_ids, encoder_segment_ids)
-    bias_1HLL = self.decoder.bias(L, L)
+      visibility = Visibility(
+        key_seen_BM=real_BM, segments=_pair(decoder_segment_ids, encoder_segment_ids)
+      )
+      cross_mask = attention.mask(cfg.attention, visibility, L, real_BM.shape[1])
+    bias = self.decoder.bias(L, L)
 
     def body(x_BLD, layer, key):
       return layer[0](
-        x_BLD, encoded_BMD, layer[1], bias=bias_1HLL, mask=mask_B1LL, cross_mask=cross_mask, key=key
+        x_BLD, encoded_BMD, layer[1], bias=bias, mask=mask, cross_mask=cross_mask, key=key
       )
 
     x_BLD = _run(
@@ -397,8 +399,9 @@ def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:
   return constrain(logits_BLV, 'batch', 'length', 'vocab')
 
 
-def _same_segment(a_BL, b_BM) -> jax.Array:
-  return a_BL[:, None, :, None] == b_BM[:, None, None, :]
+def _pair(queries_BL, keys_BM):
+  """Returns the segments of queries and keys, or None if either is not packed."""
+  return None if queries_BL is None or keys_BM is None else (queries_BL, keys_BM)
 
 
 def _layer_keys(key, num_layers: int):

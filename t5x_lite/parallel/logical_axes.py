@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -273,3 +273,30 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh, rules = active
   partition = spec(axes, x.shape, dict(mesh.shape), rules)
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
+
+
+def per_shard(fn: Callable[..., jax.Array], axes: Sequence[tuple], out_axes: tuple) -> Callable:
+  """Returns fn run by each device on its own part, for fn that never look across.
+
+  Outside `axis_rules`, or on one device, it is fn itself.
+
+  Args:
+    fn: of as many pytrees as `axes` has entries; returns an array.
+    axes: logical names of each argument's arrays.
+    out_axes: of the result, which has the shape of the first argument.
+  """
+  active = _ACTIVE.get()
+  if active is None or active[0].size == 1:
+    return fn
+  mesh, rules = active
+
+  def run(*args):
+    sizes = dict(mesh.shape)
+    specs = tuple(
+      jax.tree.map(lambda x, names=names: spec(names, x.shape, sizes, rules), arg)
+      for arg, names in zip(args, axes, strict=True)
+    )
+    out_specs = spec(out_axes, args[0].shape, sizes, rules)
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
+
+  return run

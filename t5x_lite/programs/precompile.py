@@ -172,6 +172,9 @@ def compile_step(
     'batch_size': next(iter(batch.values()))[0][0],
     'num_microbatches': num_microbatches,
     'remat_policy': model.remat_policy,
+    'attention': memory_report.attention_summary(
+      model, {name: shape for name, (shape, _) in batch.items()}, devices[0].platform
+    ),
   }
   report.update(_state_bytes(program))
   setup = cost_model.Setup(
@@ -357,6 +360,7 @@ def format_report(report: dict[str, Any]) -> str:
     + f': {report["devices"]} x {report["device_kind"]}, mesh {mesh}, batch '
     f'{report["batch_size"]} in {report["num_microbatches"]}, remat '
     f'{report["remat_policy"]}',
+    f'attention: {report["attention"]}',
     'per device:',
     f'  parameters       {size(report["params_bytes"])}',
     f'  optimizer state  {size(report["optimizer_bytes"])}',

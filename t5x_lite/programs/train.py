@@ -217,8 +217,13 @@ def train(
     return compiled
 
   log.info('%s', memory_report.parameter_summary(spec.shapes.params))
+  shapes = {name: x.shape for name, x in batch_shapes.items()}
+  attention = memory_report.attention_summary(model, shapes, device_mesh.devices.flat[0].platform)
+  log.info('attention: %s', attention)
   if dry_run:
-    memory_report.print_dry_run(record, spec, device_mesh, compile_step(), file=dry_run_file)
+    memory_report.print_dry_run(
+      record, spec, device_mesh, compile_step(), attention=attention, file=dry_run_file
+    )
     return None
 
   # ---- Input pipeline and evaluators: they check their tasks ----

@@ -6,12 +6,14 @@ Shown by `--dry_run`, logged when a run starts and kept in its directory.
 import collections
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
+from t5x_lite.models import attention as attention_lib
+from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 from t5x_lite.runs import run_directory
 from t5x_lite.training import train_state
@@ -110,12 +112,26 @@ def compiled_memory(compiled: jax.stages.Compiled) -> str:
   )
 
 
+def attention_summary(model: T5Config, shapes: Mapping[str, Sequence[int]], platform: str) -> str:
+  """Returns which implementation each attention gets.
+
+  Args:
+    model: the architecture.
+    shapes: of a batch's arrays.
+    platform: of the devices.
+  """
+  inputs = shapes['encoder_input_tokens'][1] if model.has_encoder else 0
+  targets = shapes['decoder_target_tokens'][1] if model.has_decoder else 0
+  return attention_lib.describe(model.attention, inputs, targets, platform)
+
+
 def print_dry_run(
   config: Mapping[str, Any],
   spec: train_state.StateSpec,
   mesh: jax.sharding.Mesh,
   compiled: jax.stages.Compiled,
   *,
+  attention: str = '',
   file: str = '',
 ) -> None:
   """Prints what a run would be; the caller has written nothing.
@@ -125,6 +141,7 @@ def print_dry_run(
     spec: of the state.
     mesh: the devices.
     compiled: the step.
+    attention: from `attention_summary`.
     file: gets the whole configuration and how every array is cut; '' for the
       summary alone.
   """
@@ -141,6 +158,7 @@ def print_dry_run(
     lines.append(f'{name:14} {", ".join(fields[:6])}')
   for name in ('total_steps', 'num_microbatches', 'eval_period', 'seed'):
     lines.append(f'{name:14} {entry.get(name)}')
+  lines.append(f'{"attention":14} {attention}')
   lines += [parameter_summary(spec.shapes.params), state_memory(spec), compiled_memory(compiled)]
   print('\n'.join(lines))
   if file:

@@ -45,6 +45,18 @@ def test_recomputing_more_saves_more():
   assert 1.2 < work[-1] / work[0] < 4 / 3
 
 
+def test_blocked_attention_keeps_no_pairs():
+  """And is named as what would help where pairs fill the memory."""
+  batch = {'encoder_input_tokens': ((64, 16384), None), 'decoder_target_tokens': ((64, 512), None)}
+  dense, blocked = (
+    setup(batch=batch, model=setup().model.replace(attention=name)) for name in ('dense', 'blocked')
+  )
+  assert cost_model.memory(dense).working > 10 * cost_model.memory(blocked).working
+  lever = "models.T5Config.attention = 'blocked'"
+  assert lever in [one.text for one in cost_model.levers(dense)]
+  assert lever not in [one.text for one in cost_model.levers(blocked)]
+
+
 def test_hardware_flops_without_recomputation_are_the_models():
   plain = with_policy('none')
   expected = flops.train_step_flops(plain.model, batch_size=2048, inputs=512, targets=114)

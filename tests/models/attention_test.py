@@ -1,11 +1,17 @@
-"""Hand-written backward passes against automatic differentiation."""
+"""Hand-written backward passes, and whole models with each implementation."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from t5x_lite.models import attention, layers
+from t5x_lite.errors import UsageError
+from t5x_lite.models import attention, blocked_attention, layers, model_sharding, prefill, t5
+from t5x_lite.parallel.partitioning import MeshConfig
+from tests.models import tiny
 
 B, L, M, H, K = 2, 5, 7, 3, 4
 
@@ -77,3 +83,129 @@ def test_attention_keeps_no_logits_for_the_backward_pass():
   _, vjp = jax.vjp(lambda *a: attention.attention(*a, arguments[4]), *arguments[:4])
   kept = [x for x in jax.tree.leaves(vjp) if getattr(x, 'shape', ()) == (B, H, L, M)]
   assert len(kept) == 1
+
+
+# ---- In a model ----
+
+MODELS = {
+  'packed, dropout': ({'dropout_rate': 0.2}, True, False),
+  'per layer, unrolled': ({'relpos_per_layer': True, 'scan_layers': False}, False, False),
+  'shared, remat': (
+    {'share_encoder_decoder': True, 'num_decoder_layers': 1, 'remat_policy': 'full'},
+    True,
+    False,
+  ),
+  'decoder': ({'architecture': 'decoder', 'remat_policy': 'minimal'}, True, False),
+  'prefix': ({'architecture': 'decoder', 'relpos_per_layer': True}, False, True),
+}
+
+
+def value_and_grads(cfg, params, batch, placement=None):
+  graphdef, _, _ = t5.abstract_params(cfg)
+
+  def loss(params):
+    logits = nnx.merge(graphdef, params)(batch, dropout_key=jax.random.key(1))
+    targets = jax.nn.one_hot(batch['decoder_target_tokens'], cfg.vocab_size)
+    weights = batch['decoder_loss_weights'][..., None]
+    return -jnp.sum(jax.nn.log_softmax(logits) * targets * weights) / jnp.sum(weights)
+
+  with contextlib.nullcontext() if placement is None else placement.active():
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def assert_trees_close(one, other):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, other)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in ('packed, dropout', 'prefix') else pytest.mark.slow)
+    for name in MODELS
+  ],
+)
+def test_a_model_trains_the_same_with_blocked_attention(name, monkeypatch):
+  """Loss and every gradient, the bias tables' included, over several blocks."""
+  monkeypatch.setattr(blocked_attention, 'BLOCK', 8)
+  fields, packed, prefix = MODELS[name]
+  cfg = tiny.config(**{'num_encoder_layers': 1, 'num_decoder_layers': 2, **fields})
+  batch = tiny.batch(B=4, M=17, L=13)
+  if packed:
+    batch = tiny.pack(batch, rows=2)
+  if prefix:
+    batch['decoder_causal_attention'] = np.tile(np.arange(13) < 5, (4, 1)).astype(np.int32)
+  params = tiny.params(cfg)
+  assert_trees_close(
+    value_and_grads(cfg.replace(attention='blocked'), params, batch),
+    value_and_grads(cfg.replace(attention='dense'), params, batch),
+  )
+
+
+@pytest.mark.parametrize('policy', ['none', 'full'])
+def test_a_scanned_model_holds_no_array_of_every_pair(policy):
+  """JAX would move what does not depend on the layer out of the scan."""
+  fields = {'attention': 'blocked', 'remat_policy': policy, 'num_encoder_layers': 2}
+  cfg, M = tiny.config(architecture='encoder', **fields), 4096
+  graphdef, shapes, _ = t5.abstract_params(cfg)
+  tokens = jax.ShapeDtypeStruct((1, M), jnp.int32)
+
+  def loss(params, tokens):
+    return jnp.sum(nnx.merge(graphdef, params).encode(tokens, encoder_segment_ids=tokens) ** 2)
+
+  stats = jax.jit(jax.grad(loss)).lower(shapes, tokens).compile().memory_analysis()
+  assert stats.temp_size_in_bytes < cfg.num_heads * M * M  # a quarter of one in float32
+
+
+def test_8_devices_are_1():
+  cfg = tiny.config(num_encoder_layers=1, num_decoder_layers=1, attention='blocked')
+  params, batch = tiny.params(cfg), tiny.pack(tiny.batch(B=8), rows=4)
+  placement = model_sharding.place_model(cfg, MeshConfig(data=2, fsdp=2, model=2))
+  assert_trees_close(
+    value_and_grads(cfg, params, batch, placement), value_and_grads(cfg, params, batch)
+  )
+
+
+def test_encoding_and_prefill_take_blocks_too():
+  """And a cache is read densely whatever the setting."""
+  cfg = tiny.config(architecture='decoder', attention='blocked')
+  params, tokens = tiny.params(cfg), tiny.batch()['decoder_input_tokens']
+  lengths = jnp.asarray([5, 4, 6, 3])
+  results = []
+  for attention_ in ('blocked', 'dense'):
+    graphdef, _, _ = t5.abstract_params(cfg.replace(attention=attention_))
+
+    @jax.jit
+    def run(params, tokens, graphdef=graphdef):
+      model = nnx.merge(graphdef, params)
+      logits, cache = prefill.prefill(
+        model, tokens, lengths, max_decode_length=8, bidirectional=True
+      )
+      return logits, model.decode_step(jnp.argmax(logits, -1), cache)[0]
+
+    results.append(run(params, tokens))
+  assert_trees_close(*results)
+
+
+# ---- The choice ----
+
+
+def test_auto_is_dense_until_it_is_long():
+  assert attention.choose('auto', 512, 512, 'cpu') == 'dense'
+  assert attention.choose('auto', 8192, 8192, 'cpu') == 'blocked'
+  assert attention.choose('auto', 1024, 1024, 'cpu') == 'blocked'
+  assert attention.choose('auto', 1024, 1024, 'tpu') == 'dense'
+  assert attention.choose('auto', 8192, 114, 'tpu') == 'dense'
+  assert attention.choose('blocked', 1, 8192, 'cpu') == 'dense'
+  assert attention.choose('cudnn', 512, 512, 'gpu') == 'cudnn'
+
+
+def test_description_names_each_attention():
+  assert (
+    attention.describe('auto', 8192, 512, 'tpu') == 'encoder blocked, decoder dense, cross blocked'
+  )
+  assert attention.describe('auto', 0, 512, 'cpu') == 'decoder dense'
+
+
+def test_what_the_platform_lacks_is_refused():
+  with pytest.raises(UsageError, match=r"'cudnn', which needs a GPU; this is a CPU: use 'auto'"):
+    attention.choose('cudnn', 512, 512)

@@ -22,6 +22,7 @@ def test_unknown_name_suggests():
     ('vocab_size', 0),
     ('dtype', 'float64'),
     ('remat_policy', 'some'),
+    ('attention', 'flash'),
     ('mlp_activations', ('tanh',)),
     ('dropout_rate', 1.0),
     ('num_encoder_layers', 0),

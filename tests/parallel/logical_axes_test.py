@@ -145,3 +145,24 @@ def test_an_axis_that_was_asked_for_must_cut():
   with pytest.raises(UsageError, match="3 devices along the mesh axis 'model'"):
     program(model=3, data=2)
   program(model=2, data=2)
+
+
+def test_each_device_runs_on_its_own_part():
+  """A dim that does not divide stays whole; gradients of what is whole are summed."""
+  mesh_config = MeshConfig(data=2, fsdp=2, model=2)
+  mesh = partitioning.make_mesh(mesh_config)
+  axes = (('batch', 'heads'), ('heads',))
+  x, w = jnp.arange(24.0).reshape(8, 3), jnp.ones(3)
+  shapes = []
+
+  def scale(x, w):
+    shapes.append((x.shape, w.shape))
+    return x * w[None]
+
+  def total(w):
+    with logical_axes.axis_rules(mesh, partitioning.logical_axis_rules(mesh_config)):
+      return jnp.sum(logical_axes.per_shard(scale, axes, axes[0])(x, w))
+
+  assert (jax.jit(jax.grad(total))(w) == x.sum(0)).all()
+  assert shapes[0] == ((2, 3), (3,))
+  assert logical_axes.per_shard(scale, axes, axes[0]) is scale

@@ -137,6 +137,21 @@ def test_out_of_memory_is_an_answer(capsys):
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v5e:2x4', 'v5p:2x2x2'])
+def test_the_attention_kernel_compiles_on_a_cut_mesh(topology, tmp_path, capsys):
+  """Rows over fsdp, heads over model; forward and backward kernels in the program."""
+  model = arguments()['model'].replace(attention='pallas_tpu', dtype='bfloat16')
+  file = tmp_path / 'step.hlo'
+  report = precompile.precompile(**arguments(model=model), topology=topology, hlo_file=str(file))
+  assert report['fits']
+  assert report['attention'] == 'encoder pallas_tpu, decoder pallas_tpu, cross pallas_tpu'
+  assert 'attention: encoder pallas_tpu' in capsys.readouterr().out
+  # Encoder, decoder and cross-attention, each forward and backward.
+  assert file.read_text().count('custom_call_target="tpu_custom_call"') >= 6
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_a_decode_step_and_two_slices(capsys):
   precompile.precompile(
     **arguments(decoding=DecodingConfig(max_decode_length=8)), topology='v5e:2x4', step='decode'

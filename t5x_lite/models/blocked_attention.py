@@ -1,0 +1,242 @@
+"""Attention block by block, in plain JAX: O(L) memory on every backend.
+
+Softmax is taken online, a block of keys at a time (Milakov & Gimelshein 2018;
+Dao et al. 2022, FlashAttention), and the backward pass makes every block
+again. What is T5's own: a block's position bias is a skewed slice of the
+values by distance, and its gradient a sum over diagonals, so that no array has
+an entry for every pair.
+
+Legend: B batch, L length of queries, M length of keys, H heads, K head_dim,
+P distances, l and m the lengths of a block, N blocks.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility, skew, unskew, visible
+
+# Entries of a block, whichever way; see docs/lab_notes.md.
+BLOCK = 512
+
+_HEADS = ((0, 1), (0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+  """How lengths are cut: l x m blocks, the last keys possibly padding."""
+
+  l: int
+  m: int
+  M: int
+  causal: bool
+  skips: bool
+
+
+def cut(length: int, block: int, multiple: int = 8) -> int:
+  """Returns a block's length, so that blocks are about equal and few are padded."""
+  parts = -(-length // block)
+  return -(-length // (parts * multiple)) * multiple
+
+
+def pad(x: Array, dim: int, block: int) -> Array:
+  """Pads a dim with zeros to whole blocks."""
+  widths = [(0, 0)] * x.ndim
+  widths[dim] = (0, -x.shape[dim] % block)
+  return jnp.pad(x, widths)
+
+
+def attention(
+  q_BLHK: Array,
+  k_BMHK: Array,
+  v_BMHK: Array,
+  values_HP: Array | None,
+  visibility: Visibility,
+  block: int | None = None,
+) -> Array:
+  """Returns y_BLHK, as dense attention does.
+
+  Args:
+    q_BLHK: queries.
+    k_BMHK: keys.
+    v_BMHK: values.
+    values_HP: biases of distances -(L-1)..M-1, float32; None for no bias.
+    visibility: which keys a query sees.
+    block: the most rows and columns of a block; BLOCK by default.
+  """
+  B, L, _, _ = q_BLHK.shape
+  M = k_BMHK.shape[1]
+  block = block or BLOCK
+  blocks = _Blocks(cut(L, block), cut(M, block), M, visibility.causal, visibility.skips)
+  if values_HP is not None:
+    # Distances -(Lp-1)..Mp of the padded lengths Lp and Mp.
+    values_HP = jnp.pad(values_HP, ((0, 0), (-L % blocks.l, -M % blocks.m + 1)))
+  query_codes_BL, key_codes_BM = visibility.codes(B, L, M)
+  y_BHLK = _attention(
+    blocks,
+    pad(q_BLHK.swapaxes(1, 2), 2, blocks.l),
+    pad(k_BMHK.swapaxes(1, 2), 2, blocks.m),
+    pad(v_BMHK.swapaxes(1, 2), 2, blocks.m),
+    values_HP,
+    pad(query_codes_BL, 1, blocks.l),
+    pad(key_codes_BM, 1, blocks.m),
+  )
+  return y_BHLK.swapaxes(1, 2)[:, :L]
+
+
+def _dot(a: Array, b: Array, a_dim: int, b_dim: int) -> Array:
+  """Contracts a dim of each [B, H, ., .], in float32; what is left of a comes first."""
+  return jax.lax.dot_general(
+    a, b, (((a_dim,), (b_dim,)), _HEADS), preferred_element_type=jnp.float32
+  )
+
+
+def _split(size: int, *arrays: Array) -> tuple[Array, ...]:
+  """Returns the numbers of blocks and, [N, ...], the blocks of each array's length."""
+  blocks = []
+  for x in arrays:
+    dim = min(2, x.ndim - 1)
+    x = x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
+    blocks.append(jnp.moveaxis(x, dim, 0))
+  return jnp.arange(len(blocks[0])), *blocks
+
+
+def _join(x_NBHlK: Array) -> Array:
+  """Undoes `_split` of vectors."""
+  N, B, H, l, K = x_NBHlK.shape
+  return jnp.moveaxis(x_NBHlK, 0, 2).reshape(B, H, N * l, K)
+
+
+def _window(blocks: _Blocks, i, j, num_rows: int):
+  """Returns where a block's l + m values by distance begin."""
+  return j * blocks.m - i * blocks.l + (num_rows - 1) * blocks.l
+
+
+def _logits(blocks, i, j, q_BHlK, k_BHmK, values_HP, query_codes_Bl, key_codes_Bm, num_rows):
+  """Returns the logits [B, H, l, m] of a block, and which pairs are seen [B, 1, l, m]."""
+  l, m = blocks.l, blocks.m
+  logits = _dot(q_BHlK, k_BHmK, 3, 3)
+  if values_HP is not None:
+    window = jax.lax.dynamic_slice_in_dim(values_HP, _window(blocks, i, j, num_rows), l + m, 1)
+    logits += skew(window, l, m)[None]
+  rows = i * l + jnp.arange(l)[None, :, None]
+  columns = j * m + jnp.arange(m)[None, None, :]
+  query_codes, key_codes = query_codes_Bl[:, :, None], key_codes_Bm[:, None, :]
+  seen = visible(query_codes, key_codes, rows, columns, blocks.causal)[:, None]
+  logits = jnp.where(seen, logits, MASK_VALUE)
+  if blocks.M % m:  # padding does not even count for a query that sees nothing
+    logits = jnp.where(columns[None] < blocks.M, logits, -jnp.inf)
+  return logits, seen
+
+
+def _unless_later(blocks: _Blocks, i, j, run, skip, *operands):
+  """Runs a block, or skips it if all of its keys come later than its queries."""
+  if not blocks.skips:
+    return run(*operands)
+  return jax.lax.cond(j * blocks.m < (i + 1) * blocks.l, run, skip, *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM):
+  return _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM)[0]
+
+
+@jax.named_scope(SCOPE)
+def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM):
+  # As if bias and mask depended on q: differentiation of a scan over layers
+  # would else make what does not, for all blocks, before the scan.
+  inputs = (q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM)
+  inputs = jax.lax.optimization_barrier(inputs)
+  q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = inputs
+  N = q_BHLK.shape[2] // blocks.l
+  keys = _split(blocks.m, k_BHMK, v_BHMK, key_codes_BM)
+
+  def row(_, xs):
+    i, q_BHlK, query_codes_Bl = xs
+    B, H, l, K = q_BHlK.shape
+
+    def column(carry, ys):
+      j, k_BHmK, v_BHmK, key_codes_Bm = ys
+
+      def run(y_BHlK, total_BHl, top_BHl):
+        logits, _ = _logits(
+          blocks, i, j, q_BHlK, k_BHmK, values_HP, query_codes_Bl, key_codes_Bm, N
+        )
+        new_top_BHl = jnp.maximum(top_BHl, jnp.max(logits, axis=-1))
+        weights = jnp.exp(logits - new_top_BHl[..., None])
+        shrunk_BHl = jnp.exp(top_BHl - new_top_BHl)
+        y_BHlK = y_BHlK * shrunk_BHl[..., None] + _dot(weights.astype(v_BHmK.dtype), v_BHmK, 3, 2)
+        return y_BHlK, total_BHl * shrunk_BHl + jnp.sum(weights, axis=-1), new_top_BHl
+
+      return _unless_later(blocks, i, j, run, lambda *carry: carry, *carry), None
+
+    zeros_BHl = jnp.zeros((B, H, l), jnp.float32)
+    start = (jnp.zeros((B, H, l, K), jnp.float32), zeros_BHl, zeros_BHl - jnp.inf)
+    (y_BHlK, total_BHl, top_BHl), _ = jax.lax.scan(column, start, keys)
+    return None, ((y_BHlK / total_BHl[..., None]).astype(v_BHMK.dtype), total_BHl, top_BHl)
+
+  rows = _split(blocks.l, q_BHLK, query_codes_BL)
+  _, (y_NBHlK, total_NBHl, top_NBHl) = jax.lax.scan(row, None, rows)
+  y_BHLK = _join(y_NBHlK)
+  # The top and the total, not the logarithm of their product: where nothing
+  # is seen the top is -1e10, beside which a float32 logarithm is nothing.
+  return y_BHLK, (*inputs, y_BHLK, total_NBHl, top_NBHl)
+
+
+@jax.named_scope(SCOPE)
+def _attention_bwd(blocks, residuals, g_BHLK):
+  residuals, g_BHLK = jax.lax.optimization_barrier((residuals, g_BHLK))
+  q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = residuals[:6]
+  y_BHLK, total_NBHl, top_NBHl = residuals[6:]
+  N = q_BHLK.shape[2] // blocks.l
+  keys = _split(blocks.m, k_BHMK, v_BHMK, key_codes_BM)
+  # The mean of the weights' gradients, as in attention.py.
+  mean_BHL = jnp.sum(g_BHLK.astype(jnp.float32) * y_BHLK.astype(jnp.float32), axis=-1)
+
+  def row(carry, xs):
+    i, q_BHlK, query_codes_Bl, g_BHlK, mean_BHl, total_BHl, top_BHl = xs
+
+    def column(carry, ys):
+      j, k_BHmK, v_BHmK, key_codes_Bm = ys
+
+      def run(dq_BHlK, dvalues_HP):
+        logits, seen = _logits(
+          blocks, i, j, q_BHlK, k_BHmK, values_HP, query_codes_Bl, key_codes_Bm, N
+        )
+        weights = jnp.exp(logits - top_BHl[..., None]) / total_BHl[..., None]
+        dweights = _dot(g_BHlK, v_BHmK, 3, 3)
+        dlogits = jnp.where(seen, weights * (dweights - mean_BHl[..., None]), 0.0)
+        if dvalues_HP is not None:
+          start = _window(blocks, i, j, N)
+          band = unskew(jnp.sum(dlogits, axis=0))
+          band += jax.lax.dynamic_slice_in_dim(dvalues_HP, start, band.shape[1], 1)
+          dvalues_HP = jax.lax.dynamic_update_slice_in_dim(dvalues_HP, band, start, 1)
+        dlogits = dlogits.astype(q_BHlK.dtype)
+        dq_BHlK += _dot(dlogits, k_BHmK, 3, 2)
+        dk_BHmK = _dot(dlogits, q_BHlK, 2, 2)
+        dv_BHmK = _dot(weights.astype(g_BHlK.dtype), g_BHlK, 2, 2)
+        return (dq_BHlK, dvalues_HP), (dk_BHmK, dv_BHmK)
+
+      def skip(*carry):
+        zeros = jnp.zeros(k_BHmK.shape, jnp.float32)
+        return carry, (zeros, zeros)
+
+      return _unless_later(blocks, i, j, run, skip, *carry)
+
+    dk_NBHmK, dv_NBHmK, dvalues_HP = carry
+    start = (jnp.zeros(q_BHlK.shape, jnp.float32), dvalues_HP)
+    (dq_BHlK, dvalues_HP), (dk, dv) = jax.lax.scan(column, start, keys)
+    return (dk_NBHmK + dk, dv_NBHmK + dv, dvalues_HP), dq_BHlK.astype(q_BHLK.dtype)
+
+  rows = (*_split(blocks.l, q_BHLK, query_codes_BL, g_BHLK, mean_BHL), total_NBHl, top_NBHl)
+  zeros = jnp.zeros(keys[1].shape, jnp.float32)
+  start = (zeros, zeros, None if values_HP is None else jnp.zeros_like(values_HP))
+  (dk, dv, dvalues_HP), dq = jax.lax.scan(row, start, rows)
+  dk, dv = _join(dk).astype(k_BHMK.dtype), _join(dv).astype(v_BHMK.dtype)
+  return _join(dq), dk, dv, dvalues_HP, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
