@@ -120,6 +120,11 @@ COMMANDS: dict[str, Command] = {
     'write a model as StableHLO or a SavedModel, for programs without t5x_lite',
     positional=('model', 'destination'),
   ),
+  'average': Command(
+    't5x_lite.programs.average.average',
+    'average the last checkpoints of a run, or several runs',
+    positional=('sources', 'destination'),
+  ),
   'grow_vocab': Command(
     't5x_lite.programs.grow_vocabulary.grow_vocabulary',
     'add tokens or sentinels to a model and its vocabulary',
