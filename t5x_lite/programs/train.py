@@ -217,8 +217,11 @@ def train(
     return compiled
 
   log.info('%s', memory_report.parameter_summary(spec.shapes.params))
+  cost = flops.summary(model, batch_shapes)
+  log.info('%s', cost)
   if dry_run:
-    memory_report.print_dry_run(record, spec, device_mesh, compile_step(), file=dry_run_file)
+    compiled = compile_step()
+    memory_report.print_dry_run(record, spec, device_mesh, compiled, cost=cost, file=dry_run_file)
     return None
 
   # ---- Input pipeline and evaluators: they check their tasks ----

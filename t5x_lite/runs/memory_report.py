@@ -116,6 +116,7 @@ def print_dry_run(
   mesh: jax.sharding.Mesh,
   compiled: jax.stages.Compiled,
   *,
+  cost: str = '',
   file: str = '',
 ) -> None:
   """Prints what a run would be; the caller has written nothing.
@@ -125,6 +126,7 @@ def print_dry_run(
     spec: of the state.
     mesh: the devices.
     compiled: the step.
+    cost: what a step computes, as text.
     file: gets the whole configuration and how every array is cut; '' for the
       summary alone.
   """
@@ -141,7 +143,8 @@ def print_dry_run(
     lines.append(f'{name:14} {", ".join(fields[:6])}')
   for name in ('total_steps', 'num_microbatches', 'eval_period', 'seed'):
     lines.append(f'{name:14} {entry.get(name)}')
-  lines += [parameter_summary(spec.shapes.params), state_memory(spec), compiled_memory(compiled)]
+  lines += [parameter_summary(spec.shapes.params), cost]
+  lines += [state_memory(spec), compiled_memory(compiled)]
   print('\n'.join(lines))
   if file:
     text = json.dumps(entry, indent=2)
