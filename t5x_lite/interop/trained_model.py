@@ -108,13 +108,14 @@ def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig) -> None:
     )
 
 
-def open_mean(paths: Sequence[str], last: int = 1) -> TrainedModel:
+def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedModel:
   """Opens the mean of several checkpoints, which is read like one.
 
   Args:
     paths: run directories, of which the newest checkpoints count, or STEP
       directories and other models, which count as they are.
     last: how many checkpoints of each run.
+    **options: of open_model.
 
   Raises:
     UsageError: if a run has fewer, or they are not of one architecture.
@@ -128,7 +129,7 @@ def open_mean(paths: Sequence[str], last: int = 1) -> TrainedModel:
       )
     newest = [f'{path}/{checkpoints.CHECKPOINTS}/{step}' for step in steps[-last:]]
     single += newest if last > 1 and newest else [path]
-  models = [open_model(path) for path in single]
+  models = [open_model(path, **options) for path in single]
   check_alike(models)
   first = max(models, key=lambda model: model.step)
   found = {
@@ -136,6 +137,22 @@ def open_mean(paths: Sequence[str], last: int = 1) -> TrainedModel:
     for name, tensor in first.found.items()
   }
   return dataclasses.replace(first, found=found)
+
+
+def open_together(
+  paths: str | Sequence[str], last: int = 1, **options: Any
+) -> list[TrainedModel]:
+  """Opens a model, or those of an ensemble; each the mean of its last checkpoints."""
+  names = [paths] if isinstance(paths, str) else paths
+  models = [open_mean([path], last, **options) for path in names]
+  check_alike(models)
+  return models
+
+
+def load_together(models: Sequence[TrainedModel], specs: Any) -> Any:
+  """Reads the parameters of an ensemble as a tuple, those of one model alone."""
+  params = tuple(model.load_params(specs) for model in models)
+  return params if len(params) > 1 else params[0]
 
 
 def check_alike(models: Sequence[TrainedModel]) -> None:
