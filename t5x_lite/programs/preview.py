@@ -32,7 +32,7 @@ _STYLE = """
 .tokens { line-height: 1.9; overflow-wrap: anywhere; }
 .tokens span { border-right: 1px dotted #8888; padding: 1px 1px; white-space: pre-wrap; }
 .row { display: flex; height: 14px; margin: 3px 0; }
-.row i { border-right: 1px solid Canvas; } .row i.pad { background: #8883; }
+.row i { border-right: 1px solid Canvas; }
 """
 
 # A piece of text, and the number of its colour or None.
@@ -87,18 +87,16 @@ def preview(
   catalog.task_provider(dataset)
   tasks = [one for one in getattr(provider, 'tasks', [provider]) if split in one.splits]
   pieces = Pieces(config)
-  page, text = _Page(), _Terminal(color=sys.stdout.isatty())
-  for out in (page, text):
-    out.title(f'{task}, {split}')
-    if len(tasks) > 1:
-      rates = {one.name: float(provider.get_rate(one)) for one in tasks}
-      shares = [[name, f'{rate / sum(rates.values()):.2%}'] for name, rate in rates.items()]
-      out.table('Mixture', ['task', 'share of examples'], shares)
+  blocks: list[Block] = [('title', f'{task}, {split}')]
+  if len(tasks) > 1:
+    rates = {one.name: float(provider.get_rate(one)) for one in tasks}
+    shares = [[name, f'{rate / sum(rates.values()):.2%}'] for name, rate in rates.items()]
+    blocks.append(('table', 'Mixture', ['task', 'share of examples'], shares))
   measured, lengths = [], {}
   for one in tasks:
     for number, (step, rows) in enumerate(steps_of(one, dataset, examples)):
-      for out in (page, text):
-        out.step(f'{one.name}, {number}. {step}', [pieces.of(row) for row in rows])
+      shown = [pieces.of(row) for row in rows]
+      blocks.append(('step', f'{one.name}, {number}. {step}', shown))
     found = lengths[one.name] = measure(dataset, one, sample)
     for feature, counts in found.items():
       limit = dataset.lengths[feature]
@@ -110,29 +108,18 @@ def preview(
           f'{np.mean(cut > 0):.1%}', f'{cut.sum() / max(1, sum(counts)):.1%}', f'{1 - filled:.1%}',
         ]
       )  # fmt: skip
-  header = [
-    'task',
-    'feature',
-    'examples',
-    'mean',
-    'longest',
-    'length',
-    'cut',
-    'tokens lost',
-    'padding',
-  ]
-  rows = packed_rows(dataset)
-  for out in (page, text):
-    out.table('Lengths in tokens', header, measured)
-    for feature, segments in rows.items():
-      out.rows(f'Packed {feature}: padding {np.mean(segments == 0):.1%}', segments)
-  page.charts(lengths)
-  if not output:
-    print(text)
-    return str(text)
-  epath.Path(output).write_bytes(str(page).encode('utf-8', 'replace'))
-  print(output)
-  return output
+  header = 'task,feature,examples,mean,longest,length,cut,tokens lost,padding'.split(',')
+  blocks.append(('table', 'Lengths in tokens', header, measured))
+  for feature, segments in packed_rows(dataset).items():
+    title = f'Packed {feature}: padding {np.mean(segments == 0):.1%}'
+    blocks.append(('rows', title, segments))
+  if output:
+    page = as_page(blocks, list(_length_charts(lengths)))
+    epath.Path(output).write_bytes(page.encode('utf-8', 'replace'))
+    print(output)
+    return output
+  print(as_text(blocks, color=sys.stdout.isatty()))
+  return as_text(blocks)
 
 
 def steps_of(task: Any, cfg: DatasetConfig, count: int) -> Iterator[tuple[str, list[Any]]]:
@@ -211,92 +198,73 @@ class Pieces:
     return piece(token) or f'<{token}>'
 
 
-class _Terminal:
-  """Lines of text."""
+# What is shown: ('title', text), ('step', title, examples as pieces),
+# ('table', title, header, rows) or ('rows', title, segments).
+Block = tuple[Any, ...]
 
-  def __init__(self, *, color: bool):
-    self._color = color
-    self._lines: list[str] = []
 
-  def __str__(self) -> str:
-    return '\n'.join(self._lines)
+def as_text(blocks: Sequence[Block], *, color: bool = False) -> str:
+  """Returns blocks as lines for a terminal."""
+  lines = []
 
-  def title(self, text: str) -> None:
-    self._lines += [text, '=' * len(text)]
-
-  def step(self, title: str, examples: Sequence[Mapping[str, Sequence[Piece]]]) -> None:
-    self._lines += ['', title]
-    for example in examples:
-      for name, pieces in example.items():
-        shown = ' '.join(self._paint(*piece) for piece in pieces)
-        self._lines.append(f'  {name:20} {shown}')
-
-  def _paint(self, text: str, number: int | None) -> str:
-    if number is None or not self._color:
+  def paint(text: str, number: int | None) -> str:
+    if number is None or not color:
       return text
     return f'\x1b[38;5;{_ANSI[number % len(_ANSI)]}m{text}\x1b[0m'
 
-  def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    lines = [[str(x) for x in line] for line in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    self._lines += ['', title]
-    for line in lines:
-      self._lines.append('  ' + '  '.join(x.ljust(n) for x, n in zip(line, widths, strict=True)))
+  for kind, title, *rest in blocks:
+    lines += ['', title]
+    if kind == 'title':
+      lines.append('=' * len(title))
+    elif kind == 'step':
+      for name, pieces in itertools.chain(*(example.items() for example in rest[0])):
+        lines.append(f'  {name:20} {" ".join(paint(*piece) for piece in pieces)}')
+    elif kind == 'table':
+      cells = [[str(x) for x in line] for line in (rest[0], *rest[1])]
+      widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+      for line in cells:
+        lines.append('  ' + '  '.join(x.ljust(n) for x, n in zip(line, widths, strict=True)))
+    else:
+      lines[-1] += ' (a letter is an example, a dot padding)'
+      for row in rest[0][:, :: -(-rest[0].shape[1] // 96)].tolist():
+        lines.append('  ' + ''.join('.' if n == 0 else chr(97 + (n - 1) % 26) for n in row))
+  return '\n'.join(lines[1:])
 
-  def rows(self, title: str, segments: np.ndarray) -> None:
-    self._lines += ['', f'{title} (a letter is an example, a dot padding)']
-    for row in segments[:, :: -(-segments.shape[1] // 96)].tolist():
-      self._lines.append('  ' + ''.join('.' if n == 0 else chr(97 + (n - 1) % 26) for n in row))
 
+def as_page(blocks: Sequence[Block], charts: Sequence[str]) -> str:
+  """Returns blocks, and charts after them, as a page."""
+  parts = []
 
-class _Page:
-  """The same as a page."""
-
-  def __init__(self):
-    self._title, self._parts = '', []
-
-  def __str__(self) -> str:
-    return report.whole_page(self._title, self._parts, _STYLE)
-
-  def title(self, text: str) -> None:
-    self._title = text
-    self._parts.append(f'<h1>{report.escape(text)}</h1>')
-
-  def step(self, title: str, examples: Sequence[Mapping[str, Sequence[Piece]]]) -> None:
-    self._parts.append(f'<h3>{report.escape(title)}</h3>')
-    for example in examples:
-      for name, pieces in example.items():
-        shown = ''.join(self._paint(*piece) for piece in pieces)
-        self._parts.append(f'<div class="tokens"><b>{report.escape(name)}</b> {shown}</div>')
-
-  def _paint(self, text: str, number: int | None) -> str:
+  def paint(text: str, number: int | None) -> str:
     color = '' if number is None else f' style="background:{_COLORS[number % len(_COLORS)]}66"'
     return f'<span{color}>{report.escape(text)}</span>'
 
-  def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    self._parts.append(f'<h2>{report.escape(title)}</h2>{report.table(header, rows)}')
+  for kind, title, *rest in blocks:
+    tag = {'title': 'h1', 'step': 'h3'}.get(kind, 'h2')
+    parts.append(f'<{tag}>{report.escape(title)}</{tag}>')
+    if kind == 'step':
+      for name, pieces in itertools.chain(*(example.items() for example in rest[0])):
+        shown = ''.join(paint(*piece) for piece in pieces)
+        parts.append(f'<div class="tokens"><b>{report.escape(name)}</b> {shown}</div>')
+    elif kind == 'table':
+      parts.append(report.table(*rest))
+    elif kind == 'rows':
+      for row in rest[0].tolist():
+        runs = [(n, len(list(run))) for n, run in itertools.groupby(row)]
+        colors = [_COLORS[n % len(_COLORS)] if n else '#8883' for n, _ in runs]
+        bars = zip(runs, colors, strict=True)
+        row = ''.join(f'<i style="flex:{size};background:{x}"></i>' for (_, size), x in bars)
+        parts.append(f'<div class="row">{row}</div>')
+  parts.append(f'<div class="charts">{"".join(charts)}</div>')
+  return report.whole_page(blocks[0][1], parts, _STYLE)
 
-  def rows(self, title: str, segments: np.ndarray) -> None:
-    self._parts.append(f'<h2>{report.escape(title)}</h2>')
-    for row in segments.tolist():
-      runs = [(n, len(list(run))) for n, run in itertools.groupby(row)]
-      parts = [
-        f'<i style="flex:{size};background:{_COLORS[n % len(_COLORS)]}"></i>'
-        if n
-        else f'<i class="pad" style="flex:{size}"></i>'
-        for n, size in runs
-      ]
-      self._parts.append(f'<div class="row">{"".join(parts)}</div>')
 
-  def charts(self, lengths: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
-    charts = []
-    for feature in dict.fromkeys(name for one in lengths.values() for name in one):
-      lines = {}
-      for task, found in lengths.items():
-        width = max(1, max(found[feature]) // 40)
-        counts = collections.Counter(n // width * width for n in found[feature])
-        lines[task] = [(n, counts[n]) for n in range(0, max(counts) + 1, width)]
-      charts.append(
-        report_charts.line_chart(f'Examples by length of {feature}', lines, x_label='tokens')
-      )
-    self._parts.append(f'<div class="charts">{"".join(charts)}</div>')
+def _length_charts(lengths: Mapping[str, Mapping[str, Sequence[int]]]) -> Iterator[str]:
+  """Yields a chart a feature of how many examples have which length."""
+  for feature in dict.fromkeys(name for one in lengths.values() for name in one):
+    lines = {}
+    for task, found in lengths.items():
+      width = max(1, max(found[feature]) // 40)
+      counts = collections.Counter(n // width * width for n in found[feature])
+      lines[task] = [(n, counts[n]) for n in range(0, max(counts) + 1, width)]
+    yield report_charts.line_chart(f'Examples by length of {feature}', lines, x_label='tokens')

@@ -170,8 +170,9 @@ class Table:
       cells = [runs for (one, _), runs in self.cells.items() if one == row]
       done = sum(not _problem(runs) for runs in cells)
       runs = list(itertools.chain(*cells))
-      seconds = sum(run.outcome().get('seconds', 0.0) for run in runs) / len(cells)
-      cost = sum(map(_training_flops, runs)) / len(cells)
+      ran = max(1, sum(bool(one[0].outcome()) for one in cells if one))
+      seconds = sum(run.outcome().get('seconds', 0.0) for run in runs) / ran
+      cost = sum(map(_training_flops, runs)) / ran
       line += [f'{done} of {len(cells)}', f'{cost:.2e}', progress.format_duration(seconds)]
     return header, rows
 
