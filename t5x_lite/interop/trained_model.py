@@ -139,9 +139,7 @@ def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedMod
   return dataclasses.replace(first, found=found)
 
 
-def open_together(
-  paths: str | Sequence[str], last: int = 1, **options: Any
-) -> list[TrainedModel]:
+def open_together(paths: str | Sequence[str], last: int = 1, **options: Any) -> list[TrainedModel]:
   """Opens a model, or those of an ensemble; each the mean of its last checkpoints."""
   names = [paths] if isinstance(paths, str) else paths
   models = [open_mean([path], last, **options) for path in names]

@@ -16,14 +16,13 @@ from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.rows import dataset_iterator, row_stream
-from t5x_lite.data.tasks import catalog
+from t5x_lite.data.rows import dataset_iterator
+from t5x_lite.data.tasks import catalog, step_by_step
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import report, report_charts, start_checks
 
-# Source rows that the steps are shown on, and rows that are packed and drawn.
-_SOURCE_ROWS = 64
+# Rows that are packed and drawn.
 _PACKED_ROWS = 8
 _MAX_TOKENS, _MAX_TEXT = 160, 500
 _COLORS = report_charts.COLORS[:6]
@@ -94,10 +93,10 @@ def preview(
     blocks.append(('table', 'Mixture', ['task', 'share of examples'], shares))
   measured, lengths = [], {}
   for one in tasks:
-    for number, (step, rows) in enumerate(steps_of(one, dataset, examples)):
+    for number, (step, rows) in enumerate(step_by_step.examples_of(one, dataset, examples)):
       shown = [pieces.of(row) for row in rows]
       blocks.append(('step', f'{one.name}, {number}. {step}', shown))
-    found = lengths[one.name] = measure(dataset, one, sample)
+    found = lengths[one.name] = step_by_step.measure(dataset, one, sample)
     for feature, counts in found.items():
       limit = dataset.lengths[feature]
       filled = np.minimum(counts, limit).mean() / limit
@@ -120,34 +119,6 @@ def preview(
     return output
   print(as_text(blocks, color=sys.stdout.isatty()))
   return as_text(blocks)
-
-
-def steps_of(task: Any, cfg: DatasetConfig, count: int) -> Iterator[tuple[str, list[Any]]]:
-  """Yields each preprocessor's name and the first examples that it makes."""
-  import seqio
-
-  dataset = task.source.get_dataset(split=cfg.split, shuffle=False).take(_SOURCE_ROWS)
-  yield 'source', list(dataset.take(count).as_numpy_iterator())
-  for step in task.preprocessors:
-    if isinstance(step, seqio.CacheDatasetPlaceholder):
-      continue
-    with seqio.utils.map_seed_manager(cfg.seed):
-      dataset = seqio.utils.add_kwargs_to_transform(
-        step, sequence_length=cfg.lengths, output_features=task.output_features
-      )(dataset)
-    settings = ', '.join(f'{k}={v!r:.40}' for k, v in getattr(step, 'keywords', {}).items())
-    name = getattr(getattr(step, 'func', step), '__name__', type(step).__name__)
-    yield f'{name}({settings})', list(dataset.take(count).as_numpy_iterator())
-
-
-def measure(cfg: DatasetConfig, task: Any, sample: int) -> dict[str, list[int]]:
-  """Returns the tokens of each feature of the first examples, uncut."""
-  found: dict[str, list[int]] = {name: [] for name in cfg.lengths}
-  [dataset] = row_stream.read_examples(cfg, task, seed=cfg.seed, trim=False)
-  for example in itertools.islice(dataset.as_numpy_iterator(), sample):
-    for name, counts in found.items():
-      counts.append(len(example[name]))
-  return found
 
 
 def packed_rows(cfg: DatasetConfig) -> dict[str, np.ndarray]:

@@ -30,7 +30,7 @@ from etils import epath
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import report_runs
-from t5x_lite.runs import progress, run_directory
+from t5x_lite.runs import files, progress
 
 log = logging.getLogger(__name__)
 
@@ -256,8 +256,9 @@ def _check_tasks(arguments: Mapping[str, Any]) -> None:
       from t5x_lite.data.tasks import catalog
 
       catalog.import_modules(dataset.module)
-      if dataset.mixture_or_task_name not in catalog.catalog():
-        catalog.find_provider(dataset.mixture_or_task_name)
+      if not catalog.is_registered(dataset.mixture_or_task_name):
+        vocabulary = arguments.get('vocabulary') or catalog.VOCABULARIES['t5']
+        catalog.resolve(dataset.mixture_or_task_name, vocabulary)
 
 
 def _run(
@@ -312,7 +313,7 @@ def _run(
     outcome = {'exit_code': code, 'seconds': seconds, 'message': ''}
     if code:
       outcome['message'] = _last_line(logged)
-    run_directory.write_json(epath.Path(run.directory) / OUTCOME_FILE, outcome)
+    files.write_json(epath.Path(run.directory) / OUTCOME_FILE, outcome)
     tried[run.directory] = outcome
   log.info('%s: %s after %s', where, state(outcome), progress.format_duration(seconds))
   if received:
