@@ -1,6 +1,7 @@
 """Every shipped gin file parses, and builds what it says it builds."""
 
 import dataclasses
+import importlib.util
 import math
 import pathlib
 
@@ -242,6 +243,8 @@ def test_studies_open_with_what_they_are_for(name):
 
 @pytest.mark.parametrize('name', STUDIES)
 def test_every_command_of_a_study_would_be_taken(name, capsys):
+  if name.startswith('table') and not importlib.util.find_spec('t5x_lite.data.tasks.benchmarks'):
+    pytest.skip('C4 and the benchmarks have no names yet')
   file = f'configs/studies/{name}'
   assert main.main(['study', file, '--dry_run']) == 0, capsys.readouterr().err
   printed = capsys.readouterr().out.splitlines()
