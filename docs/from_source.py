@@ -45,7 +45,7 @@ def command_text(name: str) -> str:
     if parameter.default:
       text += f' Default: `{parameter.default}`.'
     lines += [f'`{term}`', f': {text}', '']
-  objects = [one for one in objects if one.name != 'summarize_config_fn']
+  objects = [one for one in objects if one.name not in ('summarize_config_fn', 'check')]
   if objects:
     lines += ['Set by gin alone:', '']
   for parameter in objects:

@@ -55,6 +55,8 @@ class Command:
     computes: it runs steps, whose temporaries are worth keeping; see
       parallel/host_memory.py.
     opened: a parameter that is an object, whose simple fields are flags too.
+    runs_commands: it is given gin files without their flag, checks and runs
+      other commands, and is no process of theirs.
   """
 
   function: str
@@ -63,6 +65,7 @@ class Command:
   inherits: str = ''
   computes: bool = False
   opened: str = ''
+  runs_commands: bool = False
 
   def parameters(self) -> list[Parameter]:
     """Returns what can be written on the command line."""
@@ -124,6 +127,11 @@ COMMANDS: dict[str, Command] = {
     'write one HTML page about a run, or about several side by side',
     positional=('runs',),
   ),
+  'preview': Command(
+    't5x_lite.programs.preview.preview',
+    'look at what a task or mixture feeds the model',
+    positional=('task',),
+  ),
   'vocab': Command(
     't5x_lite.programs.train_vocabulary.train_vocabulary',
     'train a SentencePiece vocabulary on your own text',
@@ -138,10 +146,20 @@ COMMANDS: dict[str, Command] = {
     'write a model as StableHLO or a SavedModel, for programs without t5x_lite',
     positional=('model', 'destination'),
   ),
+  'average': Command(
+    't5x_lite.programs.average.average',
+    'average the last checkpoints of a run, or several runs',
+    positional=('sources', 'destination'),
+  ),
   'grow_vocab': Command(
     't5x_lite.programs.grow_vocabulary.grow_vocabulary',
     'add tokens or sentinels to a model and its vocabulary',
     positional=('source', 'destination'),
+  ),
+  'study': Command(
+    't5x_lite.programs.study.study',
+    'run a table of experiments, and report it beside the paper',
+    runs_commands=True,
   ),
   'precompile': Command(
     't5x_lite.programs.precompile.precompile',
@@ -181,6 +199,8 @@ def _make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     if name in argv:
       for parameter in command.parameters():
         _add_flag(sub, parameter, positional=parameter.name in command.positional)
+      if command.runs_commands:
+        sub.add_argument('gin_files', metavar='FILE', nargs='*', default=[], help='gin files')
       _add_common_flags(sub)
       sub.epilog = _epilog(command)
   text = 'print a script that completes commands, flags and files in a shell'
@@ -206,7 +226,7 @@ def _epilog(command: Command) -> str:
   """Says what has no flag, since it is an object."""
   found = command_flags.read_parameters(command.function)
   rest = [parameter.name for parameter in found if parameter.type is None]
-  rest = [name for name in rest if name != 'summarize_config_fn']
+  rest = [name for name in rest if name not in ('summarize_config_fn', 'check')]
   if not rest:
     return ''
   return f'Set by gin alone: {", ".join(rest)}. See configs/runs/ for examples.'
@@ -300,13 +320,16 @@ def _write_config(model_dir: str, text: str) -> None:
   files.write_text(directory / 'config.gin', text)
 
 
-def _run(argv: Sequence[str]) -> int:
-  """Parses the command line, checks everything, runs the command."""
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
   if any(argument.startswith('--gin.') for argument in argv):
     argv = _rewrite_gin_flags(argv)
-  args = _make_parser(argv).parse_args(argv)
-  if args.command == COMPLETION:
-    return _print_completion(args.shell)
+  return _make_parser(argv).parse_args(argv)
+
+
+def _configure(args: argparse.Namespace) -> Any:
+  """Checks everything, and returns what can be called."""
+  from t5x_lite.gin_front import configuration
+
   command = COMMANDS[args.command]
   flags = [parameter.name for parameter in command.parameters()]
   given: dict[str, Any] = {name: getattr(args, name) for name in flags}
@@ -315,23 +338,13 @@ def _run(argv: Sequence[str]) -> int:
     if re.match(r"(\['?)?(https?|ftp)://", str(value)):
       raise UsageError(f'--{name} {value}: nothing is read from the network, download it first')
   fields = command.bindings(given)
-
-  if command.computes:
-    host_memory.keep_freed_memory()  # before a thread is started
-
-  from t5x_lite.gin_front import configuration
-  from t5x_lite.parallel import distributed
-
-  distributed.initialize(
-    coordinator_address=args.coordinator_address or '',
-    process_count=args.process_count,
-    process_index=args.process_index,
-  )
+  if command.runs_commands:
+    given['check'] = lambda argv: _configure(_parse(argv)).arguments()
   function = _load(command)
   with progress.quiet_stderr():  # gin files import modules too
-    configured = configuration.configure(
+    return configuration.configure(
       function,
-      gin_files=args.gin_file,
+      gin_files=[*getattr(args, 'gin_files', ()), *args.gin_file],
       bindings=[*args.gin_bindings, *fields],
       search_paths=[path for path in args.gin_search_paths.split(',') if path],
       given=given,
@@ -340,7 +353,26 @@ def _run(argv: Sequence[str]) -> int:
       inherits=command.inherits,
       write_config=_write_config,
     )
-  configured.call()
+
+
+def _run(argv: Sequence[str]) -> int:
+  """Parses the command line, checks everything, runs the command."""
+  args = _parse(argv)
+  if args.command == COMPLETION:
+    return _print_completion(args.shell)
+  command = COMMANDS[args.command]
+  if command.computes:
+    host_memory.keep_freed_memory()  # before a thread is started
+
+  from t5x_lite.parallel import distributed
+
+  if not command.runs_commands:
+    distributed.initialize(
+      coordinator_address=args.coordinator_address or '',
+      process_count=args.process_count,
+      process_index=args.process_index,
+    )
+  _configure(args).call()
   return EXIT_STOPPED if distributed.stopped_by() else 0
 
 

@@ -1,6 +1,7 @@
 """Every shipped gin file parses, and builds what it says it builds."""
 
 import dataclasses
+import importlib.util
 import math
 import pathlib
 
@@ -15,13 +16,14 @@ from t5x_lite.errors import UsageError
 from t5x_lite.gin_front import configuration
 from t5x_lite.models import t5
 from t5x_lite.models.config import NAMED_CONFIGS, T5Config
-from t5x_lite.programs import evaluate, infer, plan, precompile, quickstart, train
+from t5x_lite.programs import evaluate, infer, plan, precompile, quickstart, study, train
 from t5x_lite.training import optimizers, schedules
 from t5x_lite.training.optimizers import OptimizerConfig
 
 CONFIGS = configuration.shipped_root() / 'configs'
 MODELS = sorted(path.stem for path in CONFIGS.glob('models/*.gin'))
 EXPERIMENTS = sorted(path.name for path in CONFIGS.glob('experiments/*.gin'))
+STUDIES = sorted(path.name for path in CONFIGS.glob('studies/*table_*.gin'))
 PROGRAMS = [command.function for command in main.COMMANDS.values()]
 
 # Parameters as published: HF's checkpoints of the same name hold so many.
@@ -229,6 +231,33 @@ def test_the_quickstart_trains_two_phases_of_one_model():
   for phase in phases.values():
     assert dataclasses.is_dataclass(phase['dataset'])
     assert phase['dataset'].split == 'train'
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_studies_open_with_what_they_are_for(name):
+  header = (CONFIGS / 'studies' / name).read_text().split('include')[0]
+  for word in ('Reproduces: ', 'Hardware: ', 'Time: ', 'Expected: ', 'Command:'):
+    assert word in header
+  assert f't5x-lite study configs/studies/{name}' in header
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_every_command_of_a_study_would_be_taken(name, capsys):
+  if name.startswith('table') and not importlib.util.find_spec('t5x_lite.data.tasks.benchmarks'):
+    pytest.skip('C4 and the benchmarks have no names yet')
+  file = f'configs/studies/{name}'
+  assert main.main(['study', file, '--dry_run']) == 0, capsys.readouterr().err
+  printed = capsys.readouterr().out.splitlines()
+  rows = gin_rows(name)
+  assert f'{3 * rows if name.startswith("small") else rows} cells' in printed[-1]
+  assert len(set(printed)) == len(printed)
+
+
+def gin_rows(name):
+  """Returns how many rows of the paper's table a study has."""
+  built = arguments(study.study, [f'configs/studies/{name}'])
+  assert set(built['paper']) <= set(built['rows'])
+  return len(built['rows'])
 
 
 def test_configs_bind_only_programs_and_their_dataclasses():

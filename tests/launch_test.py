@@ -39,7 +39,9 @@ def recorder(directory, name, action=''):
 
 
 @pytest.mark.skipif(not shutil.which('shellcheck'), reason='no shellcheck')
-@pytest.mark.parametrize('name', ['local_multiprocess.sh', 'tpu_pod.sh', 'slurm.sbatch'])
+@pytest.mark.parametrize(
+  'name', ['local_multiprocess.sh', 'tpu_pod.sh', 'slurm.sbatch', 'study.sbatch']
+)
 def test_shellcheck_finds_nothing(name):
   run('shellcheck', LAUNCH / name)
 
@@ -211,3 +213,18 @@ def test_the_image_copies_what_the_package_needs():
       for name in line.split()[1:-1]:
         assert (ROOT / name).exists(), name
   assert lines[-1] == 'ENTRYPOINT ["t5x-lite"]'
+
+
+def test_a_job_of_an_array_runs_its_cell(tmp_path):
+  log = recorder(tmp_path, 't5x-lite', action='exit ${CODE:-0}')
+  requeued = recorder(tmp_path, 'scontrol')
+  path = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_ARRAY_TASK_ID': '3'}
+  script = LAUNCH / 'study.sbatch'
+  assert 'study a.gin --cell 3 --launcher srun' in run('bash', script, 'a.gin', DRY_RUN='1', **path)
+  run('bash', script, 'a.gin', **path)
+  assert log.read_text().split()[:4] == ['study', 'a.gin', '--cell', '3']
+  run('bash', script, 'a.gin', code=4, CODE='4', **path)
+  assert not requeued.exists()
+  run('bash', script, 'a.gin', code=6, CODE='6', SLURM_JOB_ID='77', **path)
+  assert requeued.read_text().split() == ['requeue', '77']
+  run('bash', script, code=2)

@@ -60,3 +60,12 @@ def batch_train_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
   if config.has_encoder:
     inputs = batch['encoder_input_tokens'].shape[1] + (config.prompt_length or 0)
   return train_step_flops(config, batch_size=batch_size, inputs=inputs, targets=targets)
+
+
+def summary(config: T5Config, batch: Mapping[str, Any]) -> str:
+  """Returns what a training step and one of its tokens cost, as text."""
+  total = batch_train_flops(config, batch)
+  rows, length = batch['decoder_target_tokens'].shape
+  if config.has_encoder:
+    length += batch['encoder_input_tokens'].shape[1]
+  return f'{total:.3e} FLOPs a step, {total / (rows * length):.3e} a token of {rows * length:,}'

@@ -4,7 +4,9 @@ As in training/steps.py, what is static (model, decoding) is bound when a step
 is made; a step takes arrays and returns arrays.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +23,71 @@ from t5x_lite.training import losses
 Batch = Mapping[str, jax.Array]
 
 POOLINGS = (None, 'mean', 'first')
+
+
+class Ensemble:
+  """Models of one shape that write a text together, used like one of them.
+
+  The logits are the mean of their log-probabilities, which after the softmax is
+  the mean of their logits too (Raffel et al. 2020, section 3.6).
+  """
+
+  def __init__(self, graphdef: Any, params: tuple[Any, ...]):
+    self._models = [nnx.merge(graphdef, one) for one in params]
+    self.cfg = self._models[0].cfg
+
+  def __call__(self, batch: Batch) -> jax.Array:
+    """Returns logits_BLV."""
+    return _mean_log_softmax([model(batch) for model in self._models])
+
+  def encode(self, tokens_BM: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns what each model makes of the inputs."""
+    return tuple(model.encode(tokens_BM) for model in self._models)
+
+  def init_cache(self, encoded: tuple[jax.Array, ...], *args: Any, **sizes: Any) -> 'Caches':
+    """Returns a cache for each model."""
+    pairs = zip(self._models, encoded, strict=True)
+    return Caches(tuple(model.init_cache(one, *args, **sizes) for model, one in pairs))
+
+  def prefill(self, cache: 'Caches', *args: Any, **kwargs: Any) -> tuple[jax.Array, 'Caches']:
+    """Returns logits of the token after each prompt; see `prefill.prefill`."""
+    pairs = zip(self._models, cache.parts, strict=True)
+    read = (prefill.prefill(model, one, *args, **kwargs) for model, one in pairs)
+    logits, caches = zip(*read, strict=True)
+    return _mean_log_softmax(logits), Caches(caches)
+
+  def fuse(self, cache: 'Caches') -> 'Caches':
+    """Returns the caches; see `T5.fuse`."""
+    pairs = zip(self._models, cache.parts, strict=True)
+    return Caches(tuple(model.fuse(one) for model, one in pairs))
+
+  def decode_step(self, tokens_B: jax.Array, cache: 'Caches') -> tuple[jax.Array, 'Caches']:
+    """Returns logits_BV of the next token."""
+    pairs = zip(self._models, cache.parts, strict=True)
+    logits, caches = zip(*(model.decode_step(tokens_B, one) for model, one in pairs), strict=True)
+    return _mean_log_softmax(logits), Caches(caches)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Caches:
+  """A cache of each model; what is done to them is done to all."""
+
+  parts: tuple[Any, ...]
+
+  def __getattr__(self, name: str) -> Callable[..., 'Caches']:
+    if name.startswith('_'):
+      raise AttributeError(name)
+    return lambda *args: Caches(tuple(getattr(part, name)(*args) for part in self.parts))
+
+
+def _mean_log_softmax(logits: Sequence[jax.Array]) -> jax.Array:
+  return jnp.mean(jnp.stack([jax.nn.log_softmax(one, axis=-1) for one in logits]), axis=0)
+
+
+def _merge(graphdef: Any, params: Any) -> Any:
+  """Returns the model, or the ensemble of a tuple of parameters."""
+  return (Ensemble if isinstance(params, tuple) else nnx.merge)(graphdef, params)
 
 
 def make_predict_step(
@@ -49,7 +116,7 @@ def make_predict_step(
   """
 
   def predict_step(params, batch: Batch, key: jax.Array | None = None) -> Decoded:
-    model = nnx.merge(graphdef, params)
+    model = _merge(graphdef, params)
     cfg = model.cfg
     inputs = batch.get('encoder_input_tokens')
     prompts_BP = batch.get('decoder_prompt_tokens')
@@ -65,9 +132,10 @@ def make_predict_step(
     prompt = None
     if prompts_BP is not None:
       lengths_B = batch['decoder_prompt_lengths']
-      logits_RV, cache = prefill.prefill(
-        model, cache, prompts_BP, lengths_B, bidirectional=bidirectional
+      read = (
+        model.prefill if isinstance(model, Ensemble) else functools.partial(prefill.prefill, model)
       )
+      logits_RV, cache = read(cache, prompts_BP, lengths_B, bidirectional=bidirectional)
       prompt = loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
     cache = model.fuse(cache)
     common: dict[str, Any] = {
@@ -109,7 +177,7 @@ def make_score_step(graphdef: Any) -> Callable[[Any, Batch], jax.Array]:
 
   def score_step(params, batch: Batch) -> jax.Array:
     weights, _ = losses.loss_weights_and_normalizer(batch, None)
-    logits_BLV = nnx.merge(graphdef, params)(batch)
+    logits_BLV = _merge(graphdef, params)(batch)
     loss_BL, _ = losses.cross_entropy_with_logits(logits_BLV, batch['decoder_target_tokens'])
     return -jnp.sum(loss_BL * weights, axis=-1)
 

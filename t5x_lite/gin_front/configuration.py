@@ -75,11 +75,14 @@ class Configured:
 
   Attributes:
     call: runs it.
+    arguments: evaluates what gin binds for it, so that each config checks
+      itself; before another program is configured.
     text: the resolved configuration, defaults included, as a gin file that
       gives the same run.
   """
 
   call: Callable[[], Any]
+  arguments: Callable[[], Mapping[str, Any]]
   text: str
 
 
@@ -161,7 +164,11 @@ def configure(
     write = functools.partial(write_config, text=resolved)
     for name in run.takers(SUMMARIZE):
       gin.bind_parameter(('', name, SUMMARIZE), write)
-  return Configured(lambda: gin.get_configurable(program)(**given), resolved)
+  return Configured(
+    call=lambda: gin.get_configurable(program)(**given),
+    arguments=lambda: gin.get_bindings(program),
+    text=resolved,
+  )
 
 
 def _inherit(selector: str, source: str, program: Callable[..., Any]) -> None:

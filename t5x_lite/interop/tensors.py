@@ -89,6 +89,18 @@ def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
   return result
 
 
+def mean(parts: Sequence[Tensor]) -> Tensor:
+  """Returns the mean of tensors of one shape, taken in float64 as it is read."""
+
+  def fetch(index: Index) -> np.ndarray:
+    total = parts[0].fetch(index).astype(np.float64)
+    for part in parts[1:]:
+      total += part.fetch(index)
+    return (total / len(parts)).astype(parts[0].dtype)
+
+  return dataclasses.replace(parts[0], fetch=fetch, origin=f'the mean of {len(parts)}')
+
+
 def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = None) -> Any:
   """Reads tensors into a parameter tree, each part to the device that keeps it.
 

@@ -5,10 +5,11 @@ no one names it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
@@ -16,6 +17,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, tensors
 from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.models.config import T5Config
+from t5x_lite.runs import checkpoints, run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +106,57 @@ def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig) -> None:
       f'the vocabulary has {size} ids, the embedding only T5Config.vocab_size='
       f'{model.vocab_size} rows: raise vocab_size to {-(-size // 128) * 128}'
     )
+
+
+def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedModel:
+  """Opens the mean of several checkpoints, which is read like one.
+
+  Args:
+    paths: run directories, of which the newest checkpoints count, or STEP
+      directories and other models, which count as they are.
+    last: how many checkpoints of each run.
+    **options: of open_model.
+
+  Raises:
+    UsageError: if a run has fewer, or they are not of one architecture.
+  """
+  single = []
+  for path in paths:
+    steps = checkpoints.steps_in(epath.Path(path) / checkpoints.CHECKPOINTS)
+    if steps and len(steps) < last:
+      raise UsageError(
+        f'{path} has {len(steps)} checkpoints, not {last}: train with CheckpointConfig.keep={last}'
+      )
+    newest = [f'{path}/{checkpoints.CHECKPOINTS}/{step}' for step in steps[-last:]]
+    single += newest if last > 1 and newest else [path]
+  models = [open_model(path, **options) for path in single]
+  check_alike(models)
+  first = max(models, key=lambda model: model.step)
+  found = {
+    name: tensors.mean([model.found[name] for model in models]) if len(models) > 1 else tensor
+    for name, tensor in first.found.items()
+  }
+  return dataclasses.replace(first, found=found)
+
+
+def open_together(paths: str | Sequence[str], last: int = 1, **options: Any) -> list[TrainedModel]:
+  """Opens a model, or those of an ensemble; each the mean of its last checkpoints."""
+  names = [paths] if isinstance(paths, str) else paths
+  models = [open_mean([path], last, **options) for path in names]
+  check_alike(models)
+  return models
+
+
+def load_together(models: Sequence[TrainedModel], specs: Any) -> Any:
+  """Reads the parameters of an ensemble as a tuple, those of one model alone."""
+  params = tuple(model.load_params(specs) for model in models)
+  return params if len(params) > 1 else params[0]
+
+
+def check_alike(models: Sequence[TrainedModel]) -> None:
+  """Refuses to combine models of several architectures or vocabularies."""
+  for other in models[1:]:
+    if other.config != models[0].config:
+      raise UsageError(f'{other.path} has another architecture than {models[0].path}')
+    if not run_directory.same_vocabulary(other.vocabulary, models[0].vocabulary):
+      raise UsageError(f'{other.path} has another vocabulary than {models[0].path}')

@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 
 def evaluate(
   *,
-  model_dir: str,
+  model_dir: str | Sequence[str],
   datasets: Sequence[DatasetConfig],
   output: str = '',
+  last: int = 1,
   mesh: MeshConfig | None = None,
   decoding: DecodingConfig | None = None,
   num_examples: int | None = None,
@@ -39,15 +40,17 @@ def evaluate(
   Args:
     model_dir: a run directory or one STEP directory of its checkpoints, a
       folder of transformers or T5X, or the NAME@REVISION of a
-      model on the hub.
+      model on the hub. Several decode together, by the mean of
+      their log-probabilities.
     datasets: tasks or mixtures, their splits and lengths.
     output: directory for metrics.json and TASK.jsonl (input, prediction and
       target of each example); by default MODEL_DIR/eval/STEP of a run; what
-      is no run needs it.
+      is no run, or several, needs it.
+    last: evaluate the mean of this many of the newest checkpoints.
     mesh: how devices are arranged; decided by their number by default.
     decoding: how to decode; greedy, as long as the targets, by default.
     num_examples: of each task, the first this many; None for all.
-    teacher_forced: also measure loss and token accuracy.
+    teacher_forced: also measure loss and token accuracy, of a single model.
 
   Returns:
     Metrics by task.
@@ -58,14 +61,16 @@ def evaluate(
   start_checks.check_positive('evaluate.num_examples', num_examples)
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
-  run = trained_model.open_model(model_dir)
+  start_checks.check_positive('evaluate.last', last)
+  models = trained_model.open_together(model_dir, last)
+  run = models[0]
   if not output:
-    if run.format != 't5x_lite':
+    if run.format != 't5x_lite' or len(models) > 1:
       raise UsageError(
         f'evaluate.output is empty, and {model_dir} is no run to write into: '
         'name a directory with --output'
       )
-    output = f'{run.directory}/eval/{run.step}'
+    output = f'{run.directory}/eval/{run.step}' + (f'-mean-of-{last}' if last > 1 else '')
   start_checks.check_writable(output)
   root = epath.Path(output)
   placement = model_sharding.place_model(run.config, mesh)
@@ -82,7 +87,7 @@ def evaluate(
         run.config,
         run.vocabulary,
         placement=placement,
-        train_eval=[config] if teacher_forced else [],
+        train_eval=[config] if teacher_forced and len(models) == 1 else [],
         infer_eval=[config],
         eval_steps=num_steps,
         infer_eval_examples=num_examples,
@@ -90,7 +95,8 @@ def evaluate(
       )
     )
   evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
-  params = run.load_params(model_sharding.inference_params(run.config, placement))
+  specs = model_sharding.inference_params(run.config, placement)
+  params = trained_model.load_together(models, specs)
   results: dict[str, Metrics] = {}
   for one in evaluators:
     for result in one.results(params):
@@ -104,7 +110,8 @@ def evaluate(
         path = root / f'{result.task}.jsonl'
         evaluators_lib.write_lines(path, result.lines)
   if distributed.is_primary():
-    summary = {'checkpoint': run.checkpoint, 'step': run.step, 'tasks': results}
+    checkpoint = ', '.join(one.checkpoint for one in models)
+    summary = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results}
     files.write_json(root / 'metrics.json', summary)
     log.info('metrics and predictions are in %s', root)
   return results

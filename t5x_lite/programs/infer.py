@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ REPORT_SECONDS = 10.0
 
 def infer(
   *,
-  model: str,
+  model: str | Sequence[str],
   input: str,
   output: str,
   adapter: str = '',
@@ -60,7 +60,8 @@ def infer(
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder
       of transformers or T5X, or the NAME@REVISION of a
-      model on the hub.
+      model on the hub. Several decode together, by the mean of
+      their log-probabilities.
     input: the file to read; '-' is standard input.
     output: the JSONL file to write, {'input', 'prediction', 'score'} a line,
       the score being the prediction's log-probability, or of beams what
@@ -101,7 +102,8 @@ def infer(
   num_lines = None
   if input != '-':
     num_lines = sum(1 for _ in read_inputs(input, input_format, columns))
-  run = trained_model.open_model(model, adapter=adapter)
+  models = trained_model.open_together(model, adapter=adapter)
+  run = models[0]
 
   # ---- Model ----
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
@@ -114,8 +116,8 @@ def infer(
     max_input_length=max_input_length,
     seed=seed,
   )
-  params = run.load_params(predictor.abstract_params)
-  log.info('predicting with %s', run.checkpoint)
+  params = trained_model.load_together(models, predictor.abstract_params)
+  log.info('predicting with %s', ', '.join(one.checkpoint for one in models))
 
   # ---- Loop ----
   done, truncated = 0, 0

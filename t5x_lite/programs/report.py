@@ -109,7 +109,7 @@ def page(runs: Sequence[Run]) -> str:
   """Returns the whole page."""
   title = ', '.join(run.name for run in runs)
   body = [
-    f'<h1>{_escape(title)}</h1>',
+    f'<h1>{escape(title)}</h1>',
     _side_by_side(
       _compare('At the end', runs, [_end(run) for run in runs]),
       _compare('Cost', runs, [_cost(run) for run in runs]),
@@ -124,17 +124,23 @@ def page(runs: Sequence[Run]) -> str:
   ]
   for run in runs:
     if len(runs) > 1:
-      body.append(f'<h1>{_escape(run.name)}</h1>')
+      body.append(f'<h1>{escape(run.name)}</h1>')
     body += [_results(run), _steps(run), _biases(run), _configuration(run)]
+  return whole_page(title, body)
+
+
+def whole_page(title: str, body: Sequence[str], style: str = '') -> str:
+  """Returns a page of its parts; empty ones are left out."""
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>{_escape(title)}</title><style>{_STYLE}{report_charts.STYLE}'
+    f'<title>{escape(title)}</title><style>{_STYLE}{report_charts.STYLE}{style}'
     '</style></head>\n<body>\n' + '\n'.join(part for part in body if part) + '\n</body></html>\n'
   )
 
 
-def _escape(value: Any) -> str:
+def escape(value: Any) -> str:
+  """Returns a value as text of a page."""
   return html.escape(str(value), quote=True)
 
 
@@ -143,14 +149,14 @@ def _cut(value: Any) -> str:
   return text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]} \u2026'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   """Returns a table; columns of numbers are set flush right."""
 
   def cell(tag: str, value: Any, is_number: bool) -> str:
     if isinstance(value, float) or (is_number and isinstance(value, int)):
       value = report_charts.number(value)
     kind = ' class="n"' if is_number else ''
-    return f'<{tag}{kind}>{_escape("" if value is None else value)}</{tag}>'
+    return f'<{tag}{kind}>{escape("" if value is None else value)}</{tag}>'
 
   numeric = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
   lines = [''.join(map(cell, itertools.repeat('td'), row, numeric)) for row in rows]
@@ -168,7 +174,7 @@ def _compare(title: str, runs: Sequence[Run], columns: Sequence[dict[str, Any]])
   header = ['', *(run.name for run in runs)] if len(runs) > 1 else ['', '']
   if not rows:
     return ''
-  return f'<section><h2>{title}</h2>{_table(header, rows)}</section>'
+  return f'<section><h2>{title}</h2>{table(header, rows)}</section>'
 
 
 def _side_by_side(*parts: str) -> str:
@@ -318,25 +324,25 @@ def _sample_table(name: str, columns: dict[str, report_runs.Predictions], *, sev
   answers = [{_key(line): line['prediction'] for line in one.lines} for one in columns.values()]
   rows = []
   for line in first.lines[:_NUM_SAMPLES]:
-    cells = [f'<td>{_escape(_cut(line["input"]))}</td>']
+    cells = [f'<td>{escape(_cut(line["input"]))}</td>']
     for answer in answers:
       prediction = answer.get(_key(line))
       mark = '' if is_right(prediction, line['target']) else ' class="wrong"'
-      shown = '' if prediction is None else _escape(_cut(prediction))
+      shown = '' if prediction is None else escape(_cut(prediction))
       cells.append(f'<td{mark if prediction is not None else ""}>{shown}</td>')
     target = line['target']
     text = ' | '.join(map(str, target)) if isinstance(target, list) else target
-    cells.append(f'<td>{_escape(_cut(text))}</td>')
+    cells.append(f'<td>{escape(_cut(text))}</td>')
     rows.append(f'<tr>{"".join(cells)}</tr>')
   titles = list(columns) if several else ['prediction']
-  head = ''.join(f'<th>{_escape(one)}</th>' for one in ('input', *titles, 'reference'))
+  head = ''.join(f'<th>{escape(one)}</th>' for one in ('input', *titles, 'reference'))
   notes = []
   for run, one in columns.items():
     equal = sum(is_right(x['prediction'], x['target']) for x in one.lines)
     prefix = f'{run}: ' if several else ''
     notes.append(f'{prefix}{one.file}, {equal} of {len(one.lines)} equal to a reference')
   return (
-    f'<h3>{_escape(name)}</h3><p class="note">{_escape("; ".join(notes))}</p>'
+    f'<h3>{escape(name)}</h3><p class="note">{escape("; ".join(notes))}</p>'
     f'<div class="scroll"><table class="samples"><thead><tr>{head}</tr></thead>'
     f'<tbody>{"".join(rows)}</tbody></table></div>'
   )
@@ -365,8 +371,8 @@ def _results(run: Run) -> str:
       [task, metric, value] for task, metrics in tasks.items() for metric, value in metrics.items()
     ]
     parts.append(
-      f'<h2>Evaluation of a checkpoint: {_escape(folder)}</h2>'
-      + _table(['task', 'metric', 'value'], rows)
+      f'<h2>Evaluation of a checkpoint: {escape(folder)}</h2>'
+      + table(['task', 'metric', 'value'], rows)
     )
   return ''.join(parts)
 
@@ -392,7 +398,7 @@ def _steps(run: Run) -> str:
       f'<p class="note">Of {len(rows)} steps, the last {_MAX_ROWS} and those with a checkpoint.</p>'
     )
   header = ['step', 'checkpoint', 'training loss', *evaluations]
-  return f'<h2>Metrics by step</h2>{note}' + _table(header, shown)
+  return f'<h2>Metrics by step</h2>{note}' + table(header, shown)
 
 
 def _biases(run: Run) -> str:
@@ -408,7 +414,7 @@ def _biases(run: Run) -> str:
     }
   except (UsageError, OSError, ValueError, KeyError) as error:
     lines = str(error).splitlines() or [type(error).__name__]
-    return f'<p class="wrong">{_escape(_cut(lines[0]))}</p>'
+    return f'<p class="wrong">{escape(_cut(lines[0]))}</p>'
   if not tables:
     return ''
   names = list(tables)[:: -(-len(tables) // _MAX_BIASES)]
@@ -447,5 +453,5 @@ def _configuration(run: Run) -> str:
   for name, text in run.texts.items():
     if name.endswith('.json') and run.config:
       text = json.dumps(run.config, indent=2, ensure_ascii=False)
-    parts.append(f'<details><summary>{_escape(name)}</summary><pre>{_escape(text)}</pre></details>')
+    parts.append(f'<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>')
   return '<h2>Configuration</h2>' + ''.join(parts) if parts else ''

@@ -148,6 +148,45 @@ def heat_map(title: str, rows: Sequence[Sequence[float]], columns: Sequence[str]
   return f'<figure>{"".join(parts)}</svg></figure>'
 
 
+def dot_chart(
+  title: str, rows: Mapping[str, Sequence[float]], marks: Mapping[str, float | None]
+) -> str:
+  """Returns a row of dots for each name; '' if there is none.
+
+  Args:
+    title: above it.
+    rows: values by name; the bar between the dots is their mean.
+    marks: a value of each name that is drawn as an empty ring, or None.
+  """
+  found = [x for values in rows.values() for x in values]
+  if not found:
+    return ''
+  found += [x for x in marks.values() if x is not None]
+  low, high = _bounds(found)
+  scale = Scale(low, high, 2.6 * _LEFT, _WIDTH - 2 * _RIGHT)
+  bottom = _TOP + 20 * len(rows)
+  parts = _open_svg(title, bottom + _BOTTOM)
+  for i, (name, values) in enumerate(rows.items()):
+    y = _TOP + 20 * i + 10
+    parts.append(
+      f'<text x="{2.5 * _LEFT:.0f}" y="{y + 4}" class="tick end">{_text(name[:26])}</text>'
+    )
+    for value in values:
+      parts.append(f'<circle cx="{scale(value):.1f}" cy="{y}" r="3" fill="{COLORS[0]}"/>')
+    if values:
+      x = scale(sum(values) / len(values))
+      parts.append(f'<path d="M{x:.1f} {y - 7}V{y + 7}" stroke="{COLORS[1]}" stroke-width="2"/>')
+    if (mark := marks.get(name)) is not None:
+      parts.append(
+        f'<circle cx="{scale(mark):.1f}" cy="{y}" r="4" fill="none" stroke="{COLORS[2]}"/>'
+      )
+  for tick in ticks(low, high):
+    parts.append(
+      f'<text x="{scale(tick):.1f}" y="{bottom + 16}" class="tick middle">{number(tick)}</text>'
+    )
+  return f'<figure>{"".join(parts)}</svg></figure>'
+
+
 def _open_svg(title: str, height: int) -> list[str]:
   return [
     f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{_text(title)}">',

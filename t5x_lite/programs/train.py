@@ -218,12 +218,16 @@ def train(
 
   log.info('%s', memory_report.parameter_summary(spec.shapes.params))
   shapes = {name: x.shape for name, x in batch_shapes.items()}
-  attention = memory_report.attention_summary(model, shapes, device_mesh.devices.flat[0].platform)
-  log.info('attention: %s', attention)
+  platform = device_mesh.devices.flat[0].platform
+  facts = {
+    'cost': flops.summary(model, batch_shapes),
+    'attention': memory_report.attention_summary(model, shapes, platform),
+  }
+  for name, fact in facts.items():
+    log.info('%s: %s', name, fact)
   if dry_run:
-    memory_report.print_dry_run(
-      record, spec, device_mesh, compile_step(), attention=attention, file=dry_run_file
-    )
+    compiled = compile_step()
+    memory_report.print_dry_run(record, spec, device_mesh, compiled, facts, file=dry_run_file)
     return None
 
   # ---- Input pipeline and evaluators: they check their tasks ----

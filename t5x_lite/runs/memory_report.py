@@ -130,8 +130,8 @@ def print_dry_run(
   spec: train_state.StateSpec,
   mesh: jax.sharding.Mesh,
   compiled: jax.stages.Compiled,
+  facts: Mapping[str, str] | None = None,
   *,
-  attention: str = '',
   file: str = '',
 ) -> None:
   """Prints what a run would be; the caller has written nothing.
@@ -141,7 +141,7 @@ def print_dry_run(
     spec: of the state.
     mesh: the devices.
     compiled: the step.
-    attention: from `attention_summary`.
+    facts: more lines, by name.
     file: gets the whole configuration and how every array is cut; '' for the
       summary alone.
   """
@@ -158,7 +158,7 @@ def print_dry_run(
     lines.append(f'{name:14} {", ".join(fields[:6])}')
   for name in ('total_steps', 'num_microbatches', 'eval_period', 'seed'):
     lines.append(f'{name:14} {entry.get(name)}')
-  lines.append(f'{"attention":14} {attention}')
+  lines += [f'{name:14} {fact}' for name, fact in (facts or {}).items()]
   lines += [parameter_summary(spec.shapes.params), state_memory(spec), compiled_memory(compiled)]
   print('\n'.join(lines))
   if file:

@@ -1,0 +1,43 @@
+"""The average program: the mean of checkpoints, as a run of its own."""
+
+import logging
+from collections.abc import Sequence
+
+from etils import epath
+
+from t5x_lite.errors import UsageError
+from t5x_lite.interop import export, trained_model
+
+log = logging.getLogger(__name__)
+
+
+def average(*, sources: Sequence[str], destination: str, last: int = 5) -> str:
+  """Averages parameters and writes a run that `infer`, `eval` and `convert` take.
+
+  Optimizer states are not carried over. Memory holds one tensor at a time.
+
+  Args:
+    sources: run directories, of which the last checkpoints count, or STEP
+      directories, which count alone.
+    destination: the run to write; it must not exist yet.
+    last: how many checkpoints of each run.
+
+  Raises:
+    UsageError: if there are fewer, or they are not of one architecture.
+  """
+  if last < 1:
+    raise UsageError(f'average.last is {last}; it must be at least 1')
+  export.check_destination(epath.Path(destination))
+  mean = trained_model.open_mean(sources, last)
+  export.write(
+    epath.Path(destination),
+    tensors=mean.found,
+    cfg=mean.config,
+    to='t5x_lite',
+    vocabulary=mean.vocabulary,
+    step=mean.step,
+    lengths=mean.lengths,
+    origin=f'the mean of the last {last} of {", ".join(sources)}',
+  )
+  log.info('%s: %s', destination, next(iter(mean.found.values())).origin)
+  return destination

@@ -1,0 +1,241 @@
+"""The preview program: what a task feeds the model, seen before it trains.
+
+Examples after every preprocessing step, lengths and what they cut, packed rows
+and the rates of a mixture: on the terminal, or as one page that needs nothing
+else.
+"""
+
+import collections
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from t5x_lite.data import vocabularies
+from t5x_lite.data.config import DatasetConfig
+from t5x_lite.data.rows import dataset_iterator
+from t5x_lite.data.tasks import catalog, step_by_step
+from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.programs import report, report_charts, start_checks
+
+# Rows that are packed and drawn.
+_PACKED_ROWS = 8
+_MAX_TOKENS, _MAX_TEXT = 160, 500
+_COLORS = report_charts.COLORS[:6]
+_ANSI = (27, 166, 36, 175, 178, 74)
+_STYLE = """
+.tokens { line-height: 1.9; overflow-wrap: anywhere; }
+.tokens span { border-right: 1px dotted #8888; padding: 1px 1px; white-space: pre-wrap; }
+.row { display: flex; height: 14px; margin: 3px 0; }
+.row i { border-right: 1px solid Canvas; }
+"""
+
+# A piece of text, and the number of its colour or None.
+Piece = tuple[str, int | None]
+
+
+def preview(
+  *,
+  task: str,
+  split: str = 'train',
+  vocabulary: str = 't5',
+  module: str = '',
+  inputs_length: int = 512,
+  targets_length: int = 114,
+  examples: int = 2,
+  sample: int = 500,
+  output: str = '',
+) -> str:
+  """Shows a task or mixture as the model will see it; returns what is printed.
+
+  Args:
+    task: its name.
+    split: which split.
+    vocabulary: 't5', 'byte', a SentencePiece model file or 'package:NAME'.
+    module: Python modules, comma-separated, whose import registers tasks.
+    inputs_length: tokens of a row; longer inputs are cut.
+    targets_length: likewise of targets.
+    examples: of each task, shown after every step.
+    sample: examples of each task that are measured.
+    output: a page, NAME.html, to write instead of printing.
+
+  Raises:
+    UsageError: if there is no such task or split, or the page has another name.
+  """
+  if output and epath.Path(output).suffix not in report.SUFFIXES:
+    raise UsageError(f'preview.output is {output}: a page is named .html')
+  for name, count in (('examples', examples), ('sample', sample)):
+    start_checks.check_positive(f'preview.{name}', count)
+  config = catalog.VOCABULARIES.get(vocabulary) or VocabularyConfig(path=vocabulary)
+  catalog.import_modules(module)
+  full_name = catalog.resolve(task, config)
+  provider: Any = catalog.find_provider(full_name)
+  wanted = {'inputs': inputs_length, 'targets': targets_length}
+  dataset = DatasetConfig(
+    mixture_or_task_name=full_name,
+    task_feature_lengths={k: n for k, n in wanted.items() if k in provider.output_features},
+    feature_converter='enc_dec' if 'inputs' in provider.output_features else 'lm',
+    batch_size=_PACKED_ROWS,
+    split=split,
+    num_epochs=1,
+  )
+  catalog.task_provider(dataset)
+  tasks = [one for one in getattr(provider, 'tasks', [provider]) if split in one.splits]
+  pieces = Pieces(config)
+  blocks: list[Block] = [('title', f'{task}, {split}')]
+  if len(tasks) > 1:
+    rates = {one.name: float(provider.get_rate(one)) for one in tasks}
+    shares = [[name, f'{rate / sum(rates.values()):.2%}'] for name, rate in rates.items()]
+    blocks.append(('table', 'Mixture', ['task', 'share of examples'], shares))
+  measured, lengths = [], {}
+  for one in tasks:
+    for number, (step, rows) in enumerate(step_by_step.examples_of(one, dataset, examples)):
+      shown = [pieces.of(row) for row in rows]
+      blocks.append(('step', f'{one.name}, {number}. {step}', shown))
+    found = lengths[one.name] = step_by_step.measure(dataset, one, sample)
+    for feature, counts in found.items():
+      limit = dataset.lengths[feature]
+      filled = np.minimum(counts, limit).mean() / limit
+      cut = np.maximum(np.subtract(counts, limit), 0)
+      measured.append(
+        [
+          one.name, feature, len(counts), f'{np.mean(counts):.1f}', max(counts), limit,
+          f'{np.mean(cut > 0):.1%}', f'{cut.sum() / max(1, sum(counts)):.1%}', f'{1 - filled:.1%}',
+        ]
+      )  # fmt: skip
+  header = 'task,feature,examples,mean,longest,length,cut,tokens lost,padding'.split(',')
+  blocks.append(('table', 'Lengths in tokens', header, measured))
+  for feature, segments in packed_rows(dataset).items():
+    title = f'Packed {feature}: padding {np.mean(segments == 0):.1%}'
+    blocks.append(('rows', title, segments))
+  if output:
+    page = as_page(blocks, list(_length_charts(lengths)))
+    epath.Path(output).write_bytes(page.encode('utf-8', 'replace'))
+    print(output)
+    return output
+  print(as_text(blocks, color=sys.stdout.isatty()))
+  return as_text(blocks)
+
+
+def packed_rows(cfg: DatasetConfig) -> dict[str, np.ndarray]:
+  """Returns segment ids, [rows, length], of the first packed rows."""
+  iterator = dataset_iterator.DatasetIterator(cfg)
+  try:
+    batch = next(iterator)
+  finally:
+    iterator.close()
+  names = {'inputs': 'encoder_segment_ids', 'targets': 'decoder_segment_ids'}
+  return {name: batch[array] for name, array in names.items() if array in batch}
+
+
+class Pieces:
+  """Examples as pieces of text; sentinels and their spans are numbered."""
+
+  def __init__(self, config: VocabularyConfig):
+    self._vocabulary = vocabularies.make_vocabulary(config)
+    self._extra_ids = config.extra_ids
+
+  def of(self, example: Mapping[str, Any]) -> dict[str, list[Piece]]:
+    """Returns the pieces of every field, at most _MAX_TOKENS of them."""
+    return {name: self._field(name, np.asarray(x)) for name, x in example.items()}
+
+  def _field(self, name: str, value: np.ndarray) -> list[Piece]:
+    if value.dtype.kind in 'OSU':
+      texts = [x.decode('utf-8', 'replace') if isinstance(x, bytes) else str(x) for x in value.flat]
+      more = f' (and {len(texts) - 1} more)' if len(texts) > 1 else ''
+      first = texts[0] if texts else ''
+      cut = ' \u2026' if len(first) > _MAX_TEXT else ''
+      return [(f'{first[:_MAX_TEXT]}{cut}{more}', None)]
+    if value.ndim != 1 or value.dtype.kind not in 'iu':
+      return [(str(value), None)]
+    pieces, current = [], None
+    for token in value[:_MAX_TOKENS].tolist():
+      sentinel = self._vocabulary.vocab_size - 1 - token
+      is_sentinel = 0 <= sentinel < self._extra_ids
+      if is_sentinel:
+        current = sentinel
+      # What follows a sentinel among the targets is what it stands for.
+      colored = is_sentinel or (name == 'targets' and token != self._vocabulary.eos_id)
+      text = f'<extra_id_{sentinel}>' if is_sentinel else self._piece(token)
+      pieces.append((text, current if colored else None))
+    return pieces + [('\u2026', None)] * (len(value) > _MAX_TOKENS)
+
+  def _piece(self, token: int) -> str:
+    piece = getattr(self._vocabulary, 'piece', lambda token: self._vocabulary.decode([token]))
+    return piece(token) or f'<{token}>'
+
+
+# What is shown: ('title', text), ('step', title, examples as pieces),
+# ('table', title, header, rows) or ('rows', title, segments).
+Block = tuple[Any, ...]
+
+
+def as_text(blocks: Sequence[Block], *, color: bool = False) -> str:
+  """Returns blocks as lines for a terminal."""
+  lines = []
+
+  def paint(text: str, number: int | None) -> str:
+    if number is None or not color:
+      return text
+    return f'\x1b[38;5;{_ANSI[number % len(_ANSI)]}m{text}\x1b[0m'
+
+  for kind, title, *rest in blocks:
+    lines += ['', title]
+    if kind == 'title':
+      lines.append('=' * len(title))
+    elif kind == 'step':
+      for name, pieces in itertools.chain(*(example.items() for example in rest[0])):
+        lines.append(f'  {name:20} {" ".join(paint(*piece) for piece in pieces)}')
+    elif kind == 'table':
+      cells = [[str(x) for x in line] for line in (rest[0], *rest[1])]
+      widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+      for line in cells:
+        lines.append('  ' + '  '.join(x.ljust(n) for x, n in zip(line, widths, strict=True)))
+    else:
+      lines[-1] += ' (a letter is an example, a dot padding)'
+      for row in rest[0][:, :: -(-rest[0].shape[1] // 96)].tolist():
+        lines.append('  ' + ''.join('.' if n == 0 else chr(97 + (n - 1) % 26) for n in row))
+  return '\n'.join(lines[1:])
+
+
+def as_page(blocks: Sequence[Block], charts: Sequence[str]) -> str:
+  """Returns blocks, and charts after them, as a page."""
+  parts = []
+
+  def paint(text: str, number: int | None) -> str:
+    color = '' if number is None else f' style="background:{_COLORS[number % len(_COLORS)]}66"'
+    return f'<span{color}>{report.escape(text)}</span>'
+
+  for kind, title, *rest in blocks:
+    tag = {'title': 'h1', 'step': 'h3'}.get(kind, 'h2')
+    parts.append(f'<{tag}>{report.escape(title)}</{tag}>')
+    if kind == 'step':
+      for name, pieces in itertools.chain(*(example.items() for example in rest[0])):
+        shown = ''.join(paint(*piece) for piece in pieces)
+        parts.append(f'<div class="tokens"><b>{report.escape(name)}</b> {shown}</div>')
+    elif kind == 'table':
+      parts.append(report.table(*rest))
+    elif kind == 'rows':
+      for row in rest[0].tolist():
+        runs = [(n, len(list(run))) for n, run in itertools.groupby(row)]
+        colors = [_COLORS[n % len(_COLORS)] if n else '#8883' for n, _ in runs]
+        bars = zip(runs, colors, strict=True)
+        row = ''.join(f'<i style="flex:{size};background:{x}"></i>' for (_, size), x in bars)
+        parts.append(f'<div class="row">{row}</div>')
+  parts.append(f'<div class="charts">{"".join(charts)}</div>')
+  return report.whole_page(blocks[0][1], parts, _STYLE)
+
+
+def _length_charts(lengths: Mapping[str, Mapping[str, Sequence[int]]]) -> Iterator[str]:
+  """Yields a chart a feature of how many examples have which length."""
+  for feature in dict.fromkeys(name for one in lengths.values() for name in one):
+    lines = {}
+    for task, found in lengths.items():
+      width = max(1, max(found[feature]) // 40)
+      counts = collections.Counter(n // width * width for n in found[feature])
+      lines[task] = [(n, counts[n]) for n in range(0, max(counts) + 1, width)]
+    yield report_charts.line_chart(f'Examples by length of {feature}', lines, x_label='tokens')

@@ -1,0 +1,337 @@
+"""The study program: a table of runs, as the T5 paper has them, and its report.
+
+A cell is a row and a seed. It goes through the stages (pretrain, fine-tune,
+evaluate), each a process of its own, so that one that diverges or is killed is
+a cell that says so. A run is named after what it is, so that equal stages of
+several rows, or of several studies with one output_dir, are one run, and what
+is done is not done again.
+
+  OUTPUT_DIR/runs/STAGE-FINGERPRINT/   a run; log.txt and outcome.json beside
+  OUTPUT_DIR/NAME.md, NAME.html        the report, see study_report.py
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from t5x_lite.data.config import DatasetConfig
+from t5x_lite.errors import UsageError
+from t5x_lite.programs import report_runs
+from t5x_lite.runs import files, progress
+
+log = logging.getLogger(__name__)
+
+OUTCOME_FILE = 'outcome.json'
+LOG_FILE = 'log.txt'
+# Exit codes that the same command would end with again: see main.py.
+_FINAL = {0: 'done', 2: 'refused', 3: 'does not fit', 4: 'diverged'}
+
+# What a row changes, by stage; '*' is every stage, None leaves a stage out.
+Row = Mapping[str, Mapping[str, Any] | None]
+# Raises UsageError if a command line would not work; returns its arguments.
+Check = Callable[[Sequence[str]], Mapping[str, Any]]
+
+
+class StoppedError(RuntimeError):
+  """A signal stopped the study; what ran has saved itself."""
+
+  exit_code = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+  """One command of a cell.
+
+  In strings of `bindings`, {seed} is the cell's seed, {run} the directory of
+  this run, {NAME} that of an earlier stage and {NAME/3} the same of seed 3.
+
+  Attributes:
+    name: of letters, digits and underscores.
+    command: 'train', 'eval' or another command.
+    gin_files: that it is given.
+    bindings: gin name to value; a string is written as after --gin.NAME=.
+    scores: column of the table to metrics, whose mean it is. Of a training run
+      'eval/TASK/loss' and the like, at the step where it is best, as in the
+      paper; of `eval` 'TASK/METRIC'. 'a + b' is the mean of two of one step.
+    optional: only in rows that name it.
+  """
+
+  name: str
+  command: str = 'train'
+  gin_files: Sequence[str] = ()
+  bindings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  scores: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+  optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRun:
+  """One stage of one cell, ready to run.
+
+  Attributes:
+    stage: what it is.
+    directory: where it runs.
+    argv: the command's words.
+    needs: runs whose directories it names.
+  """
+
+  stage: Stage
+  directory: str
+  argv: tuple[str, ...]
+  needs: tuple['StageRun', ...]
+
+  def outcome(self) -> dict[str, Any]:
+    """Returns what became of it; empty if it never ended."""
+    return report_runs.read_json(epath.Path(self.directory) / OUTCOME_FILE)
+
+
+class Grid:
+  """The runs of every cell."""
+
+  def __init__(self, stages: Sequence[Stage], rows: Mapping[str, Row], output_dir: str):
+    """Checks that the rows change what is there."""
+    self._stages = {stage.name: stage for stage in stages}
+    if len(self._stages) < len(stages) or not all(map(str.isidentifier, self._stages)):
+      raise UsageError(
+        f'study.stages are named {[stage.name for stage in stages]}: each needs a name of its '
+        'own, of letters, digits and _'
+      )
+    self._rows = rows
+    self._output_dir = output_dir
+    for row, changes in rows.items():
+      for name in changes:
+        if name != '*' and name not in self._stages:
+          raise UsageError(
+            f'study.rows: {row!r} changes the stage {name!r}; there are {", ".join(self._stages)}'
+          )
+
+  def cell(self, row: str, seed: int) -> list[StageRun]:
+    """Returns the runs of a cell in order."""
+    return [
+      self.run(name, row, seed)
+      for name, stage in self._stages.items()
+      if self._rows[row].get(name, None if stage.optional else {}) is not None
+    ]
+
+  def run(self, name: str, row: str, seed: int) -> StageRun:
+    """Returns a stage as a row and a seed have it."""
+    stage, changes, needs = self._stages[name], self._rows[row], []
+
+    def fill(match: re.Match) -> str:
+      what, other = match.groups()
+      if what in ('seed', 'run'):
+        return str(seed) if what == 'seed' else match[0]
+      if what not in list(self._stages)[: list(self._stages).index(name)]:
+        raise UsageError(
+          f'study: the stage {name} names {match[0]}, which is no earlier stage, nor seed or run'
+        )
+      if what in changes and changes[what] is None:
+        raise UsageError(
+          f'study.rows: {row!r} leaves out the stage {what}, which {name} names: bind that too'
+        )
+      needs.append(self.run(what, row, int(other or seed)))
+      return needs[-1].directory
+
+    def text(value: Any) -> str:
+      found = value if isinstance(value, str) else repr(value)
+      return re.sub(r'\{(\w+)(?:/(\d+))?\}', fill, found)
+
+    bindings = {**stage.bindings, **(changes.get('*') or {}), **(changes.get(name) or {})}
+    words = [stage.command, *(f'--gin_file={file}' for file in stage.gin_files)]
+    words += [f'--gin.{key}={text(value)}' for key, value in bindings.items()]
+    root = os.path.join(self._output_dir, 'runs')
+    identity = json.dumps(words).replace(root, '')
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    directory = os.path.join(root, f'{name}-{fingerprint}')
+    argv = tuple(word.replace('{run}', directory) for word in words)
+    return StageRun(stage, directory, argv, tuple(needs))
+
+
+def study(
+  *,
+  name: str,
+  stages: Sequence[Stage],
+  rows: Mapping[str, Row],
+  output_dir: str,
+  seeds: Sequence[int] = (0, 1, 2),
+  baseline: str = '',
+  title: str = '',
+  paper: Mapping[str, Sequence[float]] | None = None,
+  paper_columns: Sequence[str] = (),
+  paper_deviations: Sequence[float] = (),
+  cell: int | None = None,
+  launcher: str = '',
+  report: bool = False,
+  dry_run: bool = False,
+  check: Check | None = None,
+) -> str:
+  """Runs the cells that are not done, one after another, and reports on all.
+
+  Args:
+    name: of the report's files.
+    stages: what every cell does, in order.
+    rows: by title, what each changes: {'STAGE': {'gin name': value}}; '*' is
+      every stage, and None leaves a stage out.
+    output_dir: on a local or shared disk; studies with one share their runs.
+    seeds: each row runs with all of them; see Stage for how they are bound.
+    baseline: the row that the others are compared with.
+    title: over the report; the name by default.
+    paper: the published numbers of each row.
+    paper_columns: what those are.
+    paper_deviations: their standard deviations, where they are published.
+    cell: run this one alone, from 0, as a job of an array; see
+      launch/study.sbatch.
+    launcher: words before every command, such as 'srun --kill-on-bad-exit=1'.
+    report: run nothing, and report on what is there.
+    dry_run: print the commands, and run nothing.
+    check: looks at every command before the first one runs.
+
+  Returns:
+    The report's Markdown file.
+
+  Raises:
+    UsageError: if a command would be refused; nothing has run then.
+    StoppedError: after SIGTERM or Ctrl-C.
+  """
+  from t5x_lite.programs import study_report
+
+  for row in [baseline, *(paper or {})]:
+    if row and row not in rows:
+      raise UsageError(f'study: there is no row {row!r}, only {", ".join(rows)}')
+  for row, numbers in (paper or {}).items():
+    if len(numbers) != len(paper_columns):
+      raise UsageError(f'study.paper: {row!r} needs {len(paper_columns)} numbers')
+  if not seeds or len(set(seeds)) < len(seeds):
+    raise UsageError(f'study.seeds is {seeds!r}; name at least one, each once')
+  grid = Grid(stages, rows, output_dir)
+  cells = {(row, seed): grid.cell(row, seed) for row in rows for seed in seeds}
+  if cell is not None and not 0 <= cell < len(cells):
+    raise UsageError(f'study.cell is {cell}; there are {len(cells)} cells, from 0')
+  todo = list(cells) if cell is None else [list(cells)[cell]]
+  runs = {run.directory: run for key in todo for run in cells[key]}
+  if check is not None and not report:
+    for run in runs.values():
+      try:
+        _check_tasks(check(run.argv))
+      except UsageError as error:
+        raise UsageError(f'stage {run.stage.name}: {error}') from error
+  if dry_run:
+    for run in runs.values():
+      print(shlex.join(['t5x-lite', *run.argv]))
+    print(f'{len(todo)} cells, {len(runs)} runs; dry run: nothing was run')
+    return ''
+  tried: dict[str, dict[str, Any]] = {}
+  try:
+    for i, (row, seed) in enumerate([] if report else todo):
+      for run in cells[row, seed]:
+        where = f'cell {i + 1} of {len(todo)}, {row}, seed {seed}'
+        _run(run, shlex.split(launcher), where, tried)
+  finally:
+    table = study_report.Table(cells, baseline, paper or {}, paper_columns, paper_deviations)
+    path = study_report.write(table, os.path.join(output_dir, name), title or name)
+    print(path)
+  return path
+
+
+def _check_tasks(arguments: Mapping[str, Any]) -> None:
+  """Raises UsageError if a data set of a command is not registered."""
+  found = [
+    x for value in arguments.values() for x in (value if isinstance(value, list) else [value])
+  ]
+  for dataset in found:
+    if isinstance(dataset, DatasetConfig):
+      from t5x_lite.data.tasks import catalog
+
+      catalog.import_modules(dataset.module)
+      if not catalog.is_registered(dataset.mixture_or_task_name):
+        vocabulary = arguments.get('vocabulary') or catalog.VOCABULARIES['t5']
+        catalog.resolve(dataset.mixture_or_task_name, vocabulary)
+
+
+def _run(
+  run: StageRun, launcher: Sequence[str], where: str, tried: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+  """Runs what is not done yet, after what it needs; returns its outcome.
+
+  Args:
+    run: what to run.
+    launcher: words before its command.
+    where: the cell, for the log.
+    tried: outcomes by directory; what was killed is not tried twice.
+  """
+  if run.directory in tried:
+    return tried[run.directory]
+  for need in run.needs:
+    if _run(need, launcher, where, tried).get('exit_code') != 0:
+      return {}  # the report says what became of the other
+  os.makedirs(run.directory, exist_ok=True)
+  logged = os.path.join(run.directory, LOG_FILE)
+  with open(os.path.join(run.directory, '.study'), 'w') as lock, open(logged, 'ab') as output:
+    # Another cell may be at it, or what was left of a study that was killed:
+    # the lock is the child's too.
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    before = run.outcome()
+    if before.get('exit_code') in _FINAL:
+      return before
+    where = f'{where}: {run.stage.name}'
+    log.info('%s (%s)', where, logged)
+    start = time.monotonic()
+    process = subprocess.Popen(
+      [*launcher, sys.executable, '-m', 't5x_lite.main', *run.argv],
+      stdout=output,
+      stderr=subprocess.STDOUT,
+      stdin=subprocess.DEVNULL,
+      start_new_session=True,
+      pass_fds=[lock.fileno()],
+    )
+    received: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+      received.append(number)
+      os.killpg(process.pid, signal.SIGTERM)
+
+    previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+      code = process.wait()
+    finally:
+      for number, handler in previous.items():
+        signal.signal(number, handler)
+    seconds = before.get('seconds', 0.0) + time.monotonic() - start
+    outcome = {'exit_code': code, 'seconds': seconds, 'message': ''}
+    if code:
+      outcome['message'] = _last_line(logged)
+    files.write_json(epath.Path(run.directory) / OUTCOME_FILE, outcome)
+    tried[run.directory] = outcome
+  log.info('%s: %s after %s', where, state(outcome), progress.format_duration(seconds))
+  if received:
+    raise StoppedError('the study was stopped; the same command continues it')
+  return outcome
+
+
+def state(outcome: Mapping[str, Any]) -> str:
+  """Returns one or two words on what became of a run."""
+  code = outcome.get('exit_code')
+  if code is None:
+    return 'not run'
+  if code < 0:
+    return f'killed by {signal.Signals(-code).name}'
+  return _FINAL.get(code, 'stopped' if code == StoppedError.exit_code else f'failed ({code})')
+
+
+def _last_line(path: str) -> str:
+  with open(path, encoding='utf-8', errors='replace') as file:
+    lines = file.read().splitlines()
+  return next((line.strip() for line in reversed(lines) if line.strip()), '')

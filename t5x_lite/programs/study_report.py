@@ -1,0 +1,260 @@
+"""The report of a study: our numbers, the paper's beside them, and the cost.
+
+As in the paper's tables, bold is what is within two standard deviations of the
+best of its column (Raffel et al. 2020, section 3.1.4). The deviation is that
+of one run: pooled over the rows that have several seeds, or the published one.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from t5x_lite.compiler import flops
+from t5x_lite.data.config import DatasetConfig, batch_spec
+from t5x_lite.errors import UsageError
+from t5x_lite.models.config import T5Config
+from t5x_lite.programs import report, report_charts, report_runs, study
+from t5x_lite.runs import progress
+
+_NOTE = (
+  'Mean and standard deviation over seeds. **Bold**: within two deviations of the best of its '
+  'column; ↑ and ↓: better and worse than the baseline (★) by more than two.'
+)
+
+
+@functools.cache
+def _open(directory: str) -> report_runs.Run | None:
+  try:
+    return report_runs.read(directory)
+  except UsageError:
+    return None  # it never began, or is no training
+
+
+def _score(run: study.StageRun, names: str) -> float:
+  """Returns a metric of a run, or the mean of several; NaN if there is none."""
+  parts = names.split(' + ')
+  if run.stage.command != 'train':
+    tasks = report_runs.read_json(epath.Path(run.directory) / 'metrics.json').get('tasks', {})
+    found = [
+      tasks.get(task, {}).get(metric) for task, _, metric in (x.partition('/') for x in parts)
+    ]
+    return math.nan if None in found else statistics.fmean(found)
+  opened = _open(run.directory)
+  series = opened.evaluations() if opened else {}
+  points = [dict(series.get(part, ())) for part in parts]
+  steps = set(points[0]).intersection(*points)
+  if not steps:
+    return math.nan
+  means = [(step, statistics.fmean(one[step] for one in points)) for step in steps]
+  return report_runs.best(parts[0], means)[1]
+
+
+def _training_flops(run: study.StageRun) -> float:
+  """Returns the model FLOPs of a training run; 0 for what does not train."""
+  opened = _open(run.directory)
+  if not opened or run.stage.command != 'train' or not opened.model:
+    return 0.0
+  fields = {key: x for key, x in opened.config.get('dataset', {}).items() if key != 'class'}
+  spec = batch_spec(DatasetConfig(**fields))
+  shapes = {name: shape for name, (shape, _) in spec.items()}
+  steps = max((points[-1][0] for points in opened.series.values()), default=0)
+  return steps * flops.train_step_flops(
+    T5Config(**opened.model),
+    batch_size=fields['batch_size'],
+    inputs=shapes.get('encoder_input_tokens', (0, 0))[1],
+    targets=shapes['decoder_target_tokens'][1],
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """What the cells of a study measured.
+
+  Attributes:
+    cells: runs by row and seed.
+    baseline: a row, or ''.
+    paper: published numbers of each row.
+    paper_columns: what those are.
+    paper_deviations: of one run.
+  """
+
+  cells: Mapping[tuple[str, int], Sequence[study.StageRun]]
+  baseline: str
+  paper: Mapping[str, Sequence[float]]
+  paper_columns: Sequence[str]
+  paper_deviations: Sequence[float]
+
+  @functools.cached_property
+  def rows(self) -> list[str]:
+    """Titles of the rows."""
+    return list(dict.fromkeys(row for row, _ in self.cells))
+
+  @functools.cached_property
+  def values(self) -> dict[str, dict[str, list[float]]]:
+    """Finite values by column and row, one a seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for (row, _), runs in self.cells.items():
+      last = {column: run for run in runs for column in run.stage.scores}
+      for column, run in last.items():
+        values = found.setdefault(column, {}).setdefault(row, [])
+        value = statistics.fmean(_score(run, names) for names in run.stage.scores[column])
+        if run.outcome().get('exit_code') == 0 and math.isfinite(value):
+          values.append(value)
+    return found
+
+  def published(self, column: str, row: str) -> float | None:
+    """Returns the paper's number, if it has a column of this name."""
+    if column not in self.paper_columns or row not in self.paper:
+      return None
+    return self.paper[row][list(self.paper_columns).index(column)]
+
+  def deviation(self, column: str) -> float | None:
+    """Returns the standard deviation of one run in a column."""
+    several = [one for one in self.values[column].values() if len(one) > 1]
+    if several:
+      squares = sum(statistics.variance(one) * (len(one) - 1) for one in several)
+      return math.sqrt(squares / sum(len(one) - 1 for one in several))
+    if column in self.paper_columns and self.paper_deviations:
+      return self.paper_deviations[list(self.paper_columns).index(column)]
+    return None
+
+  def lower_is_better(self, column: str) -> bool:
+    """True if the column's metrics are losses or error rates."""
+    stages = [run.stage for runs in self.cells.values() for run in runs]
+    return report_runs.lower_is_better(
+      next(x.scores[column][0] for x in stages if column in x.scores)
+    )
+
+  def cell(self, column: str, row: str) -> str:
+    """Returns what is written at a column and row."""
+    values = self.values[column].get(row)
+    if not values:
+      return ''
+    mean = statistics.fmean(values)
+    digits = 2 if abs(mean) >= 10 else 3
+    text = f'{mean:.{digits}f}'
+    if len(values) > 1:
+      text += f' ± {statistics.stdev(values):.{digits}f}'
+    deviation, sign = self.deviation(column), -1 if self.lower_is_better(column) else 1
+    if deviation is None:
+      return text
+    means = {r: sign * statistics.fmean(x) for r, x in self.values[column].items() if x}
+    if means[row] >= max(means.values()) - 2 * deviation:
+      text = f'**{text}**'
+    gain = means[row] - means.get(self.baseline, means[row])
+    return text + (f' {"↑" if gain > 0 else "↓"}' if abs(gain) > 2 * deviation else '')
+
+  def lines(self) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the rows of the whole table."""
+    header, rows = ['row'], [[f'★ {row}' if row == self.baseline else row] for row in self.rows]
+    columns = list(dict.fromkeys((*self.values, *self.paper_columns)))
+    for column in columns:
+      if column in self.values:
+        header.append(column)
+        for row, line in zip(self.rows, rows, strict=True):
+          line.append(self.cell(column, row))
+      if self.paper and column in self.paper_columns:
+        header.append(f'{column}, paper')
+        for row, line in zip(self.rows, rows, strict=True):
+          number = self.published(column, row)
+          line.append('' if number is None else str(number))
+    header += ['seeds', 'training FLOPs', 'time']
+    for row, line in zip(self.rows, rows, strict=True):
+      cells = [runs for (one, _), runs in self.cells.items() if one == row]
+      done = sum(not _problem(runs) for runs in cells)
+      runs = list(itertools.chain(*cells))
+      ran = max(1, sum(bool(one[0].outcome()) for one in cells if one))
+      seconds = sum(run.outcome().get('seconds', 0.0) for run in runs) / ran
+      cost = sum(map(_training_flops, runs)) / ran
+      line += [f'{done} of {len(cells)}', f'{cost:.2e}', progress.format_duration(seconds)]
+    return header, rows
+
+  def problems(self) -> list[str]:
+    """Returns a line for every cell that did not end well."""
+    found = []
+    for (row, seed), runs in self.cells.items():
+      if problem := _problem(runs):
+        found.append(f'{row}, seed {seed}: {problem}')
+    return found
+
+
+def _problem(runs: Sequence[study.StageRun]) -> str:
+  """Returns what is the matter with a cell, '' for nothing."""
+  for run in runs:
+    outcome = run.outcome()
+    if outcome.get('exit_code') != 0:
+      return f'{run.stage.name} {study.state(outcome)}. {outcome.get("message", "")}'.strip()
+    for name in itertools.chain(*run.stage.scores.values()):
+      if math.isnan(_score(run, name)):
+        return f'{run.stage.name} has no metric {name}'
+  return ''
+
+
+def write(table: Table, stem: str, title: str) -> str:
+  """Writes STEM.md and STEM.html, and returns the former's path."""
+  _open.cache_clear()
+  header, rows = table.lines()
+  deviations = [
+    f'{name} {number:.3g}' for name in table.values if (number := table.deviation(name)) is not None
+  ]
+  notes = [_NOTE]
+  if deviations:
+    notes.append(f'Deviation of one run: {", ".join(deviations)}.')
+  notes.append('FLOPs and time are means over seeds of all stages, shared ones counted each time.')
+  problems = table.problems()
+  lines = [
+    f'# {title}',
+    '',
+    *(f'| {" | ".join(line)} |' for line in [header, ['---'] * len(header), *rows]),
+  ]
+  lines += ['', '\n'.join(notes)]
+  if problems:
+    lines += ['', '## What did not finish', '', *(f'- {problem}' for problem in problems)]
+  page = report.whole_page(
+    title,
+    [
+      f'<h1>{report.escape(title)}</h1>',
+      _bold(report.table(header, rows)),
+      f'<p class="note">{_bold(report.escape(" ".join(notes)))}</p>',
+      ''.join(f'<p class="wrong">{report.escape(problem)}</p>' for problem in problems),
+      '<h2>Every seed</h2><div class="charts">',
+      *(
+        report_charts.dot_chart(column, found, {r: table.published(column, r) for r in found})
+        for column, found in table.values.items()
+      ),
+      '</div><h2>Curves of the first seed</h2><div class="charts">',
+      *_curves(table),
+      '</div>',
+    ],
+  )
+  os.makedirs(os.path.dirname(stem), exist_ok=True)
+  for ending, text in (('.md', '\n'.join(lines) + '\n'), ('.html', page)):
+    temporary = epath.Path(f'{stem}{ending}.tmp-{os.getpid()}')
+    temporary.write_bytes(text.encode('utf-8', 'replace'))
+    temporary.replace(stem + ending)
+  return f'{stem}.md'
+
+
+def _bold(text: str) -> str:
+  return re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', text)
+
+
+def _curves(table: Table) -> list[str]:
+  """Returns charts of what the first seed of each row measured as it trained."""
+  panels: dict[str, dict[str, report_charts.Points]] = {}
+  for row in table.rows:
+    for run in next(runs for (one, _), runs in table.cells.items() if one == row):
+      series = opened.series if (opened := _open(run.directory)) else {}
+      shown = itertools.chain(
+        *(names.split(' + ') for x in run.stage.scores.values() for names in x)
+      )
+      for name in dict.fromkeys(('loss', *shown)):
+        panels.setdefault(f'{run.stage.name}: {name}', {})[row] = series.get(name, ())
+  return [report_charts.line_chart(title, lines) for title, lines in panels.items()]

@@ -1,0 +1,26 @@
+from t5x_lite.data.config import DatasetConfig
+from t5x_lite.data.tasks import catalog, step_by_step
+
+CONFIG = DatasetConfig(
+  mixture_or_task_name='pronounce_byte',
+  task_feature_lengths={'inputs': 8, 'targets': 8},
+  batch_size=1,
+)
+
+
+def test_steps_follow_each_other():
+  task = catalog.task_provider(CONFIG)
+  found = dict(step_by_step.examples_of(task, CONFIG, 3))
+  names = [name.partition('(')[0] for name in found]
+  assert names[0] == 'source' and names[-1] == 'split_rows'
+  assert names.index('prefix_inputs') < names.index('tokenize_rows')
+  rows = list(found.values())
+  assert all(1 <= len(examples) <= 3 for examples in rows)
+  # Rows of text until they are tokenized, then one word an example.
+  assert len(rows[-1]) == 3 and rows[-1][0]['inputs'].ndim == 1
+
+
+def test_lengths_are_those_before_the_cut():
+  counts = step_by_step.measure(CONFIG, catalog.task_provider(CONFIG), 20)
+  assert set(counts) == {'inputs', 'targets'} and len(counts['inputs']) == 20
+  assert min(counts['inputs']) > len('pronounce: ')
