@@ -200,6 +200,15 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     metavar='DIRS',
     help='comma-separated directories in which gin files are looked for',
   )
+  data = parser.add_argument_group('data')
+  data.add_argument(
+    '--tfds_data_dir', metavar='DIR', help='where TFDS has prepared datasets; TFDS_DATA_DIR'
+  )
+  data.add_argument(
+    '--seqio_additional_cache_dirs',
+    metavar='DIRS',
+    help='comma-separated directories of what seqio_cache_tasks wrote',
+  )
   processes = parser.add_argument_group(
     'many processes (found by themselves on SLURM, Kubernetes, Open MPI, TPU)'
   )
@@ -273,6 +282,13 @@ def _run(argv: Sequence[str]) -> int:
   given = {name: getattr(args, name) for name in flags}
   given = {name: value for name, value in given.items() if value is not None}
 
+  # Read when data is: TensorFlow is not imported for these.
+  for name, value in (
+    ('TFDS_DATA_DIR', args.tfds_data_dir),
+    ('SEQIO_CACHE_DIRS', args.seqio_additional_cache_dirs),
+  ):
+    if value:
+      os.environ[name] = value
   if command.computes:
     host_memory.keep_freed_memory()  # before a thread is started
 

@@ -91,6 +91,7 @@ def train_program(
   total_steps: int,
   num_microbatches: int = 1,
   skip_nonfinite: bool = False,
+  task_names: Sequence[str] = (),
   devices: Sequence[jax.Device] | None = None,
 ) -> StepProgram:
   """Returns the train step: (state, batch, key) -> (state, metrics).
@@ -104,6 +105,7 @@ def train_program(
     total_steps: for the schedule.
     num_microbatches: parts that a batch is cut into to save memory.
     skip_nonfinite: see `steps.make_train_step`.
+    task_names: likewise.
     devices: all of them by default.
   """
   batch_size = next(iter(batch.values()))[0][0]
@@ -133,6 +135,7 @@ def train_program(
     loss,
     num_microbatches=num_microbatches,
     skip_nonfinite=skip_nonfinite,
+    task_names=task_names,
     trainable=(
       None if optimizer.trainable is None else optimizers.trainable_mask(optimizer, shapes)
     ),

@@ -177,6 +177,7 @@ def train(
     total_steps=total_steps,
     num_microbatches=num_microbatches,
     skip_nonfinite=max_skipped_updates > 0,
+    task_names=start_checks.task_names(dataset, vocabulary),
   )
   device_mesh, spec, tx = program.mesh, program.spec, program.tx
   assert spec is not None and tx is not None
@@ -196,6 +197,7 @@ def train(
     return compiled
 
   log.info('%s', memory_report.parameter_summary(spec.shapes.params))
+  start_checks.log_rates(dataset)
   if dry_run:
     memory_report.print_dry_run(record, spec, device_mesh, compile_step(), file=dry_run_file)
     return None
