@@ -279,6 +279,15 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     metavar='DIRS',
     help='comma-separated directories in which gin files are looked for',
   )
+  data = parser.add_argument_group('data')
+  data.add_argument(
+    '--tfds_data_dir', metavar='DIR', help='where TFDS has prepared datasets; TFDS_DATA_DIR'
+  )
+  data.add_argument(
+    '--seqio_additional_cache_dirs',
+    metavar='DIRS',
+    help='comma-separated directories of what seqio_cache_tasks wrote',
+  )
   processes = parser.add_argument_group(
     'many processes (found by themselves on SLURM, Kubernetes, Open MPI, TPU)'
   )
@@ -340,6 +349,13 @@ def _configure(args: argparse.Namespace) -> Any:
   fields = command.bindings(given)
   if command.runs_commands:
     given['check'] = lambda argv: _configure(_parse(argv)).arguments()
+  # Read when data is: TensorFlow is not imported for these.
+  for name, value in (
+    ('TFDS_DATA_DIR', args.tfds_data_dir),
+    ('SEQIO_CACHE_DIRS', args.seqio_additional_cache_dirs),
+  ):
+    if value:
+      os.environ[name] = value
   function = _load(command)
   with progress.quiet_stderr():  # gin files import modules too
     return configuration.configure(

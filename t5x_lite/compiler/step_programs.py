@@ -92,6 +92,7 @@ def train_program(
   num_microbatches: int = 1,
   skip_nonfinite: bool = False,
   histograms: bool = False,
+  task_names: Sequence[str] = (),
   devices: Sequence[jax.Device] | None = None,
 ) -> StepProgram:
   """Returns the train step: (state, batch, key) -> (state, metrics).
@@ -106,6 +107,7 @@ def train_program(
     num_microbatches: parts that a batch is cut into to save memory.
     skip_nonfinite: see `steps.make_train_step`.
     histograms: likewise.
+    task_names: likewise.
     devices: all of them by default.
   """
   batch_size = next(iter(batch.values()))[0][0]
@@ -136,6 +138,7 @@ def train_program(
     num_microbatches=num_microbatches,
     skip_nonfinite=skip_nonfinite,
     histograms=histograms,
+    task_names=task_names,
     trainable=optimizers.trainable_mask(optimizer, shapes),
   )
   jitted = jax.jit(

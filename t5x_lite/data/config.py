@@ -38,6 +38,7 @@ class DatasetConfig:
     segment_ids: give segment ids and positions; None means when packing.
       Without them padding is where the token is 0, which is cheaper in the
       model and right as long as no example contains id 0 (this is checked).
+    per_task_loss: of a mixture, log the loss of each task while training.
     vocab_size: ids must be below; 0 takes the size of the task's vocabulary.
     host_sharding: 'source', each host reads its own part of the examples; or
       'replicated', each host makes every batch and keeps its rows, so that the
@@ -69,6 +70,7 @@ class DatasetConfig:
   loss_on_targets_only: bool = True
   decoder_start_id: int = 0
   segment_ids: bool | None = None
+  per_task_loss: bool = False
   vocab_size: int = 0
   host_sharding: str = 'source'
   allow_process_count_change: bool = False
@@ -141,6 +143,7 @@ class DatasetConfig:
       decoder_start_id=self.decoder_start_id,
       loss_on_targets_only=self.loss_on_targets_only,
       segment_ids=self.has_segment_ids,
+      task_ids=self.per_task_loss,
     )
 
 

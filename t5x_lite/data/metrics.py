@@ -167,8 +167,10 @@ def chrf(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, flo
 # ---- Summaries ---------------------------------------------------------------
 
 
-def rouge(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
-  """ROUGE-1, -2 and -Lsum, mean F-measure, stemmed; best reference each.
+def rouge(
+  targets: Sequence[Target], predictions: Sequence[str], *, use_stemmer: bool = True
+) -> dict[str, float]:
+  """ROUGE-1, -2 and -Lsum, mean F-measure, stemmed or not; best reference each.
 
   Lsum takes a line for a sentence, as t5/evaluation/metrics.py does.
   """
@@ -176,7 +178,7 @@ def rouge(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, fl
 
   _check(targets, predictions)
   kinds = ['rouge1', 'rouge2', 'rougeLsum']
-  scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
+  scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=use_stemmer)
   totals = dict.fromkeys(kinds, 0.0)
   for target, prediction in zip(targets, predictions, strict=True):
     scores = scorer.score_multi(references(target), prediction)

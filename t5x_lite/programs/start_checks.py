@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.tasks import catalog, truncation
+from t5x_lite.data.tasks import catalog, mixing, truncation
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import checkpoint_source
@@ -116,6 +116,29 @@ def resolve_dataset(
   dataset = dataclasses.replace(dataset, mixture_or_task_name=catalog.resolve(name, vocabulary))
   catalog.task_provider(dataset)
   return dataset
+
+
+def task_names(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> tuple[str, ...]:
+  """Returns the tasks whose losses are logged, in the order of their numbers.
+
+  Raises:
+    UsageError: if they are asked for and the data is one task.
+  """
+  if not dataset.per_task_loss:
+    return ()
+  tasks = getattr(catalog.task_provider(dataset), 'tasks', None)
+  if tasks is None:
+    raise UsageError(
+      f'DatasetConfig.per_task_loss is for mixtures, and {dataset.mixture_or_task_name} is a task'
+    )
+  return tuple(catalog.short_name(task.name, vocabulary) for task in tasks)
+
+
+def log_rates(dataset: DatasetConfig) -> None:
+  """Says how often each task of a mixture is drawn."""
+  table = mixing.table(catalog.task_provider(dataset), dataset.split)
+  if table:
+    log.info('examples of %s:\n%s', dataset.mixture_or_task_name, table)
 
 
 def warn_of_cuts(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> dict[str, float]:

@@ -197,6 +197,7 @@ def train(
     total_steps=total_steps,
     num_microbatches=num_microbatches,
     skip_nonfinite=max_skipped_updates > 0,
+    task_names=start_checks.task_names(dataset, vocabulary),
   )
   program = make_program()
   device_mesh, spec, tx = program.mesh, program.spec, program.tx
@@ -225,6 +226,7 @@ def train(
   }
   for name, fact in facts.items():
     log.info('%s: %s', name, fact)
+  start_checks.log_rates(dataset)
   if dry_run:
     compiled = compile_step()
     memory_report.print_dry_run(record, spec, device_mesh, compiled, facts, file=dry_run_file)

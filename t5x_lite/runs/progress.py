@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from t5x_lite.errors import UsageError
+from t5x_lite.training.steps import TASK_LOSS, TASK_WEIGHT
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,12 @@ class Window:
     count = max(1, self._count)
     seconds = max(1e-9, time.monotonic() - self._start) / count
     metrics = {name: total / count for name, total in self._sums.items()}
+    # Of a task, the mean over its tokens: some steps may have none.
+    for name in [name for name in self._sums if name.startswith(TASK_WEIGHT)]:
+      task, weight = name.removeprefix(TASK_WEIGHT), metrics.pop(name)
+      total = metrics.pop(TASK_LOSS + task)
+      if weight:
+        metrics |= {f'cross_entropy/{task}': total / weight, f'loss_weight/{task}': weight}
     metrics['seconds_per_step'] = seconds
     if self._skipped:
       metrics['skipped_updates'] = float(self._skipped)

@@ -153,8 +153,20 @@ def loss_sums(
   *,
   z_loss: float = 0.0,
   label_smoothing: float = 0.0,
+  task_ids_BL: Array | None = None,
+  num_tasks: int = 0,
 ) -> dict[str, Array]:
   """Returns weighted sums over all tokens; only 'loss' carries a gradient.
+
+  Args:
+    logits_BLV: see `cross_entropy_with_logits`, as the other arguments.
+    targets_BL: token ids.
+    weights_BL: loss weights.
+    z_loss: see there.
+    label_smoothing: see there.
+    task_ids_BL: the task of every token, below num_tasks; adds the sums
+      [num_tasks] task_loss (without the z-loss) and task_weight.
+    num_tasks: how many tasks there are; 0 without task ids.
 
   Returns:
     loss (z-loss included) and z_loss in nats, each token times its weight;
@@ -170,6 +182,11 @@ def loss_sums(
     'num_correct': jnp.sum(correct & counted, dtype=jnp.float32),
     'num_tokens': jnp.sum(counted, dtype=jnp.float32),
   }
+  if num_tasks:
+    assert task_ids_BL is not None
+    one_hot = jax.nn.one_hot(task_ids_BL, num_tasks, dtype=jnp.float32)
+    rest['task_loss'] = jnp.sum(((loss - z) * weights)[..., None] * one_hot, axis=(0, 1))
+    rest['task_weight'] = jnp.sum(weights[..., None] * one_hot, axis=(0, 1))
   return {'loss': jnp.sum(loss * weights), **jax.lax.stop_gradient(rest)}
 
 
@@ -181,6 +198,8 @@ def chunked_cross_entropy(
   *,
   z_loss: float = 0.0,
   label_smoothing: float = 0.0,
+  task_ids_BL: Array | None = None,
+  num_tasks: int = 0,
   chunk: int,
 ) -> dict[str, Array]:
   """Returns loss_sums of project_fn(hidden), `chunk` positions at a time.
@@ -198,6 +217,8 @@ def chunked_cross_entropy(
     weights_BL: loss weights; no gradient flows to them.
     z_loss: as in cross_entropy_with_logits.
     label_smoothing: as in cross_entropy_with_logits.
+    task_ids_BL: as in loss_sums.
+    num_tasks: as in loss_sums.
     chunk: positions at a time; need not divide L.
 
   Source: the idea of taking the gradient in the forward pass is Liger Kernel's
@@ -213,38 +234,43 @@ def chunked_cross_entropy(
     x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
-  sums = functools.partial(loss_sums, z_loss=z_loss, label_smoothing=label_smoothing)
+  sums = functools.partial(
+    loss_sums, z_loss=z_loss, label_smoothing=label_smoothing, num_tasks=num_tasks
+  )
+  # Without task ids they are not read.
+  ids_BL = targets_BL if task_ids_BL is None else task_ids_BL
   return _scan_sums(
-    lambda head, h, t, w: sums(project(h, *head), t, w),
+    lambda head, h, t, w, ids: sums(project(h, *head), t, w, task_ids_BL=ids),
     head,
     cut(hidden_BLD),
-    cut(targets_BL),
-    cut(weights_BL),
+    (cut(targets_BL), cut(weights_BL), cut(ids_BL)),
   )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan_sums(sums_fn, head, hidden, targets, weights):
-  """Adds up sums_fn over the leading dim of hidden, targets and weights."""
+def _scan_sums(sums_fn, head, hidden, rest):
+  """Adds up sums_fn over the leading dim of hidden, and of what goes with it."""
 
   def body(total, xs):
-    return jax.tree.map(jnp.add, total, sums_fn(head, *xs)), None
+    h, one = xs
+    return jax.tree.map(jnp.add, total, sums_fn(head, h, *one)), None
 
-  return jax.lax.scan(body, _zero_sums(), (hidden, targets, weights))[0]
-
-
-def _zero_sums() -> dict[str, Array]:
-  names = ('loss', 'z_loss', 'num_correct', 'num_tokens')
-  return {name: jnp.zeros((), jnp.float32) for name in names}
+  return jax.lax.scan(body, _zero_sums(sums_fn, head, hidden, rest), (hidden, rest))[0]
 
 
-def _scan_sums_fwd(sums_fn, head, hidden, targets, weights):
+def _zero_sums(sums_fn, head, hidden, rest) -> dict[str, Array]:
+  first = jax.tree.map(lambda x: x[0], (hidden, rest))
+  shapes = jax.eval_shape(lambda h, one: sums_fn(head, h, *one), *first)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _scan_sums_fwd(sums_fn, head, hidden, rest):
   def body(carry, xs):
     total, head_grad = carry
-    h, t, w = xs
+    h, one = xs
 
     def loss_fn(head, h):
-      sums = sums_fn(head, h, t, w)
+      sums = sums_fn(head, h, *one)
       return sums['loss'], sums
 
     (g_head, g_h), sums = jax.grad(loss_fn, (0, 1), has_aux=True)(head, h)
@@ -253,7 +279,7 @@ def _scan_sums_fwd(sums_fn, head, hidden, targets, weights):
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
   (total, head_grad), hidden_grad = jax.lax.scan(
-    body, (_zero_sums(), zeros), (hidden, targets, weights)
+    body, (_zero_sums(sums_fn, head, hidden, rest), zeros), (hidden, rest)
   )
   return total, (head, head_grad, hidden_grad)
 
@@ -263,7 +289,7 @@ def _scan_sums_bwd(sums_fn, residuals, cotangents):
   head, head_grad, hidden_grad = residuals
   g = cotangents['loss']
   head_grad = jax.tree.map(lambda x, grad: (g * grad).astype(x.dtype), head, head_grad)
-  return head_grad, (g * hidden_grad).astype(hidden_grad.dtype), None, None
+  return head_grad, (g * hidden_grad).astype(hidden_grad.dtype), None
 
 
 _scan_sums.defvjp(_scan_sums_fwd, _scan_sums_bwd)

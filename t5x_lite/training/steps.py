@@ -5,7 +5,7 @@ functions. A step takes its arrays and returns arrays; what is static (model,
 optimizer, loss) is bound when the step is made.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +22,13 @@ from t5x_lite.training.train_state import TrainState
 Batch = Mapping[str, jax.Array]
 
 
-def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key):
+def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key, num_tasks: int = 0):
   """Returns the loss's sums over a batch; see `losses.loss_sums`."""
   hidden_BLD = model.hidden(batch, dropout_key=key)
   targets_BL = batch['decoder_target_tokens']
-  kwargs = {'z_loss': loss.z_loss, 'label_smoothing': loss.label_smoothing}
+  kwargs: dict[str, Any] = {'z_loss': loss.z_loss, 'label_smoothing': loss.label_smoothing}
+  if num_tasks:
+    kwargs |= {'task_ids_BL': batch['decoder_task_ids'], 'num_tasks': num_tasks}
   if loss.chunk is None:
     return losses.loss_sums(model.project(hidden_BLD), targets_BL, weights, **kwargs)
   return losses.chunked_cross_entropy(
@@ -62,6 +64,7 @@ def make_train_step(
   trainable: Any = None,
   skip_nonfinite: bool = False,
   histograms: bool = False,
+  task_names: Sequence[str] = (),
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns train_step(state, batch, key) -> (state, metrics).
 
@@ -80,6 +83,9 @@ def make_train_step(
     skip_nonfinite: leave parameters and optimizer as they are where loss or
       gradient are not finite, and say so in the metric `skipped`.
     histograms: add `group_histograms` of the gradient to the metrics.
+    task_names: if given, the batch has `decoder_task_ids`, which number them,
+      and the metrics have TASK_LOSS and TASK_WEIGHT with each name: sums of the
+      cross entropy in nats, and of the loss weights, over its tokens.
 
   The key is the run's; the step folds in its number. Metrics are float32
   scalars: loss (as minimised), cross_entropy and z_loss (nats per unit of loss
@@ -93,7 +99,8 @@ def make_train_step(
 
     def loss_fn(trained, batch, weights, key):
       params = _filled(trained, state.params)
-      sums = _sums(nnx.merge(graphdef, params), batch, weights, loss, key)
+      model = nnx.merge(graphdef, params)
+      sums = _sums(model, batch, weights, loss, key, len(task_names))
       return sums['loss'] / normalizer, sums
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -156,6 +163,9 @@ def make_train_step(
     }
     if histograms:
       metrics |= group_histograms(grads)
+    for i, name in enumerate(task_names):
+      metrics[TASK_LOSS + name] = sums['task_loss'][i]
+      metrics[TASK_WEIGHT + name] = sums['task_weight'][i]
     if skip_nonfinite:
       metrics['skipped'] = 1.0 - finite.astype(jnp.float32)
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -164,6 +174,8 @@ def make_train_step(
 
 
 GROUP_NORM = 'grad_norm/'
+TASK_LOSS = 'task_loss/'
+TASK_WEIGHT = 'task_weight/'
 
 
 def group_norms(grads: Any) -> dict[str, jax.Array]:

@@ -218,3 +218,27 @@ def test_histograms_are_there_only_when_asked_for_and_change_nothing():
   assert {name.removeprefix(steps.GROUP_HISTOGRAM) for name in extra} == norms
   count = sum(x.size for x in jax.tree.leaves(plain.params))
   assert sum(float(more[name].sum()) for name in extra) == count
+
+
+@pytest.mark.parametrize('settings', [{}, {'num_microbatches': 2}, {'chunk': 4}])
+def test_losses_of_tasks_are_those_of_their_tokens(settings):
+  """Each is what a batch of that task's tokens alone has; the update is the same."""
+  settings = dict(settings)
+  loss = dataclasses.replace(LOSS, label_smoothing=0.0, chunk=settings.pop('chunk', None))
+  cfg, batch = tiny.config(), tiny.batch(B=8)
+  batch = {
+    **batch,
+    'decoder_task_ids': np.arange(8)[:, None] % 3 + 0 * batch['decoder_target_tokens'],
+  }
+  state, metrics = train(cfg, batch, loss, task_names=('a', 'b', 'c'), **settings)
+  plain, plain_metrics = train(cfg, batch, loss, **settings)
+  assert_same(state.params, plain.params, atol=0)
+  assert set(metrics) - set(plain_metrics) == {
+    f'{kind}/{name}' for kind in ('task_loss', 'task_weight') for name in 'abc'
+  }
+  for number, name in enumerate('abc'):
+    alone = {key: value[number::3] for key, value in batch.items()}
+    _, want = train(cfg, alone, loss)
+    np.testing.assert_allclose(metrics[f'task_weight/{name}'], want['target_tokens'])
+    got = metrics[f'task_loss/{name}'] / metrics[f'task_weight/{name}']
+    np.testing.assert_allclose(got, want['cross_entropy'], rtol=1e-4)

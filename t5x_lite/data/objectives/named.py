@@ -1,11 +1,15 @@
-"""The pre-training objectives by name: the rows of the paper's tables 4-7."""
+"""The pre-training objectives by name: the rows of the paper's tables 4-7.
+
+Any other rate or span is a name too: `span_corruption_rate0.25_span5`.
+"""
 
 import functools
+import re
 from collections.abc import Callable
 
 import tensorflow as tf
 
-from t5x_lite.data.objectives import preprocessors
+from t5x_lite.data.objectives import denoising, preprocessors
 
 Preprocessor = Callable[..., tf.data.Dataset]
 
@@ -13,6 +17,30 @@ Preprocessor = Callable[..., tf.data.Dataset]
 def _objective(fn: Callable, **settings) -> Preprocessor:
   return functools.partial(fn, **settings)
 
+
+def _ul2(mode: str, fn: Callable, **settings) -> Preprocessor:
+  return _objective(preprocessors.with_mode, mode=mode, objective=functools.partial(fn, **settings))
+
+
+def _spans(mode: str, noise_density: float, mean_noise_span_length: float) -> Preprocessor:
+  return _ul2(
+    mode,
+    preprocessors.span_corruption,
+    noise_density=noise_density,
+    mean_noise_span_length=mean_noise_span_length,
+  )
+
+
+# The seven denoisers of UL2 (Tay et al. 2022, table 1), with mode tokens.
+UL2: dict[str, Preprocessor] = {
+  'ul2_r3': _spans('[R]', 0.15, 3.0),
+  'ul2_r8': _spans('[R]', 0.15, 8.0),
+  'ul2_s': _ul2('[S]', preprocessors.prefix_lm, noise_density=0.25),
+  'ul2_x3': _spans('[X]', 0.5, 3.0),
+  'ul2_x8': _spans('[X]', 0.5, 8.0),
+  'ul2_x64': _spans('[X]', 0.15, 64.0),
+  'ul2_x64_half': _spans('[X]', 0.5, 64.0),
+}
 
 # The rows of the T5 paper's tables 4 to 7, and ByT5's spans of 20 bytes.
 OBJECTIVES: dict[str, Preprocessor] = {
@@ -31,4 +59,37 @@ OBJECTIVES: dict[str, Preprocessor] = {
   'deshuffling': preprocessors.deshuffling,
   'prefix_lm': preprocessors.prefix_lm,
   'full_lm': preprocessors.full_lm,
+  **UL2,
 }
+
+_SETTINGS = re.compile(
+  r'(?P<base>span_corruption|iid_denoising|bert_style|mass_style|drop_tokens|prefix_lm)'
+  r'(_rate(?P<rate>\d*\.?\d+))?(_span(?P<span>\d*\.?\d+))?'
+)
+
+
+def find_objective(name: str) -> Preprocessor | None:
+  """Returns an objective of OBJECTIVES, or one with settings, or None.
+
+  Args:
+    name: `NAME`, `NAME_rate0.25`, `span_corruption_span5` or
+      `span_corruption_rate0.25_span5`: the share of tokens that is noise (for
+      prefix_lm the mean share of the targets), and the mean length of a span.
+
+  Raises:
+    UsageError: if a rate or span has no meaning.
+  """
+  if name in OBJECTIVES:
+    return OBJECTIVES[name]
+  match = _SETTINGS.fullmatch(name)
+  if match is None or (match['span'] and match['base'] != 'span_corruption'):
+    return None
+  settings = {}
+  if match['rate']:
+    settings['noise_density'] = float(match['rate'])
+  if match['span']:
+    settings['mean_noise_span_length'] = float(match['span'])
+  denoising.check_noise(
+    *(float(match[key] or default) for key, default in (('rate', 0.15), ('span', 1)))
+  )
+  return functools.partial(OBJECTIVES[match['base']], **settings)

@@ -11,7 +11,7 @@ Source: t5/data/preprocessors.py at fce4b1a (`span_corruption` 1931,
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import seqio
 import tensorflow as tf
@@ -313,20 +313,63 @@ def deshuffling(
 
 
 def prefix_lm(
-  dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
+  dataset: tf.data.Dataset,
+  sequence_length: Lengths,
+  output_features: Features,
+  *,
+  noise_density: float = 0.5,
 ) -> tf.data.Dataset:
-  """A random prefix in the inputs, what follows it in the targets."""
-  _check_targets(sequence_length, _length(sequence_length, 'inputs'))
+  """A random prefix in the inputs, what follows it in the targets.
+
+  Args:
+    dataset: tokenized documents under `targets`, without EOS.
+    sequence_length: inputs and targets, EOS included.
+    output_features: give the vocabulary.
+    noise_density: mean share of the tokens that are targets; a half makes every
+      split equally likely, see `denoising.random_prefix_noise_mask`.
+  """
+  denoising.check_noise(noise_density)
+  length = _length(sequence_length, 'inputs')
+  _check_targets(sequence_length, min(length, math.ceil(2 * noise_density * length)))
   dataset = select_random_chunk(dataset)
   dataset = split_tokens_to_length(dataset, sequence_length, output_features, feature='inputs')
   return denoise(
     dataset,
     output_features,
-    noise_density=0.5,
+    noise_density=noise_density,
     noise_mask_fn=denoising.random_prefix_noise_mask,
     inputs_fn=denoising.drop_nonnoise_tokens,
     targets_fn=denoising.drop_noise_tokens,
   )
+
+
+def with_mode(
+  dataset: tf.data.Dataset,
+  sequence_length: Lengths,
+  output_features: Features,
+  *,
+  mode: str,
+  objective: Callable[..., tf.data.Dataset],
+) -> tf.data.Dataset:
+  """An objective whose inputs begin with the tokens of a text, UL2's '[R]'.
+
+  Args:
+    dataset: tokenized documents under `targets`, without EOS.
+    sequence_length: of which the inputs' has room for the mode.
+    output_features: give the vocabulary.
+    mode: what the inputs begin with.
+    objective: another of this module.
+
+  Source: Tay et al. 2022, section 3.1.2: the mode as tokens of the vocabulary.
+  """
+  ids = output_features['inputs'].vocabulary.encode(mode)
+  shorter = {**(sequence_length or {}), 'inputs': _length(sequence_length, 'inputs') - len(ids)}
+  dataset = objective(dataset, shorter, output_features)
+
+  def prepend(example):
+    return {**example, 'inputs': tf.concat([tf.cast(ids, tf.int32), example['inputs']], 0)}
+
+  return dataset.map(prepend, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def full_lm(

@@ -46,6 +46,7 @@ _STREAM_FIELDS = (
   'loss_on_targets_only',
   'decoder_start_id',
   'segment_ids',
+  'per_task_loss',
   'host_sharding',
   'num_open_rows',
 )

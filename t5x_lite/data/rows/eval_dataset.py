@@ -33,14 +33,16 @@ class EvalDataset:
       UsageError: the config does not fit the task, or the task cannot be read.
     """
     row_buffer.check_processes(cfg, process_index, process_count)
-    self._cfg = dataclasses.replace(cfg, pack=False, shuffle=False, num_epochs=1)
+    self._cfg = dataclasses.replace(
+      cfg, pack=False, shuffle=False, num_epochs=1, per_task_loss=False
+    )
     self._index = process_index
     self._count = process_count
     self._examples = row_stream.RawExamples(self._cfg)
 
   def __iter__(self) -> Iterator[tuple[packing.Rows, list[dict[str, Any]]]]:
     cfg = self._cfg
-    converter = cfg.converter
+    converter = row_stream.make_converter(cfg)
     examples: list[dict[str, Any]] = []
 
     def batch() -> tuple[packing.Rows, list[dict[str, Any]]]:
@@ -48,6 +50,10 @@ class EvalDataset:
         name: packing.Ragged.from_arrays([example[name][:length] for example in examples], np.int64)
         for name, length in cfg.lengths.items()
       }
+      for name in converter.extra_features:
+        ragged[name] = packing.Ragged.from_arrays(
+          [example[name] for example in examples], np.float32
+        )
       self._examples.check_ids(ragged)
       rows = packing.pad(converter.prepare(ragged), converter.row_lengths, converter.aligned)
       rows = row_buffer.fill(converter.convert(rows), cfg.batch_size)

@@ -17,9 +17,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from t5x_lite.data.rows import packing
+from t5x_lite.errors import UsageError
 
 CONVERTERS = ('enc_dec', 'lm', 'prefix_lm')
 _PREFIX = 'targets_prefix'
+# A task's own weight of every target token, a feature beside `targets`.
+LOSS_WEIGHTS = 'targets_loss_weights'
+# The number of an example's task, one value an example.
+TASK_ID = 'task_id'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,9 @@ class FeatureConverter:
     decoder_start_id: first decoder input of every example.
     loss_on_targets_only: no loss on the inputs of 'lm' and 'prefix_lm'.
     segment_ids: give *_segment_ids and *_positions too.
+    loss_weights: examples have `targets_loss_weights`, what their tokens weigh
+      in the loss; the inputs of 'lm' and 'prefix_lm' weigh 1.
+    task_ids: examples have `task_id`; gives decoder_task_ids, 0 on padding.
   """
 
   kind: str
@@ -42,6 +50,13 @@ class FeatureConverter:
   decoder_start_id: int = 0
   loss_on_targets_only: bool = True
   segment_ids: bool = True
+  loss_weights: bool = False
+  task_ids: bool = False
+
+  @property
+  def extra_features(self) -> tuple[str, ...]:
+    """Features of an example besides those that have a length."""
+    return (LOSS_WEIGHTS,) * self.loss_weights + (TASK_ID,) * self.task_ids
 
   @property
   def row_lengths(self) -> dict[str, int]:
@@ -53,20 +68,45 @@ class FeatureConverter:
   @property
   def aligned(self) -> dict[str, str]:
     """Features that follow another one value by value."""
-    return {} if self.kind == 'enc_dec' else {_PREFIX: 'targets'}
+    prefix = () if self.kind == 'enc_dec' else (_PREFIX,)
+    return dict.fromkeys((*prefix, *self.extra_features), 'targets')
 
   def prepare(self, examples: packing.Examples) -> packing.Examples:
     """Arranges ragged task features into the features of a row."""
-    if self.kind == 'enc_dec':
-      return {name: _int32(examples[name]) for name in self.row_lengths}
     targets = _int32(examples['targets'])
-    if 'inputs' not in self.lengths:
-      return {'targets': targets, _PREFIX: _full_like(targets, 0)}
-    inputs = _int32(examples['inputs'])
-    return {
-      'targets': packing.interleave(inputs, targets),
-      _PREFIX: packing.interleave(_full_like(inputs, 1), _full_like(targets, 0)),
-    }
+    rows = {'targets': targets}
+    if self.loss_weights:
+      rows[LOSS_WEIGHTS] = self._weights(examples[LOSS_WEIGHTS], targets)
+    if self.kind == 'enc_dec':
+      rows['inputs'] = _int32(examples['inputs'])
+    else:
+      rows[_PREFIX] = _full_like(targets, 0)
+      if 'inputs' in self.lengths:
+        inputs = _int32(examples['inputs'])
+        ones = _full_like(inputs, 1)
+        before = {'targets': inputs, _PREFIX: ones, LOSS_WEIGHTS: _float32(ones)}
+        rows = {name: packing.interleave(before[name], value) for name, value in rows.items()}
+    if self.task_ids:
+      lengths = rows['targets'].lengths
+      rows[TASK_ID] = packing.Ragged(
+        np.repeat(examples[TASK_ID].values.astype(np.int32), lengths), lengths
+      )
+    return rows
+
+  def _weights(self, weights: packing.Ragged, targets: packing.Ragged) -> packing.Ragged:
+    """Returns the weights cut as the targets were, which SeqIO trims alone."""
+    cut = targets.lengths == self.lengths['targets']
+    wrong = (weights.lengths != targets.lengths) & ~(cut & (weights.lengths > targets.lengths))
+    if wrong.any():
+      at = int(wrong.argmax())
+      raise UsageError(
+        f'an example has {targets.lengths[at]} targets and {weights.lengths[at]} '
+        f'{LOSS_WEIGHTS}: a task must give every token its weight, EOS too'
+      )
+    if not np.isfinite(weights.values).all() or (weights.values < 0).any():
+      raise UsageError(f'{LOSS_WEIGHTS} of a task must be numbers of 0 or more')
+    keep = packing.ramp(weights.lengths) < np.repeat(targets.lengths, weights.lengths)
+    return _float32(packing.Ragged(weights.values[keep], targets.lengths))
 
   def convert(self, rows: packing.Rows) -> packing.Rows:
     """Turns rows into model features."""
@@ -94,7 +134,11 @@ class FeatureConverter:
         # last input is read and the first target predicted.
         visible = real & (first | prefix | (_shift_right(prefix) > 0))
         batch['decoder_causal_attention'] = visible.astype(np.int32)
+    if self.loss_weights:
+      weights = weights * rows[LOSS_WEIGHTS]
     batch['decoder_loss_weights'] = weights.astype(np.float32)
+    if self.task_ids:
+      batch['decoder_task_ids'] = rows[TASK_ID]
     if self.segment_ids:
       batch['decoder_segment_ids'] = segments
       batch['decoder_positions'] = positions
@@ -103,7 +147,8 @@ class FeatureConverter:
   def spec(self) -> dict[str, tuple[int, np.dtype]]:
     """Returns the length and dtype of every model feature."""
     empty = {
-      name: packing.Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64)) for name in self.lengths
+      name: packing.Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
+      for name in (*self.lengths, *self.extra_features)
     }
     rows = packing.pad(self.prepare(empty), self.row_lengths, self.aligned)
     return {k: (v.shape[1], v.dtype) for k, v in self.convert(rows).items()}
@@ -111,6 +156,10 @@ class FeatureConverter:
 
 def _int32(ragged: packing.Ragged) -> packing.Ragged:
   return packing.Ragged(ragged.values.astype(np.int32), ragged.lengths)
+
+
+def _float32(ragged: packing.Ragged) -> packing.Ragged:
+  return packing.Ragged(ragged.values.astype(np.float32), ragged.lengths)
 
 
 def _full_like(ragged: packing.Ragged, value: int) -> packing.Ragged:

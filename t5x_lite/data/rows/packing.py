@@ -49,7 +49,7 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
   return np.cumsum(lengths) - lengths
 
 
-def _ramp(lengths: np.ndarray) -> np.ndarray:
+def ramp(lengths: np.ndarray) -> np.ndarray:
   """Returns 0, 1, ..., n-1 for every length n, end to end."""
   return np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
 
@@ -58,7 +58,7 @@ def take(ragged: Ragged, index: np.ndarray) -> Ragged:
   """Returns the examples at `index`, in that order."""
   lengths = ragged.lengths[index]
   start = np.repeat(_starts(ragged.lengths)[index], lengths)
-  return Ragged(ragged.values[start + _ramp(lengths)], lengths)
+  return Ragged(ragged.values[start + ramp(lengths)], lengths)
 
 
 def concatenate(first: Ragged, second: Ragged) -> Ragged:
@@ -91,8 +91,8 @@ def _place(
   start = _starts(lengths)
   used = np.bincount(row, weights=lengths, minlength=num_rows).astype(np.int64)
   offset = start - _starts(used)[row]
-  ramp = _ramp(lengths)
-  return np.repeat(row * length + offset, lengths) + ramp, ramp
+  offsets = ramp(lengths)
+  return np.repeat(row * length + offset, lengths) + offsets, offsets
 
 
 def _scatter(

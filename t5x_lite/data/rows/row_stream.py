@@ -6,6 +6,7 @@ there.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -20,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.rows import packing
+from t5x_lite.data.rows import feature_converters, packing
 from t5x_lite.data.tasks import catalog
 from t5x_lite.errors import UsageError
 
@@ -49,15 +50,19 @@ def read_examples(
   ends a finite mixture when the first of its tasks runs out, which would leave
   most of the others out of an evaluation.
   """
-  tasks = [provider]
-  if isinstance(provider, seqio.Mixture) and cfg.num_epochs is not None:
-    tasks = [task for task in provider.tasks if cfg.split in task.splits]
+  tasks: list[Any] = [provider]
+  if isinstance(provider, seqio.Mixture):
+    if cfg.per_task_loss:
+      provider = _Numbered(provider)
+      tasks = [provider]
+    if cfg.num_epochs is not None:
+      tasks = [task for task in provider.tasks if cfg.split in task.splits]
   half_the_cores = max((os.cpu_count() or 1) // 2, 1)
   options = tf.data.Options()
   options.deterministic = True
   options.threading.private_threadpool_size = cfg.num_threads or min(half_the_cores, 16)
   try:
-    return [
+    datasets = [
       task.get_dataset(
         sequence_length=cfg.lengths,
         split=cfg.split,
@@ -73,15 +78,49 @@ def read_examples(
       ).with_options(options)
       for task in tasks
     ]
+  except KeyError as error:
+    column = re.search(r'KeyError: (.+)', str(error))
+    raise UsageError(
+      f'{cfg.mixture_or_task_name} cannot be read: a preprocessor asks for the column '
+      f'{column[1] if column else error}, which the rows do not have'
+    ) from error
   except (ValueError, OSError, tf.errors.NotFoundError) as error:
     first_line = str(error).partition('\n')[0]
     raise UsageError(f'{cfg.mixture_or_task_name} cannot be read: {first_line}') from error
+  if cfg.per_task_loss and cfg.num_epochs is not None:
+    numbers = [seqio.get_subtasks(provider).index(task) for task in tasks]
+    return [_numbered(*pair) for pair in zip(datasets, numbers, strict=True)]
+  return datasets
+
+
+class _Numbered(seqio.Mixture):
+  """A mixture whose examples say which of its tasks they come from."""
+
+  def __init__(self, mixture: seqio.Mixture):
+    rates: list[Any] = [(task, mixture.get_rate) for task in mixture.tasks]
+    super().__init__(mixture.name, rates, sample_fn=mixture._sample_fn)
+
+  def get_task_dataset(self, task: seqio.Task, *args, **kwargs) -> tf.data.Dataset:
+    number = self.tasks.index(task)
+    return _numbered(super().get_task_dataset(task, *args, **kwargs), number)
+
+
+def _numbered(dataset: tf.data.Dataset, number: int) -> tf.data.Dataset:
+  return dataset.map(lambda example: {**example, feature_converters.TASK_ID: [number]})
+
+
+def make_converter(cfg: DatasetConfig) -> feature_converters.FeatureConverter:
+  """Returns the config's converter, with what only the task can tell."""
+  features = catalog.task_provider(cfg).output_features
+  return dataclasses.replace(
+    cfg.converter, loss_weights=feature_converters.LOSS_WEIGHTS in features
+  )
 
 
 def _token_dataset(cfg: DatasetConfig, seed: int, shard: seqio.ShardInfo | None) -> tf.data.Dataset:
   """Returns the features that the converter needs, of all tasks."""
   provider = catalog.task_provider(cfg)
-  names = tuple(cfg.lengths)
+  names = (*cfg.lengths, *make_converter(cfg).extra_features)
   datasets = [
     dataset.map(lambda example: {name: example[name] for name in names})
     for dataset in read_examples(cfg, provider, seed=seed, shard=shard)
@@ -149,7 +188,7 @@ class RowStream:
 
   def __init__(self, cfg: DatasetConfig, seed: int, index: int = 0, count: int = 1):
     self._cfg = cfg
-    self._converter = cfg.converter
+    self._converter = make_converter(cfg)
     self._vocab_sizes = vocab_sizes(cfg)
     self._packer = packing.Packer(
       self._converter.row_lengths, self._converter.aligned, num_open_rows=cfg.num_open_rows
@@ -213,7 +252,7 @@ class RowStream:
       self._counted = not self._can_checkpoint()
     examples = {name: _to_numpy(tensor) for name, tensor in window.items()}
     check_ids(self._cfg, self._vocab_sizes, examples)
-    sizes = np.sum([r.lengths for r in examples.values()], axis=0)
+    sizes = np.sum([examples[name].lengths for name in self._cfg.lengths], axis=0)
     self._num_examples += len(sizes)
     if not sizes.all():  # nothing to learn from, nothing to place
       keep = np.flatnonzero(sizes)

@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,8 @@ class TaskRecipe:
     metric_fns: for the evaluation; empty means only the loss.
     postprocess_fn: SeqIO's.
     shuffle_buffer_size: examples; None where the source shuffles whole.
+    is_t5s: t5 has a task of this name. With T5's vocabulary it is registered
+      under that name alone, under which T5X users have it cached.
   """
 
   # Any: seqio.DataSource does not meet the registry's own annotation.
@@ -49,6 +53,7 @@ class TaskRecipe:
   metric_fns: tuple[metrics.MetricFn, ...] = ()
   postprocess_fn: Callable | None = None
   shuffle_buffer_size: int | None = None
+  is_t5s: bool = False
 
   def register(self, name: str, vocabulary: VocabularyConfig) -> None:
     """Adds the task to SeqIO's registry."""
@@ -69,6 +74,7 @@ class MixtureRecipe:
   """A mixture but for its vocabulary: rates by name of recipe."""
 
   rates: Mapping[str, Rate]
+  is_t5s: bool = False
 
   def register(self, name: str, vocabulary: VocabularyConfig) -> None:
     """Adds the mixture, and the tasks that it needs, to SeqIO's registry."""
@@ -76,7 +82,11 @@ class MixtureRecipe:
     seqio.MixtureRegistry.add(name, rates)
 
 
-_CATALOG: dict[str, TaskRecipe | MixtureRecipe] = {}
+Recipe = TaskRecipe | MixtureRecipe
+
+_CATALOG: dict[str, Recipe] = {}
+# Makers of recipes whose names follow a rule, and what lists the usual names.
+_FINDERS: list[tuple[Callable[[str], Recipe | None], Callable[[], tuple[str, ...]]]] = []
 # Full names of a recipe that are registered.
 _RESOLVED: dict[str, set[str]] = {}
 
@@ -85,8 +95,28 @@ _RESOLVED: dict[str, set[str]] = {}
 
 
 def catalog() -> tuple[str, ...]:
-  """Returns the names that `resolve` can register for any vocabulary."""
-  return tuple(sorted(_CATALOG))
+  """Returns the names that `resolve` can register for any vocabulary.
+
+  Those of `add_finder` are examples of theirs.
+  """
+  return tuple(sorted({*_CATALOG, *(name for _, names in _FINDERS for name in names())}))
+
+
+def add_finder(find: Callable[[str], Recipe | None], names: Callable[[], tuple[str, ...]]) -> None:
+  """Adds a maker of recipes for the names that the catalog does not hold.
+
+  Args:
+    find: returns the recipe of a name, or None if it is not one of its own.
+    names: lists its usual names.
+  """
+  _FINDERS.append((find, names))
+
+
+def find_recipe(name: str) -> Recipe | None:
+  """Returns the recipe of a name, if there is one."""
+  if name in _CATALOG:
+    return _CATALOG[name]
+  return next((recipe for find, _ in _FINDERS if (recipe := find(name)) is not None), None)
 
 
 @functools.lru_cache
@@ -113,10 +143,16 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
   Raises:
     UsageError: if there is no such name, or its task has another vocabulary.
   """
-  if name in _CATALOG:
-    full_name = f'{name}_{suffix(vocabulary)}'
+  # A user's own task goes before one of ours.
+  is_users = is_registered(name) and name not in _RESOLVED.get(name, ())
+  recipe = None if is_users else find_recipe(name)
+  if recipe is not None:
+    ending = suffix(vocabulary)
+    full_name = re.sub(r'[^\w.:#]', ':', name)  # SeqIO's letters
+    if not (recipe.is_t5s and ending == 't5'):
+      full_name = f'{full_name}_{ending}'
     if not is_registered(full_name):
-      _CATALOG[name].register(full_name, vocabulary)
+      recipe.register(full_name, vocabulary)
       _RESOLVED.setdefault(name, set()).add(full_name)
     return full_name
   provider = find_provider(name)
@@ -132,26 +168,41 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
   return name
 
 
-def register_catalog(vocabulary: VocabularyConfig) -> tuple[str, ...]:
-  """Registers the whole catalog for a vocabulary; returns the full names."""
-  return tuple(resolve(name, vocabulary) for name in catalog())
-
-
 def register_mixture(
-  name: str, rates: Mapping[str, Rate], *, vocabulary: VocabularyConfig | None = None
+  name: str,
+  rates: Mapping[str, Rate] | Sequence[str],
+  *,
+  limit: int | None = None,
+  temperature: float = 1.0,
+  vocabulary: VocabularyConfig | None = None,
 ) -> None:
   """Adds a mixture of tasks of the catalog.
+
+  `register_mixture('mine', ['a', 'b'], limit=2**16)` draws each task as often
+  as it has examples, or 2**16 of them at most.
 
   Args:
     name: of the mixture.
     rates: tasks or mixtures of the catalog, with how often each is drawn
-      relative to the others.
+      relative to the others; or their names alone, for examples-proportional
+      rates over all their tasks.
+    limit: the paper's K, of examples-proportional rates.
+    temperature: the paper's T, likewise: rates to the power of 1 / T.
     vocabulary: if given, the mixture is registered as `name` with it; else
       `name` joins the catalog.
+
+  Raises:
+    UsageError: if a task is not there or a rate has no meaning.
   """
   import_modules()
+  if isinstance(rates, Mapping):
+    if limit is not None or temperature != 1.0:
+      raise UsageError(f'The mixture {name!r} has rates: limit and temperature are for names alone')
+  else:
+    rate = proportional(limit=limit, temperature=temperature)
+    rates = dict.fromkeys((task for part in rates for task in leaves(part)), rate)
   for task, rate in rates.items():
-    if task not in _CATALOG and not is_registered(task):
+    if find_recipe(task) is None and not is_registered(task):
       raise UsageError(
         f'The mixture {name!r} names {task!r}, which is not registered; there '
         f'are {", ".join(sorted(_CATALOG))}'
@@ -163,6 +214,32 @@ def register_mixture(
   add(name, MixtureRecipe(rates=dict(rates)), vocabulary)
 
 
+def proportional(*, limit: int | None = None, temperature: float = 1.0) -> Rate:
+  """Returns the paper's examples-proportional rate: min(examples, K) ** (1 / T).
+
+  Raises:
+    UsageError: if the limit or temperature is not more than 0.
+  """
+  for key, value in (('limit', limit), ('temperature', temperature)):
+    if value is not None and not value > 0:
+      raise UsageError(f'{key} of a mixture is {value}; it must be more than 0')
+  return functools.partial(seqio.mixing_rate_num_examples, maximum=limit, temperature=temperature)
+
+
+def leaves(name: str) -> list[str]:
+  """Returns the tasks of a mixture, nested ones too, or a task itself.
+
+  Tasks of a rate of 0 are left out.
+  """
+  recipe = find_recipe(name)
+  if isinstance(recipe, MixtureRecipe):
+    found = [leaf for task, rate in recipe.rates.items() if rate != 0 for leaf in leaves(task)]
+    return list(dict.fromkeys(found))
+  if recipe is None and name in seqio.MixtureRegistry.names():
+    return [task.name for task in seqio.MixtureRegistry.get(name).tasks]
+  return [name]
+
+
 def texts(name: str, split: str = 'train') -> Iterator[str]:
   """Yields the text of a task or mixture as it is before the tokenization.
 
@@ -170,7 +247,7 @@ def texts(name: str, split: str = 'train') -> Iterator[str]:
     UsageError: if there is no such name or split.
   """
   import_modules()
-  full_name = resolve(name, VOCABULARIES['byte']) if name in _CATALOG else name
+  full_name = name if is_registered(name) else resolve(name, VOCABULARIES['byte'])
   provider = find_provider(full_name)
   if split not in provider.splits:
     raise UsageError(f'{name!r} has no split {split!r}, only {", ".join(provider.splits)}')
@@ -212,7 +289,7 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
     UsageError: if there is none; the message lists close matches.
   """
   if not is_registered(name):
-    known = [*_CATALOG, *_registered()]
+    known = [*catalog(), *_registered()]
     close = difflib.get_close_matches(name, known, n=3) or sorted(_CATALOG)
     raise UsageError(
       f'There is no task or mixture {name!r}; did you mean {", ".join(close)}? '
@@ -270,7 +347,10 @@ def import_modules(modules: str = '') -> None:
   Raises:
     UsageError: a module that cannot be imported.
   """
-  for module in ('t5x_lite.data.tasks.embedded', *modules.split(',')):
+  cached = os.environ.get('SEQIO_CACHE_DIRS', '')  # --seqio_additional_cache_dirs
+  seqio.add_global_cache_dirs([path for path in cached.split(',') if path])
+  ours = ('embedded', 'benchmarks', 'mixing')
+  for module in (*(f't5x_lite.data.tasks.{name}' for name in ours), *modules.split(',')):
     if not module.strip():
       continue
     try:
@@ -311,4 +391,4 @@ def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
 def short_name(task: str, vocabulary: VocabularyConfig) -> str:
   """Returns a task's name without the suffix that names its vocabulary."""
   base = task.removesuffix('_' + suffix(vocabulary))
-  return base if base in _CATALOG else task
+  return base if find_recipe(base) is not None else task

@@ -15,9 +15,15 @@ import re
 import seqio
 
 from t5x_lite.data import metrics
-from t5x_lite.data.objectives.named import OBJECTIVES
 from t5x_lite.data.tasks import sources
-from t5x_lite.data.tasks.catalog import VOCABULARIES, MixtureRecipe, add, register_catalog
+from t5x_lite.data.tasks.catalog import (
+  VOCABULARIES,
+  MixtureRecipe,
+  add,
+  catalog,
+  find_recipe,
+  resolve,
+)
 from t5x_lite.data.tasks.from_files import register_text_task, supervised
 
 # Paragraphs of Shakespeare that stay together when documents are shuffled.
@@ -87,14 +93,13 @@ add(
   ),
 )
 
-for _objective in OBJECTIVES:
-  register_text_task(
-    f'shakespeare_{_objective}',
-    train_file=_path('shakespeare', 'train', 'txt'),
-    validation_file=_path('shakespeare', 'validation', 'txt'),
-    lines_per_document=_LINES_PER_DOCUMENT,
-    objective=_objective,
-  )
+register_text_task(
+  'shakespeare',
+  train_file=_path('shakespeare', 'train', 'txt'),
+  validation_file=_path('shakespeare', 'validation', 'txt'),
+  lines_per_document=_LINES_PER_DOCUMENT,
+  objective='all',
+)
 
 add(
   'translate',
@@ -124,4 +129,7 @@ add(
 )
 
 for _vocabulary in VOCABULARIES.values():
-  register_catalog(_vocabulary)
+  for _name in catalog():
+    _recipe = find_recipe(_name)
+    if _recipe is not None and not _recipe.is_t5s:
+      resolve(_name, _vocabulary)

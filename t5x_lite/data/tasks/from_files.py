@@ -8,7 +8,7 @@ import seqio
 from t5x_lite.data import metrics as metrics_lib
 from t5x_lite.data import records, text_files
 from t5x_lite.data.objectives import preprocessors
-from t5x_lite.data.objectives.named import OBJECTIVES
+from t5x_lite.data.objectives.named import OBJECTIVES, UL2, find_objective
 from t5x_lite.data.tasks import catalog, sources, text_preprocessors
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
@@ -97,7 +97,9 @@ def register_text_task(
 ) -> None:
   """Makes a pre-training task of text files, plain or gzip.
 
-  For instance `register_text_task('books', train_file='books/*.txt.gz')`.
+  For instance `register_text_task('books', train_file='books/*.txt.gz')`. With
+  `objective='all'` there are `books_span_corruption`, `books_prefix_lm`,
+  `books_iid_denoising_rate0.25` and so on, and the mixture `books_ul2`.
 
   Args:
     name: of the task.
@@ -109,8 +111,10 @@ def register_text_task(
     file_format: 'text', 'tsv' or 'jsonl'; empty to tell from the name.
     text_field: where TSV or JSONL hold the text.
     lines_per_document: neighbouring lines that belong together.
-    objective: name from OBJECTIVES, or a SeqIO preprocessor of tokens.
-    vocabulary: as in `register_file_task`.
+    objective: name from OBJECTIVES, one with settings such as
+      'span_corruption_rate0.25_span5', a SeqIO preprocessor of tokens, or 'all'
+      for a task NAME_OBJECTIVE of each.
+    vocabulary: as in `register_file_task`; not with 'all'.
 
   Raises:
     UsageError: if the name is taken, a file is missing or the objective
@@ -140,7 +144,13 @@ def register_text_task(
       for split, pattern in split_to_files.items()
     }
     make_source = functools.partial(sources.RowsDataSource, split_to_rows)
-  catalog.add(name, unsupervised(make_source, objective), vocabulary)
+  if objective != 'all':
+    catalog.add(name, unsupervised(make_source, objective), vocabulary)
+    return
+  if name in _TEXTS or vocabulary is not None:
+    problem = 'there is a text of this name' if name in _TEXTS else 'it is for any vocabulary'
+    raise UsageError(f"The text {name!r} cannot have objective='all': {problem}")
+  _TEXTS[name] = functools.cache(make_source)
 
 
 def _split_files(name: str, **split_to_file: str) -> dict[str, str]:
@@ -188,27 +198,69 @@ def supervised(
 
 
 def unsupervised(
-  make_source: Callable[[], seqio.DataSource], objective: str | catalog.Preprocessor
+  make_source: Callable[[], seqio.DataSource],
+  objective: str | catalog.Preprocessor,
+  *,
+  steps: Sequence[catalog.Preprocessor] = (),
+  is_t5s: bool = False,
 ) -> catalog.TaskRecipe:
   """Returns the recipe of a pre-training task.
 
   Args:
-    make_source: its rows hold documents under `targets`.
-    objective: name from OBJECTIVES, or a preprocessor of tokens.
+    make_source: its rows hold documents under `targets`, or `steps` put them
+      there.
+    objective: a name that `find_objective` knows, or a preprocessor of tokens.
+    steps: what comes before the tokenization.
+    is_t5s: see `catalog.TaskRecipe`.
   """
   if isinstance(objective, str):
-    if objective not in OBJECTIVES:
-      raise UsageError(f'There is no objective {objective!r}; there are {", ".join(OBJECTIVES)}')
-    objective = OBJECTIVES[objective]
-  steps = [text_preprocessors.tokenize_documents, seqio.CacheDatasetPlaceholder(), objective]
+    found = find_objective(objective)
+    if found is None:
+      raise UsageError(
+        f'There is no objective {objective!r}; there are {", ".join(OBJECTIVES)}, and others '
+        'such as span_corruption_rate0.25_span5'
+      )
+    objective = found
+  rest = [text_preprocessors.tokenize_documents, seqio.CacheDatasetPlaceholder(), objective]
   is_lm = objective is preprocessors.full_lm
   if not is_lm:
-    steps.append(seqio.preprocessors.append_eos_after_trim)
+    rest.append(seqio.preprocessors.append_eos_after_trim)
   return catalog.TaskRecipe(
     make_source=functools.cache(make_source),
-    preprocessors=tuple(steps),
+    preprocessors=(*steps, *rest),
     features=('targets',) if is_lm else ('inputs', 'targets'),
     # The examples of one joined text follow each other, so they are shuffled
     # once more.
     shuffle_buffer_size=1000,
+    is_t5s=is_t5s,
   )
+
+
+def ul2(text: str) -> catalog.MixtureRecipe:
+  """Returns UL2's mixture over a text: its seven denoisers, equally often.
+
+  Source: Tay et al. 2022, table 1 and section 3.1.2.
+  """
+  return catalog.MixtureRecipe(rates={f'{text}_{denoiser}': 1.0 for denoiser in UL2})
+
+
+# Sources of texts whose every objective is a task, TEXT_OBJECTIVE.
+_TEXTS: dict[str, Callable[[], seqio.DataSource]] = {}
+
+
+def _find_text(name: str) -> catalog.TaskRecipe | catalog.MixtureRecipe | None:
+  for text in sorted(_TEXTS, key=len, reverse=True):
+    if not name.startswith(f'{text}_'):
+      continue
+    objective = name.removeprefix(f'{text}_')
+    if objective == 'ul2':
+      return ul2(text)
+    if find_objective(objective) is not None:
+      return unsupervised(_TEXTS[text], objective)
+  return None
+
+
+catalog.add_finder(
+  _find_text,
+  lambda: tuple(f'{text}_{objective}' for text in _TEXTS for objective in (*OBJECTIVES, 'ul2')),
+)

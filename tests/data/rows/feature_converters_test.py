@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.data.rows import feature_converters, packing
+from t5x_lite.errors import UsageError
 
 
 def convert(kind, lengths, examples, packed, **kwargs):
@@ -155,3 +156,54 @@ def test_an_example_without_targets_leaves_its_neighbour_alone(kind):
   assert batch['decoder_loss_weights'][0, :5].tolist() == [0, 0, 0, 1, 0]
   if kind == 'prefix_lm':
     assert batch['decoder_causal_attention'][0, :5].tolist() == [1, 1, 1, 1, 0]
+
+
+WEIGHED = PAIRS | {'targets_loss_weights': [[0.5, 2.0, 0.0], [1.0, 0.25]]}
+
+
+@pytest.mark.parametrize('packed', [True, False])
+def test_a_tasks_own_weights_follow_its_tokens(packed):
+  lengths = {'inputs': 10, 'targets': 7}
+  batch = convert('enc_dec', lengths, WEIGHED, packed, loss_weights=True)
+  want = [[0.5, 2, 0, 1, 0.25, 0, 0]] if packed else [[0.5, 2, 0, 0, 0, 0, 0], [1, 0.25] + [0] * 5]
+  assert batch['decoder_loss_weights'].tolist() == want
+  plain = convert('enc_dec', lengths, PAIRS, packed)
+  for name in plain.keys() - {'decoder_loss_weights'}:
+    np.testing.assert_array_equal(plain[name], batch[name])
+
+
+@pytest.mark.parametrize(('targets_only', 'before'), [(True, [0] * 4), (False, [1] * 4)])
+def test_weights_of_a_decoder_are_of_its_targets(targets_only, before):
+  batch = convert(
+    'lm',
+    {'inputs': 5, 'targets': 4},
+    {name: values[:1] for name, values in WEIGHED.items()},
+    packed=True,
+    loss_weights=True,
+    loss_on_targets_only=targets_only,
+  )
+  assert batch['decoder_loss_weights'].tolist() == [[*before, 0.5, 2, 0, 0, 0]]
+
+
+def test_weights_are_cut_as_the_targets_were():
+  examples = {'inputs': [[5]], 'targets': [[3, 9]], 'targets_loss_weights': [[0.5, 2.0, 7.0]]}
+  batch = convert('enc_dec', {'inputs': 2, 'targets': 2}, examples, False, loss_weights=True)
+  assert batch['decoder_loss_weights'].tolist() == [[0.5, 2]]
+  for weights, message in (
+    ([0.5], '2 targets and 1 targets_loss_weights'),
+    ([1.0, -1.0], 'must be numbers of 0 or more'),
+  ):
+    examples['targets_loss_weights'] = [weights]
+    with pytest.raises(UsageError, match=message):
+      convert('enc_dec', {'inputs': 2, 'targets': 2}, examples, False, loss_weights=True)
+  with pytest.raises(UsageError, match='2 targets and 3'):
+    examples['targets_loss_weights'] = [[1.0, 1.0, 1.0]]
+    convert('enc_dec', {'inputs': 2, 'targets': 5}, examples, False, loss_weights=True)
+
+
+@pytest.mark.parametrize('kind', ['enc_dec', 'prefix_lm'])
+def test_task_numbers_are_of_every_token(kind):
+  examples = PAIRS | {'task_id': [[2], [0]]}
+  batch = convert(kind, {'inputs': 10, 'targets': 7}, examples, packed=True, task_ids=True)
+  segments = batch['decoder_segment_ids']
+  np.testing.assert_array_equal(batch['decoder_task_ids'], np.where(segments == 1, 2, 0))

@@ -1,0 +1,104 @@
+"""Sources of TensorFlow Datasets that are prepared already; nothing is downloaded.
+
+SeqIO's own source goes to the network for whatever it does not find, and
+without one hangs for minutes. This one looks into the data directory alone:
+DatasetConfig does not name it, TFDS_DATA_DIR, `--tfds_data_dir` or
+`seqio.set_tfds_data_dir_override` do. It may be on GCS (gs://...).
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
+
+from t5x_lite.errors import UsageError
+
+
+def data_dir() -> str:
+  """Returns the directory in which prepared datasets are looked for."""
+  return os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
+
+
+def find_prepared(name: str, directory: str) -> epath.Path:
+  """Returns the folder of a prepared dataset.
+
+  Args:
+    name: 'glue/cola:1.0.0'; another version will do if that one is not there,
+      the newest.
+    directory: the data directory.
+
+  Raises:
+    UsageError: if no version of it is there.
+  """
+  dataset, _, version = name.partition(':')
+  root = epath.Path(directory).expanduser()
+  versions = {}
+  try:
+    for path in (root / dataset).iterdir() if (root / dataset).exists() else ():
+      if re.fullmatch(r'\d+\.\d+\.\d+', path.name) and (path / 'dataset_info.json').exists():
+        versions[tuple(map(int, path.name.split('.')))] = path
+  except (OSError, tf.errors.OpError) as error:
+    reason = str(error).partition('\n')[0]
+    raise UsageError(f'{root} cannot be read: {reason}') from error
+  if not versions:
+    raise UsageError(
+      f'the TFDS dataset {dataset} is not prepared in {root}: run `tfds build {dataset} '
+      f'--data_dir={root}` where there is a network, or name the directory that has it by '
+      'TFDS_DATA_DIR or --tfds_data_dir'
+    )
+  return next((p for p in versions.values() if p.name == version), versions[max(versions)])
+
+
+class _Loader(seqio.utils.LazyTfdsLoader):
+  """Finds the builder by its folder, so that no network is asked."""
+
+  def _get_builder_key(self, dataset: str, directory: str | None) -> tuple[str, str]:
+    return dataset, directory or data_dir()
+
+  def _get_builder(self, split: str | None = None):
+    del split
+    key = self._get_builder_key(self.name, self.data_dir)
+    if key not in self._MEMOIZED_BUILDERS:
+      self._MEMOIZED_BUILDERS[key] = tfds.builder_from_directory(find_prepared(*key))
+    return self._MEMOIZED_BUILDERS[key]
+
+
+class PreparedSource(seqio.TfdsDataSource):
+  """A dataset by name, with its splits and columns known before it is touched."""
+
+  def __init__(self, name: str, splits: Mapping[str, str], columns: Sequence[str]):
+    """Reads nothing yet.
+
+    Args:
+      name: with config and version: 'glue/cola:1.0.0'.
+      splits: TFDS's, or parts of them ('train[:90%]'), by our names.
+      columns: that the task needs.
+    """
+    super().__init__(name, splits=dict(splits), read_only=True)
+    self._tfds_dataset = _Loader(name, split_map=dict(splits), read_only=True)
+    self._columns = columns
+    self._parts = dict(splits)
+
+  def get_dataset(self, split: str | None = None, *args, **kwargs) -> tf.data.Dataset:
+    """See seqio.TfdsDataSource.
+
+    Raises:
+      UsageError: if it is not prepared, or lacks the split or a column.
+    """
+    info = self.tfds_dataset.info
+    for missing in [name for name in self._columns if name not in info.features]:
+      raise UsageError(
+        f'{self.tfds_dataset.name} has no column {missing!r}, only '
+        f'{", ".join(sorted(info.features))}: is it the dataset the task is made for?'
+      )
+    for part in self._parts[split or 'train'].split('+'):
+      base = part.partition('[')[0]
+      if info.splits and base not in info.splits:
+        raise UsageError(
+          f'{self.tfds_dataset.name} has no split {base!r}, only {", ".join(sorted(info.splits))}'
+        )
+    return super().get_dataset(split, *args, **kwargs)

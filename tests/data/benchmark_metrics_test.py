@@ -1,0 +1,102 @@
+"""Metrics of the benchmarks on small cases worked out by hand, as t5 counts them."""
+
+import numpy as np
+import pytest
+
+from t5x_lite.data import benchmark_metrics as judged
+
+
+def test_labels_are_numbers_and_anything_else_is_minus_one():
+  labels = ['entailment', 'neutral']
+  got = [judged.class_number(text, labels=labels) for text in ('neutral', 'entailment', 'x')]
+  assert got == [1, 0, -1]
+  assert [judged.number(text) for text in ('2.6', 'two')] == [2.6, -1.0]
+
+
+def test_an_invalid_prediction_is_never_right():
+  # TP 1, FP 1 (the -1 against 0), FN 1 (the -1 against 1).
+  assert judged.binary_f1([1, 0, 1, 0], [1, -1, -1, 0]) == {'f1': pytest.approx(50.0)}
+  assert judged.class_accuracy([1, 0, 1, 0], [1, -1, -1, 0]) == {'accuracy': 50.0}
+
+
+def test_mean_f1_of_three_classes():
+  # Class 0: P 1, R 1/2. Class 1: P 1/2, R 1. Class 2: nothing right.
+  got = judged.mean_3class_f1([0, 0, 1, 2], [0, 1, 1, -1])['mean_3class_f1']
+  assert got == pytest.approx(100 * (2 / 3 + 2 / 3 + 0) / 3)
+
+
+def test_matthews_is_its_formula():
+  targets, predictions = [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 1]
+  tp, tn, fp, fn = 2, 2, 1, 1
+  want = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+  assert judged.matthews(targets, predictions)['matthews_corrcoef'] == pytest.approx(100 * want)
+
+
+def test_correlations_are_their_formulas():
+  a, b = np.array([1.0, 2.0, 3.0, 5.0]), np.array([1.0, 4.0, 3.0, 9.0])
+  ranks = np.array([1, 3, 2, 4])
+  got = judged.correlations(a, b)
+  assert got['pearson_corrcoef'] == pytest.approx(100 * np.corrcoef(a, b)[0, 1])
+  assert got['spearman_corrcoef'] == pytest.approx(100 * np.corrcoef([1, 2, 3, 4], ranks)[0, 1])
+
+
+def example(**features):
+  return {key: np.asarray(value) for key, value in features.items()}
+
+
+def test_multirc_groups_by_question():
+  """F1 over all answers; a question counts only if all its answers are right."""
+  questions = [(0, 0), (0, 0), (0, 1), (1, 0)]
+  settings = {'group': ('p', 'q'), 'value_fn': lambda text, **_: int(text)}
+  targets, predictions = [], []
+  for (p, q), wanted, got in zip(questions, '1011', '1110', strict=True):
+    row = example(p=p, q=q)
+    targets.append(judged.grouped(wanted, example=row, is_target=True, **settings))
+    predictions.append(judged.grouped(got, example=row, **settings))
+  got = judged.multirc(targets, predictions)
+  # TP 2, FP 1, FN 1; of three questions the second alone is right.
+  assert got == {'f1': pytest.approx(100 * 2 / 3), 'exact_match': pytest.approx(100 / 3)}
+
+
+def test_record_judges_a_query_once():
+  rows = [example(g=0, answers=[b'A', b'B'])] * 2 + [example(g=1, answers=[b'C D'])]
+  settings = {'group': ('g',), 'value_fn': judged.all_answers}
+  targets = [judged.grouped('', example=row, is_target=True, **settings) for row in rows]
+  predictions = [
+    judged.grouped(text, example=row, **settings)
+    for text, row in zip(('b', 'wrong', 'C'), rows, strict=True)
+  ]
+  assert judged.record(targets, predictions) == {
+    'em': pytest.approx(50.0),
+    'f1': pytest.approx(100 * (1 + 2 / 3) / 2),
+  }
+
+
+def test_trivia_qa_puts_spaces_where_squad_drops():
+  assert judged.trivia_qa([['The New-York']], ['new york'])['em'] == 100.0
+  assert judged.trivia_qa([['rhythm \u2018n\u2019 blues', 'x']], ['Rhythm n blues'])['em'] == 100.0
+
+
+@pytest.mark.parametrize(
+  ('prediction', 'noun', 'want'),
+  [
+    ('Bob', 'Bob', 1),
+    ('the fluffy rabbit', 'rabbit', 1),
+    ('bunny', 'The fluffy bunny', 1),
+    ('Bob', "Bob's hat", 0),
+    ('Tom', 'Bob', 0),
+    ('the', 'Bob', -1),
+    ('', 'Bob', -1),
+  ],
+)
+def test_a_prediction_names_the_noun(prediction, noun, want):
+  row = {'targets_pretokenized': noun.encode(), 'label': 1}
+  assert judged.names_referent(prediction, example=row) == want
+  assert judged.names_referent(noun, example=row, is_target=True) == 1
+
+
+def test_t5s_rouge_does_not_stem_and_splits_sentences():
+  assert judged.t5_rouge(['cats run'], ['cat runs'])['rouge1'] == 0.0
+  # As two sentences, each is found in the other order.
+  got = judged.t5_rouge(['a b c . d e f .'], ['d e f . a b c .'])
+  assert got['rougeLsum'] == pytest.approx(100.0)
