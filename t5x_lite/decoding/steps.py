@@ -56,11 +56,6 @@ class Ensemble:
     logits, caches = zip(*read, strict=True)
     return _mean_log_softmax(logits), Caches(caches)
 
-  def fuse(self, cache: 'Caches') -> 'Caches':
-    """Returns the caches; see `T5.fuse`."""
-    pairs = zip(self._models, cache.parts, strict=True)
-    return Caches(tuple(model.fuse(one) for model, one in pairs))
-
   def decode_step(self, tokens_B: jax.Array, cache: 'Caches') -> tuple[jax.Array, 'Caches']:
     """Returns logits_BV of the next token."""
     pairs = zip(self._models, cache.parts, strict=True)
@@ -137,7 +132,6 @@ def make_predict_step(
       )
       logits_RV, cache = read(cache, prompts_BP, lengths_B, bidirectional=bidirectional)
       prompt = loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
-    cache = model.fuse(cache)
     common: dict[str, Any] = {
       'num_rows': B * n,
       'config': config,

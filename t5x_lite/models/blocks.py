@@ -5,7 +5,6 @@ N layers, D emb_dim, H heads, K head_dim, R rows of a cache (n of each input).
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,6 @@ class Cache:
     owner_BnT: in beam search, the beam whose row holds what beam n read in each
       slot. Beams go on from others by changing this; keys and values stay where
       they are. None if every row reads its own.
-    fused: of each layer, see `DecoderLayer.fused`; None if not prepared.
     seen_B: in continuous batching, how many tokens each row has decoded, T - 1 at most. Slots are
       then a ring that all rows write at the same index, however long they are there: a row sees as
       many slots back as it has decoded, and T5's bias knows distances alone. None otherwise.
@@ -50,7 +48,6 @@ class Cache:
   cross_mask_B11M: jax.Array | None
   index: jax.Array
   owner_BnT: jax.Array | None = None
-  fused: Any = None
   seen_B: jax.Array | None = None
 
   def grown(self, T: int) -> 'Cache':
@@ -192,7 +189,7 @@ class DecoderLayer(nnx.Module):
       return self.pre_self_attention_layer_norm, self.self_attention
     return lender.pre_attention_layer_norm, lender.attention
 
-  def _rest(self, x_BLD, cross_kv, cross_mask, lender, keys, wi=None) -> jax.Array:
+  def _rest(self, x_BLD, cross_kv, cross_mask, lender, keys) -> jax.Array:
     """What follows self-attention: cross-attention and feed-forward."""
     rate = self.cfg.dropout_rate
     if self.cfg.has_encoder:
@@ -207,7 +204,7 @@ class DecoderLayer(nnx.Module):
       y_BLD = checkpoint_name(y_BLD, 'cross_attention_out')
       x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[1])
     owner = self if lender is None else lender
-    y_BLD = owner.mlp(owner.pre_mlp_layer_norm(x_BLD), key=keys[2], fused=wi)
+    y_BLD = owner.mlp(owner.pre_mlp_layer_norm(x_BLD), key=keys[2])
     y_BLD = checkpoint_name(_adapted(self, 'mlp', y_BLD), 'mlp_out')
     x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[3])
     return constrain(x_BLD, 'batch', 'length', 'embed')
@@ -228,19 +225,6 @@ class DecoderLayer(nnx.Module):
       cross_kv = self.encoder_decoder_attention.keys_values(encoded_BMD)
     return self._rest(x_BLD, cross_kv, cross_mask, lender, keys[2:])
 
-  def fused(self, lender: EncoderLayer | None) -> Any:
-    """Returns (query, key and value; wi) side by side, or None of either.
-
-    One product of a few rows with a wide matrix takes half the time that two or
-    three with narrow ones take (docs/lab_notes.md).
-    """
-    _, attention = self.self_block(lender)
-    mlp = (self if lender is None else lender).mlp
-    return (
-      layers.side_by_side([attention.query, attention.key, attention.value]),
-      layers.side_by_side([getattr(mlp, name) for name in mlp.names]),
-    )
-
   def read(self, x_BPD, cross_kv, cross_mask, lender, *, bias, mask):
     """Reads a prompt; returns x_BPD, and its keys and values of self-attention."""
     norm, attention = self.self_block(lender)
@@ -253,14 +237,13 @@ class DecoderLayer(nnx.Module):
     x_BPD = self._rest(x_BPD + y_BPD, cross_kv, cross_mask, lender, [None] * 4)
     return x_BPD, (k_BPHK, v_BPHK)
 
-  def step(self, x_B1D, i, cache: Cache, cross_kv, lender, fused, *, bias, mask):
+  def step(self, x_B1D, i, cache: Cache, cross_kv, lender, *, bias, mask):
     """One position; returns x_B1D and the cache with layer i written."""
     norm, attention = self.self_block(lender)
     if self.cfg.relpos_per_layer:
       bias = cache.bias(self.relpos_bias)
     y_B1D = norm(x_B1D)
-    qkv, wi = fused or (None, None)
-    q_B1HK, k_B1HK, v_B1HK = attention.queries_keys_values(y_B1D, qkv)
+    q_B1HK, (k_B1HK, v_B1HK) = attention.queries(y_B1D), attention.keys_values(y_B1D)
     key_NBTHK = _write(cache.key_NBTHK, k_B1HK, i, cache.index)
     value_NBTHK = _write(cache.value_NBTHK, v_B1HK, i, cache.index)
     k_BTHK, v_BTHK = key_NBTHK[i], value_NBTHK[i]
@@ -271,7 +254,7 @@ class DecoderLayer(nnx.Module):
       q_B1HK = q_B1HK.reshape(B, -1, *q_B1HK.shape[2:])
     y_B1D = attention.attend(q_B1HK, k_BTHK, v_BTHK, bias=bias, mask=mask)
     x_B1D = x_B1D + _adapted(self, 'self_attention', y_B1D.reshape(x_B1D.shape))
-    x_B1D = self._rest(x_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4, wi)
+    x_B1D = self._rest(x_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4)
     return x_B1D, dataclasses.replace(cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
 
 

@@ -11,7 +11,6 @@ D emb_dim, H heads, K head_dim, F mlp_dim, V vocabulary.
 
 import functools
 import operator
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -144,14 +143,6 @@ class Adapter(nnx.Module):
     return y_BLD + self.up(jax.nn.relu(self.down(y_BLD)))
 
 
-def side_by_side(linears: Sequence[Linear]) -> Array | None:
-  """Returns the matrices of several as one, or None if one is more than a matrix."""
-  if len(linears) == 1 or any(getattr(linear, 'lora_scale', None) for linear in linears):
-    return None
-  kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
-  return jnp.concatenate(kernels, axis=-1)
-
-
 class RMSNorm(nnx.Module):
   """Root mean square norm: no mean, no bias, computed in float32."""
 
@@ -218,14 +209,9 @@ class Attention(nnx.Module):
     """Returns k_BMHK and v_BMHK."""
     return self._heads(self.key(x_BMD)), self._heads(self.value(x_BMD))
 
-  def queries_keys_values(
-    self, x_BLD: jax.Array, fused: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns q_BLHK, k_BLHK and v_BLHK; fused is `side_by_side` of their matrices."""
-    if fused is None:
-      return self._heads(self.query(x_BLD)), *self.keys_values(x_BLD)
-    q_BLHK, k_BLHK, v_BLHK = (self._heads(x) for x in jnp.split(x_BLD @ fused, 3, axis=-1))
-    return q_BLHK, k_BLHK, v_BLHK
+  def queries(self, x_BLD: jax.Array) -> jax.Array:
+    """Returns q_BLHK."""
+    return self._heads(self.query(x_BLD))
 
   def attend(self, x_BLD, k_BMHK, v_BMHK, *, bias=None, mask=None, key=None) -> jax.Array:
     """Attends from x to given keys and values.
@@ -238,7 +224,7 @@ class Attention(nnx.Module):
       mask: which keys a query may see; None shows everything.
       key: random key of the dropout of attention weights.
     """
-    q_BLHK = x_BLD if x_BLD.ndim == 4 else self._heads(self.query(x_BLD))
+    q_BLHK = x_BLD if x_BLD.ndim == 4 else self.queries(x_BLD)
     # T5X draws one mask for all queries of a row, so that dropping weights is
     # dropping keys: v_BMHK has L times fewer entries to scale.
     v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))
@@ -264,12 +250,9 @@ class MLP(nnx.Module):
       setattr(self, name, linear)
     self.wo = Linear((cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, name='wo', rngs=rngs)
 
-  def __call__(self, x_BLD: jax.Array, *, key=None, fused=None) -> jax.Array:
+  def __call__(self, x_BLD: jax.Array, *, key=None) -> jax.Array:
     """Transforms each position; key is that of the dropout inside."""
-    if fused is None:
-      inputs = [getattr(self, name)(x_BLD) for name in self.names]
-    else:  # `side_by_side` of their matrices
-      inputs = jnp.split(x_BLD @ fused, len(self.names), axis=-1)
+    inputs = [getattr(self, name)(x_BLD) for name in self.names]
 
     # The product wo needs is not kept either: it comes from the inputs.
     @_recomputed

@@ -9,7 +9,6 @@ Legend: B batch, L decoder length, M encoder length, T slots of a cache,
 N layers, D emb_dim, H heads, K head_dim, V vocabulary.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from t5x_lite.models.attention_inputs import Visibility
 from t5x_lite.models.blocks import SAVED_NAMES, Cache, DecoderLayer, EncoderLayer
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.relative_position import RelativePositionBias
-from t5x_lite.parallel.logical_axes import active_mesh, constrain
+from t5x_lite.parallel.logical_axes import constrain
 
 
 def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
@@ -345,24 +344,6 @@ class T5(nnx.Module):
       cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
     return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask, jnp.zeros((), jnp.int32))
 
-  def fuse(self, cache: Cache) -> Cache:
-    """Returns the cache with matrices side by side, on a CPU alone.
-
-    There it is faster; it is a copy of half of the decoder, too.
-    """
-    mesh, lenders = active_mesh(), self.lenders()
-    devices = jax.devices() if mesh is None else mesh.devices.flat
-    if devices[0].platform != 'cpu' or (mesh is not None and mesh.size > 1):
-      return cache
-    if self.cfg.scan_layers:
-      fused = jax.lax.map(lambda pair: pair[0].fused(pair[1]), (self.decoder.layers, lenders))
-    else:
-      fused = [
-        layer.fused(None if lenders is None else lenders[i])
-        for i, layer in enumerate(self.decoder.layers)
-      ]
-    return dataclasses.replace(cache, fused=fused)
-
   def decode_step(self, tokens_B, cache: Cache) -> tuple[jax.Array, Cache]:
     """Feeds one token a row; returns logits_BV of the next, and the cache."""
     cfg = self.cfg
@@ -375,22 +356,21 @@ class T5(nnx.Module):
     cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
     lenders = self.lenders()
     if cfg.scan_layers:
-      xs = (jnp.arange(cfg.num_decoder_layers), self.decoder.layers, cross, lenders, cache.fused)
+      xs = (jnp.arange(cfg.num_decoder_layers), self.decoder.layers, cross, lenders)
       (x_B1D, cache), _ = jax.lax.scan(step, (x_B1D, cache), xs)
     else:
       for i, layer in enumerate(self.decoder.layers):
         lender = None if lenders is None else lenders[i]
         cross_i = tuple(None if c is None else c[i] for c in cross)
-        fused_i = None if cache.fused is None else cache.fused[i]
-        (x_B1D, cache), _ = step((x_B1D, cache), (i, layer, cross_i, lender, fused_i))
+        (x_B1D, cache), _ = step((x_B1D, cache), (i, layer, cross_i, lender))
     hidden_B1D = self.decoder.norm(x_B1D)
     return self.project(hidden_B1D)[:, 0], cache.advanced()
 
 
 def _decode_layer(carry, xs, *, bias, mask):
   x_B1D, cache = carry
-  i, layer, cross_kv, lender, fused = xs
-  return layer.step(x_B1D, i, cache, cross_kv, lender, fused, bias=bias, mask=mask), None
+  i, layer, cross_kv, lender = xs
+  return layer.step(x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
 
 
 def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:
