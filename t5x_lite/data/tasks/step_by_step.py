@@ -1,5 +1,6 @@
 """What a task's preprocessors make of its first rows, one after another."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -8,9 +9,11 @@ import seqio
 
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import row_stream
+from t5x_lite.data.tasks import truncation
 
 # Source rows that are looked at.
 _SOURCE_ROWS = 64
+_UNCUT = 1 << 24
 
 
 def examples_of(task: Any, cfg: DatasetConfig, count: int) -> Iterator[tuple[str, list[Any]]]:
@@ -32,6 +35,8 @@ def examples_of(task: Any, cfg: DatasetConfig, count: int) -> Iterator[tuple[str
 def measure(cfg: DatasetConfig, task: Any, sample: int) -> dict[str, list[int]]:
   """Returns the tokens of each feature of the first examples, uncut."""
   found: dict[str, list[int]] = {name: [] for name in cfg.lengths}
+  if truncation.is_supervised(task, cfg):  # objectives need their lengths
+    cfg = dataclasses.replace(cfg, task_feature_lengths=dict.fromkeys(found, _UNCUT))
   [dataset] = row_stream.read_examples(cfg, task, seed=cfg.seed, trim=False)
   for example in itertools.islice(dataset.as_numpy_iterator(), sample):
     for name, counts in found.items():

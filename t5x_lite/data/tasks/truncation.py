@@ -58,7 +58,7 @@ def measure(cfg: DatasetConfig, vocabulary: VocabularyConfig, sample: int = SAMP
   for task in seqio.get_subtasks(provider):
     if cfg.split not in task.splits or cfg.use_cached:
       continue
-    if not _is_supervised(task, cfg):
+    if not is_supervised(task, cfg):
       continue
     examples = cut = tokens = lost = 0
     texts = _texts(task, cfg.split)
@@ -77,7 +77,8 @@ def measure(cfg: DatasetConfig, vocabulary: VocabularyConfig, sample: int = SAMP
   return found
 
 
-def _is_supervised(task: Any, cfg: DatasetConfig) -> bool:
+def is_supervised(task: Any, cfg: DatasetConfig) -> bool:
+  """True if the lengths cut a task's examples, which are tokenized as they are."""
   return {'inputs', 'targets'} <= cfg.lengths.keys() and any(
     preprocessor in _TRIMMED for preprocessor in task.preprocessors
   )
