@@ -111,11 +111,9 @@ def winograd(dataset: tf.data.Dataset, *, only_right: bool) -> tf.data.Dataset:
     words = tf.strings.split([row['text']], sep=' ').values
     at, pronoun = row['span2_index'], row['span2_text']
     length = tf.strings.length(pronoun)
-    # One row's index points at a word before the pronoun.
-    later = tf.where(words[at:] == pronoun)[:, 0]
-    if tf.strings.substr(words[at], 0, length) != pronoun and tf.size(later) > 0:
-      at += tf.cast(later[0], at.dtype)
-    # Another's word has punctuation behind it.
+    # Two rows' index points before the pronoun, or punctuation is behind it.
+    begins = tf.cast(tf.strings.substr(words[at:], 0, length) == pronoun, tf.int32)
+    at += tf.cast(tf.argmax(begins), at.dtype)
     rest = tf.strings.substr(words[at], length, -1)
     marked = tf.strings.join(['*', pronoun, '*', tf.where(rest == '', '', ' '), rest])
     words = tf.concat([words[:at], [marked], words[at + 1 :]], 0)

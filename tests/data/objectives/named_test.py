@@ -35,7 +35,7 @@ def tokens(name, path, lengths, **kwargs):
 @pytest.fixture
 def text(tmp_path):
   path = tmp_path / 'x.txt'
-  path.write_text(''.join(f'{i} to be or not to be that is the question\n' for i in range(3000)))
+  path.write_text(''.join(f'{i} to be or not to be that is the question\n' for i in range(6000)))
   return path
 
 

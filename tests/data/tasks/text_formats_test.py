@@ -255,7 +255,7 @@ def test_record_is_an_example_an_answer():
   assert convert(text_formats.cloze, **row) == [(inputs, '<unk>')]
 
 
-@pytest.mark.parametrize(('label', 'want'), [(0.0, '0.0'), (4.9, '5.0'), (1.75, '1.8'), (5, '5.0')])
+@pytest.mark.parametrize(('label', 'want'), [(0.0, '0.0'), (4.9, '4.8'), (1.75, '1.8'), (5, '5.0')])
 def test_similarities_are_fifths(label, want):
   row = {'sentence1': 'a', 'sentence2': 'b', 'label': float(label)}
   assert convert(text_formats.similarity, **row)[0][1] == want
