@@ -32,8 +32,7 @@ _INCLUDE = re.compile(r"""^\s*include\s+['"]([^'"]+)['"]""", re.MULTILINE)
 def shipped_root() -> pathlib.Path:
   """Returns the directory whose `configs/` came with the package.
 
-  That is the package itself in an installed wheel, and the checkout around it
-  otherwise.
+  That is the package itself in an installed wheel, and the checkout around it otherwise.
   """
   package = pathlib.Path(__file__).parents[1]
   for root in (package, package.parent):

@@ -47,10 +47,9 @@ def convert(
     source: a folder of t5x_lite, transformers or T5X, one of its steps, or the
       NAME@REVISION of a model on the Hugging Face hub; the format is detected.
     destination: the directory to write; it must not exist yet.
-    to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a
-      model_dir with a legacy checkpoint), the last two with LoRA merged; or,
-      without the base, 'peft' (LoRA for PEFT) or 'adapter' (any method's part,
-      for `t5x_lite.load(base, adapter=...)`).
+    to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a model_dir with a legacy
+      checkpoint), the last two with LoRA merged; or, without the base, 'peft' (LoRA for PEFT) or
+      'adapter' (any method's part, for `t5x_lite.load(base, adapter=...)`).
     dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; by
       default as they are in the source.
     vocabulary: a SentencePiece model file, 't5' for the official one, 'byte',
@@ -156,9 +155,8 @@ def _remarks(source: Source, cfg: T5Config, to: str) -> list[str]:
     scaled = cfg.logits_via_embedding
   if to == 'hf' and cfg.relpos_per_layer and not scaled:
     lines.append(
-      "transformers 5 multiplies every umT5's logits by d_model**-0.5, those "
-      'of the published models too, which have no such factor: greedy outputs '
-      'are equal, probabilities are not'
+      "transformers 5 multiplies every umT5's logits by d_model**-0.5, those of the published "
+      'models too, which have no such factor: greedy outputs are equal, probabilities are not'
     )
   return lines
 

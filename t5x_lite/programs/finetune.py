@@ -114,18 +114,15 @@ def finetune(
     train: JSONL, JSON, CSV, TSV or Parquet files, plain or gzip, or a folder
       that `datasets.save_to_disk` wrote; several, and patterns with '*'.
     output: the run's directory.
-    validation: likewise, to evaluate on; by default a part of train is held
-      out.
-    train_targets: text files beside those of train, line by line, which then
-      hold inputs alone.
+    validation: likewise, to evaluate on; by default a part of train is held out.
+    train_targets: text files beside those of train, line by line, which then hold inputs alone.
     validation_targets: likewise.
     input_column: name of the input's column, or number from 0 where there is no
       header; by default one with a usual name.
     target_column: likewise.
     template: makes the input of several columns, 'summarize: {article}'.
     prefix: put before every input, with its space.
-    skip_bad_rows: leave out rows without input or target, instead of refusing
-      the file.
+    skip_bad_rows: leave out rows without input or target, instead of refusing the file.
     method: 'adafactor' or 'adamw' train all parameters, 'lora', 'adapters' and
       'prompt' a few new ones; see `T5Config`.
     learning_rate: the highest; by default 0.001 for Adafactor, LoRA and adapters,
@@ -137,8 +134,7 @@ def finetune(
     prompt_length: trained vectors; 100 by default.
     epochs: passes over the data; 3 by default, more if the file is small.
     steps: updates, instead of epochs.
-    batch_tokens: of a batch, inputs and targets; by the data and device by
-      default.
+    batch_tokens: of a batch, inputs and targets; by the data and device by default.
     pack: several examples a row; by default where rows would be half empty.
     input_length: tokens, what is longer is cut; by default as long as the data
       is, rare long rows aside.
@@ -148,11 +144,9 @@ def finetune(
     dtype: to compute in; bfloat16 on GPU and TPU, float32 on CPU by default.
     dropout_rate: T5 fine-tunes with 0.1.
     holdout: share of train to evaluate on, if there is no validation.
-    patience: epochs without a better validation loss, after which training
-      ends.
+    patience: epochs without a better validation loss, after which training ends.
     eval_examples: of validation, at most, that are decoded at the end.
-    metrics: names, such as accuracy f1 squad bleu chrf rouge; chosen by the
-      data by default.
+    metrics: names, such as accuracy f1 squad bleu chrf rouge; chosen by the data by default.
     num_shown: predictions that are printed at the end.
     export_hf: write OUTPUT/export for transformers.
     report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
@@ -165,8 +159,7 @@ def finetune(
     Metrics, and where things are; None if a signal ended it early.
 
   Raises:
-    UsageError: if the data or the model cannot be read; nothing is written
-      then.
+    UsageError: if the data or the model cannot be read; nothing is written then.
   """
   # ---- What must fit together; nothing is written here ----
   given = dict(locals())

@@ -25,8 +25,7 @@ from t5x_lite.training.schedules import ScheduleConfig
 
 log = logging.getLogger(__name__)
 
-# Learning rates: T5's for Adafactor (Raffel et al. 2020, 3.1.2), what is usual
-# for T5 with AdamW.
+# Learning rates: T5's for Adafactor (Raffel et al. 2020, 3.1.2), what is usual for T5 with AdamW.
 # PEFT's for LoRA, Houlsby et al.'s for adapters, Lester et al.'s for prompts.
 METHODS = {'adafactor': 1e-3, 'adamw': 3e-4, 'lora': 1e-3, 'adapters': 1e-3, 'prompt': 0.3}
 # What a method adds to the model, by T5Config's fields.
@@ -131,8 +130,7 @@ def measure(pairs: Pairs, vocabulary: Vocabulary) -> Lengths:
 def choose_length(lengths: np.ndarray, limit: int) -> int:
   """Returns a length that cuts hardly any row, and costs little.
 
-  All rows, unless the longest one in a hundred are more than half as long again
-  as the rest.
+  All rows, unless the longest one in a hundred are more than half as long again as the rest.
   """
   usual = float(np.percentile(lengths, 99))
   longest = int(lengths.max())
@@ -313,8 +311,7 @@ def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]
     ('batch', row + (', packed' if plan.pack else '')),
     (
       'updates',
-      f'{plan.total_steps}, about '
-      f'{plan.total_steps / plan.steps_per_epoch:.1f} epochs of '
+      f'{plan.total_steps}, about {plan.total_steps / plan.steps_per_epoch:.1f} epochs of '
       f'{plan.steps_per_epoch}',
     ),
     ('learning rate', f'{plan.learning_rate:g}'),

@@ -102,8 +102,7 @@ def plan(
     num_microbatches: as the experiment has it; searched.
     topology: a TPU slice such as 'v5p:8x8x8'.
     num_slices: slices of that topology.
-    num_compiles: candidates that the compiler judges, beside the experiment's
-      own settings.
+    num_compiles: candidates that the compiler judges, beside the experiment's own settings.
     json: print the result as one JSON object on the last line.
     output: gin file to write the winning bindings to.
 

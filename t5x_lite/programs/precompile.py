@@ -81,8 +81,7 @@ def precompile(
     mesh: how devices are arranged.
     num_microbatches: parts that a batch is cut into.
     decoding: for step='decode'.
-    topology: a TPU slice such as 'v5p:8x8x8', or 'local' for the devices at
-      hand.
+    topology: a TPU slice such as 'v5p:8x8x8', or 'local' for the devices at hand.
     num_slices: slices of that topology, joined by the data-center network.
     step: 'train' or 'decode'.
     json: print the report as one JSON object on the last line.

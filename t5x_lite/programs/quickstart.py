@@ -1,8 +1,7 @@
 """The quickstart program: a T5 learns real text and real tasks, start to end.
 
-Pretraining, fine-tuning from it, evaluation on the test splits, predictions
-beside their references and a picture of the loss curves. The sizes are the gin
-file's; this is only the order of things.
+Pretraining, fine-tuning from it, evaluation on the test splits, predictions beside their references
+and a picture of the loss curves. The sizes are the gin file's; this is only the order of things.
 
   OUTPUT_DIR/            the fine-tuned run: `t5x-lite infer --model OUTPUT_DIR`
   OUTPUT_DIR/pretrain/   the pretraining run

@@ -1,10 +1,9 @@
 """Makes the vocabulary of the quickstart: `python -m THIS OUTPUT.model`.
 
-Ten minutes on two cores are enough if sequences are short where little is to be
-learnt and fine where much is. So the phonemes, the tasks' prefixes and each
-language's most frequent words are one piece each, and everything else is
-characters. The prefixes swallow the space behind them and the frequent words
-begin with one, so that the word after `pronounce: ` is always spelt out.
+Ten minutes on two cores are enough if sequences are short where little is to be learnt and fine
+where much is. So the phonemes, the tasks' prefixes and each language's most frequent words are one
+piece each, and everything else is characters. The prefixes swallow the space behind them and the
+frequent words begin with one, so that the word after `pronounce: ` is always spelt out.
 """
 
 import collections

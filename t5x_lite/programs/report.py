@@ -1,8 +1,7 @@
 """The report program: one HTML page about a run, or about several side by side.
 
-Everything is inside the page, so that it opens from disk and can be mailed.
-What a run does not have is left out. report_runs.py reads, report_charts.py
-draws.
+Everything is inside the page, so that it opens from disk and can be mailed. What a run does not
+have is left out. report_runs.py reads, report_charts.py draws.
 """
 
 import html
@@ -32,8 +31,7 @@ SUFFIXES = ('.html', '.htm')
 _NUM_SAMPLES = 20
 # Longer texts are cut on the page; they are whole in the run's files.
 _MAX_TEXT = 1500
-# Rows of a table of evaluations, and pictures of biases: a deep umT5 has one a
-# layer.
+# Rows of a table of evaluations, and pictures of biases: a deep umT5 has one a layer.
 _MAX_ROWS = 100
 _MAX_BIASES = 12
 # Training curves in this order; evaluations follow by name.
@@ -422,11 +420,10 @@ def _biases(run: Run) -> str:
   left = len(tables) - len(names)
   note = f' {left} more layers are not drawn.' if left else ''
   return (
-    f'<h2>Attention bias by distance, step {source.step}</h2>'
-    '<p class="note">A row is a head, a column the distances (key position '
-    'minus query position, in tokens) that share a number. Blue is below zero '
-    'and orange above; only differences within a row matter.'
-    f'{note}</p><div class="charts">{"".join(charts)}</div>'
+    f'<h2>Attention bias by distance, step {source.step}</h2><p class="note">A row is a head, a '
+    'column the distances (key position minus query position, in tokens) that share a number. Blue '
+    f'is below zero and orange above; only differences within a row matter.{note}</p><div '
+    f'class="charts">{"".join(charts)}</div>'
   )
 
 

@@ -81,9 +81,8 @@ def line_chart(
     y = y_scale(math.log10(tick) if is_log else tick)
     label = number(tick)
     parts.append(
-      f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
-      f'class="grid"/><text x="{_LEFT - 6}" y="{y + 4:.1f}" '
-      f'class="tick end">{label}</text>'
+      f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/><text '
+      f'x="{_LEFT - 6}" y="{y + 4:.1f}" class="tick end">{label}</text>'
     )
   for tick in ticks(x_scale.low, x_scale.high):
     x = x_scale(tick)
@@ -134,10 +133,9 @@ def heat_map(title: str, rows: Sequence[Sequence[float]], columns: Sequence[str]
         continue
       color = COLORS[0] if value < 0 else COLORS[1]
       parts.append(
-        f'<rect x="{_LEFT + j * width:.1f}" y="{y:.1f}" '
-        f'width="{width:.1f}" height="{height:.1f}" fill="{color}" '
-        f'fill-opacity="{abs(value) / top:.2f}"><title>{i}, '
-        f'{_text(columns[j])}: {number(value)}</title></rect>'
+        f'<rect x="{_LEFT + j * width:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+        f'fill="{color}" fill-opacity="{abs(value) / top:.2f}"><title>{i}, {_text(columns[j])}: '
+        f'{number(value)}</title></rect>'
       )
   every = -(-len(columns) // 8)
   for j in range(0, len(columns), every):

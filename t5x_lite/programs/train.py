@@ -1,9 +1,8 @@
 """The train loop, from configuration to the last checkpoint, in one function.
 
-Reads top to bottom: check, mesh, data, start, compile, loop. There is no
-trainer class, since there is no second implementation. At the top of the loop
-`step` updates have been made; evaluation and checkpoints see that state, and
-only then does the iterator move.
+Reads top to bottom: check, mesh, data, start, compile, loop. There is no trainer class, since there
+is no second implementation. At the top of the loop `step` updates have been made; evaluation and
+checkpoints see that state, and only then does the iterator move.
 """
 
 import contextlib
@@ -91,10 +90,8 @@ def train(
     loss: what is minimised.
     mesh: how devices are arranged; decided by their number by default.
     checkpoint: when to save, what to keep, where a new run starts from.
-    train_eval: teacher-forced evaluations, a mixture's task by task:
-      'eval/TASK/loss' and others.
-    infer_eval: evaluations of decoded text by the tasks' own metrics:
-      'infer_eval/TASK/METRIC'.
+    train_eval: teacher-forced evaluations, a mixture's task by task: 'eval/TASK/loss' and others.
+    infer_eval: evaluations of decoded text by the tasks' own metrics: 'infer_eval/TASK/METRIC'.
     eval_period: steps between evaluations; the last step is evaluated too.
     eval_steps: batches of each teacher-forced task; None for all.
     infer_eval_examples: examples of each decoded task; None for all.
@@ -112,8 +109,7 @@ def train(
       table of where their time goes; None for none.
     seed: of parameters and dropout; the data has its own.
     dry_run: print parameters, mesh and memory, begin nothing and return None.
-    dry_run_file: where a dry run writes the configuration, and how every array
-      is cut.
+    dry_run_file: where a dry run writes the configuration, and how every array is cut.
     summarize_config_fn: writes the resolved configuration into model_dir.
 
   Raises:

@@ -1,8 +1,7 @@
 """Trains a SentencePiece vocabulary that T5 can use, from the user's own text.
 
-The same text and settings give the same bytes: sentences are sampled here with
-a seed, and SentencePiece gets a fixed number of threads, on which its sums
-depend.
+The same text and settings give the same bytes: sentences are sampled here with a seed, and
+SentencePiece gets a fixed number of threads, on which its sums depend.
 """
 
 import dataclasses
@@ -28,8 +27,7 @@ from t5x_lite.errors import UsageError
 
 MODEL_TYPES = ('unigram', 'bpe', 'char')
 
-# SentencePiece skips longer sentences (its default limit is 4,192 bytes), so
-# longer lines are cut.
+# SentencePiece skips longer sentences (its default limit is 4,192 bytes), so longer lines are cut.
 _MAX_SENTENCE_BYTES = 4096
 _NUM_THREADS = 16
 
@@ -54,9 +52,8 @@ class VocabularySummary:
 
   def __str__(self) -> str:
     return (
-      f'{self.config.path}: {self.vocab_size} pieces from '
-      f'{self.num_sentences} sentences, {self.characters_per_token:.2f} '
-      f'characters per token, {self.unknown_rate:.3f}% unknown'
+      f'{self.config.path}: {self.vocab_size} pieces from {self.num_sentences} sentences, '
+      f'{self.characters_per_token:.2f} characters per token, {self.unknown_rate:.3f}% unknown'
     )
 
 
@@ -91,8 +88,7 @@ def train_vocabulary(
     model_type: 'unigram' (T5's), 'bpe' or 'char'.
     character_coverage: share of the characters of the text that get a piece;
       0.9995 is T5's, 1.0 suits small alphabets and small texts.
-    byte_fallback: spell other characters in bytes (256 more pieces) instead
-      of unk.
+    byte_fallback: spell other characters in bytes (256 more pieces) instead of unk.
     user_defined_symbols: pieces that are never cut.
     normalization: SentencePiece's rule: 'nmt_nfkc' (T5's), 'nfkc',
       'nmt_nfkc_cf' (lower case too) or 'identity'.

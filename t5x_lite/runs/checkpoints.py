@@ -56,12 +56,10 @@ class CheckpointConfig:
     best_metric: a metric's name as in metrics.jsonl, for example
       'eval/cmudict/loss'. Its value counts for a checkpoint of the same step.
     best_mode: 'min' or 'max'.
-    restore_path: where a run that has no checkpoint of its own starts from:
-      another run's directory or one STEP directory of it, or a checkpoint of
-      T5X or transformers.
-    restore_optimizer: take step and optimizer state from restore_path as well
-      (to continue that run elsewhere) instead of only the parameters (to
-      fine-tune).
+    restore_path: where a run that has no checkpoint of its own starts from: another run's directory
+      or one STEP directory of it, or a checkpoint of T5X or transformers.
+    restore_optimizer: take step and optimizer state from restore_path as well (to continue that run
+      elsewhere) instead of only the parameters (to fine-tune).
     assignment_map: (pattern, replacement) pairs that map the parameters' names
       to those at restore_path; see interop/assignment.py.
     strict: refuse a restore_path with missing or left-over parameters.
@@ -124,9 +122,8 @@ def explain_mismatch(
       raise UsageError(f'the checkpoint {where} has no {name}, which this {what} needs: {fix}')
     if tuple(saved_flat[name].shape) != tuple(leaf.shape):
       raise UsageError(
-        f'the checkpoint {where} has {name} of shape '
-        f'{tuple(saved_flat[name].shape)}, this {what} needs '
-        f'{tuple(leaf.shape)}: {fix}'
+        f'the checkpoint {where} has {name} of shape {tuple(saved_flat[name].shape)}, this {what} '
+        f'needs {tuple(leaf.shape)}: {fix}'
       )
   for name in saved_flat:
     if name not in wanted_flat:
@@ -180,8 +177,7 @@ def find_checkpoint(path: str) -> tuple[str, int]:
   """Returns the `checkpoints` directory and step that a user's path means.
 
   Args:
-    path: a run directory or its `checkpoints` (the newest step is meant), or
-      one step's directory.
+    path: a run directory or its `checkpoints` (the newest step is meant), or one step's directory.
 
   Raises:
     UsageError: if there is no checkpoint there.
@@ -319,15 +315,13 @@ class Checkpointer:
     Args:
       abstract_state: ShapeDtypeStructs with shardings, on any mesh.
       iterator: the input iterator to continue, or None to leave data alone.
-      verify: called with a step's directory on the first process; raises
-        DamagedError.
+      verify: called with a step's directory on the first process; raises DamagedError.
 
     Returns:
       The state and the checkpoint's `meta`, empty if it has none.
 
     Raises:
-      UsageError: if the checkpoint is another model's or optimizer's, or none
-        is whole.
+      UsageError: if the checkpoint is another model's or optimizer's, or none is whole.
     """
     while (step := self.latest_step) is not None:
       try:

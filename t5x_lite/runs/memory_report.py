@@ -105,9 +105,8 @@ def compiled_memory(compiled: jax.stages.Compiled) -> str:
   temporaries = stats.temp_size_in_bytes
   outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
   return (
-    f'per device, compiled: state and batch {format_bytes(arguments)}, '
-    f'temporaries {format_bytes(temporaries)}, new outputs '
-    f'{format_bytes(max(0, outputs))}, together '
+    f'per device, compiled: state and batch {format_bytes(arguments)}, temporaries '
+    f'{format_bytes(temporaries)}, new outputs {format_bytes(max(0, outputs))}, together '
     f'{format_bytes(arguments + temporaries + max(0, outputs))}'
   )
 

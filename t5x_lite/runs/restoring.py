@@ -40,8 +40,7 @@ def _restore_items(directory: str, step: int, wanted: Any, what: str) -> Any:
 def load_arrays(path: str) -> dict[str, Any]:
   """Returns every array of a checkpoint's state by name, as numpy arrays.
 
-  For inspection and conversion: no model is needed, all of it must fit into
-  this process's memory.
+  For inspection and conversion: no model is needed, all of it must fit into this process's memory.
   """
   directory, step = checkpoints.find_checkpoint(path)
   item = epath.Path(directory).absolute() / str(step) / 'state'
@@ -57,9 +56,8 @@ def load_params(path: str, abstract_params: Any) -> Any:
 
   Args:
     path: see `find_checkpoint`.
-    abstract_params: ShapeDtypeStructs of the wanted tree; with a sharding each
-      lands where it says, whatever mesh wrote the checkpoint. A float
-      parameter is cast to the wanted dtype.
+    abstract_params: ShapeDtypeStructs of the wanted tree; with a sharding each lands where it says,
+      whatever mesh wrote the checkpoint. A float parameter is cast to the wanted dtype.
 
   Raises:
     UsageError: if the checkpoint is missing or another model's.

@@ -7,8 +7,7 @@
   MODEL_DIR/metrics.jsonl, tensorboard/    see metric_writers.py
   MODEL_DIR/checkpoints/STEP/              see checkpoints.py
 
-Inference reads a run through this module, so nothing here may import
-TensorFlow.
+Inference reads a run through this module, so nothing here may import TensorFlow.
 """
 
 import dataclasses
