@@ -55,11 +55,18 @@ _COUNTS = (
   'patience eval_examples'
 ).split()
 _FILES = ('train', 'validation', 'train_targets', 'validation_targets')
+# What a plan is made from, beside the data, and what it says of a setting's own name.
+_PLANNED = (
+  'method input_length target_length max_input_tokens max_target_tokens pack batch_tokens '
+  'epochs steps learning_rate metrics'
+).split()
+_CHOSEN = ('learning_rate', 'pack', 'input_length', 'target_length', 'dtype', 'metrics')
 # Of no use to a run that is made again, or replaced by what was chosen.
 _DROPPED = (
   'epochs max_input_tokens max_target_tokens num_shown export_hf profile_steps mesh'.split()
 )
 BEST_METRIC = f'eval/{TASK}/loss'
+_KEPT_CHECKPOINTS = CheckpointConfig(keep=1, keep_best=1, best_metric=BEST_METRIC)
 
 
 def finetune(
@@ -190,19 +197,7 @@ def finetune(
   vocabulary = vocabularies.make_vocabulary(start.vocabulary)
   lengths = finetune_plan.measure(parts['train'], vocabulary)
   plan = finetune_plan.make_plan(
-    lengths,
-    parts['train'].targets,
-    method=method,
-    input_length=input_length,
-    target_length=target_length,
-    max_input_tokens=max_input_tokens,
-    max_target_tokens=max_target_tokens,
-    pack=pack,
-    batch_tokens=batch_tokens,
-    epochs=epochs,
-    steps=steps,
-    learning_rate=learning_rate,
-    metrics=metrics,
+    lengths, parts['train'].targets, **{name: given[name] for name in _PLANNED}
   )
   if dtype:
     plan = dataclasses.replace(plan, dtype=dtype)
@@ -216,17 +211,9 @@ def finetune(
     finetune_plan.show_examples(parts['train'], plan, vocabulary)
   settings = {name: value for name, value in given.items() if name not in _DROPPED}
   settings |= {name: _listed(settings[name]) for name in settings if name in _FILES}
-  settings |= {
-    **changes,
-    'learning_rate': plan.learning_rate,
-    'steps': plan.total_steps,
-    'batch_tokens': plan.batch_size * sum(plan.row_lengths.values()),
-    'pack': plan.pack,
-    'input_length': plan.input_length,
-    'target_length': plan.target_length,
-    'dtype': plan.dtype,
-    'metrics': plan.metrics,
-  }
+  settings |= {**changes, **{name: getattr(plan, name) for name in _CHOSEN}}
+  settings['steps'] = plan.total_steps
+  settings['batch_tokens'] = plan.batch_size * sum(plan.row_lengths.values())
   settings = {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()}
 
   def write_plan(model_dir: str) -> None:
@@ -256,12 +243,8 @@ def finetune(
         'scan_layers': start.config.scan_layers,
         **changes,
       },
-      checkpoint=CheckpointConfig(
-        restore_path=model,
-        period=plan.steps_per_epoch,
-        keep=1,
-        keep_best=1,
-        best_metric=BEST_METRIC,
+      checkpoint=dataclasses.replace(
+        _KEPT_CHECKPOINTS, restore_path=model, period=plan.steps_per_epoch
       ),
       loss=LossConfig(z_loss=1e-4),  # as T5X fine-tunes
       train_eval=[_eval_dataset(plan)],
@@ -336,9 +319,8 @@ def read_parts(
 
 
 def _listed(source: Any) -> list[str]:
-  if isinstance(source, str | os.PathLike):
-    return [os.fspath(source)] if os.fspath(source) else []
-  return [os.fspath(one) for one in source]
+  listed = [source] if isinstance(source, str | os.PathLike) else source
+  return [os.fspath(one) for one in listed if os.fspath(one)]
 
 
 def _register(parts: dict[str, Pairs], metrics: Sequence[str]) -> None:
@@ -370,11 +352,7 @@ def _eval_dataset(plan: Plan) -> DatasetConfig:
 
 
 def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: int | None) -> Plan:
-  """Returns the plan of the run that is continued, or the new one.
-
-  Raises:
-    UsageError: if the data is not what the run began with.
-  """
+  """Returns the plan of the run that is continued, if the data is the same, or the new one."""
   path = epath.Path(output) / PLAN_FILE
   if not path.exists() or not checkpoints.has_checkpoint(output):
     return plan
@@ -396,8 +374,7 @@ def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: 
   ]
   if changed:
     log.warning('%s continues with its own %s', output, ', '.join(sorted(changed)))
-  steps = kept.total_steps if total_steps is None else total_steps
-  return dataclasses.replace(kept, total_steps=steps)
+  return kept if total_steps is None else dataclasses.replace(kept, total_steps=total_steps)
 
 
 # ---- After training ----------------------------------------------------------
@@ -412,9 +389,7 @@ def best_step(output: str) -> int:
     for entry in metric_writers.read_metrics(output)
     if entry.get(BEST_METRIC) is not None and entry['step'] in kept
   }
-  if not losses:
-    return max(kept)
-  return min(losses, key=lambda step: losses[step])
+  return min(losses, key=lambda step: losses[step]) if losses else max(kept)
 
 
 def _can_export(config: T5Config, vocabulary: VocabularyConfig) -> bool:
@@ -429,9 +404,7 @@ def _can_export(config: T5Config, vocabulary: VocabularyConfig) -> bool:
 
 def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> str:
   """Writes OUTPUT/NAME anew, the old one being there until it is whole."""
-  target = epath.Path(output) / name
-  new = epath.Path(output) / f'.{name}.new'
-  old = epath.Path(output) / f'.{name}.old'
+  target, new, old = (epath.Path(output) / x for x in (name, f'.{name}.new', f'.{name}.old'))
   for leftover in (new, old):
     if leftover.exists():
       leftover.rmtree()

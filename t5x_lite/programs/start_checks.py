@@ -148,17 +148,11 @@ def warn_of_cuts(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> dict[s
     if not cut.cut:
       continue
     log.warning(
-      '%s: %d of the first %d examples are longer than %s and are cut; they '
-      'lose %.1f%% of all tokens',
-      cut.task,
-      cut.cut,
-      cut.examples,
-      dataset.lengths,
-      cut.percent_of_tokens,
+      f'{cut.task}: {cut.cut} of the first {cut.examples} examples are longer than '
+      f'{dataset.lengths} and are cut; they lose {cut.percent_of_tokens:.1f}% of all tokens'
     )
-    name = f'data/{cut.task}'
-    metrics[f'{name}/cut_examples_percent'] = 100.0 * cut.cut / cut.examples
-    metrics[f'{name}/cut_tokens_percent'] = cut.percent_of_tokens
+    metrics[f'data/{cut.task}/cut_examples_percent'] = 100.0 * cut.cut / cut.examples
+    metrics[f'data/{cut.task}/cut_tokens_percent'] = cut.percent_of_tokens
   return metrics
 
 

@@ -37,6 +37,12 @@ from t5x_lite.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
+_COUNTS = (
+  'total_steps eval_period stats_period eval_steps infer_eval_examples patience '
+  'histogram_period profile_steps'
+).split()
+_NOT_RECORDED = ('model_changes', 'dry_run', 'dry_run_file', 'summarize_config_fn')
+
 
 class NonFiniteError(RuntimeError):
   """The loss, the gradient or the parameters became NaN or infinite."""
@@ -119,57 +125,23 @@ def train(
   """
   loss, mesh = loss or LossConfig(), mesh or MeshConfig()
   checkpoint = checkpoint or CheckpointConfig()
+  given = dict(locals())
 
   # ---- What must fit together ----
-  for name, count in (
-    ('total_steps', total_steps),
-    ('eval_period', eval_period),
-    ('stats_period', stats_period),
-    ('eval_steps', eval_steps),
-    ('infer_eval_examples', infer_eval_examples),
-    ('patience', patience),
-    ('histogram_period', histogram_period),
-    ('profile_steps', profile_steps),
-  ):
-    start_checks.check_positive(f'train.{name}', count)
+  for name in _COUNTS:
+    start_checks.check_positive(f'train.{name}', given[name])
   if patience is not None and not checkpoint.best_metric:
     raise UsageError(f'train.patience is {patience}; it needs CheckpointConfig.best_metric')
   reporters = metric_writers.reporters(report_to) if distributed.is_primary() else ()
   if distributed.is_primary() and histogram_period and not reporters:
     raise UsageError(f'train.histogram_period is {histogram_period}; it needs report_to')
+  changes, start = model_changes or {}, checkpoint.restore_path
   model, vocabulary = start_checks.resolve_model(
-    model,
-    vocabulary,
-    model_changes or {},
-    model_dir=model_dir,
-    restore_path=checkpoint.restore_path,
+    model, vocabulary, changes, model_dir=model_dir, restore_path=start
   )
   trained_model.check_vocabulary(model, vocabulary)
-  record = {
-    'model': model,
-    'vocabulary': vocabulary,
-    'dataset': dataset,
-    'optimizer': optimizer,
-    'model_dir': model_dir,
-    'total_steps': total_steps,
-    'loss': loss,
-    'mesh': mesh,
-    'checkpoint': checkpoint,
-    'train_eval': train_eval,
-    'infer_eval': infer_eval,
-    'eval_period': eval_period,
-    'eval_steps': eval_steps,
-    'infer_eval_examples': infer_eval_examples,
-    'decoding': decoding,
-    'stats_period': stats_period,
-    'num_microbatches': num_microbatches,
-    'patience': patience,
-    'max_skipped_updates': max_skipped_updates,
-    'report_to': report_to,
-    'histogram_period': histogram_period,
-    'profile_steps': profile_steps,
-    'seed': seed,
-  }
+  record = {name: value for name, value in given.items() if name not in _NOT_RECORDED}
+  record |= {'model': model, 'vocabulary': vocabulary}
   dataset, *evals = [
     start_checks.resolve_dataset(one, model, vocabulary)
     for one in (dataset, *train_eval, *infer_eval)
@@ -200,10 +172,8 @@ def train(
   assert spec is not None and tx is not None
 
   # ---- Compile the step ahead of time; report memory ----
-  make_key = jax.jit(
-    lambda: jax.random.key(seed), out_shardings=partitioning.replicated(device_mesh)
-  )
-  key = make_key()
+  everywhere = partitioning.replicated(device_mesh)
+  key = jax.jit(lambda: jax.random.key(seed), out_shardings=everywhere)()
   sharding = partitioning.batch_sharding(device_mesh)
   _, batch_shapes, _ = program.arguments
 
@@ -385,12 +355,8 @@ def train(
         with profiling.part('evaluate and save'):
           evaluate_and_save()
         if best.worse_for(patience):
-          log.info(
-            '%s has not improved for %d evaluations: training ends at step %d',
-            checkpoint.best_metric,
-            patience,
-            step,
-          )
+          text = '%s has not improved for %d evaluations: training ends at step %d'
+          log.info(text, checkpoint.best_metric, patience, step)
           break
       profiler.before(step, state)
       with profiling.part('wait for data'):
@@ -418,12 +384,8 @@ def train(
     checkpointer.wait()
     progress.clear()
     if stop.received:
-      log.warning(
-        '%s: saved at step %d of %d and stopped; the same command continues',
-        stop.received,
-        step,
-        total_steps,
-      )
+      text = '%s: saved at step %d of %d and stopped; the same command continues'
+      log.warning(text, stop.received, step, total_steps)
     else:
       log.info('finished %d steps in %s', step, model_dir)
     return state
@@ -472,7 +434,6 @@ class BestSoFar:
 
 def _last_good(checkpointer: checkpoints.Checkpointer) -> str:
   checkpointer.wait()
-  latest = checkpointer.latest_step
-  if latest is None:
+  if (latest := checkpointer.latest_step) is None:
     return 'There is no checkpoint yet.'
   return f'The last checkpoint is of step {latest}.'
