@@ -175,11 +175,9 @@ def _inherit(selector: str, source: str, program: Callable[..., Any]) -> None:
   own = gin_config._CONFIG.get(('', selector), {})
   names = set(inspect.signature(program).parameters) - set(own)
   for (scope, name), bound in list(gin_config._CONFIG.items()):
-    dotted = validation.dotted_name(gin_config._REGISTRY[name])
-    if scope or dotted != source:
-      continue
-    for argument in names & set(bound):
-      gin.bind_parameter(('', selector, argument), bound[argument])
+    if not scope and validation.dotted_name(gin_config._REGISTRY[name]) == source:
+      for argument in names & set(bound):
+        gin.bind_parameter(('', selector, argument), bound[argument])
 
 
 class _Sources:
