@@ -76,8 +76,7 @@ class Configured:
     call: runs it.
     arguments: evaluates what gin binds for it, so that each config checks
       itself; before another program is configured.
-    text: the resolved configuration, defaults included, as a gin file that
-      gives the same run.
+    text: the resolved configuration, defaults included, as a gin file that gives the same run.
   """
 
   call: Callable[[], Any]

@@ -278,7 +278,7 @@ def train(
       Progress(first_step=first_step, total_steps=total_steps, active=primary)
     )
     window = Window(
-      batch_shapes={name: x.shape for name, x in batch_shapes.items()},
+      batch_shapes=shapes,
       step_flops=flops.batch_train_flops(model, batch_shapes),
       peak_flops=flops.peak_flops(jax.devices()[0].device_kind),
       num_devices=jax.device_count(),

@@ -126,8 +126,7 @@ def print_dry_run(
     mesh: the devices.
     compiled: the step.
     facts: more lines, by name.
-    file: gets the whole configuration and how every array is cut; '' for the
-      summary alone.
+    file: gets the whole configuration and how every array is cut; '' for the summary alone.
   """
   sizes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
   kind = mesh.devices.flat[0].device_kind
