@@ -31,7 +31,6 @@ from t5x_lite.data.tasks import catalog, from_files
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import export, trained_model
-from t5x_lite.interop.trained_model import TrainedModel
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -66,7 +65,6 @@ _DROPPED = (
   'epochs max_input_tokens max_target_tokens num_shown export_hf profile_steps mesh'.split()
 )
 BEST_METRIC = f'eval/{TASK}/loss'
-_KEPT_CHECKPOINTS = CheckpointConfig(keep=1, keep_best=1, best_metric=BEST_METRIC)
 
 
 def finetune(
@@ -225,27 +223,16 @@ def finetune(
 
   # ---- Train ----
   _register(parts, plan.metrics)
+  kept = {'scan_layers': start.config.scan_layers}
+  best_alone: dict[str, Any] = {'keep': 1, 'keep_best': 1, 'best_metric': BEST_METRIC}
   with distributed.stop_signal() as stop:
     state = train_lib.train(
-      dataset=DatasetConfig(
-        mixture_or_task_name=TASK,
-        task_feature_lengths=plan.row_lengths,
-        batch_size=plan.batch_size,
-        pack=plan.pack,
-        seed=seed,
-      ),
+      dataset=_dataset(plan.row_lengths, plan.batch_size, pack=plan.pack, seed=seed),
       optimizer=finetune_plan.make_optimizer(method, plan),
       model_dir=output,
       total_steps=plan.total_steps,
-      model_changes={
-        'dtype': plan.dtype,
-        'dropout_rate': dropout_rate,
-        'scan_layers': start.config.scan_layers,
-        **changes,
-      },
-      checkpoint=dataclasses.replace(
-        _KEPT_CHECKPOINTS, restore_path=model, period=plan.steps_per_epoch
-      ),
+      model_changes={'dtype': plan.dtype, 'dropout_rate': dropout_rate, **kept, **changes},
+      checkpoint=CheckpointConfig(restore_path=model, period=plan.steps_per_epoch, **best_alone),
       loss=LossConfig(z_loss=1e-4),  # as T5X fine-tunes
       train_eval=[_eval_dataset(plan)],
       eval_period=plan.steps_per_epoch,
@@ -266,24 +253,34 @@ def finetune(
   # ---- Evaluate the best checkpoint ----
   step = distributed.from_primary(lambda: best_step(output))
   best = os.path.join(output, checkpoints.CHECKPOINTS, str(step))
+  place = os.path.join(output, EVALUATION)
+  data = [_eval_dataset(plan)]
   found = evaluate.evaluate(
-    model_dir=best,
-    datasets=[_eval_dataset(plan)],
-    output=os.path.join(output, EVALUATION),
-    mesh=mesh,
-    num_examples=eval_examples,
+    model_dir=best, datasets=data, output=place, mesh=mesh, num_examples=eval_examples
   )
   results: dict[str, Any] = {'step': step, 'metrics': found[TASK]}
 
   # ---- Export, and tell ----
   if distributed.is_primary():
     if can_export:
-      card = _card(start, parts, plan, settings, results, lengths)
+      lora = f'LoRA of rank {settings["lora_rank"]}, merged into the weights'
+      told = lora if method == 'lora' else method
+      card = model_card.card(
+        base=start.path,
+        config=start.config,
+        parts={name: len(part) for name, part in parts.items()},
+        columns=parts['train'].fields,
+        table=finetune_plan.describe(plan, lengths, method=told),
+        results=results,
+        example=parts['train'].inputs[0],
+        max_new_tokens=plan.target_length,
+        settings=settings,
+      )
       results['export'] = _export(best, output, EXPORT, to='hf', card=card)
     if changes:
       results['adapter'] = _export(best, output, ADAPTER, to=finetune_plan.ALONE[method])
     files.write_json(epath.Path(output) / 'results.json', results)
-    quickstart.show_predictions(os.path.join(output, EVALUATION), [TASK], num_shown)
+    quickstart.show_predictions(place, [TASK], num_shown)
     print(summary(results, output, best))
   distributed.barrier('finetune')
   return results
@@ -325,27 +322,24 @@ def _listed(source: Any) -> list[str]:
 
 def _register(parts: dict[str, Pairs], metrics: Sequence[str]) -> None:
   """Makes the pairs the task that train and evaluate know by name."""
-  recipe = from_files.supervised(
-    {
-      name: lambda part=part: {'inputs': part.inputs, 'targets': part.targets}
-      for name, part in parts.items()
-    },
-    prefix='',
-    metric_fns=metrics_lib.get_metrics(metrics),
+  columns = {
+    name: lambda part=part: {'inputs': part.inputs, 'targets': part.targets}
+    for name, part in parts.items()
+  }
+  metric_fns = metrics_lib.get_metrics(metrics)
+  catalog.replace(TASK, from_files.supervised(columns, prefix='', metric_fns=metric_fns))
+
+
+def _dataset(lengths: dict[str, int], batch_size: int, **more: Any) -> DatasetConfig:
+  return DatasetConfig(
+    mixture_or_task_name=TASK, task_feature_lengths=lengths, batch_size=batch_size, **more
   )
-  catalog.replace(TASK, recipe)
 
 
 def _eval_dataset(plan: Plan) -> DatasetConfig:
-  return DatasetConfig(
-    mixture_or_task_name=TASK,
-    task_feature_lengths={'inputs': plan.input_length, 'targets': plan.target_length},
-    batch_size=plan.eval_batch_size,
-    split='validation',
-    shuffle=False,
-    pack=False,
-    num_epochs=1,
-  )
+  lengths = {'inputs': plan.input_length, 'targets': plan.target_length}
+  once = {'split': 'validation', 'shuffle': False, 'pack': False, 'num_epochs': 1}
+  return _dataset(lengths, plan.eval_batch_size, **once)
 
 
 # ---- Settings ----------------------------------------------------------------
@@ -367,13 +361,10 @@ def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: 
       f'the run in {output} was begun with other data: use another output, or '
       'the same rows in the same order'
     )
-  changed = [
-    name
-    for name in ('input_length', 'target_length', 'row_lengths', 'batch_size')
-    if getattr(plan, name) != getattr(kept, name)
-  ]
+  names = ('batch_size', 'input_length', 'row_lengths', 'target_length')
+  changed = [name for name in names if getattr(plan, name) != getattr(kept, name)]
   if changed:
-    log.warning('%s continues with its own %s', output, ', '.join(sorted(changed)))
+    log.warning('%s continues with its own %s', output, ', '.join(changed))
   return kept if total_steps is None else dataclasses.replace(kept, total_steps=total_steps)
 
 
@@ -419,30 +410,6 @@ def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> st
   return os.fspath(target)
 
 
-def _card(
-  start: TrainedModel,
-  parts: dict[str, Pairs],
-  plan: Plan,
-  settings: dict[str, Any],
-  results: dict[str, Any],
-  lengths: finetune_plan.Lengths,
-) -> str:
-  method = settings['method']
-  if method == 'lora':
-    method = f'LoRA of rank {settings["lora_rank"]}, merged into the weights'
-  return model_card.card(
-    base=start.path,
-    config=start.config,
-    parts={name: len(part) for name, part in parts.items()},
-    columns=parts['train'].fields,
-    table=finetune_plan.describe(plan, lengths, method=method),
-    results=results,
-    example=parts['train'].inputs[0],
-    max_new_tokens=plan.target_length,
-    settings=settings,
-  )
-
-
 def summary(results: dict[str, Any], output: str, best: str) -> str:
   """Returns the numbers and the commands to go on with."""
   shown = {name: value for name, value in results['metrics'].items() if '/' not in name}
@@ -450,10 +417,9 @@ def summary(results: dict[str, Any], output: str, best: str) -> str:
   run = quickstart.typed()
   lines = [f'best checkpoint: step {results["step"]}: {numbers}', '']
   if 'export' in results:
-    place = f'{output}/{EXPORT}'
-    lines.append(f'transformers: AutoModelForSeq2SeqLM.from_pretrained({place!r})')
+    lines.append(f'transformers: AutoModelForSeq2SeqLM.from_pretrained({f"{output}/{EXPORT}"!r})')
   if 'adapter' in results:
-    lines.append(f'on any base:  t5x_lite.load(BASE, adapter={output + "/" + ADAPTER!r})')
+    lines.append(f'on any base:  t5x_lite.load(BASE, adapter={f"{output}/{ADAPTER}"!r})')
   lines += [
     f'predict:      {run} infer --model {shlex.quote(best)} --input FILE --output OUT.jsonl',
     f'look at it:   {run} report {shlex.quote(output)}',

@@ -47,20 +47,14 @@ _MIN_UPDATES = 400
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """Everything about a fine-tuning that has a number.
+  """Everything about a fine-tuning that has a number; names as in `finetune`, and those below.
 
   Attributes:
-    input_length: longest input in tokens, EOS included; longer ones are cut.
-    target_length: likewise.
-    pack: several examples share a row.
-    row_lengths: tokens of a row of a training batch.
+    row_lengths: tokens of a row of a training batch, which several examples share with `pack`.
     batch_size: rows of a batch.
     eval_batch_size: rows that are decoded at a time.
     steps_per_epoch: updates that see about every example once.
     total_steps: updates in all.
-    learning_rate: highest.
-    dtype: to compute in.
-    metrics: names, see data/metrics.py.
   """
 
   input_length: int
@@ -99,15 +93,11 @@ class Lengths:
 
   def cut(self, input_length: int, target_length: int) -> dict[str, float]:
     """Returns how much is lost at these lengths."""
-    over_inputs = np.maximum(self.inputs - input_length, 0)
-    over_targets = np.maximum(self.targets - target_length, 0)
-    total = self.inputs.sum() + self.targets.sum()
-    lost = over_inputs.sum() + over_targets.sum()
-    return {
-      'cut_examples': float(((over_inputs + over_targets) > 0).sum()),
-      'cut_tokens': float(lost),
-      'cut_tokens_percent': 100.0 * float(lost) / float(total),
-    }
+    over = np.maximum(self.inputs - input_length, 0) + np.maximum(self.targets - target_length, 0)
+    lost, total = float(over.sum()), float(self.inputs.sum() + self.targets.sum())
+    percent = 100.0 * lost / total
+    examples = float((over > 0).sum())
+    return {'cut_examples': examples, 'cut_tokens': lost, 'cut_tokens_percent': percent}
 
 
 def measure(pairs: Pairs, vocabulary: Vocabulary) -> Lengths:
@@ -130,8 +120,7 @@ def choose_length(lengths: np.ndarray, limit: int) -> int:
 
   All rows, unless the longest one in a hundred are more than half as long again as the rest.
   """
-  usual = float(np.percentile(lengths, 99))
-  longest = int(lengths.max())
+  usual, longest = float(np.percentile(lengths, 99)), int(lengths.max())
   wanted = longest if longest <= 1.5 * usual else usual
   return min(limit, 8 * math.ceil(wanted / 8))
 
@@ -281,18 +270,14 @@ def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]
   rows = plan.row_lengths
   batch = f'{plan.batch_size} rows of {rows["inputs"]} + {rows["targets"]} tokens'
   epochs = f'{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {plan.steps_per_epoch}'
-  cut = 'none'
-  if loss['cut_examples']:
-    cut = (
-      f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, '
-      f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
-    )
+  cut = f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, '
+  cut += f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
   return [
     *((name.replace('_', ' '), str(value)) for name, value in more.items()),
     ('input tokens', f'{percentiles["inputs"]} (50/90/99/100%)'),
     ('target tokens', f'{percentiles["targets"]} (50/90/99/100%)'),
     ('longest kept', f'{plan.input_length} + {plan.target_length} tokens'),
-    ('cut', cut),
+    ('cut', cut if loss['cut_examples'] else 'none'),
     ('batch', batch + (', packed' if plan.pack else '')),
     ('updates', f'{plan.total_steps}, about {epochs}'),
     ('learning rate', f'{plan.learning_rate:g}'),
@@ -337,10 +322,8 @@ def show_examples(pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3) -> No
   """Prints a few examples as the model will see them."""
   for i in range(0, len(pairs), max(1, len(pairs) // num))[:num]:
     print(f'\n  {pairs.places[i]}, as the model sees it')
-    for name, text, length in (
-      ('input', pairs.inputs[i], plan.input_length),
-      ('target', pairs.targets[i], plan.target_length),
-    ):
+    target = ('target', pairs.targets[i], plan.target_length)
+    for name, text, length in (('input', pairs.inputs[i], plan.input_length), target):
       ids = vocabulary.encode(text)
       shown = vocabulary.decode(ids[: length - 1])
       cut = f', {len(ids) + 1} before' if len(ids) >= length else ''

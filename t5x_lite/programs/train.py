@@ -135,17 +135,15 @@ def train(
   reporters = metric_writers.reporters(report_to) if distributed.is_primary() else ()
   if distributed.is_primary() and histogram_period and not reporters:
     raise UsageError(f'train.histogram_period is {histogram_period}; it needs report_to')
-  changes, start = model_changes or {}, checkpoint.restore_path
+  path = checkpoint.restore_path
   model, vocabulary = start_checks.resolve_model(
-    model, vocabulary, changes, model_dir=model_dir, restore_path=start
+    model, vocabulary, model_changes or {}, model_dir=model_dir, restore_path=path
   )
   trained_model.check_vocabulary(model, vocabulary)
   record = {name: value for name, value in given.items() if name not in _NOT_RECORDED}
   record |= {'model': model, 'vocabulary': vocabulary}
-  dataset, *evals = [
-    start_checks.resolve_dataset(one, model, vocabulary)
-    for one in (dataset, *train_eval, *infer_eval)
-  ]
+  wanted = (dataset, *train_eval, *infer_eval)
+  dataset, *evals = [start_checks.resolve_dataset(one, model, vocabulary) for one in wanted]
   train_eval, infer_eval = evals[: len(train_eval)], evals[len(train_eval) :]
   start_checks.check_model_dir(model_dir, model, vocabulary)
   if not dry_run:
@@ -256,27 +254,18 @@ def train(
     log.info('%s', memory_report.compiled_memory(train_step))
 
     # ---- Writers ----
-    writer = stack.enter_context(
-      metric_writers.MetricWriter(
-        model_dir,
-        first_step=first_step,
-        active=primary,
-        report_to=reporters,
-        config=run_directory.to_json(record),
-      )
-    )
+    start: dict[str, Any] = {'first_step': first_step, 'active': primary}
+    config = run_directory.to_json(record)
+    writer = metric_writers.MetricWriter(model_dir, report_to=reporters, config=config, **start)
+    stack.enter_context(writer)
+    num_traced = profile_steps if primary else None
     profiler = profiling.StepProfiler(
-      model_dir,
-      first_step=first_step,
-      last_step=total_steps,
-      num_steps=profile_steps if primary else None,
+      model_dir, first_step=first_step, last_step=total_steps, num_steps=num_traced
     )
     stack.callback(profiler.stop)
     if checkpointer.damaged:
       writer.write(first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))})
-    progress = stack.enter_context(
-      Progress(first_step=first_step, total_steps=total_steps, active=primary)
-    )
+    progress = stack.enter_context(Progress(total_steps=total_steps, **start))
     window = Window(
       batch_shapes=shapes,
       step_flops=flops.batch_train_flops(model, batch_shapes),
@@ -332,9 +321,8 @@ def train(
         held.check()
       due = not hurry and (last or step % eval_period == 0)
       if due and step > max(evaluated, 0):
-        metrics = evaluation.run(
-          state.params, step, model_dir, show=functools.partial(writer.write_samples, step)
-        )
+        show = functools.partial(writer.write_samples, step)
+        metrics = evaluation.run(state.params, step, model_dir, show=show)
         writer.write(step, metrics)
         best.add(metrics)
         evaluated = step
@@ -403,8 +391,7 @@ class BestSoFar:
   """The best evaluation, and how many came since that were no better."""
 
   def __init__(self, metric: str, mode: str):
-    self._metric = metric
-    self._sign = 1.0 if mode == 'max' else -1.0
+    self._metric, self._sign = metric, 1.0 if mode == 'max' else -1.0
     self._best: float | None = None
     self._since = 0
 
