@@ -32,8 +32,7 @@ _INCLUDE = re.compile(r"""^\s*include\s+['"]([^'"]+)['"]""", re.MULTILINE)
 def shipped_root() -> pathlib.Path:
   """Returns the directory whose `configs/` came with the package.
 
-  That is the package itself in an installed wheel, and the checkout around it
-  otherwise.
+  That is the package itself in an installed wheel, and the checkout around it otherwise.
   """
   package = pathlib.Path(__file__).parents[1]
   for root in (package, package.parent):
@@ -77,8 +76,7 @@ class Configured:
     call: runs it.
     arguments: evaluates what gin binds for it, so that each config checks
       itself; before another program is configured.
-    text: the resolved configuration, defaults included, as a gin file that
-      gives the same run.
+    text: the resolved configuration, defaults included, as a gin file that gives the same run.
   """
 
   call: Callable[[], Any]
@@ -176,11 +174,9 @@ def _inherit(selector: str, source: str, program: Callable[..., Any]) -> None:
   own = gin_config._CONFIG.get(('', selector), {})
   names = set(inspect.signature(program).parameters) - set(own)
   for (scope, name), bound in list(gin_config._CONFIG.items()):
-    dotted = validation.dotted_name(gin_config._REGISTRY[name])
-    if scope or dotted != source:
-      continue
-    for argument in names & set(bound):
-      gin.bind_parameter(('', selector, argument), bound[argument])
+    if not scope and validation.dotted_name(gin_config._REGISTRY[name]) == source:
+      for argument in names & set(bound):
+        gin.bind_parameter(('', selector, argument), bound[argument])
 
 
 class _Sources:

@@ -69,22 +69,16 @@ class Walk:
 
   def parameters(self, hidden: Collection[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """Bound values and defaults, as gin's formatter wants them."""
-    values = {
-      key: {**_defaults(gin_config._REGISTRY[key[1]].wrapped), **bound}
-      for key, bound in self.bound.items()
-    }
-    for bound in values.values():
-      for name in hidden:
-        bound.pop(name, None)
+    values = {}
+    for key, bound in self.bound.items():
+      both = {**_defaults(gin_config._REGISTRY[key[1]].wrapped), **bound}
+      values[key] = {name: value for name, value in both.items() if name not in hidden}
     return values
 
   def takers(self, parameter: str) -> set[str]:
     """Returns the selectors of all that have a parameter of this name."""
-    return {
-      selector
-      for _, selector in self.bound
-      if parameter in _signature(gin_config._REGISTRY[selector].wrapped)
-    }
+    found = {selector: gin_config._REGISTRY[selector].wrapped for _, selector in self.bound}
+    return {selector for selector, wrapped in found.items() if parameter in _signature(wrapped)}
 
 
 def _signature(wrapped: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -95,11 +89,8 @@ def _signature(wrapped: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _defaults(wrapped: Callable[..., Any]) -> dict[str, Any]:
-  return {
-    name: parameter.default
-    for name, parameter in _signature(wrapped).items()
-    if parameter.default is not parameter.empty
-  }
+  defaults = {name: parameter.default for name, parameter in _signature(wrapped).items()}
+  return {name: x for name, x in defaults.items() if x is not inspect.Parameter.empty}
 
 
 def _bare(text: str) -> str:
@@ -119,11 +110,14 @@ def references(text: str) -> Iterable[gin_config.ConfigurableReference]:
 
 
 def _macros() -> dict[str, Any]:
-  return {
-    scope: bound['value']
-    for (scope, selector), bound in gin_config._CONFIG.items()
-    if selector == MACRO
-  }
+  found = gin_config._CONFIG.items()
+  return {scope: bound['value'] for (scope, name), bound in found if name == MACRO}
+
+
+def _names(scope: str, selector: str) -> tuple[str, str]:
+  """Returns SCOPE/MODULE.NAME and MODULE.NAME, as users write them."""
+  short = '.'.join(selector.split('.')[-2:])
+  return f'{scope}/{short}' if scope else short, short
 
 
 def check_macros(text: str, own_text: str) -> None:
@@ -145,8 +139,7 @@ def check_bindings_are_read(read: set[tuple[str, str]], text: str) -> None:
   for (scope, selector), bound in gin_config._CONFIG.items():
     if (scope, selector) in read or selector == MACRO:
       continue
-    short = '.'.join(selector.split('.')[-2:])
-    name = f'{scope}/{short}' if scope else short
+    name, short = _names(scope, selector)
     where = f'no scope {scope!r} ever calls' if scope else 'nothing refers to'
     raise UsageError(
       f'gin binding {name}.{next(iter(bound))} would do nothing: '
@@ -167,8 +160,7 @@ def check_values(walk: Walk, root: str, given: Mapping[str, Any], flags: Collect
   required: list[str] = []
   for (scope, selector), bound in walk.bound.items():
     configurable = gin_config._REGISTRY[selector]
-    short = '.'.join(selector.split('.')[-2:])
-    prefix = f'{scope}/{short}' if scope else short
+    prefix, _ = _names(scope, selector)
     if selector == MACRO:
       if scope not in macros:
         raise UsageError(
@@ -182,22 +174,19 @@ def check_values(walk: Walk, root: str, given: Mapping[str, Any], flags: Collect
       continue
     hints = _hints(configurable.wrapped)
     is_root = (scope, selector) == ('', root)
+    called = (scope, selector) in walk.called
     for name, parameter in _signature(configurable.wrapped).items():
       if is_root and name in given:
         continue
-      setting = f'--gin.{prefix}.{name}'
-      if is_root and name in flags:
-        setting = f'--{name}'
+      has_default = parameter.default is not parameter.empty
       if name not in bound:
-        if (
-          (scope, selector) in walk.called
-          and parameter.default is parameter.empty
-          and parameter.kind is parameter.KEYWORD_ONLY
-        ):
-          required.append(setting)
-      elif _is_required(bound[name]):
-        required.append(setting)
+        missing = called and not has_default and parameter.kind is parameter.KEYWORD_ONLY
       else:
+        missing = _is_required(bound[name])
+      if missing:
+        is_flag = is_root and name in flags
+        required.append(f'--{name}' if is_flag else f'--gin.{prefix}.{name}')
+      elif name in bound:
         value = _literal(bound[name], macros)
         if not _fits(value, hints.get(name, Any)):
           raise UsageError(
@@ -243,10 +232,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if not (value.evaluate and isinstance(wrapped, type)):
       return not value.evaluate or kind is not type(None)
     return issubclass(wrapped, kind)
-  if kind is float:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-  if kind is int:
-    return isinstance(value, int) and not isinstance(value, bool)
+  if kind in (int, float):
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
   if kind in (str, bool, type(None)):
     return isinstance(value, kind)
   if dataclasses.is_dataclass(kind):
@@ -284,9 +271,8 @@ def explained(source: str) -> Iterator[None]:
     message, (line, _) = error.args
     raise UsageError(f'{source}, line {line}: {message}') from error
   except SyntaxError as error:
-    text = (error.text or '').strip()
-    message = error.msg.strip().rstrip('.')
-    raise UsageError(f'{source}, line {error.lineno}: {message} ({text})') from error
+    what = f'{error.msg.strip().rstrip(".")} ({(error.text or "").strip()})'
+    raise UsageError(f'{source}, line {error.lineno}: {what}') from error
   except ImportError as error:
     raise UsageError(f'{_explain(error)}; is it installed?') from error
   except (RecursionError, MemoryError):
@@ -305,12 +291,9 @@ def _explain(error: Exception) -> str:
     message = f'{match[1]} has no parameter {match[2]!r}'
     message += suggest(match[2], names) or f'; it has {", ".join(names)}'
   elif match := re.match(r"No configurable matching (?:reference )?'@?(.+?)(?:\(\))?'", message):
-    known = {
-      '.'.join(configurable.selector.split('.')[-2:])
-      for configurable in gin_config._INVERSE_REGISTRY.values()
-    }
-    message = f'the gin files configure no {match[1]!r}'
-    message += suggest(match[1].split('.')[-1], known, cutoff=0.5)
+    known = {_names('', one.selector)[1] for one in gin_config._INVERSE_REGISTRY.values()}
+    hint = suggest(match[1].split('.')[-1], known, cutoff=0.5)
+    message = f'the gin files configure no {match[1]!r}{hint}'
   found = _LOCATION.findall(str(error))
   if found and found[0][0]:
     message = f'{found[0][0]}, line {found[0][1]}: {message}'

@@ -4,10 +4,9 @@ Everything is checked before anything is written, and what is written gets its
 name only once it is whole.
 """
 
+import collections
 import dataclasses
 import logging
-import sys
-from typing import TextIO
 
 from etils import epath
 
@@ -47,10 +46,9 @@ def convert(
     source: a folder of t5x_lite, transformers or T5X, one of its steps, or the
       NAME@REVISION of a model on the Hugging Face hub; the format is detected.
     destination: the directory to write; it must not exist yet.
-    to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a
-      model_dir with a legacy checkpoint), the last two with LoRA merged; or,
-      without the base, 'peft' (LoRA for PEFT) or 'adapter' (any method's part,
-      for `t5x_lite.load(base, adapter=...)`).
+    to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a model_dir with a legacy
+      checkpoint), the last two with LoRA merged; or, without the base, 'peft' (LoRA for PEFT) or
+      'adapter' (any method's part, for `t5x_lite.load(base, adapter=...)`).
     dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; by
       default as they are in the source.
     vocabulary: a SentencePiece model file, 't5' for the official one, 'byte',
@@ -88,16 +86,13 @@ def convert(
   if merge or to in ('hf', 't5x'):
     tensors, cfg = merge_lora(tensors, cfg)
   if dry_run:
-    _print_mapping(opened, tensors, cfg, to, report, sys.stdout)
+    _print_mapping(opened, tensors, cfg, to, report)
     return destination
   for line in _remarks(opened, cfg, to):
     log.warning('%s', line)
   carried: adafactor_moments.Moments = {}
-  if (
-    optimizer_state
-    and to in ('t5x_lite', 't5x')
-    and not (transfer.fields(opened.config) or assignment_map)
-  ):
+  renamed = transfer.fields(opened.config) or assignment_map
+  if optimizer_state and to in ('t5x_lite', 't5x') and not renamed:
     carried = opened.read_moments()
   export.write(
     target,
@@ -117,25 +112,20 @@ def convert(
 
 def _stored_dtype(source: Source) -> str:
   """Returns what most numbers are stored in, of the three there are here."""
-  sizes: dict[str, int] = {}
+  sizes: collections.Counter[str] = collections.Counter()
   for tensor in source.tensors.values():
-    sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.size
-  name = max(sizes, key=lambda key: sizes[key])
+    sizes[tensor.dtype.name] += tensor.size
+  [(name, _)] = sizes.most_common(1)
   return name if name in hf.SHORT_DTYPES else 'float32'
 
 
 def _vocabulary(name: str | None, source: Source) -> VocabularyConfig | None:
   """Returns the vocabulary that is asked for, checked against the model."""
+  named = {'none': None, 't5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
   if name is None:
     config = source.vocabulary
-  elif name == 'none':
-    config = None
-  elif name == 't5':
-    config = VocabularyConfig()
-  elif name == 'byte':
-    config = VocabularyConfig(kind='byte')
   else:
-    config = VocabularyConfig(path=name)
+    config = named[name] if name in named else VocabularyConfig(path=name)
   if config is not None:
     size = vocabularies.make_vocabulary(config).vocab_size
     if size > source.config.vocab_size:
@@ -151,40 +141,33 @@ def _remarks(source: Source, cfg: T5Config, to: str) -> list[str]:
   lines = []
   if source.vocabulary is None:
     lines.append('no vocabulary: the result has ids but no text; name one with --vocabulary')
-  scaled = cfg.scale_logits
-  if scaled is None:
-    scaled = cfg.logits_via_embedding
+  scaled = cfg.logits_via_embedding if cfg.scale_logits is None else cfg.scale_logits
   if to == 'hf' and cfg.relpos_per_layer and not scaled:
     lines.append(
-      "transformers 5 multiplies every umT5's logits by d_model**-0.5, those "
-      'of the published models too, which have no such factor: greedy outputs '
-      'are equal, probabilities are not'
+      "transformers 5 multiplies every umT5's logits by d_model**-0.5, those of the published "
+      'models too, which have no such factor: greedy outputs are equal, probabilities are not'
     )
   return lines
 
 
 def _print_mapping(
-  source: Source, tensors: Tensors, cfg: T5Config, to: str, report: assignment.Report, out: TextIO
+  source: Source, tensors: Tensors, cfg: T5Config, to: str, report: assignment.Report
 ) -> None:
   """Prints one line a tensor: from where, its shape, to where."""
-  places = {
-    'hf': tensor_names.hf_name,
-    't5x': lambda name: (
-      'target/'
-      + (
-        tensor_names.t5x_scanned_name(name)[0]
-        if cfg.relpos_per_layer
-        else tensor_names.t5x_name(name, cfg)
-      )
-    ),
-  }.get(to, lambda name: name)
+
+  def place(name: str) -> str:
+    if to == 'hf':
+      return tensor_names.hf_name(name)
+    if to == 't5x' and cfg.relpos_per_layer:
+      return f'target/{tensor_names.t5x_scanned_name(name)[0]}'
+    return f'target/{tensor_names.t5x_name(name, cfg)}' if to == 't5x' else name
+
   for name, tensor in tensors.items():
-    shape = 'x'.join(map(str, tensor.shape))
-    print(f'{tensor.origin} -> {places(name)} [{shape}]', file=out)
+    print(f'{tensor.origin} -> {place(name)} [{"x".join(map(str, tensor.shape))}]')
   for name in report.skipped:
-    print(f'{name} -> skipped', file=out)
+    print(f'{name} -> skipped')
   count = sum(tensor.size for tensor in tensors.values())
-  print(f'{source.format} -> {to}: {report.summary()}', file=out)
-  print(f'{count:,} parameters as {cfg.param_dtype}', file=out)
+  print(f'{source.format} -> {to}: {report.summary()}')
+  print(f'{count:,} parameters as {cfg.param_dtype}')
   for line in _remarks(source, cfg, to):
-    print(line, file=out)
+    print(line)

@@ -23,6 +23,7 @@ from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import export as formats
 from t5x_lite.interop import trained_model
+from t5x_lite.interop.trained_model import TrainedModel
 from t5x_lite.models import t5
 from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.placement import single_device
@@ -35,6 +36,8 @@ FORMATS = ('jax', 'saved_model')
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 MANIFEST = 'export.json'
 LOADER = 'load_exported.py'
+
+Functions = dict[str, Callable[..., Any]]
 
 
 def export(
@@ -68,14 +71,11 @@ def export(
   Raises:
     UsageError: if the model cannot be read or has no such function.
   """
-  for name, given, allowed in (
-    ('to', [to], FORMATS),
-    ('functions', functions, FUNCTIONS),
-    ('platforms', platforms, PLATFORMS),
-  ):
+  allowed = {'to': FORMATS, 'functions': FUNCTIONS, 'platforms': PLATFORMS}
+  for name, given in (('to', [to]), ('functions', functions), ('platforms', platforms)):
     for one in given:
-      if one not in allowed:
-        raise UsageError(f'export.{name} is {one!r}; there are {", ".join(allowed)}')
+      if one not in allowed[name]:
+        raise UsageError(f'export.{name} is {one!r}; there are {", ".join(allowed[name])}')
   if not functions or not input_lengths or min(*input_lengths, target_length) < 1:
     raise UsageError('export needs a function, and lengths of at least 1')
   target = epath.Path(destination)
@@ -84,9 +84,8 @@ def export(
   config = opened.config
   if config.architecture != 'encoder_decoder':
     raise UsageError(f'architecture={config.architecture!r} cannot be exported')
-  _, shapes, axes = t5.abstract_params(config)
+  graphdef, shapes, axes = t5.abstract_params(config)
   params = opened.load_params(single_device().specs(shapes, axes))
-  graphdef, _, _ = t5.abstract_params(config)
   encode = vocabularies.make_vocabulary(opened.vocabulary).encode
   decoding = (decoding or DecodingConfig()).resolved(encode, target_length)
   made = {name: _function(name, graphdef, decoding, config.decoder_start_id) for name in functions}
@@ -96,7 +95,8 @@ def export(
   work.mkdir(parents=True)
   vocabularies.save_vocabulary(opened.vocabulary, work)
   if to == 'saved_model':
-    _write_saved_model(work, opened, params, made, max(input_lengths), target_length)
+    lengths = {'inputs': max(input_lengths), 'targets': target_length}
+    _write_saved_model(work, opened, params, made, lengths)
   else:
     _write_stablehlo(work, opened, params, made, input_lengths, target_length, platforms)
   work.rename(target)
@@ -104,9 +104,7 @@ def export(
   return destination
 
 
-def _function(
-  name: str, graphdef: Any, decoding: DecodingConfig, start_id: int
-) -> Callable[..., Any]:
+def _function(name: str, graphdef: Any, decoding: DecodingConfig, start_id: int) -> Callable:
   """Returns function(params, inputs[, targets]) of arrays of ids padded with pad_id."""
   if name == 'generate':
     predict = steps.make_predict_step(graphdef, decoding)
@@ -138,9 +136,9 @@ def _function(
 
 def _write_stablehlo(
   work: epath.Path,
-  opened: trained_model.TrainedModel,
+  opened: TrainedModel,
   params: Any,
-  functions: dict[str, Callable[..., Any]],
+  functions: Functions,
   input_lengths: Sequence[int],
   target_length: int,
   platforms: Sequence[str],
@@ -149,8 +147,8 @@ def _write_stablehlo(
     pytrees.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   (work / 'params.safetensors').write_bytes(safetensors.flax.save(leaves))
-  names, structure = list(leaves), jax.tree.structure(params)
-  shapes = [jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype) for name in names]
+  structure = jax.tree.structure(params)
+  shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
   [rows] = jax.export.symbolic_shape('rows')
   entries = []
   for name, function in functions.items():
@@ -170,7 +168,7 @@ def _write_stablehlo(
     work / MANIFEST,
     {
       'functions': entries,
-      'params': names,  # in the order of the functions' first argument
+      'params': list(leaves),  # in the order of the functions' first argument
       'target_length': target_length,
       'pad_id': opened.config.pad_id,
       'eos_id': opened.config.eos_id,
@@ -181,12 +179,7 @@ def _write_stablehlo(
 
 
 def _write_saved_model(
-  work: epath.Path,
-  opened: trained_model.TrainedModel,
-  params: Any,
-  functions: dict[str, Callable[..., Any]],
-  input_length: int,
-  target_length: int,
+  work: epath.Path, opened: TrainedModel, params: Any, functions: Functions, lengths: dict[str, int]
 ) -> None:
   import tensorflow as tf
   from jax.experimental import jax2tf
@@ -217,17 +210,15 @@ def _write_saved_model(
 
   signatures = {}
   for name, function in functions.items():
-    lengths = {'inputs': input_length}
-    if name == 'score':
-      lengths['targets'] = target_length
-    shapes = [None, *['rows, _'] * len(lengths)]
+    texts = ('inputs', 'targets') if name == 'score' else ('inputs',)
+    shapes = [None, *['rows, _'] * len(texts)]
     converted = jax2tf.convert(function, polymorphic_shapes=shapes, with_gradient=False)
 
-    def call(*texts, name=name, converted=converted, lengths=lengths):
-      ids = [tokens(text, n) for text, n in zip(texts, lengths.values(), strict=True)]
+    def call(*given, name=name, converted=converted, texts=texts):
+      ids = [tokens(text, lengths[key]) for key, text in zip(texts, given, strict=True)]
       return named(name, converted(module.weights, *ids))
 
-    specs = [tf.TensorSpec([None], tf.string, name=key) for key in lengths]
+    specs = [tf.TensorSpec([None], tf.string, name=key) for key in texts]
     signatures[name] = tf.function(call, input_signature=specs, autograph=False)
   signatures['serving_default'] = next(iter(signatures.values()))
   tf.saved_model.save(module, str(work), signatures=signatures)

@@ -31,7 +31,6 @@ from t5x_lite.data.tasks import catalog, from_files
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import export, trained_model
-from t5x_lite.interop.trained_model import TrainedModel
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -55,6 +54,12 @@ _COUNTS = (
   'patience eval_examples'
 ).split()
 _FILES = ('train', 'validation', 'train_targets', 'validation_targets')
+# What a plan is made from, beside the data, and what it says of a setting's own name.
+_PLANNED = (
+  'method input_length target_length max_input_tokens max_target_tokens pack batch_tokens '
+  'epochs steps learning_rate metrics'
+).split()
+_CHOSEN = ('learning_rate', 'pack', 'input_length', 'target_length', 'dtype', 'metrics')
 # Of no use to a run that is made again, or replaced by what was chosen.
 _DROPPED = (
   'epochs max_input_tokens max_target_tokens num_shown export_hf profile_steps mesh'.split()
@@ -114,18 +119,15 @@ def finetune(
     train: JSONL, JSON, CSV, TSV or Parquet files, plain or gzip, or a folder
       that `datasets.save_to_disk` wrote; several, and patterns with '*'.
     output: the run's directory.
-    validation: likewise, to evaluate on; by default a part of train is held
-      out.
-    train_targets: text files beside those of train, line by line, which then
-      hold inputs alone.
+    validation: likewise, to evaluate on; by default a part of train is held out.
+    train_targets: text files beside those of train, line by line, which then hold inputs alone.
     validation_targets: likewise.
     input_column: name of the input's column, or number from 0 where there is no
       header; by default one with a usual name.
     target_column: likewise.
     template: makes the input of several columns, 'summarize: {article}'.
     prefix: put before every input, with its space.
-    skip_bad_rows: leave out rows without input or target, instead of refusing
-      the file.
+    skip_bad_rows: leave out rows without input or target, instead of refusing the file.
     method: 'adafactor' or 'adamw' train all parameters, 'lora', 'adapters' and
       'prompt' a few new ones; see `T5Config`.
     learning_rate: the highest; by default 0.001 for Adafactor, LoRA and adapters,
@@ -137,8 +139,7 @@ def finetune(
     prompt_length: trained vectors; 100 by default.
     epochs: passes over the data; 3 by default, more if the file is small.
     steps: updates, instead of epochs.
-    batch_tokens: of a batch, inputs and targets; by the data and device by
-      default.
+    batch_tokens: of a batch, inputs and targets; by the data and device by default.
     pack: several examples a row; by default where rows would be half empty.
     input_length: tokens, what is longer is cut; by default as long as the data
       is, rare long rows aside.
@@ -148,11 +149,9 @@ def finetune(
     dtype: to compute in; bfloat16 on GPU and TPU, float32 on CPU by default.
     dropout_rate: T5 fine-tunes with 0.1.
     holdout: share of train to evaluate on, if there is no validation.
-    patience: epochs without a better validation loss, after which training
-      ends.
+    patience: epochs without a better validation loss, after which training ends.
     eval_examples: of validation, at most, that are decoded at the end.
-    metrics: names, such as accuracy f1 squad bleu chrf rouge; chosen by the
-      data by default.
+    metrics: names, such as accuracy f1 squad bleu chrf rouge; chosen by the data by default.
     num_shown: predictions that are printed at the end.
     export_hf: write OUTPUT/export for transformers.
     report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
@@ -165,8 +164,7 @@ def finetune(
     Metrics, and where things are; None if a signal ended it early.
 
   Raises:
-    UsageError: if the data or the model cannot be read; nothing is written
-      then.
+    UsageError: if the data or the model cannot be read; nothing is written then.
   """
   # ---- What must fit together; nothing is written here ----
   given = dict(locals())
@@ -197,19 +195,7 @@ def finetune(
   vocabulary = vocabularies.make_vocabulary(start.vocabulary)
   lengths = finetune_plan.measure(parts['train'], vocabulary)
   plan = finetune_plan.make_plan(
-    lengths,
-    parts['train'].targets,
-    method=method,
-    input_length=input_length,
-    target_length=target_length,
-    max_input_tokens=max_input_tokens,
-    max_target_tokens=max_target_tokens,
-    pack=pack,
-    batch_tokens=batch_tokens,
-    epochs=epochs,
-    steps=steps,
-    learning_rate=learning_rate,
-    metrics=metrics,
+    lengths, parts['train'].targets, **{name: given[name] for name in _PLANNED}
   )
   if dtype:
     plan = dataclasses.replace(plan, dtype=dtype)
@@ -223,17 +209,9 @@ def finetune(
     finetune_plan.show_examples(parts['train'], plan, vocabulary)
   settings = {name: value for name, value in given.items() if name not in _DROPPED}
   settings |= {name: _listed(settings[name]) for name in settings if name in _FILES}
-  settings |= {
-    **changes,
-    'learning_rate': plan.learning_rate,
-    'steps': plan.total_steps,
-    'batch_tokens': plan.batch_size * sum(plan.row_lengths.values()),
-    'pack': plan.pack,
-    'input_length': plan.input_length,
-    'target_length': plan.target_length,
-    'dtype': plan.dtype,
-    'metrics': plan.metrics,
-  }
+  settings |= {**changes, **{name: getattr(plan, name) for name in _CHOSEN}}
+  settings['steps'] = plan.total_steps
+  settings['batch_tokens'] = plan.batch_size * sum(plan.row_lengths.values())
   settings = {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()}
 
   def write_plan(model_dir: str) -> None:
@@ -245,31 +223,16 @@ def finetune(
 
   # ---- Train ----
   _register(parts, plan.metrics)
+  kept = {'scan_layers': start.config.scan_layers}
+  best_alone: dict[str, Any] = {'keep': 1, 'keep_best': 1, 'best_metric': BEST_METRIC}
   with distributed.stop_signal() as stop:
     state = train_lib.train(
-      dataset=DatasetConfig(
-        mixture_or_task_name=TASK,
-        task_feature_lengths=plan.row_lengths,
-        batch_size=plan.batch_size,
-        pack=plan.pack,
-        seed=seed,
-      ),
+      dataset=_dataset(plan.row_lengths, plan.batch_size, pack=plan.pack, seed=seed),
       optimizer=finetune_plan.make_optimizer(method, plan),
       model_dir=output,
       total_steps=plan.total_steps,
-      model_changes={
-        'dtype': plan.dtype,
-        'dropout_rate': dropout_rate,
-        'scan_layers': start.config.scan_layers,
-        **changes,
-      },
-      checkpoint=CheckpointConfig(
-        restore_path=model,
-        period=plan.steps_per_epoch,
-        keep=1,
-        keep_best=1,
-        best_metric=BEST_METRIC,
-      ),
+      model_changes={'dtype': plan.dtype, 'dropout_rate': dropout_rate, **kept, **changes},
+      checkpoint=CheckpointConfig(restore_path=model, period=plan.steps_per_epoch, **best_alone),
       loss=LossConfig(z_loss=1e-4),  # as T5X fine-tunes
       train_eval=[_eval_dataset(plan)],
       eval_period=plan.steps_per_epoch,
@@ -290,24 +253,34 @@ def finetune(
   # ---- Evaluate the best checkpoint ----
   step = distributed.from_primary(lambda: best_step(output))
   best = os.path.join(output, checkpoints.CHECKPOINTS, str(step))
+  place = os.path.join(output, EVALUATION)
+  data = [_eval_dataset(plan)]
   found = evaluate.evaluate(
-    model_dir=best,
-    datasets=[_eval_dataset(plan)],
-    output=os.path.join(output, EVALUATION),
-    mesh=mesh,
-    num_examples=eval_examples,
+    model_dir=best, datasets=data, output=place, mesh=mesh, num_examples=eval_examples
   )
   results: dict[str, Any] = {'step': step, 'metrics': found[TASK]}
 
   # ---- Export, and tell ----
   if distributed.is_primary():
     if can_export:
-      card = _card(start, parts, plan, settings, results, lengths)
+      lora = f'LoRA of rank {settings["lora_rank"]}, merged into the weights'
+      told = lora if method == 'lora' else method
+      card = model_card.card(
+        base=start.path,
+        config=start.config,
+        parts={name: len(part) for name, part in parts.items()},
+        columns=parts['train'].fields,
+        table=finetune_plan.describe(plan, lengths, method=told),
+        results=results,
+        example=parts['train'].inputs[0],
+        max_new_tokens=plan.target_length,
+        settings=settings,
+      )
       results['export'] = _export(best, output, EXPORT, to='hf', card=card)
     if changes:
       results['adapter'] = _export(best, output, ADAPTER, to=finetune_plan.ALONE[method])
     files.write_json(epath.Path(output) / 'results.json', results)
-    quickstart.show_predictions(os.path.join(output, EVALUATION), [TASK], num_shown)
+    quickstart.show_predictions(place, [TASK], num_shown)
     print(summary(results, output, best))
   distributed.barrier('finetune')
   return results
@@ -343,45 +316,37 @@ def read_parts(
 
 
 def _listed(source: Any) -> list[str]:
-  if isinstance(source, str | os.PathLike):
-    return [os.fspath(source)] if os.fspath(source) else []
-  return [os.fspath(one) for one in source]
+  listed = [source] if isinstance(source, str | os.PathLike) else source
+  return [os.fspath(one) for one in listed if os.fspath(one)]
 
 
 def _register(parts: dict[str, Pairs], metrics: Sequence[str]) -> None:
   """Makes the pairs the task that train and evaluate know by name."""
-  recipe = from_files.supervised(
-    {
-      name: lambda part=part: {'inputs': part.inputs, 'targets': part.targets}
-      for name, part in parts.items()
-    },
-    prefix='',
-    metric_fns=metrics_lib.get_metrics(metrics),
+  columns = {
+    name: lambda part=part: {'inputs': part.inputs, 'targets': part.targets}
+    for name, part in parts.items()
+  }
+  metric_fns = metrics_lib.get_metrics(metrics)
+  catalog.replace(TASK, from_files.supervised(columns, prefix='', metric_fns=metric_fns))
+
+
+def _dataset(lengths: dict[str, int], batch_size: int, **more: Any) -> DatasetConfig:
+  return DatasetConfig(
+    mixture_or_task_name=TASK, task_feature_lengths=lengths, batch_size=batch_size, **more
   )
-  catalog.replace(TASK, recipe)
 
 
 def _eval_dataset(plan: Plan) -> DatasetConfig:
-  return DatasetConfig(
-    mixture_or_task_name=TASK,
-    task_feature_lengths={'inputs': plan.input_length, 'targets': plan.target_length},
-    batch_size=plan.eval_batch_size,
-    split='validation',
-    shuffle=False,
-    pack=False,
-    num_epochs=1,
-  )
+  lengths = {'inputs': plan.input_length, 'targets': plan.target_length}
+  once = {'split': 'validation', 'shuffle': False, 'pack': False, 'num_epochs': 1}
+  return _dataset(lengths, plan.eval_batch_size, **once)
 
 
 # ---- Settings ----------------------------------------------------------------
 
 
 def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: int | None) -> Plan:
-  """Returns the plan of the run that is continued, or the new one.
-
-  Raises:
-    UsageError: if the data is not what the run began with.
-  """
+  """Returns the plan of the run that is continued, if the data is the same, or the new one."""
   path = epath.Path(output) / PLAN_FILE
   if not path.exists() or not checkpoints.has_checkpoint(output):
     return plan
@@ -396,15 +361,11 @@ def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: 
       f'the run in {output} was begun with other data: use another output, or '
       'the same rows in the same order'
     )
-  changed = [
-    name
-    for name in ('input_length', 'target_length', 'row_lengths', 'batch_size')
-    if getattr(plan, name) != getattr(kept, name)
-  ]
+  names = ('batch_size', 'input_length', 'row_lengths', 'target_length')
+  changed = [name for name in names if getattr(plan, name) != getattr(kept, name)]
   if changed:
-    log.warning('%s continues with its own %s', output, ', '.join(sorted(changed)))
-  steps = kept.total_steps if total_steps is None else total_steps
-  return dataclasses.replace(kept, total_steps=steps)
+    log.warning('%s continues with its own %s', output, ', '.join(changed))
+  return kept if total_steps is None else dataclasses.replace(kept, total_steps=total_steps)
 
 
 # ---- After training ----------------------------------------------------------
@@ -419,9 +380,7 @@ def best_step(output: str) -> int:
     for entry in metric_writers.read_metrics(output)
     if entry.get(BEST_METRIC) is not None and entry['step'] in kept
   }
-  if not losses:
-    return max(kept)
-  return min(losses, key=lambda step: losses[step])
+  return min(losses, key=lambda step: losses[step]) if losses else max(kept)
 
 
 def _can_export(config: T5Config, vocabulary: VocabularyConfig) -> bool:
@@ -436,9 +395,7 @@ def _can_export(config: T5Config, vocabulary: VocabularyConfig) -> bool:
 
 def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> str:
   """Writes OUTPUT/NAME anew, the old one being there until it is whole."""
-  target = epath.Path(output) / name
-  new = epath.Path(output) / f'.{name}.new'
-  old = epath.Path(output) / f'.{name}.old'
+  target, new, old = (epath.Path(output) / x for x in (name, f'.{name}.new', f'.{name}.old'))
   for leftover in (new, old):
     if leftover.exists():
       leftover.rmtree()
@@ -453,30 +410,6 @@ def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> st
   return os.fspath(target)
 
 
-def _card(
-  start: TrainedModel,
-  parts: dict[str, Pairs],
-  plan: Plan,
-  settings: dict[str, Any],
-  results: dict[str, Any],
-  lengths: finetune_plan.Lengths,
-) -> str:
-  method = settings['method']
-  if method == 'lora':
-    method = f'LoRA of rank {settings["lora_rank"]}, merged into the weights'
-  return model_card.card(
-    base=start.path,
-    config=start.config,
-    parts={name: len(part) for name, part in parts.items()},
-    columns=parts['train'].fields,
-    table=finetune_plan.describe(plan, lengths, method=method),
-    results=results,
-    example=parts['train'].inputs[0],
-    max_new_tokens=plan.target_length,
-    settings=settings,
-  )
-
-
 def summary(results: dict[str, Any], output: str, best: str) -> str:
   """Returns the numbers and the commands to go on with."""
   shown = {name: value for name, value in results['metrics'].items() if '/' not in name}
@@ -484,10 +417,9 @@ def summary(results: dict[str, Any], output: str, best: str) -> str:
   run = quickstart.typed()
   lines = [f'best checkpoint: step {results["step"]}: {numbers}', '']
   if 'export' in results:
-    place = f'{output}/{EXPORT}'
-    lines.append(f'transformers: AutoModelForSeq2SeqLM.from_pretrained({place!r})')
+    lines.append(f'transformers: AutoModelForSeq2SeqLM.from_pretrained({f"{output}/{EXPORT}"!r})')
   if 'adapter' in results:
-    lines.append(f'on any base:  t5x_lite.load(BASE, adapter={output + "/" + ADAPTER!r})')
+    lines.append(f'on any base:  t5x_lite.load(BASE, adapter={f"{output}/{ADAPTER}"!r})')
   lines += [
     f'predict:      {run} infer --model {shlex.quote(best)} --input FILE --output OUT.jsonl',
     f'look at it:   {run} report {shlex.quote(output)}',

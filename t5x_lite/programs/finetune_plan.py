@@ -4,7 +4,6 @@ All of it follows from the data and the model, is printed before anything runs
 and written down, so that a run that is continued keeps to it.
 """
 
-import collections
 import dataclasses
 import logging
 import math
@@ -25,8 +24,7 @@ from t5x_lite.training.schedules import ScheduleConfig
 
 log = logging.getLogger(__name__)
 
-# Learning rates: T5's for Adafactor (Raffel et al. 2020, 3.1.2), what is usual
-# for T5 with AdamW.
+# Learning rates: T5's for Adafactor (Raffel et al. 2020, 3.1.2), what is usual for T5 with AdamW.
 # PEFT's for LoRA, Houlsby et al.'s for adapters, Lester et al.'s for prompts.
 METHODS = {'adafactor': 1e-3, 'adamw': 3e-4, 'lora': 1e-3, 'adapters': 1e-3, 'prompt': 0.3}
 # What a method adds to the model, by T5Config's fields.
@@ -49,20 +47,14 @@ _MIN_UPDATES = 400
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """Everything about a fine-tuning that has a number.
+  """Everything about a fine-tuning that has a number; names as in `finetune`, and those below.
 
   Attributes:
-    input_length: longest input in tokens, EOS included; longer ones are cut.
-    target_length: likewise.
-    pack: several examples share a row.
-    row_lengths: tokens of a row of a training batch.
+    row_lengths: tokens of a row of a training batch, which several examples share with `pack`.
     batch_size: rows of a batch.
     eval_batch_size: rows that are decoded at a time.
     steps_per_epoch: updates that see about every example once.
     total_steps: updates in all.
-    learning_rate: highest.
-    dtype: to compute in.
-    metrics: names, see data/metrics.py.
   """
 
   input_length: int
@@ -80,8 +72,7 @@ class Plan:
   @classmethod
   def of_json(cls, entry: Mapping[str, Any]) -> 'Plan':
     """Returns the plan that JSON holds; KeyError or TypeError if none."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    fields: dict[str, Any] = {name: entry[name] for name in names}
+    fields: dict[str, Any] = {field.name: entry[field.name] for field in dataclasses.fields(cls)}
     fields['metrics'] = tuple(fields['metrics'])
     return cls(**fields)
 
@@ -102,15 +93,11 @@ class Lengths:
 
   def cut(self, input_length: int, target_length: int) -> dict[str, float]:
     """Returns how much is lost at these lengths."""
-    over_inputs = np.maximum(self.inputs - input_length, 0)
-    over_targets = np.maximum(self.targets - target_length, 0)
-    total = self.inputs.sum() + self.targets.sum()
-    lost = over_inputs.sum() + over_targets.sum()
-    return {
-      'cut_examples': float(((over_inputs + over_targets) > 0).sum()),
-      'cut_tokens': float(lost),
-      'cut_tokens_percent': 100.0 * float(lost) / float(total),
-    }
+    over = np.maximum(self.inputs - input_length, 0) + np.maximum(self.targets - target_length, 0)
+    lost, total = float(over.sum()), float(self.inputs.sum() + self.targets.sum())
+    percent = 100.0 * lost / total
+    examples = float((over > 0).sum())
+    return {'cut_examples': examples, 'cut_tokens': lost, 'cut_tokens_percent': percent}
 
 
 def measure(pairs: Pairs, vocabulary: Vocabulary) -> Lengths:
@@ -131,13 +118,11 @@ def measure(pairs: Pairs, vocabulary: Vocabulary) -> Lengths:
 def choose_length(lengths: np.ndarray, limit: int) -> int:
   """Returns a length that cuts hardly any row, and costs little.
 
-  All rows, unless the longest one in a hundred are more than half as long again
-  as the rest.
+  All rows, unless the longest one in a hundred are more than half as long again as the rest.
   """
-  usual = float(np.percentile(lengths, 99))
-  longest = int(lengths.max())
+  usual, longest = float(np.percentile(lengths, 99)), int(lengths.max())
   wanted = longest if longest <= 1.5 * usual else usual
-  return int(min(limit, 8 * math.ceil(wanted / 8)))
+  return min(limit, 8 * math.ceil(wanted / 8))
 
 
 def make_plan(
@@ -185,10 +170,8 @@ def make_plan(
   if pack:
     examples = max(1, round(_PACKED_LENGTH / means['inputs']))
     for name in rows:
-      wanted = 8 * math.ceil(examples * means[name] / 8)
-      rows[name] = max(rows[name], wanted)
-  devices = jax.device_count()
-  backend = jax.default_backend()
+      rows[name] = max(rows[name], 8 * math.ceil(examples * means[name] / 8))
+  devices, backend = jax.device_count(), jax.default_backend()
   most = batch_tokens or _MAX_BATCH_TOKENS.get(backend, 32768)
   row_tokens = rows['inputs'] + rows['targets']
   # Of a small file many small batches, so that there are updates enough.
@@ -198,10 +181,7 @@ def make_plan(
   )
   wanted = math.ceil(needed) if batch_tokens is None else most // row_tokens
   batch_size = _whole(min(wanted, most // row_tokens), devices)
-  if pack:
-    epoch_rows = max(sums[name] / rows[name] for name in rows) / _FILL
-  else:
-    epoch_rows = count
+  epoch_rows = max(sums[name] / rows[name] for name in rows) / _FILL if pack else count
   steps_per_epoch = max(1, round(epoch_rows / batch_size))
   if steps is None:
     if epochs is None:
@@ -253,24 +233,15 @@ def _whole(rows: int, devices: int) -> int:
 
 def make_optimizer(method: str, plan: Plan) -> OptimizerConfig:
   """Returns the optimizer of a method, with its schedule."""
-  warmup = min(100, plan.total_steps // 10)
+  rate = plan.learning_rate
   if method in ('adafactor', 'prompt'):
-    schedule = ScheduleConfig(
-      shape='constant', base_learning_rate=plan.learning_rate, warmup_steps=0
-    )
+    schedule = ScheduleConfig(shape='constant', base_learning_rate=rate, warmup_steps=0)
     lester = {'multiply_by_parameter_scale': False, 'weight_decay_rate': 1e-5}
     kwargs = lester if method == 'prompt' else {}
     return OptimizerConfig(name='adafactor', schedule=schedule, kwargs=kwargs)
-  schedule = ScheduleConfig(
-    shape='linear', base_learning_rate=plan.learning_rate, warmup_steps=warmup
-  )
+  warmup = min(100, plan.total_steps // 10)
+  schedule = ScheduleConfig(shape='linear', base_learning_rate=rate, warmup_steps=warmup)
   return OptimizerConfig(name='adamw', schedule=schedule, global_norm_clip=1.0)
-
-
-def is_classification(targets: Sequence[str]) -> bool:
-  """Whether the targets are labels: few, and each of them often."""
-  counts = collections.Counter(targets)
-  return 1 < len(counts) <= 100 and len(counts) * 5 <= len(targets)
 
 
 def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
@@ -279,12 +250,12 @@ def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
   Raises:
     UsageError: if all targets are equal, and there is nothing to learn.
   """
-  if len(set(targets)) == 1 and len(targets) > 1:
+  different = len(set(targets))
+  if different == 1 and len(targets) > 1:
     raise UsageError(f'every target is {targets[0]!r:.60}: there is nothing to learn')
-  if is_classification(targets):
+  if 1 < different <= 100 and different * 5 <= len(targets):  # few labels, and each of them often
     return ('accuracy', 'f1')
-  words = float(np.mean([len(text.split()) for text in targets]))
-  if words < 5:
+  if np.mean([len(text.split()) for text in targets]) < 5:
     return ('accuracy', 'squad', 'chrf')
   return ('accuracy', 'bleu', 'chrf', 'rouge')
 
@@ -297,26 +268,18 @@ def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]
     for name, values in (('inputs', lengths.inputs), ('targets', lengths.targets))
   }
   rows = plan.row_lengths
-  row = f'{plan.batch_size} rows of {rows["inputs"]} + {rows["targets"]} tokens'
-  cut = 'none'
-  if loss['cut_examples']:
-    cut = (
-      f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, '
-      f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
-    )
+  batch = f'{plan.batch_size} rows of {rows["inputs"]} + {rows["targets"]} tokens'
+  epochs = f'{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {plan.steps_per_epoch}'
+  cut = f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, '
+  cut += f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
   return [
     *((name.replace('_', ' '), str(value)) for name, value in more.items()),
     ('input tokens', f'{percentiles["inputs"]} (50/90/99/100%)'),
     ('target tokens', f'{percentiles["targets"]} (50/90/99/100%)'),
     ('longest kept', f'{plan.input_length} + {plan.target_length} tokens'),
-    ('cut', cut),
-    ('batch', row + (', packed' if plan.pack else '')),
-    (
-      'updates',
-      f'{plan.total_steps}, about '
-      f'{plan.total_steps / plan.steps_per_epoch:.1f} epochs of '
-      f'{plan.steps_per_epoch}',
-    ),
+    ('cut', cut if loss['cut_examples'] else 'none'),
+    ('batch', batch + (', packed' if plan.pack else '')),
+    ('updates', f'{plan.total_steps}, about {epochs}'),
     ('learning rate', f'{plan.learning_rate:g}'),
     ('computed in', plan.dtype),
     ('metrics', ', '.join(plan.metrics)),
@@ -339,23 +302,19 @@ def show_plan(
   examples = f'{len(train)}, and {len(parts["validation"])} to evaluate'
   if train.skipped:
     examples += f'; {train.skipped} bad rows left out'
-  table = describe(
-    plan,
-    lengths,
-    model=f'{start.path} ({start.format})',
-    examples=examples,
-    columns=f'{train.fields[0]} -> {train.fields[1]}',
-    method=method,
-  )
+  first = {
+    'model': f'{start.path} ({start.format})',
+    'examples': examples,
+    'columns': f'{train.fields[0]} -> {train.fields[1]}',
+    'method': method,
+  }
   print()
-  for name, value in table:
+  for name, value in (*describe(plan, lengths, **first), ('output', output)):
     print(f'  {name:15} {value}')
-  print(f'  {"output":15} {output}')
   if lengths.unknown > 0.01:
     log.warning(
-      'the vocabulary has no piece for %.1f%% of the tokens of this data: the '
-      'model cannot read or write them',
-      100 * lengths.unknown,
+      f'the vocabulary has no piece for {lengths.unknown:.1%} of the tokens of this data: the '
+      'model cannot read or write them'
     )
 
 
@@ -363,10 +322,8 @@ def show_examples(pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3) -> No
   """Prints a few examples as the model will see them."""
   for i in range(0, len(pairs), max(1, len(pairs) // num))[:num]:
     print(f'\n  {pairs.places[i]}, as the model sees it')
-    for name, text, length in (
-      ('input', pairs.inputs[i], plan.input_length),
-      ('target', pairs.targets[i], plan.target_length),
-    ):
+    target = ('target', pairs.targets[i], plan.target_length)
+    for name, text, length in (('input', pairs.inputs[i], plan.input_length), target):
       ids = vocabulary.encode(text)
       shown = vocabulary.decode(ids[: length - 1])
       cut = f', {len(ids) + 1} before' if len(ids) >= length else ''

@@ -17,17 +17,13 @@ from t5x_lite.errors import UsageError
 from t5x_lite.parallel import distributed
 from t5x_lite.programs import finetune as program
 from t5x_lite.programs import quickstart, start_checks
-from t5x_lite.runs import checkpoints, progress
+from t5x_lite.runs import checkpoints, files, progress
 
 START = 'start'
 DATA = 'data'
-_COLUMNS = {
-  'input_column': 'input',
-  'target_column': 'target',
-  'template': 'template',
-  'prefix': 'prefix',
-  'skip_bad_rows': 'skip_bad_rows',
-}
+# Fields of Columns by the program's names.
+_COLUMNS = {'input_column': 'input', 'target_column': 'target'}
+_COLUMNS |= {name: name for name in ('template', 'prefix', 'skip_bad_rows')}
 
 
 def finetune(
@@ -48,10 +44,8 @@ def finetune(
   known = inspect.signature(program.finetune).parameters
   for name in arguments:
     if name not in known or name == 'model':
-      raise UsageError(
-        f'finetune has no setting {name!r}; there are '
-        f'{", ".join(sorted(known.keys() - {"model", "train", "output"}))}'
-      )
+      settings = ', '.join(sorted(known.keys() - {'model', 'train', 'output'}))
+      raise UsageError(f'finetune has no setting {name!r}; there are {settings}')
   start_checks.check_writable(output)
   parts = {'train': data, 'validation': validation}
   sources: dict[str, Any] = dict(parts)
@@ -66,13 +60,7 @@ def finetune(
   if distributed.is_primary() and not os.path.isdir(start):
     save(start)
   distributed.barrier('start')
-  program.finetune(
-    model=start,
-    train=sources['train'],
-    validation=sources['validation'],
-    output=output,
-    **arguments,
-  )
+  program.finetune(model=start, output=output, **sources, **arguments)
   if progress.in_notebook():
     path = os.path.join(output, quickstart.CURVES_FILE)
     quickstart.draw_losses({'fine-tuning': output}, path)
@@ -94,11 +82,8 @@ def _write(pairs: Pairs, output: str, name: str) -> str:
   path = epath.Path(output) / DATA / f'{name}.jsonl'
   if distributed.is_primary():
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f'{name}.tmp'
-    with temporary.open('w') as file:
-      for one, other in zip(pairs.inputs, pairs.targets, strict=True):
-        row = {'input': one, 'target': other}
-        file.write(json.dumps(row, ensure_ascii=False) + '\n')
-    temporary.replace(path)
+    rows = zip(pairs.inputs, pairs.targets, strict=True)
+    lines = (json.dumps({'input': x, 'target': y}, ensure_ascii=False) for x, y in rows)
+    files.write_text(path, ''.join(f'{line}\n' for line in lines))
   distributed.barrier('data')
   return os.fspath(path)

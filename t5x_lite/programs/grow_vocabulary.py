@@ -6,6 +6,7 @@ from the end, move behind those. New rows begin as the mean of the old ones.
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import tempfile
@@ -19,7 +20,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import assignment, export, sentencepiece_model
 from t5x_lite.interop.checkpoint_source import FORMATS, open_source
-from t5x_lite.interop.tensors import Index, Tensor, Tensors
+from t5x_lite.interop.tensors import Tensor, Tensors
 from t5x_lite.models.config import T5Config
 
 log = logging.getLogger(__name__)
@@ -100,15 +101,7 @@ def _lines(path: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-  """What growing does.
-
-  Attributes:
-    new_id: of each old id.
-    size: ids of the new vocabulary.
-    rows: of the new tables.
-    old_size: ids of the old vocabulary.
-    old_rows: of the old tables.
-  """
+  """What growing does: the new id of each old one, ids of the vocabularies, rows of the tables."""
 
   new_id: np.ndarray
   size: int
@@ -119,13 +112,10 @@ class Changes:
   def __str__(self) -> str:
     moved = np.flatnonzero(self.new_id != np.arange(self.old_size))
     text = f'{self.old_size} ids become {self.size}, {self.old_rows} rows {self.rows}'
-    if len(moved):
-      last = moved[-1]
-      text += (
-        f'; {len(moved)} sentinels move with their rows, <extra_id_0> from '
-        f'{last} to {self.new_id[last]}'
-      )
-    return text
+    if not len(moved):
+      return text
+    last = f'<extra_id_0> from {moved[-1]} to {self.new_id[moved[-1]]}'
+    return f'{text}; {len(moved)} sentinels move with their rows, {last}'
 
 
 def grow(
@@ -136,20 +126,12 @@ def grow(
   tokens: Sequence[str] = (),
   extra_ids: int | None = None,
 ) -> tuple[dict[str, Tensor], T5Config, VocabularyConfig, Changes]:
-  """Returns the grown tensors, config and vocabulary, and what changed.
-
-  Args:
-    tensors: by canonical name.
-    cfg: the model.
-    vocabulary: its vocabulary.
-    tokens: new pieces.
-    extra_ids: number of sentinels in all; None for as many as there are.
+  """Returns the grown tensors, config and vocabulary, and what changed; see `grow_vocabulary`.
 
   Raises:
     UsageError: if nothing would grow, or it cannot.
   """
-  if extra_ids is None:
-    extra_ids = vocabulary.extra_ids
+  extra_ids = vocabulary.extra_ids if extra_ids is None else extra_ids
   if extra_ids < vocabulary.extra_ids:
     raise UsageError(
       f'extra_ids is {extra_ids}, the vocabulary has {vocabulary.extra_ids} '
@@ -163,11 +145,8 @@ def grow(
       f'the vocabulary has {old.vocab_size} ids, the embedding only '
       f'{cfg.vocab_size} rows: they do not belong together'
     )
-  new = dataclasses.replace(
-    vocabulary,
-    path=_with_tokens(vocabulary, tokens) if tokens else vocabulary.path,
-    extra_ids=extra_ids,
-  )
+  path = _with_tokens(vocabulary, tokens) if tokens else vocabulary.path
+  new = dataclasses.replace(vocabulary, path=path, extra_ids=extra_ids)
   size = old.vocab_size + len(tokens) + extra_ids - vocabulary.extra_ids
   new_id = np.arange(old.vocab_size)
   first_sentinel = old.vocab_size - vocabulary.extra_ids
@@ -177,8 +156,7 @@ def grow(
   grown = dict(tensors)
   grown[_EMBEDDING] = _grown(tensors[_EMBEDDING], changes)
   if _HEAD in tensors:
-    head = tensors[_HEAD].transposed()
-    grown[_HEAD] = _grown(head, changes).transposed()
+    grown[_HEAD] = _grown(tensors[_HEAD].transposed(), changes).transposed()
   return grown, cfg.replace(vocab_size=rows), new, changes
 
 
@@ -186,8 +164,7 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
   """Writes the model file with new pieces and returns its path."""
   if vocabulary.kind != 'sentencepiece':
     raise UsageError(f'a vocabulary of kind {vocabulary.kind!r} has no pieces to add to')
-  path = vocabularies.model_path(vocabulary)
-  data = epath.Path(path).read_bytes()
+  data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
   known = {piece.piece for piece in sentencepiece_model.parse(data).pieces}
   texts = [token.replace(' ', _META) for token in tokens]
   for token, text in zip(tokens, texts, strict=True):
@@ -198,22 +175,16 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
     known.add(text)
   scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
   _SCRATCH.append(scratch)
-  grown = os.path.join(scratch.name, vocabularies.MODEL_FILE)
-  with open(grown, 'wb') as file:
-    file.write(sentencepiece_model.insert_pieces(data, texts))
-  return grown
+  grown = epath.Path(scratch.name) / vocabularies.MODEL_FILE
+  grown.write_bytes(sentencepiece_model.insert_pieces(data, texts))
+  return os.fspath(grown)
 
 
 def _grown(table: Tensor, changes: Changes) -> Tensor:
   """Returns a table [rows, D] with the old rows at their new ids."""
-  done: list[np.ndarray] = []
-
-  def fetch(index: Index) -> np.ndarray:
-    if not done:
-      done.append(_fill(table.read(), changes))
-    return done[0][index]
-
-  return Tensor((changes.rows, table.shape[1]), table.dtype, fetch, f'{table.origin}, grown')
+  whole = functools.cache(lambda: _fill(table.read(), changes))
+  shape = (changes.rows, table.shape[1])
+  return Tensor(shape, table.dtype, lambda index: whole()[index], f'{table.origin}, grown')
 
 
 def _fill(old: np.ndarray, changes: Changes) -> np.ndarray:

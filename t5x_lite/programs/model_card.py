@@ -42,60 +42,56 @@ def card(
   _, shapes, _ = t5.abstract_params(config)
   count = model_sharding.count_params(shapes)
   files = ', '.join(f'`{name}`' for name in settings['train'])
-  metrics = [f'| {name} | {value:.4g} |' for name, value in results['metrics'].items()]
-  training = [f'| {name} | {value} |' for name, value in table]
-  return '\n'.join(
-    [
-      '---',
-      'library_name: transformers',
-      'pipeline_tag: text2text-generation',
-      'tags: [t5, t5x_lite]',
-      '---',
-      '',
-      f'# {base}, fine-tuned',
-      '',
-      f'A T5 of {count:,} parameters, fine-tuned from `{base}` with t5x_lite '
-      f'{importlib.metadata.version("t5x_lite")}.',
-      '',
-      '```python',
-      'from transformers import AutoModelForSeq2SeqLM, AutoTokenizer',
-      '',
-      "model = AutoModelForSeq2SeqLM.from_pretrained('.')",
-      "tokenizer = AutoTokenizer.from_pretrained('.')",
-      f"inputs = tokenizer({example[:200]!r}, return_tensors='pt')",
-      f'outputs = model.generate(inputs.input_ids, max_new_tokens={max_new_tokens})',
-      'print(tokenizer.decode(outputs[0], skip_special_tokens=True))',
-      '```',
-      '',
-      '## Results',
-      '',
-      f'On {parts["validation"]} validation examples, greedy decoding, step '
-      f'{results["step"]} (the least validation loss):',
-      '',
-      '| metric | value |',
-      '|---|---:|',
-      *metrics,
-      '',
-      '## Data',
-      '',
-      f'{parts["train"]} training examples from {files or "memory"}, column '
-      f'`{columns[0]}` to column `{columns[1]}`.'
-      + (f' Prefix: `{settings["prefix"]}`.' if settings['prefix'] else ''),
-      '',
-      '## Training',
-      '',
-      '| | |',
-      '|---|---|',
-      *training,
-      '',
-      'The command, with every choice that it made:',
-      '',
-      '```sh',
-      command(settings),
-      '```',
-      '',
-    ]
-  )
+  metrics = '\n'.join(f'| {name} | {value:.4g} |' for name, value in results['metrics'].items())
+  training = '\n'.join(f'| {name} | {value} |' for name, value in table)
+  version = importlib.metadata.version('t5x_lite')
+  source = f'{parts["train"]} training examples from {files or "memory"}'
+  prefix = f' Prefix: `{settings["prefix"]}`.' if settings['prefix'] else ''
+  return f"""---
+library_name: transformers
+pipeline_tag: text2text-generation
+tags: [t5, t5x_lite]
+---
+
+# {base}, fine-tuned
+
+A T5 of {count:,} parameters, fine-tuned from `{base}` with t5x_lite {version}.
+
+```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+model = AutoModelForSeq2SeqLM.from_pretrained('.')
+tokenizer = AutoTokenizer.from_pretrained('.')
+inputs = tokenizer({example[:200]!r}, return_tensors='pt')
+outputs = model.generate(inputs.input_ids, max_new_tokens={max_new_tokens})
+print(tokenizer.decode(outputs[0], skip_special_tokens=True))
+```
+
+## Results
+
+On {parts['validation']} validation examples, greedy decoding, step {results['step']} (the least \
+validation loss):
+
+| metric | value |
+|---|---:|
+{metrics}
+
+## Data
+
+{source}, column `{columns[0]}` to column `{columns[1]}`.{prefix}
+
+## Training
+
+| | |
+|---|---|
+{training}
+
+The command, with every choice that it made:
+
+```sh
+{command(settings)}
+```
+"""
 
 
 def command(settings: Mapping[str, Any]) -> str:
@@ -106,25 +102,20 @@ def command(settings: Mapping[str, Any]) -> str:
       continue
     if isinstance(value, bool):
       words.append(f'--{name}' if value else f'--no-{name}')
-    elif isinstance(value, list):
-      words += [f'--{name}', *(shlex.quote(str(one)) for one in value)]
     else:
-      words += [f'--{name}', shlex.quote(str(value))]
-  return ' '.join(words)
+      words += [f'--{name}', *map(str, value if isinstance(value, list) else [value])]
+  return shlex.join(words)
 
 
 def gin_text(settings: Mapping[str, Any], file: str) -> str:
   """Returns the gin file that runs a fine-tuning again."""
-  lines = [
-    '# Written by `t5x-lite finetune`; every choice it made is here. Again:',
-    f'#   t5x-lite finetune --gin_file={file} --output ANOTHER_DIRECTORY',
-    'from __gin__ import dynamic_registration',
-    '',
-    'from t5x_lite.programs import finetune',
-    '',
-    'finetune.finetune:',
-  ]
-  lines += [
-    f'  {name} = {value!r}' for name, value in settings.items() if value not in ('', [], None)
-  ]
-  return '\n'.join(lines) + '\n'
+  given = {name: value for name, value in settings.items() if value not in ('', [], None)}
+  bindings = ''.join(f'  {name} = {value!r}\n' for name, value in given.items())
+  return f"""# Written by `t5x-lite finetune`; every choice it made is here. Again:
+#   t5x-lite finetune --gin_file={file} --output ANOTHER_DIRECTORY
+from __gin__ import dynamic_registration
+
+from t5x_lite.programs import finetune
+
+finetune.finetune:
+{bindings}"""

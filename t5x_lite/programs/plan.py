@@ -44,8 +44,6 @@ class Candidate:
 
   Attributes:
     sizes: of the mesh axes.
-    remat_policy: of the model.
-    num_microbatches: parts that a batch is cut into.
     peak_bytes: predicted, per device.
     seconds: predicted times of a step, by what takes them.
     written: it is what the experiment itself says.
@@ -102,8 +100,7 @@ def plan(
     num_microbatches: as the experiment has it; searched.
     topology: a TPU slice such as 'v5p:8x8x8'.
     num_slices: slices of that topology.
-    num_compiles: candidates that the compiler judges, beside the experiment's
-      own settings.
+    num_compiles: candidates that the compiler judges, beside the experiment's own settings.
     json: print the result as one JSON object on the last line.
     output: gin file to write the winning bindings to.
 
@@ -123,17 +120,17 @@ def plan(
       f'--topology={topology}: nothing is known about the speed and memory of '
       f'{devices[0].device_kind!r}'
     )
-  loss, mesh = loss or LossConfig(), mesh or MeshConfig()
+  mesh = mesh or MeshConfig()
   mesh = dataclasses.replace(mesh, num_slices=mesh.num_slices or num_slices)
-  search = Search(
-    model=model,
-    batch=batch_spec(dataset),
-    optimizer=optimizer,
-    loss=loss,
-    mesh=mesh,
-    num_slices=num_slices,
-    chip=chip,
-  )
+  experiment: dict[str, Any] = {
+    'model': model,
+    'batch': batch_spec(dataset),
+    'optimizer': optimizer,
+    'loss': loss or LossConfig(),
+    'mesh': mesh,
+    'num_slices': num_slices,
+  }
+  search = Search(**experiment, chip=chip)
   candidates = search.candidates(len(devices))
   fitting = [c for c in candidates if c.peak_bytes <= _MEMORY_MARGIN * chip.hbm_bytes]
   log.info('%d candidates, %d predicted to fit', len(candidates), len(fitting))
@@ -146,28 +143,17 @@ def plan(
   rows = []
   for i, candidate in enumerate(chosen):
     log.info('compiling %d of %d: %s', i + 1, len(chosen), candidate.setting)
+    experiment['model'] = model.replace(remat_policy=candidate.remat_policy)
+    experiment['mesh'] = with_sizes(mesh, candidate.sizes)
+    parts = candidate.num_microbatches
     report, _ = precompile.compile_step(
-      model=model.replace(remat_policy=candidate.remat_policy),
-      batch=batch_spec(dataset),
-      optimizer=optimizer,
-      total_steps=total_steps,
-      loss=loss,
-      mesh=with_sizes(mesh, candidate.sizes),
-      num_microbatches=candidate.num_microbatches,
-      topology=topology,
-      num_slices=num_slices,
+      **experiment, total_steps=total_steps, num_microbatches=parts, topology=topology
     )
     rows.append(_row(candidate, report))
   rows.sort(key=lambda row: (not row['fits'], row['rank']))
   winner = rows[0] if rows[0]['fits'] else None
-  result = {
-    'topology': topology,
-    'num_slices': num_slices,
-    'devices': len(devices),
-    'candidates': len(candidates),
-    'winner': winner,
-    'table': rows,
-  }
+  result = {'topology': topology, 'num_slices': num_slices, 'devices': len(devices)}
+  result |= {'candidates': len(candidates), 'winner': winner, 'table': rows}
   print(format_table(rows))
   if winner is not None:
     bindings = gin_bindings(winner)
@@ -183,15 +169,9 @@ def plan(
 
 def with_sizes(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
   """Returns the config with other sizes and the same rules."""
-  return dataclasses.replace(
-    mesh,
-    preset='auto',
-    num_partitions=None,
-    parameter_dims=2,
-    data=sizes['data'],
-    fsdp=sizes['fsdp'],
-    model=sizes['model'],
-  )
+  changes: dict[str, Any] = {'preset': 'auto', 'num_partitions': None, 'parameter_dims': 2}
+  changes.update(sizes)
+  return dataclasses.replace(mesh, **changes)
 
 
 def _choose(candidates: Sequence[Candidate], num_compiles: int) -> list[Candidate]:
@@ -241,15 +221,13 @@ class Search:
 
   def written(self, devices: Sequence[jax.Device], num_microbatches: int) -> Candidate | None:
     """Returns what the experiment says, unless it leaves that to 'auto'."""
-    if self.mesh.preset == 'auto' and not any(
-      getattr(self.mesh, name) for name in (*MESH_AXES, 'num_partitions')
-    ):
+    given = [getattr(self.mesh, name) for name in (*MESH_AXES, 'num_partitions')]
+    if self.mesh.preset == 'auto' and not any(given):
       return None
     resolved = partitioning.resolve(self.mesh, devices, num_heads=self.model.num_heads)
     sizes = {name: getattr(resolved, name) for name in MESH_AXES}
-    candidate = self._predict(
-      sizes, self.model.remat_policy, num_microbatches, *self._state_bytes(sizes)
-    )
+    policy = self.model.remat_policy
+    candidate = self._predict(sizes, policy, num_microbatches, *self._state_bytes(sizes))
     return dataclasses.replace(candidate, written=True)
 
   def _meshes(self, num_devices: int) -> Iterator[dict[str, int]]:
@@ -265,7 +243,6 @@ class Search:
 
   def _state_bytes(self, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Returns bytes per device of all of the state, and of parameters."""
-    trees = self._trees
     rules = partitioning.logical_axis_rules(with_sizes(self.mesh, sizes))
 
     def total(shapes: Any, axes: Any) -> int:
@@ -275,24 +252,17 @@ class Search:
         for (path, leaf), names in zip(leaves, treedef.flatten_up_to(axes), strict=True)
       )
 
-    params, opt_state = (total(shapes, axes) for shapes, axes in trees)
-    if self.mesh.offload_optimizer:
-      opt_state = 0
-    return params + opt_state, params
+    params, opt_state = (total(shapes, axes) for shapes, axes in self._trees)
+    return params + (0 if self.mesh.offload_optimizer else opt_state), params
 
   def _predict(
-    self,
-    sizes: Mapping[str, int],
-    policy: str,
-    num_microbatches: int,
-    state_bytes: int,
-    params_bytes: int,
+    self, sizes: Mapping[str, int], policy: str, parts: int, state_bytes: int, params_bytes: int
   ) -> Candidate:
     setup = Setup(
       model=self.model.replace(remat_policy=policy),
       batch=self.batch,
       sizes=sizes,
-      num_microbatches=num_microbatches,
+      num_microbatches=parts,
       chunk=self.loss.chunk,
       state_bytes=state_bytes,
       params_bytes=params_bytes,
@@ -301,7 +271,7 @@ class Search:
     return Candidate(
       sizes=sizes,
       remat_policy=policy,
-      num_microbatches=num_microbatches,
+      num_microbatches=parts,
       peak_bytes=cost_model.memory(setup).total,
       seconds=cost_model.seconds(setup, self.chip),
     )
@@ -325,21 +295,18 @@ def _shard_bytes(path, leaf, names, sizes, rules) -> int:
 
 
 def _row(candidate: Candidate, report: Mapping[str, Any]) -> dict[str, Any]:
-  seconds = report['roofline']
+  same = ('fits', 'roofline_step_seconds', 'bound', 'compile_seconds')
   return {
     'mesh': dict(candidate.sizes),
     'remat_policy': candidate.remat_policy,
     'num_microbatches': candidate.num_microbatches,
     'written': candidate.written,
-    'fits': report['fits'],
     'predicted_peak_bytes': int(candidate.peak_bytes),
     'compiled_peak_bytes': report['peak_bytes_per_device'],
     'hbm_bytes': report['hbm_bytes_per_device'],
     'predicted_step_seconds': max(candidate.seconds.values()),
-    'roofline_step_seconds': report['roofline_step_seconds'],
-    'bound': report['bound'],
-    'compile_seconds': report['compile_seconds'],
-    'rank': _rank(seconds),
+    **{name: report[name] for name in same},
+    'rank': _rank(report['roofline']),
   }
 
 

@@ -5,7 +5,6 @@ With libtpu the real XLA:TPU compiler runs on any machine. What it reports
 come from flops.py and speeds from hardware.py.
 """
 
-import collections
 import dataclasses
 import json as json_lib
 import logging
@@ -13,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -33,6 +32,14 @@ from t5x_lite.training.optimizers import OptimizerConfig
 log = logging.getLogger(__name__)
 
 STEPS = ('train', 'decode')
+# What lies in a device's memory: a key of the report, and how it is printed.
+_PARTS = (
+  ('params_bytes', 'parameters', ''),
+  ('optimizer_bytes', 'optimizer state', ''),
+  ('batch_bytes', 'batch', ''),
+  ('temporary_bytes', 'temporaries', ' (gradients, activations, gathered weights)'),
+  ('code_bytes', 'code', ''),
+)
 
 
 class DoesNotFitError(RuntimeError):
@@ -41,14 +48,8 @@ class DoesNotFitError(RuntimeError):
   exit_code = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class OutOfMemory:
-  """What the compiler says when a program does not fit, in bytes.
-
-  Attributes:
-    used: of the whole program; 0 if it was not said.
-    available: what a program can have.
-  """
+class OutOfMemory(NamedTuple):
+  """What the compiler says when a program does not fit, in bytes; 0 if it was not said."""
 
   used: int
   available: int
@@ -81,8 +82,7 @@ def precompile(
     mesh: how devices are arranged.
     num_microbatches: parts that a batch is cut into.
     decoding: for step='decode'.
-    topology: a TPU slice such as 'v5p:8x8x8', or 'local' for the devices at
-      hand.
+    topology: a TPU slice such as 'v5p:8x8x8', or 'local' for the devices at hand.
     num_slices: slices of that topology, joined by the data-center network.
     step: 'train' or 'decode'.
     json: print the report as one JSON object on the last line.
@@ -145,21 +145,12 @@ def compile_step(
   devices = find_devices(topology, num_slices)
   if topology != 'local' and mesh.num_slices is None:
     mesh = dataclasses.replace(mesh, num_slices=num_slices)
+  both: dict[str, Any] = {'model': model, 'batch': batch, 'mesh': mesh, 'devices': devices}
+  training: dict[str, Any] = {'optimizer': optimizer, 'loss': loss, 'total_steps': total_steps}
   if decoding is not None:
-    program = step_programs.decode_program(
-      model=model, config=decoding, batch=batch, mesh=mesh, devices=devices
-    )
+    program = step_programs.decode_program(config=decoding, **both)
   else:
-    program = step_programs.train_program(
-      model=model,
-      optimizer=optimizer,
-      loss=loss,
-      batch=batch,
-      mesh=mesh,
-      total_steps=total_steps,
-      num_microbatches=num_microbatches,
-      devices=devices,
-    )
+    program = step_programs.train_program(num_microbatches=num_microbatches, **training, **both)
   chip = find_chip(devices[0].device_kind)
   sizes = {name: program.mesh.shape[name] for name in MESH_AXES}
   report: dict[str, Any] = {
@@ -176,7 +167,8 @@ def compile_step(
       model, {name: shape for name, (shape, _) in batch.items()}, devices[0].platform
     ),
   }
-  report.update(_state_bytes(program))
+  report |= _state_bytes(program)
+  report['model_flops_per_step'] = _model_flops(model, batch, decoding)
   setup = cost_model.Setup(
     model=model,
     batch=batch,
@@ -194,46 +186,39 @@ def compile_step(
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    report['compile_seconds'] = round(time.monotonic() - start, 1)
     out_of_memory = parse_out_of_memory(str(error), sum(_state_bytes(program).values()))
     if out_of_memory is None:
       raise
     log.info('%s', str(error)[:4000])
-    report.update(_model_flops(model, batch, decoding))
-    report.update(_does_not_fit(setup, chip, out_of_memory))
+    report |= _does_not_fit(setup, chip, out_of_memory)
     return report, program
-  report['compile_seconds'] = round(time.monotonic() - start, 1)
-  report.update(_memory(compiled, chip))
-  report.update(_model_flops(model, batch, decoding))
+  finally:
+    report['compile_seconds'] = round(time.monotonic() - start, 1)
   text = compiled.as_text() or ''
   if hlo_file:
     epath.Path(hlo_file).write_text(text)
-  report.update(_costs(setup, chip, program, text, decoding is None))
-  return report, program
+  costs = _costs(setup, chip, program, text, decoding is None)
+  return report | _memory(compiled, chip) | costs, program
 
 
 def _state_bytes(program: step_programs.StepProgram) -> dict[str, Any]:
   """Bytes per device of what goes into the step, by kind."""
   state, batch, _ = program.arguments
-  size = memory_report.tree_bytes_per_device
-  if program.spec is None:
-    params, opt_state = size(state), 0
-  else:
-    params, opt_state = size(state.params), size(state.opt_state)
-  return {'params_bytes': params, 'optimizer_bytes': opt_state, 'batch_bytes': size(batch)}
+  parts = (state, ()) if program.spec is None else (state.params, state.opt_state)
+  sizes = map(memory_report.tree_bytes_per_device, (*parts, batch))
+  return dict(zip(('params_bytes', 'optimizer_bytes', 'batch_bytes'), sizes, strict=True))
 
 
 def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
   """The compiler's own account of memory, in bytes per device."""
   stats = compiled.memory_analysis()
   hbm = None if chip is None else chip.hbm_bytes
+  peak = None if stats is None else stats.peak_memory_in_bytes
+  fits = hbm is None or peak is None or peak <= hbm
+  found = {'fits': fits, 'peak_bytes_per_device': peak, 'hbm_bytes_per_device': hbm}
   if stats is None:
-    return {'fits': True, 'peak_bytes_per_device': None, 'hbm_bytes_per_device': hbm}
-  peak = stats.peak_memory_in_bytes
-  return {
-    'fits': hbm is None or peak <= hbm,
-    'peak_bytes_per_device': peak,
-    'hbm_bytes_per_device': hbm,
+    return found
+  return found | {
     'argument_bytes': stats.argument_size_in_bytes,
     'temporary_bytes': stats.temp_size_in_bytes,
     'code_bytes': stats.generated_code_size_in_bytes,
@@ -245,18 +230,13 @@ def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
 
 def _model_flops(
   model: T5Config, batch: step_programs.BatchSpec, decoding: DecodingConfig | None
-) -> dict[str, Any]:
+) -> float:
   rows, targets = batch['decoder_target_tokens'][0]
-  inputs = 0
-  if model.has_encoder:
-    inputs = batch['encoder_input_tokens'][0][1]
-  sizes = {'batch_size': rows, 'inputs': inputs}
-  if decoding is None:
-    total = flops.train_step_flops(model, targets=targets, **sizes)
-  else:
-    length = decoding.length
-    total = flops.forward_flops(model, targets=length, **sizes)
-  return {'model_flops_per_step': total}
+  inputs = batch['encoder_input_tokens'][0][1] if model.has_encoder else 0
+  count, length = flops.train_step_flops, targets
+  if decoding is not None:
+    count, length = flops.forward_flops, decoding.length
+  return count(model, batch_size=rows, inputs=inputs, targets=length)
 
 
 def _costs(
@@ -270,19 +250,20 @@ def _costs(
   devices = list(program.mesh.devices.flat)
   parsed = hlo.HloModule(text, len(devices))
   found = parsed.collectives()
-  by_kind: dict[str, dict[str, float]] = collections.defaultdict(lambda: {'count': 0, 'bytes': 0.0})
+  by_kind: dict[str, dict[str, float]] = {}
   for one in found:
-    by_kind[one.kind]['count'] += one.count
-    by_kind[one.kind]['bytes'] += one.count * one.bytes
+    entry = by_kind.setdefault(one.kind, {'count': 0, 'bytes': 0.0})
+    entry['count'] += one.count
+    entry['bytes'] += one.count * one.bytes
   hbm_bytes = parsed.hbm_bytes()
   result: dict[str, Any] = {
-    'collectives': dict(by_kind),
+    'collectives': by_kind,
     'collective_bytes_per_device': sum(k['bytes'] for k in by_kind.values()),
     'hbm_traffic_bytes_per_device': hbm_bytes,
   }
   if chip is None:
     return {**result, 'bound': None, 'roofline': None}
-  total = cost_model.hardware_flops(setup) if training else (cost_model.forward_flops(setup))
+  total = (cost_model.hardware_flops if training else cost_model.forward_flops)(setup)
   seconds = {
     'compute': total / len(devices) / chip.peak_flops,
     'HBM': hbm_bytes / chip.hbm_bandwidth,
@@ -326,15 +307,11 @@ def _does_not_fit(setup: cost_model.Setup, chip: Chip | None, found: OutOfMemory
   available = found.available or (chip.hbm_bytes if chip else 0)
   predicted = cost_model.memory(setup).total
   peak = found.used or predicted
-  levers = [
-    {
-      'lever': lever.text,
-      'predicted_peak_bytes': int(lever.bytes * peak / predicted),
-      'fits': lever.bytes * peak / predicted <= available,
-    }
-    for lever in cost_model.levers(setup)
-  ]
-  seconds = {} if chip is None else cost_model.seconds(setup, chip)
+  levers = []
+  for lever in cost_model.levers(setup):
+    size = lever.bytes * peak / predicted
+    entry = {'lever': lever.text, 'predicted_peak_bytes': int(size), 'fits': size <= available}
+    levers.append(entry)
   return {
     'fits': False,
     'peak_bytes_per_device': peak,
@@ -342,7 +319,7 @@ def _does_not_fit(setup: cost_model.Setup, chip: Chip | None, found: OutOfMemory
     'missing_bytes_per_device': max(0, peak - available),
     'collective_bytes_per_device': cost_model.collective_bytes(setup),
     'levers': levers,
-    **(_roofline(seconds) if seconds else {'bound': None}),
+    **({'bound': None} if chip is None else _roofline(cost_model.seconds(setup, chip))),
     'predicted': True,  # all but the memory: there is no program to read
   }
 
@@ -354,24 +331,17 @@ def format_report(report: dict[str, Any]) -> str:
   """Returns the report for people."""
   size = memory_report.format_bytes
   mesh = ' '.join(f'{name}={n}' for name, n in report['mesh'].items())
+  slices = f' x {report["num_slices"]} slices' if report['num_slices'] > 1 else ''
   lines = [
-    f'{report["step"]} step on {report["topology"]}'
-    + (f' x {report["num_slices"]} slices' if report['num_slices'] > 1 else '')
-    + f': {report["devices"]} x {report["device_kind"]}, mesh {mesh}, batch '
-    f'{report["batch_size"]} in {report["num_microbatches"]}, remat '
-    f'{report["remat_policy"]}',
+    f'{report["step"]} step on {report["topology"]}{slices}: {report["devices"]} x '
+    f'{report["device_kind"]}, mesh {mesh}, batch {report["batch_size"]} in '
+    f'{report["num_microbatches"]}, remat {report["remat_policy"]}',
     f'attention: {report["attention"]}',
     'per device:',
-    f'  parameters       {size(report["params_bytes"])}',
-    f'  optimizer state  {size(report["optimizer_bytes"])}',
-    f'  batch            {size(report["batch_bytes"])}',
   ]
-  if report.get('temporary_bytes') is not None:
-    lines += [
-      f'  temporaries      {size(report["temporary_bytes"])} (gradients, '
-      'activations, gathered weights)',
-      f'  code             {size(report["code_bytes"])}',
-    ]
+  for key, label, note in _PARTS:
+    if key in report:
+      lines.append(f'  {label:15}  {size(report[key])}{note}')
   peak, hbm = report['peak_bytes_per_device'], report['hbm_bytes_per_device']
   if peak is not None:
     room = f' of {size(hbm)} ({100 * peak / hbm:.0f}%)' if hbm else ''
@@ -388,19 +358,13 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append(f'  {kind}: {entry["count"]:.0f} a step, {size(entry["bytes"])} received')
   lines.append(f'model FLOPs a step: {report["model_flops_per_step"]:.4g}')
   if report.get('roofline'):
-    parts = ', '.join(
-      f'{name} {_milliseconds(value)}' for name, value in report['roofline'].items()
-    )
-    lines.append(
-      f'roofline: {parts}; bound by {report["bound"]}, at best '
-      f'{_milliseconds(report["roofline_step_seconds"])} a step'
-      + (' (predicted)' if report.get('predicted') else '')
-    )
+    parts = ', '.join(f'{name} {_milliseconds(x)}' for name, x in report['roofline'].items())
+    best = _milliseconds(report['roofline_step_seconds'])
+    note = ' (predicted)' if report.get('predicted') else ''
+    lines.append(f'roofline: {parts}; bound by {report["bound"]}, at best {best} a step{note}')
   lines.append(f'lowered in {report["lower_seconds"]} s, compiled in {report["compile_seconds"]} s')
   return '\n'.join(lines)
 
 
 def _milliseconds(seconds: float) -> str:
-  if not math.isfinite(seconds):
-    return '?'
-  return f'{1e3 * seconds:.3g} ms'
+  return f'{1e3 * seconds:.3g} ms' if math.isfinite(seconds) else '?'

@@ -1,8 +1,7 @@
 """The quickstart program: a T5 learns real text and real tasks, start to end.
 
-Pretraining, fine-tuning from it, evaluation on the test splits, predictions
-beside their references and a picture of the loss curves. The sizes are the gin
-file's; this is only the order of things.
+Pretraining, fine-tuning from it, evaluation on the test splits, predictions beside their references
+and a picture of the loss curves. The sizes are the gin file's; this is only the order of things.
 
   OUTPUT_DIR/            the fine-tuned run: `t5x-lite infer --model OUTPUT_DIR`
   OUTPUT_DIR/pretrain/   the pretraining run
@@ -80,8 +79,7 @@ def quickstart(
 
   def phase_ends(name: str) -> None:
     seconds[name] = time.monotonic() - start - sum(seconds.values())
-    duration = progress.format_duration(seconds[name])
-    log.info('quickstart: %s took %s', name, duration)
+    log.info('quickstart: %s took %s', name, progress.format_duration(seconds[name]))
 
   # ---- Pretrain, fine-tune ----
   with distributed.stop_signal() as stop:
@@ -95,22 +93,14 @@ def quickstart(
     phase_ends('finetune')
 
   # ---- Test, show, draw ----
-  metrics = evaluate.evaluate(
-    model_dir=output_dir,
-    datasets=test,
-    output=test_dir,
-    mesh=mesh,
-    decoding=decoding,
-    num_examples=num_examples,
-  )
+  how = {'mesh': mesh, 'decoding': decoding, 'num_examples': num_examples}
+  metrics = evaluate.evaluate(model_dir=output_dir, datasets=test, output=test_dir, **how)
   phase_ends('test')
   results: dict[str, Any] = {'test': metrics, 'seconds': seconds}
   if distributed.is_primary():
     show_predictions(test_dir, list(metrics), num_shown)
-    draw_losses(
-      {'pretraining': pretrain_dir, 'fine-tuning': output_dir},
-      os.path.join(output_dir, CURVES_FILE),
-    )
+    phases = {'pretraining': pretrain_dir, 'fine-tuning': output_dir}
+    draw_losses(phases, os.path.join(output_dir, CURVES_FILE))
     phase_ends('report')
     seconds['total'] = sum(seconds.values())
     path = epath.Path(output_dir) / RESULTS_FILE
@@ -125,9 +115,7 @@ def summary(results: Mapping[str, Any]) -> str:
   for task, metrics in results['test'].items():
     shown = {k: v for k, v in metrics.items() if '/' not in k}
     lines.append(f'{task:20} {evaluators.format_metrics(shown)}')
-  times = [
-    f'{name} {progress.format_duration(value)}' for name, value in results['seconds'].items()
-  ]
+  times = [f'{name} {progress.format_duration(x)}' for name, x in results['seconds'].items()]
   return '\n'.join([*lines, f'{"time":20} {", ".join(times)}'])
 
 
@@ -142,12 +130,10 @@ def typed() -> str:
 def next_steps(output_dir: str) -> str:
   """Returns three commands to go on with."""
   run, model = typed(), shlex.quote(output_dir)
-  return '\n'.join(
-    [
-      f'try it:      echo "pronounce: hello" | {run} infer --model {model} --input - --output -',
-      f'fine-tune:   {run} finetune --model {model} --train FILE.csv --output runs/mine',
-      f'look at it:  {run} report {model}',
-    ]
+  return (
+    f'try it:      echo "pronounce: hello" | {run} infer --model {model} --input - --output -\n'
+    f'fine-tune:   {run} finetune --model {model} --train FILE.csv --output runs/mine\n'
+    f'look at it:  {run} report {model}'
   )
 
 
@@ -185,13 +171,10 @@ def draw_losses(runs: Mapping[str, str], path: str) -> None:
         if is_loss and value is not None:
           curves.setdefault(name, []).append((entry['step'], value))
     for name, points in curves.items():
-      label = 'training' if name == 'loss' else name.removesuffix('/loss')
+      style, label = ('-', 'training') if name == 'loss' else ('o-', name.removesuffix('/loss'))
       steps, values = zip(*points, strict=True)
-      style = '-' if name == 'loss' else 'o-'
       panel.plot(steps, values, style, label=label, linewidth=1, markersize=3)
-    panel.set_title(title)
-    panel.set_xlabel('step')
-    panel.set_ylabel('loss (nats per token)')
+    panel.set(title=title, xlabel='step', ylabel='loss (nats per token)')
     panel.grid(alpha=0.3)
     if curves:
       panel.legend()

@@ -1,10 +1,9 @@
 """Makes the vocabulary of the quickstart: `python -m THIS OUTPUT.model`.
 
-Ten minutes on two cores are enough if sequences are short where little is to be
-learnt and fine where much is. So the phonemes, the tasks' prefixes and each
-language's most frequent words are one piece each, and everything else is
-characters. The prefixes swallow the space behind them and the frequent words
-begin with one, so that the word after `pronounce: ` is always spelt out.
+Ten minutes on two cores are enough if sequences are short where little is to be learnt and fine
+where much is. So the phonemes, the tasks' prefixes and each language's most frequent words are one
+piece each, and everything else is characters. The prefixes swallow the space behind them and the
+frequent words begin with one, so that the word after `pronounce: ` is always spelt out.
 """
 
 import collections
@@ -21,13 +20,13 @@ _SPACE = '\u2581'
 _PREFIXES = ('pronounce: ', 'language: ', 'syllables: ')
 _VOWELS = 'AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW'.split()
 _CONSONANTS = 'B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH'.split()
+_CORPORA = ('language_id', 'translate_en_de', 'translate_en_fr', 'cmudict')
 _WORDS_PER_LANGUAGE = 60
 _VOCAB_SIZE = 3072 - 100  # T5's 100 sentinels come on top
 
 
 def _path(name: str) -> str:
-  corpora = importlib.resources.files('t5x_lite.data.corpora')
-  return str(corpora.joinpath(name))
+  return str(importlib.resources.files('t5x_lite.data.corpora').joinpath(name))
 
 
 def _rows(name: str) -> Iterator[list[str]]:
@@ -38,8 +37,7 @@ def _rows(name: str) -> Iterator[list[str]]:
 
 def phonemes() -> list[str]:
   """Returns the CMU dictionary's phonemes, vowels with their three stresses."""
-  stressed = [f'{vowel}{stress}' for vowel in _VOWELS for stress in range(3)]
-  return [*stressed, *_CONSONANTS]
+  return [f'{vowel}{stress}' for vowel in _VOWELS for stress in range(3)] + _CONSONANTS
 
 
 def frequent_words(num: int = _WORDS_PER_LANGUAGE) -> list[str]:
@@ -60,12 +58,7 @@ def make(output: str) -> None:
   symbols += [_SPACE + piece for piece in pieces]
   summary = train_vocabulary.train_vocabulary(
     output=output,
-    input=[
-      _path('language_id_train.tsv.gz'),
-      _path('translate_en_de_train.tsv.gz'),
-      _path('translate_en_fr_train.tsv.gz'),
-      _path('cmudict_train.tsv.gz'),
-    ],
+    input=[_path(f'{name}_train.tsv.gz') for name in _CORPORA],
     file_format='tsv',
     fields=(0, 1),
     vocab_size=_VOCAB_SIZE,

@@ -1,8 +1,7 @@
 """The report program: one HTML page about a run, or about several side by side.
 
-Everything is inside the page, so that it opens from disk and can be mailed.
-What a run does not have is left out. report_runs.py reads, report_charts.py
-draws.
+Everything is inside the page, so that it opens from disk and can be mailed. What a run does not
+have is left out. report_runs.py reads, report_charts.py draws.
 """
 
 import html
@@ -11,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +31,7 @@ SUFFIXES = ('.html', '.htm')
 _NUM_SAMPLES = 20
 # Longer texts are cut on the page; they are whole in the run's files.
 _MAX_TEXT = 1500
-# Rows of a table of evaluations, and pictures of biases: a deep umT5 has one a
-# layer.
+# Rows of a table of evaluations, and pictures of biases: a deep umT5 has one a layer.
 _MAX_ROWS = 100
 _MAX_BIASES = 12
 # Training curves in this order; evaluations follow by name.
@@ -79,24 +77,19 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
     raise UsageError('report needs a run directory')
   path = epath.Path(output or epath.Path(runs[0]) / REPORT)
   if path.suffix not in SUFFIXES:
-    raise UsageError(
-      f'report.output is {output}: a page is named .html, so that no other '
-      'file is replaced by mistake'
-    )
+    why = 'a page is named .html, so that no other file is replaced by mistake'
+    raise UsageError(f'report.output is {output}: {why}')
   given = list(dict.fromkeys(runs))
-  found = [
-    report_runs.read(one, name=name)
-    for one, name in zip(given, report_runs.names_of(given), strict=True)
-  ]
+  names = report_runs.names_of(given)
+  found = [report_runs.read(one, name=name) for one, name in zip(given, names, strict=True)]
   # A model may write half of a surrogate pair, which no encoding has.
   text = page(found).encode('utf-8', 'replace')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text)
   except OSError as error:
-    raise UsageError(
-      f'{path} cannot be written ({error.strerror or error}): name another --output'
-    ) from error
+    why = error.strerror or error
+    raise UsageError(f'{path} cannot be written ({why}): name another --output') from error
   log.info('%s', path)
   print(os.fspath(path))
   return os.fspath(path)
@@ -110,17 +103,10 @@ def page(runs: Sequence[Run]) -> str:
   title = ', '.join(run.name for run in runs)
   body = [
     f'<h1>{escape(title)}</h1>',
-    _side_by_side(
-      _compare('At the end', runs, [_end(run) for run in runs]),
-      _compare('Cost', runs, [_cost(run) for run in runs]),
-      _compare('Best evaluation', runs, [_best(run) for run in runs]),
-    ),
+    _side_by_side(runs, {'At the end': _end, 'Cost': _cost, 'Best evaluation': _best}),
     _charts(runs),
     _samples(runs),
-    _side_by_side(
-      _compare('Data', runs, [_data(run) for run in runs]),
-      _compare('Model', runs, [_model(run) for run in runs]),
-    ),
+    _side_by_side(runs, {'Data': _data, 'Model': _model}),
   ]
   for run in runs:
     if len(runs) > 1:
@@ -131,17 +117,18 @@ def page(runs: Sequence[Run]) -> str:
 
 def whole_page(title: str, body: Sequence[str], style: str = '') -> str:
   """Returns a page of its parts; empty ones are left out."""
+  shown = '\n'.join(part for part in body if part)
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>{escape(title)}</title><style>{_STYLE}{report_charts.STYLE}{style}'
-    '</style></head>\n<body>\n' + '\n'.join(part for part in body if part) + '\n</body></html>\n'
+    f'<title>{escape(title)}</title><style>{_STYLE}{report_charts.STYLE}{style}</style></head>\n'
+    f'<body>\n{shown}\n</body></html>\n'
   )
 
 
 def escape(value: Any) -> str:
   """Returns a value as text of a page."""
-  return html.escape(str(value), quote=True)
+  return html.escape(str(value))
 
 
 def _cut(value: Any) -> str:
@@ -166,19 +153,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
+def _side_by_side(runs: Sequence[Run], tables: Mapping[str, Callable[[Run], Any]]) -> str:
+  """Returns tables by title, with a column a run; rows that none has are left out."""
+  parts = [_compare(title, runs, [facts(run) for run in runs]) for title, facts in tables.items()]
+  return f'<div class="tables">{"".join(parts)}</div>'
+
+
 def _compare(title: str, runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> str:
-  """Returns a table with a column a run; rows that none has are left out."""
   labels = list(dict.fromkeys(label for one in columns for label in one))
   rows = [[label, *(one.get(label) for one in columns)] for label in labels]
   rows = [row for row in rows if any(value is not None for value in row[1:])]
-  header = ['', *(run.name for run in runs)] if len(runs) > 1 else ['', '']
   if not rows:
     return ''
+  header = ['', *(run.name for run in runs)] if len(runs) > 1 else ['', '']
   return f'<section><h2>{title}</h2>{table(header, rows)}</section>'
-
-
-def _side_by_side(*parts: str) -> str:
-  return f'<div class="tables">{"".join(parts)}</div>'
 
 
 # ---- All runs together -------------------------------------------------------
@@ -201,17 +189,14 @@ def _end(run: Run) -> dict[str, Any]:
 def _model(run: Run) -> dict[str, Any]:
   if not run.model:
     return {}
-  fields = {
-    name: value if isinstance(value, int | float) else _escape_list(value)
-    for name, value in run.model.items()
-    if value is not None and not isinstance(value, bool)
-  }
-  fields |= {k: str(v) for k, v in run.model.items() if isinstance(v, bool)}
-  return {'parameters': _num_parameters(run), **fields}
-
-
-def _escape_list(value: Any) -> str:
-  return ', '.join(map(str, value)) if isinstance(value, list) else str(value)
+  shown: dict[str, Any] = {'parameters': _num_parameters(run)}
+  given = {name: value for name, value in run.model.items() if value is not None}
+  for name, value in sorted(given.items(), key=lambda field: isinstance(field[1], bool)):
+    if isinstance(value, list):
+      value = ', '.join(map(str, value))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    shown[name] = value if is_number else str(value)
+  return shown
 
 
 def _num_parameters(run: Run) -> str | None:
@@ -227,12 +212,9 @@ def _data(run: Run) -> dict[str, Any]:
   dataset = run.config.get('dataset')
   dataset = dataset if isinstance(dataset, dict) else {}
   found = {
-    label: dataset.get(name)
-    for label, name in (
-      ('task or mixture', 'mixture_or_task_name'),
-      ('split', 'split'),
-      ('batch size', 'batch_size'),
-    )
+    'task or mixture': dataset.get('mixture_or_task_name'),
+    'split': dataset.get('split'),
+    'batch size': dataset.get('batch_size'),
   }
   found |= {f'length of {k}': v for k, v in run.lengths.items()}
   for name in sorted(run.series):
@@ -244,8 +226,7 @@ def _data(run: Run) -> dict[str, Any]:
 
 def _cost(run: Run) -> dict[str, Any]:
   found: dict[str, Any] = {}
-  seconds = run.total('seconds_per_step')
-  if seconds is not None:
+  if (seconds := run.total('seconds_per_step')) is not None:
     found['time in training steps'] = progress.format_duration(seconds)
   if len(run.times) > 1:
     span = max(run.times) - min(run.times)
@@ -259,8 +240,7 @@ def _cost(run: Run) -> dict[str, Any]:
   ):
     found[label] = run.mean(name)
   for kind in ('target', 'input'):
-    tokens = run.total(f'{kind}_tokens')
-    if tokens is not None:
+    if (tokens := run.total(f'{kind}_tokens')) is not None:
       found[f'{kind} tokens in all, about'] = progress.format_count(tokens)
   return found
 
@@ -270,9 +250,9 @@ def _best(run: Run) -> dict[str, Any]:
   found = {}
   for name, points in sorted(run.evaluations().items()):
     step, value = report_runs.best(name, points)
-    text = f'{report_charts.number(value)} at step {step}'
     newest = points[-1][1]
-    found[name] = text if newest == value else (f'{text}, now {report_charts.number(newest)}')
+    now = '' if newest == value else f', now {report_charts.number(newest)}'
+    found[name] = f'{report_charts.number(value)} at step {step}{now}'
   return found
 
 
@@ -289,8 +269,7 @@ def _charts(runs: Sequence[Run]) -> str:
   for name in sorted({name for run in runs for name in run.evaluations()}):
     kind, task, metric = (*name.split('/', 2), '')[:3]
     if len(runs) == 1:
-      panel = panels.setdefault(f'{kind}: {metric}', {})
-      panel[task] = runs[0].series[name]
+      panels.setdefault(f'{kind}: {metric}', {})[task] = runs[0].series[name]
     else:
       panels[name] = {run.name: run.series.get(name, ()) for run in runs}
   groups = sorted(name for name in names if name.startswith('grad_norm/'))
@@ -299,10 +278,10 @@ def _charts(runs: Sequence[Run]) -> str:
     panels[f'grad_norm by group{suffix}'] = {
       name.removeprefix('grad_norm/'): run.series.get(name, ()) for name in groups
     }
-  charts = ''.join(
-    report_charts.line_chart(title, lines, may_be_log=any(part in title for part in _MAY_BE_LOG))
-    for title, lines in panels.items()
-  )
+  charts = ''
+  for title, lines in panels.items():
+    may_be_log = any(part in title for part in _MAY_BE_LOG)
+    charts += report_charts.line_chart(title, lines, may_be_log=may_be_log)
   if not charts:
     return '<p>No metrics yet.</p>'
   return f'<h2>Curves</h2><div class="charts">{charts}</div>'
@@ -367,21 +346,16 @@ def _results(run: Run) -> str:
   """Returns the metrics of `eval`, the quickstart's test and the like."""
   parts = []
   for folder, tasks in run.results.items():
-    rows = [
-      [task, metric, value] for task, metrics in tasks.items() for metric, value in metrics.items()
-    ]
-    parts.append(
-      f'<h2>Evaluation of a checkpoint: {escape(folder)}</h2>'
-      + table(['task', 'metric', 'value'], rows)
-    )
+    rows = [[task, name, value] for task, found in tasks.items() for name, value in found.items()]
+    shown = table(['task', 'metric', 'value'], rows)
+    parts.append(f'<h2>Evaluation of a checkpoint: {escape(folder)}</h2>{shown}')
   return ''.join(parts)
 
 
 def _steps(run: Run) -> str:
   """Returns metrics by step; checkpoints that are kept are marked."""
   evaluations = {name: dict(xy) for name, xy in run.evaluations().items()}
-  steps = {step for points in evaluations.values() for step in points}
-  steps |= set(run.steps)
+  steps = set(run.steps).union(*evaluations.values())
   if not steps or not run.series:
     return ''
   losses = run.series.get('loss', ())
@@ -394,11 +368,10 @@ def _steps(run: Run) -> str:
   shown = [row for row in rows[:-_MAX_ROWS] if row[1]] + rows[-_MAX_ROWS:]
   note = ''
   if len(shown) < len(rows):
-    note = (
-      f'<p class="note">Of {len(rows)} steps, the last {_MAX_ROWS} and those with a checkpoint.</p>'
-    )
+    text = f'Of {len(rows)} steps, the last {_MAX_ROWS} and those with a checkpoint.'
+    note = f'<p class="note">{text}</p>'
   header = ['step', 'checkpoint', 'training loss', *evaluations]
-  return f'<h2>Metrics by step</h2>{note}' + table(header, shown)
+  return f'<h2>Metrics by step</h2>{note}{table(header, shown)}'
 
 
 def _biases(run: Run) -> str:
@@ -407,26 +380,22 @@ def _biases(run: Run) -> str:
     return ''
   try:
     source = checkpoint_source.open_source(run.path)
-    tables = {
-      name: tensor.read()
-      for name, tensor in source.tensors.items()
-      if name.endswith('relpos_bias/rel_embedding')
-    }
+    names = [name for name in source.tensors if name.endswith('relpos_bias/rel_embedding')]
+    tables = {name: source.tensors[name].read() for name in names}
   except (UsageError, OSError, ValueError, KeyError) as error:
     lines = str(error).splitlines() or [type(error).__name__]
     return f'<p class="wrong">{escape(_cut(lines[0]))}</p>'
   if not tables:
     return ''
   names = list(tables)[:: -(-len(tables) // _MAX_BIASES)]
-  charts = [_bias_chart(name, tables[name], source.config) for name in names]
+  charts = ''.join(_bias_chart(name, tables[name], source.config) for name in names)
   left = len(tables) - len(names)
   note = f' {left} more layers are not drawn.' if left else ''
   return (
-    f'<h2>Attention bias by distance, step {source.step}</h2>'
-    '<p class="note">A row is a head, a column the distances (key position '
-    'minus query position, in tokens) that share a number. Blue is below zero '
-    'and orange above; only differences within a row matter.'
-    f'{note}</p><div class="charts">{"".join(charts)}</div>'
+    f'<h2>Attention bias by distance, step {source.step}</h2><p class="note">A row is a head, a '
+    'column the distances (key position minus query position, in tokens) that share a number. Blue '
+    f'is below zero and orange above; only differences within a row matter.{note}</p><div '
+    f'class="charts">{charts}</div>'
   )
 
 
@@ -440,18 +409,16 @@ def _bias_chart(name: str, table: np.ndarray, config: T5Config) -> str:
   # Distances that share a bucket are neighbours.
   starts = np.flatnonzero(np.diff(buckets, prepend=-1))
   ends = [*(starts[1:] - 1), len(buckets) - 1]
-  columns = [
-    f'{distances[a]}' if a == b else f'{distances[a]}\u2026{distances[b]}'
-    for a, b in zip(starts, ends, strict=True)
-  ]
+  bounds = zip(distances[starts], distances[ends], strict=True)
+  columns = [f'{a}' if a == b else f'{a}\u2026{b}' for a, b in bounds]
   rows = np.asarray(table, np.float32)[:, buckets[starts]].tolist()
   return report_charts.heat_map(name.removesuffix('/rel_embedding'), rows, columns)
 
 
 def _configuration(run: Run) -> str:
-  parts = []
+  shown = ''
   for name, text in run.texts.items():
     if name.endswith('.json') and run.config:
       text = json.dumps(run.config, indent=2, ensure_ascii=False)
-    parts.append(f'<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>')
-  return '<h2>Configuration</h2>' + ''.join(parts) if parts else ''
+    shown += f'<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>'
+  return f'<h2>Configuration</h2>{shown}' if shown else ''

@@ -79,21 +79,12 @@ def line_chart(
   find_ticks = _log_ticks if is_log else ticks
   for tick in find_ticks(y_scale.low, y_scale.high):
     y = y_scale(math.log10(tick) if is_log else tick)
-    label = number(tick)
-    parts.append(
-      f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
-      f'class="grid"/><text x="{_LEFT - 6}" y="{y + 4:.1f}" '
-      f'class="tick end">{label}</text>'
-    )
+    ends = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+    parts.append(f'<line {ends} class="grid"/>')
+    parts.append(_tick(_LEFT - 6, y + 4, number(tick), 'end'))
   for tick in ticks(x_scale.low, x_scale.high):
-    x = x_scale(tick)
-    parts.append(
-      f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" class="tick middle">{number(tick)}</text>'
-    )
-  parts.append(
-    f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 4}" '
-    f'class="tick middle">{_text(x_label)}</text>'
-  )
+    parts.append(_tick(x_scale(tick), _HEIGHT - _BOTTOM + 16, number(tick)))
+  parts.append(_tick((_LEFT + _WIDTH) / 2, _HEIGHT - 4, x_label))
   for i, found in enumerate(segments.values()):
     parts += _draw(found, place, i)
   parts.append('</svg>')
@@ -101,7 +92,7 @@ def line_chart(
   if len(lines) > 1:
     entries = [
       f'<span><svg viewBox="0 0 18 8" class="key"><line x2="18" y1="4" '
-      f'y2="4" {_stroke(i)}/></svg>{_text(name)}</span>'
+      f'y2="4" {_stroke(i)}/></svg>{html.escape(name)}</span>'
       for i, name in enumerate(lines)
       if segments[name]
     ]
@@ -126,25 +117,18 @@ def heat_map(title: str, rows: Sequence[Sequence[float]], columns: Sequence[str]
   for i, row in enumerate(rows):
     y = _TOP + i * height
     if height >= 10 or i % 4 == 0:
-      parts.append(
-        f'<text x="{_LEFT - 6}" y="{y + height / 2 + 4:.1f}" class="tick end">{i}</text>'
-      )
+      parts.append(_tick(_LEFT - 6, y + height / 2 + 4, str(i), 'end'))
     for j, value in enumerate(row):
       if not math.isfinite(value):
         continue
       color = COLORS[0] if value < 0 else COLORS[1]
       parts.append(
-        f'<rect x="{_LEFT + j * width:.1f}" y="{y:.1f}" '
-        f'width="{width:.1f}" height="{height:.1f}" fill="{color}" '
-        f'fill-opacity="{abs(value) / top:.2f}"><title>{i}, '
-        f'{_text(columns[j])}: {number(value)}</title></rect>'
+        f'<rect x="{_LEFT + j * width:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+        f'fill="{color}" fill-opacity="{abs(value) / top:.2f}">'
+        f'<title>{i}, {html.escape(columns[j])}: {number(value)}</title></rect>'
       )
-  every = -(-len(columns) // 8)
-  for j in range(0, len(columns), every):
-    parts.append(
-      f'<text x="{_LEFT + (j + 0.5) * width:.1f}" y="{bottom + 16:.1f}" '
-      f'class="tick middle">{_text(columns[j])}</text>'
-    )
+  for j in range(0, len(columns), -(-len(columns) // 8)):
+    parts.append(_tick(_LEFT + (j + 0.5) * width, bottom + 16, columns[j]))
   return f'<figure>{"".join(parts)}</svg></figure>'
 
 
@@ -168,9 +152,7 @@ def dot_chart(
   parts = _open_svg(title, bottom + _BOTTOM)
   for i, (name, values) in enumerate(rows.items()):
     y = _TOP + 20 * i + 10
-    parts.append(
-      f'<text x="{2.5 * _LEFT:.0f}" y="{y + 4}" class="tick end">{_text(name[:26])}</text>'
-    )
+    parts.append(_tick(2.5 * _LEFT, y + 4, name[:26], 'end'))
     for value in values:
       parts.append(f'<circle cx="{scale(value):.1f}" cy="{y}" r="3" fill="{COLORS[0]}"/>')
     if values:
@@ -181,17 +163,19 @@ def dot_chart(
         f'<circle cx="{scale(mark):.1f}" cy="{y}" r="4" fill="none" stroke="{COLORS[2]}"/>'
       )
   for tick in ticks(low, high):
-    parts.append(
-      f'<text x="{scale(tick):.1f}" y="{bottom + 16}" class="tick middle">{number(tick)}</text>'
-    )
+    parts.append(_tick(scale(tick), bottom + 16, number(tick)))
   return f'<figure>{"".join(parts)}</svg></figure>'
 
 
 def _open_svg(title: str, height: int) -> list[str]:
   return [
-    f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{_text(title)}">',
-    f'<text x="{_LEFT}" y="18" class="title">{_text(title)}</text>',
+    f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{html.escape(title)}">',
+    f'<text x="{_LEFT}" y="18" class="title">{html.escape(title)}</text>',
   ]
+
+
+def _tick(x: float, y: float, text: str, anchor: str = 'middle') -> str:
+  return f'<text x="{x:.1f}" y="{y:.1f}" class="tick {anchor}">{html.escape(text)}</text>'
 
 
 def _stroke(i: int) -> str:
@@ -209,15 +193,13 @@ def _draw(
   parts = []
   for points in segments:
     if len(points) > 1:
-      pixels = [place(point) for point in points]
-      path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in pixels)
+      path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in map(place, points))
       parts.append(f'<polyline points="{path}" {_stroke(i)}/>')
     for point in points if few or len(points) == 1 else ():
       x, y = place(point)
       parts.append(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" '
-        f'fill="{COLORS[i % len(COLORS)]}"><title>{number(point[0])}: '
-        f'{number(point[1])}</title></circle>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{COLORS[i % len(COLORS)]}">'
+        f'<title>{number(point[0])}: {number(point[1])}</title></circle>'
       )
   return parts
 
@@ -243,8 +225,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
   """Returns round numbers between two powers of ten, given by exponents."""
   powers = range(math.floor(low), math.ceil(high) + 1)
   if high - low > 3:
-    every = -(-len(powers) // 8)
-    found = [10.0**i for i in powers[::every]]
+    found = [10.0**i for i in powers[:: -(-len(powers) // 8)]]
   else:
     found = [m * 10.0**i for i in powers for m in (1, 2, 5)]
   return [value for value in found if low <= math.log10(value) <= high]
@@ -285,7 +266,3 @@ def _segments(points: Points) -> list[list[tuple[float, float]]]:
     elif segments[-1]:
       segments.append([])
   return [segment for segment in segments if segment]
-
-
-def _text(value: str) -> str:
-  return html.escape(value, quote=True)

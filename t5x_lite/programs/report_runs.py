@@ -42,14 +42,10 @@ class Run:
   """One run as its files tell of it.
 
   Attributes:
-    name: for the page.
-    path: as the user gave it.
     series: (step, value) of every metric.
     times: seconds since 1970 at which metrics were written.
     model: fields of the architecture; empty if the file is damaged.
-    lengths: task feature lengths.
-    config: the resolved configuration as JSON.
-    texts: configuration files by name.
+    config: the resolved configuration as JSON; `texts` are its files by name.
     steps: of the checkpoints that are kept.
     predictions: of the newest evaluation of each kind.
     results: metrics by task of evaluations of a checkpoint, by folder.
@@ -69,13 +65,12 @@ class Run:
 
   def evaluations(self) -> dict[str, list[tuple[int, float]]]:
     """Returns the finite points of every metric of an evaluation."""
-    found = {}
-    for name, points in self.series.items():
-      if name.startswith(_EVALUATIONS) and not name.endswith(_COUNTS):
-        finite = [(x, y) for x, y in points if math.isfinite(y)]
-        if finite:
-          found[name] = finite
-    return found
+    found = {
+      name: [(x, y) for x, y in points if math.isfinite(y)]
+      for name, points in self.series.items()
+      if name.startswith(_EVALUATIONS) and not name.endswith(_COUNTS)
+    }
+    return {name: points for name, points in found.items() if points}
 
   def last(self, name: str) -> float | None:
     """Returns the newest finite value of a metric."""
@@ -84,29 +79,29 @@ class Run:
 
   def mean(self, name: str) -> float | None:
     """Returns the mean over steps of a metric that averages over windows."""
-    weighted = [(n, y) for n, y in self._windows(name) if math.isfinite(y)]
-    steps = sum(n for n, _ in weighted)
-    return sum(n * y for n, y in weighted) / steps if steps else None
+    windows = self._windows(name)
+    steps = sum(n for n, _ in windows)
+    return sum(n * y for n, y in windows) / steps if steps else None
 
   def total(self, name: str) -> float | None:
     """Returns the sum over steps of such a metric."""
-    finite = [n * y for n, y in self._windows(name) if math.isfinite(y)]
-    return sum(finite) if finite else None
+    windows = self._windows(name)
+    return sum(n * y for n, y in windows) if windows else None
 
   def _windows(self, name: str) -> list[tuple[int, float]]:
-    """Returns (steps averaged over, mean); the first is as long as the next."""
+    """Returns (steps averaged over, finite mean); the first is as long as the next."""
     points = self.series.get(name, ())
     lengths = [b - a for (a, _), (b, _) in itertools.pairwise(points)]
     if points:
       first = points[0][0]
       lengths.insert(0, min(first, lengths[0]) if lengths else first)
-    return [(n, y) for n, (_, y) in zip(lengths, points, strict=True)]
+    windows = zip(lengths, points, strict=True)
+    return [(n, y) for n, (_, y) in windows if math.isfinite(y)]
 
 
 def best(name: str, points: Sequence[tuple[int, float]]) -> tuple[int, float]:
   """Returns step and value of the best point of an evaluation's metric."""
-  choose = min if lower_is_better(name) else max
-  return choose(points, key=lambda point: point[1])
+  return (min if lower_is_better(name) else max)(points, key=lambda point: point[1])
 
 
 def lower_is_better(name: str) -> bool:
@@ -128,28 +123,20 @@ def read(path: str, *, name: str = '') -> Run:
     UsageError: if it is no run directory.
   """
   root = epath.Path(path)
-  has_file = [
-    (root / file).exists() for file in (run_directory.MODEL_FILE, metric_writers.METRICS_FILE)
-  ]
-  if not any(has_file):
-    raise UsageError(
-      f'{path} is no run directory: it has neither '
-      f'{run_directory.MODEL_FILE} nor {metric_writers.METRICS_FILE}'
-    )
+  either = (run_directory.MODEL_FILE, metric_writers.METRICS_FILE)
+  if not any((root / file).exists() for file in either):
+    raise UsageError(f'{path} is no run directory: it has neither {" nor ".join(either)}')
   series, times = _series(metric_writers.read_metrics(path))
   model = read_json(root / run_directory.MODEL_FILE)
   names = ('config.gin', 'finetune.gin', run_directory.CONFIG_FILE)
   texts = {file: read_text(root / file) for file in names}
   results, predictions = {}, _of_training(root)
   for folder in _result_folders(root):
-    tasks = _dict(read_json(root / folder / 'metrics.json').get('tasks'))
-    if tasks:
+    if tasks := _dict(read_json(root / folder / 'metrics.json').get('tasks')):
       results[folder] = {k: _dict(v) for k, v in tasks.items()}
     for file in _listed(root / folder, '.jsonl'):
-      kind = folder.split('/')[0]
-      predictions.append(
-        Predictions(f'{kind}/{file.stem}', f'{folder}/{file.name}', read_lines(file))
-      )
+      kind = f'{folder.split("/")[0]}/{file.stem}'
+      predictions.append(Predictions(kind, f'{folder}/{file.name}', read_lines(file)))
   return Run(
     name=name or path,
     path=path,

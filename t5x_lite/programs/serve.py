@@ -3,14 +3,14 @@
 No TensorFlow: it starts in a few seconds. The framework is in the `serve` extra.
 """
 
-import functools
+import dataclasses
 import ipaddress
 import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ from t5x_lite.decoding.config import decoding_config
 from t5x_lite.decoding.continuous import ContinuousBatch, Request
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import trained_model
-from t5x_lite.interop.trained_model import TrainedModel
 from t5x_lite.models import model_sharding
+from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement
 from t5x_lite.serving.worker import Worker
@@ -83,7 +83,8 @@ def serve(
   Raises:
     UsageError: if the model cannot be read, the address is taken, or a package is missing.
   """
-  for what, value in locals().copy().items():
+  given = dict(locals())
+  for what, value in given.items():
     if type(value) in (int, float) and what != 'port' and value <= 0:
       raise UsageError(f'serve.{what} is {value}; it must be positive')
   if jax.process_count() > 1:
@@ -101,36 +102,24 @@ def serve(
   placement = model_sharding.place_model(opened.config, mesh)
   params = opened.load_params(model_sharding.inference_params(opened.config, placement))
   vocabulary = vocabularies.make_vocabulary(opened.vocabulary)
-  batch = ContinuousBatch(
-    opened.config,
-    params,
-    placement=placement,
-    num_slots=num_slots,
-    max_decode_length=max_new_tokens,
-    chunk=chunk,
-  )
+  how = {'num_slots': num_slots, 'max_decode_length': max_new_tokens, 'chunk': chunk}
+  batch = ContinuousBatch(opened.config, params, placement=placement, **how)
   _warm_up(batch, vocabulary)
+  calls = _Calls(opened.config, params, placement, vocabulary)
   served = app_lib.Served(
     name=name or os.path.basename(os.path.normpath(model)),
     vocabulary=vocabulary,
     worker=Worker(batch, max_queue=max_queue),
-    encode=functools.partial(_encode, opened, params, placement),
-    score=functools.partial(_score, opened, params, placement),
-    decode=functools.partial(_decode, opened, vocabulary, params, placement),
+    encode=calls.encode,
+    score=calls.score,
+    decode=calls.decode,
     describe={
       'num_parameters': model_sharding.count_params(params),
       'max_input_tokens': max_input_tokens,
       'max_new_tokens': max_new_tokens,
     },
   )
-  limits = Limits(
-    max_input_tokens=max_input_tokens,
-    max_new_tokens=max_new_tokens,
-    max_inputs=max_inputs,
-    max_body_bytes=max_body_bytes,
-    body_seconds=body_seconds,
-    request_seconds=request_seconds,
-  )
+  limits = Limits(**{field.name: given[field.name] for field in dataclasses.fields(Limits)})
   if not token and not _is_loopback(host):
     log.warning('everybody who reaches %s can use it: --token_file asks for a token', host)
   server = uvicorn.Server(
@@ -145,9 +134,8 @@ def serve(
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: None)
   address = f'http://{host}:{listener.getsockname()[1]}'
-  print(
-    f'{served.name} is served at {address} (a page to try it; OpenAI: {address}/v1)', flush=True
-  )
+  text = f'{served.name} is served at {address} (a page to try it; OpenAI: {address}/v1)'
+  print(text, flush=True)
   server.run(sockets=[listener])
   log.info('all requests are answered: stopped')
 
@@ -194,57 +182,50 @@ def _warm_up(batch: ContinuousBatch, vocabulary: Vocabulary) -> None:
   log.info('compiled in %.1f s', time.monotonic() - began)
 
 
-def _padded(opened: TrainedModel, rows: Rows) -> np.ndarray:
-  return prediction.pad_rows(
-    rows,
-    batch_size=len(rows),
-    length=prediction.padded_length(max(map(len, rows))),
-    pad_id=opened.config.pad_id,
-  )
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+  """What runs in the worker beside the continuous batch, of rows of tokens; see `app.Served`."""
 
+  config: T5Config
+  params: Any
+  placement: Placement
+  vocabulary: Vocabulary
 
-def _encode(opened: TrainedModel, params: Any, placement: Placement, rows: Rows) -> np.ndarray:
-  batch = {'encoder_input_tokens': _padded(opened, rows)}
-  return prediction.call_step(
-    steps.make_encode_step, opened.config, params, placement, batch, 'mean'
-  )
+  def _padded(self, rows: Rows) -> np.ndarray:
+    length = prediction.padded_length(max(map(len, rows)))
+    return prediction.pad_rows(rows, batch_size=len(rows), length=length, pad_id=self.config.pad_id)
 
+  def _call(self, make_step: Callable[..., Any], *args: Any) -> np.ndarray:
+    return prediction.call_step(make_step, self.config, self.params, self.placement, *args)
 
-def _score(
-  opened: TrainedModel, params: Any, placement: Placement, rows: Rows, targets: Rows
-) -> np.ndarray:
-  tokens = _padded(opened, targets)
-  lengths = np.asarray([[len(row)] for row in targets])
-  shifted = np.roll(tokens, 1, axis=1)
-  shifted[:, 0] = opened.config.decoder_start_id
-  batch = {
-    'encoder_input_tokens': _padded(opened, rows),
-    'decoder_input_tokens': shifted,
-    'decoder_target_tokens': tokens,
-    'decoder_loss_weights': (np.arange(tokens.shape[1]) < lengths).astype(np.float32),
-  }
-  return prediction.call_step(steps.make_score_step, opened.config, params, placement, batch)
+  def encode(self, rows: Rows) -> np.ndarray:
+    return self._call(steps.make_encode_step, {'encoder_input_tokens': self._padded(rows)}, 'mean')
 
+  def score(self, rows: Rows, targets: Rows) -> np.ndarray:
+    tokens = self._padded(targets)
+    lengths = np.asarray([[len(row)] for row in targets])
+    shifted = np.roll(tokens, 1, axis=1)
+    shifted[:, 0] = self.config.decoder_start_id
+    batch = {
+      'encoder_input_tokens': self._padded(rows),
+      'decoder_input_tokens': shifted,
+      'decoder_target_tokens': tokens,
+      'decoder_loss_weights': (np.arange(tokens.shape[1]) < lengths).astype(np.float32),
+    }
+    return self._call(steps.make_score_step, batch)
 
-def _decode(
-  opened: TrainedModel,
-  vocabulary: Vocabulary,
-  params: Any,
-  placement: Placement,
-  rows: Rows,
-  max_new_tokens: int,
-  seed: int,
-  settings: dict[str, Any],
-) -> tuple[list[list[int]], list[float]]:
-  config = decoding_config(max_new_tokens, **settings).resolved(vocabulary.encode)
-  if config.stop_strings or config.num_return_sequences > 1:
-    raise UsageError('decoding takes no stop_strings and one output an input')
-  predictor = prediction.Predictor(
-    opened.config,
-    placement=placement,
-    decoding=config,
-    batch_size=prediction.padded_length(len(rows), shortest=1),
-    max_input_length=prediction.padded_length(max(map(len, rows))),
-    seed=seed,
-  )
-  return predictor.predict(params, rows)
+  def decode(
+    self, rows: Rows, max_new_tokens: int, seed: int, settings: dict[str, Any]
+  ) -> tuple[list[list[int]], list[float]]:
+    config = decoding_config(max_new_tokens, **settings).resolved(self.vocabulary.encode)
+    if config.stop_strings or config.num_return_sequences > 1:
+      raise UsageError('decoding takes no stop_strings and one output an input')
+    predictor = prediction.Predictor(
+      self.config,
+      placement=self.placement,
+      decoding=config,
+      batch_size=prediction.padded_length(len(rows), shortest=1),
+      max_input_length=prediction.padded_length(max(map(len, rows))),
+      seed=seed,
+    )
+    return predictor.predict(self.params, rows)

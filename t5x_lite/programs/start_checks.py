@@ -42,7 +42,7 @@ def check_writable(directory: str) -> None:
     with tempfile.TemporaryFile(dir=place):
       pass
   except OSError as error:
-    raise UsageError(f'cannot write into {directory}: {error.strerror}') from (error)
+    raise UsageError(f'cannot write into {directory}: {error.strerror}') from error
 
 
 def check_positive(name: str, value: int | None) -> None:
@@ -59,22 +59,16 @@ def resolve_model(
   model_dir: str,
   restore_path: str,
 ) -> tuple[T5Config, VocabularyConfig]:
-  """Returns architecture and vocabulary; what is not named is the checkpoint's.
+  """Returns architecture, with changes, and vocabulary; what is None is the checkpoint's.
 
-  Args:
-    model: as configured, or None.
-    vocabulary: likewise.
-    changes: fields of T5Config that differ.
-    model_dir: of the run; if it has begun, its own checkpoints count.
-    restore_path: where a new run starts from.
+  That is the newest in model_dir, if the run has begun, and else the one at restore_path.
 
   Raises:
     UsageError: if there is no checkpoint to take them from.
   """
   if model is None or vocabulary is None:
-    path = restore_path
-    if model_dir and checkpoints.has_checkpoint(model_dir):
-      path = model_dir
+    has_begun = model_dir and checkpoints.has_checkpoint(model_dir)
+    path = model_dir if has_begun else restore_path
     if not path:
       what = 'model' if model is None else 'vocabulary'
       raise UsageError(
@@ -148,17 +142,11 @@ def warn_of_cuts(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> dict[s
     if not cut.cut:
       continue
     log.warning(
-      '%s: %d of the first %d examples are longer than %s and are cut; they '
-      'lose %.1f%% of all tokens',
-      cut.task,
-      cut.cut,
-      cut.examples,
-      dataset.lengths,
-      cut.percent_of_tokens,
+      f'{cut.task}: {cut.cut} of the first {cut.examples} examples are longer than '
+      f'{dataset.lengths} and are cut; they lose {cut.percent_of_tokens:.1f}% of all tokens'
     )
-    name = f'data/{cut.task}'
-    metrics[f'{name}/cut_examples_percent'] = 100.0 * cut.cut / cut.examples
-    metrics[f'{name}/cut_tokens_percent'] = cut.percent_of_tokens
+    metrics[f'data/{cut.task}/cut_examples_percent'] = 100.0 * cut.cut / cut.examples
+    metrics[f'data/{cut.task}/cut_tokens_percent'] = cut.percent_of_tokens
   return metrics
 
 

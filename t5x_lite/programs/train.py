@@ -1,9 +1,8 @@
 """The train loop, from configuration to the last checkpoint, in one function.
 
-Reads top to bottom: check, mesh, data, start, compile, loop. There is no
-trainer class, since there is no second implementation. At the top of the loop
-`step` updates have been made; evaluation and checkpoints see that state, and
-only then does the iterator move.
+Reads top to bottom: check, mesh, data, start, compile, loop. There is no trainer class, since there
+is no second implementation. At the top of the loop `step` updates have been made; evaluation and
+checkpoints see that state, and only then does the iterator move.
 """
 
 import contextlib
@@ -37,6 +36,12 @@ from t5x_lite.training.steps import GROUP_HISTOGRAM, GROUP_NORM
 from t5x_lite.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
+
+_COUNTS = (
+  'total_steps eval_period stats_period eval_steps infer_eval_examples patience '
+  'histogram_period profile_steps'
+).split()
+_NOT_RECORDED = ('model_changes', 'dry_run', 'dry_run_file', 'summarize_config_fn')
 
 
 class NonFiniteError(RuntimeError):
@@ -91,10 +96,8 @@ def train(
     loss: what is minimised.
     mesh: how devices are arranged; decided by their number by default.
     checkpoint: when to save, what to keep, where a new run starts from.
-    train_eval: teacher-forced evaluations, a mixture's task by task:
-      'eval/TASK/loss' and others.
-    infer_eval: evaluations of decoded text by the tasks' own metrics:
-      'infer_eval/TASK/METRIC'.
+    train_eval: teacher-forced evaluations, a mixture's task by task: 'eval/TASK/loss' and others.
+    infer_eval: evaluations of decoded text by the tasks' own metrics: 'infer_eval/TASK/METRIC'.
     eval_period: steps between evaluations; the last step is evaluated too.
     eval_steps: batches of each teacher-forced task; None for all.
     infer_eval_examples: examples of each decoded task; None for all.
@@ -112,8 +115,7 @@ def train(
       table of where their time goes; None for none.
     seed: of parameters and dropout; the data has its own.
     dry_run: print parameters, mesh and memory, begin nothing and return None.
-    dry_run_file: where a dry run writes the configuration, and how every array
-      is cut.
+    dry_run_file: where a dry run writes the configuration, and how every array is cut.
     summarize_config_fn: writes the resolved configuration into model_dir.
 
   Raises:
@@ -123,61 +125,25 @@ def train(
   """
   loss, mesh = loss or LossConfig(), mesh or MeshConfig()
   checkpoint = checkpoint or CheckpointConfig()
+  given = dict(locals())
 
   # ---- What must fit together ----
-  for name, count in (
-    ('total_steps', total_steps),
-    ('eval_period', eval_period),
-    ('stats_period', stats_period),
-    ('eval_steps', eval_steps),
-    ('infer_eval_examples', infer_eval_examples),
-    ('patience', patience),
-    ('histogram_period', histogram_period),
-    ('profile_steps', profile_steps),
-  ):
-    start_checks.check_positive(f'train.{name}', count)
+  for name in _COUNTS:
+    start_checks.check_positive(f'train.{name}', given[name])
   if patience is not None and not checkpoint.best_metric:
     raise UsageError(f'train.patience is {patience}; it needs CheckpointConfig.best_metric')
   reporters = metric_writers.reporters(report_to) if distributed.is_primary() else ()
   if distributed.is_primary() and histogram_period and not reporters:
     raise UsageError(f'train.histogram_period is {histogram_period}; it needs report_to')
+  path = checkpoint.restore_path
   model, vocabulary = start_checks.resolve_model(
-    model,
-    vocabulary,
-    model_changes or {},
-    model_dir=model_dir,
-    restore_path=checkpoint.restore_path,
+    model, vocabulary, model_changes or {}, model_dir=model_dir, restore_path=path
   )
   trained_model.check_vocabulary(model, vocabulary)
-  record = {
-    'model': model,
-    'vocabulary': vocabulary,
-    'dataset': dataset,
-    'optimizer': optimizer,
-    'model_dir': model_dir,
-    'total_steps': total_steps,
-    'loss': loss,
-    'mesh': mesh,
-    'checkpoint': checkpoint,
-    'train_eval': train_eval,
-    'infer_eval': infer_eval,
-    'eval_period': eval_period,
-    'eval_steps': eval_steps,
-    'infer_eval_examples': infer_eval_examples,
-    'decoding': decoding,
-    'stats_period': stats_period,
-    'num_microbatches': num_microbatches,
-    'patience': patience,
-    'max_skipped_updates': max_skipped_updates,
-    'report_to': report_to,
-    'histogram_period': histogram_period,
-    'profile_steps': profile_steps,
-    'seed': seed,
-  }
-  dataset, *evals = [
-    start_checks.resolve_dataset(one, model, vocabulary)
-    for one in (dataset, *train_eval, *infer_eval)
-  ]
+  record = {name: value for name, value in given.items() if name not in _NOT_RECORDED}
+  record |= {'model': model, 'vocabulary': vocabulary}
+  wanted = (dataset, *train_eval, *infer_eval)
+  dataset, *evals = [start_checks.resolve_dataset(one, model, vocabulary) for one in wanted]
   train_eval, infer_eval = evals[: len(train_eval)], evals[len(train_eval) :]
   start_checks.check_model_dir(model_dir, model, vocabulary)
   if not dry_run:
@@ -204,10 +170,8 @@ def train(
   assert spec is not None and tx is not None
 
   # ---- Compile the step ahead of time; report memory ----
-  make_key = jax.jit(
-    lambda: jax.random.key(seed), out_shardings=partitioning.replicated(device_mesh)
-  )
-  key = make_key()
+  everywhere = partitioning.replicated(device_mesh)
+  key = jax.jit(lambda: jax.random.key(seed), out_shardings=everywhere)()
   sharding = partitioning.batch_sharding(device_mesh)
   _, batch_shapes, _ = program.arguments
 
@@ -290,29 +254,20 @@ def train(
     log.info('%s', memory_report.compiled_memory(train_step))
 
     # ---- Writers ----
-    writer = stack.enter_context(
-      metric_writers.MetricWriter(
-        model_dir,
-        first_step=first_step,
-        active=primary,
-        report_to=reporters,
-        config=run_directory.to_json(record),
-      )
-    )
+    start: dict[str, Any] = {'first_step': first_step, 'active': primary}
+    config = run_directory.to_json(record)
+    writer = metric_writers.MetricWriter(model_dir, report_to=reporters, config=config, **start)
+    stack.enter_context(writer)
+    num_traced = profile_steps if primary else None
     profiler = profiling.StepProfiler(
-      model_dir,
-      first_step=first_step,
-      last_step=total_steps,
-      num_steps=profile_steps if primary else None,
+      model_dir, first_step=first_step, last_step=total_steps, num_steps=num_traced
     )
     stack.callback(profiler.stop)
     if checkpointer.damaged:
       writer.write(first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))})
-    progress = stack.enter_context(
-      Progress(first_step=first_step, total_steps=total_steps, active=primary)
-    )
+    progress = stack.enter_context(Progress(total_steps=total_steps, **start))
     window = Window(
-      batch_shapes={name: x.shape for name, x in batch_shapes.items()},
+      batch_shapes=shapes,
       step_flops=flops.batch_train_flops(model, batch_shapes),
       peak_flops=flops.peak_flops(jax.devices()[0].device_kind),
       num_devices=jax.device_count(),
@@ -366,9 +321,8 @@ def train(
         held.check()
       due = not hurry and (last or step % eval_period == 0)
       if due and step > max(evaluated, 0):
-        metrics = evaluation.run(
-          state.params, step, model_dir, show=functools.partial(writer.write_samples, step)
-        )
+        show = functools.partial(writer.write_samples, step)
+        metrics = evaluation.run(state.params, step, model_dir, show=show)
         writer.write(step, metrics)
         best.add(metrics)
         evaluated = step
@@ -389,12 +343,8 @@ def train(
         with profiling.part('evaluate and save'):
           evaluate_and_save()
         if best.worse_for(patience):
-          log.info(
-            '%s has not improved for %d evaluations: training ends at step %d',
-            checkpoint.best_metric,
-            patience,
-            step,
-          )
+          text = '%s has not improved for %d evaluations: training ends at step %d'
+          log.info(text, checkpoint.best_metric, patience, step)
           break
       profiler.before(step, state)
       with profiling.part('wait for data'):
@@ -422,12 +372,8 @@ def train(
     checkpointer.wait()
     progress.clear()
     if stop.received:
-      log.warning(
-        '%s: saved at step %d of %d and stopped; the same command continues',
-        stop.received,
-        step,
-        total_steps,
-      )
+      text = '%s: saved at step %d of %d and stopped; the same command continues'
+      log.warning(text, stop.received, step, total_steps)
     else:
       log.info('finished %d steps in %s', step, model_dir)
     return state
@@ -445,8 +391,7 @@ class BestSoFar:
   """The best evaluation, and how many came since that were no better."""
 
   def __init__(self, metric: str, mode: str):
-    self._metric = metric
-    self._sign = 1.0 if mode == 'max' else -1.0
+    self._metric, self._sign = metric, 1.0 if mode == 'max' else -1.0
     self._best: float | None = None
     self._since = 0
 
@@ -476,7 +421,6 @@ class BestSoFar:
 
 def _last_good(checkpointer: checkpoints.Checkpointer) -> str:
   checkpointer.wait()
-  latest = checkpointer.latest_step
-  if latest is None:
+  if (latest := checkpointer.latest_step) is None:
     return 'There is no checkpoint yet.'
   return f'The last checkpoint is of step {latest}.'

@@ -1,8 +1,7 @@
 """Trains a SentencePiece vocabulary that T5 can use, from the user's own text.
 
-The same text and settings give the same bytes: sentences are sampled here with
-a seed, and SentencePiece gets a fixed number of threads, on which its sums
-depend.
+The same text and settings give the same bytes: sentences are sampled here with a seed, and
+SentencePiece gets a fixed number of threads, on which its sums depend.
 """
 
 import dataclasses
@@ -15,21 +14,13 @@ import sentencepiece
 from absl import logging
 from etils import epath
 
-from t5x_lite.data import records, text_files
-from t5x_lite.data.vocabularies import (
-  EOS_ID,
-  PAD_ID,
-  UNK_ID,
-  VocabularyConfig,
-  fingerprint,
-  make_vocabulary,
-)
+from t5x_lite.data import records, text_files, vocabularies
+from t5x_lite.data.vocabularies import EOS_ID, PAD_ID, UNK_ID, VocabularyConfig
 from t5x_lite.errors import UsageError
 
 MODEL_TYPES = ('unigram', 'bpe', 'char')
 
-# SentencePiece skips longer sentences (its default limit is 4,192 bytes), so
-# longer lines are cut.
+# SentencePiece skips longer sentences (its default limit is 4,192 bytes), so longer lines are cut.
 _MAX_SENTENCE_BYTES = 4096
 _NUM_THREADS = 16
 
@@ -54,9 +45,8 @@ class VocabularySummary:
 
   def __str__(self) -> str:
     return (
-      f'{self.config.path}: {self.vocab_size} pieces from '
-      f'{self.num_sentences} sentences, {self.characters_per_token:.2f} '
-      f'characters per token, {self.unknown_rate:.3f}% unknown'
+      f'{self.config.path}: {self.vocab_size} pieces from {self.num_sentences} sentences, '
+      f'{self.characters_per_token:.2f} characters per token, {self.unknown_rate:.3f}% unknown'
     )
 
 
@@ -91,8 +81,7 @@ def train_vocabulary(
     model_type: 'unigram' (T5's), 'bpe' or 'char'.
     character_coverage: share of the characters of the text that get a piece;
       0.9995 is T5's, 1.0 suits small alphabets and small texts.
-    byte_fallback: spell other characters in bytes (256 more pieces) instead
-      of unk.
+    byte_fallback: spell other characters in bytes (256 more pieces) instead of unk.
     user_defined_symbols: pieces that are never cut.
     normalization: SentencePiece's rule: 'nmt_nfkc' (T5's), 'nfkc',
       'nmt_nfkc_cf' (lower case too) or 'identity'.
@@ -107,19 +96,36 @@ def train_vocabulary(
     UsageError: if a setting cannot work, or the text has too few different
       pieces or too many characters for `vocab_size`. Nothing is written then.
   """
-  _check(
-    output=output,
-    has_one_source=bool(input) != bool(task),
-    vocab_size=vocab_size,
-    model_type=model_type,
-    character_coverage=character_coverage,
-    user_defined_symbols=user_defined_symbols,
-    normalization=normalization,
-    max_sentences=max_sentences,
-    overwrite=overwrite,
-  )
+  if not output:
+    raise UsageError('output is empty; name the model file to write')
+  if bool(input) == bool(task):
+    raise UsageError('Give either input or task: the text to learn from')
+  if vocab_size < 4:
+    raise UsageError(f'vocab_size is {vocab_size}; it must be 4 or more, special pieces included')
+  if model_type not in MODEL_TYPES:
+    raise UsageError(f'model_type is {model_type!r}; it must be one of {", ".join(MODEL_TYPES)}')
+  if not 0.9 <= character_coverage <= 1.0:
+    raise UsageError(f'character_coverage is {character_coverage}; it must lie between 0.9 and 1.0')
+  if normalization not in ('nmt_nfkc', 'nfkc', 'nmt_nfkc_cf', 'identity'):
+    allowed = "'nmt_nfkc', 'nfkc', 'nmt_nfkc_cf' or 'identity'"
+    raise UsageError(f'normalization is {normalization!r}; it must be {allowed}')
+  if max_sentences < 1:
+    raise UsageError(f'max_sentences is {max_sentences}; it must be 1 or more')
+  for symbol in user_defined_symbols:
+    if not symbol or re.fullmatch(r'<pad>|</s>|<unk>|▁?<extra_id_\d+>', symbol):
+      raise UsageError(
+        f'user_defined_symbols holds {symbol!r}, which T5 defines itself; leave it out'
+      )
+  if epath.Path(output).exists() and not overwrite:
+    raise UsageError(
+      f'{output} exists, and models trained with it need it as it is; choose '
+      'another name or set overwrite'
+    )
   if task:
-    texts = _task_texts(task, split)
+    # Not at the top: TensorFlow takes many seconds, and files do not need it.
+    from t5x_lite.data.tasks import catalog
+
+    texts = catalog.texts(task, split)
   else:
     files = text_files.expand(input)
     texts = (text for path in files for text in records.texts(path, fields, file_format))
@@ -142,55 +148,6 @@ def train_vocabulary(
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(model)
   return _summary(VocabularyConfig(path=output), sentences)
-
-
-def _check(
-  *,
-  output: str,
-  has_one_source: bool,
-  vocab_size: int,
-  model_type: str,
-  character_coverage: float,
-  user_defined_symbols: Sequence[str],
-  normalization: str,
-  max_sentences: int,
-  overwrite: bool,
-) -> None:
-  """Raises UsageError for what can be told before reading any text."""
-  if not output:
-    raise UsageError('output is empty; name the model file to write')
-  if not has_one_source:
-    raise UsageError('Give either input or task: the text to learn from')
-  if vocab_size < 4:
-    raise UsageError(f'vocab_size is {vocab_size}; it must be 4 or more, special pieces included')
-  if model_type not in MODEL_TYPES:
-    raise UsageError(f'model_type is {model_type!r}; it must be one of {", ".join(MODEL_TYPES)}')
-  if not 0.9 <= character_coverage <= 1.0:
-    raise UsageError(f'character_coverage is {character_coverage}; it must lie between 0.9 and 1.0')
-  if normalization not in ('nmt_nfkc', 'nfkc', 'nmt_nfkc_cf', 'identity'):
-    raise UsageError(
-      f"normalization is {normalization!r}; it must be 'nmt_nfkc', 'nfkc', "
-      "'nmt_nfkc_cf' or 'identity'"
-    )
-  if max_sentences < 1:
-    raise UsageError(f'max_sentences is {max_sentences}; it must be 1 or more')
-  for symbol in user_defined_symbols:
-    if not symbol or re.fullmatch(r'<pad>|</s>|<unk>|▁?<extra_id_\d+>', symbol):
-      raise UsageError(
-        f'user_defined_symbols holds {symbol!r}, which T5 defines itself; leave it out'
-      )
-  if epath.Path(output).exists() and not overwrite:
-    raise UsageError(
-      f'{output} exists, and models trained with it need it as it is; choose '
-      'another name or set overwrite'
-    )
-
-
-def _task_texts(task: str, split: str) -> Iterator[str]:
-  # Not at the top: TensorFlow takes many seconds, and files do not need it.
-  from t5x_lite.data.tasks import catalog
-
-  return catalog.texts(task, split)
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -218,8 +175,7 @@ def _sample(sentences: Iterable[str], maximum: int, seed: int) -> tuple[list[str
   generator = random.Random(seed)
   kept: list[str] = []
   total = 0
-  for sentence in sentences:
-    total += 1
+  for total, sentence in enumerate(sentences, 1):
     if len(kept) < maximum:
       kept.append(sentence)
     elif (place := generator.randrange(total)) < maximum:
@@ -252,24 +208,21 @@ def _train(sentences: Sequence[str], **settings) -> bytes:
 
 def _explain(message: str, vocab_size: int) -> str:
   """Returns what to do about an error of SentencePiece's trainer."""
+  size = f'vocab_size is {vocab_size}, but'
   if found := re.search(r'too high.*<= (\d+)', message):
-    return (
-      f'vocab_size is {vocab_size}, but this text gives no more than '
-      f'{found[1]} pieces; set it to {found[1]} or less, or give more text'
-    )
+    most = f'{size} this text gives no more than {found[1]} pieces'
+    return f'{most}; set it to {found[1]} or less, or give more text'
   if found := re.search(r'required_chars\. \d+ vs (\d+)', message):
-    return (
-      f'vocab_size is {vocab_size}, but the characters of this text alone '
-      f'need {found[1]}; set it higher, or lower character_coverage'
-    )
+    need = f'{size} the characters of this text alone need {found[1]}'
+    return f'{need}; set it higher, or lower character_coverage'
   return f'SentencePiece cannot train on this text: {message.strip()}'
 
 
 def _summary(config: VocabularyConfig, sentences: Sequence[str]) -> VocabularySummary:
   # A later call may have written the same path: read what is there now.
-  make_vocabulary.cache_clear()
-  fingerprint.cache_clear()
-  vocabulary = make_vocabulary(config)
+  vocabularies.make_vocabulary.cache_clear()
+  vocabularies.fingerprint.cache_clear()
+  vocabulary = vocabularies.make_vocabulary(config)
   sample = sentences[:: max(1, len(sentences) // 10_000)]
   tokens = [token for text in sample for token in vocabulary.encode(text)]
   return VocabularySummary(

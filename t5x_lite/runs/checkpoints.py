@@ -23,7 +23,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -56,12 +56,10 @@ class CheckpointConfig:
     best_metric: a metric's name as in metrics.jsonl, for example
       'eval/cmudict/loss'. Its value counts for a checkpoint of the same step.
     best_mode: 'min' or 'max'.
-    restore_path: where a run that has no checkpoint of its own starts from:
-      another run's directory or one STEP directory of it, or a checkpoint of
-      T5X or transformers.
-    restore_optimizer: take step and optimizer state from restore_path as well
-      (to continue that run elsewhere) instead of only the parameters (to
-      fine-tune).
+    restore_path: where a run that has no checkpoint of its own starts from: another run's directory
+      or one STEP directory of it, or a checkpoint of T5X or transformers.
+    restore_optimizer: take step and optimizer state from restore_path as well (to continue that run
+      elsewhere) instead of only the parameters (to fine-tune).
     assignment_map: (pattern, replacement) pairs that map the parameters' names
       to those at restore_path; see interop/assignment.py.
     strict: refuse a restore_path with missing or left-over parameters.
@@ -81,32 +79,27 @@ class CheckpointConfig:
     """Validates once, so that nothing fails hours into a run."""
     pairs = tuple(tuple(pair) for pair in self.assignment_map)
     object.__setattr__(self, 'assignment_map', pairs)
+    problem = ''
     if any(len(pair) != 2 for pair in pairs):
-      raise UsageError(
-        f'CheckpointConfig.assignment_map={self.assignment_map!r} must be '
-        "pairs (pattern, replacement), such as ('decoder.*', None)"
+      problem = (
+        f'assignment_map={pairs!r} must be pairs (pattern, replacement), such as '
+        "('decoder.*', None)"
       )
-    if self.restore_optimizer and (pairs or not self.strict):
-      raise UsageError(
-        'CheckpointConfig.restore_optimizer takes a state as it is: leave out '
-        'assignment_map and strict'
+    elif self.restore_optimizer and (pairs or not self.strict):
+      problem = 'restore_optimizer takes a state as it is: leave out assignment_map and strict'
+    elif self.period < 1:
+      problem = f'period={self.period} must be at least 1 step'
+    elif self.keep < 0 or self.keep_best < 0:
+      problem = f'keep={self.keep} and keep_best={self.keep_best} count checkpoints: use 0 or more'
+    elif self.best_mode not in _MODES:
+      problem = f'best_mode={self.best_mode!r} is not one of {", ".join(_MODES)}'
+    elif self.keep_best and not self.best_metric:
+      problem = (
+        f'keep_best={self.keep_best} needs best_metric, a name as in metrics.jsonl such as '
+        "'eval/cmudict/loss'"
       )
-    if self.period < 1:
-      raise UsageError(f'CheckpointConfig.period={self.period} must be at least 1 step')
-    if self.keep < 0 or self.keep_best < 0:
-      raise UsageError(
-        f'CheckpointConfig.keep={self.keep} and keep_best={self.keep_best} '
-        'count checkpoints: use 0 or more'
-      )
-    if self.best_mode not in _MODES:
-      raise UsageError(
-        f'CheckpointConfig.best_mode={self.best_mode!r} is not one of {", ".join(_MODES)}'
-      )
-    if self.keep_best and not self.best_metric:
-      raise UsageError(
-        f'CheckpointConfig.keep_best={self.keep_best} needs best_metric, a '
-        "name as in metrics.jsonl such as 'eval/cmudict/loss'"
-      )
+    if problem:
+      raise UsageError(f'CheckpointConfig.{problem}')
 
 
 # ---- Comparing with what is wanted ------------------------------------------
@@ -124,9 +117,8 @@ def explain_mismatch(
       raise UsageError(f'the checkpoint {where} has no {name}, which this {what} needs: {fix}')
     if tuple(saved_flat[name].shape) != tuple(leaf.shape):
       raise UsageError(
-        f'the checkpoint {where} has {name} of shape '
-        f'{tuple(saved_flat[name].shape)}, this {what} needs '
-        f'{tuple(leaf.shape)}: {fix}'
+        f'the checkpoint {where} has {name} of shape {tuple(saved_flat[name].shape)}, this {what} '
+        f'needs {tuple(leaf.shape)}: {fix}'
       )
   for name in saved_flat:
     if name not in wanted_flat:
@@ -140,24 +132,14 @@ def steps_in(directory: epath.Path) -> list[int]:
   """Returns the committed steps in a `checkpoints` directory, ascending."""
   if not directory.is_dir():
     return []
-  return sorted(
-    int(path.name)
-    for path in directory.iterdir()
-    if path.name.isdigit() and (path / 'state').is_dir()
-  )
+  found = (path for path in directory.iterdir() if path.name.isdigit())
+  return sorted(int(path.name) for path in found if (path / 'state').is_dir())
 
 
 def make_meta(step: int, sums: Mapping[str, int], **more: Any) -> dict[str, Any]:
   """Returns what a checkpoint says of itself, with checksums."""
-  return checksums.signed(
-    {
-      'format_version': FORMAT_VERSION,
-      'step': step,
-      'process_count': jax.process_count(),
-      'checksums': dict(sums),
-      **more,
-    }
-  )
+  meta = {'format_version': FORMAT_VERSION, 'step': step, 'process_count': jax.process_count()}
+  return checksums.signed({**meta, 'checksums': dict(sums), **more})
 
 
 def has_checkpoint(model_dir: str) -> bool:
@@ -180,8 +162,7 @@ def find_checkpoint(path: str) -> tuple[str, int]:
   """Returns the `checkpoints` directory and step that a user's path means.
 
   Args:
-    path: a run directory or its `checkpoints` (the newest step is meant), or
-      one step's directory.
+    path: a run directory or its `checkpoints` (the newest step is meant), or one step's directory.
 
   Raises:
     UsageError: if there is no checkpoint there.
@@ -192,8 +173,7 @@ def find_checkpoint(path: str) -> tuple[str, int]:
   if root.name.isdigit() and (root / 'state').is_dir():
     return os.fspath(root.parent), int(root.name)
   for directory in (root / CHECKPOINTS, root):
-    steps = steps_in(directory)
-    if steps:
+    if steps := steps_in(directory):
       return os.fspath(directory), steps[-1]
   raise UsageError(
     f'{path} holds no checkpoint: give a run directory (with '
@@ -204,7 +184,7 @@ def find_checkpoint(path: str) -> tuple[str, int]:
 # ---- A run's own checkpoints ------------------------------------------------
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
   """The checkpoints of one run: asynchronous saves and exact restores."""
 
   def __init__(self, model_dir: str, config: CheckpointConfig):
@@ -212,13 +192,10 @@ class Checkpointer:
     self.config = config
     self.directory = epath.Path(model_dir).absolute() / CHECKPOINTS
     self.damaged: list[int] = []  # steps that were set aside
+    handlers: dict[str, Any] = {'state': ocp.StandardCheckpointHandler(), 'data': DataHandler()}
     self._manager = ocp.CheckpointManager(
       self.directory,
-      item_handlers={
-        'state': ocp.StandardCheckpointHandler(),
-        'data': DataHandler(),
-        'meta': ocp.JsonCheckpointHandler(),
-      },
+      item_handlers=handlers | {'meta': ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_preservation_policy(config),
         # Only makes Orbax write the metrics; the policy above decides.
@@ -231,8 +208,7 @@ class Checkpointer:
   @property
   def latest_step(self) -> int | None:
     """The newest committed step, or None."""
-    steps = steps_in(self.directory)
-    return steps[-1] if steps else None
+    return max(self.all_steps(), default=None)
 
   def all_steps(self) -> list[int]:
     """The kept steps, ascending."""
@@ -274,9 +250,8 @@ class Checkpointer:
       items['data'] = DataSave(iterator)
     with self._told_in_one_line(step):
       save_errors.check_space(self.directory, plain)
-      return self._manager.save(
-        step, args=ocp.args.Composite(**items), metrics=self._best(metrics), force=True
-      )
+      arguments = ocp.args.Composite(**items)
+      return self._manager.save(step, args=arguments, metrics=self._best(metrics), force=True)
 
   @contextlib.contextmanager
   def _told_in_one_line(self, step: int | None = None) -> Iterator[None]:
@@ -286,12 +261,11 @@ class Checkpointer:
     except (LostProcessError, UsageError):
       raise
     except Exception as error:
-      reason = save_errors.cause(error)
       latest = self.latest_step
       last = 'there is none' if latest is None else f'it is of step {latest}'
       what = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
       raise save_errors.SaveError(
-        f'{what} could not be written into {self.directory}: {reason}; the '
+        f'{what} could not be written into {self.directory}: {save_errors.cause(error)}; the '
         f'last good one stays ({last}): make room and start again'
       ) from error
 
@@ -302,8 +276,7 @@ class Checkpointer:
     name = self.config.best_metric
     if metrics and name not in metrics:
       log.warning('best_metric %r was not measured; there are %s', name, ', '.join(sorted(metrics)))
-    value = (metrics or {}).get(name)
-    return {} if value is None else {name: float(value)}
+    return {name: float(metrics[name])} if metrics and name in metrics else {}
 
   def restore(
     self,
@@ -319,15 +292,13 @@ class Checkpointer:
     Args:
       abstract_state: ShapeDtypeStructs with shardings, on any mesh.
       iterator: the input iterator to continue, or None to leave data alone.
-      verify: called with a step's directory on the first process; raises
-        DamagedError.
+      verify: called with a step's directory on the first process; raises DamagedError.
 
     Returns:
       The state and the checkpoint's `meta`, empty if it has none.
 
     Raises:
-      UsageError: if the checkpoint is another model's or optimizer's, or none
-        is whole.
+      UsageError: if the checkpoint is another model's or optimizer's, or none is whole.
     """
     while (step := self.latest_step) is not None:
       try:
@@ -351,8 +322,7 @@ class Checkpointer:
         problem.append(error)
       return len(problem)
 
-    # All processes must take the same checkpoint.
-    if distributed.from_primary(look):
+    if distributed.from_primary(look):  # all processes must take the same checkpoint
       raise problem[0] if problem else DamagedError('process 0 says why')
 
   def _set_aside(self, step: int, error: DamagedError) -> None:
@@ -433,10 +403,6 @@ class Checkpointer:
     with self._told_in_one_line():
       self._manager.close()
 
-  def __enter__(self) -> Self:
-    """Returns the checkpointer itself."""
-    return self
-
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     """Closes, but does not wait for a process that is gone."""
     if kind is None or not issubclass(kind, LostProcessError):
@@ -459,9 +425,6 @@ def _preservation_policy(config: CheckpointConfig) -> Any:
       value = sign * metrics.get(config.best_metric, math.nan)
       return -math.inf if math.isnan(value) else value
 
-    policies.append(
-      _policies.BestN(
-        get_metric_fn=quality, n=config.keep_best, keep_checkpoints_without_metrics=False
-      )
-    )
+    best = {'n': config.keep_best, 'keep_checkpoints_without_metrics': False}
+    policies.append(_policies.BestN(get_metric_fn=quality, **best))
   return _policies.AnyPreservationPolicy(policies)

@@ -44,8 +44,5 @@ class DataSave(ocp.args.CheckpointArgs):
 
 
 @ocp.args.register_with_handler(DataHandler, for_restore=True)
-@dataclasses.dataclass
-class DataRestore(ocp.args.CheckpointArgs):
+class DataRestore(DataSave):
   """What is moved."""
-
-  iterator: SavableIterator

@@ -1,11 +1,10 @@
 """Keeps a second run out of a run directory, on this machine or on another.
 
-On one machine the operating system's lock decides, and ends with the process.
-Other machines may share the file system without locks, and object stores have
-none: there MODEL_DIR/.lease says who holds the directory, and is renewed. Its
-age goes by the file system's clock, since those of machines may not agree. Of
-two runs that begin at the same moment, the one whose lease was written over
-stops before its next checkpoint.
+On one machine the operating system's lock decides, and ends with the process. Other machines may
+share the file system without locks, and object stores have none: there MODEL_DIR/.lease says who
+holds the directory, and is renewed. Its age goes by the file system's clock, since those of
+machines may not agree. Of two runs that begin at the same moment, the one whose lease was written
+over stops before its next checkpoint.
 """
 
 import contextlib

@@ -32,8 +32,7 @@ def format_bytes(size: float) -> str:
 
 def bytes_per_device(leaf: Any) -> int:
   """Returns what one device holds of an array with a sharding."""
-  shape = leaf.sharding.shard_shape(leaf.shape)
-  return math.prod(shape) * leaf.dtype.itemsize
+  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def tree_bytes_per_device(tree: Any) -> int:
@@ -55,22 +54,13 @@ def sharding_table(spec: train_state.StateSpec) -> str:
     cut = [_mesh_axes(part, sizes) for part in leaf.sharding.spec]
     if set(cut) <= {'-'}:
       cut = ['replicated']
-    rows.append(
-      (
-        name,
-        'x'.join(str(dim) for dim in leaf.shape) or 'scalar',
-        str(leaf.dtype),
-        ' '.join(axis or '-' for axis in names) or '-',
-        ' '.join(cut),
-        format_bytes(bytes_per_device(leaf)),
-      )
-    )
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  lines = []
-  for row in rows:
-    cells = [row[i].ljust(widths[i]) for i in range(len(row))]
-    lines.append('  '.join(cells).rstrip() + '\n')
-  return ''.join(lines)
+    shape = 'x'.join(map(str, leaf.shape)) or 'scalar'
+    logical = ' '.join(axis or '-' for axis in names) or '-'
+    size = format_bytes(bytes_per_device(leaf))
+    rows.append((name, shape, str(leaf.dtype), logical, ' '.join(cut), size))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  padded = ('  '.join(map(str.ljust, row, widths)) for row in rows)
+  return ''.join(f'{line.rstrip()}\n' for line in padded)
 
 
 def _mesh_axes(part: Any, sizes: Mapping[str, int]) -> str:
@@ -81,12 +71,11 @@ def _mesh_axes(part: Any, sizes: Mapping[str, int]) -> str:
 
 def parameter_summary(params: Any) -> str:
   """Returns the parameter count, in all and by top-level part."""
-  parts: dict[str, int] = collections.defaultdict(int)
+  parts: collections.Counter[str] = collections.Counter()
   for name, leaf in pytrees.flatten_names(params).items():
     parts[name.split('/')[0]] += math.prod(leaf.shape)
-  total = sum(parts.values())
   detail = ', '.join(f'{name} {count:,}' for name, count in parts.items())
-  return f'{total:,} parameters ({detail})'
+  return f'{parts.total():,} parameters ({detail})'
 
 
 def state_memory(spec: train_state.StateSpec) -> str:
@@ -101,15 +90,10 @@ def compiled_memory(compiled: jax.stages.Compiled) -> str:
   stats = compiled.memory_analysis()
   if stats is None:
     return 'per device: the compiler reports no memory'
-  arguments = stats.argument_size_in_bytes
-  temporaries = stats.temp_size_in_bytes
-  outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-  return (
-    f'per device, compiled: state and batch {format_bytes(arguments)}, '
-    f'temporaries {format_bytes(temporaries)}, new outputs '
-    f'{format_bytes(max(0, outputs))}, together '
-    f'{format_bytes(arguments + temporaries + max(0, outputs))}'
-  )
+  outputs = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+  sizes = (stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs)
+  text = 'per device, compiled: state and batch {}, temporaries {}, new outputs {}, together {}'
+  return text.format(*map(format_bytes, (*sizes, sum(sizes))))
 
 
 def attention_summary(model: T5Config, shapes: Mapping[str, Sequence[int]], platform: str) -> str:
@@ -142,19 +126,15 @@ def print_dry_run(
     mesh: the devices.
     compiled: the step.
     facts: more lines, by name.
-    file: gets the whole configuration and how every array is cut; '' for the
-      summary alone.
+    file: gets the whole configuration and how every array is cut; '' for the summary alone.
   """
   sizes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
   kind = mesh.devices.flat[0].device_kind
   entry = run_directory.to_json(config)
   lines = [f'mesh           {sizes} on {mesh.size} x {kind}']
   for name in ('dataset', 'optimizer'):
-    fields = [
-      f'{key}={value}'
-      for key, value in entry.get(name, {}).items()
-      if key != 'class' and not isinstance(value, dict) and value is not None
-    ]
+    given = {key: x for key, x in entry.get(name, {}).items() if key != 'class' and x is not None}
+    fields = [f'{key}={x}' for key, x in given.items() if not isinstance(x, dict)]
     lines.append(f'{name:14} {", ".join(fields[:6])}')
   for name in ('total_steps', 'num_microbatches', 'eval_period', 'seed'):
     lines.append(f'{name:14} {entry.get(name)}')

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,16 +51,17 @@ def read_metrics(model_dir: str) -> list[dict[str, Any]]:
   The last line of a run that was killed may be cut short; it is left out, and
   so is any other that is no JSON.
   """
-  path = epath.Path(model_dir) / METRICS_FILE
-  if not path.exists():
-    return []
-  entries = []
-  for line in retried(path, path.read_bytes).decode('utf-8', 'replace').splitlines():
+  return [entry for _, entry in _lines(epath.Path(model_dir) / METRICS_FILE) if entry is not None]
+
+
+def _lines(path: epath.Path) -> Iterator[tuple[str, Any]]:
+  """Yields every line of a file, if there is one, and what it holds; None if that is no JSON."""
+  text = retried(path, path.read_bytes).decode('utf-8', 'replace') if path.exists() else ''
+  for line in text.splitlines():
     try:
-      entries.append(json.loads(line))
+      yield line, json.loads(line)
     except json.JSONDecodeError:
-      continue
-  return entries
+      yield line, None
 
 
 def reporters(report_to: str | Sequence[str]) -> tuple[str, ...]:
@@ -95,7 +96,7 @@ def _wandb() -> Any:
     ) from error
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
   """Writes scalars, samples and histograms by step into a run directory."""
 
   def __init__(
@@ -135,9 +136,8 @@ class MetricWriter:
       return
     scalars = {name: float(value) for name, value in metrics.items()}
     entry: dict[str, Any] = {'step': step, 'time': round(time.time(), 3)}
-    for name, value in scalars.items():
-      # JSON has no NaN or infinity.
-      entry[name] = value if math.isfinite(value) else None
+    # JSON has no NaN or infinity.
+    entry |= {name: x if math.isfinite(x) else None for name, x in scalars.items()}
     self._jsonl.write(json.dumps(entry) + '\n')
     retried(METRICS_FILE, self._jsonl.flush)  # what was not written is kept for it
     for sink in self._sinks:
@@ -160,10 +160,6 @@ class MetricWriter:
       self._files.close()
     for sink in self._sinks:
       sink.close(failed)
-
-  def __enter__(self) -> 'MetricWriter':
-    """Returns the writer itself."""
-    return self
 
   def __exit__(self, kind: Any, *exc: object) -> None:
     """Closes the files."""
@@ -251,10 +247,8 @@ class _Wandb:
     self._run.log({'step': step, f'{name}/samples': table})
 
   def histograms(self, step: int, counts: Mapping[str, np.ndarray]) -> None:
-    drawn = {
-      name: self._wandb.Histogram(np_histogram=(count, HISTOGRAM_BOUNDS))
-      for name, count in counts.items()
-    }
+    draw = self._wandb.Histogram
+    drawn = {name: draw(np_histogram=(x, HISTOGRAM_BOUNDS)) for name, x in counts.items()}
     self._run.log({'step': step, **drawn})
 
   def close(self, failed: bool) -> None:
@@ -263,16 +257,7 @@ class _Wandb:
 
 def _drop_later(path: epath.Path, step: int) -> None:
   """Rewrites a metrics file without lines past `step` or cut short."""
-  if not path.exists():
-    return
-  kept = []
-  lines = retried(path, path.read_bytes).decode('utf-8', 'replace').splitlines()
-  for line in lines:
-    try:
-      entry = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if isinstance(entry, dict) and entry.get('step', 0) <= step:
-      kept.append(line)
+  lines = list(_lines(path))
+  kept = [line for line, x in lines if isinstance(x, dict) and x.get('step', 0) <= step]
   if len(kept) < len(lines):
     files.write_text(path, ''.join(line + '\n' for line in kept))

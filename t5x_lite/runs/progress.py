@@ -36,20 +36,16 @@ class Window:
     Args:
       batch_shapes: of the global batch, to tell how full it is.
       step_flops: model FLOPs of one step; see flops.py.
-      peak_flops: of one device; None where it is not known, as on CPUs, and
-        then there is no utilisation to report.
+      peak_flops: of one device; None where it is not known, as on CPUs: then there is no MFU.
       num_devices: in all.
     """
-    self._batch_shapes = batch_shapes
-    self._step_flops = step_flops
-    self._peak_flops = peak_flops
-    self._num_devices = num_devices
+    self._batch_shapes, self._num_devices = batch_shapes, num_devices
+    self._step_flops, self._peak_flops = step_flops, peak_flops
     self._reset()
 
   def _reset(self) -> None:
     self._sums: dict[str, float] = {}
-    self._count = 0
-    self._skipped = 0
+    self._count = self._skipped = 0
     self._start = time.monotonic()
 
   @property
@@ -104,8 +100,7 @@ class Window:
 
 def format_duration(seconds: float) -> str:
   """Returns seconds as 0:42, 12:05, 3:07:21 or 4d 03:10."""
-  seconds = round(seconds)
-  minutes, seconds = divmod(seconds, 60)
+  minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   days, hours = divmod(hours, 24)
   if days:
@@ -184,8 +179,7 @@ class Progress:
     self._notebook = active and in_notebook()
     self._shown_cell: Any = None
     self._active = active
-    self._first_step = first_step
-    self._total_steps = total_steps
+    self._first_step, self._total_steps = first_step, total_steps
     self._start = time.monotonic()
     self._paused = 0.0
     self._shown = False
@@ -193,10 +187,9 @@ class Progress:
 
   def __enter__(self) -> 'Progress':
     """Makes log lines start on a clean line while the progress line shows."""
-    if self._tty:
-      self._filters = list(logging.getLogger().handlers)
-      for handler in self._filters:
-        handler.addFilter(self._clean_line)
+    self._filters = list(logging.getLogger().handlers) if self._tty else []
+    for handler in self._filters:
+      handler.addFilter(self._clean_line)
     return self
 
   def __exit__(self, *exc: object) -> None:
@@ -205,16 +198,14 @@ class Progress:
       handler.removeFilter(self._clean_line)
     self.clear()
 
-  def _clean_line(self, record: logging.LogRecord) -> bool:
-    del record
+  def _clean_line(self, _: logging.LogRecord) -> bool:
     self.clear()
     return True
 
   def clear(self) -> None:
     """Removes the progress line until the next update."""
     if self._tty and self._shown:
-      self._stream.write(_CLEAR_LINE)
-      self._stream.flush()
+      print(_CLEAR_LINE, end='', file=self._stream, flush=True)
       self._shown = False
 
   def pause(self, seconds: float) -> None:
@@ -241,8 +232,7 @@ class Progress:
       if name in metrics:
         parts.append(f'{label} {metrics[name]:{form}}')
     if 'target_tokens_per_second' in metrics:
-      rate = format_count(metrics['target_tokens_per_second'])
-      parts.append(f'{rate} target tokens/s')
+      parts.append(f'{format_count(metrics["target_tokens_per_second"])} target tokens/s')
     if 'mfu' in metrics:
       parts.append(f'MFU {metrics["mfu"]:.1%}')
     parts.append(f'ETA {format_duration(self.eta(step))}')
@@ -257,7 +247,6 @@ class Progress:
     if not self._tty:
       log.info('%s', line)
       return
-    columns = shutil.get_terminal_size().columns
-    self._stream.write(_CLEAR_LINE + line[: max(10, columns - 1)])
-    self._stream.flush()
+    shown = line[: max(10, shutil.get_terminal_size().columns - 1)]
+    print(_CLEAR_LINE + shown, end='', file=self._stream, flush=True)
     self._shown = True

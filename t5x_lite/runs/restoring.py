@@ -15,9 +15,14 @@ from t5x_lite.parallel import pytrees
 from t5x_lite.runs import checkpoints, data_item
 
 
-def _restore_items(directory: str, step: int, wanted: Any, what: str) -> Any:
+def _step_directory(path: str) -> epath.Path:
+  directory, step = checkpoints.find_checkpoint(path)
+  return epath.Path(directory).absolute() / str(step)
+
+
+def _restore_items(source: str, wanted: Any, what: str) -> Any:
   """Restores the part of {step, params, opt_state} that `wanted` names."""
-  path = epath.Path(directory).absolute() / str(step)
+  path = _step_directory(source)
   plain = pytrees.to_plain(wanted)
   # Items that stay unread are named too: Orbax warns of those it cannot read.
   handler = ocp.CompositeCheckpointHandler(
@@ -40,11 +45,9 @@ def _restore_items(directory: str, step: int, wanted: Any, what: str) -> Any:
 def load_arrays(path: str) -> dict[str, Any]:
   """Returns every array of a checkpoint's state by name, as numpy arrays.
 
-  For inspection and conversion: no model is needed, all of it must fit into
-  this process's memory.
+  For inspection and conversion: no model is needed, all of it must fit into this process's memory.
   """
-  directory, step = checkpoints.find_checkpoint(path)
-  item = epath.Path(directory).absolute() / str(step) / 'state'
+  item = _step_directory(path) / 'state'
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     tree = checkpointer.metadata(item).item_metadata.tree
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -57,19 +60,15 @@ def load_params(path: str, abstract_params: Any) -> Any:
 
   Args:
     path: see `find_checkpoint`.
-    abstract_params: ShapeDtypeStructs of the wanted tree; with a sharding each
-      lands where it says, whatever mesh wrote the checkpoint. A float
-      parameter is cast to the wanted dtype.
+    abstract_params: ShapeDtypeStructs of the wanted tree; with a sharding each lands where it says,
+      whatever mesh wrote the checkpoint. A float parameter is cast to the wanted dtype.
 
   Raises:
     UsageError: if the checkpoint is missing or another model's.
   """
-  directory, step = checkpoints.find_checkpoint(path)
-  wanted = {'params': abstract_params}
-  return _restore_items(directory, step, wanted, 'model')['params']
+  return _restore_items(path, {'params': abstract_params}, 'model')['params']
 
 
 def load_state(path: str, abstract_state: Any) -> Any:
   """Restores step, parameters and optimizer state of another run."""
-  directory, step = checkpoints.find_checkpoint(path)
-  return _restore_items(directory, step, abstract_state, 'model and optimizer')
+  return _restore_items(path, abstract_state, 'model and optimizer')

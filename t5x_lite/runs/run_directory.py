@@ -7,8 +7,7 @@
   MODEL_DIR/metrics.jsonl, tensorboard/    see metric_writers.py
   MODEL_DIR/checkpoints/STEP/              see checkpoints.py
 
-Inference reads a run through this module, so nothing here may import
-TensorFlow.
+Inference reads a run through this module, so nothing here may import TensorFlow.
 """
 
 import dataclasses
@@ -38,14 +37,11 @@ class Run:
   """A trained model on disk.
 
   Attributes:
-    directory: the run directory.
     checkpoint: the directory of the step that is meant.
     step: its number.
     steps: of all checkpoints, ascending.
-    model: the architecture.
     vocabulary: a config whose files lie in the run directory.
-    lengths: task feature lengths of training, {'inputs': ..., 'targets': ...};
-      empty if it did not say.
+    lengths: task feature lengths of training, by 'inputs' and 'targets'; empty if not known.
   """
 
   directory: str
@@ -113,9 +109,8 @@ def write_run(
   """
   root = epath.Path(model_dir)
   retried(root, lambda: root.mkdir(parents=True, exist_ok=True))
-  kept = vocabulary
-  if _vocabulary_file(root).exists():
-    kept = vocabularies.load_vocabulary(root)
+  has_one = (root / vocabularies.VOCABULARY_FILE).exists()
+  kept = vocabularies.load_vocabulary(root) if has_one else vocabulary
   if kept == vocabulary or not same_vocabulary(kept, vocabulary):
     retried(root, lambda: vocabularies.save_vocabulary(vocabulary, root))
   entry = {'model': dataclasses.asdict(model), 'lengths': dict(lengths or {})}
@@ -139,7 +134,7 @@ def check_resumable(model_dir: str, *, model: T5Config, vocabulary: VocabularyCo
       raise UsageError(
         f'the run in {model_dir} has {field.name}={old!r}, the configuration {new!r}: {fix}'
       )
-  if not _vocabulary_file(root).exists():
+  if not (root / vocabularies.VOCABULARY_FILE).exists():
     return
   if not same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
     raise UsageError(
@@ -148,27 +143,21 @@ def check_resumable(model_dir: str, *, model: T5Config, vocabulary: VocabularyCo
     )
 
 
-def _vocabulary_file(root: epath.Path) -> epath.Path:
-  return root / vocabularies.VOCABULARY_FILE
-
-
 def same_vocabulary(a: VocabularyConfig, b: VocabularyConfig) -> bool:
   """True if two configs give the same ids, wherever their files lie."""
   if dataclasses.replace(a, path='') != dataclasses.replace(b, path=''):
     return False
   if a.kind != 'sentencepiece':
     return True
-  contents = [epath.Path(vocabularies.model_path(config)).read_bytes() for config in (a, b)]
-  return contents[0] == contents[1]
+  one, other = (epath.Path(vocabularies.model_path(config)).read_bytes() for config in (a, b))
+  return one == other
 
 
 def to_json(value: Any) -> Any:
   """Returns configuration as what JSON can hold; the rest as its repr."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    fields = {
-      field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
-    }
-    return {'class': type(value).__name__, **fields}
+    names = [field.name for field in dataclasses.fields(value)]
+    return {'class': type(value).__name__, **{x: to_json(getattr(value, x)) for x in names}}
   if isinstance(value, Mapping):
     return {str(key): to_json(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):

@@ -24,15 +24,8 @@ from fastapi.exceptions import RequestValidationError
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decoding.continuous import Output, Request
 from t5x_lite.errors import UsageError
-from t5x_lite.serving.guard import (
-  Guard,
-  Limits,
-  Metrics,
-  RefusedError,
-  error_body,
-  error_response,
-  explain,
-)
+from t5x_lite.serving import guard
+from t5x_lite.serving.guard import Guard, Limits, Metrics, RefusedError
 from t5x_lite.serving.worker import QueueFullError, StoppedError, Worker
 
 
@@ -41,9 +34,6 @@ class Served:
   """The model, as the application sees it.
 
   Attributes:
-    name: that clients ask for.
-    vocabulary: encodes and decodes text.
-    worker: owns the device.
     encode: token rows -> a vector for each; runs in the worker.
     score: input rows, target rows -> a log-probability for each; likewise.
     decode: token rows, max_new_tokens, seed, settings -> (token rows, scores), by any settings of
@@ -142,17 +132,8 @@ class _Text:
     return part
 
 
-def make_app(
-  served: Served, limits: Limits, *, token: str = '', on_stop: Callable[[], None] | None = None
-) -> Any:
-  """Returns the ASGI application.
-
-  Args:
-    served: the model.
-    limits: what clients may ask for.
-    token: that clients must send, if not empty.
-    on_stop: called when the server has answered everything and stops.
-  """
+def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
+  """Returns the ASGI application; clients must send the token, if it is not empty."""
   worker, vocabulary = served.worker, served.vocabulary
   metrics = Metrics(worker)
 
@@ -160,8 +141,6 @@ def make_app(
   async def lifespan(_: Any) -> AsyncIterator[None]:
     yield
     await asyncio.to_thread(worker.stop)
-    if on_stop is not None:
-      on_stop()
 
   app = fastapi.FastAPI(
     title=f't5x_lite: {served.name}', lifespan=lifespan, docs_url=None, redoc_url=None
@@ -254,7 +233,7 @@ def make_app(
               break
             output = await anext(growing)
       except Exception as error:
-        yield f'data: {json.dumps(error_body(*explain(error)))}\n\n'
+        yield f'data: {json.dumps(guard.error_body(*guard.explain(error)))}\n\n'
       yield 'data: [DONE]\n\n'
 
     headers = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}
@@ -290,15 +269,9 @@ def make_app(
         for i, (row, score) in enumerate(zip(tokens, scores, strict=True))
       ]
       return {'outputs': found}
+    settings = {'temperature': body.temperature, 'top_k': body.top_k, 'top_p': body.top_p}
     requests = [
-      Request(
-        tokens=row,
-        max_new_tokens=length,
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        seed=body.seed + i,
-      )
+      Request(tokens=row, max_new_tokens=length, seed=body.seed + i, **settings)
       for row in rows
       for i in range(body.num_outputs)
     ]
@@ -311,18 +284,17 @@ def make_app(
 
       return await stream(requests[0], body.stop, wrap)
     found = await all_of(requests, body.stop)
-    return {
-      'outputs': [
-        {
-          'text': text,
-          'score': sum(output.log_probs),  # log-probability, EOS included
-          'num_tokens': len(output.tokens),
-          'finish_reason': ended,
-          'index': i // body.num_outputs,
-        }
-        for i, (text, output, ended) in enumerate(found)
-      ]
-    }
+    shown = [
+      {
+        'text': text,
+        'score': sum(output.log_probs),  # log-probability, EOS included
+        'num_tokens': len(output.tokens),
+        'finish_reason': ended,
+        'index': i // body.num_outputs,
+      }
+      for i, (text, output, ended) in enumerate(found)
+    ]
+    return {'outputs': shown}
 
   @app.post('/score')
   async def score(body: ScoreBody) -> Any:
@@ -330,12 +302,8 @@ def make_app(
       raise RefusedError(400, f'{len(body.inputs)} inputs and {len(body.targets)} targets')
     rows, targets = rows_of(body.inputs), rows_of(body.targets)
     scores = await on_device(served.score, rows, targets)
-    return {
-      'scores': [
-        {'log_prob': float(value), 'num_tokens': len(target)}
-        for value, target in zip(scores, targets, strict=True)
-      ]
-    }
+    pairs = zip(scores, targets, strict=True)
+    return {'scores': [{'log_prob': float(x), 'num_tokens': len(row)} for x, row in pairs]}
 
   @app.post('/v1/completions')
   async def completions(body: CompletionBody) -> Any:
@@ -347,14 +315,10 @@ def make_app(
     rows = rows_of(body.prompt)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     seed = uuid.uuid4().int % 2**31 if body.seed is None else body.seed
+    length = check_length(body.max_tokens)
+    settings = {'temperature': body.temperature, 'top_p': body.top_p}
     requests = [
-      Request(
-        tokens=row,
-        max_new_tokens=check_length(body.max_tokens),
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=seed + i,
-      )
+      Request(tokens=row, max_new_tokens=length, seed=seed + i, **settings)
       for row in rows
       for i in range(body.n)
     ]
@@ -375,16 +339,12 @@ def make_app(
         requests[0], stop, lambda text, ended, _: {**head, 'choices': [choice(0, text, ended)]}
       )
     found = await all_of(requests, stop)
-    read = sum(len(row) for row in rows)
+    read = sum(map(len, rows))
     written = sum(len(output.tokens) for _, output, _ in found)
     return {
       **head,
       'choices': [choice(i, text, ended) for i, (text, _, ended) in enumerate(found)],
-      'usage': {
-        'prompt_tokens': read,
-        'completion_tokens': written,
-        'total_tokens': read + written,
-      },
+      'usage': _usage(read, completion_tokens=written),
     }
 
   @app.post('/v1/embeddings')
@@ -393,15 +353,12 @@ def make_app(
       raise RefusedError(400, f'encoding_format is {body.encoding_format!r}; float or base64')
     rows = rows_of(body.input)
     vectors = await on_device(served.encode, rows)
-    return {
-      'object': 'list',
-      'model': served.name,
-      'data': [
-        {'object': 'embedding', 'index': i, 'embedding': _as_asked(vector, body.encoding_format)}
-        for i, vector in enumerate(vectors)
-      ],
-      'usage': {'prompt_tokens': sum(map(len, rows)), 'total_tokens': sum(map(len, rows))},
-    }
+    data = [
+      {'object': 'embedding', 'index': i, 'embedding': _as_asked(vector, body.encoding_format)}
+      for i, vector in enumerate(vectors)
+    ]
+    usage = _usage(sum(map(len, rows)))
+    return {'object': 'list', 'model': served.name, 'data': data, 'usage': usage}
 
   @app.get('/v1/models')
   async def models() -> Any:
@@ -428,12 +385,16 @@ def make_app(
     return importlib.resources.files('t5x_lite.serving').joinpath('page.html').read_text('utf-8')
 
   async def explained(_: Any, error: Exception) -> responses.JSONResponse:
-    return error_response(*explain(error))
+    return guard.error_response(*guard.explain(error))
 
   for kind in (RefusedError, UsageError, QueueFullError, StoppedError, TimeoutError, Exception):
     app.add_exception_handler(kind, explained)
   app.add_exception_handler(RequestValidationError, explained)
   return Guard(app, limits=limits, token=token, metrics=metrics)
+
+
+def _usage(read: int, **written: int) -> dict[str, int]:
+  return {'prompt_tokens': read, **written, 'total_tokens': read + sum(written.values())}
 
 
 def _as_asked(vector: Any, encoding: str) -> Any:

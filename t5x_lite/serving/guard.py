@@ -22,16 +22,7 @@ from t5x_lite.serving.worker import QueueFullError, StoppedError, Worker
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-  """What a client may ask for.
-
-  Attributes:
-    max_input_tokens: of one input.
-    max_new_tokens: of one output, EOS included.
-    max_inputs: of one call, times the outputs of each.
-    max_body_bytes: of a request.
-    body_seconds: in which the whole body must have come.
-    request_seconds: in which it must be answered.
-  """
+  """What a client may ask for: tokens with EOS, and the rest as `programs.serve.serve` says."""
 
   max_input_tokens: int = 1024
   max_new_tokens: int = 256
@@ -116,20 +107,20 @@ class Guard:
       self._metrics.seconds.labels(path).observe(time.monotonic() - began)
 
   async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-    headers = dict(scope['headers'])
+    async def refuse(status: int, message: str) -> None:
+      await error_response(status, message)(scope, receive, send)
+
     # The page is one file without secrets, and has a field for the token.
     open_to_all = scope['path'] in ('/', '/healthz', '/readyz')
     if self._token and not open_to_all:
-      given = headers.get(b'authorization', b'')
+      given = dict(scope['headers']).get(b'authorization', b'')
       if not hmac.compare_digest(given, f'Bearer {self._token}'.encode()):
-        await error_response(401, 'no token, or a wrong one: Authorization: Bearer TOKEN')(
-          scope, receive, send
-        )
+        await refuse(401, 'no token, or a wrong one: Authorization: Bearer TOKEN')
         return
-    most = self._limits.max_body_bytes
+    most, seconds = self._limits.max_body_bytes, self._limits.body_seconds
     parts: list[bytes] = []
     try:
-      async with asyncio.timeout(self._limits.body_seconds):
+      async with asyncio.timeout(seconds):
         more = True
         while more:
           message = await receive()
@@ -138,11 +129,10 @@ class Guard:
           parts.append(message.get('body', b''))
           more = message.get('more_body', False)
           if sum(map(len, parts)) > most:
-            await error_response(413, f'the body is larger than {most} bytes')(scope, receive, send)
+            await refuse(413, f'the body is larger than {most} bytes')
             return
     except TimeoutError:
-      seconds = self._limits.body_seconds
-      await error_response(408, f'the body did not come within {seconds:g} s')(scope, receive, send)
+      await refuse(408, f'the body did not come within {seconds:g} s')
       return
     body = b''.join(parts)
     handed_over = False
