@@ -1,8 +1,7 @@
 """Predicts memory and time of a train step from shapes alone.
 
-Good enough to throw away what cannot work before the compiler is asked (see
-plan.py), and to say what would help when memory runs out. Bytes and seconds
-are per device and step.
+Good enough to throw away what cannot work before the compiler is asked (see plan.py), and to say
+what would help when memory runs out. Bytes and seconds are per device and step.
 """
 
 import dataclasses
@@ -122,8 +121,8 @@ def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
       {
         'input': b * q * D * s,
         'outs': b * q * D * s * blocks,
-        # Results of weight matrices: q, k, v, out, wi, wo (and of the cross
-        # attention, whose keys and values have the encoder's length).
+        # Results of weight matrices: q, k, v, out, wi, wo (and of the cross attention, whose keys
+        # and values have the encoder's length).
         'dots': b * s * (q * (3 * J + gates * F + 2 * D) + (q * (J + D) + 2 * cross * J)),
         'attention': b * H * (_pairs_bytes(model, q, q, s) + _pairs_bytes(model, q, cross, s)),
         'rest': b * q * (3 * D * 4 + (gates + 1) * F * s),
@@ -148,8 +147,8 @@ def memory(setup: Setup) -> Memory:
   model, tp = setup.model, setup.sizes['model']
   positions = min(setup.chunk or setup.targets, setup.targets)
   logits = 3 * 4 * setup.rows * positions * model.vocab_size / tp
-  # Accumulators beside the new gradients, and the optimizer's updates, which
-  # are made parameter by parameter.
+  # Accumulators beside the new gradients, and the optimizer's updates, which are made parameter by
+  # parameter.
   gradients = setup.params_bytes * (2 if setup.num_microbatches > 1 else 1)
   gradients += 0.25 * setup.params_bytes
   encoder, decoder = setup.num_layers
@@ -246,8 +245,8 @@ def network_seconds(
 ) -> dict[str, float]:
   """Returns how long a program's collectives take, by network.
 
-  A collective over a whole closed torus dim sends both ways at once; one over
-  several dims uses the links of all.
+  A collective over a whole closed torus dim sends both ways at once; one over several dims uses the
+  links of all.
 
   Args:
     chip: of the devices.

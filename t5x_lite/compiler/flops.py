@@ -1,9 +1,9 @@
 """Model FLOPs by our own formula.
 
-XLA's cost analysis counts the body of a scan once, so that it cannot be used
-for utilisation. Counted here are the matrix multiplications that the model
-needs, each multiply-add as two; recomputation (remat), softmax and norms are
-not. Source of the convention: Chowdhery et al. 2022 (PaLM), appendix B.
+XLA's cost analysis counts the body of a scan once, so that it cannot be used for utilisation.
+Counted here are the matrix multiplications that the model needs, each multiply-add as two;
+recomputation (remat), softmax and norms are not. Source of the convention: Chowdhery et al. 2022
+(PaLM), appendix B.
 """
 
 from collections.abc import Mapping

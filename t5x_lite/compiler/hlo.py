@@ -1,12 +1,11 @@
 """Reads what a compiled program does out of its HLO text.
 
-XLA's own cost analysis counts the body of a loop once, and a scan over layers
-is a loop. Here a loop counts as often as it runs. What is read: collectives
-with their bytes and device groups, traffic to device memory, and the cycles
-that XLA:TPU itself estimates.
+XLA's own cost analysis counts the body of a loop once, and a scan over layers is a loop. Here a
+loop counts as often as it runs. What is read: collectives with their bytes and device groups,
+traffic to device memory, and the cycles that XLA:TPU itself estimates.
 
-The text is read by hand: jaxlib's parser of it is private and gives a protobuf
-without the Python classes to read that.
+The text is read by hand: jaxlib's parser of it is private and gives a protobuf without the Python
+classes to read that.
 """
 
 import collections
@@ -140,8 +139,8 @@ def first_group(text: str, num_devices: int) -> tuple[int, ...]:
   """Returns the devices of the first replica group of a collective.
 
   Args:
-    text: the attributes, with replica groups as a list {{0,1},{2,3}}, as iota
-      [2,2]<=[4], or as axes of a mesh; or source_target_pairs.
+    text: the attributes, with replica groups as a list {{0,1},{2,3}}, as iota [2,2]<=[4], or as
+      axes of a mesh; or source_target_pairs.
     num_devices: of the program; an empty list of groups means all of them.
   """
   if match := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', text):
@@ -201,8 +200,8 @@ class HloModule:
 
   def collectives(self) -> list[Collective]:
     """Returns all collectives, those of fused computations included."""
-    # One collective may show as several pieces, overlapped with compute: in one
-    # computation, or begun before a loop and carried through its iterations.
+    # One collective may show as several pieces, overlapped with compute: in one computation, or
+    # begun before a loop and carried through its iterations.
     channels: dict[str, tuple[Collective, int]] = {}
     for name, times in self._counts().items():
       for i, (computation, op) in enumerate(self._with_fused(name)):
@@ -220,8 +219,8 @@ class HloModule:
   def hbm_bytes(self) -> float:
     """Returns the bytes read from and written to device memory.
 
-    Every operand and result that is not on-chip counts once per operation, but
-    of arrays that are only sliced or updated in place, only the part.
+    Every operand and result that is not on-chip counts once per operation, but of arrays that are
+    only sliced or updated in place, only the part.
     """
     total = 0.0
     for name, times in self._counts().items():

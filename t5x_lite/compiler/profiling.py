@@ -1,9 +1,8 @@
 """Where the time of a few steps goes: a trace of JAX's profiler, and a table.
 
-The trace opens in xprof and, its json.gz, in Perfetto (ui.perfetto.dev). The
-table is made of its events with the program's HLO: events name operations, and
-the HLO says what an operation is part of. Tried on CPUs; the names of GPUs'
-and TPUs' lines are those of the profiler's documentation.
+The trace opens in xprof and, its json.gz, in Perfetto (ui.perfetto.dev). The table is made of its
+events with the program's HLO: events name operations, and the HLO says what an operation is part
+of. Tried on CPUs; the names of GPUs' and TPUs' lines are those of the profiler's documentation.
 
 Source: https://docs.jax.dev/en/latest/profiling.html.
 """
@@ -152,9 +151,9 @@ def self_times(events: list[tuple[int, int, str]]) -> Iterator[tuple[str, int]]:
 def operation_kinds(hlo_text: str) -> dict[str, tuple[str, str]]:
   """Returns what each operation of a program belongs to, and what it computes.
 
-  'attention' is everything from queries, keys and values to their average, its
-  matmuls included; 'matmuls' are those of projections, MLPs and logits.
-  'communication' includes the wait for the slowest device.
+  'attention' is everything from queries, keys and values to their average, its matmuls included;
+  'matmuls' are those of projections, MLPs and logits. 'communication' includes the wait for the
+  slowest device.
   """
   module = hlo.HloModule(hlo_text, num_devices=1)
   with_dot = {name for name, ops in module.computations.items() if any(map(_is_dot, ops))}

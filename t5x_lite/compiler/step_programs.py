@@ -1,7 +1,7 @@
 """The steps as programs: with their shardings, ready to be compiled.
 
-Training and ahead-of-time compilation make the same program here, for devices
-that are there or for a topology that is only described.
+Training and ahead-of-time compilation make the same program here, for devices that are there or for
+a topology that is only described.
 """
 
 import dataclasses
@@ -115,9 +115,8 @@ def train_program(
   ways = placement.batch_ways
   if num_microbatches < 1 or batch_size % (num_microbatches * ways):
     raise UsageError(
-      f'the batch size {batch_size} does not divide into '
-      f'num_microbatches={num_microbatches} on {ways} data shards: use a '
-      f'multiple of {num_microbatches * ways}'
+      f'the batch size {batch_size} does not divide into num_microbatches={num_microbatches} on '
+      f'{ways} data shards: use a multiple of {num_microbatches * ways}'
     )
   _, shapes, axes = t5.abstract_params(model)
   tx = optimizers.make_optimizer(optimizer, axes, shapes)

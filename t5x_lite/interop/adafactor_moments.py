@@ -1,12 +1,12 @@
 """Adafactor's second moments, between T5X's state and ours.
 
-Both keep, of a matrix, one mean for each row and one for each column. Which of
-the two is called v_row differs: T5X goes by size in an unrolled model and by
-logical axes in a scanned one, ours always by the size of one layer's matrix.
-Here they are called by the dim of the layer's matrix that they keep.
+Both keep, of a matrix, one mean for each row and one for each column. Which of the two is called
+v_row differs: T5X goes by size in an unrolled model and by logical axes in a scanned one, ours
+always by the size of one layer's matrix. Here they are called by the dim of the layer's matrix that
+they keep.
 
-Sources: t5x/adafactor.py _factored_dims, _parse_rule, init_param_state;
-t5x_lite/adafactor.py factoring.
+Sources: t5x/adafactor.py _factored_dims, _parse_rule, init_param_state; t5x_lite/adafactor.py
+factoring.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """What a transfer method trained, without its base: merged, written, read.
 
-An adapter folder loads onto any base of the same shape. Ours has canonical
-names; LoRA is also written and read in PEFT's format.
+An adapter folder loads onto any base of the same shape. Ours has canonical names; LoRA is also
+written and read in PEFT's format.
 
 Source of the latter: peft/tuners/lora (config.py, model.py), PEFT 0.21.
 """

@@ -1,8 +1,7 @@
 """Decides which tensor of a checkpoint becomes which tensor of a model.
 
-Equal names by default; regular expressions map others, as T5X's
-assignment_map does, or leave them out. Strict by default: nothing is missing,
-nothing is left over, unless a rule says so.
+Equal names by default; regular expressions map others, as T5X's assignment_map does, or leave them
+out. Strict by default: nothing is missing, nothing is left over, unless a rule says so.
 
 Source: t5x/state_utils.py apply_assignment_map.
 """
@@ -109,9 +108,8 @@ def assign(
     if tensor is None:
       if found is None and strict and not transfer.is_added(name):
         raise UsageError(
-          f'{source.path} has no tensor for {name} of shape {shape}; map it '
-          'from another in assignment_map, or draw it anew with '
-          f'({re.escape(name)!r}, None) or strict=False'
+          f'{source.path} has no tensor for {name} of shape {shape}; map it from another in '
+          f'assignment_map, or draw it anew with ({re.escape(name)!r}, None) or strict=False'
         )
       result[name] = fresh.tensor(name)
       initialised.append(name)
@@ -134,9 +132,8 @@ def assign(
     dropped = found is not None and found[1] is None
     if strict and not dropped and not _without_stack(name, source, cfg):
       raise UsageError(
-        f'{source.path} has {name}, which the model has no place for; drop it '
-        f'with ({re.escape(name)!r}, None) in assignment_map, or all such with '
-        'strict=False'
+        f'{source.path} has {name}, which the model has no place for; drop it with '
+        f'({re.escape(name)!r}, None) in assignment_map, or all such with strict=False'
       )
     skipped.append(name)
   for i, (pattern, _) in enumerate(rules):
@@ -165,8 +162,8 @@ _NUMERICS = (
 def check_numerics(source: Source, cfg: T5Config) -> None:
   """Raises UsageError if the model would compute something else with these.
 
-  Shapes do not show it: gelu or silu, a scaled head or not. A T5X checkpoint
-  does not say, so it is taken at the configuration's word.
+  Shapes do not show it: gelu or silu, a scaled head or not. A T5X checkpoint does not say, so it is
+  taken at the configuration's word.
   """
   if source.format == 't5x':
     return
@@ -175,9 +172,8 @@ def check_numerics(source: Source, cfg: T5Config) -> None:
     theirs, ours = getattr(source.config, field), getattr(cfg, field)
     if theirs != ours:
       raise UsageError(
-        f'{source.path} has {field}={theirs!r}, the configuration {ours!r}: '
-        f'set T5Config.{field}, or CheckpointConfig.strict=False to change it '
-        'on purpose'
+        f'{source.path} has {field}={theirs!r}, the configuration {ours!r}: set T5Config.{field}, '
+        'or CheckpointConfig.strict=False to change it on purpose'
       )
 
 

@@ -43,8 +43,8 @@ class Source:
     unknown: names of tensors that are no part of a T5.
     vocabulary: or None if the folder says nothing of one.
     step: updates made, 0 if unknown.
-    read_moments: returns Adafactor's second moments by canonical name; empty if
-      there are none, or another optimizer's.
+    read_moments: returns Adafactor's second moments by canonical name; empty if there are none, or
+      another optimizer's.
     lengths: task feature lengths of training; empty if unknown.
     checkpoint: of a run of ours, the folder of the step.
   """
@@ -61,8 +61,8 @@ class Source:
   checkpoint: str = ''
 
 
-# Files made while reading, such as a SentencePiece model from tokenizer.json;
-# they are removed when the process ends.
+# Files made while reading, such as a SentencePiece model from tokenizer.json; they are removed when
+# the process ends.
 _SCRATCH: list[tempfile.TemporaryDirectory] = []
 
 
@@ -70,9 +70,8 @@ def open_source(path: str) -> Source:
   """Opens a checkpoint, whatever its format.
 
   Args:
-    path: a folder that transformers, T5X or `t5x-lite train` wrote, one of its
-      steps, or the name of a model on the Hugging Face hub; NAME@REVISION is
-      one branch, tag or commit of it.
+    path: a folder that transformers, T5X or `t5x-lite train` wrote, one of its steps, or the name
+      of a model on the Hugging Face hub; NAME@REVISION is one branch, tag or commit of it.
 
   Raises:
     UsageError: if nothing there can be read.
@@ -94,9 +93,8 @@ def open_source(path: str) -> Source:
       f'{path} holds weights but no {hf.CONFIG}; copy it from where the weights are from'
     )
   raise UsageError(
-    f'{path} holds no checkpoint: no {hf.CONFIG} of transformers, no '
-    f'{run_directory.MODEL_FILE} of t5x_lite, and neither {t5x.FILE} nor '
-    f'{t5x.PREFIX}STEP of T5X'
+    f'{path} holds no checkpoint: no {hf.CONFIG} of transformers, no {run_directory.MODEL_FILE} of '
+    f't5x_lite, and neither {t5x.FILE} nor {t5x.PREFIX}STEP of T5X'
   )
 
 

@@ -63,8 +63,8 @@ def write(
   Args:
     target: must not exist, or be empty.
     tensors: checked, by canonical name.
-    cfg: the model; its param_dtype is what is written. LoRA is added to its
-      matrices in 'hf' and 't5x'.
+    cfg: the model; its param_dtype is what is written. LoRA is added to its matrices in 'hf' and
+      't5x'.
     to: one of TARGETS.
     vocabulary: None for ids without text.
     step: updates made so far.

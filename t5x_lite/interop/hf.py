@@ -1,8 +1,8 @@
 """Reads Hugging Face folders of T5 models: config.json and safetensors.
 
-Numbers are read slice by slice from the files, one or several with an index.
-Whether the head is tied is decided by the tensors that are there: config.json
-has said either about the same weights over the years.
+Numbers are read slice by slice from the files, one or several with an index. Whether the head is
+tied is decided by the tensors that are there: config.json has said either about the same weights
+over the years.
 """
 
 import json
@@ -38,13 +38,13 @@ SHORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 # Elements compared at a time, to see whether two tables are the same.
 _COMPARED = 1 << 24
 
-# Copies of the embedding that old versions saved, and a table of the decoder's
-# cross-attention that Mesh TensorFlow made and nothing reads.
+# Copies of the embedding that old versions saved, and a table of the decoder's cross-attention that
+# Mesh TensorFlow made and nothing reads.
 _COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 _UNREAD = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
 
-# 'gelu' is the exact one unless it is gated: T5 1.1's gated-gelu is the tanh
-# approximation, by an exception in Hugging Face's own config class.
+# 'gelu' is the exact one unless it is gated: T5 1.1's gated-gelu is the tanh approximation, by an
+# exception in Hugging Face's own config class.
 _ACTIVATIONS = {
   'relu': 'relu',
   'gelu_new': 'gelu',
@@ -154,8 +154,8 @@ def _fetch(path: epath.Path, name: str) -> Callable[[Index], np.ndarray]:
   """Returns a reader of parts of one tensor."""
 
   def fetch(index: Index) -> np.ndarray:
-    # Opened each time: a file that stays open keeps every page that was ever
-    # read in the process's memory, in the end the whole model.
+    # Opened each time: a file that stays open keeps every page that was ever read in the process's
+    # memory, in the end the whole model.
     with _opened(path) as file:
       return file.get_slice(name)[index] if index else file.get_tensor(name)
 
@@ -341,11 +341,10 @@ def _number(entry: Mapping[str, Any], key: str, default: Any, kind: type = int) 
 def _scale_logits(entry: Mapping[str, Any], tied: bool) -> bool | None:
   """Returns T5Config.scale_logits: None where the model follows T5's rule.
 
-  The rule: the input of a tied head is scaled by emb_dim**-0.5, that of an
-  untied one is not. transformers 5 always ties, so it writes the factor of
-  model_type t5 as scale_decoder_outputs, has dropped it from mt5, and applies
-  it to umt5 whatever the head (a deviation from the published umT5, which is
-  untied and unscaled; up to version 4 it followed the rule).
+  The rule: the input of a tied head is scaled by emb_dim**-0.5, that of an untied one is not.
+  transformers 5 always ties, so it writes the factor of model_type t5 as scale_decoder_outputs, has
+  dropped it from mt5, and applies it to umt5 whatever the head (a deviation from the published
+  umT5, which is untied and unscaled; up to version 4 it followed the rule).
   """
   kind = entry['model_type']
   says_tied = entry.get('tie_word_embeddings') is not False

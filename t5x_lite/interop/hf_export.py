@@ -1,7 +1,7 @@
 """Writes Hugging Face folders: config, tokenizer, and safetensors in shards.
 
-A shard's header says where every tensor goes before the first is read, so the
-numbers stream through memory one tensor at a time.
+A shard's header says where every tensor goes before the first is read, so the numbers stream
+through memory one tensor at a time.
 """
 
 import dataclasses
@@ -163,8 +163,8 @@ def write_shard(
 ) -> None:
   """Writes one safetensors file.
 
-  Format: 8 bytes of header length, the header as JSON, then the tensors one
-  after the other, row-major and little-endian.
+  Format: 8 bytes of header length, the header as JSON, then the tensors one after the other,
+  row-major and little-endian.
   """
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   at = 0

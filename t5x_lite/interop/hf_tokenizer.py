@@ -1,7 +1,7 @@
 """Vocabularies as Hugging Face keeps them: spiece.model and tokenizer files.
 
-Folders written by transformers 5 hold only tokenizer.json; its Unigram model
-says all that a SentencePiece file does, so one is made from it.
+Folders written by transformers 5 hold only tokenizer.json; its Unigram model says all that a
+SentencePiece file does, so one is made from it.
 """
 
 import base64
@@ -155,8 +155,8 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
     (directory / SPIECE).write_bytes(data)
     text = json.dumps(_tokenizer(model, vocabulary), ensure_ascii=False)
     (directory / TOKENIZER).write_text(text)
-    # T5Tokenizer has no byte fallback, and cuts at every space; the plain
-    # class takes tokenizer.json as it is, and is what mT5's folders need.
+    # T5Tokenizer has no byte fallback, and cuts at every space; the plain class takes
+    # tokenizer.json as it is, and is what mT5's folders need.
     plain = model.trainer_spec.byte_fallback or _has_spaces(model)
     config['tokenizer_class'] = 'PreTrainedTokenizerFast' if plain else 'T5Tokenizer'
     if plain:
@@ -178,8 +178,8 @@ def _sentinel_names(vocabulary: VocabularyConfig) -> list[str]:
 def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
   """Returns a tokenizer.json: SentencePiece's model in tokenizers' terms.
 
-  Written by hand, not by the tokenizers library: that comes with transformers,
-  which a conversion does without.
+  Written by hand, not by the tokenizers library: that comes with transformers, which a conversion
+  does without.
 
   Args:
     model: SentencePiece's ModelProto.
@@ -216,8 +216,8 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
     text = base64.b64encode(charsmap).decode()
     normalizers.append({'type': 'Precompiled', 'precompiled_charsmap': text})
   if _has_spaces(model):
-    # Not cut into words, so that pieces of several are found; SentencePiece
-    # takes neighbouring spaces for one.
+    # Not cut into words, so that pieces of several are found; SentencePiece takes neighbouring
+    # spaces for one.
     metaspace = {**metaspace, 'split': False}
     pre_tokenizers = [metaspace]
     normalizers += [

@@ -60,8 +60,7 @@ def open_start(
   """Checks that a new run can start from where its configuration says.
 
   Args:
-    config: its restore_path is a run of ours, or a checkpoint of T5X or
-      transformers.
+    config: its restore_path is a run of ours, or a checkpoint of T5X or transformers.
     model: the architecture to fill.
     vocabulary: must be the checkpoint's own, where that says what it is.
     seed: of parameters that are drawn.

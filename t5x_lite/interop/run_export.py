@@ -1,7 +1,7 @@
 """Writes a run directory of ours, layer by layer.
 
-The same files that Checkpointer writes through Orbax, in Orbax's form of one
-directory an array: Orbax itself would want the whole model in memory.
+The same files that Checkpointer writes through Orbax, in Orbax's form of one directory an array:
+Orbax itself would want the whole model in memory.
 """
 
 import json

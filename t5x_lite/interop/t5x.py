@@ -1,12 +1,10 @@
 """Reads T5X checkpoints: legacy ones (msgpack and zarr) and Orbax's.
 
-A legacy checkpoint is one msgpack file that holds small arrays themselves and,
-in place of large ones, TensorStore specs of zarr arrays beside it. Since 2023
-T5X writes the same tree through Orbax.
+A legacy checkpoint is one msgpack file that holds small arrays themselves and, in place of large
+ones, TensorStore specs of zarr arrays beside it. Since 2023 T5X writes the same tree through Orbax.
 
-Sources: t5x/checkpoints.py (VERSION, Checkpointer,
-OrbaxCheckpointManagerInterface), t5x/checkpoint_utils.py
-detect_checkpoint_type.
+Sources: t5x/checkpoints.py (VERSION, Checkpointer, OrbaxCheckpointManagerInterface),
+t5x/checkpoint_utils.py detect_checkpoint_type.
 """
 
 import os
@@ -39,8 +37,7 @@ def find(path: epath.Path) -> epath.Path | None:
   """Returns the checkpoint that a path means, or None if there is none.
 
   Args:
-    path: the msgpack file, a step's directory or a model_dir (the newest step
-      is meant).
+    path: the msgpack file, a step's directory or a model_dir (the newest step is meant).
   """
   if path.is_file():
     return path if _is_msgpack(path) else None
@@ -201,8 +198,8 @@ def _scan_axis(found: Mapping[str, Tensor], side: str) -> int:
 def model_config(tensors: Mapping[str, Tensor], folder: epath.Path) -> T5Config:
   """Infers the config of a checkpoint, which does not hold one.
 
-  What shapes do not tell, the activations, is read from a config.gin in the
-  folder or the two above it; else a gated feed-forward block is T5 1.1's.
+  What shapes do not tell, the activations, is read from a config.gin in the folder or the two above
+  it; else a gated feed-forward block is T5 1.1's.
 
   Raises:
     UsageError: if the tensors are no T5's.

@@ -1,8 +1,8 @@
 """Writes legacy T5X checkpoints: one msgpack file, and zarr beside it.
 
-What T5X's own Checkpointer writes, array by array: version 3, float32 or
-bfloat16, unrolled layers, or scanned on axis 1 where a relative position bias
-belongs to each layer, for which T5X has only the scanned network.
+What T5X's own Checkpointer writes, array by array: version 3, float32 or bfloat16, unrolled layers,
+or scanned on axis 1 where a relative position bias belongs to each layer, for which T5X has only
+the scanned network.
 
 Source: t5x/checkpoints.py Checkpointer.save.
 """

@@ -1,9 +1,9 @@
 """One table of names: ours, T5X's and Hugging Face's, for both directions.
 
 The canonical name of a tensor is T5X's of an unrolled model, such as
-'encoder/layers_3/mlp/wo/kernel'; one layer's tensor in T5X's orientation. Our
-trees have the same names with the layers stacked or in a list, T5X's scanned
-ones stack them on axis 1, and Hugging Face transposes every matrix.
+'encoder/layers_3/mlp/wo/kernel'; one layer's tensor in T5X's orientation. Our trees have the same
+names with the layers stacked or in a list, T5X's scanned ones stack them on axis 1, and Hugging
+Face transposes every matrix.
 
 Sources: t5x/examples/t5/network.py and layers.py; t5x/examples/scalable_t5;
 transformers/models/t5/modeling_t5.py.
@@ -20,8 +20,8 @@ from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
-# Ours below encoder/layers_I or decoder/layers_I, and Hugging Face's below
-# encoder.block.I or decoder.block.I.
+# Ours below encoder/layers_I or decoder/layers_I, and Hugging Face's below encoder.block.I or
+# decoder.block.I.
 _ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
 
 
@@ -69,8 +69,8 @@ _WHOLE = {
   },
 }
 
-# What a decoder layer of a model with shared parameters borrows of the
-# encoder's (Raffel et al. 2020, Table 2, 'Enc-dec, shared').
+# What a decoder layer of a model with shared parameters borrows of the encoder's (Raffel et al.
+# 2020, Table 2, 'Enc-dec, shared').
 _BORROWED = {
   'pre_self_attention_layer_norm': 'pre_attention_layer_norm',
   'self_attention': 'attention',

@@ -1,7 +1,7 @@
 """Lazy tensors: read when they are asked for, and only the part asked for.
 
-A checkpoint of any format is a mapping from canonical names (tensor_names.py)
-to these; so are a model in memory and what replaces a missing parameter.
+A checkpoint of any format is a mapping from canonical names (tensor_names.py) to these; so are a
+model in memory and what replaces a missing parameter.
 """
 
 import dataclasses
@@ -104,8 +104,8 @@ def mean(parts: Sequence[Tensor]) -> Tensor:
 def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = None) -> Any:
   """Reads tensors into a parameter tree, each part to the device that keeps it.
 
-  One leaf at a time; of a leaf that is cut over devices, one part at a time.
-  No device ever holds more than its own share.
+  One leaf at a time; of a leaf that is cut over devices, one part at a time. No device ever holds
+  more than its own share.
 
   Args:
     tensors: checked, by canonical name.

@@ -1,7 +1,6 @@
 """A trained model of any format, ready to be read onto devices.
 
-What `infer` and `eval` take, and where `train` learns the architecture from if
-no one names it.
+What `infer` and `eval` take, and where `train` learns the architecture from if no one names it.
 """
 
 import dataclasses
@@ -50,8 +49,7 @@ class TrainedModel:
     """Reads the parameters, each part to the device that keeps it.
 
     Args:
-      specs: tree of ShapeDtypeStructs with shardings; see
-        `model_sharding.inference_params`.
+      specs: tree of ShapeDtypeStructs with shardings; see `model_sharding.inference_params`.
     """
     shardings = jax.tree.map(lambda spec: spec.sharding, specs)
     return tensors.place(dict(self.found), self.config, shardings, specs)
@@ -66,8 +64,8 @@ def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
     **changes: fields of T5Config to change, such as dtype='bfloat16'.
 
   Raises:
-    UsageError: if nothing there can be read, something is missing in it, or it
-      does not say what its vocabulary is.
+    UsageError: if nothing there can be read, something is missing in it, or it does not say what
+      its vocabulary is.
   """
   source = checkpoint_source.open_source(path)
   if adapter:

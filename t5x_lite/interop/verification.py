@@ -1,7 +1,7 @@
 """Compares a checkpoint of ours on disk with the checksums it was saved with.
 
-On the first process alone, block by block, before any of it is used. It costs
-one more reading of the files, which the restore then finds in the page cache.
+On the first process alone, block by block, before any of it is used. It costs one more reading of
+the files, which the restore then finds in the page cache.
 """
 
 import concurrent.futures
@@ -25,8 +25,8 @@ _ITEMS = '_CHECKPOINT_METADATA'
 def verify(step: str, prefix: str = '') -> None:
   """Checks one STEP directory.
 
-  Checkpoints of earlier versions, and of other programs, have no checksums and
-  pass if their arrays can be opened.
+  Checkpoints of earlier versions, and of other programs, have no checksums and pass if their arrays
+  can be opened.
 
   Args:
     step: the directory.

@@ -30,8 +30,8 @@ def url(path: str | os.PathLike) -> str:
 class Reader:
   """Reads the arrays of one checkpoint.
 
-  The last array whose chunks hold much more than was asked for is kept, so
-  that reading a scanned model layer by layer decodes each array once.
+  The last array whose chunks hold much more than was asked for is kept, so that reading a scanned
+  model layer by layer decodes each array once.
   """
 
   def __init__(self):
@@ -192,8 +192,8 @@ def create(
   return ts.open(spec, create=True, context=_UNSYNCED).result()
 
 
-# Not each file is forced to the disk: the directory gets its name only when all
-# are written, and a power cut in between costs a conversion, not a run.
+# Not each file is forced to the disk: the directory gets its name only when all are written, and a
+# power cut in between costs a conversion, not a run.
 _UNSYNCED = ts.Context({'file_io_sync': False})
 
 ORBAX_COMPRESSOR = {'id': 'zstd', 'level': 1}
@@ -205,8 +205,8 @@ def orbax_metadata(names: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
   Args:
     names: shape of each array by its keys.
 
-  Source: orbax/checkpoint/_src/metadata/tree.py, the form that version 0.12
-  writes with use_ocdbt=False and earlier ones read.
+  Source: orbax/checkpoint/_src/metadata/tree.py, the form that version 0.12 writes with
+  use_ocdbt=False and earlier ones read.
   """
   tree = {
     str(keys): {

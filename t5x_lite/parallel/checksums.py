@@ -1,9 +1,9 @@
 """Checksums of arrays, of small JSON files and of files.
 
-An array's is a sum over its elements, so that each device, host or block adds
-its part, and the number does not depend on how the array is cut: the bits of
-each element times an odd number that depends on its place, modulo 2**32. Any
-one changed bit changes it, and so does a block that is moved.
+An array's is a sum over its elements, so that each device, host or block adds its part, and the
+number does not depend on how the array is cut: the bits of each element times an odd number that
+depends on its place, modulo 2**32. Any one changed bit changes it, and so does a block that is
+moved.
 """
 
 import functools

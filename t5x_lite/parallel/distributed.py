@@ -1,8 +1,8 @@
 """Many processes: how they find each other, agree to stop, and meet.
 
-Everything rests on JAX's own runtime (`jax.distributed`): nothing here opens a
-socket. A program calls `initialize` before it touches a device, and the train
-loop asks `StopSignal.requested(step)` once a step.
+Everything rests on JAX's own runtime (`jax.distributed`): nothing here opens a socket. A program
+calls `initialize` before it touches a device, and the train loop asks `StopSignal.requested(step)`
+once a step.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ class ProcessGroup:
 def detect(environ: Mapping[str, str]) -> ProcessGroup | None:
   """Returns the process group that the environment describes, or None for one.
 
-  Launchers are asked in this order: our own variables (set by
-  `launch/local_multiprocess.sh` and the Kubernetes manifest), SLURM, Open MPI,
-  Cloud TPU. An allocation of one process is not a group, so that a shell
-  inside a SLURM job runs the same command as a laptop does.
+  Launchers are asked in this order: our own variables (set by `launch/local_multiprocess.sh` and
+  the Kubernetes manifest), SLURM, Open MPI, Cloud TPU. An allocation of one process is not a group,
+  so that a shell inside a SLURM job runs the same command as a laptop does.
   """
 
   def number(name: str) -> int | None:
@@ -108,8 +107,7 @@ def initialize(
     heartbeat_timeout: seconds of silence after which a process counts as lost.
 
   Raises:
-    UsageError: if only some of the three addresses are given, or they
-      contradict each other.
+    UsageError: if only some of the three addresses are given, or they contradict each other.
   """
   given = (coordinator_address or None, process_count, process_index)
   if all(value is None for value in given):
@@ -165,8 +163,8 @@ def is_primary() -> bool:
 def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, int]:
   """Returns which part of every batch this process loads, and of how many.
 
-  Processes that only share a model axis need the same rows, so there may be
-  fewer parts than processes.
+  Processes that only share a model axis need the same rows, so there may be fewer parts than
+  processes.
 
   Args:
     sharding: of a batch; its leading dim is cut into consecutive blocks.
@@ -219,8 +217,7 @@ def from_primary(count: Callable[[], int]) -> int:
     count: called on the first process alone; returns 0 or more.
 
   Raises:
-    Exception: what count raises, and UsageError on all other processes: none
-      waits for another.
+    Exception: what count raises, and UsageError on all other processes: none waits for another.
   """
   error: Exception | None = None
   found = 0
@@ -250,9 +247,8 @@ def first_line(error: BaseException) -> str:
 def lost_process_is_an_error() -> Iterator[None]:
   """Turns a collective that failed since its peer is gone into one clear line.
 
-  gloo raises at once when a peer's connection closes. Where the transport
-  waits instead (TPU, NCCL), the coordination service ends this process after
-  the heartbeat timeout.
+  gloo raises at once when a peer's connection closes. Where the transport waits instead (TPU,
+  NCCL), the coordination service ends this process after the heartbeat timeout.
   """
   try:
     yield
@@ -260,9 +256,8 @@ def lost_process_is_an_error() -> Iterator[None]:
     if jax.process_count() == 1 or not _is_connection_error(str(error)):
       raise
     raise LostProcessError(
-      f'process {jax.process_index()} of {jax.process_count()} lost another '
-      'process of the run and stops; start all of them again to continue from '
-      f'the last checkpoint ({first_line(error)})'
+      f'process {jax.process_index()} of {jax.process_count()} lost another process of the run and '
+      f'stops; start all of them again to continue from the last checkpoint ({first_line(error)})'
     ) from error
 
 
@@ -274,8 +269,8 @@ def _is_connection_error(text: str) -> bool:
 class StopSignal:
   """Says when to save and stop: after SIGTERM, or a first Ctrl-C.
 
-  With several processes, JAX's preemption service catches SIGTERM on any of
-  them and names one step at which all of them see True.
+  With several processes, JAX's preemption service catches SIGTERM on any of them and names one step
+  at which all of them see True.
   """
 
   def __init__(self):
@@ -312,10 +307,9 @@ def stopped_by() -> str:
 def stop_signal() -> Iterator[StopSignal]:
   """Catches SIGTERM and the first Ctrl-C while the block runs.
 
-  A block inside another one shares its signal, so that a program of several
-  phases learns that one of them was stopped. With several processes SIGTERM
-  belongs to JAX's service. Outside the main thread Python installs no
-  handlers: the signals then do what they did before.
+  A block inside another one shares its signal, so that a program of several phases learns that one
+  of them was stopped. With several processes SIGTERM belongs to JAX's service. Outside the main
+  thread Python installs no handlers: the signals then do what they did before.
   """
   global _active, _obeyed
   if _active is not None:

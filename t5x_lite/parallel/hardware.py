@@ -1,7 +1,7 @@
 """Facts about accelerators: memory, bandwidths, how they are connected.
 
-Numbers are the vendors'. They feed default meshes, ahead-of-time reports and
-the planner, none of which needs them to better than some per cent.
+Numbers are the vendors'. They feed default meshes, ahead-of-time reports and the planner, none of
+which needs them to better than some per cent.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from t5x_lite.errors import UsageError
 
 GIB = 2**30
 
-# Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from
-# the vendors' data sheets. A TPU v2/v3 chip shows as two devices, and so does
-# TPU7x. Longer names first: the first that a device's kind starts with counts.
+# Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from the vendors' data
+# sheets. A TPU v2/v3 chip shows as two devices, and so does TPU7x. Longer names first: the first
+# that a device's kind starts with counts.
 PEAK_FLOPS: dict[str, float] = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,
@@ -56,17 +56,15 @@ class Chip:
   Attributes:
     name: as in a topology ('v5p'), or the GPU's.
     kind: prefix of jax.Device.device_kind.
-    hbm_bytes: memory that a program can use. For TPUs this is what XLA:TPU
-      (libtpu 0.0.42) itself says in its out-of-memory errors, a little less
-      than what is sold.
+    hbm_bytes: memory that a program can use. For TPUs this is what XLA:TPU (libtpu 0.0.42) itself
+      says in its out-of-memory errors, a little less than what is sold.
     hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s one way: of one ICI link, or of all of NVLink.
     torus_dims: dims of the ICI torus, each with two links; 0 is a full switch.
-    wrap: least extent from which a torus dim closes to a ring: 4 where cubes
-      are joined optically (v4, v5p), 16 on v5e and v6e.
+    wrap: least extent from which a torus dim closes to a ring: 4 where cubes are joined optically
+      (v4, v5p), 16 on v5e and v6e.
     dcn_bandwidth: bytes/s one way to other slices or nodes, per chip.
-    model_axis: default size of the mesh's model axis: one cube edge, or the
-      GPUs that NVLink joins.
+    model_axis: default size of the mesh's model axis: one cube edge, or the GPUs that NVLink joins.
   """
 
   name: str
@@ -126,12 +124,11 @@ def _gpu(
   )
 
 
-# TPU sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "System
-# architecture" (HBM GB/s; bidirectional ICI per chip / ports / 2; DCN per chip
-# or per pod / chips). v4's DCN and its links' 45 GB/s: "How to Scale Your
-# Model" (jax-ml.github.io/scaling-book), section 2.
-# GPU sources: NVIDIA's data sheets; NVLink one way is half of what they give,
-# between nodes one 400 Gb/s adapter a GPU is assumed (200 Gb/s for A100).
+# TPU sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "System architecture" (HBM GB/s;
+# bidirectional ICI per chip / ports / 2; DCN per chip or per pod / chips). v4's DCN and its links'
+# 45 GB/s: "How to Scale Your Model" (jax-ml.github.io/scaling-book), section 2. GPU sources:
+# NVIDIA's data sheets; NVLink one way is half of what they give, between nodes one 400 Gb/s adapter
+# a GPU is assumed (200 Gb/s for A100).
 CHIPS: tuple[Chip, ...] = (
   _tpu('v4', 'TPU v4', 30.75, 1228, 45, 3, 4, 6.25),
   _tpu('v5e', 'TPU v5 lite', 15.75, 819, 50, 2, 16, 3.125),
@@ -180,9 +177,8 @@ def parse_topology(text: str) -> Topology:
   match = re.fullmatch(r'(\w+):(\d+(?:x\d+){1,2})', text)
   if match is None or match[1] not in tpus:
     raise UsageError(
-      f'--topology={text} is none; write CHIP:AxB for v5e and v6e and '
-      f'CHIP:AxBxC for v4 and v5p, with CHIP one of {", ".join(tpus)}, for '
-      'example v5e:16x16'
+      f'--topology={text} is none; write CHIP:AxB for v5e and v6e and CHIP:AxBxC for v4 and v5p, '
+      f'with CHIP one of {", ".join(tpus)}, for example v5e:16x16'
     )
   chip = tpus[match[1]]
   shape = tuple(int(size) for size in match[2].split('x'))
@@ -197,9 +193,9 @@ def parse_topology(text: str) -> Topology:
 
 # ---- TPUs that are not there ----
 
-# XLA:TPU estimates fused convolutions recursively and runs out of its threads'
-# 64 kB stacks where dropout is recomputed (T5 base with remat_policy='full',
-# dropout_rate=0.1, libtpu 0.0.42.1: a segmentation fault in the compiler).
+# XLA:TPU estimates fused convolutions recursively and runs out of its threads' 64 kB stacks where
+# dropout is recomputed (T5 base with remat_policy='full', dropout_rate=0.1, libtpu 0.0.42.1: a
+# segmentation fault in the compiler).
 _LIBTPU_STACK = '--fibers_default_thread_stack_size'
 
 
@@ -209,8 +205,7 @@ def prepare_libtpu() -> None:
   if _LIBTPU_STACK not in flags:
     flags = f'{flags} {_LIBTPU_STACK}={4 * 2**20}'.strip()
     os.environ['LIBTPU_INIT_ARGS'] = flags
-  # Several compiles at a time; no question to a metadata server that is not
-  # there; errors only.
+  # Several compiles at a time; no question to a metadata server that is not there; errors only.
   for name, value in (
     ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
     ('TPU_SKIP_MDS_QUERY', '1'),

@@ -1,8 +1,7 @@
 """From logical axes to shardings: rules, partition specs, constraints.
 
-Parameters and activations name their dims logically ('embed', 'mlp', 'batch',
-...); rules map those names to mesh axes. Words: an `axis` belongs to the mesh
-or is a logical name, a `dim` to an array.
+Parameters and activations name their dims logically ('embed', 'mlp', 'batch', ...); rules map those
+names to mesh axes. Words: an `axis` belongs to the mesh or is a logical name, a `dim` to an array.
 """
 
 import contextlib
@@ -28,12 +27,11 @@ class LogicalAxisRules:
   """Which mesh axes each logical axis is cut over.
 
   Attributes:
-    rules: (logical name, mesh axis or axes or None) pairs; the first that can
-      be kept counts.
-    by_parameter: (regular expression, rules) pairs: rules that come before
-      all others for arrays in whose path the expression is found.
-    strict: how many of the first `rules` are the user's own, which must be
-      kept or be an error; the standard ones give way silently.
+    rules: (logical name, mesh axis or axes or None) pairs; the first that can be kept counts.
+    by_parameter: (regular expression, rules) pairs: rules that come before all others for arrays in
+      whose path the expression is found.
+    strict: how many of the first `rules` are the user's own, which must be kept or be an error; the
+      standard ones give way silently.
   """
 
   rules: tuple[Rule, ...]
@@ -69,9 +67,9 @@ def spec(
 ) -> PartitionSpec:
   """Returns the partition spec of an array with these logical axes.
 
-  Rules are tried in order; each mesh axis is used at most once an array (as in
-  flax's logical_to_mesh_axes). A rule whose mesh axes do not divide the dim is
-  passed over, so the dim stays whole rather than being padded.
+  Rules are tried in order; each mesh axis is used at most once an array (as in flax's
+  logical_to_mesh_axes). A rule whose mesh axes do not divide the dim is passed over, so the dim
+  stays whole rather than being padded.
 
   Args:
     axes: a logical name, or None for a dim that stays whole, for each dim.
@@ -117,8 +115,8 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules):
     shapes: pytree of arrays or ShapeDtypeStructs.
     axes: the same tree with a tuple of logical names in place of each array.
     mesh: the mesh.
-    rules: see LogicalAxisRules. Rules for single parameters also cut what the
-      optimizer keeps for them, whose paths end with the parameter's.
+    rules: see LogicalAxisRules. Rules for single parameters also cut what the optimizer keeps for
+      them, whose paths end with the parameter's.
   """
   sizes = dict(mesh.shape)
   return jax.tree_util.tree_map_with_path(
@@ -136,9 +134,9 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules):
 def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> None:
   """Raises UsageError if a rule that the user wrote cannot be kept.
 
-  The standard rules give way to each other: with both parameter and activation
-  dims cut, 'embed' takes what is left. A rule that somebody asked for and that
-  does nothing would only show in the memory of the first run.
+  The standard rules give way to each other: with both parameter and activation dims cut, 'embed'
+  takes what is left. A rule that somebody asked for and that does nothing would only show in the
+  memory of the first run.
 
   Args:
     shapes: parameters or their shapes.
@@ -171,8 +169,8 @@ def check_axis_cuts(
 ) -> None:
   """Raises UsageError if an array that a mesh axis should cut stays whole.
 
-  For a number of devices that somebody asked for: what they do not divide is
-  replicated otherwise, and shows only in the memory of the first run.
+  For a number of devices that somebody asked for: what they do not divide is replicated otherwise,
+  and shows only in the memory of the first run.
   """
   sizes = dict(mesh.shape)
   size = sizes[mesh_axis]
@@ -185,9 +183,8 @@ def check_axis_cuts(
     is_cut = any(mesh_axis in _mesh_axes(one) for one in result if one)
     if dims and not is_cut and leaf.ndim > 1:
       raise UsageError(
-        f'{size} devices along the mesh axis {mesh_axis!r} do not divide '
-        f'{name}, whose dim {names[dims[0]]!r} is {leaf.shape[dims[0]]}: '
-        f'choose a MeshConfig.{mesh_axis} that does'
+        f'{size} devices along the mesh axis {mesh_axis!r} do not divide {name}, whose dim '
+        f'{names[dims[0]]!r} is {leaf.shape[dims[0]]}: choose a MeshConfig.{mesh_axis} that does'
       )
 
 
@@ -239,8 +236,8 @@ def _check_array(
 
 # ---- Activations ----
 
-# Set while a program traces its step; read by the model's constraints. A
-# context, not an argument, so that the model's signatures stay about the model.
+# Set while a program traces its step; read by the model's constraints. A context, not an argument,
+# so that the model's signatures stay about the model.
 _ACTIVE: contextvars.ContextVar[tuple[Mesh, LogicalAxisRules] | None] = contextvars.ContextVar(
   't5x_lite_axis_rules', default=None
 )

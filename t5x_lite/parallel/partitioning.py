@@ -1,7 +1,7 @@
 """Where arrays live: meshes of devices by name or size, and batches on them.
 
-Nothing else in the project names a mesh axis. How logical axes become
-shardings is in logical_axes.py.
+Nothing else in the project names a mesh axis. How logical axes become shardings is in
+logical_axes.py.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ MESH_AXES = ('data', 'fsdp', 'model')
 BATCH_AXES = ('data', 'fsdp')
 PRESETS = ('auto', 'dp', 'fsdp', 'fsdp_tp')
 
-# What 'auto' takes for the state and gradients of a parameter: 4 bytes each
-# for itself, its gradient and Adafactor's transients.
+# What 'auto' takes for the state and gradients of a parameter: 4 bytes each for itself, its
+# gradient and Adafactor's transients.
 _BYTES_PER_PARAMETER = 12
-# ... and the part of a device's memory that it may fill with them before it
-# cuts the parameters; the rest is for activations.
+# ... and the part of a device's memory that it may fill with them before it cuts the parameters;
+# the rest is for activations.
 _REPLICATED_FRACTION = 0.4
 
 
@@ -37,30 +37,28 @@ _REPLICATED_FRACTION = 0.4
 class MeshConfig:
   """How devices are arranged, and what is cut along which mesh axis.
 
-  Sizes that are given win over the preset. 'data' is the only axis that spans
-  slices or, on GPUs, the first to span nodes; 'model' is innermost.
+  Sizes that are given win over the preset. 'data' is the only axis that spans slices or, on GPUs,
+  the first to span nodes; 'model' is innermost.
 
   Attributes:
-    preset: 'auto' picks by the number and kind of devices, the model's size
-      and the batch size; 'dp' replicates parameters; 'fsdp' cuts parameters,
-      optimizer state and batch over all devices of a slice (ZeRO-3);
-      'fsdp_tp' cuts matrices over 'model' too, as many ways as `model` says or
+    preset: 'auto' picks by the number and kind of devices, the model's size and the batch size;
+      'dp' replicates parameters; 'fsdp' cuts parameters, optimizer state and batch over all devices
+      of a slice (ZeRO-3); 'fsdp_tp' cuts matrices over 'model' too, as many ways as `model` says or
       as is usual for the chip.
     data: replicas of the parameters; -1 takes the devices that are left.
     fsdp: devices over which batch and parameters are cut.
     model: tensor parallelism.
-    num_partitions: T5X's: model=num_partitions and the rest to data, or with
-      parameter_dims=2 to fsdp.
-    num_slices: TPU slices joined by the data-center network; None asks the
-      devices.
+    num_partitions: T5X's: model=num_partitions and the rest to data, or with parameter_dims=2 to
+      fsdp.
+    num_slices: TPU slices joined by the data-center network; None asks the devices.
     activation_dims: 1, or 2 to cut activations' embed over 'model' too.
-    parameter_dims: 1, or 2 to cut parameters' embed over 'fsdp'. None is 2,
-      but T5X's 1 with num_partitions.
-    additional_rules: (logical axis, mesh axis or axes or None) pairs that come
-      before the standard rules.
-    parameter_rules: (regular expression, pairs) pairs: such rules for only the
-      parameters in whose path the expression is found, for example
-      (('token_embedder', (('vocab', ('fsdp', 'model')), ('embed', None))),).
+    parameter_dims: 1, or 2 to cut parameters' embed over 'fsdp'. None is 2, but T5X's 1 with
+      num_partitions.
+    additional_rules: (logical axis, mesh axis or axes or None) pairs that come before the standard
+      rules.
+    parameter_rules: (regular expression, pairs) pairs: such rules for only the parameters in whose
+      path the expression is found, for example (('token_embedder', (('vocab', ('fsdp', 'model')),
+      ('embed', None))),).
     offload_optimizer: keep the optimizer's state in host memory between steps.
   """
 
@@ -142,8 +140,8 @@ def _check_rule(name: str, rule: Any) -> None:
 def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
   """Returns the rules, in order of precedence.
 
-  Source: t5x/partitioning.py standard_logical_axis_rules. What T5X cuts over
-  'data' with two parameter dims is cut over 'fsdp' here.
+  Source: t5x/partitioning.py standard_logical_axis_rules. What T5X cuts over 'data' with two
+  parameter dims is cut over 'fsdp' here.
   """
   rules: list[tuple[str, Any]] = [
     *config.additional_rules,
@@ -221,9 +219,8 @@ def resolve(
   sizes = _complete(sizes, len(devices))
   if sizes['data'] % num_slices:
     raise UsageError(
-      f'MeshConfig.data={sizes["data"]} is no multiple of the {num_slices} '
-      'slices: only the data axis can span slices; give fsdp x model that '
-      f'divides {per_slice}.'
+      f'MeshConfig.data={sizes["data"]} is no multiple of the {num_slices} slices: only the data '
+      f'axis can span slices; give fsdp x model that divides {per_slice}.'
     )
   return dataclasses.replace(
     config,
@@ -263,8 +260,7 @@ def _sizes_of_preset(
     return {'data': -1, 'fsdp': 1, 'model': 1}
   if preset == 'fsdp':
     return {'data': num_slices, 'fsdp': -1, 'model': 1}
-  # The batch can be cut at most as often as it has rows; what is left cuts
-  # matrices instead.
+  # The batch can be cut at most as often as it has rows; what is left cuts matrices instead.
   ways = per_slice
   if batch_size is not None:
     while ways > 1 and (per_slice % ways or batch_size % (num_slices * ways)):
@@ -322,8 +318,8 @@ def make_mesh(
   per_slice = [sizes[0] // num_slices, *sizes[1:]]
   groups = _groups(devices, num_slices)
   array = np.stack([_arrange(per_slice, group) for group in groups])
-  # Since jax 0.9 the default axis type is Explicit, under which ordinary
-  # sharding constraints change their meaning.
+  # Since jax 0.9 the default axis type is Explicit, under which ordinary sharding constraints
+  # change their meaning.
   return Mesh(array.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 

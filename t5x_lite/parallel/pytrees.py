@@ -1,7 +1,7 @@
 """Leaves of pytrees by name, and any pytree as nested dicts, and back.
 
-What lies on disk then does not depend on the classes (optax's named tuples,
-our dataclasses) that hold it in memory.
+What lies on disk then does not depend on the classes (optax's named tuples, our dataclasses) that
+hold it in memory.
 """
 
 from collections.abc import Mapping, Sequence

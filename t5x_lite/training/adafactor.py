@@ -1,9 +1,9 @@
 """Adafactor with T5X's semantics on logical axes, as an optax transform.
 
-What is factored, averaged and clipped is a layer's parameter, not the array
-that holds it: a stacked [layers, ...] parameter gets exactly the update that
-each of its layers would get alone. optax.adafactor knows no logical axes and
-takes its RMS, scale and largest dims over the whole stack.
+What is factored, averaged and clipped is a layer's parameter, not the array that holds it: a
+stacked [layers, ...] parameter gets exactly the update that each of its layers would get alone.
+optax.adafactor knows no logical axes and takes its RMS, scale and largest dims over the whole
+stack.
 
 Sources: Shazeer and Stern 2018 (arXiv 1804.04235); t5x/adafactor.py.
 """
@@ -66,8 +66,8 @@ def standard_logical_factor_rules() -> dict[str, FactorDim]:
 class AdafactorState(NamedTuple):
   """Moments in float32, each a nested dict of only the parameters that have it.
 
-  A factored parameter is in v_row and v_col, any other in v; m is empty without
-  momentum. T5X keeps a zeros((1,)) in every unused place instead.
+  A factored parameter is in v_row and v_col, any other in v; m is empty without momentum. T5X keeps
+  a zeros((1,)) in every unused place instead.
 
   Attributes:
     count: updates done, an int32 scalar.
@@ -109,14 +109,13 @@ def factoring(
 ) -> Factoring:
   """Returns how a parameter is factored, as T5X does for each of its layers.
 
-  BATCH dims set aside, what is left is one layer's parameter. Up to two dims it
-  goes by size: the larger is the column, if both reach min_dim_size_to_factor
-  (T5X's fall-back to the heuristic, adafactor.py:384). From three dims on it
-  goes by ROW and COLUMN, whole groups of dims at a time.
+  BATCH dims set aside, what is left is one layer's parameter. Up to two dims it goes by size: the
+  larger is the column, if both reach min_dim_size_to_factor (T5X's fall-back to the heuristic,
+  adafactor.py:384). From three dims on it goes by ROW and COLUMN, whole groups of dims at a time.
 
-  T5X itself takes the second road for every stacked parameter and so factors
-  those with dims below min_dim_size_to_factor, which it does not for the same
-  layers unstacked. Here both forms give the same update.
+  T5X itself takes the second road for every stacked parameter and so factors those with dims below
+  min_dim_size_to_factor, which it does not for the same layers unstacked. Here both forms give the
+  same update.
 
   Args:
     shape: of the array.
@@ -126,8 +125,8 @@ def factoring(
     rules: role of each logical axis; None for T5X's.
 
   Raises:
-    UsageError: if an axis has no role, or a parameter of three or more dims
-      mixes ROW and COLUMN with NONE, or has no axes.
+    UsageError: if an axis has no role, or a parameter of three or more dims mixes ROW and COLUMN
+      with NONE, or has no axes.
   """
   rules = standard_logical_factor_rules() if rules is None else rules
   if axes is None:
@@ -208,33 +207,30 @@ def adafactor(
     step  = -learning_rate max(epsilon2, rms(p)) u
 
   Args:
-    axes: logical axes of each parameter, a tree of tuples; None for parameters
-      that are neither stacked nor of more than two dims.
+    axes: logical axes of each parameter, a tree of tuples; None for parameters that are neither
+      stacked nor of more than two dims.
     factored: whether matrices keep row and column means instead of all of v.
-    multiply_by_parameter_scale: whether the step is relative to rms(p), for all
-      parameters or by (regular expression searched in 'a/b/c', bool) pairs, of
-      which the first that matches counts.
+    multiply_by_parameter_scale: whether the step is relative to rms(p), for all parameters or by
+      (regular expression searched in 'a/b/c', bool) pairs, of which the first that matches counts.
     beta1: momentum of the steps, or None for none and no memory for it.
     decay_rate: exponent above.
-    step_offset: number of updates to take away from t, to restart the second
-      moments at fine-tuning.
+    step_offset: number of updates to take away from t, to restart the second moments at
+      fine-tuning.
     clipping_threshold: of rms(u), or None for no clipping.
-    weight_decay_rate: p is also multiplied by 1 - weight_decay_rate, whatever
-      the learning rate.
-    weight_decay_rate_lr_exponent: if set, multiplies the above (1 if None) by
-      learning_rate to this power.
+    weight_decay_rate: p is also multiplied by 1 - weight_decay_rate, whatever the learning rate.
+    weight_decay_rate_lr_exponent: if set, multiplies the above (1 if None) by learning_rate to this
+      power.
     min_dim_size_to_factor: least size of both dims of a factored matrix.
     epsilon1: added to the squared gradient.
     epsilon2: least parameter scale.
     dtype_momentum: in which the momentum is kept.
     logical_factor_rules: role of each logical axis; None for T5X's.
     max_parameter_scale: largest parameter scale, or None.
-    skip_nan_updates: an element whose update or moment turns NaN keeps its old
-      value.
+    skip_nan_updates: an element whose update or moment turns NaN keeps its old value.
 
   Returns:
-    A transform whose update needs params, and the extra argument learning_rate
-    with momentum or weight decay, whose terms are not proportional to it.
+    A transform whose update needs params, and the extra argument learning_rate with momentum or
+    weight decay, whose terms are not proportional to it.
 
   Source: t5x/adafactor.py Adafactor, arguments and defaults included.
   """
@@ -287,8 +283,8 @@ def adafactor(
       raise ValueError(
         'Adafactor with momentum or weight decay needs update(..., learning_rate=...).'
       )
-    # The caller multiplies by the rate, so what is not proportional to it is
-    # divided by it here; a rate of 0 must not make that NaN.
+    # The caller multiplies by the rate, so what is not proportional to it is divided by it here; a
+    # rate of 0 must not make that NaN.
     rate = jnp.float32(1.0 if learning_rate is None else learning_rate)
     safe_rate = jnp.maximum(rate, jnp.finfo(jnp.float32).tiny)
     step = jnp.asarray(state.count - step_offset, jnp.float32)
@@ -357,9 +353,9 @@ def _second_moment(
 def _again(x: Array) -> Array:
   """Returns x, which XLA:CPU takes for another value.
 
-  What several reductions share, such as g * g, it writes to memory once and
-  reads often; made anew in each it costs nothing. This halves the time of the
-  update there and leaves no temporaries. XLA:TPU joins such reductions itself.
+  What several reductions share, such as g * g, it writes to memory once and reads often; made anew
+  in each it costs nothing. This halves the time of the update there and leaves no temporaries.
+  XLA:TPU joins such reductions itself.
   """
   return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 

@@ -1,8 +1,7 @@
 """Optimizers by name: optax transforms giving updates at learning rate 1.
 
-The step multiplies them by the one learning rate that it also logs. What an
-optimizer keeps beside the parameters gets logical axes here, so that it is
-sharded by the same rules.
+The step multiplies them by the one learning rate that it also logs. What an optimizer keeps beside
+the parameters gets logical axes here, so that it is sharded by the same rules.
 """
 
 import dataclasses
@@ -26,13 +25,11 @@ from t5x_lite.training.master_weights import master_weights
 from t5x_lite.training.schedules import ScheduleConfig, unknown
 from t5x_lite.training.unfreezing import unfreeze_gradually
 
-# Optax's optimizers whose step is proportional to the learning rate of the same
-# step alone, as "updates at learning rate 1" needs; a test checks each.
+# Optax's optimizers whose step is proportional to the learning rate of the same step alone, as
+# "updates at learning rate 1" needs; a test checks each.
 _PROPORTIONAL = (
-  'adabelief adadelta adagrad adam adamax adamaxw adamw adan amsgrad '
-  'lamb lion nadam nadamw noisy_sgd novograd '
-  'optimistic_gradient_descent radam rmsprop sgd sign_sgd signum sm3 '
-  'yogi'
+  'adabelief adadelta adagrad adam adamax adamaxw adamw adan amsgrad lamb lion nadam nadamw '
+  'noisy_sgd novograd optimistic_gradient_descent radam rmsprop sgd sign_sgd signum sm3 yogi'
 ).split()
 # Those that keep the learning rate inside, such as in their momentum.
 _RATE_INSIDE = ('fromage', 'lars')
@@ -45,26 +42,23 @@ class OptimizerConfig:
   """How parameters are updated.
 
   Attributes:
-    name: 'adafactor' (T5X's), 'adamw', 'adamw_scale', 'sgd', 'lion', ...: one
-      of OPTIMIZERS.
+    name: 'adafactor' (T5X's), 'adamw', 'adamw_scale', 'sgd', 'lion', ...: one of OPTIMIZERS.
     schedule: the learning rate.
-    weight_decay: decoupled, times the learning rate (AdamW's). Adafactor's own,
-      independent of the learning rate, is kwargs weight_decay_rate.
-    weight_decay_exclude: regular expression searched in 'a/b/c' parameter
-      paths; what it matches is not decayed. Norms and relative position biases
-      by default.
+    weight_decay: decoupled, times the learning rate (AdamW's). Adafactor's own, independent of the
+      learning rate, is kwargs weight_decay_rate.
+    weight_decay_exclude: regular expression searched in 'a/b/c' parameter paths; what it matches is
+      not decayed. Norms and relative position biases by default.
     global_norm_clip: gradients' largest global norm, or None.
-    trainable: regular expression searched in parameter paths; what it does not
-      match is frozen: no update, no optimizer state, no part in the global
-      norm. None trains all; of a model with LoRA, adapters or a prompt, those,
-      and with adapters the norms.
-    unfreeze_every: updates after which one more layer trains, from the top down;
-      see training/unfreezing.py. None trains all from the start.
+    trainable: regular expression searched in parameter paths; what it does not match is frozen: no
+      update, no optimizer state, no part in the global norm. None trains all; of a model with LoRA,
+      adapters or a prompt, those, and with adapters the norms.
+    unfreeze_every: updates after which one more layer trains, from the top down; see
+      training/unfreezing.py. None trains all from the start.
     b1: the optimizer's momentum, if not its default (Adafactor's beta1).
     b2: the optimizer's second-moment decay, if not its default.
     eps: the optimizer's epsilon, if not its default.
-    master_weights: keep float32 copies of the parameters and update those; for
-      T5Config.param_dtype 'bfloat16'.
+    master_weights: keep float32 copies of the parameters and update those; for T5Config.param_dtype
+      'bfloat16'.
     kwargs: any other arguments of the optimizer, by its own names.
   """
 
@@ -150,10 +144,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns a transform whose updates are for learning rate 1, already negated.
 
-  The step is params + learning_rate * updates, with
-  updates, state = tx.update(grads, state, params, learning_rate=learning_rate);
-  the extra argument serves Adafactor's terms that are not proportional to the
-  learning rate, and others ignore it.
+  The step is params + learning_rate * updates, with updates, state = tx.update(grads, state,
+  params, learning_rate=learning_rate); the extra argument serves Adafactor's terms that are not
+  proportional to the learning rate, and others ignore it.
 
   Args:
     config: the optimizer.
@@ -163,8 +156,8 @@ def make_optimizer(
   Raises:
     UsageError: if config.trainable matches no parameter.
   """
-  # Named, so that where the optimizer's state lies in a checkpoint does not
-  # depend on what stands before it.
+  # Named, so that where the optimizer's state lies in a checkpoint does not depend on what stands
+  # before it.
   parts: dict[str, optax.GradientTransformation] = {}
   if config.global_norm_clip is not None:
     parts['clip'] = optax.clip_by_global_norm(config.global_norm_clip)
@@ -275,11 +268,10 @@ def adamw_scale(
     weight_decay: decoupled, not scaled by rms(p).
     mask: what is decayed, as in optax.adamw.
     mu_dtype: of the first moment; None for the parameters'.
-    axes: logical axes of the parameters; a stacked one is scaled layer by
-      layer.
+    axes: logical axes of the parameters; a stacked one is scaled layer by layer.
 
-  Source: nanoT5/utils/copied_utils.py AdamWScale (Nawrot 2023,
-  arXiv 2309.02373); the RMS from Shazeer and Stern 2018, section 8.
+  Source: nanoT5/utils/copied_utils.py AdamWScale (Nawrot 2023, arXiv 2309.02373); the RMS from
+  Shazeer and Stern 2018, section 8.
   """
   return optax.chain(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
@@ -295,10 +287,10 @@ def adamw_scale(
 def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> Any:
   """Returns the logical axes of every array in the optimizer's state.
 
-  A leaf belongs to the parameter whose path its own path ends with. One of the
-  parameter's shape has the parameter's axes; a factored second moment those
-  that are left; one with dims added in front has None for those; anything else,
-  and what belongs to no parameter, such as a count, is replicated.
+  A leaf belongs to the parameter whose path its own path ends with. One of the parameter's shape
+  has the parameter's axes; a factored second moment those that are left; one with dims added in
+  front has None for those; anything else, and what belongs to no parameter, such as a count, is
+  replicated.
 
   Args:
     tx: any optax transform: chains, masks and partitions included.
@@ -306,9 +298,9 @@ def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> 
     axes: logical axes of each parameter: params' tree with tuples of names.
 
   Returns:
-    The state's tree with a tuple of names (None for a dim that is not cut) for
-    each array. The state holds tuples too, so map over the state first:
-    jax.tree.map(fn, state, opt_state_axes(...)).
+    The state's tree with a tuple of names (None for a dim that is not cut) for each array. The
+    state holds tuples too, so map over the state first: jax.tree.map(fn, state,
+    opt_state_axes(...)).
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
   known: dict[Path, tuple[tuple[int, ...], Axes]] = {

@@ -36,25 +36,24 @@ class ScheduleConfig:
   """The learning rate as a function of the step, counted from 0.
 
   Attributes:
-    shape: 'factors' for T5X's product, or linear warm-up and then 'constant',
-      'linear' or 'cosine' decay, or 'wsd' (warm-up, stable, decay).
-    factors: T5X's factors, joined by '*'; for shape 'factors' only. The
-      default with 10,000 warm-up steps is T5's: 0.01, then 1 / sqrt(step).
+    shape: 'factors' for T5X's product, or linear warm-up and then 'constant', 'linear' or 'cosine'
+      decay, or 'wsd' (warm-up, stable, decay).
+    factors: T5X's factors, joined by '*'; for shape 'factors' only. The default with 10,000 warm-up
+      steps is T5's: 0.01, then 1 / sqrt(step).
     base_learning_rate: the peak, or for rsqrt_decay what sqrt(step) divides.
     warmup_steps: length of the warm-up; for rsqrt_decay, steps before decay.
     decay_factor: linear_decay's slope, or what decay_every multiplies by.
     steps_per_decay: for decay_every.
     steps_per_cycle: for cosine_decay.
-    step_offset: step at which the schedule starts, such as that of the
-      checkpoint fine-tuned from.
+    step_offset: step at which the schedule starts, such as that of the checkpoint fine-tuned from.
     min_learning_rate: T5X's floor; for shape 'factors' only.
-    total_steps: step at which 'linear', 'cosine' and 'wsd' end, counted from
-      step_offset; None takes the training program's.
+    total_steps: step at which 'linear', 'cosine' and 'wsd' end, counted from step_offset; None
+      takes the training program's.
     decay_steps: for 'wsd', length of the last, falling part.
     final_learning_rate: what the decay of 'linear', 'cosine', 'wsd' ends at.
 
-  Source: t5x/utils.py create_learning_rate_scheduler; Hu et al. 2024
-  (MiniCPM, arXiv 2404.06395) for wsd.
+  Source: t5x/utils.py create_learning_rate_scheduler; Hu et al. 2024 (MiniCPM, arXiv 2404.06395)
+  for wsd.
   """
 
   shape: str = 'factors'
@@ -113,8 +112,8 @@ def make_schedule(
     total_steps: where the schedule ends if config.total_steps is None.
 
   Raises:
-    UsageError: if the shape needs total_steps and nobody gives it, or its parts
-      are longer than that.
+    UsageError: if the shape needs total_steps and nobody gives it, or its parts are longer than
+      that.
   """
   if config.shape == 'factors':
     return lambda step: _product(config, _steps(config, step))
@@ -134,9 +133,8 @@ def make_schedule(
     start = total - (config.decay_steps or 0)
   if not config.warmup_steps <= start < total:
     raise UsageError(
-      f'ScheduleConfig has {config.warmup_steps} warmup_steps and '
-      f'{config.decay_steps or 0} decay_steps in {total} total_steps; '
-      'together they must be fewer.'
+      f'ScheduleConfig has {config.warmup_steps} warmup_steps and {config.decay_steps or 0} '
+      f'decay_steps in {total} total_steps; together they must be fewer.'
     )
 
   def schedule(step):

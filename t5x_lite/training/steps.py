@@ -1,8 +1,8 @@
 """The pure train and eval steps.
 
-The train loop, ahead-of-time compilation and the benchmarks all jit these same
-functions. A step takes its arrays and returns arrays; what is static (model,
-optimizer, loss) is bound when the step is made.
+The train loop, ahead-of-time compilation and the benchmarks all jit these same functions. A step
+takes its arrays and returns arrays; what is static (model, optimizer, loss) is bound when the step
+is made.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -68,9 +68,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns train_step(state, batch, key) -> (state, metrics).
 
-  Gradients of microbatches are added in float32; the loss's denominator is
-  that of the whole batch, so their number changes nothing but memory (T5X
-  normalises each microbatch by itself; t5x/trainer.py:704).
+  Gradients of microbatches are added in float32; the loss's denominator is that of the whole batch,
+  so their number changes nothing but memory (T5X normalises each microbatch by itself;
+  t5x/trainer.py:704).
 
   Args:
     graphdef: from `train_state.make_spec`.
@@ -78,19 +78,19 @@ def make_train_step(
     schedule: step -> learning rate. Evaluated once: what is logged is used.
     loss: what is minimised.
     num_microbatches: must divide the batch size.
-    trainable: tree of booleans from `optimizers.trainable_mask`, or None for
-      all. Frozen parameters have no gradient, and come out as they went in.
-    skip_nonfinite: leave parameters and optimizer as they are where loss or
-      gradient are not finite, and say so in the metric `skipped`.
+    trainable: tree of booleans from `optimizers.trainable_mask`, or None for all. Frozen parameters
+      have no gradient, and come out as they went in.
+    skip_nonfinite: leave parameters and optimizer as they are where loss or gradient are not
+      finite, and say so in the metric `skipped`.
     histograms: add `group_histograms` of the gradient to the metrics.
     task_names: if given, the batch has `decoder_task_ids`, which number them,
       and the metrics have TASK_LOSS and TASK_WEIGHT with each name: sums of the
       cross entropy in nats, and of the loss weights, over its tokens.
 
-  The key is the run's; the step folds in its number. Metrics are float32
-  scalars: loss (as minimised), cross_entropy and z_loss (nats per unit of loss
-  weight), accuracy, target_tokens, input_tokens, learning_rate, grad_norm,
-  grad_norm/GROUP of each group of parameters, update_norm, param_norm.
+  The key is the run's; the step folds in its number. Metrics are float32 scalars: loss (as
+  minimised), cross_entropy and z_loss (nats per unit of loss weight), accuracy, target_tokens,
+  input_tokens, learning_rate, grad_norm, grad_norm/GROUP of each group of parameters, update_norm,
+  param_norm.
   """
 
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
@@ -181,8 +181,8 @@ TASK_WEIGHT = 'task_weight/'
 def group_norms(grads: Any) -> dict[str, jax.Array]:
   """Returns 'grad_norm/GROUP' of each group, 'encoder/layers' for instance.
 
-  They tell where a gradient that is not finite comes from. The sums of squares
-  are those of the global norm.
+  They tell where a gradient that is not finite comes from. The sums of squares are those of the
+  global norm.
   """
   return {GROUP_NORM + name: optax.global_norm(leaves) for name, leaves in _groups(grads).items()}
 
@@ -203,8 +203,8 @@ HISTOGRAM_BOUNDS = np.arange(-12.5, 4.0, 0.5)
 def group_histograms(grads: Any) -> dict[str, jax.Array]:
   """Returns 'grad_log10/GROUP', how many |gradients| are in each bin.
 
-  By powers of ten, since a linear scale shows one peak at 0 and not whether
-  bfloat16 or a clipped norm loses what is small.
+  By powers of ten, since a linear scale shows one peak at 0 and not whether bfloat16 or a clipped
+  norm loses what is small.
   """
   least = jnp.asarray(10.0 ** HISTOGRAM_BOUNDS[1:-1], jnp.float32)
 
@@ -234,9 +234,8 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
   """Returns eval_step(params, batch) -> sums, to be added over batches.
 
-  Teacher-forced and without dropout, z-loss and label smoothing: 'loss' is the
-  summed cross entropy in nats, 'weight' its denominator; see
-  `losses.loss_sums` for the rest.
+  Teacher-forced and without dropout, z-loss and label smoothing: 'loss' is the summed cross entropy
+  in nats, 'weight' its denominator; see `losses.loss_sums` for the rest.
   """
   plain = losses.LossConfig(chunk=loss.chunk)
 

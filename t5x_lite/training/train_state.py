@@ -1,8 +1,7 @@
 """The train state: what a step updates and a checkpoint holds.
 
-Abstract first: shapes, logical axes and shardings of the whole state are known
-before anything is allocated, so init, restore, ahead-of-time compilation and
-memory reports share one description.
+Abstract first: shapes, logical axes and shardings of the whole state are known before anything is
+allocated, so init, restore, ahead-of-time compilation and memory reports share one description.
 """
 
 import dataclasses
@@ -65,8 +64,8 @@ def make_spec(
     cfg: the model's.
     tx: the optimizer.
     placement: where the state lives.
-    opt_state_memory: JAX's memory kind for the optimizer's arrays, such as
-      'pinned_host'; None is the device's own.
+    opt_state_memory: JAX's memory kind for the optimizer's arrays, such as 'pinned_host'; None is
+      the device's own.
   """
   graphdef, params, params_axes = t5.abstract_params(cfg)
   shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))

@@ -1,9 +1,8 @@
 """Gradual unfreezing: from the top layer down, one more every so many steps.
 
-At first the top layer of encoder and decoder trains; after `every` updates the
-one below too, until all do. A stack's shared position bias belongs to its first
-layer, as in Mesh TensorFlow's variables; embedding, head and final norms train
-from the start.
+At first the top layer of encoder and decoder trains; after `every` updates the one below too, until
+all do. A stack's shared position bias belongs to its first layer, as in Mesh TensorFlow's
+variables; embedding, head and final norms train from the start.
 
 Source: Raffel et al. 2020, section 3.5.1 (every 2^18 / 12 of 2^18 steps).
 """
@@ -22,8 +21,8 @@ class UnfreezingState(NamedTuple):
 
   Attributes:
     count: updates made.
-    inner: the optimizer's state, made for all parameters at the start. That of a
-      frozen layer stays as it was made; that of none, such as a count, goes on.
+    inner: the optimizer's state, made for all parameters at the start. That of a frozen layer stays
+      as it was made; that of none, such as a count, goes on.
   """
 
   count: jax.Array
@@ -35,8 +34,8 @@ def unfreeze_gradually(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns tx for layers that are trained; the others get no update at all.
 
-  Gradients of frozen layers are 0 for tx, in the global norm too. They are
-  computed all the same: one compiled step serves for all of training.
+  Gradients of frozen layers are 0 for tx, in the global norm too. They are computed all the same:
+  one compiled step serves for all of training.
 
   Args:
     tx: any transform.
