@@ -47,13 +47,11 @@ def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
   variable (MALLOC_ARENA_MAX=8, say, leaves glibc as it is). The price is that the process never
   gets smaller than it once was.
   """
-  if sys.platform != 'linux' or not computes_on_cpu(environ):
-    return False
-  if any(name.startswith('MALLOC_') for name in environ):
-    return False
-  if threading.active_count() > 1:
+  if sys.platform != 'linux' or not computes_on_cpu(environ) or threading.active_count() > 1:
     return False
   libc = ctypes.CDLL(None)
-  if not hasattr(libc, 'gnu_get_libc_version'):
+  if any(name.startswith('MALLOC_') for name in environ):
     return False
-  return all(libc.mallopt(name, value) for name, value in _MALLOPT)
+  return hasattr(libc, 'gnu_get_libc_version') and all(
+    libc.mallopt(name, value) for name, value in _MALLOPT
+  )

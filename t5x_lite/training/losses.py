@@ -58,18 +58,12 @@ class LossConfig:
         'target positions, or None.'
       )
     rule = self.loss_normalizing_factor
-    if isinstance(rule, str):
-      bad = rule.upper() not in NORMALIZING_RULES
-    else:
-      bad = rule is not None and not rule > 0
-    if bad:
+    known = rule.upper() in NORMALIZING_RULES if isinstance(rule, str) else rule is None or rule > 0
+    if not known:
       raise UsageError(
         f'LossConfig.loss_normalizing_factor is {rule!r}; it must be None, a '
         f'positive number, or one of {", ".join(NORMALIZING_RULES)}.'
       )
-
-
-# ---- Per token ----
 
 
 def cross_entropy_with_logits(
@@ -79,13 +73,8 @@ def cross_entropy_with_logits(
 
   With label smoothing e, the target distribution has 1 - e on the target and e / (V - 1) on every
   other token, and its entropy is subtracted, so that a perfect prediction costs nothing. Any number
-  of leading dims will do.
-
-  Args:
-    logits_BLV: unnormalised log-probabilities; computed in float32 whatever their dtype.
-    targets_BL: token ids in [0, V).
-    z_loss: coefficient of log(Z)^2 (Mesh TensorFlow; T5 1.1 uses 1e-4).
-    label_smoothing: e above, in [0, 1).
+  of leading dims will do. Logits of any dtype are computed in float32; z_loss is the coefficient of
+  log(Z)^2 (Mesh TensorFlow; T5 1.1 uses 1e-4).
 
   Source: t5x/losses.py cross_entropy_with_logits and compute_weighted_cross_entropy; Szegedy et al.
   2016 for label smoothing.
@@ -139,9 +128,6 @@ def _token_losses_bwd(z_loss, label_smoothing, residuals, cotangents):
 
 
 _token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
-
-
-# ---- Sums over a batch ----
 
 
 def loss_sums(
@@ -203,19 +189,10 @@ def chunked_cross_entropy(
 
   Never holds more than [B, chunk, V] logits. Under differentiation each chunk's gradient is taken
   while its logits are at hand, so they are computed once, not again in a backward pass: the cost is
-  that of the unchunked loss. Chunks cut L, never B, so a batch stays sharded over its devices.
-
-  Args:
-    project_fn: [B, l, D] -> logits [B, l, V], each position on its own. May close over traced
-      parameters; their gradients are right.
-    hidden_BLD: the decoder's last hidden states.
-    targets_BL: token ids.
-    weights_BL: loss weights; no gradient flows to them.
-    z_loss: as in cross_entropy_with_logits.
-    label_smoothing: as in cross_entropy_with_logits.
-    task_ids_BL: as in loss_sums.
-    num_tasks: as in loss_sums.
-    chunk: positions at a time; need not divide L.
+  that of the unchunked loss. Chunks cut L, never B, so a batch stays sharded over its devices. A
+  chunk, which need not divide L, is [B, l, D] to project_fn, which returns logits [B, l, V], each
+  position on its own. It may close over traced parameters; their gradients are right. No gradient
+  flows to the weights. The task ids are as in `loss_sums`.
 
   Source: the idea of taking the gradient in the forward pass is Liger Kernel's fused linear cross
   entropy (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
@@ -291,9 +268,6 @@ def _scan_sums_bwd(sums_fn, residuals, cotangents):
 _scan_sums.defvjp(_scan_sums_fwd, _scan_sums_bwd)
 
 
-# ---- Weights and denominator ----
-
-
 def loss_weights_and_normalizer(
   batch: Mapping[str, Any], rule: float | int | str | None
 ) -> tuple[Array, Array]:
@@ -320,10 +294,8 @@ def loss_weights_and_normalizer(
   if weights is None:
     weights = (targets if segments is None else segments) > 0
   weights = jnp.asarray(weights, jnp.float32)
-  if rule is None:
-    return weights, jnp.ones((), jnp.float32)
   if not isinstance(rule, str):
-    return weights, jnp.asarray(rule, jnp.float32)
+    return weights, jnp.asarray(1.0 if rule is None else rule, jnp.float32)
   rule = rule.upper()
   if rule == 'NUM_TOTAL_TARGET_TOKENS':
     return weights, jnp.asarray(targets.size, jnp.float32)

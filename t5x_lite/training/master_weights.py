@@ -12,12 +12,7 @@ import optax
 
 
 class MasterWeightsState(NamedTuple):
-  """State of `master_weights`.
-
-  Attributes:
-    master: the parameters in float32.
-    inner: the state of the optimizer that updates them.
-  """
+  """The parameters in float32, and the state of the optimizer that updates them."""
 
   master: Any
   inner: Any

@@ -1,8 +1,7 @@
 """The pure train and eval steps.
 
 The train loop, ahead-of-time compilation and the benchmarks all jit these same functions. A step
-takes its arrays and returns arrays; what is static (model, optimizer, loss) is bound when the step
-is made.
+takes its arrays and returns arrays; what is static (model, optimizer, loss) is bound when made.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -116,14 +115,10 @@ def make_train_step(
         new = grad_fn(trained, part, weights, jax.random.fold_in(key, i))
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
 
-      zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32),
-        jax.eval_shape(grad_fn, trained, batch, weights, key),
-      )
-      parts, part_weights = _microbatches((dict(batch), weights), num_microbatches)
-      (grads, sums), _ = jax.lax.scan(
-        add, zeros, (parts, part_weights, jnp.arange(num_microbatches))
-      )
+      shapes = jax.eval_shape(grad_fn, trained, batch, weights, key)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+      parts = _microbatches((dict(batch), weights), num_microbatches)
+      (grads, sums), _ = jax.lax.scan(add, zeros, (*parts, jnp.arange(num_microbatches)))
 
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
     with jax.named_scope('optimizer'):
@@ -140,19 +135,15 @@ def make_train_step(
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     if skip_nonfinite:
-      params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
-      )
-    num_tokens = jnp.maximum(sums['num_tokens'], 1.0)
+      new, old = (params, opt_state), (state.params, state.opt_state)
+      params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     weight = jnp.sum(weights)
     weight = jnp.where(weight == 0, 1.0, weight)
     metrics = {
       'loss': sums['loss'] / normalizer,
       'cross_entropy': (sums['loss'] - sums['z_loss']) / weight,
       'z_loss': sums['z_loss'] / weight,
-      'accuracy': sums['num_correct'] / num_tokens,
+      'accuracy': sums['num_correct'] / jnp.maximum(sums['num_tokens'], 1.0),
       'target_tokens': sums['num_tokens'],
       'input_tokens': _input_tokens(batch),
       'learning_rate': learning_rate,
@@ -189,9 +180,8 @@ def group_norms(grads: Any) -> dict[str, jax.Array]:
 
 def _groups(grads: Any) -> dict[str, list[jax.Array]]:
   groups: dict[str, list[jax.Array]] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-    name = '/'.join(pytrees.names_of(path)[:2])
-    groups.setdefault(name, []).append(leaf)
+  for path, leaf in pytrees.leaves(grads):
+    groups.setdefault('/'.join(path[:2]), []).append(leaf)
   return groups
 
 
