@@ -15,13 +15,9 @@ from t5x_lite.parallel.hardware import peak_flops as peak_flops
 
 
 def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
-  """Returns the FLOPs of one forward pass over a batch.
+  """Returns the FLOPs of one forward pass.
 
-  Args:
-    config: the model.
-    batch_size: sequences.
-    inputs: encoder tokens a sequence, padding included.
-    targets: decoder tokens a sequence, padding included.
+  Inputs and targets are tokens a sequence, padding included.
   """
   joined = config.num_heads * config.head_dim
   matrices = len(config.mlp_activations) + 1
