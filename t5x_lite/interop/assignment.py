@@ -29,17 +29,11 @@ AssignmentMap = Sequence[tuple[str, str | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What became of every tensor.
+  """What became of every tensor."""
 
-  Attributes:
-    loaded: (the model's name, where it is from).
-    skipped: tensors of the checkpoint that the model does not take.
-    initialised: the model's tensors that are drawn anew.
-  """
-
-  loaded: Sequence[tuple[str, str]]
-  skipped: Sequence[str]
-  initialised: Sequence[str]
+  loaded: Sequence[tuple[str, str]]  # the model's name, and where it is from
+  skipped: Sequence[str]  # tensors of the checkpoint that the model does not take
+  initialised: Sequence[str]  # the model's tensors that are drawn anew
 
   def summary(self) -> str:
     """Returns one line."""
@@ -84,8 +78,7 @@ def assign(
 
   def rule(name: str) -> tuple[re.Match, str | None] | None:
     for i, (pattern, replacement) in enumerate(rules):
-      match = pattern.fullmatch(name)
-      if match:
+      if match := pattern.fullmatch(name):
         used.add(i)
         return match, replacement
     return None
@@ -99,11 +92,11 @@ def assign(
     if found is not None:
       match, replacement = found
       old = '' if replacement is None else match.expand(replacement)
-    if found is not None and old and old not in source.tensors:
-      raise UsageError(
-        f'the assignment map takes {name} from {old}, which {source.path} '
-        f'does not have; it has {_some(list(source.tensors))}'
-      )
+      if old and old not in source.tensors:
+        raise UsageError(
+          f'the assignment map takes {name} from {old}, which {source.path} '
+          f'does not have; it has {_some(list(source.tensors))}'
+        )
     tensor = source.tensors.get(old)
     if tensor is None:
       if found is None and strict and not transfer.is_added(name):
@@ -147,16 +140,9 @@ def assign(
 
 # Fields of T5Config that change what the same numbers compute.
 _NUMERICS = (
-  'num_heads',
-  'head_dim',
-  'mlp_activations',
-  'scale_logits',
-  'relpos_max_distance',
-  'layer_norm_epsilon',
-  'pad_id',
-  'eos_id',
-  'decoder_start_id',
-)
+  'num_heads head_dim mlp_activations scale_logits relpos_max_distance layer_norm_epsilon '
+  'pad_id eos_id decoder_start_id'
+).split()
 
 
 def check_numerics(source: Source, cfg: T5Config) -> None:
@@ -216,9 +202,9 @@ class _Fresh:
   def __init__(self, cfg: T5Config, seed: int):
     self._cfg = cfg.replace(scan_layers=True)
     self._seed = seed
-    self._wanted: set[tuple[str, ...]] = set()
+    self._wanted: set[str] = set()
     self._places = {
-      name: (path, layer if 'layers' in path else None)
+      name: ('/'.join(path), layer if 'layers' in path else None)
       for path, _, found in tensor_names.leaves(self._cfg)
       for layer, name in enumerate(found)
     }
@@ -235,14 +221,11 @@ class _Fresh:
     return Tensor(self._shapes[name], np.dtype(np.float32), fetch, 'newly initialised')
 
   @functools.cached_property
-  def _drawn(self) -> dict[tuple[str, ...], np.ndarray]:
+  def _drawn(self) -> dict[str, np.ndarray]:
     """All that were asked for, in one go; what is not is never computed."""
 
     def draw(key: jax.Array) -> dict[str, Any]:
-      params = t5.init_params(self._cfg, key)
-      leaves = jax.tree_util.tree_leaves_with_path(params)
-      found = {pytrees.names_of(keys): leaf for keys, leaf in leaves}
-      return {'/'.join(path): found[path] for path in sorted(self._wanted)}
+      drawn = pytrees.flatten_names(t5.init_params(self._cfg, key))
+      return {path: drawn[path] for path in self._wanted}
 
-    drawn = jax.device_get(jax.jit(draw)(jax.random.key(self._seed)))
-    return {path: drawn['/'.join(path)] for path in self._wanted}
+    return jax.device_get(jax.jit(draw)(jax.random.key(self._seed)))

@@ -36,10 +36,8 @@ def parse(data: bytes) -> Any:
 def make(pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = False) -> bytes:
   """Returns a unigram model file with T5's special ids and no bos.
 
-  Args:
-    pieces: in the order of their ids.
-    charsmap: the normalisation, compiled by SentencePiece; may be empty.
-    byte_fallback: unknown characters become pieces of bytes, as in mT5.
+  Pieces come in the order of their ids; charsmap is the normalisation as SentencePiece compiles it,
+  and may be empty; with byte_fallback unknown characters become pieces of bytes, as in mT5.
   """
   model = _proto.ModelProto(pieces=pieces)
   model.trainer_spec.model_type = UNIGRAM
