@@ -101,8 +101,8 @@ def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
     kinds = {
       'input': b * q * D * s,
       'outs': b * q * D * s * (3 if cross else 2),
-      # Results of weight matrices: q, k, v, out, wi, wo (and of the cross attention, whose keys
-      # and values have the encoder's length).
+      # Results of weight matrices: q, k, v, out, wi, wo (and of the cross attention, whose keys and
+      # values have the encoder's length).
       'dots': b * s * (q * (3 * J + gates * F + 2 * D) + (q * (J + D) + 2 * cross * J)),
       'attention': b * H * (_pairs_bytes(model, q, q, s) + _pairs_bytes(model, q, cross, s)),
       'rest': b * q * (3 * D * 4 + (gates + 1) * F * s),

@@ -129,8 +129,7 @@ def operation_kinds(hlo_text: str) -> dict[str, tuple[str, str]]:
   """Returns what each operation of a program belongs to, and what it computes.
 
   'attention' is everything from queries, keys and values to their average, its matmuls included;
-  'matmuls' are those of projections, MLPs and logits. 'communication' includes the wait for the
-  slowest device.
+  'matmuls' are those of projections, MLPs and logits. 'communication' has the wait for others.
   """
   module = hlo.HloModule(hlo_text, num_devices=1)
   with_dot = {name for name, ops in module.computations.items() if any(map(_is_dot, ops))}

@@ -1,8 +1,7 @@
 """Reads Hugging Face folders of T5 models: config.json and safetensors.
 
 Numbers are read slice by slice from the files, one or several with an index. Whether the head is
-tied is decided by the tensors that are there: config.json has said either about the same weights
-over the years.
+tied is decided by the tensors that are there: config.json has said either.
 """
 
 import json

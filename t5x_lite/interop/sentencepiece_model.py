@@ -55,7 +55,6 @@ def make(pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = 
 def insert_pieces(data: bytes, texts: Sequence[str]) -> bytes:
   """Returns a model file with user-defined pieces after the last one.
 
-  Messages that are joined are merged and their lists joined, so the file's own bytes are kept as
-  they are.
+  Messages that are joined are merged and their lists joined, so the file's own bytes stay.
   """
   return data + vocabularies.user_defined(texts)

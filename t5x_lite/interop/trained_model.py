@@ -94,11 +94,8 @@ def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig) -> None:
 def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedModel:
   """Opens the mean of several checkpoints, which is read like one.
 
-  Args:
-    paths: run directories, of which the newest checkpoints count, or STEP
-      directories and other models, which count as they are.
-    last: how many checkpoints of each run.
-    **options: of open_model.
+  Of run directories the `last` newest checkpoints count; STEP directories and other models count as
+  they are. Options are those of open_model.
 
   Raises:
     UsageError: if a run has fewer, or they are not of one architecture.

@@ -1,8 +1,7 @@
 """Many processes: how they find each other, agree to stop, and meet.
 
 Everything rests on JAX's own runtime (`jax.distributed`): nothing here opens a socket. A program
-calls `initialize` before it touches a device, and the train loop asks `StopSignal.requested(step)`
-once a step.
+calls `initialize` before it touches a device, and the train loop asks `StopSignal.requested(step)`.
 """
 
 from __future__ import annotations

@@ -241,12 +241,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def per_shard(fn: Callable[..., jax.Array], axes: Sequence[tuple], out_axes: tuple) -> Callable:
   """Returns fn run by each device on its own part, for fn that never look across.
 
-  Outside `axis_rules`, or on one device, it is fn itself.
-
-  Args:
-    fn: of as many pytrees as `axes` has entries; returns an array.
-    axes: logical names of each argument's arrays.
-    out_axes: of the result, which has the shape of the first argument.
+  Outside `axis_rules`, or on one device, it is fn itself. Axes are the logical names of the arrays
+  of each of fn's arguments, which may be pytrees; the result has the shape of the first and the
+  names out_axes.
   """
   active = _ACTIVE.get()
   if active is None or active[0].size == 1:

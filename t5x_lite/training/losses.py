@@ -142,15 +142,8 @@ def loss_sums(
 ) -> dict[str, Array]:
   """Returns weighted sums over all tokens; only 'loss' carries a gradient.
 
-  Args:
-    logits_BLV: see `cross_entropy_with_logits`, as the other arguments.
-    targets_BL: token ids.
-    weights_BL: loss weights.
-    z_loss: see there.
-    label_smoothing: see there.
-    task_ids_BL: the task of every token, below num_tasks; adds the sums
-      [num_tasks] task_loss (without the z-loss) and task_weight.
-    num_tasks: how many tasks there are; 0 without task ids.
+  Given task_ids_BL, the task of every token below num_tasks, it adds the sums [num_tasks] task_loss
+  (without the z-loss) and task_weight. The rest is as in `cross_entropy_with_logits`.
 
   Returns:
     loss (z-loss included) and z_loss in nats, each token times its weight; num_correct and

@@ -82,9 +82,9 @@ def make_train_step(
     skip_nonfinite: leave parameters and optimizer as they are where loss or gradient are not
       finite, and say so in the metric `skipped`.
     histograms: add `group_histograms` of the gradient to the metrics.
-    task_names: if given, the batch has `decoder_task_ids`, which number them,
-      and the metrics have TASK_LOSS and TASK_WEIGHT with each name: sums of the
-      cross entropy in nats, and of the loss weights, over its tokens.
+    task_names: if given, the batch has `decoder_task_ids`, which number them, and the metrics have
+      TASK_LOSS and TASK_WEIGHT with each name: sums of the cross entropy in nats, and of the loss
+      weights, over its tokens.
 
   The key is the run's; the step folds in its number. Metrics are float32 scalars: loss (as
   minimised), cross_entropy and z_loss (nats per unit of loss weight), accuracy, target_tokens,
