@@ -1,5 +1,4 @@
 """Steps as programs for a mesh, and what a compiled program costs.
 
-FLOPs, memory and network by formula, and what the compiler's own output says.
-No arrays are allocated here.
+FLOPs, memory and network by formula, and what the compiler's output says. Nothing is allocated.
 """

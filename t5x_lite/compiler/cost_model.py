@@ -1,16 +1,14 @@
 """Predicts memory and time of a train step from shapes alone.
 
-Good enough to throw away what cannot work before the compiler is asked (see
-plan.py), and to say what would help when memory runs out. Bytes and seconds
-are per device and step.
+Good enough to throw away what cannot work before the compiler is asked (see plan.py), and to say
+what would help when memory runs out. Bytes and seconds are per device and step.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import jax
 
 from t5x_lite.compiler import flops
 from t5x_lite.compiler.hlo import Collective
@@ -21,28 +19,17 @@ from t5x_lite.parallel.hardware import Chip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-  """What a prediction depends on.
-
-  Attributes:
-    model: the architecture.
-    batch: shape and dtype of every array of the global batch.
-    sizes: of the mesh axes 'data', 'fsdp' and 'model'.
-    num_microbatches: parts that a batch is cut into.
-    chunk: target positions whose logits are held at a time; None for all.
-    state_bytes: of parameters and optimizer state on a device.
-    params_bytes: of parameters on a device.
-    num_slices: that the data axis spans.
-    itemsize: of activations.
-  """
+  """What a prediction depends on."""
 
   model: T5Config
+  # shape and dtype of every array of the global batch
   batch: Mapping[str, tuple[tuple[int, ...], Any]]
-  sizes: Mapping[str, int]
+  sizes: Mapping[str, int]  # of the mesh axes 'data', 'fsdp' and 'model'
   num_microbatches: int
-  chunk: int | None
-  state_bytes: int
-  params_bytes: int
-  num_slices: int = 1
+  chunk: int | None  # target positions whose logits are held at a time; None for all
+  state_bytes: int  # of parameters and optimizer state on a device
+  params_bytes: int  # of parameters on a device
+  num_slices: int = 1  # that the data axis spans
 
   @property
   def itemsize(self) -> int:
@@ -59,9 +46,7 @@ class Setup:
   @property
   def inputs(self) -> int:
     """Encoder tokens of a row."""
-    if not self.model.has_encoder:
-      return 0
-    return self.batch['encoder_input_tokens'][0][1]
+    return self.batch['encoder_input_tokens'][0][1] if self.model.has_encoder else 0
 
   @property
   def targets(self) -> int:
@@ -71,11 +56,8 @@ class Setup:
   @property
   def num_layers(self) -> tuple[int, int]:
     """Encoder and decoder layers that there are."""
-    model = self.model
-    return (
-      model.num_encoder_layers if model.has_encoder else 0,
-      model.num_decoder_layers if model.has_decoder else 0,
-    )
+    encoder = self.model.num_encoder_layers if self.model.has_encoder else 0
+    return encoder, self.model.num_decoder_layers if self.model.has_decoder else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,51 +98,44 @@ def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
   for layers, q, cross in ((encoder, M, 0), (decoder, L, M)):
     if not layers:
       continue
-    blocks = 3 if cross else 2
-    yield (
-      layers,
-      {
-        'input': b * q * D * s,
-        'outs': b * q * D * s * blocks,
-        # Results of weight matrices: q, k, v, out, wi, wo (and of the cross
-        # attention, whose keys and values have the encoder's length).
-        'dots': b * s * (q * (3 * J + gates * F + 2 * D) + (q * (J + D) + 2 * cross * J)),
-        'attention': b * H * (_pairs_bytes(model, q, q, s) + _pairs_bytes(model, q, cross, s)),
-        'rest': b * q * (3 * D * 4 + (gates + 1) * F * s),
-      },
-    )
+    kinds = {
+      'input': b * q * D * s,
+      'outs': b * q * D * s * (3 if cross else 2),
+      # Results of weight matrices: q, k, v, out, wi, wo (and of the cross attention, whose keys and
+      # values have the encoder's length).
+      'dots': b * s * (q * (3 * J + gates * F + 2 * D) + (q * (J + D) + 2 * cross * J)),
+      'attention': b * H * (_pairs_bytes(model, q, q, s) + _pairs_bytes(model, q, cross, s)),
+      'rest': b * q * (3 * D * 4 + (gates + 1) * F * s),
+    }
+    yield layers, kinds
+
+
+# What each policy keeps of a layer, from the most memory to the least.
+_KEPT = {
+  'none': ('input', 'dots', 'attention', 'rest'),
+  'minimal': ('input', 'dots'),
+  'save_names': ('input', 'outs'),
+  'full': ('input',),
+}
 
 
 def memory(setup: Setup) -> Memory:
   """Predicts the peak of a train step."""
   saved = working = 0.0
-  policy = setup.model.remat_policy
   for layers, kinds in _layer_activations(setup):
-    kept = {
-      'full': ('input',),
-      'save_names': ('input', 'outs'),
-      'minimal': ('input', 'dots'),
-      'none': ('input', 'dots', 'attention', 'rest'),
-    }[policy]
-    saved += layers * sum(kinds[kind] for kind in kept)
+    saved += layers * sum(kinds[kind] for kind in _KEPT[setup.model.remat_policy])
     # One layer forward again, and the gradients of what it made.
     working = max(working, 2 * (sum(kinds.values()) - kinds['outs']))
   model, tp = setup.model, setup.sizes['model']
   positions = min(setup.chunk or setup.targets, setup.targets)
   logits = 3 * 4 * setup.rows * positions * model.vocab_size / tp
-  # Accumulators beside the new gradients, and the optimizer's updates, which
-  # are made parameter by parameter.
-  gradients = setup.params_bytes * (2 if setup.num_microbatches > 1 else 1)
-  gradients += 0.25 * setup.params_bytes
-  encoder, decoder = setup.num_layers
-  layer = setup.params_bytes * setup.sizes['fsdp'] / max(encoder + decoder, 1)
+  # Accumulators beside the new gradients, and the optimizer's updates, made one by one.
+  gradients = setup.params_bytes * (2.25 if setup.num_microbatches > 1 else 1.25)
+  layer = setup.params_bytes * setup.sizes['fsdp'] / max(sum(setup.num_layers), 1)
   weights = 0.0
   if setup.sizes['fsdp'] > 1:  # one layer at work, one under way
     weights = 2 * layer * setup.itemsize / 4
   return Memory(float(setup.state_bytes), gradients, saved, working, logits, weights)
-
-
-# ---- Time ----
 
 
 def _flops(setup: Setup) -> tuple[float, float]:
@@ -181,8 +156,7 @@ def forward_flops(setup: Setup) -> float:
 def hardware_flops(setup: Setup) -> float:
   """Returns the FLOPs of a train step, recomputation included."""
   total, layers = _flops(setup)
-  again = {'none': 0.0, 'minimal': 0.0, 'save_names': 1.0, 'full': 1.0}
-  return 3 * total + again[setup.model.remat_policy] * layers
+  return 3 * total + (layers if _recomputes(setup) else 0.0)
 
 
 def seconds(setup: Setup, chip: Chip) -> dict[str, float]:
@@ -205,9 +179,13 @@ def collective_bytes(setup: Setup) -> float:
   return sum(_received(setup).values())
 
 
+def _recomputes(setup: Setup) -> bool:
+  return setup.model.remat_policy in ('full', 'save_names')
+
+
 def _passes(setup: Setup) -> int:
   """How often a step reads every weight: forward, twice backward, again."""
-  return 3 + (setup.model.remat_policy in ('full', 'save_names'))
+  return 3 + _recomputes(setup)
 
 
 def _received(setup: Setup) -> dict[str, float]:
@@ -242,23 +220,17 @@ def _hbm_bytes(setup: Setup) -> float:
 
 
 def network_seconds(
-  chip: Chip, devices: Sequence[jax.Device], found: Sequence[Collective]
+  chip: Chip, devices: Sequence[Any], found: Sequence[Collective]
 ) -> dict[str, float]:
   """Returns how long a program's collectives take, by network.
 
-  A collective over a whole closed torus dim sends both ways at once; one over
-  several dims uses the links of all.
-
-  Args:
-    chip: of the devices.
-    devices: in the order of the program's device assignment.
-    found: the program's collectives.
+  A collective over a whole closed torus dim sends both ways at once; one over several dims uses the
+  links of all. Devices come in the order of the program's device assignment.
   """
-  times = {'ICI': 0.0}
+  times = collections.defaultdict(float, ICI=0.0)
   extents: list[int] = []
   if chip.torus_dims:
-    coords = [_coords(device) for device in devices]
-    extents = [1 + max(dim) for dim in zip(*coords, strict=True)]
+    extents = [1 + max(dim) for dim in zip(*(d.coords for d in devices), strict=True)]
   for one in found:
     group = [devices[i] for i in one.group]
     slices = {getattr(d, 'slice_index', None) or 0 for d in group}
@@ -266,28 +238,18 @@ def network_seconds(
     amount = one.bytes * one.count
     far = len(slices) > 1 if chip.torus_dims else len(nodes) > 1
     if one.kind == 'send':  # each device sends its own to the other slices
-      times['DCN'] = times.get('DCN', 0.0) + amount / chip.dcn_bandwidth
+      times['DCN'] += amount / chip.dcn_bandwidth
     elif far:
       width = len(group) / max(len(slices if chip.torus_dims else nodes), 1)
-      times.setdefault('DCN', 0.0)
       times['DCN'] += amount / chip.dcn_bandwidth / max(width, 1)
-    elif chip.torus_dims:
+    else:  # GPUs have no torus: all of NVLink is one link
       links = 0
       for dim, extent in enumerate(extents):
-        spanned = len({_coords(d)[dim] for d in group})
+        spanned = len({d.coords[dim] for d in group})
         closed = spanned == extent and extent >= chip.wrap
         links += (spanned > 1) * (2 if closed else 1)
       times['ICI'] += amount / chip.link_bandwidth / max(links, 1)
-    else:
-      times['ICI'] += amount / chip.link_bandwidth
-  return times
-
-
-def _coords(device: Any) -> list[int]:
-  return list(device.coords)
-
-
-# ---- What to change when memory runs out ----
+  return dict(times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,9 +273,8 @@ def levers(setup: Setup) -> list[Lever]:
     chunk = max(1, min(64, setup.targets // 4))
     consider(f'losses.LossConfig.chunk = {chunk}', chunk=chunk)
   consider("models.T5Config.attention = 'blocked'", model=setup.model.replace(attention='blocked'))
-  policies = ('none', 'minimal', 'save_names', 'full')
-  at = policies.index(setup.model.remat_policy)
-  for policy in policies[at + 1 :]:
+  policies = list(_KEPT)
+  for policy in policies[policies.index(setup.model.remat_policy) + 1 :]:
     model = setup.model.replace(remat_policy=policy)
     consider(f"models.T5Config.remat_policy = '{policy}'", model=model)
   rows = setup.rows
@@ -321,12 +282,11 @@ def levers(setup: Setup) -> list[Lever]:
     if rows % more == 0:
       number = more * setup.num_microbatches
       consider(f'train.train.num_microbatches = {number}', num_microbatches=number)
-  full = setup.model.replace(remat_policy='full')
   if rows >= 2:
     number = int(rows) * setup.num_microbatches
     consider(
       f"remat_policy = 'full', chunk = 64 and num_microbatches = {number} together",
-      model=full,
+      model=setup.model.replace(remat_policy='full'),
       chunk=64,
       num_microbatches=number,
     )

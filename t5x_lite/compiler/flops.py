@@ -1,9 +1,9 @@
 """Model FLOPs by our own formula.
 
-XLA's cost analysis counts the body of a scan once, so that it cannot be used
-for utilisation. Counted here are the matrix multiplications that the model
-needs, each multiply-add as two; recomputation (remat), softmax and norms are
-not. Source of the convention: Chowdhery et al. 2022 (PaLM), appendix B.
+XLA's cost analysis counts the body of a scan once, so that it cannot be used for utilisation.
+Counted here are the matrix multiplications that the model needs, each multiply-add as two;
+recomputation (remat), softmax and norms are not. Source of the convention: Chowdhery et al. 2022
+(PaLM), appendix B.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,9 @@ from t5x_lite.parallel.hardware import peak_flops as peak_flops
 
 
 def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
-  """Returns the FLOPs of one forward pass over a batch.
+  """Returns the FLOPs of one forward pass.
 
-  Args:
-    config: the model.
-    batch_size: sequences.
-    inputs: encoder tokens a sequence, padding included.
-    targets: decoder tokens a sequence, padding included.
+  Inputs and targets are tokens a sequence, padding included.
   """
   joined = config.num_heads * config.head_dim
   matrices = len(config.mlp_activations) + 1

@@ -1,12 +1,11 @@
 """Reads what a compiled program does out of its HLO text.
 
-XLA's own cost analysis counts the body of a loop once, and a scan over layers
-is a loop. Here a loop counts as often as it runs. What is read: collectives
-with their bytes and device groups, traffic to device memory, and the cycles
-that XLA:TPU itself estimates.
+XLA's own cost analysis counts the body of a loop once, and a scan over layers is a loop. Here a
+loop counts as often as it runs. What is read: collectives with their bytes and device groups,
+traffic to device memory, and the cycles that XLA:TPU itself estimates.
 
-The text is read by hand: jaxlib's parser of it is private and gives a protobuf
-without the Python classes to read that.
+The text is read by hand: jaxlib's parser of it is private and gives a protobuf without the Python
+classes to read that.
 """
 
 import collections
@@ -27,56 +26,28 @@ _CALLS = re.compile(
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _CHANNEL = re.compile(r'channel_id=(\d+)')
 
-_ITEM_BITS = {
-  'pred': 8,
-  's4': 4,
-  'u4': 4,
-  's8': 8,
-  'u8': 8,
-  's16': 16,
-  'u16': 16,
-  'bf16': 16,
-  'f16': 16,
-  's32': 32,
-  'u32': 32,
-  'f32': 32,
-  's64': 64,
-  'u64': 64,
-  'f64': 64,
-}
+_DTYPES = 's4 u4 s8 u8 s16 u16 bf16 f16 s32 u32 f32 s64 u64 f64'.split()
+_ITEM_BITS = {'pred': 8, **{dtype: int(dtype.lstrip('bfsu')) for dtype in _DTYPES}}
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'send')
 # These move no data of their own.
-_FREE = {
-  'after-all',
-  'bitcast',
-  'call',
-  'conditional',
-  'constant',
-  'get-tuple-element',
-  'iota',
-  'opt-barrier',
-  'parameter',
-  'partition-id',
-  'tuple',
-  'while',
-}
+_FREE = (
+  'after-all bitcast call conditional constant get-tuple-element iota opt-barrier parameter '
+  'partition-id tuple while'
+).split()
+# What is cut out after these is all that was needed before them.
+_PASSED_ON = {'bitcast', 'convert', 'copy', 'pad', 'reshape', 'transpose'}
+# What a fusion may do with the buffers of a collective that is under way.
+_CARRIERS = {*KINDS, 'custom-call', 'tuple'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective of the program.
+  """One collective of the program."""
 
-  Attributes:
-    kind: one of KINDS.
-    bytes: that a device receives each time, in the ring algorithm.
-    group: indices of the devices of the first group.
-    count: how often it runs in one call of the program.
-  """
-
-  kind: str
-  bytes: float
-  group: tuple[int, ...]
-  count: int
+  kind: str  # one of KINDS
+  bytes: float  # that a device receives each time, in the ring algorithm
+  group: tuple[int, ...]  # indices of the devices of the first group
+  count: int  # how often it runs in one call of the program
 
 
 @dataclasses.dataclass
@@ -123,13 +94,16 @@ def _closing(text: str) -> int:
   return len(text)
 
 
-def _array_bytes(kind: str, *, in_hbm: bool = False) -> list[float]:
-  """Returns the bytes of each array of a type; of those in HBM only, if asked.
+def _hbm_bytes(kind: str) -> float:
+  """Returns the bytes of a type's arrays that lie in device memory."""
+  return sum(_array_bytes(kind, in_hbm=True))
 
-  On TPU the layout's S(1) is on-chip memory; S(5) is the host's.
-  """
+
+def _array_bytes(kind: str, *, in_hbm: bool = False) -> list[float]:
+  """Returns the bytes of each array of a type; of those in HBM only, if asked."""
   sizes = []
   for dtype, dims, layout in _ARRAY.findall(kind):
+    # On TPU the layout's S(1) is on-chip memory; S(5) is the host's.
     if dtype in _ITEM_BITS and not (in_hbm and re.search(r'S\([1-9]', layout)):
       count = math.prod(int(d) for d in dims.split(',') if d)
       sizes.append(count * _ITEM_BITS[dtype] / 8)
@@ -139,49 +113,45 @@ def _array_bytes(kind: str, *, in_hbm: bool = False) -> list[float]:
 def first_group(text: str, num_devices: int) -> tuple[int, ...]:
   """Returns the devices of the first replica group of a collective.
 
-  Args:
-    text: the attributes, with replica groups as a list {{0,1},{2,3}}, as iota
-      [2,2]<=[4], or as axes of a mesh; or source_target_pairs.
-    num_devices: of the program; an empty list of groups means all of them.
+  The text has replica groups as a list {{0,1},{2,3}}, as iota [2,2]<=[4], or as axes of a mesh; or
+  source_target_pairs. An empty list of groups means all devices of the program.
   """
   if match := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', text):
     return int(match[1]), int(match[2])
   if match := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
-    return tuple(int(i) for i in match[1].split(','))
+    return tuple(_numbers(match[1]))
   if match := re.search(r'replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', text):
-    shape = [int(i) for i in match[1].split(',')]
-    ids = _iota(match[2], math.prod(shape)).reshape(shape[0], -1)
-    return tuple(int(i) for i in ids[0])
+    shape = _numbers(match[1])
+    return tuple(_iota(match[2], math.prod(shape)).reshape(shape[0], -1)[0].tolist())
   if match := re.search(
     r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? '
     r'\{([^}]*)\}',
     text,
   ):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-    ids = _iota(match[2] or '', math.prod(sizes.values()))
-    ids = ids.reshape(list(sizes.values()))
+    ids = _iota(match[2] or '', math.prod(sizes.values())).reshape(list(sizes.values()))
     grouped = re.findall(r"'(\w+)'", match[3])
     index = tuple(slice(None) if name in grouped else 0 for name in sizes)
-    return tuple(int(i) for i in ids[index].flat)
+    return tuple(ids[index].flatten().tolist())
   return tuple(range(num_devices))
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(number) for number in text.split(',')]
 
 
 def _iota(text: str, size: int) -> np.ndarray:
   """Returns the device ids that '[4,2]T(1,0)' stands for."""
   ids = np.arange(size)
   if match := re.search(r'\[([\d,]+)\]', text):
-    ids = ids.reshape([int(i) for i in match[1].split(',')])
+    ids = ids.reshape(_numbers(match[1]))
   if match := re.search(r'T\(([\d,]+)\)', text):
-    ids = ids.transpose([int(i) for i in match[1].split(',')])
+    ids = ids.transpose(_numbers(match[1]))
   return ids.reshape(-1)
 
 
 class HloModule:
-  """A compiled program's HLO.
-
-  Attributes:
-    computations: the operations of each, by name.
-  """
+  """A compiled program's HLO: the operations of all `computations`, by name."""
 
   def __init__(self, text: str, num_devices: int):
     """Parses the text of jax.stages.Compiled.as_text()."""
@@ -191,8 +161,7 @@ class HloModule:
     ops: list[_Op] = []
     for line in text.splitlines():
       if match := _OP.match(line):
-        op = _parse_op(match)
-        if op is not None:
+        if op := _parse_op(match):
           ops.append(op)
       elif match := _COMPUTATION.match(line):
         ops = self.computations[match[2]] = []
@@ -201,13 +170,12 @@ class HloModule:
 
   def collectives(self) -> list[Collective]:
     """Returns all collectives, those of fused computations included."""
-    # One collective may show as several pieces, overlapped with compute: in one
-    # computation, or begun before a loop and carried through its iterations.
+    # One collective may show as several pieces, overlapped with compute: in one computation, or
+    # begun before a loop and carried through its iterations.
     channels: dict[str, tuple[Collective, int]] = {}
     for name, times in self._counts().items():
       for i, (computation, op) in enumerate(self._with_fused(name)):
-        one = self._collective(computation, op)
-        if one is not None:
+        if one := self._collective(computation, op):
           match = _CHANNEL.search(op.rest)
           key = match[1] if match else f'{name}#{i}'
           one, before = channels.get(key, (one, times))
@@ -220,24 +188,23 @@ class HloModule:
   def hbm_bytes(self) -> float:
     """Returns the bytes read from and written to device memory.
 
-    Every operand and result that is not on-chip counts once per operation, but
-    of arrays that are only sliced or updated in place, only the part.
+    Every operand and result that is not on-chip counts once per operation, but of arrays that are
+    only sliced or updated in place, only the part.
     """
     total = 0.0
     for name, times in self._counts().items():
-      ops = self.computations[name]
-      types = {op.name: op.type for op in ops}
-      total += times * sum(self._traffic(op, types) for op in ops)
+      types = {op.name: op.type for op in self.computations[name]}
+      total += times * sum(self._traffic(op, types) for op in self.computations[name])
     return total
 
   def estimated_cycles(self) -> int:
     """Returns XLA:TPU's own estimate, loops multiplied out; 0 elsewhere."""
-    total = 0
-    for name, times in self._counts().items():
-      for op in self.computations[name]:
-        if match := _CYCLES.search(op.rest):
-          total += times * int(match[1])
-    return total
+    return sum(
+      times * int(match[1])
+      for name, times in self._counts().items()
+      for op in self.computations[name]
+      if (match := _CYCLES.search(op.rest))
+    )
 
   def _counts(self) -> Mapping[str, int]:
     """Returns how often each computation that is not fused runs."""
@@ -246,13 +213,10 @@ class HloModule:
     def visit(name: str, times: int) -> None:
       counts[name] += times
       for op in self.computations.get(name, ()):
-        if op.opcode == 'while':
-          trips = self._trips(op)
+        if op.opcode in ('while', 'call', 'conditional', 'async-start'):
+          trips = self._trips(op) if op.opcode == 'while' else 1
           for called in op.calls:
             visit(called, times * trips)
-        elif op.opcode in ('call', 'conditional', 'async-start'):
-          for called in op.calls:
-            visit(called, times)
 
     visit(self._entry, 1)
     return counts
@@ -263,16 +227,11 @@ class HloModule:
       return int(match[1])
     match = re.search(r'condition=%([\w.\-]+)', op.rest)
     condition = self.computations.get(match[1] if match else '', [])
-    ops = {one.name: one for one in condition}
+    constants = {one.name: one.rest for one in condition if one.opcode == 'constant'}
     # The comparison may lie in a fusion; its constant is an operand then.
-    for one in condition:
-      if one.root:
-        for name in one.operands:
-          source = ops.get(name)
-          if source is not None and source.opcode == 'constant':
-            number = re.match(r'(\d+)\)', source.rest)
-            if number:
-              return int(number[1])
+    for name in (name for one in condition if one.root for name in one.operands):
+      if number := re.match(r'(\d+)\)', constants.get(name, '')):
+        return int(number[1])
     return 1  # ends by its data, as decoding does
 
   def _with_fused(self, name: str) -> Iterator[tuple[str, _Op]]:
@@ -285,10 +244,8 @@ class HloModule:
 
   def _collective(self, computation: str, op: _Op) -> Collective | None:
     kind = op.opcode.removesuffix('-start')
-    if kind not in KINDS:
-      return None
     sizes = _array_bytes(op.type)
-    if not sizes:
+    if kind not in KINDS or not sizes:
       return None
     group = first_group(op.rest, self._num_devices)
     n = len(group)
@@ -315,18 +272,16 @@ class HloModule:
       return 0.0
     operands = [types.get(name, '') for name in op.operands]
     if op.opcode in ('dynamic-slice', 'slice'):
-      return 2 * sum(_array_bytes(op.type, in_hbm=True))
+      return 2 * _hbm_bytes(op.type)
     if op.opcode == 'dynamic-update-slice':
-      return 2 * sum(_array_bytes(operands[1], in_hbm=True))
+      return 2 * _hbm_bytes(operands[1])
     if op.opcode == 'slice-start':  # ((operands), result, context)
-      moved = _array_bytes(op.type[_closing(op.type[1:]) + 1 :])
-      return max(moved, default=0.0)
+      return max(_array_bytes(op.type[_closing(op.type[1:]) + 1 :]), default=0.0)
     if op.opcode.endswith('-start'):  # its type repeats its operands
-      return sum(_array_bytes(op.type, in_hbm=True))
-    result = sum(_array_bytes(op.type, in_hbm=True))
+      return _hbm_bytes(op.type)
     if op.opcode == 'fusion' and op.calls:
       return self._fusion_traffic(op, operands)
-    return result + sum(sum(_array_bytes(kind, in_hbm=True)) for kind in operands)
+    return _hbm_bytes(op.type) + sum(map(_hbm_bytes, operands))
 
   def _fusion_traffic(self, fusion: _Op, operands: Sequence[str]) -> float:
     """Returns what a fusion reads and writes, given its operands' types."""
@@ -337,31 +292,22 @@ class HloModule:
     total = 0.0
     updated = 0.0  # bytes of results that are updated in place, or not touched
     for op in ops:
-      if op.opcode != 'parameter':
-        continue
-      index = int(op.rest.partition(')')[0])
-      if index >= len(operands):
-        continue
-      whole = sum(_array_bytes(operands[index], in_hbm=True))
+      index = int(op.rest.partition(')')[0]) if op.opcode == 'parameter' else len(operands)
+      whole = _hbm_bytes(operands[index]) if index < len(operands) else 0.0
       if not whole:
         continue
-      kinds = {user.opcode for user in users[op.name]}
-      if index in carried and kinds <= _CARRIERS:
+      own = users[op.name]
+      if index in carried and {user.opcode for user in own} <= _CARRIERS:
         # What a collective that is under way reads and writes.
         updated += whole * carried[index]
-        continue
-      updates = [
-        user
-        for user in users[op.name]
-        if user.opcode == 'dynamic-update-slice' and user.operands[0] == op.name
-      ]
-      if updates and len(updates) == len(users[op.name]):
+      elif own and all(
+        user.opcode == 'dynamic-update-slice' and user.operands[0] == op.name for user in own
+      ):
         updated += whole
-        total += 2 * sum(_array_bytes(types.get(updates[0].operands[1], '')))
+        total += 2 * sum(_array_bytes(types.get(own[0].operands[1], '')))
       else:
         total += min(whole, self._read(op, users))
-    written = sum(_array_bytes(fusion.type, in_hbm=True))
-    return total + max(0.0, written - updated)
+    return total + max(0.0, _hbm_bytes(fusion.type) - updated)
 
   def _read(self, op: _Op, users: Mapping[str, list[_Op]]) -> float:
     """Returns how much of a value its users read, infinite if all of it."""
@@ -382,12 +328,6 @@ class HloModule:
       elif not sliced:  # else it is an index
         return math.inf
     return total
-
-
-# What is cut out after these is all that was needed before them.
-_PASSED_ON = {'bitcast', 'convert', 'copy', 'pad', 'reshape', 'transpose'}
-# What a fusion may do with the buffers of a collective that is under way.
-_CARRIERS = {*KINDS, 'custom-call', 'tuple'}
 
 
 def _users(ops: Sequence[_Op]) -> Mapping[str, list[_Op]]:

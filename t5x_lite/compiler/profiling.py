@@ -1,9 +1,8 @@
 """Where the time of a few steps goes: a trace of JAX's profiler, and a table.
 
-The trace opens in xprof and, its json.gz, in Perfetto (ui.perfetto.dev). The
-table is made of its events with the program's HLO: events name operations, and
-the HLO says what an operation is part of. Tried on CPUs; the names of GPUs'
-and TPUs' lines are those of the profiler's documentation.
+The trace opens in xprof and, its json.gz, in Perfetto (ui.perfetto.dev). The table is made of its
+events with the program's HLO: events name operations, and the HLO says what an operation is part
+of. Tried on CPUs; the names of GPUs' and TPUs' lines are those of the profiler's documentation.
 
 Source: https://docs.jax.dev/en/latest/profiling.html.
 """
@@ -37,14 +36,7 @@ class StepProfiler:
   """Traces some steps of a loop, once."""
 
   def __init__(self, model_dir: str, *, first_step: int, last_step: int, num_steps: int | None):
-    """Decides which.
-
-    Args:
-      model_dir: traces go to MODEL_DIR/profile.
-      first_step: where the loop begins.
-      last_step: where it ends; at most so many are traced.
-      num_steps: how many; None for none.
-    """
+    """Decides which of a loop's steps: num_steps or none, traced into MODEL_DIR/profile."""
     self._directory = os.path.join(model_dir, FOLDER)
     self._num_steps = min(num_steps or 0, last_step - first_step)
     self._start = first_step + min(WARMUP, last_step - first_step - self._num_steps)
@@ -78,17 +70,8 @@ class StepProfiler:
       jax.profiler.stop_trace()
 
 
-# ---- The table ---------------------------------------------------------------
-
-
 def summarize(directory: str, hlo_text: str, *, num_steps: int) -> str:
-  """Returns where the time of the newest trace went, as a table.
-
-  Args:
-    directory: that the trace was written to.
-    hlo_text: of the program that was traced.
-    num_steps: in the trace.
-  """
+  """Returns where the time of a directory's newest trace of num_steps went, as a table."""
   root = epath.Path(glob.escape(directory))  # its own name is no pattern
   (path,) = sorted(root.glob('plugins/profile/*/*.xplane.pb'))[-1:]
   data = jax.profiler.ProfileData.from_serialized_xspace(path.read_bytes())
@@ -110,33 +93,26 @@ def summarize(directory: str, hlo_text: str, *, num_steps: int) -> str:
       for name, nanoseconds in self_times(events):
         ops[name] += nanoseconds
   by_kind: collections.Counter[str] = collections.Counter()
+  labelled: collections.Counter[str] = collections.Counter()
   for name, nanoseconds in ops.items():
     by_kind[kinds[name][0]] += nanoseconds
-  top = {
-    f'{name} ({", ".join(filter(None, kinds[name]))})': t for name, t in ops.most_common(_NUM_OPS)
-  }
+    labelled[f'{name} ({", ".join(filter(None, kinds[name]))})'] = nanoseconds
 
-  def rows(title: str, times: dict[str, int], total: int) -> Iterator[str]:
+  def rows(title: str, times: collections.Counter[str], most: int | None = None) -> Iterator[str]:
     yield f'{"ms/step":>9} {"share":>6}  {title}'
-    for name, time in times.items():
-      yield f'{time / num_steps / 1e6:9.3f} {time / max(1, total):6.1%}    {name}'
+    for name, time in times.most_common(most):
+      yield f'{time / num_steps / 1e6:9.3f} {time / max(1, times.total()):6.1%}    {name}'
 
-  total = sum(ops.values())
-  return '\n'.join(
-    [
-      *rows('the loop', dict(loop.most_common()), sum(loop.values())),
-      *rows('operations, all devices together', dict(by_kind.most_common()), total),
-      *rows('the longest operations, less what they call', top, total),
-    ]
+  tables = (
+    rows('the loop', loop),
+    rows('operations, all devices together', by_kind),
+    rows('the longest operations, less what they call', labelled, _NUM_OPS),
   )
+  return '\n'.join(row for table in tables for row in table)
 
 
 def self_times(events: list[tuple[int, int, str]]) -> Iterator[tuple[str, int]]:
-  """Yields the time of every event of a thread less that of those inside it.
-
-  Args:
-    events: start, duration and name; they nest.
-  """
+  """Yields the time of each nested (start, duration, name) less that of those inside it."""
   stack: list[list[Any]] = []  # end, name, time left
   for start, duration, name in sorted(events, key=lambda one: (one[0], -one[1])):
     while stack and stack[-1][0] <= start:
@@ -152,9 +128,8 @@ def self_times(events: list[tuple[int, int, str]]) -> Iterator[tuple[str, int]]:
 def operation_kinds(hlo_text: str) -> dict[str, tuple[str, str]]:
   """Returns what each operation of a program belongs to, and what it computes.
 
-  'attention' is everything from queries, keys and values to their average, its
-  matmuls included; 'matmuls' are those of projections, MLPs and logits.
-  'communication' includes the wait for the slowest device.
+  'attention' is everything from queries, keys and values to their average, its matmuls included;
+  'matmuls' are those of projections, MLPs and logits. 'communication' has the wait for others.
   """
   module = hlo.HloModule(hlo_text, num_devices=1)
   with_dot = {name for name, ops in module.computations.items() if any(map(_is_dot, ops))}

@@ -1,7 +1,7 @@
 """The steps as programs: with their shardings, ready to be compiled.
 
-Training and ahead-of-time compilation make the same program here, for devices
-that are there or for a topology that is only described.
+Training and ahead-of-time compilation make the same program here, for devices that are there or for
+a topology that is only described.
 """
 
 import dataclasses
@@ -28,21 +28,13 @@ BatchSpec = Mapping[str, tuple[tuple[int, ...], Any]]
 
 @dataclasses.dataclass(frozen=True)
 class StepProgram:
-  """A step, where it runs and what it is called with.
+  """A step, where it runs and what it is called with."""
 
-  Attributes:
-    placement: mesh and rules.
-    jitted: the step, with output shardings and donation.
-    arguments: ShapeDtypeStructs with shardings, for each argument.
-    spec: the train state's description; None for decoding.
-    tx: the optimizer; None for decoding.
-  """
-
-  placement: Placement
-  jitted: jax.stages.Wrapped
-  arguments: tuple[Any, ...]
-  spec: train_state.StateSpec | None = None
-  tx: optax.GradientTransformationExtraArgs | None = None
+  placement: Placement  # mesh and rules
+  jitted: jax.stages.Wrapped  # the step, with output shardings and donation
+  arguments: tuple[Any, ...]  # ShapeDtypeStructs with shardings, for each argument
+  spec: train_state.StateSpec | None = None  # the train state's description; None for decoding
+  tx: optax.GradientTransformationExtraArgs | None = None  # the optimizer; None for decoding
 
   @property
   def mesh(self) -> Mesh:
@@ -97,27 +89,19 @@ def train_program(
 ) -> StepProgram:
   """Returns the train step: (state, batch, key) -> (state, metrics).
 
-  Args:
-    model: the architecture.
-    optimizer: and its schedule.
-    loss: what is minimised.
-    batch: shape and dtype of every array of a global batch.
-    mesh: how devices are arranged.
-    total_steps: for the schedule.
-    num_microbatches: parts that a batch is cut into to save memory.
-    skip_nonfinite: see `steps.make_train_step`.
-    histograms: likewise.
-    task_names: likewise.
-    devices: all of them by default.
+  The batch is shape and dtype of every array of a global one; total_steps is for the schedule; the
+  rest is that of `steps.make_train_step`.
+
+  Raises:
+    UsageError: if the batch, the model or the optimizer does not suit the mesh.
   """
   batch_size = next(iter(batch.values()))[0][0]
   placement = _place(model, mesh, batch_size, devices)
   ways = placement.batch_ways
   if num_microbatches < 1 or batch_size % (num_microbatches * ways):
     raise UsageError(
-      f'the batch size {batch_size} does not divide into '
-      f'num_microbatches={num_microbatches} on {ways} data shards: use a '
-      f'multiple of {num_microbatches * ways}'
+      f'the batch size {batch_size} does not divide into num_microbatches={num_microbatches} on '
+      f'{ways} data shards: use a multiple of {num_microbatches * ways}'
     )
   _, shapes, axes = t5.abstract_params(model)
   tx = optimizers.make_optimizer(optimizer, axes, shapes)

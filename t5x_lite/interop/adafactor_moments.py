@@ -1,12 +1,10 @@
 """Adafactor's second moments, between T5X's state and ours.
 
-Both keep, of a matrix, one mean for each row and one for each column. Which of
-the two is called v_row differs: T5X goes by size in an unrolled model and by
-logical axes in a scanned one, ours always by the size of one layer's matrix.
-Here they are called by the dim of the layer's matrix that they keep.
+Both keep, of a matrix, one mean for each row and one for each column. Which of the two is called
+v_row differs: T5X goes by size in an unrolled model and by logical axes in a scanned one, ours
+always by the size of one layer's matrix. Here they are called by the dim that they keep.
 
-Sources: t5x/adafactor.py _factored_dims, _parse_rule, init_param_state;
-t5x_lite/adafactor.py factoring.
+Sources: t5x/adafactor.py _factored_dims, _parse_rule, init_param_state; our adafactor.factoring.
 """
 
 import dataclasses
@@ -31,15 +29,19 @@ _FIELDS = ('v_row', 'v_col', 'v', 'm')
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-  """The second moment of one layer's parameter: whole, or two means of it.
+  """The second moment of one layer's parameter: whole, or two means of it."""
 
-  Attributes:
-    whole: of the parameter's shape, or None.
-    means: of the shape of its first and of its second dim, or None.
-  """
-
-  whole: np.ndarray | None = None
+  whole: np.ndarray | None = None  # of the parameter's shape, or None
+  # of the shape of its first and of its second dim, or None
   means: tuple[np.ndarray, np.ndarray] | None = None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The parameter's."""
+    if self.whole is not None:
+      return self.whole.shape
+    assert self.means is not None
+    return tuple(mean.size for mean in self.means)
 
   def as_whole(self) -> np.ndarray:
     """Returns the estimate that the update divides by."""
@@ -48,8 +50,7 @@ class Moment:
     assert self.means is not None
     first, second = self.means
     # A new state is all zeros.
-    scale = np.mean(first) or 1.0
-    return np.outer(first, second) / scale
+    return np.outer(first, second) / (np.mean(first) or 1.0)
 
   def as_means(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns the means over columns and over rows."""
@@ -65,9 +66,7 @@ Moments = Mapping[str, Moment]
 def new(cfg: T5Config) -> dict[str, Moment]:
   """Returns the moments of an optimizer that has not seen a gradient."""
   return {
-    name: Moment(means=(np.zeros(shape[0], 'f4'), np.zeros(shape[1], 'f4')))
-    if _is_factored(shape)
-    else Moment(np.zeros(shape, 'f4'))
+    name: _moment([np.zeros(s, 'f4') for s in (shape if _is_factored(shape) else [shape])])
     for name, shape in tensor_names.shapes(cfg).items()
   }
 
@@ -81,207 +80,123 @@ def _row_dim(shape: Sequence[int]) -> int:
   return 0 if shape[0] <= shape[1] else 1
 
 
-# ---- T5X --------------------------------------------------------------------
+def _moment(parts: Sequence[np.ndarray]) -> Moment:
+  """Returns the moment that is whole, or two means."""
+  return Moment(parts[0]) if len(parts) == 1 else Moment(means=(parts[0], parts[1]))
 
 
 def _scanned_row_dim(name: str) -> int:
-  """Returns the dim that v_row keeps in a scanned model: 'embed'."""
+  """Returns the dim that v_row keeps in a scanned model of T5X: 'embed'."""
   return 1 if re.search(r'/(out|wo)/kernel$', name) else 0
-
-
-def _is_scanned_factored(name: str) -> bool:
-  """True for matrices whose axes are a row and a column, of any size."""
-  return name.endswith('/kernel')
 
 
 def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
   """Returns T5X's second moments; empty if the optimizer is another one.
 
-  Args:
-    found: by T5X's names, 'state/param_states/...' among them.
-    cfg: the model.
+  Tensors come by T5X's names, 'state/param_states/...' among them.
   """
   result = {}
   for name, shape in tensor_names.shapes(cfg).items():
-    moment = _of_t5x_unrolled(found, tensor_names.t5x_name(name, cfg), shape)
-    moment = moment or _of_t5x_scanned(found, name)
-    if moment is None:
+    place, layer = tensor_names.t5x_scanned_name(name)
+    unrolled = _read(found, tensor_names.t5x_name(name, cfg))
+    scanned = [] if unrolled or layer is None else _read(found, place)
+    parts = unrolled or scanned
+    if not parts:
       return {}
-    result[name] = moment
+    if len(parts) == 2 and (_scanned_row_dim(name) if scanned else _row_dim(shape)):
+      parts = parts[::-1]
+    if scanned:  # [first dim, layers] and [layers, second dim]
+      parts = [parts[0][:, layer], *(second[layer] for second in parts[1:])]
+    result[name] = _moment(parts)
   return result
 
 
-def _read(found: Mapping[str, Tensor], name: str) -> dict[str, np.ndarray] | None:
-  """Returns the arrays of one parameter that are in use."""
-  state = {
-    field: found[place]
-    for field in _FIELDS
-    if (place := f'{t5x.PARAM_STATES}{name}/{field}') in found
-  }
-  if not {'v_row', 'v_col', 'v'} <= state.keys():
-    return None
-  return {f: t.read() for f, t in state.items() if t.shape != (1,)}
-
-
-def _of_t5x_unrolled(found: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Moment | None:
-  state = _read(found, name)
-  if state is None:
-    return None
-  if 'v' in state:
-    return Moment(state['v'])
-  if not {'v_row', 'v_col'} <= state.keys():
-    return None
-  means = (state['v_row'], state['v_col'])
-  return Moment(means=means if _row_dim(shape) == 0 else means[::-1])
-
-
-def _of_t5x_scanned(found: Mapping[str, Tensor], name: str) -> Moment | None:
-  place, layer = tensor_names.t5x_scanned_name(name)
-  state = None if layer is None else _read(found, place)
-  if state is None:
-    return None
-  if 'v' in state:
-    return Moment(state['v'][:, layer])
-  if not {'v_row', 'v_col'} <= state.keys():
-    return None
-  first, second = state['v_row'], state['v_col']
-  if _scanned_row_dim(name):
-    first, second = second, first
-  # [first dim, layers] and [layers, second dim].
-  return Moment(means=(first[:, layer], second[layer]))
+def _read(found: Mapping[str, Tensor], name: str) -> list[np.ndarray]:
+  """Returns what T5X has of a parameter: v, or v_row and v_col, or nothing."""
+  places = {field: f'{t5x.PARAM_STATES}{name}/{field}' for field in _FIELDS[:3]}
+  if not found.keys() >= set(places.values()):
+    return []
+  used = {field: found[place] for field, place in places.items() if found[place].shape != (1,)}
+  fields = ('v',) if 'v' in used else ('v_row', 'v_col')
+  return [used[field].read() for field in fields] if used.keys() >= set(fields) else []
 
 
 def to_t5x(moments: Moments, cfg: T5Config) -> dict[str, Any]:
   """Returns T5X's param_states, a tree of arrays."""
-  groups: dict[str, list[str]] = {}
-  scanned = cfg.relpos_per_layer
-  for name in moments:
-    place = tensor_names.t5x_name(name, cfg)
-    if scanned:
-      place, _ = tensor_names.t5x_scanned_name(name)
-    groups.setdefault(place, []).append(name)
-  tree: dict[str, Any] = {}
-  for place, members in groups.items():
-    found = [moments[name] for name in members]
-    if scanned and '/layers_' in members[0]:
-      state = _stacked_t5x(members[0], found)
+  leaves = []
+  for place, names in tensor_names.t5x_arrays(cfg).items():
+    found = [moments[name] for name in names]
+    stacked = cfg.relpos_per_layer and '/layers_' in names[0]
+    # A scanned matrix is factored whatever its size.
+    if names[0].endswith('/kernel') if stacked else _is_factored(found[0].shape):
+      firsts, seconds = zip(*(moment.as_means() for moment in found), strict=True)
+      means = (np.stack(firsts, 1), np.stack(seconds)) if stacked else (firsts[0], seconds[0])
+      swapped = _scanned_row_dim(names[0]) if stacked else _row_dim(found[0].shape)
+      state = dict(zip(('v_row', 'v_col'), means[::-1] if swapped else means, strict=True))
     else:
-      state = _unrolled_t5x(found[0])
-    node = tree
-    for key in place.split('/'):
-      node = node.setdefault(key, {})
-    node.update({f: state.get(f, np.zeros(1, 'f4')) for f in _FIELDS})
-  return tree
-
-
-def _unrolled_t5x(moment: Moment) -> dict[str, np.ndarray]:
-  shape = _shape(moment)
-  if not _is_factored(shape):
-    return {'v': moment.as_whole()}
-  means = moment.as_means()
-  row, column = means if _row_dim(shape) == 0 else means[::-1]
-  return {'v_row': row, 'v_col': column}
-
-
-def _stacked_t5x(name: str, found: Sequence[Moment]) -> dict[str, np.ndarray]:
-  if not _is_scanned_factored(name):
-    return {'v': np.stack([m.as_whole() for m in found], 1)}
-  first = np.stack([m.as_means()[0] for m in found], 1)
-  second = np.stack([m.as_means()[1] for m in found], 0)
-  if _scanned_row_dim(name):
-    first, second = second, first
-  return {'v_row': first, 'v_col': second}
-
-
-def _shape(moment: Moment) -> tuple[int, ...]:
-  if moment.whole is not None:
-    return moment.whole.shape
-  assert moment.means is not None
-  return (moment.means[0].size, moment.means[1].size)
-
-
-# ---- Ours -------------------------------------------------------------------
+      wholes = [moment.as_whole() for moment in found]
+      state = {'v': np.stack(wholes, 1) if stacked else wholes[0]}
+    unused = np.zeros(1, 'f4')
+    leaves += [((*place.split('/'), field), state.get(field, unused)) for field in _FIELDS]
+  return pytrees.nested(leaves)
 
 
 def of_run(stored: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
   """Returns a run's second moments; empty if its optimizer is another one.
 
-  Args:
-    stored: by Orbax's names, 'opt_state....' among them.
-    cfg: the model.
+  Tensors come by Orbax's names, 'opt_state....' among them.
   """
-  fields: dict[tuple[str, str], Tensor] = {}
-  for name, tensor in stored.items():
-    match = re.fullmatch(
-      r'opt_state\.(?:.+\.)?(v_row|v_col|v)\.'
-      r'((?:token_embedder|encoder|decoder)\..+)',
-      name,
-    )
-    if match:
-      fields[match[1], match[2]] = tensor
+  pattern = r'opt_state\.(?:.+\.)?(v_row|v_col|v)\.((?:token_embedder|encoder|decoder)\..+)'
+  matches = {name: re.fullmatch(pattern, name) for name in stored}
+  fields = {match.groups(): stored[name] for name, match in matches.items() if match}
   result: dict[str, Moment] = {}
-  for path, leaf, axes, found in _leaves(cfg):
+  for path, layout, found, stacked in _leaves(cfg):
     place = '.'.join(path)
-    stacked = cfg.scan_layers and 'layers' in path
     if ('v', place) in fields:
       arrays = [fields['v', place].read()]
     elif ('v_row', place) in fields and ('v_col', place) in fields:
-      arrays = [fields[f, place].read() for f in ('v_row', 'v_col')]
-      layout = adafactor.factoring(leaf.shape, axes)
+      arrays = [fields[field, place].read() for field in ('v_row', 'v_col')]
       if layout.row_dims[0] != int(stacked):
         arrays = arrays[::-1]
     else:
       return {}
     for i, name in enumerate(found):
-      parts = [a[i] if stacked else a for a in arrays]
-      result[name] = Moment(parts[0]) if len(parts) == 1 else Moment(means=(parts[0], parts[1]))
+      result[name] = _moment([array[i] if stacked else array for array in arrays])
   return result
 
 
 def _leaves(cfg: T5Config):
-  """Yields (path, shape and dtype, axes, canonical names) of our tree."""
+  """Yields (path, factoring, canonical names, whether it is stacked) of our tree's leaves."""
   _, shapes, axes = t5.abstract_params(cfg)
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-  for (keys, leaf), one in zip(leaves, treedef.flatten_up_to(axes), strict=True):
-    path = pytrees.names_of(keys)
-    yield (path, leaf, one, tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path)))
+  for path, leaf, names in pytrees.leaves_with_axes(shapes, axes):
+    found = tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path))
+    stacked = cfg.scan_layers and 'layers' in path
+    yield path, adafactor.factoring(leaf.shape, names), found, stacked
 
 
 def to_run(moments: Moments, cfg: T5Config, step: int) -> dict[tuple[str, ...], Tensor]:
-  """Returns the state of OptimizerConfig()'s Adafactor, by keys.
-
-  Args:
-    moments: of every parameter.
-    cfg: the model.
-    step: updates made so far.
-  """
+  """Returns the state of OptimizerConfig()'s Adafactor, by keys."""
   _, shapes, axes = t5.abstract_params(cfg)
   tx = optimizers.make_optimizer(optimizers.OptimizerConfig(), axes, shapes)
-  by_path = {path: found for path, _, _, found in _leaves(cfg)}
-  layouts = {path: adafactor.factoring(leaf.shape, one) for path, leaf, one, _ in _leaves(cfg)}
+  by_path = {leaf[0]: leaf[1:] for leaf in _leaves(cfg)}
 
   def value(keys: tuple[str, ...], leaf: Any) -> np.ndarray:
     for start in range(len(keys)):
-      path = keys[start:]
-      if path not in by_path:
+      if keys[start:] not in by_path:
         continue
-      stacked = cfg.scan_layers and 'layers' in path
-      found = [moments[name] for name in by_path[path]]
-      field = keys[start - 1]
-      if field == 'v':
-        parts = [m.as_whole() for m in found]
+      layout, names, stacked = by_path[keys[start:]]
+      found = [moments[name] for name in names]
+      if keys[start - 1] == 'v':
+        parts = [moment.as_whole() for moment in found]
       else:
-        layout = layouts[path]
-        dims = layout.row_dims if field == 'v_row' else layout.column_dims
-        parts = [m.as_means()[dims[0] - int(stacked)] for m in found]
+        dims = layout.row_dims if keys[start - 1] == 'v_row' else layout.column_dims
+        parts = [moment.as_means()[dims[0] - int(stacked)] for moment in found]
       return np.stack(parts) if stacked else parts[0]
     assert keys[-1] == 'count', keys
     return np.asarray(step, leaf.dtype)
 
-  state = pytrees.to_plain(jax.eval_shape(tx.init, shapes))
   result = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    keys = pytrees.names_of(path)
+  for keys, leaf in pytrees.leaves(jax.eval_shape(tx.init, shapes)):
     array = value(keys, leaf).astype(leaf.dtype)
     assert array.shape == leaf.shape, (keys, array.shape, leaf.shape)
     result[keys] = of_array(array, '.'.join(keys))

@@ -1,7 +1,7 @@
 """What a transfer method trained, without its base: merged, written, read.
 
-An adapter folder loads onto any base of the same shape. Ours has canonical
-names; LoRA is also written and read in PEFT's format.
+An adapter folder loads onto any base of the same shape. Ours has canonical names; LoRA is also
+written and read in PEFT's format.
 
 Source of the latter: peft/tuners/lora (config.py, model.py), PEFT 0.21.
 """
@@ -25,11 +25,9 @@ from t5x_lite.models.config import T5Config
 FORMATS = ('adapter', 'peft')
 CONFIG, WEIGHTS = 'adapter.json', 'adapter.safetensors'
 PEFT_CONFIG, PEFT_WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
+_FILES = {'adapter': (CONFIG, WEIGHTS), 'peft': (PEFT_CONFIG, PEFT_WEIGHTS)}
 _PREFIX = 'base_model.model.'
-_HF_MATRICES = {
-  **{'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'},
-  **{name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')},
-}
+_HF_MATRICES = {**tensor_names.ATTENTION, **{name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')}}
 # What PEFT's LoRA can do and this one not.
 _PEFT_OTHER = (
   'bias fan_in_fan_out lora_bias use_dora rank_pattern alpha_pattern layers_to_transform '
@@ -98,13 +96,7 @@ def write_alone(
 ) -> None:
   """Writes what a method trains; of adapters that is the norms too.
 
-  Args:
-    directory: as the rest, see `hf_export.write`.
-    tensors: of the whole model, by canonical name.
-    cfg: the model, checked by `check_methods`.
-    to: one of FORMATS.
-    dtype: of the numbers on disk.
-    progress: called with each name.
+  The directory exists, and is empty; `to` is one of FORMATS; the rest is as in `export.write`.
   """
   pattern = transfer.trained_pattern(tensors)
   assert pattern is not None
@@ -112,11 +104,10 @@ def write_alone(
   if to == 'adapter':
     found = {name: tensor for name, tensor in tensors.items() if re.search(pattern, name)}
     entry = {'format': 1, 'model': transfer.fields(cfg)}
-    file, config = WEIGHTS, CONFIG
   else:
     found = {_peft_name(n): tensors[ours].transposed() for n, ours in _lora_names(cfg).items()}
     entry = _peft_entry(cfg)
-    file, config = PEFT_WEIGHTS, PEFT_CONFIG
+  config, file = _FILES[to]
   shard = hf_export.Shard(file, list(found.items()))
   hf_export.write_shard(directory / file, shard, kind, progress)
   (directory / config).write_text(json.dumps(entry, indent=2) + '\n')
@@ -153,9 +144,8 @@ def _peft_entry(cfg: T5Config) -> dict[str, Any]:
 def put_on(source: Source, path: str) -> Source:
   """Returns an open base with the adapter of a folder.
 
-  Args:
-    source: a model without LoRA, adapters or prompt, of any format.
-    path: a folder that `write_alone` wrote, or PEFT.
+  The source is a model of any format without LoRA, adapters or prompt; the path a folder that
+  `write_alone` wrote, or PEFT.
 
   Raises:
     UsageError: if there is no adapter, or it is for another model.
@@ -164,8 +154,8 @@ def put_on(source: Source, path: str) -> Source:
   if transfer.fields(source.config):
     raise UsageError(f'{source.path} has {transfer.fields(source.config)} already: name its base')
   peft = (folder / PEFT_CONFIG).exists()
-  config, weights = (PEFT_CONFIG, PEFT_WEIGHTS) if peft else (CONFIG, WEIGHTS)
-  for file in (config, weights):
+  config = PEFT_CONFIG if peft else CONFIG
+  for file in _FILES['peft' if peft else 'adapter']:
     if not (folder / file).exists():
       raise UsageError(f'{path} holds no adapter: no {file}')
   entry = hf.read_json(folder / config)

@@ -1,8 +1,7 @@
 """Decides which tensor of a checkpoint becomes which tensor of a model.
 
-Equal names by default; regular expressions map others, as T5X's
-assignment_map does, or leave them out. Strict by default: nothing is missing,
-nothing is left over, unless a rule says so.
+Equal names by default; regular expressions map others, as T5X's assignment_map does, or leave them
+out. Strict by default: nothing is missing, nothing is left over, unless a rule says so.
 
 Source: t5x/state_utils.py apply_assignment_map.
 """
@@ -30,17 +29,11 @@ AssignmentMap = Sequence[tuple[str, str | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What became of every tensor.
+  """What became of every tensor."""
 
-  Attributes:
-    loaded: (the model's name, where it is from).
-    skipped: tensors of the checkpoint that the model does not take.
-    initialised: the model's tensors that are drawn anew.
-  """
-
-  loaded: Sequence[tuple[str, str]]
-  skipped: Sequence[str]
-  initialised: Sequence[str]
+  loaded: Sequence[tuple[str, str]]  # the model's name, and where it is from
+  skipped: Sequence[str]  # tensors of the checkpoint that the model does not take
+  initialised: Sequence[str]  # the model's tensors that are drawn anew
 
   def summary(self) -> str:
     """Returns one line."""
@@ -85,8 +78,7 @@ def assign(
 
   def rule(name: str) -> tuple[re.Match, str | None] | None:
     for i, (pattern, replacement) in enumerate(rules):
-      match = pattern.fullmatch(name)
-      if match:
+      if match := pattern.fullmatch(name):
         used.add(i)
         return match, replacement
     return None
@@ -100,18 +92,17 @@ def assign(
     if found is not None:
       match, replacement = found
       old = '' if replacement is None else match.expand(replacement)
-    if found is not None and old and old not in source.tensors:
-      raise UsageError(
-        f'the assignment map takes {name} from {old}, which {source.path} '
-        f'does not have; it has {_some(list(source.tensors))}'
-      )
+      if old and old not in source.tensors:
+        raise UsageError(
+          f'the assignment map takes {name} from {old}, which {source.path} '
+          f'does not have; it has {_some(list(source.tensors))}'
+        )
     tensor = source.tensors.get(old)
     if tensor is None:
       if found is None and strict and not transfer.is_added(name):
         raise UsageError(
-          f'{source.path} has no tensor for {name} of shape {shape}; map it '
-          'from another in assignment_map, or draw it anew with '
-          f'({re.escape(name)!r}, None) or strict=False'
+          f'{source.path} has no tensor for {name} of shape {shape}; map it from another in '
+          f'assignment_map, or draw it anew with ({re.escape(name)!r}, None) or strict=False'
         )
       result[name] = fresh.tensor(name)
       initialised.append(name)
@@ -134,9 +125,8 @@ def assign(
     dropped = found is not None and found[1] is None
     if strict and not dropped and not _without_stack(name, source, cfg):
       raise UsageError(
-        f'{source.path} has {name}, which the model has no place for; drop it '
-        f'with ({re.escape(name)!r}, None) in assignment_map, or all such with '
-        'strict=False'
+        f'{source.path} has {name}, which the model has no place for; drop it with '
+        f'({re.escape(name)!r}, None) in assignment_map, or all such with strict=False'
       )
     skipped.append(name)
   for i, (pattern, _) in enumerate(rules):
@@ -150,23 +140,16 @@ def assign(
 
 # Fields of T5Config that change what the same numbers compute.
 _NUMERICS = (
-  'num_heads',
-  'head_dim',
-  'mlp_activations',
-  'scale_logits',
-  'relpos_max_distance',
-  'layer_norm_epsilon',
-  'pad_id',
-  'eos_id',
-  'decoder_start_id',
-)
+  'num_heads head_dim mlp_activations scale_logits relpos_max_distance layer_norm_epsilon '
+  'pad_id eos_id decoder_start_id'
+).split()
 
 
 def check_numerics(source: Source, cfg: T5Config) -> None:
   """Raises UsageError if the model would compute something else with these.
 
-  Shapes do not show it: gelu or silu, a scaled head or not. A T5X checkpoint
-  does not say, so it is taken at the configuration's word.
+  Shapes do not show it: gelu or silu, a scaled head or not. A T5X checkpoint does not say, so it is
+  taken at the configuration's word.
   """
   if source.format == 't5x':
     return
@@ -175,9 +158,8 @@ def check_numerics(source: Source, cfg: T5Config) -> None:
     theirs, ours = getattr(source.config, field), getattr(cfg, field)
     if theirs != ours:
       raise UsageError(
-        f'{source.path} has {field}={theirs!r}, the configuration {ours!r}: '
-        f'set T5Config.{field}, or CheckpointConfig.strict=False to change it '
-        'on purpose'
+        f'{source.path} has {field}={theirs!r}, the configuration {ours!r}: set T5Config.{field}, '
+        'or CheckpointConfig.strict=False to change it on purpose'
       )
 
 
@@ -220,9 +202,9 @@ class _Fresh:
   def __init__(self, cfg: T5Config, seed: int):
     self._cfg = cfg.replace(scan_layers=True)
     self._seed = seed
-    self._wanted: set[tuple[str, ...]] = set()
+    self._wanted: set[str] = set()
     self._places = {
-      name: (path, layer if 'layers' in path else None)
+      name: ('/'.join(path), layer if 'layers' in path else None)
       for path, _, found in tensor_names.leaves(self._cfg)
       for layer, name in enumerate(found)
     }
@@ -239,14 +221,11 @@ class _Fresh:
     return Tensor(self._shapes[name], np.dtype(np.float32), fetch, 'newly initialised')
 
   @functools.cached_property
-  def _drawn(self) -> dict[tuple[str, ...], np.ndarray]:
+  def _drawn(self) -> dict[str, np.ndarray]:
     """All that were asked for, in one go; what is not is never computed."""
 
     def draw(key: jax.Array) -> dict[str, Any]:
-      params = t5.init_params(self._cfg, key)
-      leaves = jax.tree_util.tree_leaves_with_path(params)
-      found = {pytrees.names_of(keys): leaf for keys, leaf in leaves}
-      return {'/'.join(path): found[path] for path in sorted(self._wanted)}
+      drawn = pytrees.flatten_names(t5.init_params(self._cfg, key))
+      return {path: drawn[path] for path in self._wanted}
 
-    drawn = jax.device_get(jax.jit(draw)(jax.random.key(self._seed)))
-    return {path: drawn['/'.join(path)] for path in self._wanted}
+    return jax.device_get(jax.jit(draw)(jax.random.key(self._seed)))

@@ -21,7 +21,7 @@ from t5x_lite.interop import (
   verification,
   zarr,
 )
-from t5x_lite.interop.tensors import Tensor
+from t5x_lite.interop.tensors import Tensor, of_leaf
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.runs import run_directory
@@ -33,36 +33,25 @@ FORMATS = ('t5x_lite', 'hf', 't5x')
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A checkpoint that is open for reading.
+  """A checkpoint that is open for reading."""
 
-  Attributes:
-    path: of the folder that was opened.
-    format: one of FORMATS.
-    config: the model.
-    tensors: by canonical name; read lazily.
-    unknown: names of tensors that are no part of a T5.
-    vocabulary: or None if the folder says nothing of one.
-    step: updates made, 0 if unknown.
-    read_moments: returns Adafactor's second moments by canonical name; empty if
-      there are none, or another optimizer's.
-    lengths: task feature lengths of training; empty if unknown.
-    checkpoint: of a run of ours, the folder of the step.
-  """
-
-  path: str
-  format: str
-  config: T5Config
-  tensors: Mapping[str, Tensor]
-  unknown: Sequence[str] = ()
-  vocabulary: VocabularyConfig | None = None
-  step: int = 0
+  path: str  # of the folder that was opened
+  format: str  # one of FORMATS
+  config: T5Config  # the model
+  tensors: Mapping[str, Tensor]  # by canonical name; read lazily
+  unknown: Sequence[str] = ()  # names of tensors that are no part of a T5
+  vocabulary: VocabularyConfig | None = None  # or None if the folder says nothing of one
+  step: int = 0  # updates made, 0 if unknown
+  # returns Adafactor's second moments by canonical name; empty if there are none, or another
+  # optimizer's
   read_moments: Callable[[], adafactor_moments.Moments] = dict
+  # task feature lengths of training; empty if unknown
   lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  checkpoint: str = ''
+  checkpoint: str = ''  # of a run of ours, the folder of the step
 
 
-# Files made while reading, such as a SentencePiece model from tokenizer.json;
-# they are removed when the process ends.
+# Files made while reading, such as a SentencePiece model from tokenizer.json; they are removed when
+# the process ends.
 _SCRATCH: list[tempfile.TemporaryDirectory] = []
 
 
@@ -70,9 +59,8 @@ def open_source(path: str) -> Source:
   """Opens a checkpoint, whatever its format.
 
   Args:
-    path: a folder that transformers, T5X or `t5x-lite train` wrote, one of its
-      steps, or the name of a model on the Hugging Face hub; NAME@REVISION is
-      one branch, tag or commit of it.
+    path: a folder that transformers, T5X or `t5x-lite train` wrote, one of its steps, or the name
+      of a model on the Hugging Face hub; NAME@REVISION is one branch, tag or commit of it.
 
   Raises:
     UsageError: if nothing there can be read.
@@ -84,19 +72,17 @@ def open_source(path: str) -> Source:
     place = epath.Path(_from_hub(path))
   if hf.is_hf(place):
     return _open_hf(place)
-  if (run := _find_run(place)) is not None:
+  if run := _find_run(place):
     return _open_run(run)
-  found = t5x.find(place)
-  if found is not None:
+  if found := t5x.find(place):
     return _open_t5x(found)
   if place.is_dir() and any(file.suffix in ('.safetensors', '.bin') for file in place.iterdir()):
     raise UsageError(
       f'{path} holds weights but no {hf.CONFIG}; copy it from where the weights are from'
     )
   raise UsageError(
-    f'{path} holds no checkpoint: no {hf.CONFIG} of transformers, no '
-    f'{run_directory.MODEL_FILE} of t5x_lite, and neither {t5x.FILE} nor '
-    f'{t5x.PREFIX}STEP of T5X'
+    f'{path} holds no checkpoint: no {hf.CONFIG} of transformers, no {run_directory.MODEL_FILE} of '
+    f't5x_lite, and neither {t5x.FILE} nor {t5x.PREFIX}STEP of T5X'
   )
 
 
@@ -110,22 +96,18 @@ def _from_hub(name: str) -> str:
     import huggingface_hub
     from huggingface_hub import constants
   except ImportError as error:
-    raise UsageError(
-      f'{missing}: huggingface_hub is not installed (pip install t5x_lite[hf])'
-    ) from error
+    hint = 'huggingface_hub is not installed (pip install t5x_lite[hf])'
+    raise UsageError(f'{missing}: {hint}') from error
   if not constants.ENDPOINT.startswith('https://'):
     raise UsageError(f'{missing}: HF_ENDPOINT is {constants.ENDPOINT}, not https')
   try:
-    folder = huggingface_hub.snapshot_download(
-      name,
-      revision=revision or None,
-      allow_patterns=['*.json', '*.safetensors', hf_tokenizer.SPIECE],
-    )
+    wanted = ['*.json', '*.safetensors', hf_tokenizer.SPIECE]
+    fetch = functools.partial(huggingface_hub.snapshot_download, allow_patterns=wanted)
+    folder = fetch(name, revision=revision or None)
     log.info('%s from the hub: %s@%s gives it again', name, name, os.path.basename(folder))
     return folder
   except Exception as error:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise UsageError(f'{missing}: {reason}') from error
+    raise UsageError(f'{missing}: {distributed.first_line(error)}') from error
 
 
 def _open_hf(path: epath.Path) -> Source:
@@ -155,21 +137,15 @@ def _open_hf(path: epath.Path) -> Source:
 def _open_t5x(path: epath.Path) -> Source:
   folder = t5x.folder_of(path)
   found = t5x.read_tensors(path)
-  params = t5x.canonical(
-    {
-      name.removeprefix(t5x.TARGET): tensor
-      for name, tensor in found.items()
-      if name.startswith(t5x.TARGET)
-    }
-  )
+  targets = [name for name in found if name.startswith(t5x.TARGET)]
+  params = t5x.canonical({name.removeprefix(t5x.TARGET): found[name] for name in targets})
   config = t5x.model_config(params, folder)
-  known = tensor_names.shapes(config)
   return Source(
     path=os.fspath(folder),
     format='t5x',
     config=config,
     tensors=params,
-    unknown=sorted(params.keys() - known.keys()),
+    unknown=sorted(params.keys() - tensor_names.shapes(config).keys()),
     vocabulary=default_vocabulary(config),
     step=t5x.step(found),
     read_moments=functools.partial(adafactor_moments.of_t5x, found, config),
@@ -210,18 +186,13 @@ def _open_run(run: run_directory.Run) -> Source:
 
   distributed.from_primary(verify)
   state = epath.Path(run.checkpoint) / 'state'
-  reader = zarr.Reader()
-  found = {}
-  stored = zarr.orbax_tensors(state, reader)
-  for path, _, parts in tensor_names.leaves(run.model):
+  found: dict[str, Tensor] = {}
+  stored = zarr.orbax_tensors(state, zarr.Reader())
+  for path, _, names in tensor_names.leaves(run.model):
     name = '.'.join(('params', *path))
     if name not in stored:
       raise UsageError(f'{state} has no {name}')
-    if run.model.scan_layers and 'layers' in path:
-      for i, part in enumerate(parts):
-        found[part] = stored[name].layer(0, i)
-    else:
-      found[parts[0]] = stored[name]
+    found |= of_leaf(stored[name], names, run.model.scan_layers and 'layers' in path)
   return Source(
     path=run.directory,
     format='t5x_lite',

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from etils import epath
 
@@ -30,10 +30,7 @@ def check_destination(target: epath.Path) -> None:
 
 
 def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = None) -> None:
-  """Raises UsageError if there is no such format, or it has no such model.
-
-  Nor such a vocabulary, if one is given.
-  """
+  """Raises UsageError if there is no such format, or it has no such model or vocabulary."""
   if to not in TARGETS:
     raise UsageError(f'the format {to!r} cannot be written; allowed are {", ".join(TARGETS)}')
   check_methods(cfg, to)
@@ -63,8 +60,8 @@ def write(
   Args:
     target: must not exist, or be empty.
     tensors: checked, by canonical name.
-    cfg: the model; its param_dtype is what is written. LoRA is added to its
-      matrices in 'hf' and 't5x'.
+    cfg: the model; its param_dtype is what is written. LoRA is added to its matrices in 'hf' and
+      't5x'.
     to: one of TARGETS.
     vocabulary: None for ids without text.
     step: updates made so far.
@@ -78,7 +75,7 @@ def write(
   if to in ('hf', 't5x'):
     tensors, cfg = merge_lora(tensors, cfg)
   try:
-    common = {'tensors': tensors, 'cfg': cfg, 'progress': _Progress()}
+    common = {'tensors': tensors, 'cfg': cfg, 'progress': _progress()}
     if to in ADAPTERS:
       write_alone(temporary, to=to, dtype=cfg.param_dtype, **common)
     elif to == 'hf':
@@ -87,14 +84,8 @@ def write(
       )
     elif to == 't5x':
       # T5X restores only with an optimizer's state; a new one, if need be.
-      states = second_moments or adafactor_moments.new(cfg)
-      t5x_export.write(
-        temporary,
-        dtype=cfg.param_dtype,
-        step=step,
-        param_states=adafactor_moments.to_t5x(states, cfg),
-        **common,
-      )
+      states = adafactor_moments.to_t5x(second_moments or adafactor_moments.new(cfg), cfg)
+      t5x_export.write(temporary, dtype=cfg.param_dtype, step=step, param_states=states, **common)
     else:
       run_export.write(
         temporary,
@@ -113,17 +104,15 @@ def write(
     raise
 
 
-class _Progress:
-  """Says every few seconds how far it is."""
+def _progress() -> Callable[[str], None]:
+  """Returns what counts an array as written, and says every few seconds how far it is."""
+  count, said = 0, time.monotonic()
 
-  def __init__(self):
-    self._done = 0
-    self._said = time.monotonic()
+  def progress(name: str) -> None:
+    nonlocal count, said
+    count += 1
+    if time.monotonic() - said > REPORT_SECONDS:
+      said = time.monotonic()
+      log.info('%d arrays written, last %s', count, name)
 
-  def __call__(self, name: str) -> None:
-    """Counts one array as written."""
-    self._done += 1
-    now = time.monotonic()
-    if now - self._said > REPORT_SECONDS:
-      self._said = now
-      log.info('%d arrays written, last %s', self._done, name)
+  return progress

@@ -1,14 +1,13 @@
 """Reads Hugging Face folders of T5 models: config.json and safetensors.
 
-Numbers are read slice by slice from the files, one or several with an index.
-Whether the head is tied is decided by the tensors that are there: config.json
-has said either about the same weights over the years.
+Numbers are read slice by slice from the files, one or several with an index. Whether the head is
+tied is decided by the tensors that are there: config.json has said either.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -27,9 +26,7 @@ WEIGHTS_INDEX = 'model.safetensors.index.json'
 MODEL_TYPES = ('t5', 'mt5', 'umt5')
 
 DTYPES = {
-  'F64': np.dtype(np.float64),
-  'F32': np.dtype(np.float32),
-  'F16': np.dtype(np.float16),
+  **{f'F{bits}': np.dtype(f'float{bits}') for bits in (64, 32, 16)},
   'BF16': np.dtype(ml_dtypes.bfloat16),
 }
 
@@ -38,30 +35,42 @@ SHORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 # Elements compared at a time, to see whether two tables are the same.
 _COMPARED = 1 << 24
 
-# Copies of the embedding that old versions saved, and a table of the decoder's
-# cross-attention that Mesh TensorFlow made and nothing reads.
+# Copies of the embedding that old versions saved, and a table of the decoder's cross-attention that
+# Mesh TensorFlow made and nothing reads.
 _COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 _UNREAD = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
 
-# 'gelu' is the exact one unless it is gated: T5 1.1's gated-gelu is the tanh
-# approximation, by an exception in Hugging Face's own config class.
+# 'gelu' is the exact one unless it is gated: T5 1.1's gated-gelu is the tanh approximation, by an
+# exception in Hugging Face's own config class.
 _ACTIVATIONS = {
-  'relu': 'relu',
-  'gelu_new': 'gelu',
-  'gelu_pytorch_tanh': 'gelu',
-  'silu': 'silu',
-  'swish': 'silu',
-  'linear': 'linear',
+  **{name: name for name in ('relu', 'silu', 'linear')},
+  **{'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'swish': 'silu'},
+}
+
+# T5Config's fields, their names in config.json, and what they are if it does not say.
+FIELDS: dict[str, tuple[str, int | float]] = {
+  'emb_dim': ('d_model', 512),
+  'num_heads': ('num_heads', 8),
+  'head_dim': ('d_kv', 64),
+  'mlp_dim': ('d_ff', 2048),
+  'num_encoder_layers': ('num_layers', 6),
+  'dropout_rate': ('dropout_rate', 0.1),
+  'relpos_num_buckets': ('relative_attention_num_buckets', 32),
+  'relpos_max_distance': ('relative_attention_max_distance', 128),
+  'layer_norm_epsilon': ('layer_norm_epsilon', 1e-6),
+}
+IDS = {
+  'pad_id': ('pad_token_id', 0),
+  'eos_id': ('eos_token_id', 1),
+  'decoder_start_id': ('decoder_start_token_id', 0),
 }
 
 
 def is_hf(path: epath.Path) -> bool:
   """True if a directory looks like a saved transformers model."""
-  if not (path / CONFIG).is_file():
-    return False
   try:
-    return 'model_type' in json.loads((path / CONFIG).read_text())
-  except (ValueError, TypeError, RecursionError):
+    return (path / CONFIG).is_file() and 'model_type' in read_json(path / CONFIG)
+  except UsageError:
     return False
 
 
@@ -82,9 +91,6 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise UsageError(f'{path} holds no JSON object')
   return value
-
-
-# ---- Files ------------------------------------------------------------------
 
 
 def weight_files(directory: epath.Path) -> list[epath.Path]:
@@ -108,10 +114,8 @@ def weight_files(directory: epath.Path) -> list[epath.Path]:
   files = sorted(file for file in directory.iterdir() if file.suffix == '.safetensors')
   if len(files) == 1:
     return files
-  pickles = sorted(
-    p.name for p in directory.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
-  )
-  if pickles:
+  suffixes = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+  if pickles := sorted(p.name for p in directory.iterdir() if p.suffix in suffixes):
     raise UsageError(
       f'{directory / pickles[0]} is a pickle, which can run any code when it '
       'is opened, so it is not read; where torch is installed and the source '
@@ -154,15 +158,12 @@ def _fetch(path: epath.Path, name: str) -> Callable[[Index], np.ndarray]:
   """Returns a reader of parts of one tensor."""
 
   def fetch(index: Index) -> np.ndarray:
-    # Opened each time: a file that stays open keeps every page that was ever
-    # read in the process's memory, in the end the whole model.
+    # Opened each time: a file that stays open keeps every page that was ever read in the process's
+    # memory, in the end the whole model.
     with _opened(path) as file:
       return file.get_slice(name)[index] if index else file.get_tensor(name)
 
   return fetch
-
-
-# ---- Names ------------------------------------------------------------------
 
 
 def canonical(
@@ -170,9 +171,7 @@ def canonical(
 ) -> tuple[dict[str, Tensor], list[str]]:
   """Returns (tensors by canonical name, names that are no T5's).
 
-  Args:
-    found: by name in the files.
-    per_layer: whether each layer has its own table of relative positions.
+  Unless per_layer, all layers of a stack share one table of relative positions.
 
   Raises:
     UsageError: if the encoder and the decoder do not share their embedding.
@@ -180,10 +179,7 @@ def canonical(
   rest = dict(found)
   rest.pop(_UNREAD, None)
   shared = rest.get('shared.weight')
-  for copy in _COPIES:
-    other = rest.pop(copy, None)
-    if other is None:
-      continue
+  for other in filter(None, [rest.pop(copy, None) for copy in _COPIES]):
     if shared is None:
       shared = rest['shared.weight'] = other
     elif not _same(shared, other):
@@ -194,14 +190,16 @@ def canonical(
   head = rest.get('lm_head.weight')
   if head is not None and shared is not None and _same(head, shared):
     del rest['lm_head.weight']
-  known = {tensor_names.hf_name(name): name for name in _candidates(rest)}
+  matches = [re.match(r'(encoder|decoder)\.block\.([0-9]{1,9})\.', name) for name in rest]
+  # The numbers that are there, not all up to the highest: that may be any.
+  layers = sorted({(match[1], int(match[2])) for match in matches if match})
+  names = [name for side, i in layers for name in tensor_names.layer_names(side, i)]
+  known = {tensor_names.hf_name(name): name for name in (*tensor_names.whole_names(), *names)}
   result = {}
   for hf, tensor in rest.items():
-    name = known.get(hf)
-    if name is None:
-      continue
-    matrix = tensor_names.is_transposed(name) and len(tensor.shape) == 2
-    result[name] = tensor.transposed() if matrix else tensor
+    if name := known.get(hf):
+      matrix = tensor_names.is_transposed(name) and len(tensor.shape) == 2
+      result[name] = tensor.transposed() if matrix else tensor
   if not per_layer:
     # The table that Hugging Face keeps in the first block is the stack's.
     for side in ('encoder', 'decoder'):
@@ -211,29 +209,12 @@ def canonical(
   return result, sorted(hf for hf in rest if hf not in known)
 
 
-def _candidates(found: Mapping[str, Tensor]) -> Iterator[str]:
-  """Yields the canonical names that a model of any depth can have."""
-  layers = set()
-  for name in found:
-    match = re.match(r'(encoder|decoder)\.block\.([0-9]{1,9})\.', name)
-    if match:
-      layers.add((match[1], int(match[2])))
-  yield from tensor_names.whole_names()
-  # The numbers that are there, not all up to the highest: that may be any.
-  for side, layer in sorted(layers):
-    yield from tensor_names.layer_names(side, layer)
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
   """True if two tensors are equal bit for bit; reads a part at a time."""
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
-  return all(
-    a.read(index).tobytes() == b.read(index).tobytes() for index in blocks(a.shape, _COMPARED)
-  )
-
-
-# ---- Configuration ----------------------------------------------------------
+  parts = blocks(a.shape, _COMPARED)
+  return all(a.read(part).tobytes() == b.read(part).tobytes() for part in parts)
 
 
 def activations(entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -259,9 +240,7 @@ def activations(entry: Mapping[str, Any]) -> tuple[str, ...]:
 def model_config(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T5Config:
   """Returns the config of a folder.
 
-  Args:
-    entry: config.json.
-    tensors: canonical; they decide on the head, the stacks and the biases.
+  The canonical tensors decide on the head, the stacks and the biases.
 
   Raises:
     UsageError: if it is another kind of model.
@@ -273,14 +252,14 @@ def model_config(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T5C
     raise UsageError(f'{embedding.origin} has the shape {embedding.shape}')
   tied = 'decoder/logits_dense/kernel' not in tensors
   has_decoder = 'decoder/decoder_norm/scale' in tensors
-  ids = {
-    name: _number(entry, name, default)
-    for name, default in (('pad_token_id', 0), ('eos_token_id', 1), ('decoder_start_token_id', 0))
-  }
-  for name, token in ids.items():
+  ids = {field: _number(entry, *key) for field, key in IDS.items()}
+  for field, token in ids.items():
     if not 0 <= token < embedding.shape[0]:
-      raise UsageError(f'config.json has {name}={token}, the embedding {embedding.shape[0]} rows')
-  layers = _number(entry, 'num_layers', 6)
+      raise UsageError(
+        f'config.json has {IDS[field][0]}={token}, the embedding {embedding.shape[0]} rows'
+      )
+  fields = {field: _number(entry, *key) for field, key in FIELDS.items()}
+  layers = fields['num_encoder_layers']
   decoder_layers = _number(entry, 'num_decoder_layers', layers)
   # Checked before a name is made for each of them.
   if max(layers, decoder_layers if has_decoder else 0) > len(tensors):
@@ -291,25 +270,15 @@ def model_config(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T5C
   return T5Config(
     # The table, not vocab_size, which old files leave at the tokenizer's.
     vocab_size=embedding.shape[0],
-    emb_dim=_number(entry, 'd_model', 512),
-    num_heads=_number(entry, 'num_heads', 8),
-    head_dim=_number(entry, 'd_kv', 64),
-    mlp_dim=_number(entry, 'd_ff', 2048),
-    num_encoder_layers=layers,
     num_decoder_layers=decoder_layers,
     mlp_activations=activations(entry),
-    dropout_rate=_number(entry, 'dropout_rate', 0.1, float),
     logits_via_embedding=tied and has_decoder,
     scale_logits=_scale_logits(entry, tied) if has_decoder else None,
-    relpos_num_buckets=_number(entry, 'relative_attention_num_buckets', 32),
-    relpos_max_distance=_number(entry, 'relative_attention_max_distance', 128),
     relpos_per_layer=is_per_layer(entry),
-    layer_norm_epsilon=_number(entry, 'layer_norm_epsilon', 1e-6, float),
     architecture='encoder_decoder' if has_decoder else 'encoder',
-    pad_id=ids['pad_token_id'],
-    eos_id=ids['eos_token_id'],
-    decoder_start_id=ids['decoder_start_token_id'],
     dtype='float32',
+    **fields,
+    **ids,
   )
 
 
@@ -325,8 +294,9 @@ def is_per_layer(entry: Mapping[str, Any]) -> bool:
   return entry.get('model_type') == 'umt5'
 
 
-def _number(entry: Mapping[str, Any], key: str, default: Any, kind: type = int) -> Any:
-  value = entry.get(key)
+def _number(entry: Mapping[str, Any], key: str, default: int | float) -> Any:
+  """Returns a number of the default's type."""
+  value, kind = entry.get(key), type(default)
   if isinstance(value, list) and value:
     value = value[0]  # eos_token_id may be several
   if value is None:
@@ -341,11 +311,10 @@ def _number(entry: Mapping[str, Any], key: str, default: Any, kind: type = int) 
 def _scale_logits(entry: Mapping[str, Any], tied: bool) -> bool | None:
   """Returns T5Config.scale_logits: None where the model follows T5's rule.
 
-  The rule: the input of a tied head is scaled by emb_dim**-0.5, that of an
-  untied one is not. transformers 5 always ties, so it writes the factor of
-  model_type t5 as scale_decoder_outputs, has dropped it from mt5, and applies
-  it to umt5 whatever the head (a deviation from the published umT5, which is
-  untied and unscaled; up to version 4 it followed the rule).
+  The rule: the input of a tied head is scaled by emb_dim**-0.5, that of an untied one is not.
+  transformers 5 always ties, so it writes the factor of model_type t5 as scale_decoder_outputs, has
+  dropped it from mt5, and applies it to umt5 whatever the head (a deviation from the published
+  umT5, which is untied and unscaled; up to version 4 it followed the rule).
   """
   kind = entry['model_type']
   says_tied = entry.get('tie_word_embeddings') is not False

@@ -1,7 +1,7 @@
 """Writes Hugging Face folders: config, tokenizer, and safetensors in shards.
 
-A shard's header says where every tensor goes before the first is read, so the
-numbers stream through memory one tensor at a time.
+A shard's header says where every tensor goes before the first is read, so the numbers stream
+through memory one tensor at a time.
 """
 
 import dataclasses
@@ -24,15 +24,11 @@ SHARD_BYTES = 5_000_000_000
 # Elements of an untransposed tensor that are in memory at a time.
 _PART = 1 << 26
 
+_ACTIVATIONS = {'relu': 'relu', 'gelu': 'gelu_new', 'silu': 'silu', 'swish': 'silu'}
 _PROJECTIONS: dict[tuple[str, ...], str] = {
-  ('relu',): 'relu',
-  ('gelu',): 'gelu_new',
-  ('silu',): 'silu',
-  ('swish',): 'silu',
+  **{(ours,): theirs for ours, theirs in _ACTIVATIONS.items()},
+  **{(ours, 'linear'): f'gated-{theirs}' for ours, theirs in _ACTIVATIONS.items()},
   ('gelu', 'linear'): 'gated-gelu',
-  ('silu', 'linear'): 'gated-silu',
-  ('swish', 'linear'): 'gated-silu',
-  ('relu', 'linear'): 'gated-relu',
 }
 _HF_DTYPES = {dtype: name for name, dtype in hf.DTYPES.items()}
 
@@ -55,39 +51,24 @@ def model_config(cfg: T5Config, dtype: str) -> dict[str, Any]:
       f'there are {", ".join(map(str, _PROJECTIONS))}'
     )
   kind = 'umt5' if cfg.relpos_per_layer else 't5'
-  has_decoder = cfg.architecture == 'encoder_decoder'
-  architecture = {'t5': 'T5', 'umt5': 'UMT5'}[kind] + (
-    'ForConditionalGeneration' if has_decoder else 'EncoderModel'
-  )
+  architecture = 'ForConditionalGeneration' if cfg.has_decoder else 'EncoderModel'
   tied = cfg.logits_via_embedding
   scaled = tied if cfg.scale_logits is None else cfg.scale_logits
   entry = {
-    'architectures': [architecture],
+    'architectures': [kind.upper() + architecture],
     'model_type': kind,
-    'is_encoder_decoder': has_decoder,
+    'is_encoder_decoder': cfg.has_decoder,
     'vocab_size': cfg.vocab_size,
-    'd_model': cfg.emb_dim,
-    'd_kv': cfg.head_dim,
-    'd_ff': cfg.mlp_dim,
-    'num_layers': cfg.num_encoder_layers,
+    **{key: getattr(cfg, field) for field, (key, _) in hf.FIELDS.items()},
     'num_decoder_layers': cfg.num_decoder_layers,
-    'num_heads': cfg.num_heads,
-    'relative_attention_num_buckets': cfg.relpos_num_buckets,
-    'relative_attention_max_distance': cfg.relpos_max_distance,
-    'dropout_rate': cfg.dropout_rate,
-    'layer_norm_epsilon': cfg.layer_norm_epsilon,
     'initializer_factor': 1.0,
     'feed_forward_proj': projection,
-    'dense_act_fn': projection.removeprefix('gated-').replace('gelu', 'gelu_new')
-    if projection.startswith('gated-')
-    else projection,
+    'dense_act_fn': _ACTIVATIONS[cfg.mlp_activations[0]],
     'is_gated_act': projection.startswith('gated-'),
     # Up to transformers 4 this is also whether the head's input is scaled.
     'tie_word_embeddings': tied,
     'use_cache': True,
-    'pad_token_id': cfg.pad_id,
-    'eos_token_id': cfg.eos_id,
-    'decoder_start_token_id': cfg.decoder_start_id,
+    **generation_config(cfg),
     'torch_dtype': dtype,
   }
   if scaled != tied:
@@ -98,11 +79,7 @@ def model_config(cfg: T5Config, dtype: str) -> dict[str, Any]:
 
 def generation_config(cfg: T5Config) -> dict[str, Any]:
   """Returns generation_config.json."""
-  return {
-    'pad_token_id': cfg.pad_id,
-    'eos_token_id': cfg.eos_id,
-    'decoder_start_token_id': cfg.decoder_start_id,
-  }
+  return {key: getattr(cfg, field) for field, (key, _) in hf.IDS.items()}
 
 
 def by_hf_name(tensors: Tensors, cfg: T5Config) -> dict[str, Tensor]:
@@ -114,9 +91,7 @@ def by_hf_name(tensors: Tensors, cfg: T5Config) -> dict[str, Tensor]:
   if cfg.share_encoder_decoder:
     for name in tensor_names.shapes(cfg.replace(share_encoder_decoder=False)):
       if name not in full:
-        lender = tensor_names.lender(name)
-        assert lender is not None, name
-        full[name] = full[lender]
+        full[name] = full[tensor_names.lender(name) or '']
   return {
     tensor_names.hf_name(name): tensor.transposed() if tensor_names.is_transposed(name) else tensor
     for name, tensor in full.items()
@@ -136,10 +111,8 @@ def plan_shards(
 ) -> list[Shard]:
   """Cuts tensors, in order, into files of at most limit bytes.
 
-  Args:
-    tensors: by Hugging Face's name.
-    itemsize: bytes an element, as written.
-    limit: bytes; a larger tensor gets a file of its own.
+  Tensors come by Hugging Face's name; itemsize is that of what is written; a tensor larger than the
+  limit gets a file of its own.
   """
   groups: list[list[tuple[str, Tensor]]] = [[]]
   filled = 0
@@ -163,24 +136,19 @@ def write_shard(
 ) -> None:
   """Writes one safetensors file.
 
-  Format: 8 bytes of header length, the header as JSON, then the tensors one
-  after the other, row-major and little-endian.
+  Format: 8 bytes of header length, the header as JSON, then the tensors one after the other,
+  row-major and little-endian.
   """
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   at = 0
   for name, tensor in shard.tensors:
     end = at + tensor.size * dtype.itemsize
-    header[name] = {
-      'dtype': _HF_DTYPES[dtype],
-      'shape': list(tensor.shape),
-      'data_offsets': [at, end],
-    }
-    at = end
+    entry = {'dtype': _HF_DTYPES[dtype], 'shape': list(tensor.shape), 'data_offsets': [at, end]}
+    header[name], at = entry, end
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)  # tensors begin at a multiple of 8
   with path.open('wb') as file:
-    file.write(struct.pack('<Q', len(text)))
-    file.write(text)
+    file.write(struct.pack('<Q', len(text)) + text)
     for name, tensor in shard.tensors:
       for index in blocks(tensor.shape, _PART):
         part = tensor.read(index).astype(dtype, order='C', copy=False)
@@ -200,14 +168,8 @@ def write(
 ) -> None:
   """Writes a folder that from_pretrained of transformers reads.
 
-  Args:
-    directory: exists, and is empty.
-    tensors: checked, by canonical name.
-    cfg: the model.
-    vocabulary: None or passed-through ids write no tokenizer.
-    dtype: 'float32', 'bfloat16' or 'float16', of the numbers on disk.
-    shard_bytes: most bytes a file.
-    progress: called with each tensor's name once it is written.
+  The directory exists, and is empty. Without a vocabulary, or with passed-through ids, no tokenizer
+  is written. The dtype is 'float32', 'bfloat16' or 'float16'; the rest is as in `export.write`.
   """
   config = model_config(cfg, dtype)
   kind = np.dtype(hf.DTYPES[hf.SHORT_DTYPES[dtype]])

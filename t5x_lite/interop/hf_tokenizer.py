@@ -1,7 +1,7 @@
 """Vocabularies as Hugging Face keeps them: spiece.model and tokenizer files.
 
-Folders written by transformers 5 hold only tokenizer.json; its Unigram model
-says all that a SentencePiece file does, so one is made from it.
+Folders written by transformers 5 hold only tokenizer.json; its Unigram model says all that a
+SentencePiece file does, so one is made from it.
 """
 
 import base64
@@ -28,9 +28,7 @@ _META = '▁'
 def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyConfig | None:
   """Returns the vocabulary of a folder, or None if it has none that we read.
 
-  Args:
-    directory: a saved model or tokenizer.
-    scratch: where a model file is made if the folder has only tokenizer.json.
+  A model file is made in `scratch` if the folder has only tokenizer.json.
 
   Raises:
     UsageError: if a file is damaged.
@@ -115,11 +113,7 @@ def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[bytes, int]:
   for part in normalizer.get('normalizers', [normalizer]):
     if part.get('type') == 'Precompiled':
       charsmap = base64.b64decode(part['precompiled_charsmap'] or '')
-  model = sentencepiece_model.make(pieces, charsmap, byte_fallback=byte_fallback)
-  return model, extra_ids
-
-
-# ---- Writing ----------------------------------------------------------------
+  return sentencepiece_model.make(pieces, charsmap, byte_fallback=byte_fallback), extra_ids
 
 
 def check_vocabulary(vocabulary: VocabularyConfig) -> None:
@@ -139,12 +133,8 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
   """
   if vocabulary.kind == 'passthrough':
     return
-  config: dict[str, Any] = {
-    'pad_token': SPECIAL[0],
-    'eos_token': SPECIAL[1],
-    'unk_token': SPECIAL[2],
-    'extra_ids': vocabulary.extra_ids,
-  }
+  config: dict[str, Any] = dict(zip(('pad_token', 'eos_token', 'unk_token'), SPECIAL, strict=True))
+  config['extra_ids'] = vocabulary.extra_ids
   if vocabulary.kind == 'byte':
     config['tokenizer_class'] = 'ByT5Tokenizer'
     config['additional_special_tokens'] = _sentinel_names(vocabulary)
@@ -153,10 +143,10 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
     data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
     model = sentencepiece_model.parse(data)
     (directory / SPIECE).write_bytes(data)
-    text = json.dumps(_tokenizer(model, vocabulary), ensure_ascii=False)
-    (directory / TOKENIZER).write_text(text)
-    # T5Tokenizer has no byte fallback, and cuts at every space; the plain
-    # class takes tokenizer.json as it is, and is what mT5's folders need.
+    tokenizer = _tokenizer(model, vocabulary)
+    (directory / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False))
+    # T5Tokenizer has no byte fallback, and cuts at every space; the plain class takes
+    # tokenizer.json as it is, and is what mT5's folders need.
     plain = model.trainer_spec.byte_fallback or _has_spaces(model)
     config['tokenizer_class'] = 'PreTrainedTokenizerFast' if plain else 'T5Tokenizer'
     if plain:
@@ -176,14 +166,9 @@ def _sentinel_names(vocabulary: VocabularyConfig) -> list[str]:
 
 
 def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
-  """Returns a tokenizer.json: SentencePiece's model in tokenizers' terms.
+  """Returns a tokenizer.json: SentencePiece's ModelProto in tokenizers' terms.
 
-  Written by hand, not by the tokenizers library: that comes with transformers,
-  which a conversion does without.
-
-  Args:
-    model: SentencePiece's ModelProto.
-    vocabulary: names the number of sentinels.
+  Written by hand, not by the tokenizers library: that comes with transformers, not needed here.
   """
   texts = [*SPECIAL, *(piece.piece for piece in model.pieces[len(SPECIAL) :])]
   texts += reversed(_sentinel_names(vocabulary))
@@ -191,11 +176,8 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
   scores += [0.0] * vocabulary.extra_ids
 
   def added(token: int, text: str, special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip'), False)
-    return {
-      'id': token, 'content': text, **flags,
-      'normalized': False, 'special': special,
-    }  # fmt: skip
+    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+    return {'id': token, 'content': text, **flags, 'special': special}
 
   tokens = [added(i, text, True) for i, text in enumerate(SPECIAL)]
   tokens += [
@@ -206,18 +188,15 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
     and not piece.piece.startswith(_META)
   ]
   tokens += [added(i, texts[i], True) for i in range(len(model.pieces), len(texts))]
-  metaspace = {
-    'type': 'Metaspace', 'replacement': _META, 'prepend_scheme': 'always',
-    'split': True,
-  }  # fmt: skip
+  metaspace = {'type': 'Metaspace', 'replacement': _META, 'prepend_scheme': 'always', 'split': True}
   pre_tokenizers = [{'type': 'WhitespaceSplit'}, metaspace]
   normalizers = []
   if charsmap := model.normalizer_spec.precompiled_charsmap:
     text = base64.b64encode(charsmap).decode()
     normalizers.append({'type': 'Precompiled', 'precompiled_charsmap': text})
   if _has_spaces(model):
-    # Not cut into words, so that pieces of several are found; SentencePiece
-    # takes neighbouring spaces for one.
+    # Not cut into words, so that pieces of several are found; SentencePiece takes neighbouring
+    # spaces for one.
     metaspace = {**metaspace, 'split': False}
     pre_tokenizers = [metaspace]
     normalizers += [
@@ -229,22 +208,22 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
   decoder: dict[str, Any] = metaspace
   if model.trainer_spec.byte_fallback:
     decoder = {'type': 'Sequence', 'decoders': [{'type': 'ByteFallback'}, metaspace]}
+  normalizer = normalizers[0] if normalizers else None
+  if len(normalizers) > 1:
+    normalizer = {'type': 'Sequence', 'normalizers': normalizers}
+  special = {'id': SPECIAL[1], 'ids': [vocabularies.EOS_ID], 'tokens': [SPECIAL[1]]}
   return {
     'version': '1.0',
     'truncation': None,
     'padding': None,
     'added_tokens': tokens,
-    'normalizer': {'type': 'Sequence', 'normalizers': normalizers}
-    if len(normalizers) > 1
-    else next(iter(normalizers), None),
+    'normalizer': normalizer,
     'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': pre_tokenizers},
     'post_processor': {
       'type': 'TemplateProcessing',
       'single': [first, eos],
       'pair': [first, eos, second, eos],
-      'special_tokens': {
-        SPECIAL[1]: {'id': SPECIAL[1], 'ids': [vocabularies.EOS_ID], 'tokens': [SPECIAL[1]]}
-      },
+      'special_tokens': {SPECIAL[1]: special},
     },
     'decoder': decoder,
     'model': {

@@ -23,21 +23,13 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-  """A start that has been checked; nothing has been read but names.
+  """A start that has been checked; nothing has been read but names."""
 
-  Attributes:
-    path: of the checkpoint; '' starts from scratch.
-    model: the architecture.
-    seed: of parameters that are drawn.
-    found: the model's tensors by name, unread; None if there is no path.
-    with_optimizer: take step and optimizer state too.
-  """
-
-  path: str
+  path: str  # of the checkpoint; '' starts from scratch
   model: T5Config
-  seed: int
-  found: Any = None
-  with_optimizer: bool = False
+  seed: int  # of parameters that are drawn
+  found: Any = None  # the model's tensors by name, unread; None if there is no path
+  with_optimizer: bool = False  # take step and optimizer state too
 
   def make(
     self, tx: optax.GradientTransformation, spec: train_state.StateSpec, key: jax.Array
@@ -59,41 +51,30 @@ def open_start(
 ) -> Start:
   """Checks that a new run can start from where its configuration says.
 
-  Args:
-    config: its restore_path is a run of ours, or a checkpoint of T5X or
-      transformers.
-    model: the architecture to fill.
-    vocabulary: must be the checkpoint's own, where that says what it is.
-    seed: of parameters that are drawn.
+  Config's restore_path is a run of ours, or a checkpoint of T5X or transformers, for a model of
+  this architecture. The vocabulary must be the checkpoint's own, where that says what it is.
 
   Raises:
     UsageError: if there is no checkpoint, or it is another model's.
   """
-  if not config.restore_path:
+  path, with_optimizer = config.restore_path, config.restore_optimizer
+  if not path:
     return Start(path='', model=model, seed=seed)
-  opened = checkpoint_source.open_source(config.restore_path)
-  if config.restore_optimizer and opened.format != 't5x_lite':
+  opened = checkpoint_source.open_source(path)
+  if with_optimizer and opened.format != 't5x_lite':
     raise UsageError(
-      f'{config.restore_path} is of the format {opened.format!r}; '
-      'restore_optimizer=True needs a run of t5x_lite'
+      f'{path} is of the format {opened.format!r}; restore_optimizer=True needs a run of t5x_lite'
     )
   # T5X's checkpoints do not say what their vocabulary is.
-  theirs = opened.vocabulary if opened.format != 't5x' else None
-  if theirs is not None:
-    _check_vocabulary(config, theirs, vocabulary)
+  if opened.vocabulary is not None and opened.format != 't5x':
+    _check_vocabulary(config, opened.vocabulary, vocabulary)
   if config.strict:
     assignment.check_numerics(opened, model)
   found, report = assignment.assign(
     opened, model, assignment_map=config.assignment_map, strict=config.strict, seed=seed
   )
-  log.info('%s: %s', config.restore_path, report.summary())
-  return Start(
-    path=config.restore_path,
-    model=model,
-    seed=seed,
-    found=found,
-    with_optimizer=config.restore_optimizer,
-  )
+  log.info('%s: %s', path, report.summary())
+  return Start(path=path, model=model, seed=seed, found=found, with_optimizer=with_optimizer)
 
 
 def _check_vocabulary(

@@ -1,11 +1,11 @@
 """Writes a run directory of ours, layer by layer.
 
-The same files that Checkpointer writes through Orbax, in Orbax's form of one
-directory an array: Orbax itself would want the whole model in memory.
+The same files that Checkpointer writes through Orbax, in Orbax's form of one directory an array:
+Orbax itself would want the whole model in memory.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +13,7 @@ from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import tensor_names, zarr
-from t5x_lite.interop.tensors import Tensor, Tensors, blocks
+from t5x_lite.interop.tensors import Tensor, Tensors, of_array
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import checksums
 from t5x_lite.runs import checkpoints, run_directory
@@ -21,7 +21,6 @@ from t5x_lite.runs import checkpoints, run_directory
 STATE = 'state'
 _HANDLER = 'orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler'
 _JSON_HANDLER = 'orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler'
-_PART = 1 << 26  # elements in memory at a time
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -43,63 +42,40 @@ def write(
 ) -> None:
   """Writes a run with one checkpoint.
 
-  Args:
-    directory: exists, and is empty.
-    tensors: checked, by canonical name.
-    cfg: the model; its param_dtype is what is written.
-    vocabulary: its files are copied.
-    step: updates made so far.
-    moments: the optimizer's state by the keys below 'opt_state'.
-    lengths: task feature lengths, inference's defaults.
-    origin: where it comes from, for the record.
-    progress: called with each array's name once it is written.
+  The directory exists, and is empty. The vocabulary's files are copied; moments are the optimizer's
+  state by the keys below 'opt_state'; the rest is as in `export.write`.
   """
   root = directory / checkpoints.CHECKPOINTS / str(step)
   state = root / STATE
   state.mkdir(parents=True)
-  dtype = numpy_dtype(cfg.param_dtype)
   shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
   sums: dict[str, int] = {}
-  for path, leaf, found in tensor_names.leaves(cfg):
-    stacked = cfg.scan_layers and 'layers' in path
-    keys = ('params', *path)
-    array = _create(state, keys, leaf.shape, dtype, int(stacked))
-    for layer, name in enumerate(found):
-      for index in blocks(tensors[name].shape, _PART):
-        part = tensors[name].read(index).astype(dtype, copy=False)
-        place = (layer, *index) if stacked else index
-        array[place].write(part).result()
-        start = [
-          i if isinstance(i, int) else i.indices(n)[0]
-          for i, n in zip(place, leaf.shape, strict=True)
-        ]
-        if stacked:
-          part = part[None]
-        name = '.'.join(keys)
-        sums[name] = sums.get(name, 0) + checksums.of_block(part, leaf.shape, start)
-    shapes[keys] = tuple(leaf.shape)
-    progress('.'.join(keys))
-  scalars = {('step',): np.asarray(step, np.int32)}
-  for keys, value in scalars.items():
-    _create(state, keys, value.shape, value.dtype, 0).write(value).result()
-    shapes[keys] = value.shape
-    sums['.'.join(keys)] = checksums.of_block(value, (), ())
+
+  def save(keys: tuple[str, ...], parts: Sequence[Tensor], dtype: np.dtype, axis: int | None):
+    name = '.'.join(keys)
+    sums[name] = 0
+
+    def add(block: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> None:
+      sums[name] = (sums[name] + checksums.of_block(block, shape, start)) & 0xFFFFFFFF
+
+    path = str(state / name)
+    array = zarr.write(path, parts, dtype, zarr.ORBAX_COMPRESSOR, axis=axis, each=add)
+    shapes[keys] = tuple(array.shape)
+    progress(name)
+
+  for path, _, found in tensor_names.leaves(cfg):
+    axis = 0 if cfg.scan_layers and 'layers' in path else None
+    parts = [tensors[name] for name in found]
+    save(('params', *path), parts, numpy_dtype(cfg.param_dtype), axis)
+  count = of_array(np.asarray(step, np.int32))
+  save(('step',), [count], count.dtype, None)
   for path, tensor in (moments or {}).items():
-    keys = ('opt_state', *path)
-    array = _create(state, keys, tensor.shape, tensor.dtype, 0)
-    whole = tensor.read()
-    array.write(whole).result()
-    shapes[keys] = tensor.shape
-    sums['.'.join(keys)] = checksums.of_block(whole, tensor.shape, (0,) * whole.ndim)
-    progress('.'.join(keys))
+    save(('opt_state', *path), [tensor], tensor.dtype, None)
   (state / zarr.METADATA).write_text(zarr.orbax_metadata(shapes))
-  sums = {name: total & 0xFFFFFFFF for name, total in sums.items()}
   (root / 'meta').mkdir()
   (root / 'meta' / 'metadata').write_text(json.dumps(checkpoints.make_meta(step, sums)))
-  handlers = {STATE: _HANDLER, 'meta': _JSON_HANDLER}
-  (root / '_CHECKPOINT_METADATA').write_text(
-    json.dumps({'item_handlers': handlers, 'custom_metadata': {}})
-  )
+  items = {'item_handlers': {STATE: _HANDLER, 'meta': _JSON_HANDLER}, 'custom_metadata': {}}
+  (root / '_CHECKPOINT_METADATA').write_text(json.dumps(items))
   run_directory.write_run(
     str(directory),
     model=cfg,
@@ -107,8 +83,3 @@ def write(
     lengths=lengths,
     config={'converted_from': origin} if origin else None,
   )
-
-
-def _create(state, keys, shape, dtype, whole_dims):
-  chunks = zarr.chunk_shape(shape, dtype.itemsize, whole_dims=whole_dims)
-  return zarr.create(str(state / '.'.join(keys)), shape, dtype, chunks, zarr.ORBAX_COMPRESSOR)

@@ -36,10 +36,8 @@ def parse(data: bytes) -> Any:
 def make(pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = False) -> bytes:
   """Returns a unigram model file with T5's special ids and no bos.
 
-  Args:
-    pieces: in the order of their ids.
-    charsmap: the normalisation, compiled by SentencePiece; may be empty.
-    byte_fallback: unknown characters become pieces of bytes, as in mT5.
+  Pieces come in the order of their ids; charsmap is the normalisation as SentencePiece compiles it,
+  and may be empty; with byte_fallback unknown characters become pieces of bytes, as in mT5.
   """
   model = _proto.ModelProto(pieces=pieces)
   model.trainer_spec.model_type = UNIGRAM
@@ -57,7 +55,6 @@ def make(pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = 
 def insert_pieces(data: bytes, texts: Sequence[str]) -> bytes:
   """Returns a model file with user-defined pieces after the last one.
 
-  Messages that are joined are merged and their lists joined, so the file's own
-  bytes are kept as they are.
+  Messages that are joined are merged and their lists joined, so the file's own bytes stay.
   """
   return data + vocabularies.user_defined(texts)

@@ -1,22 +1,19 @@
 """Reads T5X checkpoints: legacy ones (msgpack and zarr) and Orbax's.
 
-A legacy checkpoint is one msgpack file that holds small arrays themselves and,
-in place of large ones, TensorStore specs of zarr arrays beside it. Since 2023
-T5X writes the same tree through Orbax.
+A legacy checkpoint is one msgpack file that holds small arrays themselves and, in place of large
+ones, TensorStore specs of zarr arrays beside it. Since 2023 T5X writes the same tree through Orbax.
 
-Sources: t5x/checkpoints.py (VERSION, Checkpointer,
-OrbaxCheckpointManagerInterface), t5x/checkpoint_utils.py
-detect_checkpoint_type.
+Sources: t5x/checkpoints.py (VERSION, Checkpointer, OrbaxCheckpointManagerInterface),
+t5x/checkpoint_utils.py detect_checkpoint_type.
 """
 
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
-from flax import serialization
+from flax import serialization, traverse_util
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import tensors as tensors_lib
@@ -39,8 +36,7 @@ def find(path: epath.Path) -> epath.Path | None:
   """Returns the checkpoint that a path means, or None if there is none.
 
   Args:
-    path: the msgpack file, a step's directory or a model_dir (the newest step
-      is meant).
+    path: the msgpack file, a step's directory or a model_dir (the newest step is meant).
   """
   if path.is_file():
     return path if _is_msgpack(path) else None
@@ -49,12 +45,9 @@ def find(path: epath.Path) -> epath.Path | None:
   for child in (path, path / STATE):
     if (child / FILE).is_file() or (child / zarr.METADATA).is_file():
       return child
-  steps = {}
-  for child in path.iterdir():
-    number = child.name.removeprefix(PREFIX)
-    if child.name.startswith(PREFIX) and number.isdigit():
-      steps[int(number)] = child
-  return find(steps[max(steps)]) if steps else None
+  matches = [re.fullmatch(rf'{PREFIX}(\d+)', child.name) for child in path.iterdir()]
+  steps = {int(match[1]): match[0] for match in matches if match}
+  return find(path / steps[max(steps)]) if steps else None
 
 
 def _is_msgpack(path: epath.Path) -> bool:
@@ -67,25 +60,25 @@ def _is_msgpack(path: epath.Path) -> bool:
 def read_tensors(path: epath.Path) -> dict[str, Tensor]:
   """Returns all arrays by T5X's names: target/..., state/step, ...
 
-  Args:
-    path: from `find`.
-
   Raises:
     UsageError: if the checkpoint is damaged or of an unknown version.
   """
   reader = zarr.Reader()
-  folder = path.parent if path.is_file() else path
+  folder = folder_of(path)
   file = path if path.is_file() else path / FILE
   if not file.is_file():
     # Orbax from 2023-06 on: the tree is in its own metadata.
-    return _named(zarr.orbax_tensors(folder, reader))
+    found = zarr.orbax_tensors(folder, reader)
+    return {name.replace('.', '/').removeprefix('_optimizer/'): t for name, t in found.items()}
   try:
     contents = serialization.msgpack_restore(file.read_bytes())
   except Exception as error:
     raise UsageError(f'{file} is not a msgpack file, or is cut short: {error}') from error
   if not isinstance(contents, dict):
     raise UsageError(f'{file} holds no T5X checkpoint')
-  flat = dict(_flatten(contents, ()))
+  # TensorStore's specs, which are dicts, are leaves.
+  spec = {'driver', 'kvstore', 'metadata'}
+  flat = traverse_util.flatten_dict(contents, is_leaf=lambda _, node: spec <= node.keys())
   placeholders = {
     '/'.join(keys).removeprefix('_optimizer/'): value[len(_PLACEHOLDER) :]
     for keys, value in flat.items()
@@ -111,18 +104,6 @@ def read_tensors(path: epath.Path) -> dict[str, Tensor]:
     elif hasattr(value, 'shape'):
       result[name] = tensors_lib.of_array(np.asarray(value), name)
   return result
-
-
-def _flatten(
-  node: Mapping[str, Any], path: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-  """Yields leaves; TensorStore specs, which are dicts, are leaves."""
-  for key, value in node.items():
-    is_spec = isinstance(value, dict) and {'driver', 'kvstore', 'metadata'} <= value.keys()
-    if isinstance(value, dict) and not is_spec:
-      yield from _flatten(value, (*path, key))
-    else:
-      yield (*path, key), value
 
 
 def _legacy_tensor(
@@ -155,34 +136,20 @@ def _inside(folder: epath.Path, name: str, relative: str) -> str:
   return relative
 
 
-def _named(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-  """Turns Orbax's names into T5X's: slashes, and no '_optimizer'."""
-  return {
-    name.replace('.', '/').removeprefix('_optimizer/'): tensor for name, tensor in found.items()
-  }
-
-
-# ---- Names ------------------------------------------------------------------
-
-
 def canonical(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
   """Returns tensors by canonical name, scanned stacks cut into layers.
 
-  Args:
-    found: by T5X's names below 'target/'.
+  They are given by T5X's names below 'target/'.
   """
   axes = {side: _scan_axis(found, side) for side in _STACKS}
   result = {}
   for name, tensor in found.items():
-    name = re.sub(r'^decoder/token_embedder/', 'token_embedder/', name)
-    match = re.fullmatch(r'(encoder|decoder)/\1/(.+)', name)
-    if not match:
-      result[name] = tensor
-      continue
-    side, rest = match.groups()
-    axis = axes[side]
-    for i in range(tensor.shape[axis]):
-      result[f'{side}/layers_{i}/{rest}'] = tensor.layer(axis, i)
+    if match := re.fullmatch(r'(encoder|decoder)/\1/(.+)', name):
+      side, rest = match.groups()
+      for i in range(tensor.shape[axes[side]]):
+        result[f'{side}/layers_{i}/{rest}'] = tensor.layer(axes[side], i)
+    else:
+      result[re.sub(r'^decoder/token_embedder/', 'token_embedder/', name)] = tensor
   return result
 
 
@@ -195,14 +162,11 @@ def _scan_axis(found: Mapping[str, Tensor], side: str) -> int:
   return 1
 
 
-# ---- Configuration ----------------------------------------------------------
-
-
 def model_config(tensors: Mapping[str, Tensor], folder: epath.Path) -> T5Config:
   """Infers the config of a checkpoint, which does not hold one.
 
-  What shapes do not tell, the activations, is read from a config.gin in the
-  folder or the two above it; else a gated feed-forward block is T5 1.1's.
+  What shapes do not tell, the activations, is read from a config.gin in the folder or the two above
+  it; else a gated feed-forward block is T5 1.1's.
 
   Raises:
     UsageError: if the tensors are no T5's.
@@ -213,28 +177,18 @@ def model_config(tensors: Mapping[str, Tensor], folder: epath.Path) -> T5Config:
       raise UsageError(f'{folder} has no target/{name}: not a T5 model')
     return tensors[name].shape
 
-  depth = {
-    side: 1
-    + max(
-      (int(m[1]) for m in (re.match(rf'{side}/layers_(\d+)/', name) for name in tensors) if m),
-      default=-1,
-    )
-    for side in _STACKS
-  }
+  matches = [re.match(r'(\w+)/layers_(\d+)/', name) for name in tensors]
+  layers = [(match[1], int(match[2])) for match in matches if match]
+  depth = {side: 1 + max((i for s, i in layers if s == side), default=-1) for side in _STACKS}
   side = 'encoder' if depth['encoder'] else 'decoder'
   attention = 'attention' if side == 'encoder' else 'self_attention'
   per_layer = f'{side}/layers_0/relpos_bias/rel_embedding' in tensors
-  heads, buckets = shape(
-    f'{side}/layers_0/relpos_bias/rel_embedding'
-    if per_layer
-    else f'{side}/relpos_bias/rel_embedding'
-  )
+  place = f'{side}/layers_0' if per_layer else side
+  heads, buckets = shape(f'{place}/relpos_bias/rel_embedding')
   vocab_size, emb_dim = shape('token_embedder/embedding')
   joined = shape(f'{side}/layers_0/{attention}/query/kernel')[1]
   gated = f'{side}/layers_0/mlp/wi_0/kernel' in tensors
-  architecture = 'encoder_decoder'
-  if not (depth['encoder'] and depth['decoder']):
-    architecture = side
+  architecture = 'encoder_decoder' if all(depth.values()) else side
   return T5Config(
     vocab_size=vocab_size,
     emb_dim=emb_dim,
@@ -258,20 +212,17 @@ def _gin_activations(folder: epath.Path) -> tuple[str, ...]:
   """Returns mlp_activations of a run's config.gin, or () without one."""
   for place in (folder, folder.parent, folder.parent.parent):
     file = place / 'config.gin'
-    if file.is_file():
-      match = re.search(r'mlp_activations\s*=\s*[(\[]([^)\]]*)[)\]]', file.read_text())
-      if match:
-        return tuple(re.findall(r'[\'"]([\w]+)[\'"]', match[1]))
+    text = file.read_text() if file.is_file() else ''
+    if match := re.search(r'mlp_activations\s*=\s*[(\[]([^)\]]*)[)\]]', text):
+      return tuple(re.findall(r'[\'"]([\w]+)[\'"]', match[1]))
   return ()
 
 
 def step(found: Mapping[str, Tensor]) -> int:
   """Returns the number of updates of a checkpoint, 0 if it does not say."""
-  if 'state/step' not in found:
-    return 0
-  return int(np.asarray(found['state/step'].read()))
+  return int(found['state/step'].read()) if 'state/step' in found else 0
 
 
 def folder_of(path: epath.Path) -> epath.Path:
   """Returns the directory of what `find` returned."""
-  return epath.Path(os.path.dirname(os.fspath(path))) if path.is_file() else path
+  return path.parent if path.is_file() else path

@@ -1,13 +1,13 @@
 """Writes legacy T5X checkpoints: one msgpack file, and zarr beside it.
 
-What T5X's own Checkpointer writes, array by array: version 3, float32 or
-bfloat16, unrolled layers, or scanned on axis 1 where a relative position bias
-belongs to each layer, for which T5X has only the scanned network.
+What T5X's own Checkpointer writes, array by array: version 3, float32 or bfloat16, unrolled layers,
+or scanned on axis 1 where a relative position bias belongs to each layer, for which T5X has only
+the scanned network.
 
 Source: t5x/checkpoints.py Checkpointer.save.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,13 @@ from flax import serialization
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import run_export, t5x, tensor_names, zarr
-from t5x_lite.interop.tensors import Tensor, Tensors, blocks
+from t5x_lite.interop.tensors import Tensors
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import pytrees
 
 VERSION = 3
 SCAN_AXIS = 1
 _COMPRESSOR = {'id': 'gzip', 'level': 1}
-_PART = 1 << 26  # elements in memory at a time
 
 
 def check(cfg: T5Config, dtype: str) -> None:
@@ -46,66 +46,27 @@ def write(
 ) -> None:
   """Writes a checkpoint_STEP directory.
 
-  Args:
-    directory: exists, and is empty.
-    tensors: checked, by canonical name.
-    cfg: the model.
-    dtype: 'float32' or 'bfloat16', of the parameters on disk.
-    step: updates made so far.
-    param_states: the optimizer's, a tree of arrays by T5X's names.
-    progress: called with each array's name once it is written.
+  The directory exists, and is empty. The dtype is 'float32' or 'bfloat16', of the parameters;
+  param_states are the optimizer's, a tree of arrays by T5X's names; the rest is as in
+  `export.write`.
   """
   check(cfg, dtype)
   root = directory / f'{t5x.PREFIX}{step}'
   root.mkdir()
   kind = run_export.numpy_dtype(dtype)
-  target: dict[str, Any] = {}
-  for name, parts in arrays(tensors, cfg).items():
+  target = []
+  for name, names in tensor_names.t5x_arrays(cfg).items():
     place = f'target.{name.replace("/", ".")}'
-    array = _create(root / place, parts, kind, scanned=_is_scanned(name, cfg))
-    _insert(target, name, _spec(array, place))
+    axis = SCAN_AXIS if cfg.relpos_per_layer and '/layers_' in names[0] else None
+    parts = [tensors[part] for part in names]
+    array = zarr.write(str(root / place), parts, kind, _COMPRESSOR, axis=axis)
+    target.append((name.split('/'), _spec(array, place)))
     progress(f'target/{name}')
-  state = {'step': np.asarray(step, np.int32)}
-  contents = {
-    'version': VERSION,
-    'optimizer': {'state': {**state, 'param_states': dict(param_states)}, 'target': target},
-  }
+  state = {'step': np.asarray(step, np.int32), 'param_states': dict(param_states)}
+  optimizer = {'state': state, 'target': pytrees.nested(target)}
+  contents = {'version': VERSION, 'optimizer': optimizer}
   # Last: without this file there is no checkpoint.
   (root / t5x.FILE).write_bytes(serialization.msgpack_serialize(contents))
-
-
-def arrays(tensors: Tensors, cfg: T5Config) -> dict[str, list[Tensor]]:
-  """Returns the layers of each of T5X's arrays, by its name below 'target/'."""
-  result: dict[str, list[Tensor]] = {}
-  for name in tensor_names.shapes(cfg):
-    if cfg.relpos_per_layer:
-      place, _ = tensor_names.t5x_scanned_name(name)
-    else:
-      place = tensor_names.t5x_name(name, cfg)
-    result.setdefault(place, []).append(tensors[name])
-  return result
-
-
-def _is_scanned(name: str, cfg: T5Config) -> bool:
-  side, _, rest = name.partition('/')
-  return cfg.relpos_per_layer and rest.startswith(f'{side}/')
-
-
-def _create(path: epath.Path, parts: Sequence[Tensor], dtype: np.dtype, *, scanned: bool) -> Any:
-  """Writes the layers of one array and returns it."""
-  shape = list(parts[0].shape)
-  chunks = zarr.chunk_shape(shape, dtype.itemsize)
-  if scanned:
-    shape.insert(SCAN_AXIS, len(parts))
-    chunks.insert(SCAN_AXIS, 1)
-  array = zarr.create(str(path), shape, dtype, chunks, _COMPRESSOR)
-  for layer, part in enumerate(parts):
-    for index in blocks(part.shape, _PART):
-      where: list[Any] = list(index)
-      if scanned:
-        where.insert(SCAN_AXIS, layer)
-      array[tuple(where)].write(part.read(index).astype(dtype)).result()
-  return array
 
 
 def _spec(array: Any, place: str) -> dict[str, Any]:
@@ -117,10 +78,3 @@ def _spec(array: Any, place: str) -> dict[str, Any]:
     'kvstore': {'driver': 'file', 'path': f'{place}/'},
     'metadata': {key: full['metadata'][key] for key in ('chunks', 'compressor', 'shape')},
   }
-
-
-def _insert(tree: dict[str, Any], name: str, value: Any) -> None:
-  *parents, last = name.split('/')
-  for key in parents:
-    tree = tree.setdefault(key, {})
-  tree[last] = value

@@ -1,9 +1,9 @@
 """One table of names: ours, T5X's and Hugging Face's, for both directions.
 
 The canonical name of a tensor is T5X's of an unrolled model, such as
-'encoder/layers_3/mlp/wo/kernel'; one layer's tensor in T5X's orientation. Our
-trees have the same names with the layers stacked or in a list, T5X's scanned
-ones stack them on axis 1, and Hugging Face transposes every matrix.
+'encoder/layers_3/mlp/wo/kernel'; one layer's tensor in T5X's orientation. Our trees have the same
+names with the layers stacked or in a list, T5X's scanned ones stack them on axis 1, and Hugging
+Face transposes every matrix.
 
 Sources: t5x/examples/t5/network.py and layers.py; t5x/examples/scalable_t5;
 transformers/models/t5/modeling_t5.py.
@@ -20,24 +20,20 @@ from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
-# Ours below encoder/layers_I or decoder/layers_I, and Hugging Face's below
-# encoder.block.I or decoder.block.I.
-_ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
+# Ours below encoder/layers_I or decoder/layers_I, and Hugging Face's below encoder.block.I or
+# decoder.block.I.
+ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
+_RELPOS = 'relpos_bias/rel_embedding'
 
 
 def _block(attention: Sequence[tuple[str, str, str]], mlp: int):
-  """Returns {ours: Hugging Face's} of one layer.
-
-  Args:
-    attention: (our norm, our module, their module) of each attention.
-    mlp: the number of the feed-forward sub-layer.
-  """
+  """Returns {ours: Hugging Face's} of one layer."""
   table = {}
   for i, (norm, ours, theirs) in enumerate(attention):
     table[f'{norm}/scale'] = f'layer.{i}.layer_norm.weight'
-    for our_name, their_name in _ATTENTION.items():
+    for our_name, their_name in ATTENTION.items():
       table[f'{ours}/{our_name}/kernel'] = f'layer.{i}.{theirs}.{their_name}.weight'
-  table['relpos_bias/rel_embedding'] = 'layer.0.SelfAttention.relative_attention_bias.weight'
+  table[_RELPOS] = 'layer.0.SelfAttention.relative_attention_bias.weight'
   table['pre_mlp_layer_norm/scale'] = f'layer.{mlp}.layer_norm.weight'
   for name in ('wi', 'wi_0', 'wi_1', 'wo'):
     table[f'mlp/{name}/kernel'] = f'layer.{mlp}.DenseReluDense.{name}.weight'
@@ -61,16 +57,11 @@ _WHOLE = {
   'decoder/decoder_norm/scale': 'decoder.final_layer_norm.weight',
   'decoder/logits_dense/kernel': 'lm_head.weight',
   # One table a stack: Hugging Face keeps it in the first block.
-  **{
-    f'{side}/relpos_bias/rel_embedding': (
-      f'{side}.block.0.{_BLOCKS[side]["relpos_bias/rel_embedding"]}'
-    )
-    for side in _BLOCKS
-  },
+  **{f'{side}/{_RELPOS}': f'{side}.block.0.{block[_RELPOS]}' for side, block in _BLOCKS.items()},
 }
 
-# What a decoder layer of a model with shared parameters borrows of the
-# encoder's (Raffel et al. 2020, Table 2, 'Enc-dec, shared').
+# What a decoder layer of a model with shared parameters borrows of the encoder's (Raffel et al.
+# 2020, Table 2, 'Enc-dec, shared').
 _BORROWED = {
   'pre_self_attention_layer_norm': 'pre_attention_layer_norm',
   'self_attention': 'attention',
@@ -79,11 +70,14 @@ _BORROWED = {
 }
 
 
+_LAYER = re.compile(r'(encoder|decoder)/layers_(\d+)/(.+)')
+
+
 def hf_name(name: str) -> str:
   """Returns Hugging Face's name of a canonical one."""
   if name in _WHOLE:
     return _WHOLE[name]
-  match = re.fullmatch(r'(encoder|decoder)/layers_(\d+)/(.+)', name)
+  match = _LAYER.fullmatch(name)
   assert match, name
   side, layer, rest = match.groups()
   return f'{side}.block.{layer}.{_BLOCKS[side][rest]}'
@@ -117,7 +111,7 @@ def t5x_scanned_name(name: str) -> tuple[str, int | None]:
 
   scalable_t5 names the scanned module after its stack: encoder/encoder/...
   """
-  match = re.fullmatch(r'(encoder|decoder)/layers_(\d+)/(.+)', name)
+  match = _LAYER.fullmatch(name)
   if not match:
     return name, None
   side, layer, rest = match.groups()
@@ -135,9 +129,7 @@ def lender(name: str) -> str | None:
 def leaf_names(path: Sequence[str], num_layers: int) -> list[str]:
   """Returns the canonical names of the tensors in one leaf of our tree.
 
-  Args:
-    path: the leaf's keys; a list's index is the layer's number.
-    num_layers: how many layers a stacked leaf holds.
+  In the path a list's index is the layer's number; num_layers are in a stacked leaf.
 
   Returns:
     One name, or one a layer for a leaf that is stacked.
@@ -152,19 +144,15 @@ def leaf_names(path: Sequence[str], num_layers: int) -> list[str]:
 
 def num_layers(cfg: T5Config, path: Sequence[str]) -> int:
   """Returns the depth of the stack a leaf belongs to."""
-  side = path[0]
-  return cfg.num_encoder_layers if side == 'encoder' else cfg.num_decoder_layers
+  return cfg.num_encoder_layers if path[0] == 'encoder' else cfg.num_decoder_layers
 
 
 @functools.lru_cache(maxsize=64)
 def leaves(cfg: T5Config) -> Sequence[tuple[tuple[str, ...], jax.ShapeDtypeStruct, Sequence[str]]]:
   """Returns (path, shape and dtype, canonical names) of our tree's leaves."""
   _, shapes, _ = t5.abstract_params(cfg)
-  result = []
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-    path = pytrees.names_of(keys)
-    result.append((path, leaf, leaf_names(path, num_layers(cfg, path))))
-  return result
+  found = pytrees.leaves(shapes)
+  return [(path, leaf, leaf_names(path, num_layers(cfg, path))) for path, leaf in found]
 
 
 @functools.lru_cache(maxsize=64)
@@ -179,3 +167,15 @@ def shapes(cfg: T5Config) -> Mapping[str, tuple[int, ...]]:
     shape = leaf.shape[1:] if 'layers' in path else leaf.shape
     result.update(dict.fromkeys(names, shape))
   return types.MappingProxyType(result)
+
+
+def t5x_arrays(cfg: T5Config) -> dict[str, list[str]]:
+  """Returns the canonical names in each array of T5X's, by its name below 'target/'.
+
+  One a layer where relpos_per_layer, for which T5X has only the scanned network.
+  """
+  result: dict[str, list[str]] = {}
+  for name in shapes(cfg):
+    place = t5x_scanned_name(name)[0] if cfg.relpos_per_layer else t5x_name(name, cfg)
+    result.setdefault(place, []).append(name)
+  return result

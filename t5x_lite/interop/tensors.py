@@ -1,7 +1,7 @@
 """Lazy tensors: read when they are asked for, and only the part asked for.
 
-A checkpoint of any format is a mapping from canonical names (tensor_names.py)
-to these; so are a model in memory and what replaces a missing parameter.
+A checkpoint of any format is a mapping from canonical names (tensor_names.py) to these; so are a
+model in memory and what replaces a missing parameter.
 """
 
 import dataclasses
@@ -22,19 +22,12 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """An array somewhere.
-
-  Attributes:
-    shape: of the whole.
-    dtype: as stored.
-    fetch: returns the part that an index of one slice a dim names.
-    origin: its name where it is stored, for messages.
-  """
+  """An array somewhere."""
 
   shape: tuple[int, ...]
-  dtype: np.dtype
-  fetch: Callable[[Index], np.ndarray]
-  origin: str
+  dtype: np.dtype  # as stored
+  fetch: Callable[[Index], np.ndarray]  # returns the part that one slice a dim names
+  origin: str  # its name where it is stored, for messages
 
   def read(self, index: Index | None = None) -> np.ndarray:
     """Returns the whole, or the part that one slice a dim names."""
@@ -55,8 +48,7 @@ class Tensor:
     """Returns what is at i of an axis, without that axis."""
 
     def fetch(index: Index) -> np.ndarray:
-      full = (*index[:axis], slice(i, i + 1), *index[axis:])
-      return self.fetch(full).squeeze(axis)
+      return self.fetch((*index[:axis], slice(i, i + 1), *index[axis:])).squeeze(axis)
 
     shape = (*self.shape[:axis], *self.shape[axis + 1 :])
     return dataclasses.replace(self, shape=shape, fetch=fetch)
@@ -78,15 +70,18 @@ def of_array(array: Any, origin: str = 'memory') -> Tensor:
 def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
   """Returns a model's parameters as tensors; nothing is copied yet."""
   result = {}
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-    path = pytrees.names_of(keys)
-    found = tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path))
-    whole = of_array(leaf, '/'.join(path))
-    if cfg.scan_layers and 'layers' in path:
-      result.update({n: whole.layer(0, i) for i, n in enumerate(found)})
-    else:
-      result[found[0]] = whole
+  for path, leaf in pytrees.leaves(params):
+    names = tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path))
+    stacked = cfg.scan_layers and 'layers' in path
+    result |= of_leaf(of_array(leaf, '/'.join(path)), names, stacked)
   return result
+
+
+def of_leaf(whole: Tensor, names: Sequence[str], stacked: bool) -> dict[str, Tensor]:
+  """Returns the tensors that one leaf of our tree is, by their canonical names."""
+  if not stacked:
+    return {names[0]: whole}
+  return {name: whole.layer(0, i) for i, name in enumerate(names)}
 
 
 def mean(parts: Sequence[Tensor]) -> Tensor:
@@ -104,14 +99,9 @@ def mean(parts: Sequence[Tensor]) -> Tensor:
 def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = None) -> Any:
   """Reads tensors into a parameter tree, each part to the device that keeps it.
 
-  One leaf at a time; of a leaf that is cut over devices, one part at a time.
-  No device ever holds more than its own share.
-
-  Args:
-    tensors: checked, by canonical name.
-    cfg: the model; its param_dtype is what they are cast to.
-    shardings: the tree of shardings; None is the first device.
-    specs: a tree of ShapeDtypeStructs with dtypes to cast to instead.
+  One leaf at a time; of a leaf that is cut over devices, one part at a time. No device ever holds
+  more than its own share. The tensors are cast to the model's param_dtype, or to the dtypes of
+  specs, a tree of ShapeDtypeStructs. Shardings of None are the first device.
   """
   shapes = specs
   if shapes is None:
@@ -135,9 +125,7 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = N
         done[key] = _assemble(parts, index, leaf, stacked)
       return done[key]
 
-    array = jax.make_array_from_callback(leaf.shape, sharding, fetch)
-    array.block_until_ready()
-    return array
+    return jax.make_array_from_callback(leaf.shape, sharding, fetch).block_until_ready()
 
   return jax.tree_util.tree_map_with_path(make, shapes, shardings)
 

@@ -1,7 +1,6 @@
 """A trained model of any format, ready to be read onto devices.
 
-What `infer` and `eval` take, and where `train` learns the architecture from if
-no one names it.
+What `infer` and `eval` take, and where `train` learns the architecture from if no one names it.
 """
 
 import dataclasses
@@ -22,52 +21,36 @@ from t5x_lite.runs import checkpoints, run_directory
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-  """A checkpoint that has been checked; only names have been read.
+  """A checkpoint that has been checked; only names have been read."""
 
-  Attributes:
-    path: as the user gave it.
-    directory: the folder that was opened; of a run, the run's.
-    checkpoint: the same; of a run, the folder of the step.
-    format: one of `checkpoint_source.FORMATS`.
-    config: the architecture.
-    vocabulary: its own.
-    step: updates made, 0 if unknown.
-    lengths: task feature lengths of training; empty if unknown.
-    found: its tensors by canonical name, unread.
-  """
-
-  path: str
-  directory: str
-  checkpoint: str
-  format: str
+  path: str  # as the user gave it
+  directory: str  # the folder that was opened; of a run, the run's
+  checkpoint: str  # the same; of a run, the folder of the step
+  format: str  # one of `checkpoint_source.FORMATS`
   config: T5Config
-  vocabulary: VocabularyConfig
-  step: int
-  lengths: Mapping[str, int]
-  found: Mapping[str, tensors.Tensor]
+  vocabulary: VocabularyConfig  # its own
+  step: int  # updates made, 0 if unknown
+  lengths: Mapping[str, int]  # task feature lengths of training; empty if unknown
+  found: Mapping[str, tensors.Tensor]  # by canonical name, unread
 
   def load_params(self, specs: Any) -> Any:
     """Reads the parameters, each part to the device that keeps it.
 
-    Args:
-      specs: tree of ShapeDtypeStructs with shardings; see
-        `model_sharding.inference_params`.
+    Specs are a tree of ShapeDtypeStructs with shardings; see `model_sharding.inference_params`.
     """
     shardings = jax.tree.map(lambda spec: spec.sharding, specs)
     return tensors.place(dict(self.found), self.config, shardings, specs)
 
 
 def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
-  """Opens a run of ours, a folder of transformers or T5X, or a hub id.
+  """Opens a run of ours, a folder of transformers or T5X, or a hub id: `open_source`'s path.
 
-  Args:
-    path: see `checkpoint_source.open_source`.
-    adapter: a folder for `adapters.put_on`, or ''.
-    **changes: fields of T5Config to change, such as dtype='bfloat16'.
+  With an adapter, a folder for `adapters.put_on`. Changes are fields of T5Config, such as
+  dtype='bfloat16'.
 
   Raises:
-    UsageError: if nothing there can be read, something is missing in it, or it
-      does not say what its vocabulary is.
+    UsageError: if nothing there can be read, something is missing in it, or it does not say what
+      its vocabulary is.
   """
   source = checkpoint_source.open_source(path)
   if adapter:
@@ -111,11 +94,8 @@ def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig) -> None:
 def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedModel:
   """Opens the mean of several checkpoints, which is read like one.
 
-  Args:
-    paths: run directories, of which the newest checkpoints count, or STEP
-      directories and other models, which count as they are.
-    last: how many checkpoints of each run.
-    **options: of open_model.
+  Of run directories the `last` newest checkpoints count; STEP directories and other models count as
+  they are. Options are those of open_model.
 
   Raises:
     UsageError: if a run has fewer, or they are not of one architecture.

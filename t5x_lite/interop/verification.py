@@ -1,7 +1,7 @@
 """Compares a checkpoint of ours on disk with the checksums it was saved with.
 
-On the first process alone, block by block, before any of it is used. It costs
-one more reading of the files, which the restore then finds in the page cache.
+On the first process alone, block by block, before any of it is used. It costs one more reading of
+the files, which the restore then finds in the page cache.
 """
 
 import concurrent.futures
@@ -11,10 +11,11 @@ from typing import Any
 
 from etils import epath
 
-from t5x_lite.errors import DamagedError, UsageError
+from t5x_lite.errors import DamagedError
 from t5x_lite.interop import zarr
 from t5x_lite.interop.tensors import Tensor, blocks
 from t5x_lite.parallel import checksums
+from t5x_lite.parallel.distributed import first_line
 from t5x_lite.runs.files import retried
 
 _THREADS = 4
@@ -25,12 +26,8 @@ _ITEMS = '_CHECKPOINT_METADATA'
 def verify(step: str, prefix: str = '') -> None:
   """Checks one STEP directory.
 
-  Checkpoints of earlier versions, and of other programs, have no checksums and
-  pass if their arrays can be opened.
-
-  Args:
-    step: the directory.
-    prefix: check only arrays whose names begin so, such as 'params.'.
+  Checkpoints of earlier versions, and of other programs, have no checksums and pass if their arrays
+  can be opened. With a prefix such as 'params.' only arrays whose names begin so are compared.
 
   Raises:
     DamagedError: if something is missing or changed; names it.
@@ -57,9 +54,8 @@ def verify(step: str, prefix: str = '') -> None:
           raise DamagedError(f'{name} in {root} is not as it was written')
   except DamagedError:
     raise
-  except (UsageError, ValueError, OSError) as error:
-    reason = str(error).splitlines()[0][:200]
-    raise DamagedError(f'{root} cannot be read: {reason}') from error
+  except (ValueError, OSError) as error:
+    raise DamagedError(f'{root} cannot be read: {first_line(error)}') from error
 
 
 def read_meta(root: epath.Path) -> dict[str, Any]:

@@ -11,10 +11,12 @@ import tensorstore as ts
 from etils import epath
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop.tensors import Index, Tensor
+from t5x_lite.interop.tensors import Index, Tensor, blocks
+from t5x_lite.parallel.distributed import first_line
 
 # As T5X: large enough for object stores, small enough to be read in parts.
 CHUNK_BYTES = 64 << 20
+_PART = 1 << 26  # elements in memory at a time
 
 METADATA = '_METADATA'
 _ZARRAY = '.zarray'
@@ -30,8 +32,8 @@ def url(path: str | os.PathLike) -> str:
 class Reader:
   """Reads the arrays of one checkpoint.
 
-  The last array whose chunks hold much more than was asked for is kept, so
-  that reading a scanned model layer by layer decodes each array once.
+  The last array whose chunks hold much more than was asked for is kept, so that reading a scanned
+  model layer by layer decodes each array once.
   """
 
   def __init__(self):
@@ -40,10 +42,8 @@ class Reader:
   def tensor(self, spec: Mapping[str, Any], name: str, **options: Any) -> Tensor:
     """Opens an array.
 
-    Args:
-      spec: of TensorStore, without a context.
-      name: for messages.
-      **options: of tensorstore.open.
+    The spec is TensorStore's, without a context; the name is for messages; options are those of
+    tensorstore.open.
 
     Raises:
       UsageError: if it is not there or damaged.
@@ -51,7 +51,7 @@ class Reader:
     try:
       array = ts.open(dict(spec), open=True, read=True, **options).result()
     except (ValueError, OSError) as error:
-      raise UsageError(f'cannot read {name}: {_line(error)}') from error
+      raise UsageError(f'cannot read {name}: {first_line(error)}') from error
     dtype = np.dtype(array.dtype.numpy_dtype)
     return Tensor(tuple(array.shape), dtype, self._fetch(array, name), name)
 
@@ -67,7 +67,7 @@ class Reader:
           return whole[index]
         return np.asarray(array[index].read().result() if index else array.read().result())
       except (ValueError, OSError) as error:
-        raise UsageError(f'cannot read {name}: {_line(error)}') from error
+        raise UsageError(f'cannot read {name}: {first_line(error)}') from error
 
     return fetch
 
@@ -87,24 +87,12 @@ def _is_wasteful(array: Any, index: Index) -> bool:
   return decoded >= 2 * asked
 
 
-def _line(error: Exception) -> str:
-  """Returns the first line of TensorStore's long messages."""
-  return str(error).splitlines()[0][:300]
-
-
 def file_tensor(
   directory: epath.Path, name: str, reader: Reader, *, complete: bool = False
 ) -> Tensor:
-  """Opens an array that has a directory of its own.
+  """Opens an array that has a directory of its own; for the rest see `Reader.tensor`.
 
-  Args:
-    directory: where.
-    name: for messages.
-    reader: of the checkpoint.
-    complete: chunks of zeros are stored too, so one that is missing was lost.
-
-  Raises:
-    UsageError: if it is not there or damaged.
+  It is complete if chunks of zeros are stored too, so that one that is missing was lost.
   """
   if not (directory / _ZARRAY).exists():
     raise UsageError(f'cannot read {name}: {directory} has no {_ZARRAY}')
@@ -126,43 +114,29 @@ def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
       if (child / _ZARRAY).exists()
     }
   store = {'driver': 'ocdbt', 'base': f'{url(directory)}/'}
-  listing = ts.KvStore.open(store).result().list().result()
-  suffix = f'/{_ZARRAY}'.encode()
-  result = {}
-  for key in sorted(listing):
-    if key.endswith(suffix):
-      name = key[: -len(suffix)].decode()
-      spec = {
-        'driver': 'zarr',
-        'kvstore': {**store, 'path': f'{name}/'},
-        'fill_missing_data_reads': not complete,
-      }
-      result[name] = reader.tensor(spec, name)
-  return result
+  spec = {'driver': 'zarr', 'fill_missing_data_reads': not complete}
+  listing = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
+  names = [key.removesuffix(f'/{_ZARRAY}') for key in listing if key.endswith(f'/{_ZARRAY}')]
+  return {
+    name: reader.tensor({**spec, 'kvstore': {**store, 'path': f'{name}/'}}, name)
+    for name in sorted(names)
+  }
 
 
 def _stores_zeros(directory: epath.Path) -> bool:
   """True if an Orbax item says that chunks of zeros are stored as well."""
   file = directory / METADATA
-  if not file.is_file():
-    return False
   try:
-    entry = json.loads(file.read_text())
+    entry = json.loads(file.read_text()) if file.is_file() else {}
   except ValueError as error:
     raise UsageError(f'{file} is not JSON: {error}') from error
   return bool(entry.get('store_array_data_equal_to_fill_value'))
 
 
-# ---- Writing ----------------------------------------------------------------
-
-
 def chunk_shape(shape: Sequence[int], itemsize: int, *, whole_dims: int = 0) -> list[int]:
   """Returns chunks of at most CHUNK_BYTES, cut along the leading dims.
 
-  Args:
-    shape: of the array.
-    itemsize: bytes an element.
-    whole_dims: leading dims with chunks of one, such as that of the layers.
+  The first whole_dims, such as that of the layers, have chunks of one.
   """
   chunk = [1] * whole_dims + list(shape[whole_dims:])
   for dim in range(whole_dims, len(shape)):
@@ -181,19 +155,48 @@ def create(
   compressor: Mapping[str, Any],
 ) -> Any:
   """Creates an array; write to it by assigning to parts of it."""
-  spec = {
-    'driver': 'zarr',
-    'kvstore': f'{url(path)}/',
-    'dtype': dtype.name,
-    # A chunk of zeros is stored too, so that one that is missing was lost.
-    'store_data_equal_to_fill_value': True,
-    'metadata': {'shape': list(shape), 'chunks': list(chunks), 'compressor': dict(compressor)},
-  }
+  metadata = {'shape': list(shape), 'chunks': list(chunks), 'compressor': dict(compressor)}
+  # A chunk of zeros is stored too, so that one that is missing was lost.
+  options = {'metadata': metadata, 'store_data_equal_to_fill_value': True}
+  spec = {'driver': 'zarr', 'kvstore': f'{url(path)}/', 'dtype': dtype.name, **options}
   return ts.open(spec, create=True, context=_UNSYNCED).result()
 
 
-# Not each file is forced to the disk: the directory gets its name only when all
-# are written, and a power cut in between costs a conversion, not a run.
+def write(
+  path: str,
+  parts: Sequence[Tensor],
+  dtype: np.dtype,
+  compressor: Mapping[str, Any],
+  *,
+  axis: int | None = None,
+  each: Callable[[np.ndarray, Sequence[int], Sequence[int]], None] = lambda *_: None,
+) -> Any:
+  """Writes an array a part at a time and returns it.
+
+  Parts are its layers, whose dim is `axis`, or the array alone. For each block `each` is called
+  with it, the array's shape and where in it the block starts.
+  """
+  shape = list(parts[0].shape)
+  if axis is None:
+    chunks = chunk_shape(shape, dtype.itemsize)
+  else:
+    first, *chunks = chunk_shape([len(parts), *shape], dtype.itemsize, whole_dims=1)
+    shape.insert(axis, len(parts))
+    chunks.insert(axis, first)
+  array = create(path, shape, dtype, chunks, compressor)
+  for layer, part in enumerate(parts):
+    for index in blocks(part.shape, _PART):
+      block, where = part.read(index).astype(dtype, copy=False), list(index)
+      if axis is not None:
+        block = np.expand_dims(block, axis)
+        where.insert(axis, slice(layer, layer + 1))
+      array[tuple(where)].write(block).result()
+      each(block, shape, [at.indices(size)[0] for at, size in zip(where, shape, strict=True)])
+  return array
+
+
+# Not each file is forced to the disk: the directory gets its name only when all are written, and a
+# power cut in between costs a conversion, not a run.
 _UNSYNCED = ts.Context({'file_io_sync': False})
 
 ORBAX_COMPRESSOR = {'id': 'zstd', 'level': 1}
@@ -202,11 +205,10 @@ ORBAX_COMPRESSOR = {'id': 'zstd', 'level': 1}
 def orbax_metadata(names: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
   """Returns the _METADATA of an Orbax item of plain nested dicts.
 
-  Args:
-    names: shape of each array by its keys.
+  The names are the arrays' keys, with their shapes.
 
-  Source: orbax/checkpoint/_src/metadata/tree.py, the form that version 0.12
-  writes with use_ocdbt=False and earlier ones read.
+  Source: orbax/checkpoint/_src/metadata/tree.py, the form that version 0.12 writes with
+  use_ocdbt=False and earlier ones read.
   """
   tree = {
     str(keys): {
@@ -219,12 +221,5 @@ def orbax_metadata(names: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
     }
     for keys, shape in names.items()
   }
-  return json.dumps(
-    {
-      'tree_metadata': tree,
-      'use_ocdbt': False,
-      'use_zarr3': False,
-      'store_array_data_equal_to_fill_value': True,
-      'custom_metadata': None,
-    }
-  )
+  options = {'use_ocdbt': False, 'use_zarr3': False, 'store_array_data_equal_to_fill_value': True}
+  return json.dumps({'tree_metadata': tree, **options, 'custom_metadata': None})

@@ -1,9 +1,8 @@
 """Checksums of arrays, of small JSON files and of files.
 
-An array's is a sum over its elements, so that each device, host or block adds
-its part, and the number does not depend on how the array is cut: the bits of
-each element times an odd number that depends on its place, modulo 2**32. Any
-one changed bit changes it, and so does a block that is moved.
+An array's is a sum over its elements, so that each device, host or block adds its part, and the
+number does not depend on how the array is cut: the bits of each element times an odd number that
+depends on its place, modulo 2**32. Any one changed bit changes it, and so does a block moved.
 """
 
 import functools
@@ -25,17 +24,11 @@ _SIGNATURE = 'sha256'
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
-# ---- Arrays ------------------------------------------------------------------
-
-
 def of_tree(tree: Any) -> dict[str, int]:
-  """Returns the checksum of every array, computed where the arrays lie.
+  """Returns the checksum of every array of nested dicts, computed where the arrays lie.
 
-  Args:
-    tree: nested dicts of arrays, on any mesh; the same on all processes.
-
-  Returns:
-    Checksums by Orbax's name on disk, 'params.encoder.layers...'.
+  The mesh may be any; the tree is the same on all processes. Checksums come by Orbax's name on
+  disk, 'params.encoder.layers...'.
   """
   flat = {name.replace('/', '.'): leaf for name, leaf in pytrees.flatten_names(tree).items()}
   return {name: int(x) for name, x in jax.device_get(_sums(flat)).items()}
@@ -59,10 +52,7 @@ def _sum(array: jax.Array) -> jax.Array:
 def of_block(block: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> int:
   """Returns what a block adds to the checksum of its array.
 
-  Args:
-    block: part of the array.
-    shape: of the whole array.
-    start: where in it the block begins.
+  The block starts at `start` in an array of this shape.
   """
   block = np.ascontiguousarray(block)
   if block.dtype == np.bool_:
@@ -75,11 +65,9 @@ def of_block(block: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> i
   place = np.zeros((1,) * block.ndim, np.uint32)
   for dim, stride in enumerate(_strides(shape)):
     steps = (np.arange(block.shape[dim]) + start[dim]).astype(np.uint32)
-    along = [1] * block.ndim
-    along[dim] = -1
+    along = [-1 if i == dim else 1 for i in range(block.ndim)]
     place = place + (steps * np.uint32(stride & 0xFFFFFFFF)).reshape(along)
-  bits = bits.astype(np.uint32)
-  return int(np.sum(bits * (2 * place + 1), dtype=np.uint32))
+  return int(np.sum(bits.astype(np.uint32) * (2 * place + 1), dtype=np.uint32))
 
 
 _RUN = 1 << 16
@@ -100,9 +88,6 @@ def _strides(shape: Sequence[int]) -> list[int]:
   return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
-# ---- JSON and files ----------------------------------------------------------
-
-
 def signed(entry: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a JSON object with a checksum of itself."""
   return {**entry, _SIGNATURE: _digest(entry)}
@@ -121,8 +106,7 @@ def check_signed(entry: Mapping[str, Any], where: str) -> None:
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
-  text = json.dumps(entry, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
+  return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def of_files(directory: epath.Path, prefix: str) -> dict[str, str]:

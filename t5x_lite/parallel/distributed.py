@@ -1,8 +1,7 @@
 """Many processes: how they find each other, agree to stop, and meet.
 
-Everything rests on JAX's own runtime (`jax.distributed`): nothing here opens a
-socket. A program calls `initialize` before it touches a device, and the train
-loop asks `StopSignal.requested(step)` once a step.
+Everything rests on JAX's own runtime (`jax.distributed`): nothing here opens a socket. A program
+calls `initialize` before it touches a device, and the train loop asks `StopSignal.requested(step)`.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class LostProcessError(RuntimeError):
   exit_at_once = True
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class ProcessGroup:
   """Where the coordinator is, how many processes there are, and which is this.
 
@@ -54,30 +53,23 @@ class ProcessGroup:
 def detect(environ: Mapping[str, str]) -> ProcessGroup | None:
   """Returns the process group that the environment describes, or None for one.
 
-  Launchers are asked in this order: our own variables (set by
-  `launch/local_multiprocess.sh` and the Kubernetes manifest), SLURM, Open MPI,
-  Cloud TPU. An allocation of one process is not a group, so that a shell
-  inside a SLURM job runs the same command as a laptop does.
+  Launchers are asked in this order: our own variables (set by `launch/local_multiprocess.sh` and
+  the Kubernetes manifest), SLURM, Open MPI, Cloud TPU. An allocation of one process is not a group,
+  so that a shell inside a SLURM job runs the same command as a laptop does.
   """
 
   def number(name: str) -> int | None:
     value = environ.get(name, '')
     return int(value) if value.isdigit() else None
 
-  address = environ.get('JAX_COORDINATOR_ADDRESS', '')
+  source = 'JAX_COORDINATOR_ADDRESS'
+  address = environ.get(source, '')
   count = number('JAX_NUM_PROCESSES')
   index = number('JAX_PROCESS_ID')
   if index is None:
     index = number('JOB_COMPLETION_INDEX')  # a Kubernetes indexed job
   if address and count is not None and index is not None:
-    if count == 1:
-      return None
-    return ProcessGroup(
-      coordinator_address=address,
-      process_count=count,
-      process_index=index,
-      source='JAX_COORDINATOR_ADDRESS',
-    )
+    return None if count == 1 else ProcessGroup(address, count, index, source)
   if (number('SLURM_NTASKS') or 1) > 1 and number('SLURM_PROCID') is not None:
     return ProcessGroup(source='SLURM')
   if (number('OMPI_COMM_WORLD_SIZE') or 1) > 1:
@@ -98,28 +90,19 @@ def initialize(
 ) -> None:
   """Joins the other processes of this run; does nothing for a single process.
 
-  Call it before anything touches a JAX device.
-
-  Args:
-    coordinator_address: `host:port` of process 0. Empty: ask the environment.
-    process_count: processes in the run.
-    process_index: this process, 0 to process_count - 1.
-    initialization_timeout: seconds to wait for every process to appear.
-    heartbeat_timeout: seconds of silence after which a process counts as lost.
+  Call it before anything touches a JAX device. An empty coordinator_address (`host:port` of process
+  0) asks the environment. Timeouts are seconds: to wait for every process to appear, and of silence
+  after which a process counts as lost.
 
   Raises:
-    UsageError: if only some of the three addresses are given, or they
-      contradict each other.
+    UsageError: if only some of the three addresses are given, or they contradict each other.
   """
-  given = (coordinator_address or None, process_count, process_index)
-  if all(value is None for value in given):
+  if not coordinator_address and process_count is None and process_index is None:
     group = detect(os.environ)
-    if group is None:
-      return
   else:
     group = _checked_group(coordinator_address, process_count, process_index)
-    if group is None:
-      return
+  if group is None:
+    return
   # XLA:CPU talks between processes through gloo; other backends ignore this.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
@@ -136,9 +119,8 @@ def initialize(
       f'could not join the other processes (found through {group.source}) '
       f'within {initialization_timeout} s: {first_line(error)}'
     ) from error
-  log.info(
-    'process %d of %d, found through %s', jax.process_index(), jax.process_count(), group.source
-  )
+  index, count = jax.process_index(), jax.process_count()
+  log.info('process %d of %d, found through %s', index, count, group.source)
 
 
 def _checked_group(address: str, count: int | None, index: int | None) -> ProcessGroup | None:
@@ -154,7 +136,7 @@ def _checked_group(address: str, count: int | None, index: int | None) -> Proces
     raise UsageError(f'coordinator_address={address!r} has no port: write host:port')
   if not 0 <= index < count:
     raise UsageError(f'process_index={index} is outside 0..{count - 1} (process_count={count})')
-  return ProcessGroup(coordinator_address=address, process_count=count, process_index=index)
+  return ProcessGroup(address, count, index)
 
 
 def is_primary() -> bool:
@@ -165,12 +147,8 @@ def is_primary() -> bool:
 def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, int]:
   """Returns which part of every batch this process loads, and of how many.
 
-  Processes that only share a model axis need the same rows, so there may be
-  fewer parts than processes.
-
-  Args:
-    sharding: of a batch; its leading dim is cut into consecutive blocks.
-    batch_size: rows of the global batch.
+  Processes that only share a model axis need the same rows, so there may be fewer parts than
+  processes. The sharding is a batch's, whose leading dim is cut into consecutive blocks.
 
   Raises:
     UsageError: if a process would need rows that are not one equal block.
@@ -208,19 +186,14 @@ def anywhere(condition: bool) -> bool:
   """Returns, on every process, whether the condition holds on any of them."""
   if jax.process_count() == 1:
     return condition
-  found = multihost_utils.process_allgather(np.array(condition, np.int32))
-  return bool(np.any(found))
+  return bool(np.any(multihost_utils.process_allgather(np.array(condition, np.int32))))
 
 
 def from_primary(count: Callable[[], int]) -> int:
-  """Returns, on every process, the number that the first one comes to.
-
-  Args:
-    count: called on the first process alone; returns 0 or more.
+  """Returns, on every process, the number from 0 on that the first one, alone, comes to.
 
   Raises:
-    Exception: what count raises, and UsageError on all other processes: none
-      waits for another.
+    Exception: what count raises, and UsageError on all other processes: none waits for another.
   """
   error: Exception | None = None
   found = 0
@@ -250,44 +223,36 @@ def first_line(error: BaseException) -> str:
 def lost_process_is_an_error() -> Iterator[None]:
   """Turns a collective that failed since its peer is gone into one clear line.
 
-  gloo raises at once when a peer's connection closes. Where the transport
-  waits instead (TPU, NCCL), the coordination service ends this process after
-  the heartbeat timeout.
+  gloo raises at once when a peer's connection closes. Where the transport waits instead (TPU,
+  NCCL), the coordination service ends this process after the heartbeat timeout.
   """
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1 or not _is_connection_error(str(error)):
+    signs = ('gloo', 'connection', 'peer', 'unavailable', 'heartbeat', 'nccl')
+    if jax.process_count() == 1 or not any(sign in str(error).lower() for sign in signs):
       raise
     raise LostProcessError(
-      f'process {jax.process_index()} of {jax.process_count()} lost another '
-      'process of the run and stops; start all of them again to continue from '
-      f'the last checkpoint ({first_line(error)})'
+      f'process {jax.process_index()} of {jax.process_count()} lost another process of the run and '
+      f'stops; start all of them again to continue from the last checkpoint ({first_line(error)})'
     ) from error
-
-
-def _is_connection_error(text: str) -> bool:
-  signs = ('gloo', 'connection', 'peer', 'unavailable', 'heartbeat', 'nccl')
-  return any(sign in text.lower() for sign in signs)
 
 
 class StopSignal:
   """Says when to save and stop: after SIGTERM, or a first Ctrl-C.
 
-  With several processes, JAX's preemption service catches SIGTERM on any of
-  them and names one step at which all of them see True.
+  With several processes, JAX's preemption service catches SIGTERM on any of them and names one step
+  at which all of them see True.
   """
 
   def __init__(self):
-    """Starts with nothing received."""
     self.received = ''
 
   def requested(self, step: int) -> bool:
     """True at the step at which every process should save and stop."""
     global _obeyed
-    if jax.process_count() > 1:
-      if multihost_utils.reached_preemption_sync_point(step):
-        self.received = 'SIGTERM'
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.received = 'SIGTERM'
     _obeyed = self.received
     return bool(self.received)
 
@@ -312,10 +277,9 @@ def stopped_by() -> str:
 def stop_signal() -> Iterator[StopSignal]:
   """Catches SIGTERM and the first Ctrl-C while the block runs.
 
-  A block inside another one shares its signal, so that a program of several
-  phases learns that one of them was stopped. With several processes SIGTERM
-  belongs to JAX's service. Outside the main thread Python installs no
-  handlers: the signals then do what they did before.
+  A block inside another one shares its signal, so that a program of several phases learns that one
+  of them was stopped. With several processes SIGTERM belongs to JAX's service. Outside the main
+  thread Python installs no handlers: the signals then do what they did before.
   """
   global _active, _obeyed
   if _active is not None:

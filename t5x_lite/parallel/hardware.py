@@ -1,7 +1,7 @@
 """Facts about accelerators: memory, bandwidths, how they are connected.
 
-Numbers are the vendors'. They feed default meshes, ahead-of-time reports and
-the planner, none of which needs them to better than some per cent.
+Numbers are the vendors'. They feed default meshes, ahead-of-time reports and the planner, none of
+which needs them to better than some per cent.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from t5x_lite.errors import UsageError
 
 GIB = 2**30
 
-# Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from
-# the vendors' data sheets. A TPU v2/v3 chip shows as two devices, and so does
-# TPU7x. Longer names first: the first that a device's kind starts with counts.
+# Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from the vendors' data
+# sheets. A TPU v2/v3 chip shows as two devices, and so does TPU7x. Longer names first: the first
+# that a device's kind starts with counts.
 PEAK_FLOPS: dict[str, float] = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,
@@ -51,33 +51,25 @@ def peak_flops(device_kind: str) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """One device as JAX counts them, in bytes and seconds.
+  """One device as JAX counts them, in bytes and seconds."""
 
-  Attributes:
-    name: as in a topology ('v5p'), or the GPU's.
-    kind: prefix of jax.Device.device_kind.
-    hbm_bytes: memory that a program can use. For TPUs this is what XLA:TPU
-      (libtpu 0.0.42) itself says in its out-of-memory errors, a little less
-      than what is sold.
-    hbm_bandwidth: bytes/s.
-    link_bandwidth: bytes/s one way: of one ICI link, or of all of NVLink.
-    torus_dims: dims of the ICI torus, each with two links; 0 is a full switch.
-    wrap: least extent from which a torus dim closes to a ring: 4 where cubes
-      are joined optically (v4, v5p), 16 on v5e and v6e.
-    dcn_bandwidth: bytes/s one way to other slices or nodes, per chip.
-    model_axis: default size of the mesh's model axis: one cube edge, or the
-      GPUs that NVLink joins.
-  """
-
-  name: str
-  kind: str
+  name: str  # as in a topology ('v5p'), or the GPU's
+  # memory that a program can use. For TPUs this is what XLA:TPU (libtpu 0.0.42) itself says in its
+  # out-of-memory errors, a little less than what is sold.
   hbm_bytes: int
-  hbm_bandwidth: float
-  link_bandwidth: float
-  torus_dims: int
-  wrap: int
-  dcn_bandwidth: float
+  hbm_bandwidth: float  # bytes/s
+  link_bandwidth: float  # bytes/s one way: of one ICI link, or of all of NVLink
+  dcn_bandwidth: float  # bytes/s one way to other slices or nodes, per chip
+  # default size of the mesh's model axis: one cube edge, or the GPUs that NVLink joins
   model_axis: int
+  kind: str = ''  # prefix of jax.Device.device_kind; by default the name
+  torus_dims: int = 0  # dims of the ICI torus, each with two links; 0 is a full switch
+  # least extent from which a torus dim closes to a ring: 4 where cubes are joined optically (v4,
+  # v5p), 16 on v5e and v6e
+  wrap: int = 0
+
+  def __post_init__(self):
+    object.__setattr__(self, 'kind', self.kind or self.name)
 
   @property
   def peak_flops(self) -> float:
@@ -87,62 +79,37 @@ class Chip:
     return peak
 
 
-def _tpu(
-  name: str,
-  kind: str,
-  hbm: float,
-  hbm_bandwidth: float,
-  link: float,
-  dims: int,
-  wrap: int,
-  dcn: float,
+def _chip(
+  name: str, hbm_bytes: float, hbm: float, link: float, dcn: float, model_axis: int, **rest: Any
 ) -> Chip:
+  """Returns a chip with bandwidths in GB/s."""
   return Chip(
     name=name,
-    kind=kind,
-    hbm_bytes=int(hbm * GIB),
-    hbm_bandwidth=hbm_bandwidth * 1e9,
+    hbm_bytes=int(hbm_bytes),
+    hbm_bandwidth=hbm * 1e9,
     link_bandwidth=link * 1e9,
-    torus_dims=dims,
-    wrap=wrap,
     dcn_bandwidth=dcn * 1e9,
-    model_axis=4,
-  )
-
-
-def _gpu(
-  name: str, hbm: float, hbm_bandwidth: float, nvlink: float, nodes: float, model_axis: int = 8
-) -> Chip:
-  return Chip(
-    name=name,
-    kind=name,
-    hbm_bytes=int(hbm * 1e9),
-    hbm_bandwidth=hbm_bandwidth * 1e9,
-    link_bandwidth=nvlink * 1e9,
-    torus_dims=0,
-    wrap=0,
-    dcn_bandwidth=nodes * 1e9,
     model_axis=model_axis,
+    **rest,
   )
 
 
-# TPU sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "System
-# architecture" (HBM GB/s; bidirectional ICI per chip / ports / 2; DCN per chip
-# or per pod / chips). v4's DCN and its links' 45 GB/s: "How to Scale Your
-# Model" (jax-ml.github.io/scaling-book), section 2.
-# GPU sources: NVIDIA's data sheets; NVLink one way is half of what they give,
-# between nodes one 400 Gb/s adapter a GPU is assumed (200 Gb/s for A100).
+# TPU sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "System architecture" (HBM GB/s;
+# bidirectional ICI per chip / ports / 2; DCN per chip or per pod / chips). v4's DCN and its links'
+# 45 GB/s: "How to Scale Your Model" (jax-ml.github.io/scaling-book), section 2. GPU sources:
+# NVIDIA's data sheets; NVLink one way is half of what they give, between nodes one 400 Gb/s adapter
+# a GPU is assumed (200 Gb/s for A100).
 CHIPS: tuple[Chip, ...] = (
-  _tpu('v4', 'TPU v4', 30.75, 1228, 45, 3, 4, 6.25),
-  _tpu('v5e', 'TPU v5 lite', 15.75, 819, 50, 2, 16, 3.125),
-  _tpu('v5p', 'TPU v5', 95.74, 2765, 100, 3, 4, 6.25),
-  _tpu('v6e', 'TPU v6', 31.25, 1638, 100, 2, 16, 12.5),
-  _gpu('NVIDIA A100-SXM4-40GB', 40, 1555, 300, 25),
-  _gpu('NVIDIA A100-SXM4-80GB', 80, 2039, 300, 25),
-  _gpu('NVIDIA H100 80GB', 80, 3350, 450, 50),
-  _gpu('NVIDIA H200', 141, 4800, 450, 50),
-  _gpu('NVIDIA B200', 180, 8000, 900, 50),
-  _gpu('NVIDIA L4', 24, 300, 32, 12.5, model_axis=1),
+  _chip('v4', 30.75 * GIB, 1228, 45, 6.25, 4, kind='TPU v4', torus_dims=3, wrap=4),
+  _chip('v5e', 15.75 * GIB, 819, 50, 3.125, 4, kind='TPU v5 lite', torus_dims=2, wrap=16),
+  _chip('v5p', 95.74 * GIB, 2765, 100, 6.25, 4, kind='TPU v5', torus_dims=3, wrap=4),
+  _chip('v6e', 31.25 * GIB, 1638, 100, 12.5, 4, kind='TPU v6', torus_dims=2, wrap=16),
+  _chip('NVIDIA A100-SXM4-40GB', 40e9, 1555, 300, 25, 8),
+  _chip('NVIDIA A100-SXM4-80GB', 80e9, 2039, 300, 25, 8),
+  _chip('NVIDIA H100 80GB', 80e9, 3350, 450, 50, 8),
+  _chip('NVIDIA H200', 141e9, 4800, 450, 50, 8),
+  _chip('NVIDIA B200', 180e9, 8000, 900, 50, 8),
+  _chip('NVIDIA L4', 24e9, 300, 32, 12.5, 1),
 )
 
 
@@ -154,12 +121,7 @@ def find_chip(device_kind: str) -> Chip | None:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A TPU slice by name, such as 'v5p:8x8x8'.
-
-  Attributes:
-    chip: what it is made of.
-    shape: chips along each torus dim.
-  """
+  """A TPU slice by name, such as 'v5p:8x8x8': chips along each torus dim."""
 
   chip: Chip
   shape: tuple[int, ...]
@@ -180,14 +142,13 @@ def parse_topology(text: str) -> Topology:
   match = re.fullmatch(r'(\w+):(\d+(?:x\d+){1,2})', text)
   if match is None or match[1] not in tpus:
     raise UsageError(
-      f'--topology={text} is none; write CHIP:AxB for v5e and v6e and '
-      f'CHIP:AxBxC for v4 and v5p, with CHIP one of {", ".join(tpus)}, for '
-      'example v5e:16x16'
+      f'--topology={text} is none; write CHIP:AxB for v5e and v6e and CHIP:AxBxC for v4 and v5p, '
+      f'with CHIP one of {", ".join(tpus)}, for example v5e:16x16'
     )
   chip = tpus[match[1]]
   shape = tuple(int(size) for size in match[2].split('x'))
   if len(shape) != chip.torus_dims or min(shape) < 1:
-    example = 'x'.join(['8'] * chip.torus_dims)
+    example = '8' + 'x8' * (chip.torus_dims - 1)
     raise UsageError(
       f'--topology={text}: a {chip.name} slice has {chip.torus_dims} '
       f'dimensions, for example {chip.name}:{example}'
@@ -195,11 +156,9 @@ def parse_topology(text: str) -> Topology:
   return Topology(chip, shape)
 
 
-# ---- TPUs that are not there ----
-
-# XLA:TPU estimates fused convolutions recursively and runs out of its threads'
-# 64 kB stacks where dropout is recomputed (T5 base with remat_policy='full',
-# dropout_rate=0.1, libtpu 0.0.42.1: a segmentation fault in the compiler).
+# XLA:TPU estimates fused convolutions recursively and runs out of its threads' 64 kB stacks where
+# dropout is recomputed (T5 base with remat_policy='full', dropout_rate=0.1, libtpu 0.0.42.1: a
+# segmentation fault in the compiler).
 _LIBTPU_STACK = '--fibers_default_thread_stack_size'
 
 
@@ -207,17 +166,12 @@ def prepare_libtpu() -> None:
   """Sets what libtpu reads from the environment when it is loaded."""
   flags = os.environ.get('LIBTPU_INIT_ARGS', '')
   if _LIBTPU_STACK not in flags:
-    flags = f'{flags} {_LIBTPU_STACK}={4 * 2**20}'.strip()
-    os.environ['LIBTPU_INIT_ARGS'] = flags
-  # Several compiles at a time; no question to a metadata server that is not
-  # there; errors only.
-  for name, value in (
-    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-    ('TPU_SKIP_MDS_QUERY', '1'),
-    ('TPU_MIN_LOG_LEVEL', '3'),
-    ('TPU_STDERR_LOG_LEVEL', '3'),
-  ):
-    os.environ.setdefault(name, value)
+    os.environ['LIBTPU_INIT_ARGS'] = f'{flags} {_LIBTPU_STACK}={4 * 2**20}'.strip()
+  # Several compiles at a time; no question to a metadata server that is not there; errors only.
+  for name in ('ALLOW_MULTIPLE_LIBTPU_LOAD', 'TPU_SKIP_MDS_QUERY'):
+    os.environ.setdefault(name, '1')
+  for name in ('TPU_MIN_LOG_LEVEL', 'TPU_STDERR_LOG_LEVEL'):
+    os.environ.setdefault(name, '3')
 
 
 def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device]:
@@ -229,24 +183,19 @@ def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device
   from jax.experimental import topologies
 
   prepare_libtpu()
-  options: dict[str, Any] = {}
-  if num_slices > 1:
-    options['num_slices'] = num_slices
+  options: dict[str, Any] = {'num_slices': num_slices} if num_slices > 1 else {}
   if topology.chip.name == 'v4':  # one device a chip, as v4 is used
     options['chip_config_name'] = 'megacore'
   try:
     found = topologies.get_topology_desc(topology.name, platform='tpu', **options)
-  except NotImplementedError as error:
-    raise UsageError(
-      f'--topology={topology.name} is refused: {str(error).splitlines()[0]}'
-    ) from error
-  except (RuntimeError, ValueError) as error:
+  except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
     text = str(error)
-    if 'libtpu' in text.lower() or 'tpu plugin' in text.lower():
-      raise UsageError(
-        f"compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]' ({text.splitlines()[0]})"
-      ) from error
-    raise UsageError(
-      f'XLA:TPU knows no topology {topology.name}: {text.splitlines()[0]}'
-    ) from error
+    line = text.splitlines()[0]
+    if isinstance(error, NotImplementedError):
+      message = f'--topology={topology.name} is refused: {line}'
+    elif 'libtpu' in text.lower() or 'tpu plugin' in text.lower():
+      message = f"compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]' ({line})"
+    else:
+      message = f'XLA:TPU knows no topology {topology.name}: {line}'
+    raise UsageError(message) from error
   return list(found.devices)

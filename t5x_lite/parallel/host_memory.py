@@ -1,9 +1,9 @@
 """Makes the C library keep freed memory where the CPU computes.
 
-XLA:CPU takes a step's temporaries from malloc and frees them after the step.
-glibc gives blocks that large back to the kernel, which then clears every page
-anew in the next step: a third of a step of T5 1.1 small on two cores, and more
-than half where the pages were not used before (docs/lab_notes.md).
+XLA:CPU takes a step's temporaries from malloc and frees them after the step. glibc gives blocks
+that large back to the kernel, which then clears every page anew in the next step: a third of a step
+of T5 1.1 small on two cores, and more than half where the pages were not used before
+(docs/lab_notes.md).
 """
 
 import ctypes
@@ -42,19 +42,16 @@ def computes_on_cpu(environ: Mapping[str, str]) -> bool:
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
   """Makes glibc keep what is freed, for the next step; True if it does.
 
-  Call it first: it does nothing once there are threads, which have heaps of
-  their own. Nor where an accelerator computes, where the C library is not
-  glibc, and where the environment sets a MALLOC_ variable (MALLOC_ARENA_MAX=8,
-  say, leaves glibc as it is). The price is that the process never gets smaller
-  than it once was.
+  Call it first: it does nothing once there are threads, which have heaps of their own. Nor where an
+  accelerator computes, where the C library is not glibc, and where the environment sets a MALLOC_
+  variable (MALLOC_ARENA_MAX=8, say, leaves glibc as it is). The price is that the process never
+  gets smaller than it once was.
   """
-  if sys.platform != 'linux' or not computes_on_cpu(environ):
-    return False
-  if any(name.startswith('MALLOC_') for name in environ):
-    return False
-  if threading.active_count() > 1:
+  if sys.platform != 'linux' or not computes_on_cpu(environ) or threading.active_count() > 1:
     return False
   libc = ctypes.CDLL(None)
-  if not hasattr(libc, 'gnu_get_libc_version'):
+  if any(name.startswith('MALLOC_') for name in environ):
     return False
-  return all(libc.mallopt(name, value) for name, value in _MALLOPT)
+  return hasattr(libc, 'gnu_get_libc_version') and all(
+    libc.mallopt(name, value) for name, value in _MALLOPT
+  )

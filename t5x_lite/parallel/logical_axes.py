@@ -1,14 +1,14 @@
 """From logical axes to shardings: rules, partition specs, constraints.
 
-Parameters and activations name their dims logically ('embed', 'mlp', 'batch',
-...); rules map those names to mesh axes. Words: an `axis` belongs to the mesh
-or is a logical name, a `dim` to an array.
+Parameters and activations name their dims logically ('embed', 'mlp', 'batch', ...); rules map those
+names to mesh axes. Words: an `axis` belongs to the mesh or is a logical name, a `dim` to an array.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,19 +25,15 @@ Rule = tuple[str, str | tuple[str, ...] | None]
 
 @dataclasses.dataclass(frozen=True)
 class LogicalAxisRules:
-  """Which mesh axes each logical axis is cut over.
+  """Which mesh axes each logical axis is cut over."""
 
-  Attributes:
-    rules: (logical name, mesh axis or axes or None) pairs; the first that can
-      be kept counts.
-    by_parameter: (regular expression, rules) pairs: rules that come before
-      all others for arrays in whose path the expression is found.
-    strict: how many of the first `rules` are the user's own, which must be
-      kept or be an error; the standard ones give way silently.
-  """
-
+  # (logical name, mesh axis or axes or None) pairs; the first that can be kept counts
   rules: tuple[Rule, ...]
+  # (regular expression, rules) pairs: rules that come before all others for arrays in whose path
+  # the expression is found
   by_parameter: tuple[tuple[str, tuple[Rule, ...]], ...] = ()
+  # how many of the first `rules` are the user's own, which must be kept or be an error; the
+  # standard ones give way silently
   strict: int = 0
 
   def of(self, path: str) -> tuple[Rule, ...]:
@@ -46,12 +42,8 @@ class LogicalAxisRules:
 
   def own(self, path: str) -> tuple[Rule, ...]:
     """Returns the rules that are only for the array at a path."""
-    return tuple(
-      rule
-      for pattern, rules in self.by_parameter
-      if path and re.search(pattern, path)
-      for rule in rules
-    )
+    found = [rules for pattern, rules in self.by_parameter if path and re.search(pattern, path)]
+    return tuple(itertools.chain.from_iterable(found))
 
 
 def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -69,16 +61,10 @@ def spec(
 ) -> PartitionSpec:
   """Returns the partition spec of an array with these logical axes.
 
-  Rules are tried in order; each mesh axis is used at most once an array (as in
-  flax's logical_to_mesh_axes). A rule whose mesh axes do not divide the dim is
-  passed over, so the dim stays whole rather than being padded.
-
-  Args:
-    axes: a logical name, or None for a dim that stays whole, for each dim.
-    shape: of the array.
-    mesh_sizes: mesh axes and their sizes.
-    rules: see LogicalAxisRules.
-    path: of a parameter, such as 'encoder/layers/mlp/wo/kernel'.
+  Rules are tried in order; each mesh axis is used at most once an array (as in flax's
+  logical_to_mesh_axes). A rule whose mesh axes do not divide the dim is passed over, so the dim
+  stays whole rather than being padded. Each dim has a logical name, or None and stays whole. The
+  path is a parameter's, such as 'encoder/layers/mlp/wo/kernel'.
 
   Raises:
     UsageError: if a name has no rule at all.
@@ -102,8 +88,8 @@ def spec(
         done[i] = True
         break
   known = {name for name, _ in applicable}
-  for axis in axes:
-    if axis is not None and axis not in known:
+  for axis in filter(None, axes):
+    if axis not in known:
       raise UsageError(
         f'no rule names the logical axis {axis!r}; rules exist for {", ".join(sorted(known))}'
       )
@@ -113,49 +99,31 @@ def spec(
 def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules):
   """Returns a NamedSharding for every leaf.
 
-  Args:
-    shapes: pytree of arrays or ShapeDtypeStructs.
-    axes: the same tree with a tuple of logical names in place of each array.
-    mesh: the mesh.
-    rules: see LogicalAxisRules. Rules for single parameters also cut what the
-      optimizer keeps for them, whose paths end with the parameter's.
+  Axes are shapes' tree with a tuple of logical names in place of each array. Rules for single
+  parameters also cut what the optimizer keeps for them, whose paths end with the parameter's.
   """
   sizes = dict(mesh.shape)
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x, names: NamedSharding(
-      mesh, spec(names, x.shape, sizes, rules, pytrees.path_name(path))
-    ),
-    shapes,
-    axes,
-  )
 
+  def sharding(path: Any, x: Any, names: Any) -> NamedSharding:
+    return NamedSharding(mesh, spec(names, x.shape, sizes, rules, pytrees.path_name(path)))
 
-# ---- Checks of the user's own rules ----
+  return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
 
 
 def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> None:
   """Raises UsageError if a rule that the user wrote cannot be kept.
 
-  The standard rules give way to each other: with both parameter and activation
-  dims cut, 'embed' takes what is left. A rule that somebody asked for and that
-  does nothing would only show in the memory of the first run.
-
-  Args:
-    shapes: parameters or their shapes.
-    axes: logical axes of each.
-    mesh: the mesh.
-    rules: see LogicalAxisRules.
+  The standard rules give way to each other: with both parameter and activation dims cut, 'embed'
+  takes what is left. A rule that somebody asked for and that does nothing would only show in the
+  memory of the first run. Arguments are those of `shardings`.
   """
   sizes = dict(mesh.shape)
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-  arrays = {
-    pytrees.path_name(path): (leaf.shape, names)
-    for (path, leaf), names in zip(leaves, treedef.flatten_up_to(axes), strict=True)
-  }
-  names = {name for name, _ in rules.rules[rules.strict :]}
+  leaves = pytrees.leaves_with_axes(shapes, axes)
+  arrays = {'/'.join(path): (leaf.shape, names) for path, leaf, names in leaves}
+  known = {name for name, _ in rules.rules[rules.strict :]}
   for _, own in (('', rules.rules[: rules.strict]), *rules.by_parameter):
     for rule in own:
-      _check_names(rule, names, sizes)
+      _check_names(rule, known, sizes)
   for pattern, _ in rules.by_parameter:
     if not any(re.search(pattern, path) for path in arrays):
       close = difflib.get_close_matches(pattern, arrays, n=1, cutoff=0.3)
@@ -171,23 +139,21 @@ def check_axis_cuts(
 ) -> None:
   """Raises UsageError if an array that a mesh axis should cut stays whole.
 
-  For a number of devices that somebody asked for: what they do not divide is
-  replicated otherwise, and shows only in the memory of the first run.
+  For a number of devices that somebody asked for: what they do not divide is replicated otherwise,
+  and shows only in the memory of the first run.
   """
   sizes = dict(mesh.shape)
   size = sizes[mesh_axis]
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-  for (path, leaf), names in zip(leaves, treedef.flatten_up_to(axes), strict=True):
-    name = pytrees.path_name(path)
+  for path, leaf, names in pytrees.leaves_with_axes(shapes, axes):
+    name = '/'.join(path)
     targets = {axis for axis, to in rules.of(name) if to == mesh_axis}
     dims = [i for i, axis in enumerate(names) if axis in targets]
     result = spec(names, leaf.shape, sizes, rules, name)
-    is_cut = any(mesh_axis in _mesh_axes(one) for one in result if one)
+    is_cut = any(mesh_axis in _mesh_axes(one) for one in result)
     if dims and not is_cut and leaf.ndim > 1:
       raise UsageError(
-        f'{size} devices along the mesh axis {mesh_axis!r} do not divide '
-        f'{name}, whose dim {names[dims[0]]!r} is {leaf.shape[dims[0]]}: '
-        f'choose a MeshConfig.{mesh_axis} that does'
+        f'{size} devices along the mesh axis {mesh_axis!r} do not divide {name}, whose dim '
+        f'{names[dims[0]]!r} is {leaf.shape[dims[0]]}: choose a MeshConfig.{mesh_axis} that does'
       )
 
 
@@ -218,9 +184,8 @@ def _check_array(
   result = spec(axes, shape, sizes, rules, path)
   for i, axis in enumerate(axes):
     rule = next((r for r in wanted if r[0] == axis), None)
-    if rule is None or result[i] == rule[1]:
-      continue
-    if axis in axes[:i]:  # the rule was for the first dim of that name
+    # A rule is for the first dim of that name.
+    if rule is None or result[i] == rule[1] or axis in axes[:i]:
       continue
     mesh_axes = _mesh_axes(rule[1])
     size = math.prod(sizes[n] for n in mesh_axes)
@@ -237,10 +202,8 @@ def _check_array(
         )
 
 
-# ---- Activations ----
-
-# Set while a program traces its step; read by the model's constraints. A
-# context, not an argument, so that the model's signatures stay about the model.
+# Set while a program traces its step; read by the model's constraints. A context, not an argument,
+# so that the model's signatures stay about the model.
 _ACTIVE: contextvars.ContextVar[tuple[Mesh, LogicalAxisRules] | None] = contextvars.ContextVar(
   't5x_lite_axis_rules', default=None
 )
@@ -278,12 +241,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def per_shard(fn: Callable[..., jax.Array], axes: Sequence[tuple], out_axes: tuple) -> Callable:
   """Returns fn run by each device on its own part, for fn that never look across.
 
-  Outside `axis_rules`, or on one device, it is fn itself.
-
-  Args:
-    fn: of as many pytrees as `axes` has entries; returns an array.
-    axes: logical names of each argument's arrays.
-    out_axes: of the result, which has the shape of the first argument.
+  Outside `axis_rules`, or on one device, it is fn itself. Axes are the logical names of the arrays
+  of each of fn's arguments, which may be pytrees; the result has the shape of the first and the
+  names out_axes.
   """
   active = _ACTIVE.get()
   if active is None or active[0].size == 1:

@@ -1,7 +1,7 @@
 """Where arrays live: meshes of devices by name or size, and batches on them.
 
-Nothing else in the project names a mesh axis. How logical axes become
-shardings is in logical_axes.py.
+Nothing else in the project names a mesh axis. How logical axes become shardings is in
+logical_axes.py.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ MESH_AXES = ('data', 'fsdp', 'model')
 BATCH_AXES = ('data', 'fsdp')
 PRESETS = ('auto', 'dp', 'fsdp', 'fsdp_tp')
 
-# What 'auto' takes for the state and gradients of a parameter: 4 bytes each
-# for itself, its gradient and Adafactor's transients.
+# What 'auto' takes for the state and gradients of a parameter: 4 bytes each for itself, its
+# gradient and Adafactor's transients.
 _BYTES_PER_PARAMETER = 12
-# ... and the part of a device's memory that it may fill with them before it
-# cuts the parameters; the rest is for activations.
+# ... and the part of a device's memory that it may fill with them before it cuts the parameters;
+# the rest is for activations.
 _REPLICATED_FRACTION = 0.4
 
 
@@ -37,30 +37,28 @@ _REPLICATED_FRACTION = 0.4
 class MeshConfig:
   """How devices are arranged, and what is cut along which mesh axis.
 
-  Sizes that are given win over the preset. 'data' is the only axis that spans
-  slices or, on GPUs, the first to span nodes; 'model' is innermost.
+  Sizes that are given win over the preset. 'data' is the only axis that spans slices or, on GPUs,
+  the first to span nodes; 'model' is innermost.
 
   Attributes:
-    preset: 'auto' picks by the number and kind of devices, the model's size
-      and the batch size; 'dp' replicates parameters; 'fsdp' cuts parameters,
-      optimizer state and batch over all devices of a slice (ZeRO-3);
-      'fsdp_tp' cuts matrices over 'model' too, as many ways as `model` says or
+    preset: 'auto' picks by the number and kind of devices, the model's size and the batch size;
+      'dp' replicates parameters; 'fsdp' cuts parameters, optimizer state and batch over all devices
+      of a slice (ZeRO-3); 'fsdp_tp' cuts matrices over 'model' too, as many ways as `model` says or
       as is usual for the chip.
     data: replicas of the parameters; -1 takes the devices that are left.
     fsdp: devices over which batch and parameters are cut.
     model: tensor parallelism.
-    num_partitions: T5X's: model=num_partitions and the rest to data, or with
-      parameter_dims=2 to fsdp.
-    num_slices: TPU slices joined by the data-center network; None asks the
-      devices.
+    num_partitions: T5X's: model=num_partitions and the rest to data, or with parameter_dims=2 to
+      fsdp.
+    num_slices: TPU slices joined by the data-center network; None asks the devices.
     activation_dims: 1, or 2 to cut activations' embed over 'model' too.
-    parameter_dims: 1, or 2 to cut parameters' embed over 'fsdp'. None is 2,
-      but T5X's 1 with num_partitions.
-    additional_rules: (logical axis, mesh axis or axes or None) pairs that come
-      before the standard rules.
-    parameter_rules: (regular expression, pairs) pairs: such rules for only the
-      parameters in whose path the expression is found, for example
-      (('token_embedder', (('vocab', ('fsdp', 'model')), ('embed', None))),).
+    parameter_dims: 1, or 2 to cut parameters' embed over 'fsdp'. None is 2, but T5X's 1 with
+      num_partitions.
+    additional_rules: (logical axis, mesh axis or axes or None) pairs that come before the standard
+      rules.
+    parameter_rules: (regular expression, pairs) pairs: such rules for only the parameters in whose
+      path the expression is found, for example (('token_embedder', (('vocab', ('fsdp', 'model')),
+      ('embed', None))),).
     offload_optimizer: keep the optimizer's state in host memory between steps.
   """
 
@@ -82,17 +80,13 @@ class MeshConfig:
     if self.preset not in PRESETS:
       raise UsageError(f'MeshConfig.preset is {self.preset!r}; allowed are {", ".join(PRESETS)}.')
     sizes = {name: getattr(self, name) for name in MESH_AXES}
-    for name, size in sizes.items():
-      if size is not None and size != -1 and size < 1:
-        raise UsageError(
-          f'MeshConfig.{name} is {size}; it must be positive, or -1 for the devices that are left.'
-        )
-    if sum(size == -1 for size in sizes.values()) > 1:
-      raise UsageError('At most one of MeshConfig data, fsdp, model can be -1.')
-    for name in ('num_partitions', 'num_slices'):
+    for name in (*MESH_AXES, 'num_partitions', 'num_slices'):
       size = getattr(self, name)
-      if size is not None and size < 1:
-        raise UsageError(f'MeshConfig.{name} is {size}; it must be positive.')
+      left = ', or -1 for the devices that are left' if name in sizes else ''
+      if size is not None and size < 1 and not (left and size == -1):
+        raise UsageError(f'MeshConfig.{name} is {size}; it must be positive{left}.')
+    if list(sizes.values()).count(-1) > 1:
+      raise UsageError('At most one of MeshConfig data, fsdp, model can be -1.')
     for name in ('activation_dims', 'parameter_dims'):
       if getattr(self, name) not in (1, 2, None):
         raise UsageError(f'MeshConfig.{name} is {getattr(self, name)}; allowed are 1 and 2.')
@@ -102,16 +96,14 @@ class MeshConfig:
         f'MeshConfig.num_partitions is {self.num_partitions} beside '
         f'{", ".join(given) or "preset"}; give one or the other.'
       )
-    free = ['model'] if self.preset == 'fsdp_tp' else []
-    if self.preset != 'auto' and set(given) - set(free):
+    if self.preset != 'auto' and given and not (self.preset, given) == ('fsdp_tp', ['model']):
       raise UsageError(
         f'MeshConfig.preset is {self.preset!r} beside {", ".join(given)}; give sizes or a preset.'
       )
     for rule in self.additional_rules:
       _check_rule('additional_rules', rule)
     for rule in self.parameter_rules:
-      is_pair = not isinstance(rule, str) and len(rule) == 2
-      if not (is_pair and isinstance(rule[0], str)):
+      if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
         raise UsageError(
           f'MeshConfig.parameter_rules has {rule!r}; each entry is '
           '(regular expression, ((logical axis, mesh axis), ...)).'
@@ -142,17 +134,14 @@ def _check_rule(name: str, rule: Any) -> None:
 def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
   """Returns the rules, in order of precedence.
 
-  Source: t5x/partitioning.py standard_logical_axis_rules. What T5X cuts over
-  'data' with two parameter dims is cut over 'fsdp' here.
+  Source: t5x/partitioning.py standard_logical_axis_rules. What T5X cuts over 'data' with two
+  parameter dims is cut over 'fsdp' here.
   """
   rules: list[tuple[str, Any]] = [
     *config.additional_rules,
     ('batch', BATCH_AXES),
-    ('vocab', 'model'),
-    ('mlp', 'model'),
-    ('heads', 'model'),
     ('kv', None),
-    ('joined_kv', 'model'),
+    *((name, 'model') for name in ('vocab', 'mlp', 'heads', 'joined_kv')),
   ]
   if config.activation_dims == 2:
     rules.append(('embed', 'model'))
@@ -169,9 +158,6 @@ def _parameter_dims(config: MeshConfig) -> int:
   return 1 if config.num_partitions is not None else 2
 
 
-# ---- Meshes ----
-
-
 def resolve(
   config: MeshConfig,
   devices: Sequence[jax.Device] | None = None,
@@ -182,23 +168,19 @@ def resolve(
 ) -> MeshConfig:
   """Returns the config with every size a positive number.
 
-  Args:
-    config: what the user wrote.
-    devices: all of them by default.
-    num_params: of the model, for 'auto'.
-    num_heads: of the model, for 'fsdp_tp': 'model' should divide it.
-    batch_size: the global batch, for 'auto'.
+  Devices are all of them by default. The model's num_params and the global batch_size are for
+  'auto', num_heads is for 'fsdp_tp': 'model' should divide it.
 
   Raises:
     UsageError: if the axes do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  num_slices = config.num_slices or len({_slice(d) for d in devices})
+  found = len(set(map(_slice, devices)))
+  num_slices = config.num_slices or found
   if len(devices) % num_slices:
     raise UsageError(
       f'MeshConfig.num_slices={num_slices} does not divide the {len(devices)} devices at hand.'
     )
-  found = len({_slice(d) for d in devices})
   if found > 1 and found != num_slices:
     raise UsageError(
       f'MeshConfig.num_slices={num_slices}, but the devices at hand come from {found} slices.'
@@ -206,8 +188,7 @@ def resolve(
   per_slice = len(devices) // num_slices
   if config.num_partitions is not None:
     rest = 'fsdp' if _parameter_dims(config) == 2 else 'data'
-    sizes = {'data': num_slices, 'fsdp': 1, 'model': config.num_partitions}
-    sizes[rest] = -1
+    sizes = {'data': num_slices, 'fsdp': 1, 'model': config.num_partitions, rest: -1}
   elif config.preset == 'fsdp_tp':
     model = config.model or _model_axis(devices, per_slice, num_heads)
     sizes = {'data': num_slices, 'fsdp': -1, 'model': model}
@@ -221,9 +202,8 @@ def resolve(
   sizes = _complete(sizes, len(devices))
   if sizes['data'] % num_slices:
     raise UsageError(
-      f'MeshConfig.data={sizes["data"]} is no multiple of the {num_slices} '
-      'slices: only the data axis can span slices; give fsdp x model that '
-      f'divides {per_slice}.'
+      f'MeshConfig.data={sizes["data"]} is no multiple of the {num_slices} slices: only the data '
+      f'axis can span slices; give fsdp x model that divides {per_slice}.'
     )
   return dataclasses.replace(
     config,
@@ -251,11 +231,7 @@ def _complete(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
 
 
 def _sizes_of_preset(
-  preset: str,
-  devices: Sequence[jax.Device],
-  num_slices: int,
-  num_params: int,
-  batch_size: int | None,
+  preset: str, devices: Sequence[Any], num_slices: int, num_params: int, batch_size: int | None
 ) -> dict[str, int]:
   """Returns the sizes of 'dp', 'fsdp' or 'auto'."""
   per_slice = len(devices) // num_slices
@@ -263,8 +239,7 @@ def _sizes_of_preset(
     return {'data': -1, 'fsdp': 1, 'model': 1}
   if preset == 'fsdp':
     return {'data': num_slices, 'fsdp': -1, 'model': 1}
-  # The batch can be cut at most as often as it has rows; what is left cuts
-  # matrices instead.
+  # The batch can be cut at most as often as it has rows; what is left cuts matrices instead.
   ways = per_slice
   if batch_size is not None:
     while ways > 1 and (per_slice % ways or batch_size % (num_slices * ways)):
@@ -296,45 +271,29 @@ def _slice(device: jax.Device) -> int:
 
 def _gpus_per_node(devices: Sequence[jax.Device]) -> int:
   """Returns how many GPUs NVLink joins, with one process a node or a GPU."""
-
-  def node(device: jax.Device) -> int:
-    index = getattr(device, 'slice_index', None)
-    return device.process_index if index is None else index
-
-  return sum(node(device) == node(devices[0]) for device in devices)
+  indices = [(getattr(d, 'slice_index', None), d.process_index) for d in devices]
+  nodes = [process if index is None else index for index, process in indices]
+  return nodes.count(nodes[0])
 
 
 def make_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None, **hints: Any
 ) -> Mesh:
-  """Returns a ('data', 'fsdp', 'model') mesh over the given devices, or all.
-
-  Args:
-    config: what the user wrote, resolved or not.
-    devices: all of them by default.
-    **hints: see `resolve`.
-  """
+  """Returns a ('data', 'fsdp', 'model') mesh; for the arguments see `resolve`."""
   devices = list(jax.devices() if devices is None else devices)
   config = resolve(config, devices, **hints)
   sizes = [getattr(config, name) for name in MESH_AXES]
   _check_nvlink(config, devices)
   num_slices = config.num_slices or 1
   per_slice = [sizes[0] // num_slices, *sizes[1:]]
-  groups = _groups(devices, num_slices)
-  array = np.stack([_arrange(per_slice, group) for group in groups])
-  # Since jax 0.9 the default axis type is Explicit, under which ordinary
-  # sharding constraints change their meaning.
-  return Mesh(array.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def _groups(devices: Sequence[jax.Device], num_slices: int) -> list[list[jax.Device]]:
-  """Returns the devices of each slice.
-
-  Devices that know of no slices (CPUs standing in for TPUs) are cut in order.
-  """
+  # Devices that know of no slices (CPUs standing in for TPUs) are cut in order.
   ordered = sorted(devices, key=_slice)
   size = len(devices) // num_slices
-  return [ordered[i * size : (i + 1) * size] for i in range(num_slices)]
+  groups = [ordered[i * size : (i + 1) * size] for i in range(num_slices)]
+  array = np.stack([_arrange(per_slice, group) for group in groups])
+  # Since jax 0.9 the default axis type is Explicit, under which ordinary sharding constraints
+  # change their meaning.
+  return Mesh(array.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -362,9 +321,6 @@ def _check_nvlink(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
     )
 
 
-# ---- Batches ----
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of a batch: its leading dim over all data axes."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -386,12 +342,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh):
-  """Turns this host's rows into arrays over the whole mesh.
-
-  Args:
-    batch: arrays with a leading batch dim, this process's share of it.
-    mesh: the mesh.
-  """
+  """Turns this process's rows of a batch into arrays over the whole mesh."""
   sharding = batch_sharding(mesh)
   return {
     name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()

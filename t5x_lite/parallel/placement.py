@@ -16,17 +16,11 @@ from t5x_lite.parallel.partitioning import BATCH_AXES, MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Where arrays live. Two equal placements trace to the same program.
+  """Where arrays live. Two equal placements trace to the same program."""
 
-  Attributes:
-    mesh: the devices.
-    rules: from logical axes to mesh axes.
-    config: what both were made of, every size resolved.
-  """
-
-  mesh: Mesh
-  rules: LogicalAxisRules
-  config: MeshConfig
+  mesh: Mesh  # the devices
+  rules: LogicalAxisRules  # from logical axes to mesh axes
+  config: MeshConfig  # what both were made of, every size resolved
 
   def shardings(self, shapes: Any, axes: Any) -> Any:
     """Returns a NamedSharding for every leaf; see `logical_axes.shardings`."""
@@ -34,11 +28,7 @@ class Placement:
 
   def specs(self, shapes: Any, axes: Any) -> Any:
     """Returns shapes' tree of ShapeDtypeStructs with their shardings."""
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      self.shardings(shapes, axes),
-    )
+    return with_shardings(shapes, self.shardings(shapes, axes))
 
   def active(self) -> contextlib.AbstractContextManager[None]:
     """Makes the model's constraints effective for what is traced inside."""
@@ -54,26 +44,25 @@ class Placement:
     return -(-size // self.batch_ways) * self.batch_ways
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+  """Returns shapes' tree of ShapeDtypeStructs with these shardings."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+
+
 def make_placement(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None, **hints: Any
 ) -> Placement:
   """Returns the placement that a config means on the given devices, or all.
 
-  Args:
-    config: what the user wrote, resolved or not.
-    devices: all of them by default.
-    **hints: num_params, num_heads, batch_size; see `partitioning.resolve`.
-
-  Raises:
-    UsageError: if the axes do not multiply to the number of devices.
+  For hints (num_params, num_heads, batch_size) and errors see `partitioning.resolve`.
   """
   config = partitioning.resolve(config, devices, **hints)
-  return Placement(
-    partitioning.make_mesh(config, devices), partitioning.logical_axis_rules(config), config
-  )
+  mesh = partitioning.make_mesh(config, devices)
+  return Placement(mesh, partitioning.logical_axis_rules(config), config)
 
 
 def single_device() -> Placement:
   """Returns a placement on the first device alone."""
-  one = MeshConfig(data=1, fsdp=1, model=1)
-  return make_placement(one, jax.devices()[:1])
+  return make_placement(MeshConfig(data=1, fsdp=1, model=1), jax.devices()[:1])

@@ -1,10 +1,12 @@
 """Leaves of pytrees by name, and any pytree as nested dicts, and back.
 
-What lies on disk then does not depend on the classes (optax's named tuples,
-our dataclasses) that hold it in memory.
+What lies on disk then does not depend on the classes (optax's named tuples, our dataclasses) that
+hold it in memory.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,12 @@ def names_of(path: Sequence[Any]) -> tuple[str, ...]:
   return tuple(jax.tree_util.keystr((key,), simple=True, separator='/') for key in path)
 
 
+def leaves(tree: Any, **options: Any) -> list[tuple[tuple[str, ...], Any]]:
+  """Returns (names along the path, leaf) of each leaf of a tree."""
+  found = jax.tree_util.tree_leaves_with_path(tree, **options)
+  return [(names_of(path), leaf) for path, leaf in found]
+
+
 def path_name(path: Sequence[Any]) -> str:
   """Returns a pytree path as 'encoder/layers/0/kernel'."""
   return '/'.join(names_of(path))
@@ -22,29 +30,33 @@ def path_name(path: Sequence[Any]) -> str:
 
 def flatten_names(tree: Any) -> dict[str, Any]:
   """Returns the leaves by their path, 'params/encoder/...', in tree order."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {path_name(path): leaf for path, leaf in leaves}
+  return {'/'.join(path): leaf for path, leaf in leaves(tree)}
 
 
 def to_plain(tree: Any) -> dict[str, Any]:
   """Returns any pytree as nested dicts with string keys."""
-  plain: dict[str, Any] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    *parents, last = names_of(path)
-    node = plain
+  return nested(leaves(tree))
+
+
+def nested(found: Iterable[tuple[Sequence[str], Any]]) -> dict[str, Any]:
+  """Returns (names along the path, leaf) pairs as nested dicts."""
+  result: dict[str, Any] = {}
+  for (*parents, last), leaf in found:
+    node = result
     for name in parents:
       node = node.setdefault(name, {})
     node[last] = leaf
-  return plain
+  return result
+
+
+def leaves_with_axes(tree: Any, axes: Any) -> list[tuple[tuple[str, ...], Any, Any]]:
+  """Returns (names along the path, leaf, its logical axes) of each leaf of a tree."""
+  names = jax.tree.structure(tree).flatten_up_to(axes)
+  return [(path, leaf, own) for (path, leaf), own in zip(leaves(tree), names, strict=True)]
 
 
 def from_plain(plain: Mapping[str, Any], like: Any) -> Any:
   """Inverts `to_plain` for a tree of the same structure as `like`."""
-
-  def leaf(path: Sequence[Any], _: Any) -> Any:
-    node: Any = plain
-    for name in names_of(path):
-      node = node[name]
-    return node
-
-  return jax.tree_util.tree_map_with_path(leaf, like)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: functools.reduce(operator.getitem, names_of(path), plain), like
+  )

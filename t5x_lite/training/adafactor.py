@@ -1,9 +1,8 @@
 """Adafactor with T5X's semantics on logical axes, as an optax transform.
 
-What is factored, averaged and clipped is a layer's parameter, not the array
-that holds it: a stacked [layers, ...] parameter gets exactly the update that
-each of its layers would get alone. optax.adafactor knows no logical axes and
-takes its RMS, scale and largest dims over the whole stack.
+What is factored, averaged and clipped is a layer's parameter, not the array that holds it: a
+stacked [layers, ...] parameter gets exactly the update that each of its layers would get alone.
+optax.adafactor knows no logical axes and takes RMS, scale and largest dims over the stack.
 
 Sources: Shazeer and Stern 2018 (arXiv 1804.04235); t5x/adafactor.py.
 """
@@ -12,7 +11,7 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,58 +39,39 @@ class FactorDim(enum.Enum):
 
 def standard_logical_factor_rules() -> dict[str, FactorDim]:
   """Returns T5X's role of each logical axis (t5x/adafactor.py:104)."""
-  none, batch = FactorDim.NONE, FactorDim.BATCH
-  row, column = FactorDim.ROW, FactorDim.COLUMN
+  columns = (
+    'vocab mlp heads kv joined_kv q_wi_fused o_wo_fused multiquery_heads kv_fused mlp_activations'
+  ).split()
+  # The last three are not T5X's.
+  whole = ('relpos_buckets', 'layer_norm_scale', 'lora_rank', 'adapter', 'prompt')
   return {
-    'vocab': column,
-    'embed': row,
-    'mlp': column,
-    'heads': column,
-    'kv': column,
-    'joined_kv': column,
-    'relpos_buckets': none,
-    'layers': batch,  # scanned layers
-    'stack': batch,
-    'q_wi_fused': column,
-    'o_wo_fused': column,
-    'multiquery_heads': column,
-    'kv_fused': column,
-    'layer_norm_scale': none,
-    'mlp_activations': column,
-    # Not T5X's.
-    **dict.fromkeys(('lora_rank', 'adapter', 'prompt'), none),
+    'embed': FactorDim.ROW,
+    **dict.fromkeys(columns, FactorDim.COLUMN),
+    **dict.fromkeys(('layers', 'stack'), FactorDim.BATCH),
+    **dict.fromkeys(whole, FactorDim.NONE),
   }
 
 
 class AdafactorState(NamedTuple):
   """Moments in float32, each a nested dict of only the parameters that have it.
 
-  A factored parameter is in v_row and v_col, any other in v; m is empty without
-  momentum. T5X keeps a zeros((1,)) in every unused place instead.
-
-  Attributes:
-    count: updates done, an int32 scalar.
-    m: momentum, of the parameter's shape.
-    v_row: second moment averaged over the column dims.
-    v_col: second moment averaged over the row dims.
-    v: second moment, of the parameter's shape.
+  A factored parameter is in v_row and v_col, any other in v; m is empty without momentum. T5X keeps
+  a zeros((1,)) in every unused place instead.
   """
 
-  count: Array
-  m: dict
-  v_row: dict
-  v_col: dict
-  v: dict
+  count: Array  # updates done, an int32 scalar
+  m: dict  # momentum, of the parameter's shape
+  v_row: dict  # second moment averaged over the column dims
+  v_col: dict  # second moment averaged over the row dims
+  v: dict  # second moment, of the parameter's shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Factoring:
   """How one parameter is handled; dims are indices into its shape.
 
-  Attributes:
-    averaging_dims: over which RMS and parameter scale are taken: all but BATCH.
-    row_dims: dims of v_row that v_col lacks; empty if not factored.
-    column_dims: dims of v_col that v_row lacks; empty if not factored.
+  RMS and parameter scale are taken over averaging_dims, all but BATCH. v_row has the row_dims that
+  v_col lacks, v_col the column_dims that v_row lacks; both are empty if it is not factored.
   """
 
   averaging_dims: tuple[int, ...]
@@ -109,37 +89,27 @@ def factoring(
 ) -> Factoring:
   """Returns how a parameter is factored, as T5X does for each of its layers.
 
-  BATCH dims set aside, what is left is one layer's parameter. Up to two dims it
-  goes by size: the larger is the column, if both reach min_dim_size_to_factor
-  (T5X's fall-back to the heuristic, adafactor.py:384). From three dims on it
-  goes by ROW and COLUMN, whole groups of dims at a time.
+  BATCH dims set aside, what is left is one layer's parameter. Up to two dims it goes by size: the
+  larger is the column, if both reach min_dim_size_to_factor (T5X's fall-back to the heuristic,
+  adafactor.py:384). From three dims on it goes by ROW and COLUMN, whole groups of dims at a time.
 
-  T5X itself takes the second road for every stacked parameter and so factors
-  those with dims below min_dim_size_to_factor, which it does not for the same
-  layers unstacked. Here both forms give the same update.
-
-  Args:
-    shape: of the array.
-    axes: logical axes of its dims; None means no BATCH dims and no roles.
-    factored: False for unfactored second moments everywhere.
-    min_dim_size_to_factor: least size of both dims of a matrix.
-    rules: role of each logical axis; None for T5X's.
+  T5X itself takes the second road for every stacked parameter and so factors those with dims below
+  min_dim_size_to_factor, which it does not for the same layers unstacked. Here both forms give the
+  same update. Axes of None mean no BATCH dims and no roles; the rest is as in `adafactor`.
 
   Raises:
-    UsageError: if an axis has no role, or a parameter of three or more dims
-      mixes ROW and COLUMN with NONE, or has no axes.
+    UsageError: if an axis has no role, or a parameter of three or more dims mixes ROW and COLUMN
+      with NONE, or has no axes.
   """
   rules = standard_logical_factor_rules() if rules is None else rules
-  if axes is None:
-    roles = [FactorDim.NONE] * len(shape)
-  else:
-    unknown = [axis for axis in axes if axis is not None and axis not in rules]
-    if unknown:
+  names = (None,) * len(shape) if axes is None else axes
+  for axis in names:
+    if axis is not None and axis not in rules:
       raise UsageError(
-        f'Adafactor has no role for the logical axis {unknown[0]!r} of a '
+        f'Adafactor has no role for the logical axis {axis!r} of a '
         f'parameter with axes {axes}; known are {", ".join(rules)}.'
       )
-    roles = [FactorDim.NONE if a is None else rules[a] for a in axes]
+  roles = [FactorDim.NONE if axis is None else rules[axis] for axis in names]
   dims = tuple(i for i, r in enumerate(roles) if r is not FactorDim.BATCH)
   if not factored or len(dims) < 2:
     return Factoring(dims)
@@ -162,18 +132,9 @@ def factoring(
   return Factoring(dims, row_dims, column_dims)
 
 
-def moment_dims(
-  moment: str, shape: Sequence[int], axes: Axes, *, rules: Mapping[str, FactorDim] | None = None
-) -> tuple[int, ...]:
-  """Returns which of a parameter's dims a moment of it has.
-
-  Args:
-    moment: field of AdafactorState: 'm', 'v', 'v_row' or 'v_col'.
-    shape: of the parameter.
-    axes: of the parameter.
-    rules: as given to adafactor.
-  """
-  layout = factoring(shape, axes, min_dim_size_to_factor=0, rules=rules)
+def moment_dims(moment: str, shape: Sequence[int], axes: Axes) -> tuple[int, ...]:
+  """Returns which of a parameter's dims a moment, a field of AdafactorState, has."""
+  layout = factoring(shape, axes, min_dim_size_to_factor=0)
   gone = {'v_row': layout.column_dims, 'v_col': layout.row_dims}
   return tuple(i for i in range(len(shape)) if i not in gone.get(moment, ()))
 
@@ -208,37 +169,34 @@ def adafactor(
     step  = -learning_rate max(epsilon2, rms(p)) u
 
   Args:
-    axes: logical axes of each parameter, a tree of tuples; None for parameters
-      that are neither stacked nor of more than two dims.
+    axes: logical axes of each parameter, a tree of tuples; None for parameters that are neither
+      stacked nor of more than two dims.
     factored: whether matrices keep row and column means instead of all of v.
-    multiply_by_parameter_scale: whether the step is relative to rms(p), for all
-      parameters or by (regular expression searched in 'a/b/c', bool) pairs, of
-      which the first that matches counts.
+    multiply_by_parameter_scale: whether the step is relative to rms(p), for all parameters or by
+      (regular expression searched in 'a/b/c', bool) pairs, of which the first that matches counts.
     beta1: momentum of the steps, or None for none and no memory for it.
     decay_rate: exponent above.
-    step_offset: number of updates to take away from t, to restart the second
-      moments at fine-tuning.
+    step_offset: number of updates to take away from t, to restart the second moments at
+      fine-tuning.
     clipping_threshold: of rms(u), or None for no clipping.
-    weight_decay_rate: p is also multiplied by 1 - weight_decay_rate, whatever
-      the learning rate.
-    weight_decay_rate_lr_exponent: if set, multiplies the above (1 if None) by
-      learning_rate to this power.
+    weight_decay_rate: p is also multiplied by 1 - weight_decay_rate, whatever the learning rate.
+    weight_decay_rate_lr_exponent: if set, multiplies the above (1 if None) by learning_rate to this
+      power.
     min_dim_size_to_factor: least size of both dims of a factored matrix.
     epsilon1: added to the squared gradient.
     epsilon2: least parameter scale.
     dtype_momentum: in which the momentum is kept.
     logical_factor_rules: role of each logical axis; None for T5X's.
     max_parameter_scale: largest parameter scale, or None.
-    skip_nan_updates: an element whose update or moment turns NaN keeps its old
-      value.
+    skip_nan_updates: an element whose update or moment turns NaN keeps its old value.
 
   Returns:
-    A transform whose update needs params, and the extra argument learning_rate
-    with momentum or weight decay, whose terms are not proportional to it.
+    A transform whose update needs params, and the extra argument learning_rate with momentum or
+    weight decay, whose terms are not proportional to it.
 
   Source: t5x/adafactor.py Adafactor, arguments and defaults included.
   """
-  axes_of = {} if axes is None else dict(_flatten(axes, is_leaf=_is_axes))
+  axes_of = {} if axes is None else dict(pytrees.leaves(axes, is_leaf=_is_axes))
   decays = weight_decay_rate is not None or weight_decay_rate_lr_exponent
   needs_rate = beta1 is not None or decays
 
@@ -266,15 +224,15 @@ def adafactor(
 
   def init(params) -> AdafactorState:
     moments = {}
-    for path, p in _flatten(params):
+    for path, p in pytrees.leaves(params):
       layout = layout_of(path, p.shape)
-      shapes = {'v': p.shape}
-      if layout.row_dims:
-        shapes = {
-          'v_row': np.delete(p.shape, layout.column_dims).tolist(),
-          'v_col': np.delete(p.shape, layout.row_dims).tolist(),
-        }
-      moments[path] = {k: jnp.zeros(v, jnp.float32) for k, v in shapes.items()}
+      gone = (
+        {'v_row': layout.column_dims, 'v_col': layout.row_dims} if layout.row_dims else {'v': ()}
+      )
+      moments[path] = {
+        field: jnp.zeros(np.delete(p.shape, dims).tolist(), jnp.float32)
+        for field, dims in gone.items()
+      }
       if beta1 is not None:
         moments[path]['m'] = jnp.zeros(p.shape, dtype_momentum)
     return _state(jnp.zeros((), jnp.int32), moments)
@@ -287,8 +245,8 @@ def adafactor(
       raise ValueError(
         'Adafactor with momentum or weight decay needs update(..., learning_rate=...).'
       )
-    # The caller multiplies by the rate, so what is not proportional to it is
-    # divided by it here; a rate of 0 must not make that NaN.
+    # The caller multiplies by the rate, so what is not proportional to it is divided by it here; a
+    # rate of 0 must not make that NaN.
     rate = jnp.float32(1.0 if learning_rate is None else learning_rate)
     safe_rate = jnp.maximum(rate, jnp.finfo(jnp.float32).tiny)
     step = jnp.asarray(state.count - step_offset, jnp.float32)
@@ -357,27 +315,23 @@ def _second_moment(
 def _again(x: Array) -> Array:
   """Returns x, which XLA:CPU takes for another value.
 
-  What several reductions share, such as g * g, it writes to memory once and
-  reads often; made anew in each it costs nothing. This halves the time of the
-  update there and leaves no temporaries. XLA:TPU joins such reductions itself.
+  What several reductions share, such as g * g, it writes to memory once and reads often; made anew
+  in each it costs nothing. This halves the time of the update there and leaves no temporaries.
+  XLA:TPU joins such reductions itself.
   """
   return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def _rms(x: Array, layout: Factoring) -> Array:
   """Returns each layer's root mean square, as dims of size 1."""
-  mean = jnp.mean(x * x, axis=layout.averaging_dims, keepdims=True)
-  return jnp.sqrt(mean)
+  return jnp.sqrt(jnp.mean(x * x, axis=layout.averaging_dims, keepdims=True))
 
 
 def scale_by_parameter_rms(
   *, axes: Any = None, epsilon2: float = 1e-3
 ) -> optax.GradientTransformation:
-  """Returns updates times max(epsilon2, rms(p)), layer by layer.
-
-  Adafactor's parameter scale, for other optimizers.
-  """
-  axes_of = {} if axes is None else dict(_flatten(axes, is_leaf=_is_axes))
+  """Returns updates times Adafactor's parameter scale max(epsilon2, rms(p)), layer by layer."""
+  axes_of = {} if axes is None else dict(pytrees.leaves(axes, is_leaf=_is_axes))
 
   def update(updates, state, params=None):
     if params is None:
@@ -392,34 +346,23 @@ def scale_by_parameter_rms(
   return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-# ---- Paths ----
-
-
 def _is_axes(x: Any) -> bool:
   return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
-
-
-def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-  return [(pytrees.names_of(path), leaf) for path, leaf in leaves]
 
 
 def _by_path(state: AdafactorState) -> dict[Path, dict[str, Array]]:
   """Returns {path of parameter: {field: moment}}."""
   result: dict[Path, dict[str, Array]] = {}
-  for field in ('m', 'v_row', 'v_col', 'v'):
-    for path, moment in _flatten(getattr(state, field)):
+  for field in AdafactorState._fields[1:]:
+    for path, moment in pytrees.leaves(getattr(state, field)):
       result.setdefault(path, {})[field] = moment
   return result
 
 
 def _state(count: Array, moments: Mapping[Path, Mapping[str, Array]]) -> AdafactorState:
   """Returns the state with each field a nested dict; undoes _by_path."""
-  fields: dict[str, dict] = {'m': {}, 'v_row': {}, 'v_col': {}, 'v': {}}
-  for path, values in moments.items():
-    for field, moment in values.items():
-      node = fields[field]
-      for key in path[:-1]:
-        node = node.setdefault(key, {})
-      node[path[-1]] = moment
+  fields = {
+    field: pytrees.nested((path, own[field]) for path, own in moments.items() if field in own)
+    for field in AdafactorState._fields[1:]
+  }
   return AdafactorState(count=count, **fields)

@@ -1,7 +1,7 @@
 """Cross entropy, its weights and its denominator; no model, no metrics format.
 
-Losses come as sums, with the denominator computed once from the whole batch,
-so that a batch cut into microbatches or over hosts adds up to the same number.
+Losses come as sums, with the denominator computed once from the whole batch, so that a batch cut
+into microbatches or over hosts adds up to the same number.
 
 Legend: B batch, L length, D emb_dim, V vocab.
 """
@@ -28,14 +28,13 @@ class LossConfig:
   Attributes:
     z_loss: coefficient of log(Z)^2; 1e-4 in T5 1.1's pre-training.
     label_smoothing: probability mass spread over the wrong tokens, in [0, 1).
-    loss_normalizing_factor: what the summed loss is divided by. None: nothing.
-      A number: that number (2048 * 114 continues T5's public checkpoints,
-      1024 * 229 mT5's). 'NUM_REAL_TARGET_TOKENS': the sum of the loss weights.
-      'NUM_TOTAL_TARGET_TOKENS': all target positions, padding included.
-      'AVERAGE_PER_SEQUENCE': every example counts the same, whatever its
-      length, packed or not.
-    chunk: target positions whose logits are held at a time, or None for all. A
-      chunk never holds a [B, L, V] array, forward or backward.
+    loss_normalizing_factor: what the summed loss is divided by. None: nothing. A number: that
+      number (2048 * 114 continues T5's public checkpoints, 1024 * 229 mT5's).
+      'NUM_REAL_TARGET_TOKENS': the sum of the loss weights. 'NUM_TOTAL_TARGET_TOKENS': all target
+      positions, padding included. 'AVERAGE_PER_SEQUENCE': every example counts the same, whatever
+      its length, packed or not.
+    chunk: target positions whose logits are held at a time, or None for all. A chunk never holds a
+      [B, L, V] array, forward or backward.
   """
 
   z_loss: float = 0.0
@@ -59,18 +58,12 @@ class LossConfig:
         'target positions, or None.'
       )
     rule = self.loss_normalizing_factor
-    if isinstance(rule, str):
-      bad = rule.upper() not in NORMALIZING_RULES
-    else:
-      bad = rule is not None and not rule > 0
-    if bad:
+    known = rule.upper() in NORMALIZING_RULES if isinstance(rule, str) else rule is None or rule > 0
+    if not known:
       raise UsageError(
         f'LossConfig.loss_normalizing_factor is {rule!r}; it must be None, a '
         f'positive number, or one of {", ".join(NORMALIZING_RULES)}.'
       )
-
-
-# ---- Per token ----
 
 
 def cross_entropy_with_logits(
@@ -78,19 +71,13 @@ def cross_entropy_with_logits(
 ) -> tuple[Array, Array]:
   """Returns per-token cross entropy in nats, and the z-loss part of it.
 
-  With label smoothing e, the target distribution has 1 - e on the target and
-  e / (V - 1) on every other token, and its entropy is subtracted, so that a
-  perfect prediction costs nothing. Any number of leading dims will do.
+  With label smoothing e, the target distribution has 1 - e on the target and e / (V - 1) on every
+  other token, and its entropy is subtracted, so that a perfect prediction costs nothing. Any number
+  of leading dims will do. Logits of any dtype are computed in float32; z_loss is the coefficient of
+  log(Z)^2 (Mesh TensorFlow; T5 1.1 uses 1e-4).
 
-  Args:
-    logits_BLV: unnormalised log-probabilities; computed in float32 whatever
-      their dtype.
-    targets_BL: token ids in [0, V).
-    z_loss: coefficient of log(Z)^2 (Mesh TensorFlow; T5 1.1 uses 1e-4).
-    label_smoothing: e above, in [0, 1).
-
-  Source: t5x/losses.py cross_entropy_with_logits and
-  compute_weighted_cross_entropy; Szegedy et al. 2016 for label smoothing.
+  Source: t5x/losses.py cross_entropy_with_logits and compute_weighted_cross_entropy; Szegedy et al.
+  2016 for label smoothing.
   """
   loss, z, _ = _token_losses(z_loss, label_smoothing, logits_BLV, targets_BL)
   return loss, z
@@ -125,9 +112,9 @@ def _token_losses_fwd(z_loss, label_smoothing, logits, targets):
 
 
 def _token_losses_bwd(z_loss, label_smoothing, residuals, cotangents):
-  # Softmax is recomputed from the logits, which are dead after this, so that
-  # one [..., V] buffer is enough. The one-hot is a comparison that XLA fuses
-  # and can cut over any axis, where a scatter would gather a sharded vocab.
+  # Softmax is recomputed from the logits, which are dead after this, so that one [..., V] buffer is
+  # enough. The one-hot is a comparison that XLA fuses and can cut over any axis, where a scatter
+  # would gather a sharded vocab.
   logits, targets, log_z = residuals
   g, g_z, _ = cotangents
   right, wrong = _confidences(label_smoothing, logits.shape[-1])
@@ -143,9 +130,6 @@ def _token_losses_bwd(z_loss, label_smoothing, residuals, cotangents):
 _token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
 
 
-# ---- Sums over a batch ----
-
-
 def loss_sums(
   logits_BLV: Array,
   targets_BL: Array,
@@ -158,21 +142,13 @@ def loss_sums(
 ) -> dict[str, Array]:
   """Returns weighted sums over all tokens; only 'loss' carries a gradient.
 
-  Args:
-    logits_BLV: see `cross_entropy_with_logits`, as the other arguments.
-    targets_BL: token ids.
-    weights_BL: loss weights.
-    z_loss: see there.
-    label_smoothing: see there.
-    task_ids_BL: the task of every token, below num_tasks; adds the sums
-      [num_tasks] task_loss (without the z-loss) and task_weight.
-    num_tasks: how many tasks there are; 0 without task ids.
+  Given task_ids_BL, the task of every token below num_tasks, it adds the sums [num_tasks] task_loss
+  (without the z-loss) and task_weight. The rest is as in `cross_entropy_with_logits`.
 
   Returns:
-    loss (z-loss included) and z_loss in nats, each token times its weight;
-    num_correct and num_tokens, counts over tokens whose weight is not 0, whose
-    ratio is the accuracy (a target that ties with another token is correct).
-    All float32 scalars, so they add up over batches.
+    loss (z-loss included) and z_loss in nats, each token times its weight; num_correct and
+    num_tokens, counts over tokens whose weight is not 0, whose ratio is the accuracy (a target that
+    ties with another token is correct). All float32 scalars, so they add up over batches.
   """
   loss, z, correct = _token_losses(z_loss, label_smoothing, logits_BLV, targets_BL)
   counted = weights_BL != 0
@@ -204,25 +180,15 @@ def chunked_cross_entropy(
 ) -> dict[str, Array]:
   """Returns loss_sums of project_fn(hidden), `chunk` positions at a time.
 
-  Never holds more than [B, chunk, V] logits. Under differentiation each
-  chunk's gradient is taken while its logits are at hand, so they are computed
-  once, not again in a backward pass: the cost is that of the unchunked loss.
-  Chunks cut L, never B, so a batch stays sharded over its devices.
+  Never holds more than [B, chunk, V] logits. Under differentiation each chunk's gradient is taken
+  while its logits are at hand, so they are computed once, not again in a backward pass: the cost is
+  that of the unchunked loss. Chunks cut L, never B, so a batch stays sharded over its devices. A
+  chunk, which need not divide L, is [B, l, D] to project_fn, which returns logits [B, l, V], each
+  position on its own. It may close over traced parameters; their gradients are right. No gradient
+  flows to the weights. The task ids are as in `loss_sums`.
 
-  Args:
-    project_fn: [B, l, D] -> logits [B, l, V], each position on its own. May
-      close over traced parameters; their gradients are right.
-    hidden_BLD: the decoder's last hidden states.
-    targets_BL: token ids.
-    weights_BL: loss weights; no gradient flows to them.
-    z_loss: as in cross_entropy_with_logits.
-    label_smoothing: as in cross_entropy_with_logits.
-    task_ids_BL: as in loss_sums.
-    num_tasks: as in loss_sums.
-    chunk: positions at a time; need not divide L.
-
-  Source: the idea of taking the gradient in the forward pass is Liger Kernel's
-  fused linear cross entropy (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
+  Source: the idea of taking the gradient in the forward pass is Liger Kernel's fused linear cross
+  entropy (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
   """
   chunk = min(chunk, hidden_BLD.shape[1])
   pad = -hidden_BLD.shape[1] % chunk
@@ -295,23 +261,19 @@ def _scan_sums_bwd(sums_fn, residuals, cotangents):
 _scan_sums.defvjp(_scan_sums_fwd, _scan_sums_bwd)
 
 
-# ---- Weights and denominator ----
-
-
 def loss_weights_and_normalizer(
   batch: Mapping[str, Any], rule: float | int | str | None
 ) -> tuple[Array, Array]:
   """Returns per-token loss weights and what their summed loss is divided by.
 
-  Call it once with the whole batch, before cutting it into microbatches: T5X
-  does it for each microbatch, which weighs tokens unequally and makes the
-  gradient grow with their number (t5x/trainer.py accumulate_grads_microbatched
-  sums losses that are already normalised).
+  Call it once with the whole batch, before cutting it into microbatches: T5X does it for each
+  microbatch, which weighs tokens unequally and makes the gradient grow with their number
+  (t5x/trainer.py accumulate_grads_microbatched sums losses that are already normalised).
 
   Args:
-    batch: T5X features. Without decoder_loss_weights every real target token
-      counts 1: those of a segment if packed, else those that are not 0. (T5X
-      then counts padding under None and constant rules.)
+    batch: T5X features. Without decoder_loss_weights every real target token counts 1: those of a
+      segment if packed, else those that are not 0. (T5X then counts padding under None and constant
+      rules.)
     rule: LossConfig.loss_normalizing_factor.
 
   Returns:
@@ -325,10 +287,8 @@ def loss_weights_and_normalizer(
   if weights is None:
     weights = (targets if segments is None else segments) > 0
   weights = jnp.asarray(weights, jnp.float32)
-  if rule is None:
-    return weights, jnp.ones((), jnp.float32)
   if not isinstance(rule, str):
-    return weights, jnp.asarray(rule, jnp.float32)
+    return weights, jnp.asarray(1.0 if rule is None else rule, jnp.float32)
   rule = rule.upper()
   if rule == 'NUM_TOTAL_TARGET_TOKENS':
     return weights, jnp.asarray(targets.size, jnp.float32)

@@ -1,8 +1,7 @@
 """Optimizers by name: optax transforms giving updates at learning rate 1.
 
-The step multiplies them by the one learning rate that it also logs. What an
-optimizer keeps beside the parameters gets logical axes here, so that it is
-sharded by the same rules.
+The step multiplies them by the one learning rate that it also logs. What an optimizer keeps beside
+the parameters gets logical axes here, so that it is sharded by the same rules.
 """
 
 import dataclasses
@@ -26,13 +25,11 @@ from t5x_lite.training.master_weights import master_weights
 from t5x_lite.training.schedules import ScheduleConfig, unknown
 from t5x_lite.training.unfreezing import unfreeze_gradually
 
-# Optax's optimizers whose step is proportional to the learning rate of the same
-# step alone, as "updates at learning rate 1" needs; a test checks each.
+# Optax's optimizers whose step is proportional to the learning rate of the same step alone, as
+# "updates at learning rate 1" needs; a test checks each.
 _PROPORTIONAL = (
-  'adabelief adadelta adagrad adam adamax adamaxw adamw adan amsgrad '
-  'lamb lion nadam nadamw noisy_sgd novograd '
-  'optimistic_gradient_descent radam rmsprop sgd sign_sgd signum sm3 '
-  'yogi'
+  'adabelief adadelta adagrad adam adamax adamaxw adamw adan amsgrad lamb lion nadam nadamw '
+  'noisy_sgd novograd optimistic_gradient_descent radam rmsprop sgd sign_sgd signum sm3 yogi'
 ).split()
 # Those that keep the learning rate inside, such as in their momentum.
 _RATE_INSIDE = ('fromage', 'lars')
@@ -45,26 +42,23 @@ class OptimizerConfig:
   """How parameters are updated.
 
   Attributes:
-    name: 'adafactor' (T5X's), 'adamw', 'adamw_scale', 'sgd', 'lion', ...: one
-      of OPTIMIZERS.
+    name: 'adafactor' (T5X's), 'adamw', 'adamw_scale', 'sgd', 'lion', ...: one of OPTIMIZERS.
     schedule: the learning rate.
-    weight_decay: decoupled, times the learning rate (AdamW's). Adafactor's own,
-      independent of the learning rate, is kwargs weight_decay_rate.
-    weight_decay_exclude: regular expression searched in 'a/b/c' parameter
-      paths; what it matches is not decayed. Norms and relative position biases
-      by default.
+    weight_decay: decoupled, times the learning rate (AdamW's). Adafactor's own, independent of the
+      learning rate, is kwargs weight_decay_rate.
+    weight_decay_exclude: regular expression searched in 'a/b/c' parameter paths; what it matches is
+      not decayed. Norms and relative position biases by default.
     global_norm_clip: gradients' largest global norm, or None.
-    trainable: regular expression searched in parameter paths; what it does not
-      match is frozen: no update, no optimizer state, no part in the global
-      norm. None trains all; of a model with LoRA, adapters or a prompt, those,
-      and with adapters the norms.
-    unfreeze_every: updates after which one more layer trains, from the top down;
-      see training/unfreezing.py. None trains all from the start.
+    trainable: regular expression searched in parameter paths; what it does not match is frozen: no
+      update, no optimizer state, no part in the global norm. None trains all; of a model with LoRA,
+      adapters or a prompt, those, and with adapters the norms.
+    unfreeze_every: updates after which one more layer trains, from the top down; see
+      training/unfreezing.py. None trains all from the start.
     b1: the optimizer's momentum, if not its default (Adafactor's beta1).
     b2: the optimizer's second-moment decay, if not its default.
     eps: the optimizer's epsilon, if not its default.
-    master_weights: keep float32 copies of the parameters and update those; for
-      T5Config.param_dtype 'bfloat16'.
+    master_weights: keep float32 copies of the parameters and update those; for T5Config.param_dtype
+      'bfloat16'.
     kwargs: any other arguments of the optimizer, by its own names.
   """
 
@@ -109,11 +103,8 @@ class OptimizerConfig:
 
 
 def _factory(name: str) -> Callable[..., optax.GradientTransformation]:
-  if name == 'adafactor':
-    return adafactor_lib.adafactor
-  if name == 'adamw_scale':
-    return adamw_scale
-  return getattr(optax, name)
+  own = {'adafactor': adafactor_lib.adafactor, 'adamw_scale': adamw_scale}
+  return own[name] if name in own else getattr(optax, name)
 
 
 def _arguments(config: OptimizerConfig) -> dict[str, Any]:
@@ -124,9 +115,9 @@ def _arguments(config: OptimizerConfig) -> dict[str, Any]:
   arguments = {}
   for field in ('b1', 'b2', 'eps'):
     value = getattr(config, field)
+    name = 'beta1' if (config.name, field) == ('adafactor', 'b1') else field
     if value is None:
       continue
-    name = 'beta1' if (config.name, field) == ('adafactor', 'b1') else field
     if name not in accepted:
       raise UsageError(
         f'OptimizerConfig.{field} is {value}, but {config.name} has no such '
@@ -150,50 +141,36 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns a transform whose updates are for learning rate 1, already negated.
 
-  The step is params + learning_rate * updates, with
-  updates, state = tx.update(grads, state, params, learning_rate=learning_rate);
-  the extra argument serves Adafactor's terms that are not proportional to the
-  learning rate, and others ignore it.
-
-  Args:
-    config: the optimizer.
-    axes: logical axes of each parameter: params' tree with tuples of names.
-    params: the parameters or their shapes, to find those that are frozen.
+  The step is params + learning_rate * updates, with updates, state = tx.update(grads, state,
+  params, learning_rate=learning_rate); the extra argument serves Adafactor's terms that are not
+  proportional to the learning rate, and others ignore it. For params and axes see `opt_state_axes`.
 
   Raises:
     UsageError: if config.trainable matches no parameter.
   """
-  # Named, so that where the optimizer's state lies in a checkpoint does not
-  # depend on what stands before it.
+  # Named: where the optimizer's state lies in a checkpoint must not depend on what is before it.
   parts: dict[str, optax.GradientTransformation] = {}
   if config.global_norm_clip is not None:
     parts['clip'] = optax.clip_by_global_norm(config.global_norm_clip)
 
   def decayed(tree):
-    return _map_paths(
-      lambda name: (
-        not re.search(config.weight_decay_exclude, name) if config.weight_decay_exclude else True
-      ),
-      tree,
-    )
+    excluded = config.weight_decay_exclude
+    return _map_paths(lambda name: not (excluded and re.search(excluded, name)), tree)
 
   factory = _factory(config.name)
   accepted = inspect.signature(factory).parameters
   arguments = _arguments(config)
   if 'axes' in accepted:
     arguments['axes'] = axes
+  if 'learning_rate' in accepted and config.name not in _RATE_INSIDE:
+    arguments['learning_rate'] = 1.0
   mask = next((n for n in ('mask', 'weight_decay_mask') if n in accepted), None)
   native_decay = 'weight_decay' in accepted and mask is not None
   if native_decay:
     # Even where it is 0: optax's own defaults are not.
     arguments |= {'weight_decay': config.weight_decay, mask: decayed}
-  if config.name in _RATE_INSIDE:
-    tx = _per_unit_rate(functools.partial(factory, **arguments))
-  else:
-    if 'learning_rate' in accepted:
-      arguments['learning_rate'] = 1.0
-    tx = factory(**arguments)
-  parts['optimizer'] = tx
+  make = functools.partial(factory, **arguments)
+  parts['optimizer'] = _per_unit_rate(make) if config.name in _RATE_INSIDE else make()
   if config.weight_decay and not native_decay:
     parts['weight_decay'] = optax.add_decayed_weights(-config.weight_decay, decayed)
   tx = optax.named_chain(*parts.items())
@@ -227,15 +204,12 @@ def _per_unit_rate(
 
 
 def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
-  """Returns params' tree with True where config trains the parameter.
-
-  None if it trains all of them.
+  """Returns params' tree with True where config trains the parameter, None if it trains all.
 
   Raises:
     UsageError: if it trains none.
   """
-  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-  names = [pytrees.path_name(path) for path, _ in leaves]
+  names = list(pytrees.flatten_names(params))
   pattern = config.trainable
   if pattern is None and (pattern := transfer.trained_pattern(names)) is None:
     return None
@@ -266,20 +240,12 @@ def adamw_scale(
 ) -> optax.GradientTransformation:
   """Returns nanoT5's AdamW, whose step is relative to the parameter's RMS.
 
-  Args:
-    learning_rate: relative to max(epsilon2, rms(p)); nanoT5 peaks at 2e-2.
-    b1: as in Adam.
-    b2: as in Adam.
-    eps: as in Adam.
-    epsilon2: least parameter scale.
-    weight_decay: decoupled, not scaled by rms(p).
-    mask: what is decayed, as in optax.adamw.
-    mu_dtype: of the first moment; None for the parameters'.
-    axes: logical axes of the parameters; a stacked one is scaled layer by
-      layer.
+  The learning rate is relative to max(epsilon2, rms(p)); nanoT5 peaks at 2e-2. The weight decay is
+  decoupled and not scaled by rms(p). By its logical axes a stacked parameter is scaled layer by
+  layer. All else is as in optax.adamw.
 
-  Source: nanoT5/utils/copied_utils.py AdamWScale (Nawrot 2023,
-  arXiv 2309.02373); the RMS from Shazeer and Stern 2018, section 8.
+  Source: nanoT5/utils/copied_utils.py AdamWScale (Nawrot 2023, arXiv 2309.02373); the RMS from
+  Shazeer and Stern 2018, section 8.
   """
   return optax.chain(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
@@ -289,55 +255,37 @@ def adamw_scale(
   )
 
 
-# ---- Axes of the optimizer's state ----
-
-
 def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> Any:
   """Returns the logical axes of every array in the optimizer's state.
 
-  A leaf belongs to the parameter whose path its own path ends with. One of the
-  parameter's shape has the parameter's axes; a factored second moment those
-  that are left; one with dims added in front has None for those; anything else,
-  and what belongs to no parameter, such as a count, is replicated.
-
-  Args:
-    tx: any optax transform: chains, masks and partitions included.
-    params: the parameters or their shapes.
-    axes: logical axes of each parameter: params' tree with tuples of names.
+  A leaf belongs to the parameter whose path its own path ends with. One of the parameter's shape
+  has the parameter's axes; a factored second moment those that are left; one with dims added in
+  front has None for those; anything else, and what belongs to no parameter, such as a count, is
+  replicated. Tx is any optax transform, chains, masks and partitions included; params may be
+  shapes; axes are params' tree with tuples of names.
 
   Returns:
-    The state's tree with a tuple of names (None for a dim that is not cut) for
-    each array. The state holds tuples too, so map over the state first:
-    jax.tree.map(fn, state, opt_state_axes(...)).
+    The state's tree with a tuple of names (None for a dim that is not cut) for each array. The
+    state holds tuples too, so map over the state first: jax.tree.map(fn, state,
+    opt_state_axes(...)).
   """
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
   known: dict[Path, tuple[tuple[int, ...], Axes]] = {
-    pytrees.names_of(path): (leaf.shape, leaf_axes)
-    for (path, leaf), leaf_axes in zip(leaves, treedef.flatten_up_to(axes), strict=True)
+    path: (leaf.shape, names) for path, leaf, names in pytrees.leaves_with_axes(params, axes)
   }
 
   def find(path, leaf) -> Axes:
     path = pytrees.names_of(path)
-    for start in range(len(path)):
-      if path[start:] in known:
-        shape, names = known[path[start:]]
-        field = path[start - 1] if start else ''
-        return _leaf_axes(field, leaf.shape, shape, names)
+    start = next((i for i in range(len(path)) if path[i:] in known), None)
+    if start is None:
+      return (None,) * leaf.ndim
+    shape, names = known[path[start:]]
+    added = leaf.ndim - len(shape)
+    if added >= 0 and leaf.shape[added:] == shape:
+      return (None,) * added + names
+    if start and path[start - 1] in ('v_row', 'v_col'):
+      dims = adafactor_lib.moment_dims(path[start - 1], shape, names)
+      if leaf.shape == tuple(shape[i] for i in dims):
+        return tuple(names[i] for i in dims)
     return (None,) * leaf.ndim
 
-  state = jax.eval_shape(tx.init, params)
-  return jax.tree_util.tree_map_with_path(find, state)
-
-
-def _leaf_axes(
-  field: str, shape: tuple[int, ...], param_shape: tuple[int, ...], axes: Axes
-) -> Axes:
-  """Returns the axes of a state leaf that belongs to a parameter."""
-  added = len(shape) - len(param_shape)
-  if added >= 0 and shape[added:] == param_shape:
-    return (None,) * added + axes
-  if field in ('v_row', 'v_col'):
-    dims = adafactor_lib.moment_dims(field, param_shape, axes)
-    if shape == tuple(param_shape[i] for i in dims):
-      return tuple(axes[i] for i in dims)
-  return (None,) * len(shape)
+  return jax.tree_util.tree_map_with_path(find, jax.eval_shape(tx.init, params))

@@ -11,15 +11,8 @@ from jax.typing import ArrayLike
 
 from t5x_lite.errors import UsageError
 
-FACTORS = (
-  'constant',
-  'linear_warmup',
-  'linear_decay',
-  'rsqrt_decay',
-  'rsqrt_normalized_decay',
-  'decay_every',
-  'cosine_decay',
-)
+_WARMED_UP = ('linear_warmup', 'linear_decay', 'rsqrt_decay', 'rsqrt_normalized_decay')
+FACTORS = ('constant', *_WARMED_UP, 'decay_every', 'cosine_decay')
 SHAPES = ('factors', 'constant', 'linear', 'cosine', 'wsd')
 
 
@@ -36,25 +29,24 @@ class ScheduleConfig:
   """The learning rate as a function of the step, counted from 0.
 
   Attributes:
-    shape: 'factors' for T5X's product, or linear warm-up and then 'constant',
-      'linear' or 'cosine' decay, or 'wsd' (warm-up, stable, decay).
-    factors: T5X's factors, joined by '*'; for shape 'factors' only. The
-      default with 10,000 warm-up steps is T5's: 0.01, then 1 / sqrt(step).
+    shape: 'factors' for T5X's product, or linear warm-up and then 'constant', 'linear' or 'cosine'
+      decay, or 'wsd' (warm-up, stable, decay).
+    factors: T5X's factors, joined by '*'; for shape 'factors' only. The default with 10,000 warm-up
+      steps is T5's: 0.01, then 1 / sqrt(step).
     base_learning_rate: the peak, or for rsqrt_decay what sqrt(step) divides.
     warmup_steps: length of the warm-up; for rsqrt_decay, steps before decay.
     decay_factor: linear_decay's slope, or what decay_every multiplies by.
     steps_per_decay: for decay_every.
     steps_per_cycle: for cosine_decay.
-    step_offset: step at which the schedule starts, such as that of the
-      checkpoint fine-tuned from.
+    step_offset: step at which the schedule starts, such as that of the checkpoint fine-tuned from.
     min_learning_rate: T5X's floor; for shape 'factors' only.
-    total_steps: step at which 'linear', 'cosine' and 'wsd' end, counted from
-      step_offset; None takes the training program's.
+    total_steps: step at which 'linear', 'cosine' and 'wsd' end, counted from step_offset; None
+      takes the training program's.
     decay_steps: for 'wsd', length of the last, falling part.
     final_learning_rate: what the decay of 'linear', 'cosine', 'wsd' ends at.
 
-  Source: t5x/utils.py create_learning_rate_scheduler; Hu et al. 2024
-  (MiniCPM, arXiv 2404.06395) for wsd.
+  Source: t5x/utils.py create_learning_rate_scheduler; Hu et al. 2024 (MiniCPM, arXiv 2404.06395)
+  for wsd.
   """
 
   shape: str = 'factors'
@@ -81,13 +73,10 @@ class ScheduleConfig:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise UsageError(f'ScheduleConfig.{name} is {value}; it must be a positive number.')
-    if self.shape == 'factors':
-      names = _split(self.factors)
-      for name in names:
-        if name not in FACTORS:
-          raise unknown('A factor of ScheduleConfig.factors', name, FACTORS)
-      divides = {*FACTORS[1:5]}
-      if self.warmup_steps < 1 and divides & set(names):
+    for name in _split(self.factors) if self.shape == 'factors' else ():
+      if name not in FACTORS:
+        raise unknown('A factor of ScheduleConfig.factors', name, FACTORS)
+      if self.warmup_steps < 1 and name in _WARMED_UP:
         raise UsageError(
           f'ScheduleConfig.warmup_steps is {self.warmup_steps}; the factors '
           f'{self.factors!r} need at least 1.'
@@ -108,13 +97,10 @@ def make_schedule(
 ) -> Callable[[ArrayLike], Array]:
   """Returns the learning rate, a float32 scalar, as a function of the step.
 
-  Args:
-    config: the schedule.
-    total_steps: where the schedule ends if config.total_steps is None.
+  It ends at total_steps if config.total_steps is None.
 
   Raises:
-    UsageError: if the shape needs total_steps and nobody gives it, or its parts
-      are longer than that.
+    UsageError: if the shape needs total_steps and nobody gives it, or its parts are longer.
   """
   if config.shape == 'factors':
     return lambda step: _product(config, _steps(config, step))
@@ -134,18 +120,14 @@ def make_schedule(
     start = total - (config.decay_steps or 0)
   if not config.warmup_steps <= start < total:
     raise UsageError(
-      f'ScheduleConfig has {config.warmup_steps} warmup_steps and '
-      f'{config.decay_steps or 0} decay_steps in {total} total_steps; '
-      'together they must be fewer.'
+      f'ScheduleConfig has {config.warmup_steps} warmup_steps and {config.decay_steps or 0} '
+      f'decay_steps in {total} total_steps; together they must be fewer.'
     )
 
   def schedule(step):
     step = _steps(config, step)
     progress = jnp.clip((step - start) / (total - start), 0.0, 1.0)
-    if config.shape == 'cosine':
-      left = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    else:
-      left = 1 - progress
+    left = _half_cosine(progress) if config.shape == 'cosine' else 1 - progress
     fall = config.base_learning_rate - config.final_learning_rate
     return _warmup(config, step) * (config.final_learning_rate + fall * left)
 
@@ -159,8 +141,13 @@ def _steps(config: ScheduleConfig, step: ArrayLike) -> Array:
 def _warmup(config: ScheduleConfig, step: Array) -> Array:
   """Returns 0 at step 0 (as optax and HF do) and 1 from warmup_steps on."""
   return (
-    jnp.minimum(step / config.warmup_steps, 1.0) if (config.warmup_steps) else jnp.ones_like(step)
+    jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else jnp.ones_like(step)
   )
+
+
+def _half_cosine(progress: Array) -> Array:
+  """Returns the fall of the cosine from 1 to 0 while progress goes from 0 to 1."""
+  return 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
 
 def _product(config: ScheduleConfig, step: Array) -> Array:
@@ -185,5 +172,5 @@ def _product(config: ScheduleConfig, step: Array) -> Array:
       rate *= c.decay_factor ** jnp.floor(step / c.steps_per_decay)
     elif name == 'cosine_decay':
       progress = jnp.maximum(0.0, (step - c.warmup_steps) / c.steps_per_cycle)
-      rate *= jnp.maximum(0.0, 0.5 * (1 + jnp.cos(jnp.pi * (progress % 1.0))))
+      rate *= jnp.maximum(0.0, _half_cosine(progress % 1.0))
   return jnp.maximum(rate, c.min_learning_rate)

@@ -1,8 +1,7 @@
 """The pure train and eval steps.
 
-The train loop, ahead-of-time compilation and the benchmarks all jit these same
-functions. A step takes its arrays and returns arrays; what is static (model,
-optimizer, loss) is bound when the step is made.
+The train loop, ahead-of-time compilation and the benchmarks all jit these same functions. A step
+takes its arrays and returns arrays; what is static (model, optimizer, loss) is bound when made.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -68,9 +67,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns train_step(state, batch, key) -> (state, metrics).
 
-  Gradients of microbatches are added in float32; the loss's denominator is
-  that of the whole batch, so their number changes nothing but memory (T5X
-  normalises each microbatch by itself; t5x/trainer.py:704).
+  Gradients of microbatches are added in float32; the loss's denominator is that of the whole batch,
+  so their number changes nothing but memory (T5X normalises each microbatch by itself;
+  t5x/trainer.py:704).
 
   Args:
     graphdef: from `train_state.make_spec`.
@@ -78,19 +77,19 @@ def make_train_step(
     schedule: step -> learning rate. Evaluated once: what is logged is used.
     loss: what is minimised.
     num_microbatches: must divide the batch size.
-    trainable: tree of booleans from `optimizers.trainable_mask`, or None for
-      all. Frozen parameters have no gradient, and come out as they went in.
-    skip_nonfinite: leave parameters and optimizer as they are where loss or
-      gradient are not finite, and say so in the metric `skipped`.
+    trainable: tree of booleans from `optimizers.trainable_mask`, or None for all. Frozen parameters
+      have no gradient, and come out as they went in.
+    skip_nonfinite: leave parameters and optimizer as they are where loss or gradient are not
+      finite, and say so in the metric `skipped`.
     histograms: add `group_histograms` of the gradient to the metrics.
-    task_names: if given, the batch has `decoder_task_ids`, which number them,
-      and the metrics have TASK_LOSS and TASK_WEIGHT with each name: sums of the
-      cross entropy in nats, and of the loss weights, over its tokens.
+    task_names: if given, the batch has `decoder_task_ids`, which number them, and the metrics have
+      TASK_LOSS and TASK_WEIGHT with each name: sums of the cross entropy in nats, and of the loss
+      weights, over its tokens.
 
-  The key is the run's; the step folds in its number. Metrics are float32
-  scalars: loss (as minimised), cross_entropy and z_loss (nats per unit of loss
-  weight), accuracy, target_tokens, input_tokens, learning_rate, grad_norm,
-  grad_norm/GROUP of each group of parameters, update_norm, param_norm.
+  The key is the run's; the step folds in its number. Metrics are float32 scalars: loss (as
+  minimised), cross_entropy and z_loss (nats per unit of loss weight), accuracy, target_tokens,
+  input_tokens, learning_rate, grad_norm, grad_norm/GROUP of each group of parameters, update_norm,
+  param_norm.
   """
 
   def train_step(state: TrainState, batch: Batch, key: jax.Array):
@@ -116,14 +115,10 @@ def make_train_step(
         new = grad_fn(trained, part, weights, jax.random.fold_in(key, i))
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
 
-      zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32),
-        jax.eval_shape(grad_fn, trained, batch, weights, key),
-      )
-      parts, part_weights = _microbatches((dict(batch), weights), num_microbatches)
-      (grads, sums), _ = jax.lax.scan(
-        add, zeros, (parts, part_weights, jnp.arange(num_microbatches))
-      )
+      shapes = jax.eval_shape(grad_fn, trained, batch, weights, key)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+      parts = _microbatches((dict(batch), weights), num_microbatches)
+      (grads, sums), _ = jax.lax.scan(add, zeros, (*parts, jnp.arange(num_microbatches)))
 
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
     with jax.named_scope('optimizer'):
@@ -140,19 +135,15 @@ def make_train_step(
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     if skip_nonfinite:
-      params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
-      )
-    num_tokens = jnp.maximum(sums['num_tokens'], 1.0)
+      new, old = (params, opt_state), (state.params, state.opt_state)
+      params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     weight = jnp.sum(weights)
     weight = jnp.where(weight == 0, 1.0, weight)
     metrics = {
       'loss': sums['loss'] / normalizer,
       'cross_entropy': (sums['loss'] - sums['z_loss']) / weight,
       'z_loss': sums['z_loss'] / weight,
-      'accuracy': sums['num_correct'] / num_tokens,
+      'accuracy': sums['num_correct'] / jnp.maximum(sums['num_tokens'], 1.0),
       'target_tokens': sums['num_tokens'],
       'input_tokens': _input_tokens(batch),
       'learning_rate': learning_rate,
@@ -181,17 +172,16 @@ TASK_WEIGHT = 'task_weight/'
 def group_norms(grads: Any) -> dict[str, jax.Array]:
   """Returns 'grad_norm/GROUP' of each group, 'encoder/layers' for instance.
 
-  They tell where a gradient that is not finite comes from. The sums of squares
-  are those of the global norm.
+  They tell where a gradient that is not finite comes from. The sums of squares are those of the
+  global norm.
   """
   return {GROUP_NORM + name: optax.global_norm(leaves) for name, leaves in _groups(grads).items()}
 
 
 def _groups(grads: Any) -> dict[str, list[jax.Array]]:
   groups: dict[str, list[jax.Array]] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-    name = '/'.join(pytrees.names_of(path)[:2])
-    groups.setdefault(name, []).append(leaf)
+  for path, leaf in pytrees.leaves(grads):
+    groups.setdefault('/'.join(path[:2]), []).append(leaf)
   return groups
 
 
@@ -203,8 +193,8 @@ HISTOGRAM_BOUNDS = np.arange(-12.5, 4.0, 0.5)
 def group_histograms(grads: Any) -> dict[str, jax.Array]:
   """Returns 'grad_log10/GROUP', how many |gradients| are in each bin.
 
-  By powers of ten, since a linear scale shows one peak at 0 and not whether
-  bfloat16 or a clipped norm loses what is small.
+  By powers of ten, since a linear scale shows one peak at 0 and not whether bfloat16 or a clipped
+  norm loses what is small.
   """
   least = jnp.asarray(10.0 ** HISTOGRAM_BOUNDS[1:-1], jnp.float32)
 
@@ -234,9 +224,8 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
   """Returns eval_step(params, batch) -> sums, to be added over batches.
 
-  Teacher-forced and without dropout, z-loss and label smoothing: 'loss' is the
-  summed cross entropy in nats, 'weight' its denominator; see
-  `losses.loss_sums` for the rest.
+  Teacher-forced and without dropout, z-loss and label smoothing: 'loss' is the summed cross entropy
+  in nats, 'weight' its denominator; see `losses.loss_sums` for the rest.
   """
   plain = losses.LossConfig(chunk=loss.chunk)
 

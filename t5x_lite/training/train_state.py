@@ -1,12 +1,10 @@
 """The train state: what a step updates and a checkpoint holds.
 
-Abstract first: shapes, logical axes and shardings of the whole state are known
-before anything is allocated, so init, restore, ahead-of-time compilation and
-memory reports share one description.
+Abstract first: shapes, logical axes and shardings of the whole state are known before anything is
+allocated, so init, restore, ahead-of-time compilation and memory reports share one description.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -15,41 +13,28 @@ import optax
 
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel.placement import Placement
+from t5x_lite.parallel.placement import Placement, with_shardings
 from t5x_lite.training import optimizers
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Parameters, optimizer state, and the number of updates made.
+  """Parameters, optimizer state, and the number of updates made."""
 
-  Attributes:
-    step: int32 scalar, updates made so far.
-    params: nested dict of arrays.
-    opt_state: the optimizer's state.
-  """
-
-  step: Any
-  params: Any
+  step: Any  # int32 scalar
+  params: Any  # nested dict of arrays
   opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-  """Everything about a state but its numbers.
+  """Everything about a state but its numbers."""
 
-  Attributes:
-    graphdef: makes the module from parameters: `nnx.merge(graphdef, params)`.
-    shapes: TrainState of ShapeDtypeStructs, each with its sharding.
-    axes: TrainState of tuples of logical axis names.
-    shardings: TrainState of NamedShardings.
-  """
-
-  graphdef: Any
-  shapes: TrainState
-  axes: TrainState
-  shardings: TrainState
+  graphdef: Any  # makes the module from parameters: `nnx.merge(graphdef, params)`
+  shapes: TrainState  # TrainState of ShapeDtypeStructs, each with its sharding
+  axes: TrainState  # TrainState of tuples of logical axis names
+  shardings: TrainState  # TrainState of NamedShardings
 
 
 def make_spec(
@@ -61,12 +46,8 @@ def make_spec(
 ) -> StateSpec:
   """Describes the state of a model and optimizer on a placement.
 
-  Args:
-    cfg: the model's.
-    tx: the optimizer.
-    placement: where the state lives.
-    opt_state_memory: JAX's memory kind for the optimizer's arrays, such as
-      'pinned_host'; None is the device's own.
+  The optimizer's arrays go to JAX's memory kind opt_state_memory, such as 'pinned_host'; None is
+  the device's own.
   """
   graphdef, params, params_axes = t5.abstract_params(cfg)
   shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))
@@ -79,30 +60,25 @@ def make_spec(
       shardings.opt_state,
     )
     shardings = dataclasses.replace(shardings, opt_state=opt_state)
-  shapes = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-  )
-  return StateSpec(graphdef, shapes, axes, shardings)
+  return StateSpec(graphdef, with_shardings(shapes, shardings), axes, shardings)
 
 
 def init_state(
   cfg: T5Config, tx: optax.GradientTransformation, spec: StateSpec, key: jax.Array
 ) -> TrainState:
   """Draws a new state, each array made where it will live."""
-  init = functools.partial(_init, cfg=cfg, tx=tx)
+
+  def init(key):
+    params = t5.init_params(cfg, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
   return jax.jit(init, out_shardings=spec.shardings)(key)
-
-
-def _init(key, *, cfg, tx):
-  params = t5.init_params(cfg, key)
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
 def start_from(
   params: Any, tx: optax.GradientTransformation, spec: StateSpec, step: int = 0
 ) -> TrainState:
   """Makes a state from given parameters with a fresh optimizer state."""
-  init = jax.jit(tx.init, out_shardings=spec.shardings.opt_state)
-  return TrainState(
-    jax.device_put(jnp.asarray(step, jnp.int32), spec.shardings.step), params, init(params)
-  )
+  opt_state = jax.jit(tx.init, out_shardings=spec.shardings.opt_state)(params)
+  count = jax.device_put(jnp.asarray(step, jnp.int32), spec.shardings.step)
+  return TrainState(count, params, opt_state)

@@ -1,9 +1,8 @@
 """Gradual unfreezing: from the top layer down, one more every so many steps.
 
-At first the top layer of encoder and decoder trains; after `every` updates the
-one below too, until all do. A stack's shared position bias belongs to its first
-layer, as in Mesh TensorFlow's variables; embedding, head and final norms train
-from the start.
+At first the top layer of encoder and decoder trains; after `every` updates the one below too, until
+all do. A stack's shared position bias belongs to its first layer, as in Mesh TensorFlow's
+variables; embedding, head and final norms train from the start.
 
 Source: Raffel et al. 2020, section 3.5.1 (every 2^18 / 12 of 2^18 steps).
 """
@@ -18,15 +17,11 @@ from t5x_lite.parallel import pytrees
 
 
 class UnfreezingState(NamedTuple):
-  """State of `unfreeze_gradually`.
+  """State of `unfreeze_gradually`."""
 
-  Attributes:
-    count: updates made.
-    inner: the optimizer's state, made for all parameters at the start. That of a
-      frozen layer stays as it was made; that of none, such as a count, goes on.
-  """
-
-  count: jax.Array
+  count: jax.Array  # updates made
+  # the optimizer's state, made for all parameters at the start. That of a frozen layer stays as it
+  # was made; that of none, such as a count, goes on.
   inner: Any
 
 
@@ -35,15 +30,9 @@ def unfreeze_gradually(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns tx for layers that are trained; the others get no update at all.
 
-  Gradients of frozen layers are 0 for tx, in the global norm too. They are
-  computed all the same: one compiled step serves for all of training.
-
-  Args:
-    tx: any transform.
-    every: updates after which one more layer trains.
-    params: the parameters or their shapes.
-    axes: logical axes of each.
-    state_axes: logical axes of tx's state.
+  Gradients of frozen layers are 0 for tx, in the global norm too. They are computed all the same:
+  one compiled step serves for all of training. One more layer trains after every so many updates.
+  Axes are logical ones, of each parameter and of all that tx keeps.
   """
   tx = optax.with_extra_args_support(tx)
   depths = _depths(params, axes)
@@ -76,9 +65,7 @@ def unfreeze_gradually(
 def _depths(params: Any, axes: Any) -> dict[str, int]:
   """Returns the number of layers of each stack."""
   depths: dict[str, int] = {}
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-  for (path, leaf), names in zip(leaves, treedef.flatten_up_to(axes), strict=True):
-    side, *rest = pytrees.names_of(path)
+  for (side, *rest), leaf, names in pytrees.leaves_with_axes(params, axes):
     if rest[0] != 'layers':
       continue
     count = leaf.shape[names.index('layers')] if 'layers' in names else int(rest[1]) + 1
