@@ -52,7 +52,7 @@ def test_every_task_on_mock_data(name, monkeypatch):
     for feature in task.output_features:
       assert example[feature].size and example[feature].dtype == np.int32
     text = task.output_features['targets'].vocabulary.decode(example['targets'].tolist())
-    if task.postprocess_fn:
+    if benchmarks.find(name).postprocess_fn:
       target = task.postprocess_fn(text, example=example, is_target=True)
       prediction = task.postprocess_fn('x', example=example, is_target=False)
       assert type(target) is not str and prediction is not None
@@ -95,7 +95,9 @@ def test_a_users_task_goes_before_ours():
   source = seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=['train'])
   name = 'c4_v220_iid_denoising_rate0.2'
   feature = seqio.Feature(vocabulary)
-  seqio.TaskRegistry.add(name, source, [], {'targets': feature})
+  seqio.TaskRegistry.add(
+    name, source=source, preprocessors=[], output_features={'targets': feature}
+  )
   assert catalog.resolve(name, VocabularyConfig(kind='byte', extra_ids=7)) == name
   with pytest.raises(UsageError, match='has the vocabulary'):
     catalog.resolve(name, VocabularyConfig())
