@@ -208,12 +208,11 @@ def _train(sentences: Sequence[str], **settings) -> bytes:
 
 def _explain(message: str, vocab_size: int) -> str:
   """Returns what to do about an error of SentencePiece's trainer."""
-  size = f'vocab_size is {vocab_size}, but'
   if found := re.search(r'too high.*<= (\d+)', message):
-    most = f'{size} this text gives no more than {found[1]} pieces'
+    most = f'vocab_size is {vocab_size}, but this text gives no more than {found[1]} pieces'
     return f'{most}; set it to {found[1]} or less, or give more text'
   if found := re.search(r'required_chars\. \d+ vs (\d+)', message):
-    need = f'{size} the characters of this text alone need {found[1]}'
+    need = f'vocab_size is {vocab_size}, but the characters of this text alone need {found[1]}'
     return f'{need}; set it higher, or lower character_coverage'
   return f'SentencePiece cannot train on this text: {message.strip()}'
 
