@@ -10,7 +10,10 @@ from t5x_lite.errors import UsageError
 def convert(kind, lengths, examples, packed, **kwargs):
   converter = feature_converters.FeatureConverter(kind=kind, lengths=lengths, **kwargs)
   examples = converter.prepare(
-    {k: packing.Ragged.from_arrays(v, np.int64) for k, v in examples.items()}
+    {
+      k: packing.Ragged.from_arrays(v, np.float32 if 'weights' in k else np.int64)
+      for k, v in examples.items()
+    }
   )
   if packed:
     packer = packing.Packer(converter.row_lengths, converter.aligned)

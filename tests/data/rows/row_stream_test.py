@@ -1,8 +1,11 @@
 """What cannot be read is refused, by name."""
 
+import numpy as np
 import pytest
+import seqio
+import tensorflow as tf
 
-from t5x_lite.data.rows import dataset_iterator
+from t5x_lite.data.rows import dataset_iterator, eval_dataset
 from t5x_lite.errors import UsageError
 from tests.data import small_tasks
 from tests.data.small_tasks import LENGTHS, batches, config
@@ -62,3 +65,35 @@ def test_id_zero_is_kept():
   ):
     assert batch['encoder_input_tokens'][0, :3].tolist() == [5, 0, 6]
     assert (batch['encoder_segment_ids'][0, :3] == 1).all()
+
+
+@pytest.mark.parametrize('pack', [True, False])
+def test_a_tasks_own_loss_weights_reach_the_batch(pack):
+  """From a SeqIO task: each target weighs a hundredth of its id, EOS nothing."""
+
+  def weigh(dataset):
+    def add(example):
+      weights = tf.cast(example['targets'], tf.float32) / 100
+      return {**example, 'targets_loss_weights': tf.where(example['targets'] == 1, 0.0, weights)}
+
+    return dataset.map(add)
+
+  seqio.TaskRegistry.add(
+    'dt_weighed',
+    source=small_tasks._examples(),
+    preprocessors=[weigh],
+    output_features=small_tasks.FEATURES
+    | {'targets_loss_weights': seqio.ContinuousFeature(dtype=tf.float32, rank=1)},
+  )
+  try:
+    for batch in small_tasks.batches(small_tasks.config('dt_weighed', pack=pack), 3):
+      tokens = batch['decoder_target_tokens']
+      want = np.where(tokens == 1, 0, tokens / 100)
+      np.testing.assert_allclose(batch['decoder_loss_weights'], want, rtol=1e-6)
+      assert (batch['decoder_loss_weights'] > 0).any()
+    cfg = small_tasks.config('dt_weighed')
+    batch, _ = next(iter(eval_dataset.EvalDataset(cfg)))
+    want = batch['decoder_target_tokens'][:, 0] / 100
+    np.testing.assert_allclose(batch['decoder_loss_weights'][:, 0], want, rtol=1e-6)
+  finally:
+    seqio.TaskRegistry.remove('dt_weighed')
