@@ -49,9 +49,9 @@ def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
   """
   if sys.platform != 'linux' or not computes_on_cpu(environ) or threading.active_count() > 1:
     return False
-  libc = ctypes.CDLL(None)
   if any(name.startswith('MALLOC_') for name in environ):
     return False
+  libc = ctypes.CDLL(None)
   return hasattr(libc, 'gnu_get_libc_version') and all(
     libc.mallopt(name, value) for name, value in _MALLOPT
   )
