@@ -28,7 +28,6 @@ from t5x_lite.errors import UsageError
 from t5x_lite.parallel import host_memory
 from t5x_lite.programs import command_flags
 from t5x_lite.programs.command_flags import Parameter
-from t5x_lite.runs import progress
 
 PROGRAM_NAME = 't5x-lite'
 COMPLETION = 'completion'
@@ -314,6 +313,8 @@ def _rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 
 def _load(command: Command) -> Any:
   module, name = command.function.rsplit('.', 1)
+  from t5x_lite.runs import progress  # imports jax, which --help does without
+
   with progress.quiet_stderr():
     return getattr(importlib.import_module(module), name)
 
@@ -338,6 +339,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _configure(args: argparse.Namespace) -> Any:
   """Checks everything, and returns what can be called."""
   from t5x_lite.gin_front import configuration
+  from t5x_lite.runs import progress
 
   command = COMMANDS[args.command]
   flags = [parameter.name for parameter in command.parameters()]
