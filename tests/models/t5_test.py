@@ -1,5 +1,7 @@
 """Invariants of the model: scan, packing, caches, causality, remat, dtypes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,7 +126,7 @@ def test_cache_with_a_position_per_row():
   inputs = b['encoder_input_tokens']
   cache = m.init_cache(m.encode(inputs), inputs, batch_size=4, max_decode_length=6)
   cache = jax.tree.map(lambda x: x, cache)
-  cache = t5.dataclasses.replace(cache, index=jnp.zeros(4, jnp.int32))
+  cache = dataclasses.replace(cache, index=jnp.zeros(4, jnp.int32))
   for t in range(3):
     logits, cache = m.decode_step(b['decoder_input_tokens'][:, t], cache)
     np.testing.assert_allclose(logits, full[:, t], atol=1e-5)
