@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from t5x_lite.decoding import steps
+from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models import attention, blocked_attention, layers, model_sharding, prefill, t5
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -177,13 +179,30 @@ def test_encoding_and_prefill_take_blocks_too():
     @jax.jit
     def run(params, tokens, graphdef=graphdef):
       model = nnx.merge(graphdef, params)
-      logits, cache = prefill.prefill(
-        model, tokens, lengths, max_decode_length=8, bidirectional=True
-      )
+      cache = model.init_cache(None, None, batch_size=4, max_decode_length=8)
+      logits, cache = prefill.prefill(model, cache, tokens, lengths, bidirectional=True)
       return logits, model.decode_step(jnp.argmax(logits, -1), cache)[0]
 
     results.append(run(params, tokens))
   assert_trees_close(*results)
+
+
+def test_beams_with_a_prompt_decode_alike_whatever_the_setting():
+  """Several queries with a cache: masks are arrays, whatever was asked for."""
+  cfg, batch = tiny.config(), tiny.batch()
+  inputs = {
+    'encoder_input_tokens': batch['encoder_input_tokens'],
+    'decoder_prompt_tokens': batch['decoder_input_tokens'][:, :3],
+    'decoder_prompt_lengths': np.asarray([3, 2, 1, 3], np.int32),
+  }
+  found = []
+  for attention_ in ('blocked', 'dense'):
+    graphdef, _, _ = t5.abstract_params(cfg.replace(attention=attention_))
+    config = DecodingConfig(num_beams=3, max_decode_length=6)
+    step = jax.jit(steps.make_predict_step(graphdef, config))
+    found.append(step(tiny.params(cfg), inputs))
+  np.testing.assert_array_equal(found[0].tokens_BnL, found[1].tokens_BnL)
+  np.testing.assert_allclose(found[0].scores_Bn, found[1].scores_Bn, rtol=1e-4)
 
 
 # ---- The choice ----
