@@ -17,13 +17,20 @@ from tests import tiny_run
 from tests.models import tiny
 
 
-def members(count):
+def members(count, **settings):
   cfg = tiny.config()
   graphdef, _, _ = t5.abstract_params(cfg)
   params = tuple(t5.init_params(cfg, jax.random.key(seed)) for seed in range(count))
   inputs = {'encoder_input_tokens': tiny.batch()['encoder_input_tokens']}
-  predict = jax.jit(steps.make_predict_step(graphdef, DecodingConfig(max_decode_length=8)))
-  return cfg, params, inputs, lambda params: [np.asarray(x) for x in predict(params, inputs)[:2]]
+  predict = jax.jit(
+    steps.make_predict_step(graphdef, DecodingConfig(max_decode_length=8, **settings))
+  )
+  return (
+    cfg,
+    params,
+    inputs,
+    lambda params: [np.asarray(x)[:, 0] for x in predict(params, inputs)[:2]],
+  )
 
 
 def test_tokens_and_scores_are_of_the_mean_written_out():
@@ -45,8 +52,9 @@ def test_tokens_and_scores_are_of_the_mean_written_out():
   assert not all(np.array_equal(tokens, one) for one in alone)
 
 
-def test_equal_models_write_what_one_does():
-  _, params, _, predict = members(1)
+@pytest.mark.parametrize('settings', [{}, {'num_beams': 3}])
+def test_equal_models_write_what_one_does(settings):
+  _, params, _, predict = members(1, **settings)
   tokens, scores = predict((params[0],) * 3)
   expected, single = predict(params[0])
   np.testing.assert_array_equal(tokens, expected)
