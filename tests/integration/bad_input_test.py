@@ -195,6 +195,7 @@ def test_quoted_newlines_and_long_lines_and_rows(model, work):
   assert len(entries) == 14
   assert entries[0]['input'] == 'two\nlines, one "cell"'
   assert entries[1]['truncated'] and not entries[0].get('truncated')
+  rows.write_text(rows.read_text().replace(long, long[:500_000]))  # training takes it several times
   assert main_lib.main([*map(str, finetune(model, rows, '--input_length', 32))]) == 0
 
 
