@@ -34,3 +34,6 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TRANSFORMERS_OFFLINE'] = '1'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+# The GPU build of torch comes with triton, which brings the process down when it
+# is imported after TensorFlow (two copies of LLVM). The oracles run on the CPU.
+sys.modules['triton'] = None
