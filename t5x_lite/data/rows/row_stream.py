@@ -60,6 +60,9 @@ def read_examples(
   half_the_cores = max((os.cpu_count() or 1) // 2, 1)
   options = tf.data.Options()
   options.deterministic = True
+  # Its thread sleeps for up to a minute between two looks at the pipeline, and
+  # whoever drops the iterator waits for it. It makes nothing here any faster.
+  options.autotune.enabled = False
   options.threading.private_threadpool_size = cfg.num_threads or min(half_the_cores, 16)
   try:
     datasets = [

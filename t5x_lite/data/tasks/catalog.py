@@ -288,13 +288,17 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
   Raises:
     UsageError: if there is none; the message lists close matches.
   """
-  if not is_registered(name):
-    known = [*catalog(), *_registered()]
-    close = difflib.get_close_matches(name, known, n=3) or sorted(_CATALOG)
+  if name not in (registered := _registered()):
+    if name in catalog():
+      raise UsageError(
+        f'{name!r} is a recipe for any vocabulary, not yet a task: '
+        'catalog.resolve(name, vocabulary) makes it one'
+      )
+    close = difflib.get_close_matches(name, {*catalog(), *registered}, n=3) or catalog()
+    did_you_mean = f'; did you mean {", ".join(close)}?' if close else '.'
     raise UsageError(
-      f'There is no task or mixture {name!r}; did you mean {", ".join(close)}? '
-      'Tasks of your own: name the module that registers them in '
-      'DatasetConfig.module'
+      f'There is no task or mixture {name!r}{did_you_mean} Tasks of your own: '
+      'name the module that registers them in DatasetConfig.module'
     )
   return seqio.get_mixture_or_task(name)
 
