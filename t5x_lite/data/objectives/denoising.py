@@ -1,15 +1,17 @@
-"""The T5 paper's denoising objectives as functions of one token sequence.
+"""The T5 paper's denoising objectives as functions of many token sequences at once.
 
-A noise mask says which tokens to corrupt; an inputs function and a targets
-function turn tokens and mask into the two features. All are pure TensorFlow
-graph code driven by stateless seeds, with the signatures of t5, so that a mask
-or function written for t5 drops in. preprocessors.py maps them over data sets.
+A noise mask says which tokens to corrupt; an inputs function and a targets function turn tokens
+and mask into the two features. All are pure TensorFlow graph code driven by stateless seeds.
+preprocessors.py maps them over data sets. Shapes: S sequences of up to L tokens, padded; `valid_SL`
+says where the tokens are, and no mask is True outside it. t5 has the same functions of one sequence
+at a time, where TensorFlow's dispatch of sixty small ops takes most of the time.
 
 Source: Raffel et al. 2020, section 3.3; t5/data/preprocessors.py at fce4b1a
 (`random_spans_helper` 2646, masks 2874-3043, token functions 3078-3342).
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -21,9 +23,11 @@ from t5x_lite.errors import UsageError
 # without extra ids and the last 100 byte ids are reused.
 BYT5_SENTINELS = 100
 
-NoiseMaskFn = Callable[..., tf.Tensor]
-TokensFn = Callable[..., tf.Tensor]
+NoiseMaskFn = Callable[..., tf.Tensor]  # (valid_SL, noise_density, seeds) -> mask_SL
+TokensFn = Callable[..., tf.RaggedTensor]  # (tokens_SL, mask_SL, valid_SL, vocabulary, seeds)
 Seeds = Sequence[tf.Tensor] | tf.Tensor
+
+ragged: Any = tf.RaggedTensor  # TensorFlow's stubs lack its constructors
 
 
 # ---- Lengths -----------------------------------------------------------------
@@ -129,163 +133,186 @@ def sentinel_capacity(vocabulary: seqio.Vocabulary, num_sentinels: int | None = 
 # ---- Noise masks -------------------------------------------------------------
 
 
-def iid_noise_mask(length: tf.Tensor, noise_density: float, seeds: Seeds) -> tf.Tensor:
+def iid_noise_mask(valid_SL: tf.Tensor, noise_density: float, seeds: Seeds) -> tf.Tensor:
   """Returns a mask of tokens drawn independently."""
-  return tf.random.stateless_uniform([length], seed=seeds[0]) < noise_density
+  return valid_SL & (tf.random.stateless_uniform(tf.shape(valid_SL), seed=seeds[0]) < noise_density)
 
 
 def random_spans_noise_mask(
-  length: tf.Tensor, noise_density: float, seeds: Seeds, mean_noise_span_length: float = 3.0
+  valid_SL: tf.Tensor, noise_density: float, seeds: Seeds, mean_noise_span_length: float = 3.0
 ) -> tf.Tensor:
   """Returns a mask of an exact number of noise tokens in exact spans.
 
-  Spans alternate, text first; every mask with the counts of
-  `num_noise_tokens_and_spans` is equally likely.
+  Spans alternate, text first; every mask with the counts of `num_noise_tokens_and_spans` is
+  equally likely.
 
   Args:
-    length: number of tokens.
+    valid_SL: where the tokens are.
     noise_density: share of noise.
     seeds: two stateless seeds.
     mean_noise_span_length: tokens per noise span.
   """
-  padded_length = tf.maximum(length, 2)
+  length_S = tf.maximum(_lengths(valid_SL), 2)
   # float64, so that ties round as they do in `num_noise_tokens_and_spans`.
-  noise = _round(tf.cast(padded_length, tf.float64) * noise_density)
-  noise = tf.clip_by_value(noise, 1, padded_length - 1)
-  spans = _round(tf.cast(noise, tf.float64) / mean_noise_span_length)
-  spans = tf.clip_by_value(spans, 1, padded_length - noise)
-  span_lengths = tf.stack(
-    [
-      _random_segmentation(padded_length - noise, spans, seeds[1]),
-      _random_segmentation(noise, spans, seeds[0]),
-    ],
-    axis=1,
-  )
-  mask = tf.repeat(tf.tile([False, True], tf.reshape(spans, [1])), tf.reshape(span_lengths, [-1]))
-  return mask[:length]
+  noise_S = _round(tf.cast(length_S, tf.float64) * noise_density)
+  noise_S = tf.clip_by_value(noise_S, 1, length_S - 1)
+  spans_S = _round(tf.cast(noise_S, tf.float64) / mean_noise_span_length)
+  spans_S = tf.clip_by_value(spans_S, 1, length_S - noise_S)
+  text_SK = _random_segmentation(length_S - noise_S, spans_S, seeds[1])
+  noise_SK = _random_segmentation(noise_S, spans_S, seeds[0])
+  # A noise span begins where its text ends, behind the noise before it.
+  starts_SK = text_SK + tf.pad(noise_SK[:, :-1], [[0, 0], [1, 0]])
+  bounds = tf.stack([starts_SK, text_SK + noise_SK], axis=2)
+  bounds = tf.reshape(bounds, [tf.shape(bounds)[0], -1])
+  positions_SL = tf.zeros_like(valid_SL, tf.int32) + tf.range(tf.shape(valid_SL)[1])
+  passed_SL = tf.searchsorted(bounds, positions_SL, side='right')
+  return valid_SL & (passed_SL % 2 == 1)
 
 
-def random_prefix_noise_mask(length: tf.Tensor, noise_density: float, seeds: Seeds) -> tf.Tensor:
+def random_prefix_noise_mask(valid_SL: tf.Tensor, noise_density: float, seeds: Seeds) -> tf.Tensor:
   """Returns a mask of the first tokens: the prefix of a prefix language model.
 
   The prefix length is uniform between (1 - 2 noise_density) (length - 1), at
   least 1, and length - 1, so with 0.5 every split is equally likely.
   """
-  most = length - 1
-  least = _round(tf.cast(most, tf.float64) * (1 - 2 * noise_density))
-  least = tf.minimum(most, tf.maximum(1, least))
-  prefix = tf.random.stateless_uniform(
-    [], minval=least, maxval=most + 1, dtype=tf.int32, seed=seeds[0]
-  )
-  return tf.range(length) < prefix
+  most_S = _lengths(valid_SL) - 1
+  least_S = _round(tf.cast(most_S, tf.float64) * (1 - 2 * noise_density))
+  least_S = tf.minimum(most_S, tf.maximum(1, least_S))
+  share_S = tf.random.stateless_uniform(tf.shape(most_S), seed=seeds[0], dtype=tf.float64)
+  prefix_S = least_S + tf.cast(share_S * tf.cast(most_S + 1 - least_S, tf.float64), tf.int32)
+  return valid_SL & (tf.range(tf.shape(valid_SL)[1]) < prefix_S[:, tf.newaxis])
 
 
-def limit_spans(noise_mask: tf.Tensor, max_spans: int) -> tf.Tensor:
+def limit_spans(noise_mask_SL: tf.Tensor, max_spans: int) -> tf.Tensor:
   """Clears the noise spans past the first `max_spans - 1`.
 
   Then neither the noise spans nor the text spans between and around them
   outnumber `max_spans` sentinels. t5 would go on into the ordinary ids.
   """
-  span = tf.cumsum(tf.cast(_span_starts(noise_mask), tf.int32))
-  return noise_mask & (span < max_spans)
+  span_SL = tf.cumsum(tf.cast(_span_starts(noise_mask_SL), tf.int32), axis=1)
+  return noise_mask_SL & (span_SL < max_spans)
 
 
 # ---- Tokens and mask to inputs or targets ------------------------------------
 
 
 def noise_span_to_unique_sentinel(
-  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
-) -> tf.Tensor:
+  tokens_SL: tf.Tensor,
+  noise_mask_SL: tf.Tensor,
+  valid_SL: tf.Tensor,
+  vocabulary: seqio.Vocabulary,
+  seeds: Seeds = (),
+) -> tf.RaggedTensor:
   """Returns the tokens with the i-th noise span as the sentinel of index i."""
   del seeds
-  starts = _span_starts(noise_mask)
-  sentinels = vocabulary.vocab_size - tf.cumsum(tf.cast(starts, tokens.dtype))
-  return tf.boolean_mask(tf.where(starts, sentinels, tokens), starts | ~noise_mask)
+  starts_SL = _span_starts(noise_mask_SL)
+  index_SL = tf.cumsum(tf.cast(starts_SL, tokens_SL.dtype), axis=1)
+  tokens_SL = tf.where(starts_SL, vocabulary.vocab_size - index_SL, tokens_SL)
+  return _kept(tokens_SL, valid_SL & (starts_SL | ~noise_mask_SL))
 
 
 def nonnoise_span_to_unique_sentinel(
-  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
-) -> tf.Tensor:
+  tokens_SL: tf.Tensor,
+  noise_mask_SL: tf.Tensor,
+  valid_SL: tf.Tensor,
+  vocabulary: seqio.Vocabulary,
+  seeds: Seeds = (),
+) -> tf.RaggedTensor:
   """Returns the noise, each span of text between it as the next sentinel."""
-  return noise_span_to_unique_sentinel(tokens, ~noise_mask, vocabulary, seeds)
+  text_SL = valid_SL & ~noise_mask_SL
+  return noise_span_to_unique_sentinel(tokens_SL, text_SL, valid_SL, vocabulary, seeds)
 
 
 def noise_token_to_sentinel(
-  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
-) -> tf.Tensor:
+  tokens_SL: tf.Tensor,
+  noise_mask_SL: tf.Tensor,
+  valid_SL: tf.Tensor,
+  vocabulary: seqio.Vocabulary,
+  seeds: Seeds = (),
+) -> tf.RaggedTensor:
   """Returns the tokens with every noise token as <extra_id_0> (MASS-style)."""
   del seeds
-  sentinel = tf.cast(vocabulary.vocab_size - 1, tokens.dtype)
-  return tf.where(noise_mask, sentinel, tokens)
-
-
-def noise_token_to_random_token(
-  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary, seeds: Seeds
-) -> tf.Tensor:
-  """Returns the tokens with every noise token replaced by any ordinary id."""
-  random = tf.random.stateless_uniform(
-    tf.shape(tokens),
-    minval=UNK_ID + 1,  # pad, eos and unk are no text
-    maxval=vocabulary.vocab_size,
-    dtype=tokens.dtype,
-    seed=seeds[0],
-  )
-  return tf.where(noise_mask, random, tokens)
+  sentinel = tf.cast(vocabulary.vocab_size - 1, tokens_SL.dtype)
+  return _kept(tf.where(noise_mask_SL, sentinel, tokens_SL), valid_SL)
 
 
 def noise_token_to_random_token_or_sentinel(
-  tokens: tf.Tensor,
-  noise_mask: tf.Tensor,
+  tokens_SL: tf.Tensor,
+  noise_mask_SL: tf.Tensor,
+  valid_SL: tf.Tensor,
   vocabulary: seqio.Vocabulary,
   seeds: Seeds,
   random_prob: float = 0.1,
-) -> tf.Tensor:
+) -> tf.RaggedTensor:
   """Returns BERT-style inputs: a random id one time in ten, else a sentinel."""
-  use_random = tf.random.stateless_uniform(tf.shape(tokens), seed=seeds[0]) < random_prob
-  return tf.where(
-    use_random,
-    noise_token_to_random_token(tokens, noise_mask, vocabulary, seeds[1:]),
-    noise_token_to_sentinel(tokens, noise_mask, vocabulary),
+  shape = tf.shape(tokens_SL)
+  use_random_SL = tf.random.stateless_uniform(shape, seed=seeds[0]) < random_prob
+  random_SL = tf.random.stateless_uniform(
+    shape,
+    minval=UNK_ID + 1,  # pad, eos and unk are no text
+    maxval=vocabulary.vocab_size,
+    dtype=tokens_SL.dtype,
+    seed=seeds[1],
   )
+  noise_SL = tf.where(use_random_SL, random_SL, vocabulary.vocab_size - 1)
+  return _kept(tf.where(noise_mask_SL, noise_SL, tokens_SL), valid_SL)
 
 
 def drop_noise_tokens(
-  tokens: tf.Tensor,
-  noise_mask: tf.Tensor,
+  tokens_SL: tf.Tensor,
+  noise_mask_SL: tf.Tensor,
+  valid_SL: tf.Tensor,
   vocabulary: seqio.Vocabulary | None = None,
   seeds: Seeds = (),
-) -> tf.Tensor:
+) -> tf.RaggedTensor:
   """Returns the text without the noise."""
   del vocabulary, seeds
-  return tf.boolean_mask(tokens, ~noise_mask)
+  return _kept(tokens_SL, valid_SL & ~noise_mask_SL)
 
 
 def drop_nonnoise_tokens(
-  tokens: tf.Tensor,
-  noise_mask: tf.Tensor,
+  tokens_SL: tf.Tensor,
+  noise_mask_SL: tf.Tensor,
+  valid_SL: tf.Tensor,
   vocabulary: seqio.Vocabulary | None = None,
   seeds: Seeds = (),
-) -> tf.Tensor:
+) -> tf.RaggedTensor:
   """Returns the noise alone."""
   del vocabulary, seeds
-  return tf.boolean_mask(tokens, noise_mask)
+  return _kept(tokens_SL, valid_SL & noise_mask_SL)
 
 
 def permute_noise_tokens(
-  tokens: tf.Tensor, noise_mask: tf.Tensor, vocabulary: seqio.Vocabulary | None, seeds: Seeds
-) -> tf.Tensor:
+  tokens_SL: tf.Tensor,
+  noise_mask_SL: tf.Tensor,
+  valid_SL: tf.Tensor,
+  vocabulary: seqio.Vocabulary | None,
+  seeds: Seeds,
+) -> tf.RaggedTensor:
   """Returns the tokens with the noise shuffled among its own positions."""
   del vocabulary
-  positions = tf.where(noise_mask)
-  noise = seqio.stateless_shuffle(tf.boolean_mask(tokens, noise_mask), seeds[0])
-  return tf.tensor_scatter_nd_update(tokens, positions, noise)
+  keys_SL = tf.random.stateless_uniform(tf.shape(tokens_SL), seed=seeds[0])
+  # The noise in random order, then the rest; and for each position which noise it is.
+  order_SL = tf.argsort(tf.where(noise_mask_SL, keys_SL, 2.0), axis=1)
+  index_SL = tf.cumsum(tf.cast(noise_mask_SL, tf.int32), axis=1, exclusive=True)
+  index_SL = tf.gather(order_SL, tf.minimum(index_SL, tf.shape(tokens_SL)[1] - 1), batch_dims=1)
+  shuffled_SL = tf.gather(tokens_SL, index_SL, batch_dims=1)
+  return _kept(tf.where(noise_mask_SL, shuffled_SL, tokens_SL), valid_SL)
 
 
-# ---- One example -------------------------------------------------------------
+# ---- Sequences ---------------------------------------------------------------
+
+
+def segments(tokens: tf.RaggedTensor, length: tf.Tensor | int) -> tf.RaggedTensor:
+  """Cuts every row into segments of `length` tokens, the last of a row perhaps shorter."""
+  starts, limits = tokens.row_starts(), tokens.row_limits()
+  cuts = tf.ragged.range(starts + length, limits + length, length)
+  cuts = tf.minimum(cuts, limits[:, tf.newaxis])
+  return ragged.from_row_limits(tokens.values, cuts.values)
 
 
 def denoise_tokens(
-  tokens: tf.Tensor,
+  tokens: tf.RaggedTensor,
   seed: tf.Tensor,
   *,
   vocabulary: seqio.Vocabulary,
@@ -294,44 +321,57 @@ def denoise_tokens(
   inputs_fn: TokensFn,
   targets_fn: TokensFn | None = None,
   max_spans: int | None = None,
-) -> tuple[tf.Tensor, tf.Tensor]:
-  """Returns the inputs and targets of one denoising example, without EOS.
+) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
+  """Returns the inputs and targets of denoising examples, without EOS.
 
   Args:
-    tokens: ids of the original text.
-    seed: a stateless seed; the example depends on nothing else.
+    tokens: ids of the original texts, a row an example.
+    seed: a stateless seed; the examples depend on nothing else.
     vocabulary: gives the sentinels.
     noise_density: passed to `noise_mask_fn`.
-    noise_mask_fn: makes the mask from (length, noise_density, seeds).
-    inputs_fn: makes the inputs from (tokens, mask, vocabulary, seeds).
+    noise_mask_fn: makes the mask from (valid_SL, noise_density, seeds).
+    inputs_fn: makes the inputs from (tokens_SL, mask_SL, valid_SL, vocabulary, seeds).
     targets_fn: makes the targets likewise; None takes the original text.
     max_spans: sentinels that the two functions may use.
   """
   seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 6))
-  noise_mask = noise_mask_fn(tf.size(tokens), noise_density, seeds=seeds[:2])
+  tokens_SL = tokens.to_tensor()
+  valid_SL = tf.sequence_mask(tokens.row_lengths(), tf.shape(tokens_SL)[1])
+  noise_mask_SL = noise_mask_fn(valid_SL, noise_density, seeds=seeds[:2])
   if max_spans is not None:
-    noise_mask = limit_spans(noise_mask, max_spans)
-  inputs = inputs_fn(tokens, noise_mask, vocabulary, seeds=seeds[2:4])
+    noise_mask_SL = limit_spans(noise_mask_SL, max_spans)
+  inputs = inputs_fn(tokens_SL, noise_mask_SL, valid_SL, vocabulary, seeds=seeds[2:4])
   if targets_fn is None:
     return inputs, tokens
-  return inputs, targets_fn(tokens, noise_mask, vocabulary, seeds=seeds[4:])
+  return inputs, targets_fn(tokens_SL, noise_mask_SL, valid_SL, vocabulary, seeds=seeds[4:])
 
 
 def _round(x: tf.Tensor) -> tf.Tensor:
   return tf.cast(tf.round(x), tf.int32)
 
 
-def _span_starts(mask: tf.Tensor) -> tf.Tensor:
+def _lengths(valid_SL: tf.Tensor) -> tf.Tensor:
+  return tf.reduce_sum(tf.cast(valid_SL, tf.int32), axis=1)
+
+
+def _kept(tokens_SL: tf.Tensor, keep_SL: tf.Tensor) -> tf.RaggedTensor:
+  return ragged.from_row_lengths(tf.boolean_mask(tokens_SL, keep_SL), _lengths(keep_SL))
+
+
+def _span_starts(mask_SL: tf.Tensor) -> tf.Tensor:
   """Returns the mask of the first element of every run of True."""
-  return mask & ~tf.pad(mask[:-1], [[1, 0]])
+  return mask_SL & ~tf.pad(mask_SL[:, :-1], [[0, 0], [1, 0]])
 
 
-def _random_segmentation(
-  num_items: tf.Tensor, num_segments: tf.Tensor, seed: tf.Tensor
-) -> tf.Tensor:
-  """Returns the lengths of a random partition into non-empty segments."""
-  cuts = seqio.stateless_shuffle(
-    tf.cast(tf.range(num_items - 1) < num_segments - 1, tf.int32), seed
-  )
-  segment = tf.cumsum(tf.pad(cuts, [[1, 0]]))
-  return tf.math.bincount(segment, minlength=num_segments)
+def _random_segmentation(items_S: tf.Tensor, segments_S: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+  """Returns where the segments of random partitions end, none of them empty.
+
+  Shape [S, K] of the most segments; behind its last segment a row repeats its number of items.
+  """
+  places, cuts = tf.reduce_max(items_S) - 1, tf.reduce_max(segments_S) - 1
+  keys = tf.random.stateless_uniform([tf.size(items_S), places], seed=seed)
+  keys = tf.where(tf.range(places) < items_S[:, tf.newaxis] - 1, keys, -1.0)
+  # The places with the largest keys are a random choice; only then does order matter.
+  ends = tf.math.top_k(keys, k=cuts).indices + 1
+  ends = tf.where(tf.range(cuts) < segments_S[:, tf.newaxis] - 1, ends, items_S[:, tf.newaxis])
+  return tf.concat([tf.sort(ends, axis=1), items_S[:, tf.newaxis]], axis=1)

@@ -27,6 +27,10 @@ Lengths = Mapping[str, int] | None
 MAX_CHUNK_TOKENS = 65536
 # Documents whose tokens are joined before they are cut into examples.
 CONCAT_DOCUMENTS = 128
+# What is corrupted in one go: enough to hide TensorFlow's costs per call, and few
+# enough that documents of MAX_CHUNK_TOKENS each stay below 100 MB.
+_EXAMPLES_AT_ONCE = 64
+_DOCUMENTS_AT_ONCE = 16
 
 
 # ---- Sequence shaping --------------------------------------------------------
@@ -44,14 +48,20 @@ def select_random_chunk(
   @seqio.map_over_dataset(num_seeds=1)
   def select(example, seed):
     tokens = example[feature_key]
-    # t5 splits the seed to draw an optional length first; so do we, to make
-    # the same choice from the same seed.
-    seed = tf.random.experimental.stateless_split(seed, 2)[1]
-    num_chunks = tf.cast(tf.math.ceil(tf.size(tokens) / max_length), tf.int32)
-    start = max_length * tf.random.stateless_uniform(
-      [], maxval=num_chunks, dtype=tf.int32, seed=seed
-    )
-    return {feature_key: tokens[start : start + max_length]}
+
+    def cut():
+      num_chunks = tf.cast(tf.math.ceil(tf.size(tokens) / max_length), tf.int32)
+      # t5 splits the seed to draw an optional length first; so do we, to make
+      # the same choice from the same seed.
+      chunk = tf.random.stateless_uniform(
+        [],
+        maxval=num_chunks,
+        dtype=tf.int32,
+        seed=tf.random.experimental.stateless_split(seed, 2)[1],
+      )
+      return tokens[max_length * chunk : max_length * (chunk + 1)]
+
+    return {feature_key: tf.cond(tf.size(tokens) > max_length, cut, lambda: tokens)}
 
   return select(_drop_empty(dataset, feature_key))
 
@@ -92,37 +102,19 @@ def split_tokens(
 
   @seqio.map_over_dataset(num_seeds=1)
   def split(example, seed):
-    tokens = example[feature_key]
-    if min_tokens_per_segment is None:
-      length = tf.constant(max_tokens_per_segment)
-    else:
-      log_length = tf.random.stateless_uniform(
-        [],
-        minval=math.log(min_tokens_per_segment),
-        maxval=math.log(max_tokens_per_segment),
-        seed=seed,
-      )
-      length = tf.cast(tf.exp(log_length), tf.int32)
-    starts = tf.range(0, tf.size(tokens), length)
-    limits = tf.minimum(starts + length, tf.size(tokens))
-    segments = tf.gather(tokens, tf.ragged.range(starts, limits))
-    return tf.data.Dataset.from_tensor_slices({feature_key: segments})
+    length = tf.constant(max_tokens_per_segment, tf.int64)
+    if min_tokens_per_segment is not None:
+      low, high = math.log(min_tokens_per_segment), math.log(max_tokens_per_segment)
+      log_length = tf.random.stateless_uniform([], minval=low, maxval=high, seed=seed)
+      length = tf.cast(tf.exp(log_length), tf.int64)
+    tokens = denoising.segments(_one_row(example[feature_key]), length)
+    return tf.data.Dataset.from_tensor_slices({feature_key: tokens})
 
   return split(_drop_empty(dataset, feature_key)).flat_map(lambda x: x)
 
 
-def split_tokens_to_length(
-  dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features, *, feature: str
-) -> tf.data.Dataset:
-  """Cuts the targets into segments that fill `feature`, leaving room for EOS.
-
-  `feature` is 'inputs' or 'targets': t5's `split_tokens_to_inputs_length` and
-  `split_tokens_to_targets_length`.
-  """
-  length = _length(sequence_length, feature)
-  if output_features[feature].add_eos:
-    length -= 1
-  return split_tokens(dataset, max_tokens_per_segment=length)
+def _one_row(tokens: tf.Tensor) -> tf.RaggedTensor:
+  return denoising.ragged.from_row_lengths(tokens, [tf.size(tokens)])
 
 
 def _drop_empty(dataset: tf.data.Dataset, key: str) -> tf.data.Dataset:
@@ -144,24 +136,41 @@ def denoise(
   dataset: tf.data.Dataset,
   output_features: Features,
   *,
+  tokens_length: int,
   noise_density: float,
   noise_mask_fn: denoising.NoiseMaskFn,
   inputs_fn: denoising.TokensFn,
   targets_fn: denoising.TokensFn | None = None,
   max_spans: int | None = None,
+  merge: bool = False,
 ) -> tf.data.Dataset:
-  """Maps `objectives.denoise_tokens` over the targets."""
+  """Cuts documents into examples and corrupts them, many at a time.
+
+  Args:
+    dataset: tokenized documents under `targets`, without EOS.
+    output_features: give the vocabulary.
+    tokens_length: tokens of text of an example; the last of a document has what is left.
+    noise_density: see `denoising.denoise_tokens`, and for the following.
+    noise_mask_fn: makes the masks.
+    inputs_fn: makes the inputs.
+    targets_fn: makes the targets.
+    max_spans: sentinels there are.
+    merge: join documents before cutting.
+  """
   vocabulary = output_features['targets'].vocabulary
   if output_features['inputs'].vocabulary != vocabulary:
     raise UsageError(
       'A denoising task needs one vocabulary for inputs and targets; it has '
       f'{output_features["inputs"].vocabulary} and {vocabulary}'
     )
+  if tokens_length < 1:
+    raise UsageError(f'Segments of {tokens_length} tokens hold nothing; raise task_feature_lengths')
 
+  # One seed for all examples that come of one element.
   @seqio.map_over_dataset(num_seeds=1)
-  def corrupt(example, seed):
+  def corrupt(tokens, seed):
     inputs, targets = denoising.denoise_tokens(
-      example['targets'],
+      denoising.segments(tokens, tokens_length),
       seed,
       vocabulary=vocabulary,
       noise_density=noise_density,
@@ -170,9 +179,16 @@ def denoise(
       targets_fn=targets_fn,
       max_spans=max_spans,
     )
-    return {'inputs': inputs, 'targets': targets}
+    return tf.data.Dataset.from_tensor_slices({'inputs': inputs, 'targets': targets})
 
-  return corrupt(dataset)
+  dataset = select_random_chunk(dataset)
+  if merge:
+    dataset = split_tokens(
+      reduce_concat_tokens(dataset), max_tokens_per_segment=tokens_length * _EXAMPLES_AT_ONCE
+    ).map(lambda example: _one_row(example['targets']))
+  else:
+    dataset = dataset.map(lambda example: example['targets']).ragged_batch(_DOCUMENTS_AT_ONCE)
+  return corrupt(dataset).flat_map(lambda x: x)
 
 
 def span_corruption(
@@ -213,13 +229,11 @@ def span_corruption(
     tokens_length, noise_density, mean_noise_span_length
   )
   _check_sentinels(output_features, num_sentinels, spans)
-  dataset = select_random_chunk(dataset)
-  if merge_examples_to_reduce_padding:
-    dataset = reduce_concat_tokens(dataset)
-  dataset = split_tokens(dataset, max_tokens_per_segment=tokens_length)
   return denoise(
     dataset,
     output_features,
+    tokens_length=tokens_length,
+    merge=merge_examples_to_reduce_padding,
     noise_density=noise_density,
     noise_mask_fn=functools.partial(
       denoising.random_spans_noise_mask, mean_noise_span_length=mean_noise_span_length
@@ -271,12 +285,11 @@ def iid_denoising(
     max_spans = _check_sentinels(output_features, num_sentinels, expected)
   elif style != 'drop':
     _check_sentinels(output_features, num_sentinels, 1)
-  dataset = select_random_chunk(dataset)
-  dataset = reduce_concat_tokens(dataset)
-  dataset = split_tokens_to_length(dataset, sequence_length, output_features, feature='inputs')
   return denoise(
     dataset,
     output_features,
+    tokens_length=length - output_features['inputs'].add_eos,
+    merge=True,
     noise_density=noise_density,
     noise_mask_fn=denoising.iid_noise_mask,
     inputs_fn=inputs_fn,
@@ -300,12 +313,12 @@ def deshuffling(
   dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
 ) -> tf.data.Dataset:
   """All tokens shuffled in the inputs, the text as it was in the targets."""
-  _check_targets(sequence_length, _length(sequence_length, 'inputs'))
-  dataset = select_random_chunk(dataset)
-  dataset = split_tokens_to_length(dataset, sequence_length, output_features, feature='inputs')
+  length = _length(sequence_length, 'inputs')
+  _check_targets(sequence_length, length)
   return denoise(
     dataset,
     output_features,
+    tokens_length=length - output_features['inputs'].add_eos,
     noise_density=1.0,
     noise_mask_fn=denoising.iid_noise_mask,
     inputs_fn=denoising.permute_noise_tokens,
@@ -331,11 +344,10 @@ def prefix_lm(
   denoising.check_noise(noise_density)
   length = _length(sequence_length, 'inputs')
   _check_targets(sequence_length, min(length, math.ceil(2 * noise_density * length)))
-  dataset = select_random_chunk(dataset)
-  dataset = split_tokens_to_length(dataset, sequence_length, output_features, feature='inputs')
   return denoise(
     dataset,
     output_features,
+    tokens_length=length - output_features['inputs'].add_eos,
     noise_density=noise_density,
     noise_mask_fn=denoising.random_prefix_noise_mask,
     inputs_fn=denoising.drop_nonnoise_tokens,

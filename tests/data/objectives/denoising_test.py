@@ -26,6 +26,17 @@ def tokens(n, i=0):
   return np.random.default_rng(i).integers(3, 259, size=n).astype(np.int32)
 
 
+def one(n):
+  """Where the tokens of one sequence are."""
+  return tf.ones([1, n], tf.bool)
+
+
+def corrupt(fn, text, mask, *args):
+  """Applies a function of many sequences to one."""
+  mask = np.asarray(mask)
+  return fn(text[tf.newaxis], mask[np.newaxis], one(len(text)), VOCABULARY, *args)[0].numpy()
+
+
 def runs(mask):
   """Lengths of the runs of True."""
   return [len(list(g)) for value, g in itertools.groupby(mask) if value]
@@ -72,13 +83,13 @@ def test_lengths_are_exactly_as_solved(inputs_length, density, span):
   noise, spans = denoising.num_noise_tokens_and_spans(length, density, span)
   for i in range(2):
     mask = denoising.random_spans_noise_mask(
-      length, density, seeds(i), mean_noise_span_length=span
-    ).numpy()
+      one(length), density, seeds(i), mean_noise_span_length=span
+    ).numpy()[0]
     assert mask.sum() == noise
     assert len(runs(mask)) == spans
     assert not mask[0] and mask[-1]
-    inputs = denoising.noise_span_to_unique_sentinel(tokens(length), mask, VOCABULARY)
-    targets = denoising.nonnoise_span_to_unique_sentinel(tokens(length), mask, VOCABULARY)
+    inputs = corrupt(denoising.noise_span_to_unique_sentinel, tokens(length), mask)
+    targets = corrupt(denoising.nonnoise_span_to_unique_sentinel, tokens(length), mask)
     assert len(targets) + 1 == targets_length
     assert len(inputs) + 1 <= inputs_length
   # No longer text would fit.
@@ -95,7 +106,7 @@ def test_inputs_and_targets_hold_every_token_once(length, mask_fn):
   for i in range(5):
     text = tokens(length, i)
     inputs, targets = denoising.denoise_tokens(
-      tf.constant(text),
+      tf.ragged.constant([text]),
       seed(i),
       vocabulary=VOCABULARY,
       noise_density=0.3,
@@ -103,7 +114,7 @@ def test_inputs_and_targets_hold_every_token_once(length, mask_fn):
       inputs_fn=denoising.noise_span_to_unique_sentinel,
       targets_fn=denoising.nonnoise_span_to_unique_sentinel,
     )
-    inputs, targets = inputs.numpy(), targets.numpy()
+    inputs, targets = inputs[0].numpy(), targets[0].numpy()
     for feature in (inputs, targets):
       sentinels = feature[feature >= SIZE - 100]
       # <extra_id_0> first, then down one by one.
@@ -119,9 +130,9 @@ def test_inputs_and_targets_hold_every_token_once(length, mask_fn):
 def test_all_masks_are_equally_likely():
   counts = {}
   mask_fn = tf.function(
-    lambda seeds: denoising.random_spans_noise_mask(
-      tf.constant(6), 0.5, seeds, mean_noise_span_length=1.5
-    )
+    lambda seeds: denoising.random_spans_noise_mask(one(6), 0.5, seeds, mean_noise_span_length=1.5)[
+      0
+    ]
   )
   for i in range(300):
     mask = mask_fn(seeds(i))
@@ -135,7 +146,7 @@ def test_all_masks_are_equally_likely():
 def test_prefix_mask_is_a_uniform_prefix():
   counts = np.zeros(6, int)
   for i in range(300):
-    mask = denoising.random_prefix_noise_mask(tf.constant(5), 0.5, [seed(i)]).numpy()
+    mask = denoising.random_prefix_noise_mask(one(5), 0.5, [seed(i)]).numpy()[0]
     prefix = mask.sum()
     assert mask[:prefix].all() and not mask[prefix:].any()
     counts[prefix] += 1
@@ -144,46 +155,98 @@ def test_prefix_mask_is_a_uniform_prefix():
 
 
 def test_iid_mask_has_the_density():
-  mask = denoising.iid_noise_mask(20_000, 0.15, [seed(0)]).numpy()
+  mask = denoising.iid_noise_mask(one(20_000), 0.15, [seed(0)]).numpy()[0]
   assert mask.mean() == pytest.approx(0.15, abs=0.01)
 
 
 @pytest.mark.parametrize('max_spans', [1, 2, 5, 100])
 def test_limited_spans_never_need_more_sentinels(max_spans):
   for i in range(5):
-    mask = denoising.iid_noise_mask(60, 0.5, [seed(i)])
-    limited = denoising.limit_spans(mask, max_spans).numpy()
+    mask = denoising.iid_noise_mask(one(60), 0.5, [seed(i)])
+    limited = denoising.limit_spans(mask, max_spans).numpy()[0]
     assert len(runs(limited)) <= max_spans
     assert len(runs(~limited)) <= max_spans
     # Only later spans go, and they go whole.
-    assert runs(limited) == runs(mask.numpy())[: max_spans - 1]
+    assert runs(limited) == runs(mask.numpy()[0])[: max_spans - 1]
 
 
 def test_whole_text_objectives():
-  text = tf.constant(tokens(2000))
-  mask = denoising.iid_noise_mask(2000, 0.3, [seed(0)])
-  noise = mask.numpy()
-  mass = denoising.noise_token_to_sentinel(text, mask, VOCABULARY).numpy()
+  text = tokens(2000)
+  noise = denoising.iid_noise_mask(one(2000), 0.3, [seed(0)]).numpy()[0]
+  mass = corrupt(denoising.noise_token_to_sentinel, text, noise)
   assert (mass[noise] == SIZE - 1).all()
-  bert = denoising.noise_token_to_random_token_or_sentinel(text, mask, VOCABULARY, seeds(5)).numpy()
-  assert (bert[~noise] == text.numpy()[~noise]).all()
+  bert = corrupt(denoising.noise_token_to_random_token_or_sentinel, text, noise, seeds(5))
+  assert (bert[~noise] == text[~noise]).all()
   random = bert[noise][bert[noise] != SIZE - 1]
   assert len(random) / noise.sum() == pytest.approx(0.1, abs=0.03)
   assert random.min() >= 3
-  shuffled = denoising.permute_noise_tokens(text, mask, VOCABULARY, seeds(5)).numpy()
-  assert (shuffled[~noise] == text.numpy()[~noise]).all()
-  assert (shuffled[noise] != text.numpy()[noise]).any()
-  assert sorted(shuffled) == sorted(text.numpy())
-  dropped = denoising.drop_noise_tokens(text, mask)
-  kept = denoising.drop_nonnoise_tokens(text, mask)
+  shuffled = corrupt(denoising.permute_noise_tokens, text, noise, seeds(5))
+  assert (shuffled[~noise] == text[~noise]).all()
+  assert (shuffled[noise] != text[noise]).any()
+  assert sorted(shuffled) == sorted(text)
+  dropped = corrupt(denoising.drop_noise_tokens, text, noise)
+  kept = corrupt(denoising.drop_nonnoise_tokens, text, noise)
   assert len(dropped) + len(kept) == 2000
-  assert (kept.numpy() == text.numpy()[noise]).all()
+  assert (kept == text[noise]).all()
+
+
+OBJECTIVES = {
+  'spans': (
+    denoising.random_spans_noise_mask,
+    denoising.noise_span_to_unique_sentinel,
+    denoising.nonnoise_span_to_unique_sentinel,
+  ),
+  'drop': (denoising.iid_noise_mask, denoising.drop_noise_tokens, denoising.drop_nonnoise_tokens),
+  'prefix': (
+    denoising.random_prefix_noise_mask,
+    denoising.drop_nonnoise_tokens,
+    denoising.drop_noise_tokens,
+  ),
+  'shuffle': (denoising.iid_noise_mask, denoising.permute_noise_tokens, None),
+}
+
+
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_sequences_of_all_lengths_at_once(name):
+  mask_fn, inputs_fn, targets_fn = OBJECTIVES[name]
+  texts = [tokens(n, n) for n in (1, 57, 2, 3, 200, 20, 199)]
+  inputs, targets = denoising.denoise_tokens(
+    tf.ragged.constant(texts),
+    seed(3),
+    vocabulary=VOCABULARY,
+    noise_density=0.15 if name == 'spans' else 0.5,
+    noise_mask_fn=mask_fn,
+    inputs_fn=inputs_fn,
+    targets_fn=targets_fn,
+  )
+  masks = set()
+  for text, a, b in zip(texts, inputs.numpy(), targets.numpy(), strict=True):
+    held = np.concatenate([a, b]) if targets_fn else a
+    assert sorted(held[held < SIZE - 100]) == sorted(text)
+    if name == 'spans' and len(text) > 1:
+      assert join(a, b) == text.tolist()
+      noise, spans = denoising.num_noise_tokens_and_spans(len(text), 0.15, 3.0)
+      assert len(a) == len(text) - noise + spans and len(b) == noise + spans
+    masks.add(
+      tuple(a[:20] == text[: len(a)][:20]) if name == 'shuffle' else tuple(np.isin(text[:20], a))
+    )
+  assert len(masks) > 4  # each has its own
+
+
+@pytest.mark.parametrize('length', [1, 4, 100])
+def test_segments_cut_every_row_by_itself(length):
+  rows = [tokens(n, n) for n in (10, 0, 3, 4, 1, 8)]
+  cut = denoising.segments(
+    tf.RaggedTensor.from_row_lengths(np.concatenate(rows), [*map(len, rows)]), length
+  )
+  wanted = [row[i : i + length].tolist() for row in rows for i in range(0, len(row), length)]
+  assert cut.to_list() == wanted
 
 
 def test_the_seed_decides_and_nothing_else():
   def example(i):
     inputs, targets = denoising.denoise_tokens(
-      tf.constant(tokens(200)),
+      tf.ragged.constant([tokens(200)]),
       seed(i),
       vocabulary=VOCABULARY,
       noise_density=0.15,
@@ -191,7 +254,7 @@ def test_the_seed_decides_and_nothing_else():
       inputs_fn=denoising.noise_span_to_unique_sentinel,
       targets_fn=denoising.nonnoise_span_to_unique_sentinel,
     )
-    return inputs.numpy().tolist(), targets.numpy().tolist()
+    return inputs.to_list(), targets.to_list()
 
   assert example(7) == example(7)
   assert example(7) != example(8)
