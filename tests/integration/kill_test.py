@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 30
 # KILLS=50 tries fifty. docs/reliability.md has what came of it.
-KILLS = int(os.environ.get('KILLS', '16'))
+KILLS = int(os.environ.get('KILLS', '8'))
 
 
 def start(model_dir, **arguments):
