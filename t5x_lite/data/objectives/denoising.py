@@ -11,7 +11,7 @@ Source: Raffel et al. 2020, section 3.3; t5/data/preprocessors.py at fce4b1a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import seqio
 import tensorflow as tf
@@ -24,10 +24,18 @@ from t5x_lite.errors import UsageError
 BYT5_SENTINELS = 100
 
 NoiseMaskFn = Callable[..., tf.Tensor]  # (valid_SL, noise_density, seeds) -> mask_SL
-TokensFn = Callable[..., tf.RaggedTensor]  # (tokens_SL, mask_SL, valid_SL, vocabulary, seeds)
+TokensFn = Callable[..., tf.RaggedTensor]  # (rows, vocabulary, seeds)
 Seeds = Sequence[tf.Tensor] | tf.Tensor
 
 ragged: Any = tf.RaggedTensor  # TensorFlow's stubs lack its constructors
+
+
+class Rows(NamedTuple):
+  """Sequences and which of their tokens are noise."""
+
+  tokens_SL: tf.Tensor
+  noise_SL: tf.Tensor
+  valid_SL: tf.Tensor
 
 
 # ---- Lengths -----------------------------------------------------------------
@@ -197,107 +205,75 @@ def limit_spans(noise_mask_SL: tf.Tensor, max_spans: int) -> tf.Tensor:
 
 
 def noise_span_to_unique_sentinel(
-  tokens_SL: tf.Tensor,
-  noise_mask_SL: tf.Tensor,
-  valid_SL: tf.Tensor,
-  vocabulary: seqio.Vocabulary,
-  seeds: Seeds = (),
+  rows: Rows, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
 ) -> tf.RaggedTensor:
   """Returns the tokens with the i-th noise span as the sentinel of index i."""
-  del seeds
-  starts_SL = _span_starts(noise_mask_SL)
-  index_SL = tf.cumsum(tf.cast(starts_SL, tokens_SL.dtype), axis=1)
-  tokens_SL = tf.where(starts_SL, vocabulary.vocab_size - index_SL, tokens_SL)
-  return _kept(tokens_SL, valid_SL & (starts_SL | ~noise_mask_SL))
+  starts_SL = _span_starts(rows.noise_SL)
+  index_SL = tf.cumsum(tf.cast(starts_SL, rows.tokens_SL.dtype), axis=1)
+  tokens_SL = tf.where(starts_SL, vocabulary.vocab_size - index_SL, rows.tokens_SL)
+  return _kept(tokens_SL, rows.valid_SL & (starts_SL | ~rows.noise_SL))
 
 
 def nonnoise_span_to_unique_sentinel(
-  tokens_SL: tf.Tensor,
-  noise_mask_SL: tf.Tensor,
-  valid_SL: tf.Tensor,
-  vocabulary: seqio.Vocabulary,
-  seeds: Seeds = (),
+  rows: Rows, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
 ) -> tf.RaggedTensor:
   """Returns the noise, each span of text between it as the next sentinel."""
-  text_SL = valid_SL & ~noise_mask_SL
-  return noise_span_to_unique_sentinel(tokens_SL, text_SL, valid_SL, vocabulary, seeds)
+  rows = rows._replace(noise_SL=rows.valid_SL & ~rows.noise_SL)
+  return noise_span_to_unique_sentinel(rows, vocabulary)
 
 
 def noise_token_to_sentinel(
-  tokens_SL: tf.Tensor,
-  noise_mask_SL: tf.Tensor,
-  valid_SL: tf.Tensor,
-  vocabulary: seqio.Vocabulary,
-  seeds: Seeds = (),
+  rows: Rows, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
 ) -> tf.RaggedTensor:
   """Returns the tokens with every noise token as <extra_id_0> (MASS-style)."""
-  del seeds
-  sentinel = tf.cast(vocabulary.vocab_size - 1, tokens_SL.dtype)
-  return _kept(tf.where(noise_mask_SL, sentinel, tokens_SL), valid_SL)
+  sentinel = tf.cast(vocabulary.vocab_size - 1, rows.tokens_SL.dtype)
+  return _kept(tf.where(rows.noise_SL, sentinel, rows.tokens_SL), rows.valid_SL)
 
 
 def noise_token_to_random_token_or_sentinel(
-  tokens_SL: tf.Tensor,
-  noise_mask_SL: tf.Tensor,
-  valid_SL: tf.Tensor,
-  vocabulary: seqio.Vocabulary,
-  seeds: Seeds,
-  random_prob: float = 0.1,
+  rows: Rows, vocabulary: seqio.Vocabulary, seeds: Seeds, random_prob: float = 0.1
 ) -> tf.RaggedTensor:
   """Returns BERT-style inputs: a random id one time in ten, else a sentinel."""
-  shape = tf.shape(tokens_SL)
+  shape = tf.shape(rows.tokens_SL)
   use_random_SL = tf.random.stateless_uniform(shape, seed=seeds[0]) < random_prob
   random_SL = tf.random.stateless_uniform(
     shape,
     minval=UNK_ID + 1,  # pad, eos and unk are no text
     maxval=vocabulary.vocab_size,
-    dtype=tokens_SL.dtype,
+    dtype=rows.tokens_SL.dtype,
     seed=seeds[1],
   )
   noise_SL = tf.where(use_random_SL, random_SL, vocabulary.vocab_size - 1)
-  return _kept(tf.where(noise_mask_SL, noise_SL, tokens_SL), valid_SL)
+  return _kept(tf.where(rows.noise_SL, noise_SL, rows.tokens_SL), rows.valid_SL)
 
 
 def drop_noise_tokens(
-  tokens_SL: tf.Tensor,
-  noise_mask_SL: tf.Tensor,
-  valid_SL: tf.Tensor,
-  vocabulary: seqio.Vocabulary | None = None,
-  seeds: Seeds = (),
+  rows: Rows, vocabulary: seqio.Vocabulary | None = None, seeds: Seeds = ()
 ) -> tf.RaggedTensor:
   """Returns the text without the noise."""
-  del vocabulary, seeds
-  return _kept(tokens_SL, valid_SL & ~noise_mask_SL)
+  return _kept(rows.tokens_SL, rows.valid_SL & ~rows.noise_SL)
 
 
 def drop_nonnoise_tokens(
-  tokens_SL: tf.Tensor,
-  noise_mask_SL: tf.Tensor,
-  valid_SL: tf.Tensor,
-  vocabulary: seqio.Vocabulary | None = None,
-  seeds: Seeds = (),
+  rows: Rows, vocabulary: seqio.Vocabulary | None = None, seeds: Seeds = ()
 ) -> tf.RaggedTensor:
   """Returns the noise alone."""
-  del vocabulary, seeds
-  return _kept(tokens_SL, valid_SL & noise_mask_SL)
+  return _kept(rows.tokens_SL, rows.valid_SL & rows.noise_SL)
 
 
 def permute_noise_tokens(
-  tokens_SL: tf.Tensor,
-  noise_mask_SL: tf.Tensor,
-  valid_SL: tf.Tensor,
-  vocabulary: seqio.Vocabulary | None,
-  seeds: Seeds,
+  rows: Rows, vocabulary: seqio.Vocabulary | None, seeds: Seeds
 ) -> tf.RaggedTensor:
   """Returns the tokens with the noise shuffled among its own positions."""
-  del vocabulary
-  keys_SL = tf.random.stateless_uniform(tf.shape(tokens_SL), seed=seeds[0])
+  keys_SL = tf.random.stateless_uniform(tf.shape(rows.tokens_SL), seed=seeds[0])
   # The noise in random order, then the rest; and for each position which noise it is.
-  order_SL = tf.argsort(tf.where(noise_mask_SL, keys_SL, 2.0), axis=1)
-  index_SL = tf.cumsum(tf.cast(noise_mask_SL, tf.int32), axis=1, exclusive=True)
-  index_SL = tf.gather(order_SL, tf.minimum(index_SL, tf.shape(tokens_SL)[1] - 1), batch_dims=1)
-  shuffled_SL = tf.gather(tokens_SL, index_SL, batch_dims=1)
-  return _kept(tf.where(noise_mask_SL, shuffled_SL, tokens_SL), valid_SL)
+  order_SL = tf.argsort(tf.where(rows.noise_SL, keys_SL, 2.0), axis=1)
+  index_SL = tf.cumsum(tf.cast(rows.noise_SL, tf.int32), axis=1, exclusive=True)
+  index_SL = tf.gather(
+    order_SL, tf.minimum(index_SL, tf.shape(rows.tokens_SL)[1] - 1), batch_dims=1
+  )
+  shuffled_SL = tf.gather(rows.tokens_SL, index_SL, batch_dims=1)
+  return _kept(tf.where(rows.noise_SL, shuffled_SL, rows.tokens_SL), rows.valid_SL)
 
 
 # ---- Sequences ---------------------------------------------------------------
@@ -330,7 +306,7 @@ def denoise_tokens(
     vocabulary: gives the sentinels.
     noise_density: passed to `noise_mask_fn`.
     noise_mask_fn: makes the mask from (valid_SL, noise_density, seeds).
-    inputs_fn: makes the inputs from (tokens_SL, mask_SL, valid_SL, vocabulary, seeds).
+    inputs_fn: makes the inputs from (rows, vocabulary, seeds).
     targets_fn: makes the targets likewise; None takes the original text.
     max_spans: sentinels that the two functions may use.
   """
@@ -340,10 +316,9 @@ def denoise_tokens(
   noise_mask_SL = noise_mask_fn(valid_SL, noise_density, seeds=seeds[:2])
   if max_spans is not None:
     noise_mask_SL = limit_spans(noise_mask_SL, max_spans)
-  inputs = inputs_fn(tokens_SL, noise_mask_SL, valid_SL, vocabulary, seeds=seeds[2:4])
-  if targets_fn is None:
-    return inputs, tokens
-  return inputs, targets_fn(tokens_SL, noise_mask_SL, valid_SL, vocabulary, seeds=seeds[4:])
+  rows = Rows(tokens_SL, noise_mask_SL, valid_SL)
+  inputs = inputs_fn(rows, vocabulary, seeds=seeds[2:4])
+  return inputs, tokens if targets_fn is None else targets_fn(rows, vocabulary, seeds=seeds[4:])
 
 
 def _round(x: tf.Tensor) -> tf.Tensor:

@@ -34,7 +34,8 @@ def one(n):
 def corrupt(fn, text, mask, *args):
   """Applies a function of many sequences to one."""
   mask = np.asarray(mask)
-  return fn(text[tf.newaxis], mask[np.newaxis], one(len(text)), VOCABULARY, *args)[0].numpy()
+  rows = denoising.Rows(text[np.newaxis], mask[np.newaxis], one(len(text)))
+  return fn(rows, VOCABULARY, *args)[0].numpy()
 
 
 def runs(mask):

@@ -86,7 +86,7 @@ def test_ul2s_denoisers_say_their_mode(text):
   rates = {}
   for denoiser in named.UL2:
     task = seqio.get_mixture_or_task(catalog.resolve(f'{name}_{denoiser}', BYTES))
-    dataset = task.get_dataset(lengths, split='train', shuffle=False, num_epochs=1)
+    dataset = task.get_dataset(lengths, split='train', shuffle=False, seed=0, num_epochs=1)
     found = list(dataset.take(500).as_numpy_iterator())
     mode = f'[{denoiser[4].upper()}]'.encode()
     share = []
