@@ -1,8 +1,8 @@
 """Postprocessors and metrics of GLUE, SuperGLUE and question answering, in percent.
 
-What metrics.py has is about text. Here a label becomes the number of its class
-(anything else -1, never right), so that correlations and F1 can be taken, and
-examples that share a question or a query are judged together.
+What metrics.py has is about text. Here a label becomes the number of its class (anything else -1,
+never right), so that correlations and F1 can be taken, and examples that share a question or a
+query are judged together.
 
 Source: t5/data/postprocessors.py and t5/evaluation/metrics.py.
 """
@@ -50,14 +50,9 @@ def grouped(
   group: Sequence[str],
   value_fn: Callable[..., Any],
 ) -> dict[str, Any]:
-  """Returns what `value_fn` makes of a text, with the group it belongs to.
+  """Returns what `value_fn`, a postprocessor, makes of a text, and the group it belongs to.
 
-  Args:
-    text: decoded.
-    example: whose features `group` name.
-    is_target: whether it is the reference.
-    group: features that tell one question or query from another.
-    value_fn: another postprocessor.
+  `group` names the features that tell one question or query from another.
   """
   value = value_fn(text, example=example, is_target=is_target)
   return {'value': value, 'group': tuple(int(example[key]) for key in group)}
@@ -102,30 +97,26 @@ def class_accuracy(targets: Values, predictions: Values) -> dict[str, float]:
 
 def binary_f1(targets: Values, predictions: Values) -> dict[str, float]:
   """F1 of class 1 of two; a prediction that is neither counts as the wrong one."""
-  from sklearn import metrics as sklearn_metrics  # takes a second to import
-
   wanted, got = np.asarray(targets), np.asarray(predictions)
   got = np.where((got == 0) | (got == 1), got, 1 - wanted)
-  return {'f1': 100.0 * float(sklearn_metrics.f1_score(wanted, got, zero_division=0))}
+  return {'f1': _of_sklearn('f1_score', wanted, got, zero_division=0)}
 
 
 def mean_3class_f1(targets: Values, predictions: Values) -> dict[str, float]:
   """Mean of the F1 of each of three classes."""
-  from sklearn import metrics as sklearn_metrics
-
-  score = sklearn_metrics.f1_score(
-    targets, predictions, labels=range(3), average='macro', zero_division=0
-  )
-  return {'mean_3class_f1': 100.0 * float(score)}
+  settings = {'labels': range(3), 'average': 'macro', 'zero_division': 0}
+  return {'mean_3class_f1': _of_sklearn('f1_score', targets, predictions, **settings)}
 
 
 def matthews(targets: Values, predictions: Values) -> dict[str, float]:
   """Matthews correlation."""
-  from sklearn import metrics as sklearn_metrics
+  return {'matthews_corrcoef': _of_sklearn('matthews_corrcoef', targets, predictions)}
 
-  return {
-    'matthews_corrcoef': 100.0 * float(sklearn_metrics.matthews_corrcoef(targets, predictions))
-  }
+
+def _of_sklearn(name: str, targets: Any, predictions: Any, **settings: Any) -> float:
+  from sklearn import metrics as sklearn_metrics  # takes a second to import
+
+  return 100.0 * float(getattr(sklearn_metrics, name)(targets, predictions, **settings))
 
 
 def correlations(targets: Values, predictions: Values) -> dict[str, float]:
@@ -160,13 +151,10 @@ def record(targets: Grouped, predictions: Grouped) -> dict[str, float]:
 def trivia_qa(targets: Sequence[metrics.Target], predictions: Sequence[str]) -> dict[str, float]:
   """Exact match and word F1 after TriviaQA's normalisation, best reference each.
 
-  Source: Joshi et al. 2017 evaluation script: punctuation becomes spaces, where
-  SQuAD's is dropped.
+  Source: Joshi et al. 2017 evaluation script: punctuation becomes spaces; SQuAD's is dropped.
   """
-  return metrics.squad(
-    [[_spaced(text) for text in metrics.references(target)] for target in targets],
-    [_spaced(text) for text in predictions],
-  )
+  wanted = [[_spaced(text) for text in metrics.references(target)] for target in targets]
+  return metrics.squad(wanted, [_spaced(text) for text in predictions])
 
 
 def _spaced(text: str) -> str:
@@ -175,9 +163,7 @@ def _spaced(text: str) -> str:
 
 def t5_rouge(targets: Sequence[metrics.Target], predictions: Sequence[str]) -> dict[str, float]:
   """ROUGE as t5 takes it: no stems, and ' . ' ends a sentence too."""
-
-  def lines(text: str) -> str:
-    return text.replace(' . ', ' .\n')
-
-  wanted = [[lines(text) for text in metrics.references(target)] for target in targets]
-  return metrics.rouge(wanted, [lines(text) for text in predictions], use_stemmer=False)
+  end, line_end = ' . ', ' .\n'
+  wanted = [[text.replace(end, line_end) for text in metrics.references(one)] for one in targets]
+  got = [text.replace(end, line_end) for text in predictions]
+  return metrics.rouge(wanted, got, use_stemmer=False)

@@ -1,8 +1,4 @@
-"""DatasetConfig: which examples, in what order, cut into what batches.
-
-Apart from the iterator so that a config can be made and checked without
-importing TensorFlow, which takes 15 seconds.
-"""
+"""DatasetConfig, apart from the iterator: made and checked without TensorFlow's 15 seconds."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -40,15 +36,14 @@ class DatasetConfig:
       model and right as long as no example contains id 0 (this is checked).
     per_task_loss: of a mixture, log the loss of each task while training.
     vocab_size: ids must be below; 0 takes the size of the task's vocabulary.
-    host_sharding: 'source', each host reads its own part of the examples; or
-      'replicated', each host makes every batch and keeps its rows, so that the
-      batches do not depend on the number of hosts, at the cost of reading
-      everything everywhere. Finite streams are always replicated: that gives
-      all hosts the same number of batches.
-    allow_process_count_change: start a new stream when a position was
-      saved by another number of processes; see DatasetIterator.restore.
-    allow_stateful_ops: accept a task whose TensorFlow ops keep hidden state
-      (tf.random.uniform, variables): resuming is then not exact.
+    host_sharding: 'source', each host reads its own part of the examples; or 'replicated', each
+      makes every batch and keeps its rows, so that the batches do not depend on the number of
+      hosts, at the cost of reading everything everywhere. Finite streams are always replicated:
+      that gives all hosts the same number of batches.
+    allow_process_count_change: start a new stream when a position was saved by another number of
+      processes; see DatasetIterator.restore.
+    allow_stateful_ops: accept a task whose TensorFlow ops keep hidden state (tf.random.uniform,
+      variables): resuming is then not exact.
     window: examples fetched at a time; no effect on the result.
     num_open_rows: rows that packing fills at a time.
     prefetch_batches: batches kept ready.
@@ -91,30 +86,23 @@ class DatasetConfig:
         "for example {'inputs': 512, 'targets': 114}"
       ) from None
     object.__setattr__(self, 'task_feature_lengths', pairs)
-    needed = ('inputs', 'targets')
-    if self.feature_converter == 'lm':
-      needed = ('targets',)
-    for name, value, allowed in (
-      ('feature_converter', self.feature_converter, feature_converters.CONVERTERS),
-      ('host_sharding', self.host_sharding, ('source', 'replicated')),
+    for name, allowed in (
+      ('feature_converter', feature_converters.CONVERTERS),
+      ('host_sharding', ('source', 'replicated')),
     ):
-      if value not in allowed:
-        raise UsageError(f'{name} is {value!r}, must be one of {allowed}')
-    for name in needed:
+      if getattr(self, name) not in allowed:
+        raise UsageError(f'{name} is {getattr(self, name)!r}, must be one of {allowed}')
+    for name in ('targets',) if self.feature_converter == 'lm' else ('inputs', 'targets'):
       if name not in self.lengths:
         raise UsageError(
           f'task_feature_lengths {self.lengths} lacks {name!r}, which '
           f'feature_converter={self.feature_converter!r} needs'
         )
-    for name, value in (
-      ('batch_size', self.batch_size),
-      ('window', self.window),
-      ('num_open_rows', self.num_open_rows),
-      ('prefetch_batches', self.prefetch_batches),
-      ('num_epochs', 1 if self.num_epochs is None else self.num_epochs),
-      *((f'task_feature_lengths[{k!r}]', v) for k, v in pairs),
-    ):
-      if value < 1:
+    names = ('batch_size', 'window', 'num_open_rows', 'prefetch_batches', 'num_epochs')
+    numbers = {name: getattr(self, name) for name in names}
+    numbers |= {f'task_feature_lengths[{name!r}]': length for name, length in pairs}
+    for name, value in numbers.items():
+      if value is not None and value < 1:
         raise UsageError(f'{name} is {value}, must be at least 1')
     if self.pack and not self.has_segment_ids:
       raise UsageError('pack=True needs segment_ids; leave segment_ids unset')

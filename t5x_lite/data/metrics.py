@@ -1,8 +1,7 @@
 """Metric functions over decoded text, in SeqIO's form; all results in percent.
 
-A metric is `fn(targets, predictions) -> {name: float}`. A target is one text,
-or a list of texts where several references are right; a prediction is judged
-against the reference it comes closest to.
+A metric is `fn(targets, predictions) -> {name: float}`. A target is one text, or a list of texts
+where several references are right; a prediction is judged against the one it comes closest to.
 """
 
 import collections
@@ -16,7 +15,11 @@ from rapidfuzz.distance import Levenshtein
 from t5x_lite.errors import UsageError
 
 Target = str | Sequence[str]
-MetricFn = Callable[[Sequence[Target], Sequence[str]], dict[str, float]]
+Targets = Sequence[Target]
+Texts = Sequence[str]
+Scores = dict[str, float]
+MetricFn = Callable[[Targets, Texts], Scores]
+Tokenize = Callable[[str], Sequence]
 
 
 def references(target: Target) -> list[str]:
@@ -33,33 +36,30 @@ def split_references(text: str, *, separator: str, is_target: bool = False, **un
 # ---- Exact matches -----------------------------------------------------------
 
 
-def accuracy(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
+def accuracy(targets: Targets, predictions: Texts) -> Scores:
   """Share of predictions equal to a reference, spaces around them aside."""
   return {'accuracy': _percent_equal(targets, predictions, str.strip)}
 
 
-def sequence_accuracy(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
+def sequence_accuracy(targets: Targets, predictions: Texts) -> Scores:
   """Share of predictions equal to a reference, character by character."""
   return {'sequence_accuracy': _percent_equal(targets, predictions, str)}
 
 
-def squad(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
+def squad(targets: Targets, predictions: Texts) -> Scores:
   """Exact match and word F1 after SQuAD's normalisation, best reference each.
 
   Source: Rajpurkar et al. 2016 evaluation script, v1.1.
   """
-  _check(targets, predictions)
-  f1 = 0.0
-  for target, prediction in zip(targets, predictions, strict=True):
-    words = _normalize_squad(prediction).split()
-    f1 += max(_f1(_normalize_squad(reference).split(), words) for reference in references(target))
-  return {
-    'em': _percent_equal(targets, predictions, _normalize_squad),
-    'f1': 100.0 * f1 / len(targets),
-  }
+  found = [
+    max(_f1(_normalize_squad(text).split(), _normalize_squad(prediction).split()) for text in texts)
+    for texts, prediction in _pairs(targets, predictions)
+  ]
+  em = _percent_equal(targets, predictions, _normalize_squad)
+  return {'em': em, 'f1': 100.0 * sum(found) / len(found)}
 
 
-def f1(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
+def f1(targets: Targets, predictions: Texts) -> Scores:
   """F1 of each label that occurs among the targets, averaged (macro).
 
   A prediction that is no label counts as a miss. Of several references the
@@ -67,51 +67,40 @@ def f1(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float
   """
   from sklearn import metrics  # takes a second to import
 
-  _check(targets, predictions)
-  wanted = []
-  got = [text.strip() for text in predictions]
-  for target, text in zip(targets, got, strict=True):
-    labels = [label.strip() for label in references(target)]
-    wanted.append(text if text in labels else labels[0])
-  score = metrics.f1_score(
-    wanted, got, labels=sorted(set(wanted)), average='macro', zero_division=0
-  )
+  wanted, got = [], []
+  for texts, prediction in _pairs(targets, predictions):
+    labels = [label.strip() for label in texts]
+    got.append(prediction.strip())
+    wanted.append(got[-1] if got[-1] in labels else labels[0])
+  labels = sorted(set(wanted))
+  score = metrics.f1_score(wanted, got, labels=labels, average='macro', zero_division=0)
   return {'f1_macro': 100.0 * float(score)}
 
 
 # ---- Error rates -------------------------------------------------------------
 
 
-def pronunciation_error_rates(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def pronunciation_error_rates(targets: Targets, predictions: Texts) -> Scores:
   """Word and phoneme error rate of grapheme-to-phoneme conversion.
 
-  word_error_rate: share of words whose phonemes equal no reference.
-  phoneme_error_rate: see `token_error_rate`; a phoneme is what stands between
-  spaces, its stress digit included.
-  The same with `_no_stress`: digits left out on both sides, to read beside
-  results on the 39 phonemes of ARPAbet without stress.
+  word_error_rate: share of words whose phonemes equal no reference. phoneme_error_rate: see
+  `token_error_rate`; a phoneme is what stands between spaces, its stress digit included. The same
+  with `_no_stress`: digits left out on both sides, to read beside results on the 39 phonemes of
+  ARPAbet without stress.
   """
+
+  def bare_phonemes(text: str) -> list[str]:
+    return [phoneme.rstrip('012') for phoneme in text.split()]
+
   rates = {}
-  for suffix, tokenize in (('', _phonemes), ('_no_stress', _bare_phonemes)):
+  for suffix, tokenize in (('', str.split), ('_no_stress', bare_phonemes)):
     equal = _percent_equal(targets, predictions, tokenize)
     rates[f'word_error_rate{suffix}'] = 100.0 - equal
     rates[f'phoneme_error_rate{suffix}'] = token_error_rate(targets, predictions, tokenize)
   return rates
 
 
-def _phonemes(text: str) -> list[str]:
-  return text.split()
-
-
-def _bare_phonemes(text: str) -> list[str]:
-  return [phoneme.rstrip('012') for phoneme in text.split()]
-
-
-def transcription_error_rates(
-  targets: Sequence[Target], predictions: Sequence[str]
-) -> dict[str, float]:
+def transcription_error_rates(targets: Targets, predictions: Texts) -> Scores:
   """Word and character error rate as in speech recognition."""
   return {
     'word_error_rate': token_error_rate(targets, predictions, str.split),
@@ -119,72 +108,50 @@ def transcription_error_rates(
   }
 
 
-def mean_edit_distance(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
+def mean_edit_distance(targets: Targets, predictions: Texts) -> Scores:
   """Mean number of word edits to the closest reference (not a percentage)."""
-  _check(targets, predictions)
-  edits = sum(
-    _closest(target, prediction, str.split)[0]
-    for target, prediction in zip(targets, predictions, strict=True)
-  )
-  return {'edit_distance': edits / len(targets)}
+  edits = [_closest(*pair, str.split)[0] for pair in _pairs(targets, predictions)]
+  return {'edit_distance': sum(edits) / len(edits)}
 
 
-def token_error_rate(
-  targets: Sequence[Target], predictions: Sequence[str], tokenize: Callable[[str], Sequence]
-) -> float:
+def token_error_rate(targets: Targets, predictions: Texts, tokenize: Tokenize) -> float:
   """Returns edits to the closest references over their length, in percent.
 
   Both are summed over the corpus, so long targets weigh more. The closest
   reference has the fewest edits, and of those the most tokens. With empty
   references alone the rate is 0 if nothing was predicted, else 100.
   """
-  _check(targets, predictions)
-  edits = length = 0
-  for target, prediction in zip(targets, predictions, strict=True):
-    distance, tokens = _closest(target, prediction, tokenize)
-    edits += distance
-    length += tokens
-  if not length:
-    return 100.0 if edits else 0.0
-  return 100.0 * edits / length
+  closest = [_closest(*pair, tokenize) for pair in _pairs(targets, predictions)]
+  edits, length = (sum(counts) for counts in zip(*closest, strict=True))
+  return 100.0 * edits / length if length else 100.0 * (edits > 0)
 
 
-# ---- Translation -------------------------------------------------------------
+# ---- Translation and summaries -----------------------------------------------
 
 
-def bleu(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
+def bleu(targets: Targets, predictions: Texts) -> Scores:
   """Corpus BLEU with the tokenization `intl`, as the T5 paper reports it."""
   score = sacrebleu.corpus_bleu(list(predictions), _streams(targets, predictions), tokenize='intl')
   return {'bleu': score.score}
 
 
-def chrf(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
+def chrf(targets: Targets, predictions: Texts) -> Scores:
   """Corpus chrF2: characters, no words."""
   score = sacrebleu.corpus_chrf(list(predictions), _streams(targets, predictions))
   return {'chrf': score.score}
 
 
-# ---- Summaries ---------------------------------------------------------------
-
-
-def rouge(
-  targets: Sequence[Target], predictions: Sequence[str], *, use_stemmer: bool = True
-) -> dict[str, float]:
+def rouge(targets: Targets, predictions: Texts, *, use_stemmer: bool = True) -> Scores:
   """ROUGE-1, -2 and -Lsum, mean F-measure, stemmed or not; best reference each.
 
   Lsum takes a line for a sentence, as t5/evaluation/metrics.py does.
   """
   from rouge_score import rouge_scorer
 
-  _check(targets, predictions)
   kinds = ['rouge1', 'rouge2', 'rougeLsum']
   scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=use_stemmer)
-  totals = dict.fromkeys(kinds, 0.0)
-  for target, prediction in zip(targets, predictions, strict=True):
-    scores = scorer.score_multi(references(target), prediction)
-    for kind in kinds:
-      totals[kind] += scores[kind].fmeasure
-  return {kind: 100.0 * sum_ / len(targets) for kind, sum_ in totals.items()}
+  scores = [scorer.score_multi(*pair) for pair in _pairs(targets, predictions)]
+  return {kind: 100.0 * sum(one[kind].fmeasure for one in scores) / len(scores) for kind in kinds}
 
 
 METRICS: dict[str, MetricFn] = {
@@ -216,44 +183,35 @@ def get_metrics(names: Sequence[str]) -> list[MetricFn]:
 # ---- Parts -------------------------------------------------------------------
 
 
-def _check(targets: Sequence[Target], predictions: Sequence[str]) -> None:
+def _pairs(targets: Targets, predictions: Texts) -> list[tuple[list[str], str]]:
+  """Returns the references and the prediction of each example."""
   if len(targets) != len(predictions) or not len(targets):
     raise ValueError(
-      f'{len(targets)} targets and {len(predictions)} predictions; there must '
-      'be as many of one as of the other, and at least one'
+      f'{len(targets)} targets and {len(predictions)} predictions; there must be as many of one as '
+      'of the other, and at least one'
     )
+  return list(zip(map(references, targets), predictions, strict=True))
 
 
-def _percent_equal(
-  targets: Sequence[Target], predictions: Sequence[str], normalize: Callable[[str], object]
-) -> float:
-  _check(targets, predictions)
-  equal = sum(
-    normalize(prediction) in [normalize(text) for text in references(target)]
-    for target, prediction in zip(targets, predictions, strict=True)
-  )
-  return 100.0 * equal / len(targets)
+def _percent_equal(targets: Targets, predictions: Texts, normalize: Callable) -> float:
+  pairs = _pairs(targets, predictions)
+  equal = sum(normalize(prediction) in map(normalize, texts) for texts, prediction in pairs)
+  return 100.0 * equal / len(pairs)
 
 
-def _closest(
-  target: Target, prediction: str, tokenize: Callable[[str], Sequence]
-) -> tuple[int, int]:
+def _closest(texts: Texts, prediction: str, tokenize: Tokenize) -> tuple[int, int]:
   """Returns the edits to, and the tokens of, the closest reference."""
-  got = tokenize(prediction)
-  wanted = [tokenize(text) for text in references(target)]
-  edits, negative_length = min(
-    (Levenshtein.distance(tokens, got), -len(tokens)) for tokens in wanted
-  )
+  got, wanted = tokenize(prediction), map(tokenize, texts)
+  edits, negative_length = min((Levenshtein.distance(one, got), -len(one)) for one in wanted)
   return edits, -negative_length
 
 
-def _streams(targets: Sequence[Target], predictions: Sequence[str]) -> list[list[str]]:
+def _streams(targets: Targets, predictions: Texts) -> list[list[str]]:
   """Returns sacrebleu's layout: one list per reference number.
 
   Examples with fewer references repeat their first, which changes no score.
   """
-  _check(targets, predictions)
-  lists = [references(target) for target in targets]
+  lists = [texts for texts, _ in _pairs(targets, predictions)]
   width = max(map(len, lists))
   return [[texts[i] if i < len(texts) else texts[0] for texts in lists] for i in range(width)]
 

@@ -43,14 +43,9 @@ def token_rows(
 ) -> list[list[int]]:
   """Returns token ids, one list an input.
 
-  Args:
-    inputs: a text, a list of texts, or ids: a list of integers, a list of such
-      lists or an array [B, L], whose padding at the end is dropped.
-    vocabulary: of the texts; None for ids alone.
-    num_ids: ids must be below.
-    pad_id: of padding.
-    eos: add EOS to texts.
-    limit: longer inputs are cut, EOS kept, and a warning counts them.
+  Inputs are a text, a list of texts, or ids below `num_ids`: a list of integers, a list of such
+  lists or an array [B, L], whose padding at the end is dropped. Without a vocabulary only ids will
+  do. What is longer than `limit` is cut, EOS kept, and a warning counts it.
 
   Raises:
     UsageError: if the inputs are neither, or there are none.
@@ -79,8 +74,8 @@ def _id_rows(inputs: Any, num_ids: int, pad_id: int) -> list[list[int]]:
       rows = [[operator.index(i) for i in row] for row in many]
   except (TypeError, KeyError, IndexError, ValueError) as error:
     raise UsageError(
-      f'{type(inputs).__name__} is no input: give a text, a list of texts, or '
-      'token ids (a list of integers, a list of such lists, an array [B, L])'
+      f'{type(inputs).__name__} is no input: give a text, a list of texts, or token ids (a list of '
+      'integers, a list of such lists, an array [B, L])'
     ) from error
   if not rows:
     raise UsageError('there is no input')
@@ -100,11 +95,8 @@ def _cut(rows: list[list[int]], limit: int, kept: int) -> None:
   long = [row for row in rows if len(row) > limit]
   if long:
     log.warning(
-      '%d of %d inputs are longer than max_input_tokens=%d and were cut; the longest has %d tokens',
-      len(long),
-      len(rows),
-      limit,
-      max(map(len, long)),
+      f'{len(long)} of {len(rows)} inputs are longer than max_input_tokens={limit} and were cut; '
+      f'the longest has {max(map(len, long))} tokens'
     )
   for row in long:
     del row[limit - kept : len(row) - kept]

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from t5x_lite.data import records, text_files
@@ -17,6 +17,9 @@ from t5x_lite.errors import UsageError
 
 # Pairs are held in memory, several times over while they are read.
 MAX_BYTES = 4 << 30
+
+Paths = str | Sequence[str]
+Placed = Iterator[tuple[str, records.Row]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,11 +29,9 @@ class Columns:
   Attributes:
     input: name, or number from 0 where there is no header; '' to find it.
     target: likewise.
-    template: makes the input of several fields, 'summarize: {article}'; instead
-      of `input`.
+    template: makes the input of several fields, 'summarize: {article}'; instead of `input`.
     prefix: put before every input, with its space.
-    skip_bad_rows: leave out rows without input or target, instead of refusing
-      them.
+    skip_bad_rows: leave out rows without input or target, instead of refusing them.
   """
 
   input: str = ''
@@ -62,10 +63,7 @@ class Columns:
   @property
   def named(self) -> list[str | int]:
     """The fields that are named, numbers as such."""
-    return [field(name) for name in self._given()]
-
-  def _given(self) -> list[str]:
-    return [name for name in (*self.template_fields, self.input, self.target) if name]
+    return [field(name) for name in (*self.template_fields, self.input, self.target) if name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +85,6 @@ class Pairs:
   skipped: int = 0
 
   def __len__(self) -> int:
-    """Number of pairs."""
     return len(self.inputs)
 
   def fingerprint(self) -> str:
@@ -100,12 +97,9 @@ class Pairs:
 
   def take(self, chosen: Sequence[int]) -> 'Pairs':
     """Returns some of the pairs, in the order given."""
-    return dataclasses.replace(
-      self,
-      inputs=[self.inputs[i] for i in chosen],
-      targets=[self.targets[i] for i in chosen],
-      places=[self.places[i] for i in chosen],
-    )
+    columns = {name: getattr(self, name) for name in ('inputs', 'targets', 'places')}
+    taken = {name: [values[i] for i in chosen] for name, values in columns.items()}
+    return dataclasses.replace(self, **taken)
 
   def hold_out(self, count: int) -> tuple['Pairs', 'Pairs']:
     """Splits off about `count` pairs: the same ones whatever the order.
@@ -117,10 +111,9 @@ class Pairs:
     if len(distinct) < 2:
       raise UsageError('all inputs are equal: there is nothing to hold out; give a validation file')
     share = min(max(1, count), len(distinct) - 1)
-    chosen = set(distinct[: max(1, round(share * len(distinct) / len(keys)))])
-    rest = [i for i, key in enumerate(keys) if key not in chosen]
-    held = [i for i, key in enumerate(keys) if key in chosen]
-    return self.take(rest), self.take(held)
+    held = set(distinct[: max(1, round(share * len(distinct) / len(keys)))])
+    rest = [i for i, key in enumerate(keys) if key not in held]
+    return self.take(rest), self.take([i for i, key in enumerate(keys) if key in held])
 
 
 def field(name: str) -> str | int:
@@ -129,19 +122,14 @@ def field(name: str) -> str | int:
 
 
 def read(
-  source: Any,
-  columns: Columns | None = None,
-  *,
-  targets: str | Sequence[str] = (),
-  what: str = 'train',
+  source: Any, columns: Columns | None = None, *, targets: Paths = (), what: str = 'train'
 ) -> Pairs:
   """Reads pairs from files, or takes them from memory.
 
   Args:
-    source: a path or glob pattern or several: JSONL, JSON, CSV, TSV, Parquet,
-      plain or gzip text of input TAB target, or a folder that
-      `datasets.save_to_disk` wrote. Or what is in memory: a list of pairs or of
-      dicts, a dict of lists, a pandas DataFrame, a `datasets.Dataset`.
+    source: a path or glob pattern or several: JSONL, JSON, CSV, TSV, Parquet, plain or gzip text of
+      input TAB target, or a folder that `datasets.save_to_disk` wrote. Or what is in memory: a list
+      of pairs or of dicts, a dict of lists, a pandas DataFrame, a `datasets.Dataset`.
     columns: which fields are meant; found by their names by default.
     targets: text files beside `source`, line by line; that has inputs alone.
     what: name of the data in messages.
@@ -150,35 +138,30 @@ def read(
     UsageError: naming file and line, for the first thing that is wrong.
   """
   columns = columns or Columns()
-  if is_paths(source):
-    rows = _of_files(source, columns, targets)
-  else:
-    if targets:
-      raise UsageError('targets in files beside need inputs in files')
-    rows = _of_memory(source, what)
-  inputs: list[str] = []
-  wanted: list[str] = []
-  places: list[str] = []
+  if targets and not is_paths(source):
+    raise UsageError('targets in files beside need inputs in files')
+  rows = _of_files(source, columns, targets) if is_paths(source) else _of_memory(source, what)
+  found: list[tuple[str, str, str]] = []
   skipped = 0
   names: tuple[str, str] | None = None
   for place, row in rows:
-    if names is None:
-      names = _choose(row, columns, place)
+    names = names or _choose(row, columns, place)
     try:
       one = _input(row, columns, names[0], place)
-      other = _filled(row, names[1], place)
+      found.append((columns.prefix + one, _filled(row, names[1], place), place))
     except UsageError:
       if not columns.skip_bad_rows:
         raise
       skipped += 1
-      continue
-    inputs.append(columns.prefix + one)
-    wanted.append(other)
-    places.append(place)
-  if names is None or not inputs:
-    shown = repr(source) if is_paths(source) else f'{what}'
-    raise UsageError(f'{shown} holds no rows')
-  return Pairs(inputs=inputs, targets=wanted, places=places, fields=names, skipped=skipped)
+  if names is None or not found:
+    raise UsageError(f'{repr(source) if is_paths(source) else what} holds no rows')
+  return Pairs(
+    inputs=[text for text, _, _ in found],
+    targets=[text for _, text, _ in found],
+    places=[place for _, _, place in found],
+    fields=names,
+    skipped=skipped,
+  )
 
 
 def read_inputs(
@@ -187,7 +170,7 @@ def read_inputs(
   """Yields the input of every row of a file; a line is one in a text file.
 
   Args:
-    path: the file, see records.py; of text, blank lines are inputs too.
+    path: the file; of text, blank lines are inputs too.
     columns: which field is meant; found by its name, or the only one.
     file_format: one of records.FORMATS; empty to tell from the name.
 
@@ -221,30 +204,21 @@ def split_of(source: Any, split: str) -> str:
 
 def is_paths(source: Any) -> bool:
   """Whether a source names files, and is not rows itself."""
-  if isinstance(source, str | os.PathLike):
-    return True
-  return (
-    isinstance(source, Sequence)
-    and bool(source)
-    and all(isinstance(one, str | os.PathLike) for one in source)
-  )
+  several = isinstance(source, Sequence) and not isinstance(source, str) and bool(source)
+  return all(isinstance(one, str | os.PathLike) for one in (source if several else [source]))
 
 
 # ---- Rows of files and of memory ---------------------------------------------
 
 
-def _of_files(
-  source: Any, columns: Columns, targets: str | Sequence[str]
-) -> Iterator[tuple[str, records.Row]]:
+def _of_files(source: Any, columns: Columns, targets: Paths) -> Placed:
   paths = text_files.expand(source)
-  size = sum(
-    text_files.total_bytes([path]) for path in paths if not text_files.is_dataset_folder(path)
-  )
-  if size > MAX_BYTES:
+  files = [path for path in paths if not text_files.is_dataset_folder(path)]
+  if (size := text_files.total_bytes(files)) > MAX_BYTES:
     raise UsageError(
-      f'{len(paths)} files of {size / 1e9:.1f} GB are more than is held in '
-      f'memory ({MAX_BYTES >> 30} GiB): fine-tune on a part, or write a task '
-      'with a streaming source and use `t5x-lite train`'
+      f'{len(paths)} files of {size / 1e9:.1f} GB are more than is held in memory '
+      f'({MAX_BYTES >> 30} GiB): fine-tune on a part, or write a task with a streaming source and '
+      'use `t5x-lite train`'
     )
   if targets:
     yield from _parallel(paths, text_files.expand(targets))
@@ -256,14 +230,14 @@ def _of_files(
       yield f'{path}:{number}', row
 
 
-def _parallel(paths: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, records.Row]]:
+def _parallel(paths: Sequence[str], others: Sequence[str]) -> Placed:
   """Yields rows of two files that have as many lines."""
   if len(paths) != len(others):
     raise UsageError(f'there are {len(paths)} files of inputs and {len(others)} of targets')
   for path, other in zip(paths, others, strict=True):
-    left, right = text_files.lines(path), text_files.lines(other)
+    right = text_files.lines(other)
     number = 0
-    for number, line in left:
+    for number, line in text_files.lines(path):
       found = next(right, None)
       if found is None:
         raise UsageError(f'{other} has {number - 1} lines, {path} has more')
@@ -273,7 +247,7 @@ def _parallel(paths: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str
       raise UsageError(f'{path} has {number} lines, {other} has more')
 
 
-def _of_memory(source: Any, what: str) -> Iterator[tuple[str, records.Row]]:
+def _of_memory(source: Any, what: str) -> Placed:
   """Yields rows of a list, a dict of columns, a DataFrame or a Dataset."""
   labels: dict[str, list[str]] = {}
   if hasattr(source, 'to_dict') and hasattr(source, 'columns'):  # pandas
@@ -281,56 +255,40 @@ def _of_memory(source: Any, what: str) -> Iterator[tuple[str, records.Row]]:
   elif hasattr(source, 'column_names') and hasattr(source, 'features'):
     if isinstance(source, Mapping):  # a DatasetDict
       raise UsageError(f'{what} is a DatasetDict of {", ".join(source)}: give one split of it')
-    for name, feature in source.features.items():
-      if isinstance(getattr(feature, 'names', None), list):
-        labels[name] = feature.names
+    found = {name: getattr(feature, 'names', None) for name, feature in source.features.items()}
+    labels = {name: names for name, names in found.items() if isinstance(names, list)}
     source = source.to_dict()
   if isinstance(source, Mapping):
     lengths = {name: len(values) for name, values in source.items()}
     if len(set(lengths.values())) > 1:
       raise UsageError(f'the columns of {what} differ in length: {lengths}')
-    names = list(source)
-    rows: Iterator[Any] = (
-      dict(zip(names, values, strict=True)) for values in zip(*source.values(), strict=True)
-    )
+    values = zip(*source.values(), strict=True)
+    rows: Iterable[Any] = (dict(zip(source, row, strict=True)) for row in values)
   elif isinstance(source, Sequence):
-    rows = iter(source)
+    rows = source
   else:
     raise UsageError(
-      f'{what} is a {type(source).__name__}; give a path, a list of (input, '
-      'target) pairs or of dicts, a DataFrame or a datasets.Dataset'
+      f'{what} is a {type(source).__name__}; give a path, a list of (input, target) pairs or of '
+      'dicts, a DataFrame or a datasets.Dataset'
     )
   for number, row in enumerate(rows, start=1):
     place = f'{what}:{number}'
     if isinstance(row, Mapping):
-      named = dict(row)
-      for name, texts in labels.items():
-        if isinstance(named.get(name), int) and 0 <= named[name] < len(texts):
-          named[name] = texts[named[name]]
-      yield place, named
-    elif isinstance(row, Sequence) and len(row) == 2 and not _is_text(row):
+      yield place, records.with_labels(row, labels)
+    elif isinstance(row, Sequence) and len(row) == 2 and not isinstance(row, str | bytes):
       yield place, {'input': row[0], 'target': row[1]}
     else:
       raise UsageError(f'{place} is {row!r:.60}: neither an (input, target) pair nor a dict')
-
-
-def _is_text(value: Any) -> bool:
-  return isinstance(value, str | bytes)
 
 
 # ---- Columns -----------------------------------------------------------------
 
 
 def _choose(row: records.Row, columns: Columns, place: str) -> tuple[str, str]:
-  """Returns the names of the input's and the target's column.
-
-  Raises:
-    UsageError: if they cannot be told.
-  """
+  """Returns the names of the input's and the target's column, or asks for them."""
   numbered = all(isinstance(name, int) for name in row)
-  if numbered and len(row) == 2:
-    found = ('0', '1')
-  else:
+  found = ('0', '1')
+  if not numbered or len(row) != 2:
     found = (
       _known(row, records.INPUT_NAMES, columns.target),
       _known(row, records.TARGET_NAMES, columns.input),
@@ -352,8 +310,7 @@ def _choose(row: records.Row, columns: Columns, place: str) -> tuple[str, str]:
 
 def _known(row: records.Row, names: Sequence[str], taken: str) -> str:
   lower = {str(name).strip().lower(): str(name) for name in row}
-  found = [lower[name] for name in names if name in lower]
-  return next((name for name in found if name != taken), '')
+  return next((lower[name] for name in names if lower.get(name, taken) != taken), '')
 
 
 def _unclear(which: str, row: records.Row, place: str) -> UsageError:
@@ -366,18 +323,15 @@ def _input(
 ) -> str:
   if not columns.template:
     return _filled(row, name, place, empty=empty)
-  values = {one: _filled(row, one, place, empty=empty) for one in set(columns.template_fields)}
+  # Not str.format: that would read 'a.b' and numbers in its own way.
   return ''.join(
-    text + (values[name] if name is not None else '')
+    text if name is None else text + _filled(row, name, place, empty=empty)
     for text, name, _, _ in string.Formatter().parse(columns.template)
   )
 
 
 def _filled(row: records.Row, name: str, place: str, *, empty: bool = False) -> str:
-  key = field(name)
-  if name in row:
-    key = name
-  text = records.as_text(row, key, place)
+  text = records.as_text(row, name if name in row else field(name), place)
   if not empty and not text.strip():
     raise UsageError(
       f'{place}: the field {name!r} is empty; fill it, or leave such rows out with --skip_bad_rows'

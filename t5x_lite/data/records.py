@@ -4,11 +4,13 @@ A row comes with the line that it stands on, so that every mistake in a file can
 be told with its place. No row is lost in silence, and no TensorFlow loads.
 """
 
+import collections
 import csv
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from etils import epath
 
@@ -16,29 +18,23 @@ from t5x_lite.data import text_files
 from t5x_lite.errors import UsageError
 
 Format = Literal['text', 'tsv', 'csv', 'jsonl', 'json', 'parquet', 'datasets']
-FORMATS = ('text', 'tsv', 'csv', 'jsonl', 'json', 'parquet', 'datasets')
-_ENDINGS: Mapping[str, Format] = {
-  '.tsv': 'tsv',
-  '.csv': 'csv',
-  '.jsonl': 'jsonl',
-  '.ndjson': 'jsonl',
-  '.json': 'json',
-  '.parquet': 'parquet',
-}
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 # Columns that are found by themselves, the likeliest first.
 INPUT_NAMES = (
-  'input inputs source src text question sentence prompt instruction document '
-  'article dialogue passage query word en'
+  'input inputs source src text question sentence prompt instruction document article dialogue '
+  'passage query word en'
 ).split()
 # Beside one of those they are a second half of the input.
 SECOND_INPUT_NAMES = 'instruction context passage hypothesis sentence2'.split()
 TARGET_NAMES = (
-  'target targets output outputs label labels tgt summary highlights answer '
-  'answers translation completion response reference category class'
+  'target targets output outputs label labels tgt summary highlights answer answers translation '
+  'completion response reference category class'
 ).split()
 
 Row = Mapping[str | int, Any]
+Fields = Sequence[str | int]
+_MISSING = object()
 
 
 def format_of(path: str, file_format: str = '') -> Format:
@@ -47,59 +43,44 @@ def format_of(path: str, file_format: str = '') -> Format:
   Raises:
     UsageError: if `file_format` is unknown.
   """
-  if file_format:
-    if file_format not in FORMATS:
-      raise UsageError(
-        f'The file format is {file_format!r}; it must be one of {", ".join(FORMATS)}'
-      )
+  if file_format in FORMATS:
     return file_format
+  if file_format:
+    raise UsageError(f'The file format is {file_format!r}; it must be one of {", ".join(FORMATS)}')
   if text_files.is_dataset_folder(path):
     return 'datasets'
-  name = path.removesuffix('.gz').lower()
-  for ending, known in _ENDINGS.items():
-    if name.endswith(ending):
-      return known
-  return 'text'
+  ending = os.path.splitext(path.removesuffix('.gz').lower())[1].removeprefix('.')
+  ending = 'jsonl' if ending == 'ndjson' else ending
+  return next((f for f in FORMATS if f == ending and f != 'datasets'), 'text')
 
 
 def dataset_splits(path: str) -> dict[str, str]:
   """Returns the folders of a saved DatasetDict by split; else nothing."""
   root = epath.Path(path)
-  if not (root / text_files.DATASET_SPLITS_FILE).exists():
-    return {}
-  names = _listed(root / text_files.DATASET_SPLITS_FILE, 'splits')
+  file = root / text_files.DATASET_SPLITS_FILE
+  names = _listed(file, 'splits') if file.exists() else ()
   return {str(name): os.fspath(root / _inside(root, name)) for name in names}
 
 
 # ---- Rows --------------------------------------------------------------------
 
 
-def rows(
-  path: str, fields: Sequence[str | int], file_format: str = ''
-) -> Iterator[tuple[str, ...]]:
-  """Yields the named fields of every row, as text.
+def rows(path: str, fields: Fields, file_format: str = '') -> Iterator[tuple[str, ...]]:
+  """Yields the named fields (see `read`) of every row that is not blank, as text.
 
-  Args:
-    path: the file.
-    fields: names; or, of TSV and CSV, columns by number from 0 or by a name
-      that the first line holds (then it is a header). Not used for text, where
-      a row is a line.
-    file_format: one of FORMATS; empty to tell from the name.
+  Of text a row is a line, whatever the fields.
 
   Raises:
-    UsageError: naming file and line, if a row lacks a field. Blank lines are
-      skipped: they hold no row.
+    UsageError: naming file and line, if a row lacks a field.
   """
   if format_of(path, file_format) == 'text':
-    for _, line in text_files.lines(path):
-      if line.strip():
-        yield (line,)
+    yield from ((line,) for _, line in text_files.lines(path) if line.strip())
     return
   for number, row in read(path, fields, file_format):
     yield tuple(as_text(row, field, f'{path}:{number}') for field in fields)
 
 
-def texts(path: str, fields: Sequence[str | int] = (), file_format: str = '') -> Iterator[str]:
+def texts(path: str, fields: Fields = (), file_format: str = '') -> Iterator[str]:
   """Yields every text of a file: the fields of `rows`, or all there are.
 
   Without fields, that is every column of a TSV or CSV file, its first line
@@ -119,16 +100,13 @@ def texts(path: str, fields: Sequence[str | int] = (), file_format: str = '') ->
           yield as_text(row, name, f'{path}:{number}')
 
 
-def read(
-  path: str, fields: Sequence[str | int] = (), file_format: str = ''
-) -> Iterator[tuple[int, Row]]:
+def read(path: str, fields: Fields = (), file_format: str = '') -> Iterator[tuple[int, Row]]:
   """Yields (line, or number of the row, from 1; the row by its fields' names).
 
   Args:
     path: a file, or a folder that `datasets.save_to_disk` wrote.
-    fields: those that will be asked for. Of TSV and CSV they tell whether the
-      first line is a header: with names it is, with numbers it is not, and
-      without either its looks decide.
+    fields: those that will be asked for: names; or, of TSV and CSV, columns by number from 0. There
+      the first line is a header with names, none with numbers, and without either its looks decide.
     file_format: one of FORMATS but 'text'; empty to tell from the name.
 
   Raises:
@@ -136,15 +114,10 @@ def read(
   """
   kind = format_of(path, file_format)
   if kind in ('tsv', 'csv', 'text'):
-    yield from _delimited(path, 'tsv' if kind == 'text' else kind, fields)
-  elif kind == 'jsonl':
-    yield from _jsonl(path)
-  elif kind == 'json':
-    yield from _json(path)
-  elif kind == 'parquet':
-    yield from _parquet(path)
-  else:
-    yield from _dataset(path)
+    return _delimited(path, 'csv' if kind == 'csv' else 'tsv', fields)
+  if kind == 'parquet':
+    return _arrow([epath.Path(path)], is_parquet=True)
+  return {'jsonl': _jsonl, 'json': _json, 'datasets': _dataset}[kind](path)
 
 
 def as_text(row: Row, field: str | int, place: str) -> str:
@@ -153,17 +126,11 @@ def as_text(row: Row, field: str | int, place: str) -> str:
   Raises:
     UsageError: if it is not there, neither text nor a number, or no Unicode.
   """
-  value: Any = row.get(field)
-  found = field in row
-  if not found and isinstance(field, str):
-    value, found = row, True
-    for part in field.split('.'):
-      if not isinstance(value, Mapping) or part not in value:
-        value, found = None, False
-        break
-      value = value[part]
+  value: Any = row
+  for part in field.split('.') if isinstance(field, str) and field not in row else [field]:
+    value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
   if isinstance(value, bool) or not isinstance(value, str | int | float):
-    what = type(value).__name__ if found else 'not there'
+    what = 'not there' if value is _MISSING else type(value).__name__
     raise UsageError(
       f'{place}: the field {field!r} must be text or a number; it is {what}. '
       f'The fields are {", ".join(map(repr, row))}'
@@ -195,13 +162,10 @@ def _cells(path: str, kind: str) -> Iterator[tuple[int, list[str]]]:
   # With their ends: between quotes these are part of the text.
   lines = (line for _, line in text_files.lines(path, keep_ends=True))
   first = next(lines, '')
+  # What spreadsheets write where the comma is in the numbers.
+  delimiter = next((one for one in ',;\t' if one in first), ',')
   csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
-  reader = csv.reader(
-    _chain(first, lines),
-    # What spreadsheets write where the comma is in the numbers.
-    delimiter=next((one for one in ',;\t' if one in first), ','),
-    strict=True,
-  )
+  reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
   start = 1
   try:
     for cells in reader:
@@ -212,45 +176,33 @@ def _cells(path: str, kind: str) -> Iterator[tuple[int, list[str]]]:
     raise UsageError(f'{path}:{start} is not CSV: {error}') from error
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-  if first:
-    yield first
-  yield from rest
-
-
-def _delimited(path: str, kind: str, fields: Sequence[str | int]) -> Iterator[tuple[int, Row]]:
-  names: Sequence[str | int] | None = None
+def _delimited(path: str, kind: str, fields: Fields) -> Iterator[tuple[int, Row]]:
+  names: Fields = ()
   for number, cells in _cells(path, kind):
-    if names is None:
+    if not names:
       names = _column_names(path, cells, fields)
       if isinstance(names[0], str):
         continue
     if len(cells) != len(names):
+      mend = 'put a field that holds a comma in double quotes'
+      if kind == 'tsv':
+        mend = 'write a tab inside a field as a space'
       raise UsageError(
-        f'{path}:{number} has {len(cells)} columns, the first line '
-        f'{len(names)}; '
-        + (
-          'write a tab inside a field as a space'
-          if kind == 'tsv'
-          else 'put a field that holds a comma in double quotes'
-        )
+        f'{path}:{number} has {len(cells)} columns, the first line {len(names)}; {mend}'
       )
     yield number, dict(zip(names, cells, strict=True))
 
 
-def _column_names(
-  path: str, cells: Sequence[str], fields: Sequence[str | int]
-) -> Sequence[str | int]:
+def _column_names(path: str, cells: Sequence[str], fields: Fields) -> Fields:
   """Returns the header, or column numbers if the first line is none."""
   named = [field for field in fields if isinstance(field, str)]
-  for field in named:
-    if field not in cells:
+  for field in fields:
+    if isinstance(field, str) and field not in cells:
       raise UsageError(
         f'{path} has no column {field!r} in its first line, which reads '
-        f'{", ".join(map(repr, cells))}; name one of these, or give column '
-        'numbers from 0 if there is no header'
+        f'{", ".join(map(repr, cells))}; name one of these, or give column numbers from 0 if there '
+        'is no header'
       )
-  for field in fields:
     if isinstance(field, int) and not 0 <= field < len(cells):
       raise UsageError(
         f'{path} has {len(cells)} columns; there is no column {field} (counted from 0)'
@@ -266,12 +218,7 @@ def _column_names(
 
 
 def _is_header(path: str, cells: Sequence[str]) -> bool:
-  """Tells a header by its looks.
-
-  Raises:
-    UsageError: if it could be either; a header must not become an example, nor
-      an example a header.
-  """
+  """Tells a header by its looks; refuses what may be an example too."""
   names = {cell.strip().lower() for cell in cells}
   known = [bool(names & set(one)) for one in (INPUT_NAMES, TARGET_NAMES)]
   like_names = all(cell.strip().isidentifier() for cell in cells)
@@ -279,9 +226,8 @@ def _is_header(path: str, cells: Sequence[str]) -> bool:
     return True
   if like_names:
     raise UsageError(
-      f'{path} begins with {", ".join(map(repr, cells))}: a header or an '
-      'example? Say which columns are meant, by name or, if there is no '
-      'header, by number from 0'
+      f'{path} begins with {", ".join(map(repr, cells))}: a header or an example? Say which '
+      'columns are meant, by name or, if there is no header, by number from 0'
     )
   return False
 
@@ -292,9 +238,8 @@ def _is_header(path: str, cells: Sequence[str]) -> bool:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   entry = dict(pairs)
   if len(entry) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f'the key {twice!r} is there twice')
+    [(name, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+    raise ValueError(f'the key {name!r} is there twice')
   return entry
 
 
@@ -336,8 +281,8 @@ def _json(path: str) -> Iterator[tuple[int, Row]]:
   listed = entry if isinstance(entry, list) else _list_in(entry)
   if listed is None:
     raise UsageError(
-      f'{path} holds no list of objects; write [{{...}}, {{...}}], or one '
-      'object a line in a .jsonl file'
+      f'{path} holds no list of objects; write [{{...}}, {{...}}], or one object a line in a '
+      '.jsonl file'
     )
   for number, item in enumerate(listed, start=1):
     yield number, _object(item, path, number)
@@ -345,13 +290,8 @@ def _json(path: str) -> Iterator[tuple[int, Row]]:
 
 def _list_in(entry: Any) -> list[Any] | None:
   """Returns the one list of objects in an object, as {"data": [...]}."""
-  if not isinstance(entry, dict):
-    return None
-  lists = [
-    value
-    for value in entry.values()
-    if isinstance(value, list) and value and isinstance(value[0], dict)
-  ]
+  values = entry.values() if isinstance(entry, dict) else ()
+  lists = [one for one in values if isinstance(one, list) and one and isinstance(one[0], dict)]
   return lists[0] if len(lists) == 1 else None
 
 
@@ -374,64 +314,43 @@ def _reason(error: Exception) -> str:
   return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _arrow_errors() -> tuple[type[Exception], ...]:
-  """What reading a damaged file, or a value that Python lacks, raises."""
+def _arrow(files: Sequence[epath.Path], *, is_parquet: bool) -> Iterator[tuple[int, Row]]:
+  """Yields the rows of files of record batches, numbered through."""
   import pyarrow
-
-  return (pyarrow.ArrowException, OSError, ValueError, OverflowError)
-
-
-def _rows_of_batches(batches: Iterable[Any], schema: Any, path: Any) -> Iterator[Row]:
-  """Yields the rows of Arrow's record batches."""
-  labels = _label_names(schema)
-  for name in schema.names:
-    if schema.names.count(name) > 1:
-      raise UsageError(f'{path} names the column {name!r} twice')
-  for batch in batches:
-    # Arrow takes lengths and offsets in a file at their word unless asked.
-    batch.validate(full=True)
-    for row in batch.to_pylist():
-      yield _with_labels(row, labels)
-
-
-def _parquet(path: str) -> Iterator[tuple[int, Row]]:
   from pyarrow import parquet
 
+  open_file: Any = parquet.ParquetFile if is_parquet else pyarrow.ipc.open_stream
   number = 0
-  try:
-    with epath.Path(path).open('rb') as raw, parquet.ParquetFile(raw) as file:
-      batches = file.iter_batches(batch_size=1024)
-      for row in _rows_of_batches(batches, file.schema_arrow, path):
-        number += 1
-        yield number, row
-  except UsageError:
-    raise
-  except _arrow_errors() as error:
-    raise UsageError(
-      f'{path} is not a whole Parquet file after row {number}: {_reason(error)}'
-    ) from error
+  for path in files:
+    try:
+      with path.open('rb') as raw, open_file(raw) as file:
+        schema = file.schema_arrow if is_parquet else file.schema
+        labels = _label_names(schema)
+        for name in schema.names:
+          if schema.names.count(name) > 1:
+            raise UsageError(f'{path} names the column {name!r} twice')
+        for batch in file.iter_batches(batch_size=1024) if is_parquet else file:
+          # Arrow takes lengths and offsets in a file at their word unless asked.
+          batch.validate(full=True)
+          for row in batch.to_pylist():
+            number += 1
+            yield number, with_labels(row, labels)
+    except UsageError:
+      raise
+    # What a damaged file raises, or a value that Python lacks.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+      problem = 'is not a whole Parquet file' if is_parquet else 'cannot be read'
+      raise UsageError(f'{path} {problem} after row {number}: {_reason(error)}') from error
 
 
 def _dataset(path: str) -> Iterator[tuple[int, Row]]:
   """Yields rows of one split as `datasets.save_to_disk` writes it."""
-  import pyarrow
-
   root = epath.Path(path)
   if splits := dataset_splits(path):
     raise UsageError(f'{path} holds the splits {", ".join(splits)}: name one of its folders')
-  number = 0
-  for entry in _listed(root / text_files.DATASET_FILE, '_data_files'):
-    name = entry.get('filename') if isinstance(entry, dict) else entry
-    file = root / _inside(root, name)
-    try:
-      with file.open('rb') as raw, pyarrow.ipc.open_stream(raw) as stream:
-        for row in _rows_of_batches(stream, stream.schema, file):
-          number += 1
-          yield number, row
-    except UsageError:
-      raise
-    except _arrow_errors() as error:
-      raise UsageError(f'{file} cannot be read after row {number}: {_reason(error)}') from error
+  listed = _listed(root / text_files.DATASET_FILE, '_data_files')
+  names = (entry.get('filename') if isinstance(entry, dict) else entry for entry in listed)
+  return _arrow([root / _inside(root, name) for name in names], is_parquet=False)
 
 
 def _inside(root: epath.Path, name: Any) -> str:
@@ -458,9 +377,11 @@ def _label_names(schema: Any) -> dict[str, list[str]]:
   }
 
 
-def _with_labels(row: dict[Any, Any], names: Mapping[str, list[str]]) -> Row:
-  for column, labels in names.items():
-    value = row.get(column)
-    if isinstance(value, int) and 0 <= value < len(labels):
-      row[column] = labels[value]
-  return row
+def with_labels(row: Mapping[Any, Any], names: Mapping[str, list[str]]) -> Row:
+  """Returns a row with labels for their numbers: `names` lists those of some columns."""
+  given = {
+    column: labels[row[column]]
+    for column, labels in names.items()
+    if isinstance(row.get(column), int) and 0 <= row[column] < len(labels)
+  }
+  return {**row, **given}

@@ -20,16 +20,13 @@ DATASET_SPLITS_FILE = 'dataset_dict.json'
 
 def is_dataset_folder(path: str | os.PathLike) -> bool:
   """Whether `save_to_disk` of Hugging Face's `datasets` wrote this folder."""
-  root = epath.Path(path)
-  names = (DATASET_FILE, DATASET_SPLITS_FILE)
-  return any((root / name).exists() for name in names)
+  return any((epath.Path(path) / name).exists() for name in (DATASET_FILE, DATASET_SPLITS_FILE))
 
 
 def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
   """Returns the files of a path, of a glob pattern or of several, sorted.
 
-  What exists is never a pattern, whatever its name. A folder counts as a file
-  if `datasets` wrote it.
+  What exists is never a pattern, whatever its name. A folder counts if `datasets` wrote it.
 
   Raises:
     UsageError: if a path or pattern names no file.
@@ -38,10 +35,8 @@ def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
     patterns = [os.fspath(patterns)]
   files = []
   for pattern in patterns:
-    path = epath.Path(pattern)
-    if path.exists():
-      found = [pattern]
-    elif glob.has_magic(pattern):
+    found = [pattern] if epath.Path(pattern).exists() else []
+    if not found and glob.has_magic(pattern):
       if '**' in pattern:
         raise UsageError(f"{pattern!r} has '**'; name each folder with '*'")
       # Folders that are there under this very name are no patterns.
@@ -50,8 +45,6 @@ def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
         end = pattern.rfind('/', 0, end - 1) + 1
       matches = epath.Path(glob.escape(pattern[:end])).glob(pattern[end:])
       found = sorted(os.fspath(path) for path in matches)
-    else:
-      found = []
     found = [file for file in found if is_dataset_folder(file) or not epath.Path(file).is_dir()]
     if not found:
       raise UsageError(f'There is no file {pattern!r}')
@@ -60,10 +53,7 @@ def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
 
 
 def total_bytes(files: Sequence[str]) -> int:
-  """Returns the size of files, compressed ones as they will be in memory.
-
-  The factor 4 is what gzip gains on text, near enough.
-  """
+  """Returns the size of files in memory: of gzip four times that on disk, near enough."""
   return sum(epath.Path(file).stat().length * (4 if file.endswith('.gz') else 1) for file in files)
 
 
@@ -76,12 +66,8 @@ _ARCHIVES = {
 def lines(path: str, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
   r"""Yields (line number from 1, line without its end), blank lines too.
 
-  Only `\n` and `\r\n` end a line: str.splitlines would also cut at U+2028 and
-  other characters that occur inside text.
-
-  Args:
-    path: the file.
-    keep_ends: leave the end on, for formats in which it may be text.
+  Only `\n` and `\r\n` end a line: str.splitlines would also cut at U+2028 and other characters that
+  occur inside text. With `keep_ends` the end is left on, for formats in which it may be text.
 
   Raises:
     UsageError: if the file is missing, or not UTF-8, or not whole gzip.

@@ -1,9 +1,8 @@
 """Vocabularies without TensorFlow, with the same ids as SeqIO's.
 
-Inference and the numeric floors read text through this module; the input
-pipeline uses SeqIO's own classes (data/vocabularies.py) built from the same
-`VocabularyConfig`. Ids 0, 1, 2 are pad, eos, unk; sentinels are the last
-`extra_ids` ids, and <extra_id_0> is the very last one.
+Inference reads text through this module; the input pipeline has SeqIO's own classes of the same
+`VocabularyConfig` (data/tasks/seqio_vocabulary.py). Ids 0, 1, 2 are pad, eos, unk; sentinels are
+the last `extra_ids` ids, and <extra_id_0> is the very last one.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ import importlib.resources
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import sentencepiece
 from etils import epath
@@ -28,9 +27,8 @@ PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
 
-# What each kind has when nothing is said: 100 sentinels as in T5 (Raffel et al.
-# 2020, 3.1.4); 125 bring the 259 byte ids to the 384 of ByT5's embedding
-# (t5x/examples/t5/byt5/base.gin).
+# What each kind has when nothing is said: 100 sentinels as in T5 (Raffel et al. 2020, 3.1.4); 125
+# bring the 259 byte ids to the 384 of ByT5's embedding (t5x/examples/t5/byt5/base.gin).
 _DEFAULT_EXTRA_IDS = {'sentencepiece': 100, 'byte': 125, 'passthrough': 0}
 
 VOCABULARY_FILE = 'vocabulary.json'
@@ -48,8 +46,8 @@ class VocabularyConfig:
     path: a SentencePiece model file; 'package:NAME' is one that ships with the
       package (`t5`, `quickstart`), and empty means 'package:t5', the official
       vocabulary. Only for 'sentencepiece'.
-    extra_ids: number of sentinel ids after the ordinary ones; -1 takes the
-      kind's own number (100, 125 for bytes, 0 for passthrough).
+    extra_ids: number of sentinel ids after the ordinary ones; -1 takes the kind's own: 100, 125 for
+      bytes, 0 for passthrough.
     size: number of ids. Only for 'passthrough'.
   """
 
@@ -59,78 +57,48 @@ class VocabularyConfig:
   size: int = 0
 
   def __post_init__(self):
-    if self.kind not in _DEFAULT_EXTRA_IDS:
-      allowed = ', '.join(repr(kind) for kind in _DEFAULT_EXTRA_IDS)
-      raise UsageError(f'VocabularyConfig.kind is {self.kind!r}; it must be one of {allowed}')
-    if self.extra_ids == -1:
+    kind, ids = self.kind, self.extra_ids
+    if kind not in _DEFAULT_EXTRA_IDS:
+      allowed = ', '.join(map(repr, _DEFAULT_EXTRA_IDS))
+      raise UsageError(f'VocabularyConfig.kind is {kind!r}; it must be one of {allowed}')
+    if ids == -1:
       # Resolved here, so that equal vocabularies compare equal.
-      object.__setattr__(self, 'extra_ids', _DEFAULT_EXTRA_IDS[self.kind])
-    if self.extra_ids < 0:
-      raise UsageError(
-        f'VocabularyConfig.extra_ids is {self.extra_ids}; it must be 0 or '
-        'more, or -1 for the default of the kind'
-      )
-    if self.path and self.kind != 'sentencepiece':
-      raise UsageError(
-        f'VocabularyConfig.path is {self.path!r} with kind {self.kind!r}; '
-        "only kind='sentencepiece' reads a model file"
-      )
-    if self.kind == 'passthrough':
-      if self.size < 1:
-        raise UsageError(
-          f"VocabularyConfig.size is {self.size}; kind='passthrough' needs the number of ids"
-        )
-      if self.extra_ids:
-        raise UsageError(
-          f'VocabularyConfig.extra_ids is {self.extra_ids}; with '
-          "kind='passthrough' count the sentinels in size instead"
-        )
-    elif self.size:
-      raise UsageError(
-        f'VocabularyConfig.size is {self.size} with kind {self.kind!r}; only '
-        "kind='passthrough' takes a size"
-      )
+      object.__setattr__(self, 'extra_ids', _DEFAULT_EXTRA_IDS[kind])
+    reads, passes = kind == 'sentencepiece', kind == 'passthrough'
+    for name, is_wrong, problem in (
+      ('extra_ids', ids < -1, 'it must be 0 or more, or -1 for the default of the kind'),
+      ('path', self.path and not reads, "only kind='sentencepiece' reads a model file"),
+      ('size', passes and self.size < 1, "kind='passthrough' needs the number of ids"),
+      ('extra_ids', passes and ids > 0, "with kind='passthrough' count the sentinels in size"),
+      ('size', self.size and not passes, "only kind='passthrough' takes a size"),
+    ):
+      if is_wrong:
+        value = getattr(self, name)
+        raise UsageError(f'VocabularyConfig.{name} is {value!r} with kind {kind!r}; {problem}')
 
 
-class Vocabulary(Protocol):
+class Vocabulary:
   """What a program may ask of a vocabulary."""
 
-  @property
-  def pad_id(self) -> int:
-    """Id of padding."""
-    ...
-
-  @property
-  def eos_id(self) -> int:
-    """Id that ends a sequence."""
-    ...
-
-  @property
-  def unk_id(self) -> int | None:
-    """Id of what the vocabulary cannot say."""
-    ...
-
-  @property
-  def vocab_size(self) -> int:
-    """Number of ids, sentinels included."""
-    ...
+  pad_id: int = PAD_ID
+  eos_id: int = EOS_ID
+  unk_id: int | None = UNK_ID  # of what the vocabulary cannot say
+  vocab_size: int  # sentinels included
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""
-    ...
+    raise NotImplementedError
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids up to the first EOS."""
-    ...
+    raise NotImplementedError
 
 
 def _clean(ids: Iterable[int], base_size: int, unk_id: int | None) -> list[int]:
-  """Cuts after the first EOS; ids from `base_size` on become unk, as in SeqIO.
+  """Cuts after the first EOS; ids from `base_size` on become unk, as in SeqIO's decode.
 
-  A model whose embedding is padded beyond the vocabulary (32,128 rows for
-  32,100 ids) can predict such ids, so they are no error.
-
-  Source: seqio/vocabularies.py Vocabulary.decode.
+  Where an embedding is padded beyond the vocabulary (32,128 rows for 32,100 ids) a model can
+  predict such ids, so they are no error.
   """
   clean = []
   for token in ids:
@@ -143,28 +111,21 @@ def _clean(ids: Iterable[int], base_size: int, unk_id: int | None) -> list[int]:
   return clean
 
 
-class SentencePieceVocabulary:
+class SentencePieceVocabulary(Vocabulary):
   """A SentencePiece model, with sentinels as user-defined pieces at its end."""
 
-  pad_id = PAD_ID
-  eos_id = EOS_ID
-  unk_id = UNK_ID
-
   def __init__(self, path: str, *, extra_ids: int):
-    """Reads the model.
-
-    Args:
-      path: the model file; may be on any file system epath knows.
-      extra_ids: number of sentinels to add.
+    """Reads the model, from any file system epath knows.
 
     Raises:
-      UsageError: if there is no such file, or it is not a SentencePiece model
-        with pad, eos, unk = 0, 1, 2.
+      UsageError: if it is not there, or no SentencePiece model with pad, eos, unk = 0, 1, 2.
     """
-    model = _read_model(path)
+    # The last one first, as seqio/vocabularies.py _load_model_internal has them.
+    sentinels = (f'▁<extra_id_{index}>' for index in reversed(range(extra_ids)))
+    model = _read_model(path) + user_defined(sentinels)
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor.LoadFromSerializedProto(model + user_defined(_sentinels(extra_ids)))
+      self._processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
       raise UsageError(
         f'{path} is not a SentencePiece model ({error}); train one with '
@@ -173,15 +134,11 @@ class SentencePieceVocabulary:
     ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
     if ids != (PAD_ID, EOS_ID, UNK_ID):
       raise UsageError(
-        f'{path} has pad, eos, unk = {ids}; T5 needs (0, 1, 2): train with '
-        '--pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1, or with '
-        '`t5x-lite vocab`'
+        f'{path} has pad, eos, unk = {ids}; T5 needs (0, 1, 2): train with --pad_id=0 --eos_id=1 '
+        '--unk_id=2 --bos_id=-1, or with `t5x-lite vocab`'
       )
 
-  @property
-  def vocab_size(self) -> int:
-    """Number of ids, sentinels included."""
-    return self._processor.GetPieceSize()
+    self.vocab_size = self._processor.GetPieceSize()
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""
@@ -196,12 +153,9 @@ class SentencePieceVocabulary:
     return self._processor.IdToPiece(token)
 
 
-class ByteVocabulary:
+class ByteVocabulary(Vocabulary):
   """UTF-8 bytes plus three (Xue et al. 2022, ByT5); decoding drops the rest."""
 
-  pad_id = PAD_ID
-  eos_id = EOS_ID
-  unk_id = UNK_ID
   base_size = 3 + 256
 
   def __init__(self, *, extra_ids: int):
@@ -217,11 +171,9 @@ class ByteVocabulary:
     return bytes(i - 3 for i in clean if i >= 3).decode('utf-8', 'ignore')
 
 
-class PassThroughVocabulary:
+class PassThroughVocabulary(Vocabulary):
   """Ids in, ids out. As text they are decimal numbers between spaces."""
 
-  pad_id = PAD_ID
-  eos_id = EOS_ID
   unk_id = None
 
   def __init__(self, size: int):
@@ -233,8 +185,8 @@ class PassThroughVocabulary:
       ids = [int(i) for i in (text.split() if isinstance(text, str) else text)]
     except ValueError as error:
       raise UsageError(
-        f'{text!r} is not a list of token ids ({error}); '
-        "kind='passthrough' reads numbers between spaces"
+        f"{text!r} is not a list of token ids ({error}); kind='passthrough' reads numbers between "
+        'spaces'
       ) from error
     for token in ids:
       if not 0 <= token < self.vocab_size:
@@ -268,9 +220,8 @@ def model_path(config: VocabularyConfig) -> str:
   path = config.path or f'{_PACKAGED}t5'
   if not path.startswith(_PACKAGED):
     return path
-  corpora = importlib.resources.files('t5x_lite.data.corpora')
-  name = path.removeprefix(_PACKAGED)
-  return str(corpora / f'{name}.sentencepiece.model')
+  name = f'{path.removeprefix(_PACKAGED)}.sentencepiece.model'
+  return str(importlib.resources.files('t5x_lite.data.corpora') / name)
 
 
 @functools.lru_cache(maxsize=64)
@@ -296,8 +247,7 @@ def save_vocabulary(config: VocabularyConfig, directory: str | os.PathLike) -> N
   model = None
   if config.kind == 'sentencepiece':
     model = _read_model(model_path(config))
-    entry['path'] = MODEL_FILE
-    entry['sha256'] = hashlib.sha256(model).hexdigest()
+    entry |= {'path': MODEL_FILE, 'sha256': hashlib.sha256(model).hexdigest()}
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   if model is not None:
@@ -310,8 +260,8 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
   """Reads the config that `save_vocabulary` wrote; its path is in `directory`.
 
   Raises:
-    UsageError: if the directory holds no vocabulary, or the model file is not
-      the one that was saved (a changed file would shift every id).
+    UsageError: if it holds no vocabulary, or the model file is not the one that was saved (a
+      changed file would shift every id).
   """
   directory = epath.Path(directory)
   file = directory / VOCABULARY_FILE
@@ -332,38 +282,24 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
   path = os.fspath(directory / config.path)
   if hashlib.sha256(_read_model(path)).hexdigest() != sha256:
     raise UsageError(
-      f'{path} is not the model that was saved with the run (its sha256 is '
-      f'not {sha256}); copy the original back'
+      f'{path} is not the model that was saved with the run (its sha256 is not {sha256}); copy the '
+      'original back'
     )
   return dataclasses.replace(config, path=path)
 
 
 def _read_model(path: str) -> bytes:
-  """Returns the bytes of a model file."""
   try:
     return epath.Path(path).read_bytes()
   except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
     raise UsageError(
-      f'Cannot read the vocabulary {path!r} ({error.strerror}); set '
-      "VocabularyConfig.path to a SentencePiece model, or to '' for the "
-      'official T5 one'
+      f'Cannot read the vocabulary {path!r} ({error.strerror}); set VocabularyConfig.path to a '
+      "SentencePiece model, or to '' for the official T5 one"
     ) from error
 
 
 def user_defined(texts: Iterable[str]) -> bytes:
-  """Returns pieces as bytes to append to a serialized model.
-
-  Joined protobuf messages are merged and their lists joined, so the pieces can
-  follow the model file byte for byte.
-  """
+  """Returns pieces as bytes to append to a serialized model: protobuf joins the lists of both."""
   kind = _proto.ModelProto.SentencePiece.USER_DEFINED
   pieces = [{'piece': text, 'score': 0.0, 'type': kind} for text in texts]
   return _proto.ModelProto(pieces=pieces).SerializeToString()
-
-
-def _sentinels(extra_ids: int) -> Iterable[str]:
-  """Returns the sentinels' pieces in the order of their ids.
-
-  Source: seqio/vocabularies.py _load_model_internal.
-  """
-  return (f'▁<extra_id_{index}>' for index in reversed(range(extra_ids)))
