@@ -100,7 +100,7 @@ def test_every_file_in_turn(run, spec, iterator, tmp_path, kind):
     for leaf, array in found.items():
       assert np.asarray(array).tobytes() == saved[step][leaf].tobytes(), name
     # The data stands at the step's own batch.
-    assert iterator._batches == step, name
+    assert iterator.num_batches == step, name
     outcomes.add(step)
   assert 4 in outcomes  # some files hold nothing that is needed
 

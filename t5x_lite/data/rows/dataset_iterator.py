@@ -1,12 +1,11 @@
 """From a SeqIO task or mixture to numpy batches, exactly resumable.
 
-A background thread turns windows of examples into rows (row_stream.py); the
-iterator hands out this host's rows of each batch as a dict of arrays.
+A background thread turns windows of examples into rows (row_stream.py); the iterator hands out this
+host's rows of each batch as a dict of arrays.
 
-The position is the row stream's (the tf.data iterator at the end of a window
-and the examples in the packer's open rows) and the rows not handed out yet.
-`save` stops the thread between two windows, so a restored iterator continues
-with exactly the batch that `__next__` would have returned.
+The position is the row stream's (the tf.data iterator at the end of a window and the examples in
+the packer's open rows) and the rows not handed out yet. `save` stops the thread between two
+windows: a restored iterator continues with the batch that `__next__` would have returned.
 """
 
 import atexit
@@ -23,33 +22,19 @@ from absl import logging
 from etils import epath
 
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.rows import row_buffer, row_stream
+from t5x_lite.data.rows import packing, row_buffer, row_stream
 from t5x_lite.errors import DamagedError, UsageError
 from t5x_lite.parallel import checksums
-
-Batch = dict[str, np.ndarray]
 
 _PATIENCE_SECONDS = 60
 
 # Fields that the stream of rows depends on. The batch size is not one of them:
 # a run may go on with larger batches and see the same rows in the same order.
 _STREAM_FIELDS = (
-  'mixture_or_task_name',
-  'split',
-  'task_feature_lengths',
-  'shuffle',
-  'seed',
-  'pack',
-  'num_epochs',
-  'use_cached',
-  'feature_converter',
-  'loss_on_targets_only',
-  'decoder_start_id',
-  'segment_ids',
-  'per_task_loss',
-  'host_sharding',
-  'num_open_rows',
-)
+  'mixture_or_task_name split task_feature_lengths shuffle seed pack num_epochs use_cached '
+  'feature_converter loss_on_targets_only decoder_start_id segment_ids per_task_loss host_sharding '
+  'num_open_rows'
+).split()
 
 
 class DatasetIterator:
@@ -61,19 +46,15 @@ class DatasetIterator:
   def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
     """Reads nothing before `start`.
 
-    Args:
-      cfg: what to read.
-      process_index: this host.
-      process_count: how many hosts share each batch.
-
     Raises:
-      UsageError: the config does not fit the task, or the task cannot be read.
+      UsageError: the config does not fit the task or the hosts that share each batch, or the task
+        cannot be read.
     """
     row_buffer.check_processes(cfg, process_index, process_count)
-    self._cfg = cfg
-    self._index = process_index
-    self._count = process_count
-    self._batches = 0
+    self._cfg, self._index, self._count = cfg, process_index, process_count
+    self._rows_per_batch = cfg.batch_size // (1 if cfg.replicated else process_count)
+    self._stem = f'process_{process_index}-of-{process_count}'
+    self.num_batches = 0  # handed out since the stream began
     self._thread: threading.Thread | None = None
     self._condition = threading.Condition()
     self._reset(cfg.seed)
@@ -88,17 +69,7 @@ class DatasetIterator:
     self._error: Exception | None = None
     self._ended = False
 
-  @property
-  def num_batches(self) -> int:
-    """How many batches were handed out since the stream began."""
-    return self._batches
-
   # ---- The background thread ----
-
-  @property
-  def _rows_per_batch(self) -> int:
-    size = self._cfg.batch_size
-    return size if self._cfg.replicated else size // self._count
 
   def start(self) -> None:
     """Begins to read ahead (the first `__next__` does it too)."""
@@ -110,8 +81,7 @@ class DatasetIterator:
       self._thread.start()
 
   def _wants_rows(self) -> bool:
-    # A window's worth more than the batches asked for: while the next window
-    # is being made the consumer has them to draw on.
+    # A window's worth more than the batches asked for, to draw on while the next one is being made.
     enough = self._cfg.prefetch_batches * self._rows_per_batch
     return self._buffer.num_rows < enough + self._window_rows
 
@@ -153,14 +123,11 @@ class DatasetIterator:
         self._paused = False
         self._condition.notify_all()
 
-  def close(self) -> None:
+  def close(self, timeout: float | None = _PATIENCE_SECONDS) -> None:
     """Stops reading ahead; the iterator cannot be used afterwards."""
     with self._condition:
       self._closed = True
       self._condition.notify_all()
-    self._join(timeout=_PATIENCE_SECONDS)
-
-  def _join(self, timeout: float | None = None) -> None:
     if self._thread is not None:
       self._thread.join(timeout)
       self._thread = None
@@ -171,7 +138,7 @@ class DatasetIterator:
   def __iter__(self) -> Self:
     return self
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> packing.Rows:
     if self._closed:
       raise ValueError('the dataset iterator is closed')
     self.start()
@@ -192,7 +159,7 @@ class DatasetIterator:
         raise StopIteration
       rows = self._buffer.pop(num)
       self._condition.notify_all()
-    self._batches += 1
+    self.num_batches += 1
     rows = row_buffer.fill(rows, num)
     if self._cfg.replicated:
       rows = row_buffer.host_rows(rows, self._index, self._count)
@@ -203,16 +170,14 @@ class DatasetIterator:
   def save(self, directory) -> None:
     """Writes the position, so that `restore` gives the batch due next.
 
-    One set of files per process index, `process_I-of-N.json` and those it
-    names. The files are complete when this returns; committing the directory
-    is the caller's.
+    One set of files per process index, `process_I-of-N.json` and those it names. The files are
+    complete when this returns; committing the directory is the caller's.
     """
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    stem = _file_stem(self._index, self._count)
-    # Hosts that share a model axis share an index, and each has read ahead
-    # as far as it came: their files must not mix. The last to finish counts.
-    files = f'{stem}.{uuid.uuid4().hex[:8]}'
+    # Hosts that share a model axis share an index, and each has read ahead as far as it came: their
+    # files must not mix. The last to finish counts.
+    files = f'{self._stem}.{uuid.uuid4().hex[:8]}'
     with self._quiet():
       if self._error:
         raise self._error
@@ -224,36 +189,33 @@ class DatasetIterator:
     meta = {
       'process_index': self._index,
       'process_count': self._count,
-      'num_batches': self._batches,
+      'num_batches': self.num_batches,
       'stream_seed': self._seed,
       'files': files,
       'config': _stream_config(self._cfg),
       'digests': checksums.of_files(directory, files),
     }
-    meta = checksums.signed(meta)
     unfinished = directory / f'{files}.json.unfinished'
-    unfinished.write_text(json.dumps(meta, indent=1))
-    unfinished.replace(directory / f'{stem}.json')
+    unfinished.write_text(json.dumps(checksums.signed(meta), indent=1))
+    unfinished.replace(directory / f'{self._stem}.json')
 
   def restore(self, directory) -> None:
     """Goes to a saved position.
 
-    With the process count of the save the continuation is exact, bit for bit;
-    so it is with any count if the hosts are replicated. Otherwise, if
-    cfg.allow_process_count_change, all hosts begin a new stream whose seed is
-    folded from the old seed and the number of batches seen: deterministic, but
-    examples of the current epoch may come again or later.
+    With the process count of the save the continuation is exact, bit for bit; so it is with any
+    count if the hosts are replicated. Otherwise, if cfg.allow_process_count_change, all hosts begin
+    a new stream whose seed is folded from the old seed and the number of batches seen:
+    deterministic, but examples of the current epoch may come again or later.
 
     Raises:
-      UsageError: nothing saved there, or by a different config, or by another
-        number of processes without leave to change it.
+      UsageError: nothing saved there, or by a different config, or by another number of processes
+        without leave to change it.
     """
     directory = epath.Path(directory)
-    path = directory / f'{_file_stem(self._index, self._count)}.json'
+    path = directory / f'{self._stem}.json'
     same_count = path.exists()
     if not same_count:
-      count = _saved_process_count(directory)
-      path = directory / f'{_file_stem(0, count)}.json'
+      path = directory / f'process_0-of-{_saved_process_count(directory)}.json'
     meta = _read_position(path)
     _check_same_stream(self._cfg, meta['config'])
     if not (same_count or self._cfg.replicated):
@@ -265,48 +227,34 @@ class DatasetIterator:
     self._rewind(meta['stream_seed'])
     self._untouched = False
     self._stream.read(directory / files, arrays)
-    self._buffer.push(
-      {
-        name.removeprefix('rows/'): value
-        for name, value in arrays.items()
-        if name.startswith('rows/')
-      }
-    )
+    rows = {k.removeprefix('rows/'): v for k, v in arrays.items() if k.startswith('rows/')}
+    self._buffer.push(rows)
     self._ended = self._stream.ended
-    self._batches = meta['num_batches']
+    self.num_batches = meta['num_batches']
 
   def _rewind(self, seed: int) -> None:
     """Goes to the beginning of the stream of `seed`."""
     if self._untouched and seed == self._seed:
       return
-    with self._condition:
-      self._closed = True  # ends the thread; _reset clears it
-      self._condition.notify_all()
-    self._join()
+    self.close(timeout=None)
     self._reset(seed)
 
   def _restart(self, meta: dict[str, Any]) -> None:
     old, batches = meta['process_count'], meta['num_batches']
     if not self._cfg.allow_process_count_change:
       raise UsageError(
-        f'the data position was saved by {old} processes and there are '
-        f'{self._count} now: run with {old}, or set '
-        'allow_process_count_change=True to go on with a fresh shuffle'
+        f'the data position was saved by {old} processes and there are {self._count} now: run with '
+        f'{old}, or set allow_process_count_change=True to go on with a fresh shuffle'
       )
     fold = np.random.SeedSequence([meta['stream_seed'], batches, old])
     seed = int(fold.generate_state(1)[0]) & 0x7FFFFFFF
     logging.warning(
-      'Data position saved by %d processes, now %d: the stream begins anew '
-      'with seed %d, folded from seed %d and the %d batches seen. Examples of '
-      'the current epoch may come again or later.',
-      old,
-      self._count,
-      seed,
-      meta['stream_seed'],
-      batches,
+      f'Data position saved by {old} processes, now {self._count}: the stream begins anew with '
+      f'seed {seed}, folded from seed {meta["stream_seed"]} and the {batches} batches seen. '
+      'Examples of the current epoch may come again or later.'
     )
     self._rewind(seed)
-    self._batches = batches
+    self.num_batches = batches
 
 
 def _read_position(path: epath.Path) -> dict[str, Any]:
@@ -321,15 +269,10 @@ def _read_position(path: epath.Path) -> dict[str, Any]:
   return meta
 
 
-def _file_stem(index: int, count: int) -> str:
-  return f'process_{index}-of-{count}'
-
-
 def _saved_process_count(directory: epath.Path) -> int:
   """Returns the process count of the position saved in a directory."""
-  names = [path.name for path in directory.iterdir()]
-  counts = [re.fullmatch(r'process_0-of-(\d+)\.json', name) for name in names]
-  counts = [int(match[1]) for match in counts if match]
+  matches = [re.fullmatch(r'process_0-of-(\d+)\.json', path.name) for path in directory.iterdir()]
+  counts = [int(match[1]) for match in matches if match]
   if len(counts) != 1:
     raise DamagedError(f'{directory} holds {len(counts)} saved data positions, expected one')
   return counts[0]
@@ -344,6 +287,6 @@ def _check_same_stream(cfg: DatasetConfig, saved: dict[str, Any]) -> None:
   for name, now in _stream_config(cfg).items():
     if saved.get(name, now) != now:
       raise UsageError(
-        f'the data position was saved with {name}={saved[name]!r}, now it is '
-        f'{now!r}: change it back, or start without the saved data position'
+        f'the data position was saved with {name}={saved[name]!r}, now it is {now!r}: change it '
+        'back, or start without the saved data position'
       )

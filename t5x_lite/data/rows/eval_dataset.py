@@ -1,6 +1,7 @@
 """A finite pass over a split, in order, with the raw examples of the rows."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,56 +14,39 @@ from t5x_lite.data.rows import packing, row_buffer, row_stream
 class EvalDataset:
   """A finite pass over a split for decoding and scoring, unpacked, in order.
 
-  Iterating gives `(batch, examples)`: this host's rows of each global batch,
-  and the raw examples of the WHOLE batch in row order (so every host can score
-  gathered predictions; rows after len(examples) are padding). An example is
-  what SeqIO passes to postprocess functions: untrimmed features and
-  `inputs_pretokenized`, `targets_pretokenized` and the like as numpy values,
-  text as bytes. Every pass reads the data again.
+  Iterating gives `(batch, examples)`: this host's rows of each global batch, and the raw examples
+  of the WHOLE batch in row order (so every host can score gathered predictions; rows after
+  len(examples) are padding). An example is what SeqIO passes to postprocess functions: untrimmed
+  features and `inputs_pretokenized`, `targets_pretokenized` and the like as numpy values, text as
+  bytes. Every pass reads the data again.
   """
 
   def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
     """Takes what to read; its `pack`, `shuffle` and `num_epochs` are ignored.
 
-    Args:
-      cfg: what to read.
-      process_index: this host.
-      process_count: how many hosts share each batch.
-
     Raises:
-      UsageError: the config does not fit the task, or the task cannot be read.
+      UsageError: the config does not fit the task or the hosts that share each batch, or the task
+        cannot be read.
     """
     row_buffer.check_processes(cfg, process_index, process_count)
     self._cfg = dataclasses.replace(
       cfg, pack=False, shuffle=False, num_epochs=1, per_task_loss=False
     )
-    self._index = process_index
-    self._count = process_count
+    self._index, self._count = process_index, process_count
     self._examples = row_stream.RawExamples(self._cfg)
 
   def __iter__(self) -> Iterator[tuple[packing.Rows, list[dict[str, Any]]]]:
-    cfg = self._cfg
-    converter = row_stream.make_converter(cfg)
-    examples: list[dict[str, Any]] = []
-
-    def batch() -> tuple[packing.Rows, list[dict[str, Any]]]:
+    converter = row_stream.make_converter(self._cfg)
+    all_examples = iter(self._examples)
+    while examples := list(itertools.islice(all_examples, self._cfg.batch_size)):
       ragged = {
         name: packing.Ragged.from_arrays([example[name][:length] for example in examples], np.int64)
-        for name, length in cfg.lengths.items()
+        for name, length in self._cfg.lengths.items()
       }
       for name in converter.extra_features:
-        ragged[name] = packing.Ragged.from_arrays(
-          [example[name] for example in examples], np.float32
-        )
+        values = [example[name] for example in examples]
+        ragged[name] = packing.Ragged.from_arrays(values, np.float32)
       self._examples.check_ids(ragged)
       rows = packing.pad(converter.prepare(ragged), converter.row_lengths, converter.aligned)
-      rows = row_buffer.fill(converter.convert(rows), cfg.batch_size)
-      return row_buffer.host_rows(rows, self._index, self._count), examples
-
-    for example in self._examples:
-      examples.append(example)
-      if len(examples) == cfg.batch_size:
-        yield batch()
-        examples = []
-    if examples:
-      yield batch()
+      rows = row_buffer.fill(converter.convert(rows), self._cfg.batch_size)
+      yield row_buffer.host_rows(rows, self._index, self._count), examples

@@ -1,14 +1,13 @@
 """Turns task features into model features for each architecture. numpy only.
 
-A converter is two steps around packing: `prepare` arranges ragged task
-features (`inputs`, `targets`) into those that share a row, `convert` turns
-packed or padded rows into the arrays that the model takes, under SeqIO's names
-(seqio/feature_converters.py). Padding is where the segment id is 0, never
-where a token is 0.
+A converter is two steps around packing: `prepare` arranges ragged task features (`inputs`,
+`targets`) into those that share a row, `convert` turns packed or padded rows into the arrays that
+the model takes, under SeqIO's names (seqio/feature_converters.py). Padding is where the segment id
+is 0, never where a token is 0.
 
-Differences from SeqIO: decoder_input_tokens is 0 on all padding (SeqIO's
-unpacked form leaves the last target one place after the end), loss weights are
-float32, and an example without targets contributes no loss.
+Differences from SeqIO: decoder_input_tokens is 0 on all padding (SeqIO's unpacked form leaves the
+last target one place after the end), loss weights are float32, and an example without targets
+contributes no loss.
 """
 
 import dataclasses
@@ -32,10 +31,9 @@ class FeatureConverter:
   """How one architecture reads `inputs` and `targets`.
 
   Attributes:
-    kind: 'enc_dec' (encoder reads inputs, decoder writes targets), 'lm' (one
-      causal sequence: inputs, if the task has them, then targets) or
-      'prefix_lm' (the same, inputs fully visible: decoder_causal_attention is 1
-      on them and on the position that predicts the first target).
+    kind: 'enc_dec' (encoder reads inputs, decoder writes targets), 'lm' (one causal sequence:
+      inputs, if the task has them, then targets) or 'prefix_lm' (the same, inputs fully visible:
+      decoder_causal_attention is 1 on them and on the position that predicts the first target).
     lengths: task feature -> length.
     decoder_start_id: first decoder input of every example.
     loss_on_targets_only: no loss on the inputs of 'lm' and 'prefix_lm'.
@@ -73,24 +71,23 @@ class FeatureConverter:
 
   def prepare(self, examples: packing.Examples) -> packing.Examples:
     """Arranges ragged task features into the features of a row."""
-    targets = _int32(examples['targets'])
+    targets = _as(np.int32, examples['targets'])
     rows = {'targets': targets}
     if self.loss_weights:
       rows[LOSS_WEIGHTS] = self._weights(examples[LOSS_WEIGHTS], targets)
     if self.kind == 'enc_dec':
-      rows['inputs'] = _int32(examples['inputs'])
+      rows['inputs'] = _as(np.int32, examples['inputs'])
     else:
-      rows[_PREFIX] = _full_like(targets, 0)
+      rows[_PREFIX] = targets._replace(values=np.zeros_like(targets.values))
       if 'inputs' in self.lengths:
-        inputs = _int32(examples['inputs'])
-        ones = _full_like(inputs, 1)
-        before = {'targets': inputs, _PREFIX: ones, LOSS_WEIGHTS: _float32(ones)}
+        inputs = _as(np.int32, examples['inputs'])
+        ones = inputs._replace(values=np.ones_like(inputs.values))
+        before = {'targets': inputs, _PREFIX: ones, LOSS_WEIGHTS: _as(np.float32, ones)}
         rows = {name: packing.interleave(before[name], value) for name, value in rows.items()}
     if self.task_ids:
       lengths = rows['targets'].lengths
-      rows[TASK_ID] = packing.Ragged(
-        np.repeat(examples[TASK_ID].values.astype(np.int32), lengths), lengths
-      )
+      numbers = np.repeat(examples[TASK_ID].values.astype(np.int32), lengths)
+      rows[TASK_ID] = packing.Ragged(numbers, lengths)
     return rows
 
   def _weights(self, weights: packing.Ragged, targets: packing.Ragged) -> packing.Ragged:
@@ -106,15 +103,14 @@ class FeatureConverter:
     if not np.isfinite(weights.values).all() or (weights.values < 0).any():
       raise UsageError(f'{LOSS_WEIGHTS} of a task must be numbers of 0 or more')
     keep = packing.ramp(weights.lengths) < np.repeat(targets.lengths, weights.lengths)
-    return _float32(packing.Ragged(weights.values[keep], targets.lengths))
+    return _as(np.float32, packing.Ragged(weights.values[keep], targets.lengths))
 
   def convert(self, rows: packing.Rows) -> packing.Rows:
     """Turns rows into model features."""
-    batch: packing.Rows = {}
-    targets = rows['targets']
-    segments = rows['targets_segment_ids']
+    targets, segments = rows['targets'], rows['targets_segment_ids']
     positions = rows['targets_positions']
     real = segments > 0
+    batch: packing.Rows = {}
     if self.kind == 'enc_dec':
       batch['encoder_input_tokens'] = rows['inputs']
       if self.segment_ids:
@@ -146,28 +142,15 @@ class FeatureConverter:
 
   def spec(self) -> dict[str, tuple[int, np.dtype]]:
     """Returns the length and dtype of every model feature."""
-    empty = {
-      name: packing.Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
-      for name in (*self.lengths, *self.extra_features)
-    }
+    none = packing.Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
+    empty = dict.fromkeys((*self.lengths, *self.extra_features), none)
     rows = packing.pad(self.prepare(empty), self.row_lengths, self.aligned)
     return {k: (v.shape[1], v.dtype) for k, v in self.convert(rows).items()}
 
 
-def _int32(ragged: packing.Ragged) -> packing.Ragged:
-  return packing.Ragged(ragged.values.astype(np.int32), ragged.lengths)
-
-
-def _float32(ragged: packing.Ragged) -> packing.Ragged:
-  return packing.Ragged(ragged.values.astype(np.float32), ragged.lengths)
-
-
-def _full_like(ragged: packing.Ragged, value: int) -> packing.Ragged:
-  values = np.full(ragged.values.shape, value, np.int32)
-  return packing.Ragged(values, ragged.lengths)
+def _as(dtype: type, ragged: packing.Ragged) -> packing.Ragged:
+  return packing.Ragged(ragged.values.astype(dtype), ragged.lengths)
 
 
 def _shift_right(rows: np.ndarray) -> np.ndarray:
-  shifted = np.zeros_like(rows)
-  shifted[:, 1:] = rows[:, :-1]
-  return shifted
+  return np.pad(rows[:, :-1], ((0, 0), (1, 0)))

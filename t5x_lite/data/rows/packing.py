@@ -1,15 +1,13 @@
 """Packing: several short examples share one row of fixed length. numpy only.
 
-A row holds, for each feature, the concatenated values of its examples, zeros
-to the end, and two int32 arrays: `<feature>_segment_ids` (1, 2, ... for the
-examples of the row, 0 for padding) and `<feature>_positions` (0, 1, ... inside
-each example), the names and meanings of SeqIO's trim_and_pack_dataset.
+A row holds, for each feature, the concatenated values of its examples, zeros to the end, and two
+int32 arrays: `<feature>_segment_ids` (1, 2, ... for the examples of the row, 0 for padding) and
+`<feature>_positions` (0, 1, ... inside each example), as SeqIO's trim_and_pack_dataset has them.
 
-What SeqIO's loses (seqio/utils.py:1014-1130) is kept here: lengths are counted,
-never guessed from non-zero values, so id 0 may stand inside a sequence; the
-segment id is the example's number in the row, the same for every feature, so
-an empty feature in one example does not shift its neighbours; and values keep
-their dtype.
+What SeqIO's loses (seqio/utils.py:1014-1130) is kept: lengths are counted, never guessed from
+non-zero values, so id 0 may stand inside a sequence; the segment id is the example's number in the
+row, the same for every feature, so an empty feature in one example does not shift its neighbours;
+and values keep their dtype.
 """
 
 import dataclasses
@@ -63,36 +61,14 @@ def take(ragged: Ragged, index: np.ndarray) -> Ragged:
 
 def concatenate(first: Ragged, second: Ragged) -> Ragged:
   """Returns the examples of `first`, then those of `second`."""
-  return Ragged(
-    np.concatenate([first.values, second.values]), np.concatenate([first.lengths, second.lengths])
-  )
+  return Ragged(*(np.concatenate(pair) for pair in zip(first, second, strict=True)))
 
 
 def interleave(first: Ragged, second: Ragged) -> Ragged:
   """Returns one example per pair: the first's values, then the second's."""
-  both = concatenate(first, second)
   num = len(first.lengths)
   order = np.arange(2 * num).reshape(2, num).T.reshape(-1)
-  return Ragged(take(both, order).values, first.lengths + second.lengths)
-
-
-def _place(
-  ragged: Ragged, row: np.ndarray, num_rows: int, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns each value's index in the flat rows, and its offset in the example.
-
-  Args:
-    ragged: one feature; its examples must be ordered by row.
-    row: the row of each example, non-decreasing.
-    num_rows: how many rows there are.
-    length: row length of this feature.
-  """
-  lengths = ragged.lengths
-  start = _starts(lengths)
-  used = np.bincount(row, weights=lengths, minlength=num_rows).astype(np.int64)
-  offset = start - _starts(used)[row]
-  offsets = ramp(lengths)
-  return np.repeat(row * length + offset, lengths) + offsets, offsets
+  return Ragged(take(concatenate(first, second), order).values, first.lengths + second.lengths)
 
 
 def _scatter(
@@ -102,9 +78,9 @@ def _scatter(
   lengths: Mapping[str, int],
   aligned: Mapping[str, str],
 ) -> Rows:
-  """Writes examples ordered by row into rows."""
+  """Writes examples into rows; `row` is that of each example, non-decreasing."""
   rows: Rows = {}
-  where: dict[str, np.ndarray] = {}
+  where: dict[str, np.ndarray] = {}  # each value's index in the flat rows
   segment = np.arange(len(row)) - np.searchsorted(row, row) + 1
 
   def write(values, index, length):
@@ -113,12 +89,15 @@ def _scatter(
     return flat.reshape(num_rows, length)
 
   for name, length in lengths.items():
-    ragged = examples[name]
-    where[name], ramp = _place(ragged, row, num_rows, length)
-    segments = np.repeat(segment.astype(np.int32), ragged.lengths)
-    rows[name] = write(ragged.values, where[name], length)
+    sizes = examples[name].lengths
+    used = np.bincount(row, weights=sizes, minlength=num_rows).astype(np.int64)
+    start = row * length + _starts(sizes) - _starts(used)[row]
+    positions = ramp(sizes)
+    where[name] = np.repeat(start, sizes) + positions
+    segments = np.repeat(segment.astype(np.int32), sizes)
+    rows[name] = write(examples[name].values, where[name], length)
     rows[f'{name}_segment_ids'] = write(segments, where[name], length)
-    rows[f'{name}_positions'] = write(ramp.astype(np.int32), where[name], length)
+    rows[f'{name}_positions'] = write(positions.astype(np.int32), where[name], length)
   for name, leader in aligned.items():
     rows[name] = write(examples[name].values, where[leader], lengths[leader])
   return rows
@@ -137,39 +116,32 @@ def _check(examples: Examples, lengths: Mapping[str, int]) -> None:
 def pad(
   examples: Examples, lengths: Mapping[str, int], aligned: Mapping[str, str] | None = None
 ) -> Rows:
-  """Returns one example a row, with the arrays that packed rows have.
-
-  Args:
-    examples: feature -> sequences, the same number for each.
-    lengths: feature -> row length.
-    aligned: feature -> the feature of `lengths` that it follows value by value.
+  """Returns one example a row, with the arrays that packed rows have; see `Packer`.
 
   Raises:
     UsageError: an example is longer than its row.
   """
   _check(examples, lengths)
   num_rows = len(examples[next(iter(lengths))].lengths)
-  row = np.arange(num_rows)
-  return _scatter(examples, row, num_rows, lengths, aligned or {})
+  return _scatter(examples, np.arange(num_rows), num_rows, lengths, aligned or {})
 
 
 @dataclasses.dataclass
 class Packer:
   """Packs a stream of examples first-fit into rows, a window at a time.
 
-  Each example goes into the oldest open row that has room for all its
-  features. If there is none a new row is opened, and when `num_open_rows` are
-  open the oldest is closed for it: an example never waits for more than that
-  many rows, and rows leave in the order in which they were opened. The result
-  depends on the stream alone, not on how it is cut into windows.
+  Each example goes into the oldest open row that has room for all its features. If there is none a
+  new row is opened, and when `num_open_rows` are open the oldest is closed for it: an example never
+  waits for more than that many rows, and rows leave in the order in which they were opened. The
+  result depends on the stream alone, not on how it is cut into windows.
 
-  The choice is a loop over examples with a vectorised test of the open rows
-  (3-5 microseconds an example), the writing is one scatter per feature.
+  The choice is a loop over examples with a vectorised test of the open rows (3-5 microseconds an
+  example), the writing is one scatter per feature.
 
   Attributes:
     lengths: feature -> row length.
-    aligned: feature -> the feature of `lengths` that it follows value by
-      value (a weight per token, say); it gets no segment ids of its own.
+    aligned: feature -> the feature of `lengths` that it follows value by value (a weight per token,
+      say); it gets no segment ids of its own.
     num_open_rows: how many rows are filled at a time.
   """
 
@@ -192,12 +164,9 @@ class Packer:
     """
     _check(examples, self.lengths)
     row = np.concatenate([self._pending_row, self._assign(examples)])
-    if self._pending:
-      examples = {
-        name: concatenate(pending, examples[name]) for name, pending in self._pending.items()
-      }
-    first_open = max(self._next_row - self.num_open_rows, 0)
-    return self._emit(examples, row, first_open)
+    for name, pending in self._pending.items():
+      examples = {**examples, name: concatenate(pending, examples[name])}
+    return self._emit(examples, row, max(self._next_row - self.num_open_rows, 0))
 
   def flush(self) -> Rows:
     """Closes all open rows and returns them; {} if there never was one."""
@@ -211,8 +180,7 @@ class Packer:
     Row r lives in slot r % num_open_rows; a slot not yet used has no room.
     """
     row_of_slot = np.full(self.num_open_rows, -1)
-    first_open = max(self._next_row - self.num_open_rows, 0)
-    open_rows = np.arange(first_open, self._next_row)
+    open_rows = np.arange(max(self._next_row - self.num_open_rows, 0), self._next_row)
     row_of_slot[open_rows % self.num_open_rows] = open_rows
     free = []
     for name, length in self.lengths.items():
@@ -226,8 +194,7 @@ class Packer:
   def _assign(self, examples: Examples) -> np.ndarray:
     """Returns a row number for each example, first-fit."""
     free, row_of_slot = self._free()
-    size = self.num_open_rows
-    next_row = self._next_row
+    size, next_row = self.num_open_rows, self._next_row
     full = list(self.lengths.values())
     needs = [examples[name].lengths.tolist() for name in self.lengths]
     rows = np.empty(len(needs[0]), np.int64)
@@ -259,16 +226,10 @@ class Packer:
     rest = order[len(closed) :]
     # Every opened row holds an example, so the smallest number is the first.
     first = int(row.min(initial=end))
-    rows = _scatter(
-      {name: take(ragged, closed) for name, ragged in examples.items()},
-      row[closed] - first,
-      end - first,
-      self.lengths,
-      self.aligned,
-    )
-    self._pending = {n: take(ragged, rest) for n, ragged in examples.items()}
+    ready = {name: take(ragged, closed) for name, ragged in examples.items()}
+    self._pending = {name: take(ragged, rest) for name, ragged in examples.items()}
     self._pending_row = row[rest]
-    return rows
+    return _scatter(ready, row[closed] - first, end - first, self.lengths, self.aligned)
 
   def state(self) -> Rows:
     """Returns all that later rows depend on, as arrays by name."""

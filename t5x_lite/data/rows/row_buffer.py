@@ -18,8 +18,7 @@ class RowBuffer:
 
   def push(self, rows: packing.Rows) -> None:
     """Adds rows at the end; {} adds none."""
-    num = len(next(iter(rows.values()))) if rows else 0
-    if num:
+    if num := _count(rows):
       self._chunks.append(rows)
       self.num_rows += num
 
@@ -28,7 +27,7 @@ class RowBuffer:
     parts = []
     while num and self._chunks:
       rows = self._chunks.popleft()
-      size = len(next(iter(rows.values())))
+      size = _count(rows)
       if size > num:
         self._chunks.appendleft({k: v[num:] for k, v in rows.items()})
         rows = {k: v[:num] for k, v in rows.items()}
@@ -40,24 +39,26 @@ class RowBuffer:
 
   def peek(self) -> packing.Rows:
     """Returns all rows and keeps them."""
-    if self._chunks:
-      rows = self.pop(self.num_rows)
-      self.push(rows)
-      return rows
-    return {}
+    if not self._chunks:
+      return {}
+    rows = self.pop(self.num_rows)
+    self.push(rows)
+    return rows
+
+
+def _count(rows: packing.Rows) -> int:
+  return len(next(iter(rows.values()), ()))
 
 
 def fill(rows: packing.Rows, num: int) -> packing.Rows:
   """Adds rows of padding up to `num`."""
-  missing = num - len(next(iter(rows.values())))
-  if not missing:
-    return rows
-  return {k: np.pad(v, ((0, missing), (0, 0))) for k, v in rows.items()}
+  missing = num - _count(rows)
+  return {k: np.pad(v, ((0, missing), (0, 0))) for k, v in rows.items()} if missing else rows
 
 
 def host_rows(rows: packing.Rows, index: int, count: int) -> packing.Rows:
   """Returns one host's part of a global batch."""
-  size = len(next(iter(rows.values()))) // count
+  size = _count(rows) // count
   return {k: v[index * size : (index + 1) * size] for k, v in rows.items()}
 
 
