@@ -1,9 +1,8 @@
 """The public datasets of the T5 papers as tasks, under the names t5 gives them.
 
-benchmarks.toml lists GLUE, SuperGLUE, SQuAD, TriviaQA, CNN/DailyMail, WMT, XNLI
-and their mixtures. Texts (C4, mC4, Wikipedia, Wiki40B) are there under every
-objective (`c4_v220_span_corruption`). A recipe is made when its name is asked
-for, and a dataset touched when it is read.
+benchmarks.toml lists GLUE, SuperGLUE, SQuAD, TriviaQA, CNN/DailyMail, WMT, XNLI and their mixtures.
+Texts (C4, mC4, Wikipedia, Wiki40B) are there under every objective (`c4_v220_span_corruption`). A
+recipe is made when its name is asked for, and a dataset touched when it is read.
 """
 
 import functools
@@ -15,21 +14,16 @@ from typing import Any
 
 import seqio
 
-from t5x_lite.data import benchmark_metrics, metrics
+from t5x_lite.data import benchmark_metrics
+from t5x_lite.data import metrics as text_metrics
 from t5x_lite.data.objectives.named import OBJECTIVES, find_objective
 from t5x_lite.data.tasks import catalog, from_files, text_formats
-from t5x_lite.data.tasks.catalog import MixtureRecipe, Rate, Recipe, TaskRecipe
+from t5x_lite.data.tasks.catalog import MixtureRecipe, Recipe, TaskRecipe
 from t5x_lite.data.tasks.tfds_source import PreparedSource
 
 _XNLI_LANGUAGES = 'ar bg de el en es fr hi ru sw th tr ur vi zh'.split()
 
-
-def _unsupervised(task: seqio.Task) -> float:
-  del task
-  return 1e6
-
-
-_RATES = {'examples': seqio.mixing_rate_num_examples, 'unsupervised': _unsupervised}
+_RATES = {'examples': seqio.mixing_rate_num_examples, 'unsupervised': lambda task: 1e6}
 # mT5's exponent of 0.3.
 _MT5_RATE = catalog.proportional(temperature=1 / 0.3)
 
@@ -40,9 +34,8 @@ _MT5_RATE = catalog.proportional(temperature=1 / 0.3)
 def _tables() -> dict[str, dict[str, Any]]:
   folder = importlib.resources.files('t5x_lite.data.tasks')
   tables = tomllib.loads((folder / 'benchmarks.toml').read_text())
-  every_language = tables['tasks'].pop('xnli_dev_test')
-  for language in _XNLI_LANGUAGES:
-    tables['tasks'][f'xnli_dev_test.{language}'] = {**every_language, 'language': language}
+  xnli = tables['tasks'].pop('xnli_dev_test')
+  tables['tasks'] |= {f'xnli_dev_test.{x}': {**xnli, 'language': x} for x in _XNLI_LANGUAGES}
   tables['mixtures'] |= _large_mixtures(tables['mixtures'])
   return tables
 
@@ -71,12 +64,9 @@ def _task(
     postprocess_fn = functools.partial(
       benchmark_metrics.grouped, group=group.split(), value_fn=postprocess_fn
     )
-  source = functools.partial(
-    PreparedSource,
-    tfds,
-    {split: theirs or split for split, _, theirs in parts},
-    (*keys.values(), *(['label'] if labels else [])),
-  )
+  used = (*keys.values(), *(['label'] if labels else []))
+  splits_by_name = {split: theirs or split for split, _, theirs in parts}
+  source = functools.partial(PreparedSource, tfds, splits_by_name, used)
   return TaskRecipe(
     make_source=functools.cache(source),
     preprocessors=(
@@ -85,15 +75,14 @@ def _task(
       seqio.CacheDatasetPlaceholder(),
       seqio.preprocessors.append_eos_after_trim,
     ),
-    metric_fns=tuple(map(_metric, metrics.split())),
+    metric_fns=tuple(
+      getattr(benchmark_metrics, name, None) or text_metrics.METRICS[name]
+      for name in metrics.split()
+    ),
     postprocess_fn=postprocess_fn,
     shuffle_buffer_size=1000,
     is_t5s=True,
   )
-
-
-def _metric(name: str) -> metrics.MetricFn:
-  return getattr(benchmark_metrics, name, None) or metrics.METRICS[name]
 
 
 # ---- Mixtures ----------------------------------------------------------------
@@ -105,21 +94,18 @@ def _large_mixtures(small: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
   others = (
     'cnn_dailymail_v002 squad_v010_allanswers wmt_t2t_ende_v003 wmt15_enfr_v003 wmt16_enro_v003'
   ).split()
-  every: dict[str, Any] = {
-    **small[benchmarks[0]],
-    **small[benchmarks[1]],
-    **dict.fromkeys(others, 'examples'),
-  }
+  every: dict[str, Any] = (
+    small[benchmarks[0]] | small[benchmarks[1]] | dict.fromkeys(others, 'examples')
+  )
   # RTE is in both benchmarks.
   once = {name: rate / 2 if 'rte' in name else rate for name, rate in every.items()}
   text = 'c4_v020_unsupervised'
+  xnli = ('xnli_train', *(f'xnli_dev_test.{language}' for language in _XNLI_LANGUAGES))
   found = {
     'all_equal': dict.fromkeys((*every, text), 1),
     'all_proportional': {**once, text: 'examples'},
     'all_mix': {text: 'unsupervised', **once},
-    'xnli_zeroshot': dict.fromkeys(
-      ('xnli_train', *(f'xnli_dev_test.{language}' for language in _XNLI_LANGUAGES)), 1
-    ),
+    'xnli_zeroshot': dict.fromkeys(xnli, 1),
   }
   for left_out in (*benchmarks, *others):
     rates = every if left_out in benchmarks else once
@@ -129,17 +115,11 @@ def _large_mixtures(small: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
   return found
 
 
-def _mixture(rates: dict[str, Any]) -> MixtureRecipe:
-  by_name: dict[str, Rate] = {task: _RATES.get(rate, rate) for task, rate in rates.items()}
-  return MixtureRecipe(rates=by_name, is_t5s=True)
-
-
 def _mc4(objective: str) -> MixtureRecipe:
   from tensorflow_datasets.text import c4
 
-  languages = [language.replace('-', '_') for language in c4.MC4_LANGUAGES]
-  rates = dict.fromkeys((f'mc4.{language}_{objective}' for language in languages), _MT5_RATE)
-  return MixtureRecipe(rates=rates, is_t5s=True)
+  names = [f'mc4.{language.replace("-", "_")}_{objective}' for language in c4.MC4_LANGUAGES]
+  return MixtureRecipe(rates=dict.fromkeys(names, _MT5_RATE), is_t5s=True)
 
 
 # ---- Texts -------------------------------------------------------------------
@@ -175,13 +155,12 @@ def _text_source(text: str) -> tuple[PreparedSource, Callable] | None:
 def _text_recipe(text: str, objective: str) -> Recipe | None:
   # t5's `unsupervised` is what gin makes of it; the published checkpoints' here.
   fn = find_objective('span_corruption' if objective == 'unsupervised' else objective)
-  found = _text_source(text)
-  if text == 'mc4' and fn is not None:
-    return _mc4(objective)
-  if found is None or (fn is None and objective != 'ul2'):
+  if text == 'mc4':
+    return _mc4(objective) if fn is not None else None
+  if (found := _text_source(text)) is None:
     return None
   if fn is None:
-    return from_files.ul2(text)
+    return from_files.ul2(text) if objective == 'ul2' else None
   source, step = found
   return from_files.unsupervised(lambda: source, fn, steps=(step,), is_t5s=True)
 
@@ -205,7 +184,8 @@ def find(name: str) -> Recipe | None:
   if name in _tables()['tasks']:
     return _task(**_tables()['tasks'][name])
   if name in _tables()['mixtures']:
-    return _mixture(_tables()['mixtures'][name])
+    rates = _tables()['mixtures'][name]
+    return MixtureRecipe(rates={t: _RATES.get(r, r) for t, r in rates.items()}, is_t5s=True)
   # mT5's names say no objective.
   splits = [(name, 'span_corruption')] if name.startswith('mc4') else []
   splits += [(name[: at.start()], name[at.end() :]) for at in re.finditer('_', name)]

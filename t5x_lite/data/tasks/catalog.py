@@ -1,8 +1,7 @@
 """The catalog: recipes of tasks and mixtures, registered for any vocabulary.
 
-SeqIO binds a vocabulary to a task when the task is registered. A recipe here
-has none; `resolve(name, vocabulary)` registers it as NAME_SUFFIX when it is
-first asked for, and returns that name.
+SeqIO binds a vocabulary to a task when the task is registered. A recipe here has none;
+`resolve(name, vocabulary)` registers it as NAME_SUFFIX when first asked for, and returns that name.
 """
 
 import dataclasses
@@ -37,13 +36,11 @@ class TaskRecipe:
 
   Attributes:
     make_source: makes the source; called once, its rows serve all vocabularies.
-    preprocessors: SeqIO's, from rows to examples.
     features: names of the output features.
     metric_fns: for the evaluation; empty means only the loss.
-    postprocess_fn: SeqIO's.
     shuffle_buffer_size: examples; None where the source shuffles whole.
-    is_t5s: t5 has a task of this name. With T5's vocabulary it is registered
-      under that name alone, under which T5X users have it cached.
+    is_t5s: t5 has a task of this name. With T5's vocabulary it is registered under that name alone,
+      under which T5X users have it cached.
   """
 
   # Any: seqio.DataSource does not meet the registry's own annotation.
@@ -62,7 +59,7 @@ class TaskRecipe:
       name,
       source=self.make_source(),
       preprocessors=list(self.preprocessors),
-      output_features={key: feature for key in self.features},
+      output_features=dict.fromkeys(self.features, feature),
       metric_fns=list(self.metric_fns),
       postprocess_fn=self.postprocess_fn,
       shuffle_buffer_size=self.shuffle_buffer_size,
@@ -85,7 +82,7 @@ class MixtureRecipe:
 Recipe = TaskRecipe | MixtureRecipe
 
 _CATALOG: dict[str, Recipe] = {}
-# Makers of recipes whose names follow a rule, and what lists the usual names.
+# Makers of recipes whose names follow a rule.
 _FINDERS: list[tuple[Callable[[str], Recipe | None], Callable[[], tuple[str, ...]]]] = []
 # Full names of a recipe that are registered.
 _RESOLVED: dict[str, set[str]] = {}
@@ -95,20 +92,12 @@ _RESOLVED: dict[str, set[str]] = {}
 
 
 def catalog() -> tuple[str, ...]:
-  """Returns the names that `resolve` can register for any vocabulary.
-
-  Those of `add_finder` are examples of theirs.
-  """
+  """Returns the names that `resolve` can register for any vocabulary, of finders the usual ones."""
   return tuple(sorted({*_CATALOG, *(name for _, names in _FINDERS for name in names())}))
 
 
 def add_finder(find: Callable[[str], Recipe | None], names: Callable[[], tuple[str, ...]]) -> None:
-  """Adds a maker of recipes for the names that the catalog does not hold.
-
-  Args:
-    find: returns the recipe of a name, or None if it is not one of its own.
-    names: lists its usual names.
-  """
+  """Adds what makes a recipe of a name that the catalog lacks, or None; `names` lists examples."""
   _FINDERS.append((find, names))
 
 
@@ -121,24 +110,17 @@ def find_recipe(name: str) -> Recipe | None:
 
 @functools.lru_cache
 def suffix(vocabulary: VocabularyConfig) -> str:
-  """Returns the suffix of the registered names: 't5', 'byte' or a fingerprint.
-
-  It follows from what the vocabulary is, not where its file lies.
-  """
+  """Returns 't5', 'byte' or a fingerprint of the ids, wherever the vocabulary's file lies."""
+  known = {vocabularies.fingerprint(one): name for name, one in VOCABULARIES.items()}
   fingerprint = vocabularies.fingerprint(vocabulary)
-  for name, known in VOCABULARIES.items():
-    if vocabularies.fingerprint(known) == fingerprint:
-      return name
-  return fingerprint
+  return known.get(fingerprint, fingerprint)
 
 
 def resolve(name: str, vocabulary: VocabularyConfig) -> str:
-  """Returns the SeqIO name of a task or mixture with this vocabulary.
+  """Returns the SeqIO name of a task or mixture with the model's vocabulary.
 
-  Args:
-    name: of the catalog (`pronounce`), registered now if need be; or any name
-      that SeqIO knows already (`pronounce_byte`, a user's own).
-    vocabulary: the model's.
+  A name of the catalog (`pronounce`) is registered now if need be; SeqIO may know a name already
+  (`pronounce_byte`, a user's own).
 
   Raises:
     UsageError: if there is no such name, or its task has another vocabulary.
@@ -147,22 +129,19 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
   is_users = is_registered(name) and name not in _RESOLVED.get(name, ())
   recipe = None if is_users else find_recipe(name)
   if recipe is not None:
-    ending = suffix(vocabulary)
     full_name = re.sub(r'[^\w.:#]', ':', name)  # SeqIO's letters
-    if not (recipe.is_t5s and ending == 't5'):
-      full_name = f'{full_name}_{ending}'
+    if not (recipe.is_t5s and suffix(vocabulary) == 't5'):
+      full_name = f'{full_name}_{suffix(vocabulary)}'
     if not is_registered(full_name):
       recipe.register(full_name, vocabulary)
       _RESOLVED.setdefault(name, set()).add(full_name)
     return full_name
-  provider = find_provider(name)
   wanted = to_seqio(vocabulary)
-  for key, feature in provider.output_features.items():
+  for key, feature in find_provider(name).output_features.items():
     if not _same(feature.vocabulary, wanted):
       raise UsageError(
-        f'{name!r} has the vocabulary {feature.vocabulary} for {key!r}, the '
-        f'model {wanted}; name a task without its vocabulary '
-        f'({", ".join(sorted(_CATALOG)[:3])}, ...) or change '
+        f'{name!r} has the vocabulary {feature.vocabulary} for {key!r}, the model {wanted}; name a '
+        f'task without its vocabulary ({", ".join(sorted(_CATALOG)[:3])}, ...) or change '
         'VocabularyConfig'
       )
   return name
@@ -178,18 +157,16 @@ def register_mixture(
 ) -> None:
   """Adds a mixture of tasks of the catalog.
 
-  `register_mixture('mine', ['a', 'b'], limit=2**16)` draws each task as often
-  as it has examples, or 2**16 of them at most.
+  `register_mixture('mine', ['a', 'b'], limit=2**16)` draws each task as often as it has examples,
+  or 2**16 of them at most.
 
   Args:
     name: of the mixture.
-    rates: tasks or mixtures of the catalog, with how often each is drawn
-      relative to the others; or their names alone, for examples-proportional
-      rates over all their tasks.
+    rates: tasks or mixtures of the catalog, with how often each is drawn relative to the others; or
+      their names alone, for examples-proportional rates over all their tasks.
     limit: the paper's K, of examples-proportional rates.
     temperature: the paper's T, likewise: rates to the power of 1 / T.
-    vocabulary: if given, the mixture is registered as `name` with it; else
-      `name` joins the catalog.
+    vocabulary: if given, registers `name` with it; else `name` joins the catalog.
 
   Raises:
     UsageError: if a task is not there or a rate has no meaning.
@@ -202,16 +179,21 @@ def register_mixture(
     rate = proportional(limit=limit, temperature=temperature)
     rates = dict.fromkeys((task for part in rates for task in leaves(part)), rate)
   for task, rate in rates.items():
-    if find_recipe(task) is None and not is_registered(task):
-      raise UsageError(
-        f'The mixture {name!r} names {task!r}, which is not registered; there '
-        f'are {", ".join(sorted(_CATALOG))}'
-      )
+    check_known(name, task)
     if not callable(rate) and rate <= 0:
       raise UsageError(
         f'The mixture {name!r} gives {task!r} the rate {rate}; rates must be more than 0'
       )
   add(name, MixtureRecipe(rates=dict(rates)), vocabulary)
+
+
+def check_known(mixture: str, task: str) -> None:
+  """Raises UsageError if a mixture's task is neither in the catalog nor registered."""
+  if find_recipe(task) is None and not is_registered(task):
+    raise UsageError(
+      f'The mixture {mixture!r} names {task!r}, which is not registered; there are '
+      f'{", ".join(sorted(_CATALOG))}'
+    )
 
 
 def proportional(*, limit: int | None = None, temperature: float = 1.0) -> Rate:
@@ -227,10 +209,7 @@ def proportional(*, limit: int | None = None, temperature: float = 1.0) -> Rate:
 
 
 def leaves(name: str) -> list[str]:
-  """Returns the tasks of a mixture, nested ones too, or a task itself.
-
-  Tasks of a rate of 0 are left out.
-  """
+  """Returns the tasks of a mixture with rates above 0, nested ones too, or a task itself."""
   recipe = find_recipe(name)
   if isinstance(recipe, MixtureRecipe):
     found = [leaf for task, rate in recipe.rates.items() if rate != 0 for leaf in leaves(task)]
@@ -247,39 +226,40 @@ def texts(name: str, split: str = 'train') -> Iterator[str]:
     UsageError: if there is no such name or split.
   """
   import_modules()
-  full_name = name if is_registered(name) else resolve(name, VOCABULARIES['byte'])
-  provider = find_provider(full_name)
+  provider = find_provider(name if is_registered(name) else resolve(name, VOCABULARIES['byte']))
   if split not in provider.splits:
     raise UsageError(f'{name!r} has no split {split!r}, only {", ".join(provider.splits)}')
   for task in seqio.get_subtasks(provider):
-    if split not in task.splits:
-      continue
-    dataset = task.source.get_dataset(split=split, shuffle=False)
-    for preprocessor in task.preprocessors:
-      if preprocessor in _TOKENIZERS:
-        break
-      dataset = seqio.utils.add_kwargs_to_transform(
-        preprocessor, output_features=task.output_features
-      )(dataset)
-    for example in dataset.as_numpy_iterator():
-      for key in task.output_features:
-        # One text, or those of many rows.
-        for text in np.ravel(example.get(key, [])):
-          if isinstance(text, bytes):
-            yield text.decode('utf-8')
+    if split in task.splits:
+      for example in untokenized(task, split).as_numpy_iterator():
+        for key in task.output_features:
+          # One text, or those of many rows.
+          found = [text for text in np.ravel(example.get(key, [])) if isinstance(text, bytes)]
+          yield from (text.decode('utf-8') for text in found)
 
 
-_TOKENIZERS = (
+# Tokenizers of supervised tasks, whose examples the lengths cut.
+TRIMMED_TOKENIZERS = (
   seqio.preprocessors.tokenize,
   seqio.preprocessors.tokenize_and_append_eos,
   text_preprocessors.tokenize_rows,
-  text_preprocessors.tokenize_documents,
 )
+
+
+def untokenized(task: seqio.Task, split: str) -> Any:
+  """Returns the rows of a split, in order, as they are before the tokenization."""
+  dataset = task.source.get_dataset(split=split, shuffle=False)
+  for step in task.preprocessors:
+    if step in (*TRIMMED_TOKENIZERS, text_preprocessors.tokenize_documents):
+      break
+    transform = seqio.utils.add_kwargs_to_transform(step, output_features=task.output_features)
+    dataset = transform(dataset)
+  return dataset
 
 
 def is_registered(name: str) -> bool:
   """Returns whether SeqIO knows a task or mixture of this full name."""
-  return name in _registered()
+  return name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
 def find_provider(name: str) -> seqio.Task | seqio.Mixture:
@@ -288,28 +268,23 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
   Raises:
     UsageError: if there is none; the message lists close matches.
   """
-  if name not in (registered := _registered()):
+  if not is_registered(name):
     if name in catalog():
       raise UsageError(
-        f'{name!r} is a recipe for any vocabulary, not yet a task: '
-        'catalog.resolve(name, vocabulary) makes it one'
+        f'{name!r} is a recipe for any vocabulary, not yet a task: catalog.resolve(name, '
+        'vocabulary) makes it one'
       )
-    close = difflib.get_close_matches(name, {*catalog(), *registered}, n=3) or catalog()
+    known = {*catalog(), *seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    close = difflib.get_close_matches(name, known, n=3) or catalog()
     did_you_mean = f'; did you mean {", ".join(close)}?' if close else '.'
     raise UsageError(
-      f'There is no task or mixture {name!r}{did_you_mean} Tasks of your own: '
-      'name the module that registers them in DatasetConfig.module'
+      f'There is no task or mixture {name!r}{did_you_mean} Tasks of your own: name the module that '
+      'registers them in DatasetConfig.module'
     )
   return seqio.get_mixture_or_task(name)
 
 
-def _registered() -> set[str]:
-  return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-
-
-def add(
-  name: str, recipe: TaskRecipe | MixtureRecipe, vocabulary: VocabularyConfig | None = None
-) -> None:
+def add(name: str, recipe: Recipe, vocabulary: VocabularyConfig | None = None) -> None:
   """Adds a recipe to the catalog, or registers it for one vocabulary alone.
 
   Raises:
@@ -323,11 +298,8 @@ def add(
     recipe.register(name, vocabulary)
 
 
-def replace(name: str, recipe: TaskRecipe | MixtureRecipe) -> None:
-  """Adds a recipe in the place of one of this name.
-
-  For tasks that live as long as a call: a notebook fine-tunes many times.
-  """
+def replace(name: str, recipe: Recipe) -> None:
+  """Adds a recipe in the place of one of this name: a notebook fine-tunes many times."""
   for full_name in _RESOLVED.pop(name, set()):
     seqio.TaskRegistry.remove(full_name)
   _CATALOG[name] = recipe
@@ -335,34 +307,25 @@ def replace(name: str, recipe: TaskRecipe | MixtureRecipe) -> None:
 
 def _same(a: seqio.Vocabulary, b: seqio.Vocabulary) -> bool:
   """Returns whether two vocabularies give the same ids, wherever they lie."""
-  if a == b:
-    return True
-  if isinstance(a, seqio.SentencePieceVocabulary):
-    return isinstance(b, seqio.SentencePieceVocabulary) and a.sp_model == b.sp_model
-  return False
+  kind = seqio.SentencePieceVocabulary
+  return a == b or (isinstance(a, kind) and isinstance(b, kind) and a.sp_model == b.sp_model)
 
 
 def import_modules(modules: str = '') -> None:
-  """Imports what registers tasks: the embedded ones, and the user's own.
-
-  Args:
-    modules: names of Python modules, comma-separated.
+  """Imports what registers tasks: the embedded ones, and the user's own, separated by commas.
 
   Raises:
     UsageError: a module that cannot be imported.
   """
   cached = os.environ.get('SEQIO_CACHE_DIRS', '')  # --seqio_additional_cache_dirs
   seqio.add_global_cache_dirs([path for path in cached.split(',') if path])
-  ours = ('embedded', 'benchmarks', 'mixing')
-  for module in (*(f't5x_lite.data.tasks.{name}' for name in ours), *modules.split(',')):
-    if not module.strip():
-      continue
+  ours = (f't5x_lite.data.tasks.{name}' for name in ('embedded', 'benchmarks', 'mixing'))
+  for module in filter(None, map(str.strip, (*ours, *modules.split(',')))):
     try:
-      importlib.import_module(module.strip())
+      importlib.import_module(module)
     except ModuleNotFoundError as error:
       raise UsageError(
-        f'module {module.strip()!r} cannot be imported: {error}; it must be '
-        'installed or on PYTHONPATH'
+        f'module {module!r} cannot be imported: {error}; it must be installed or on PYTHONPATH'
       ) from error
 
 
@@ -381,13 +344,13 @@ def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
     spec = provider.output_features.get(feature)
     if spec is None:
       raise UsageError(
-        f'task_feature_lengths names {feature!r}, but the output features of '
-        f'{name} are {sorted(provider.output_features)}'
+        f'task_feature_lengths names {feature!r}, but the output features of {name} are '
+        f'{sorted(provider.output_features)}'
       )
     if spec.rank != 1 or not spec.dtype.is_integer:
       raise UsageError(
-        f'feature {feature!r} of {name} is {spec.dtype.name} of rank '
-        f'{spec.rank}; the converters take sequences of ids'
+        f'feature {feature!r} of {name} is {spec.dtype.name} of rank {spec.rank}; the converters '
+        'take sequences of ids'
       )
   return provider
 

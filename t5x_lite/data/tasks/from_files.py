@@ -13,8 +13,7 @@ from t5x_lite.data.tasks import catalog, sources, text_preprocessors
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 
-# Text files up to this size together are read into memory; larger ones are
-# streamed.
+# Text files up to this size together are read into memory; larger ones are streamed.
 MAX_IN_MEMORY_BYTES = 1 << 30
 
 # Rows of a text-to-text task that are tokenized together.
@@ -37,8 +36,7 @@ def register_file_task(
 ) -> None:
   """Makes a text-to-text task of TSV or JSONL files, plain or gzip.
 
-  For instance
-  `register_file_task('mine', train_file='mine.jsonl', prefix='mine: ')`.
+  For instance `register_file_task('mine', train_file='mine.jsonl', prefix='mine: ')`.
 
   Args:
     name: of the task.
@@ -46,36 +44,30 @@ def register_file_task(
     validation_file: see train_file.
     test_file: see train_file.
     file_format: 'tsv' or 'jsonl'; empty to tell from the name.
-    input_field: JSONL key, TSV column name (the file then has a header) or TSV
-      column number from 0.
+    input_field: JSONL key, TSV column name (the file then has a header) or number from 0.
     target_field: likewise.
     prefix: put in front of every input, with its space: 'summarize: '.
     metrics: names from `data.metrics.METRICS`.
-    reference_separator: if given, a target may hold several right answers
-      between separators; training takes the first, metrics the best.
-    vocabulary: if given, the task is registered as `name` with it; else `name`
-      joins the catalog, for whatever vocabulary the model has.
+    reference_separator: if given, a target may hold several right answers between separators;
+      training takes the first, metrics the best.
+    vocabulary: if given, registers `name` with it; else `name` joins the catalog, for whatever
+      vocabulary the model has.
 
   Raises:
-    UsageError: if the name is taken, a file is missing, or a metric unknown.
-      Rows are read, and checked, when first used.
+    UsageError: if the name is taken, a file is missing, or a metric unknown. Rows are read, and
+      checked, when first used.
   """
-  split_to_files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
-  for pattern in split_to_files.values():
-    for path in text_files.expand(pattern):
-      if records.format_of(path, file_format) == 'text':
-        raise UsageError(
-          f'{path!r} of task {name!r} is neither .tsv nor .jsonl; say '
-          "file_format='tsv' or 'jsonl', or use register_text_task for text "
-          'without targets'
-        )
-  recipe = supervised(
-    {
-      split: functools.partial(
-        sources.read_pairs, pattern, fields=(input_field, target_field), file_format=file_format
+  splits, files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
+  for path in files:
+    if records.format_of(path, file_format) == 'text':
+      raise UsageError(
+        f"{path!r} of task {name!r} is neither .tsv nor .jsonl; say file_format='tsv' or 'jsonl', "
+        'or use register_text_task for text without targets'
       )
-      for split, pattern in split_to_files.items()
-    },
+  fields = (input_field, target_field)
+  read = functools.partial(sources.read_pairs, fields=fields, file_format=file_format)
+  recipe = supervised(
+    {split: functools.partial(read, pattern) for split, pattern in splits.items()},
     prefix=prefix,
     metric_fns=metrics_lib.get_metrics(metrics),
     separator=reference_separator,
@@ -97,53 +89,48 @@ def register_text_task(
 ) -> None:
   """Makes a pre-training task of text files, plain or gzip.
 
-  For instance `register_text_task('books', train_file='books/*.txt.gz')`. With
-  `objective='all'` there are `books_span_corruption`, `books_prefix_lm`,
-  `books_iid_denoising_rate0.25` and so on, and the mixture `books_ul2`.
+  For instance `register_text_task('books', train_file='books/*.txt.gz')`. With `objective='all'`
+  there are `books_span_corruption`, `books_iid_denoising_rate0.25` and so on, and the mixture
+  `books_ul2`.
 
   Args:
     name: of the task.
-    train_file: path or glob pattern; likewise the other two. At least one.
-      Files of text above 1 GiB together are streamed; TSV and JSONL are held
-      in memory.
+    train_file: path or glob pattern; likewise the other two. At least one. Files of text above
+      1 GiB together are streamed; TSV and JSONL are held in memory.
     validation_file: see train_file.
     test_file: see train_file.
     file_format: 'text', 'tsv' or 'jsonl'; empty to tell from the name.
     text_field: where TSV or JSONL hold the text.
     lines_per_document: neighbouring lines that belong together.
-    objective: name from OBJECTIVES, one with settings such as
-      'span_corruption_rate0.25_span5', a SeqIO preprocessor of tokens, or 'all'
-      for a task NAME_OBJECTIVE of each.
+    objective: name from OBJECTIVES, one with settings such as 'span_corruption_rate0.25_span5', a
+      SeqIO preprocessor of tokens, or 'all' for a task NAME_OBJECTIVE of each.
     vocabulary: as in `register_file_task`; not with 'all'.
 
   Raises:
-    UsageError: if the name is taken, a file is missing or the objective
-      unknown.
+    UsageError: if the name is taken, a file is missing or the objective unknown.
   """
-  split_to_files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
+  splits, files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
   if lines_per_document < 1:
     raise UsageError(f'lines_per_document is {lines_per_document}; it must be 1 or more')
-  files = [path for pattern in split_to_files.values() for path in text_files.expand(pattern)]
   is_text = all(records.format_of(f, file_format) == 'text' for f in files)
   if is_text and text_files.total_bytes(files) > MAX_IN_MEMORY_BYTES:
     if lines_per_document != 1:
       raise UsageError(
-        f'The files of task {name!r} are too large for '
-        f'lines_per_document={lines_per_document}; write one document a line'
+        f'The files of task {name!r} are too large for lines_per_document={lines_per_document}; '
+        'write one document a line'
       )
-    make_source = functools.partial(sources.stream_text, split_to_files)
+    make_source = functools.partial(sources.stream_text, splits)
   else:
-    split_to_rows = {
-      split: functools.partial(
-        sources.read_documents,
-        pattern,
-        field=text_field,
-        file_format=file_format,
-        lines_per_document=lines_per_document,
-      )
-      for split, pattern in split_to_files.items()
-    }
-    make_source = functools.partial(sources.RowsDataSource, split_to_rows)
+    read = functools.partial(
+      sources.read_documents,
+      field=text_field,
+      file_format=file_format,
+      lines_per_document=lines_per_document,
+    )
+    make_source = functools.partial(
+      sources.RowsDataSource,
+      {split: functools.partial(read, pattern) for split, pattern in splits.items()},
+    )
   if objective != 'all':
     catalog.add(name, unsupervised(make_source, objective), vocabulary)
     return
@@ -153,13 +140,13 @@ def register_text_task(
   _TEXTS[name] = functools.cache(make_source)
 
 
-def _split_files(name: str, **split_to_file: str) -> dict[str, str]:
+def _split_files(name: str, **split_to_file: str) -> tuple[dict[str, str], list[str]]:
+  """Returns the pattern of each split that has one, and the files of all."""
   found = {split: file for split, file in split_to_file.items() if file}
   if not found:
-    raise UsageError(
-      f'The task {name!r} has no files; give train_file, validation_file or test_file'
-    )
-  return found
+    problem = 'has no files; give train_file, validation_file or test_file'
+    raise UsageError(f'The task {name!r} {problem}')
+  return found, [path for pattern in found.values() for path in text_files.expand(pattern)]
 
 
 def supervised(
@@ -169,28 +156,23 @@ def supervised(
   metric_fns: Sequence[metrics_lib.MetricFn],
   separator: str = '',
 ) -> catalog.TaskRecipe:
-  """Returns the recipe of a task of inputs and targets.
+  """Returns the recipe of a task of the columns `inputs` and `targets` that each split reads.
 
-  Args:
-    split_to_rows: functions that read the columns `inputs` and `targets`.
-    prefix: put in front of every input.
-    metric_fns: for the evaluation.
-    separator: between the references of a target; '' means there is one.
+  A separator stands between the references of a target; '' means there is one.
   """
-  steps = []
+  steps = [text_preprocessors.tokenize_rows]
   postprocess_fn = None
-  if separator:
-    steps.append(functools.partial(text_preprocessors.first_reference, separator=separator))
-    postprocess_fn = functools.partial(metrics_lib.split_references, separator=separator)
   if prefix:
-    steps.append(functools.partial(text_preprocessors.prefix_inputs, prefix=prefix))
-  steps.append(text_preprocessors.tokenize_rows)
+    steps.insert(0, functools.partial(text_preprocessors.prefix_inputs, prefix=prefix))
   if separator:
-    steps.append(text_preprocessors.restore_references)
+    first = functools.partial(text_preprocessors.first_reference, separator=separator)
+    steps = [first, *steps, text_preprocessors.restore_references]
+    postprocess_fn = functools.partial(metrics_lib.split_references, separator=separator)
+  make_source = functools.partial(
+    sources.RowsDataSource, split_to_rows, rows_per_element=_ROWS_AT_ONCE
+  )
   return catalog.TaskRecipe(
-    make_source=functools.cache(
-      functools.partial(sources.RowsDataSource, split_to_rows, rows_per_element=_ROWS_AT_ONCE)
-    ),
+    make_source=functools.cache(make_source),
     preprocessors=(*steps, text_preprocessors.split_rows),
     metric_fns=tuple(metric_fns),
     postprocess_fn=postprocess_fn,
@@ -206,12 +188,8 @@ def unsupervised(
 ) -> catalog.TaskRecipe:
   """Returns the recipe of a pre-training task.
 
-  Args:
-    make_source: its rows hold documents under `targets`, or `steps` put them
-      there.
-    objective: a name that `find_objective` knows, or a preprocessor of tokens.
-    steps: what comes before the tokenization.
-    is_t5s: see `catalog.TaskRecipe`.
+  Its rows hold documents under `targets`, or `steps`, before the tokenization, put them there. The
+  objective is a name that `find_objective` knows, or a preprocessor of tokens.
   """
   if isinstance(objective, str):
     found = find_objective(objective)
@@ -221,16 +199,14 @@ def unsupervised(
         'such as span_corruption_rate0.25_span5'
       )
     objective = found
-  rest = [text_preprocessors.tokenize_documents, seqio.CacheDatasetPlaceholder(), objective]
   is_lm = objective is preprocessors.full_lm
-  if not is_lm:
-    rest.append(seqio.preprocessors.append_eos_after_trim)
+  end = () if is_lm else (seqio.preprocessors.append_eos_after_trim,)
+  tokenize = (text_preprocessors.tokenize_documents, seqio.CacheDatasetPlaceholder())
   return catalog.TaskRecipe(
     make_source=functools.cache(make_source),
-    preprocessors=(*steps, *rest),
+    preprocessors=(*steps, *tokenize, objective, *end),
     features=('targets',) if is_lm else ('inputs', 'targets'),
-    # The examples of one joined text follow each other, so they are shuffled
-    # once more.
+    # The examples of one joined text follow each other, so they are shuffled once more.
     shuffle_buffer_size=1000,
     is_t5s=is_t5s,
   )
@@ -248,11 +224,11 @@ def ul2(text: str) -> catalog.MixtureRecipe:
 _TEXTS: dict[str, Callable[[], seqio.DataSource]] = {}
 
 
-def _find_text(name: str) -> catalog.TaskRecipe | catalog.MixtureRecipe | None:
+def _find_text(name: str) -> catalog.Recipe | None:
   for text in sorted(_TEXTS, key=len, reverse=True):
-    if not name.startswith(f'{text}_'):
-      continue
     objective = name.removeprefix(f'{text}_')
+    if objective == name:
+      continue
     if objective == 'ul2':
       return ul2(text)
     if find_objective(objective) is not None:

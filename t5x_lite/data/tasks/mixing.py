@@ -1,9 +1,8 @@
 """Mixtures that are made by their name, and how often each task is drawn.
 
-`pronounce+language_id` mixes by the number of examples, `a*0.7+b*0.3` as it
-says. Any of the first kind, or any mixture, takes other rates by an ending:
-`all_mix_equal`, `all_mix_limit65536`, `all_mix_temperature2`: the rows of the
-paper's table 11.
+`pronounce+language_id` mixes by the number of examples, `a*0.7+b*0.3` as it says. Any of the first
+kind, or any mixture, takes other rates by an ending: `all_mix_equal`, `all_mix_limit65536`,
+`all_mix_temperature2`: the rows of the paper's table 11.
 """
 
 import re
@@ -32,9 +31,7 @@ def find(name: str) -> MixtureRecipe | None:
   if not weights and len(parts) == 1 and (not ending[0] or catalog.leaves(base) == [base]):
     return None
   for part in parts:
-    task = part.partition('*')[0]
-    if catalog.find_recipe(task) is None and not catalog.is_registered(task):
-      raise UsageError(f'The mixture {name!r} names {task!r}, which is not registered')
+    catalog.check_known(name, part.partition('*')[0])
   if weights:
     rates = {task: _weight(name, text) for task, text in weights.items()}
     if len(rates) < len(parts) or ending[0]:

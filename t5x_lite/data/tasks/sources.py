@@ -1,8 +1,8 @@
 """SeqIO sources for files: shuffled whole, shared by row, exact to resume.
 
-SeqIO's own file sources shuffle files, and then a window of 1,000 examples: on
-one sorted file (as a dictionary is) that gives correlated batches. Nor can they
-share one file among hosts without each host parsing all of it.
+SeqIO's own file sources shuffle files, and then a window of 1,000 examples: on one sorted file (as
+a dictionary is) that gives correlated batches. Nor can they share one file among hosts without each
+host parsing all of it.
 """
 
 import threading
@@ -20,21 +20,17 @@ Columns = dict[str, list[str]]
 class RowsDataSource(seqio.DataSource):
   """Rows held in memory.
 
-  Every epoch is a fresh permutation of all rows, computed from a seed and a
-  counter instead of filled into a buffer: the state that an iterator checkpoint
-  holds is two numbers (2.6 kB for 113,382 rows; tf.data's shuffle of the row
-  numbers alone writes 25 MB).
+  Every epoch is a fresh permutation of all rows, computed from a seed and a counter instead of
+  filled into a buffer: the state that an iterator checkpoint holds is two numbers (2.6 kB for
+  113,382 rows; tf.data's shuffle of the row numbers alone writes 25 MB).
   """
 
   def __init__(
     self, split_to_rows: Mapping[str, Callable[[], Columns]], *, rows_per_element: int | None = None
   ):
-    """Takes what to read; reads a split when it is first asked for.
+    """Takes what reads each split, when it is first asked for.
 
-    Args:
-      split_to_rows: a function for each split.
-      rows_per_element: if given, an element of the data set is not a row but
-        vectors of this many, for preprocessors that take them.
+    With `rows_per_element` an element of the data set is not a row but vectors of this many.
     """
     super().__init__(splits=split_to_rows.keys(), performs_internal_shuffling=True)
     self._read = dict(split_to_rows)
@@ -65,13 +61,9 @@ class RowsDataSource(seqio.DataSource):
   ) -> tf.data.Dataset:
     """Returns the rows, or every `num_shards`-th of them, of one epoch.
 
-    Args:
-      split: name of the split.
-      shuffle: whether each iteration is a new permutation.
-      seed: makes the permutations repeatable.
-      shard_info: which rows. The shards are disjoint and complete whatever the
-        seed, so hosts need not agree on one.
-      **unused: what SeqIO passes to other sources.
+    With `shuffle` each iteration is a new permutation, repeatable by `seed`. The shards are
+    disjoint and complete whatever the seed, so hosts need not agree on one. What else SeqIO passes
+    to sources has no effect.
     """
     columns = self._rows(split)
     index, step = 0, 1
@@ -101,9 +93,7 @@ class RowsDataSource(seqio.DataSource):
     with self._lock:
       if split not in self._columns:
         columns = self._read[split]()
-        self._columns[split] = {
-          name: tf.constant(values, tf.string) for name, values in columns.items()
-        }
+        self._columns[split] = {k: tf.constant(v, tf.string) for k, v in columns.items()}
       return self._columns[split]
 
 
@@ -115,28 +105,19 @@ def read_pairs(
   Raises:
     UsageError: if a file is missing, empty or malformed.
   """
-  inputs: list[str] = []
-  targets: list[str] = []
-  for path in text_files.expand(pattern):
-    for source, target in records.rows(path, fields, file_format):
-      inputs.append(source)
-      targets.append(target)
-  _check_not_empty(inputs, pattern)
-  return {'inputs': inputs, 'targets': targets}
+  paths = text_files.expand(pattern)
+  rows = [row for path in paths for row in records.rows(path, fields, file_format)]
+  _not_empty(rows, pattern)
+  return {'inputs': [row[0] for row in rows], 'targets': [row[1] for row in rows]}
 
 
 def read_documents(
   pattern: str, *, field: str | int = 'text', file_format: str = '', lines_per_document: int = 1
 ) -> Columns:
-  """Returns the documents of the files of a pattern, as targets.
+  """Returns the documents of the files of a pattern as targets; TSV and JSONL hold them in `field`.
 
-  Args:
-    pattern: path or glob pattern.
-    field: where a TSV or JSONL file holds the text.
-    file_format: 'text', 'tsv', 'jsonl', or empty to tell from the name.
-    lines_per_document: neighbouring rows of a file to join, with line breaks,
-      into one document. Rows that continue each other should stay together:
-      documents are shuffled.
+  `lines_per_document` neighbouring rows are joined, with line breaks: documents are shuffled, and
+  rows that continue each other should stay together.
 
   Raises:
     UsageError: if a file is missing, empty or malformed.
@@ -146,30 +127,26 @@ def read_documents(
     texts = [row[0] for row in records.rows(path, [field], file_format)]
     for start in range(0, len(texts), lines_per_document):
       documents.append('\n'.join(texts[start : start + lines_per_document]))
-  _check_not_empty(documents, pattern)
-  return {'targets': documents}
+  return {'targets': _not_empty(documents, pattern)}
 
 
 def stream_text(split_to_pattern: Mapping[str, str]) -> seqio.FileDataSource:
   """Returns a source for text too large for memory, one document a line.
 
-  Hosts share by file when there are enough files, else by line (SeqIO). Only
-  the order of files is shuffled here; the task shuffles a window of examples.
+  Hosts share by file when there are enough files, else by line (SeqIO). Only the order of files is
+  shuffled here; the task shuffles a window of examples.
   """
-  split_to_files = {
-    split: text_files.expand(pattern) for split, pattern in split_to_pattern.items()
-  }
 
   def read(path: tf.Tensor) -> tf.data.Dataset:
     # compression_type '' and 'GZIP' may be a tensor, one per file.
-    is_gzip = tf.strings.regex_full_match(path, r'.*\.gz')
-    compression = tf.where(is_gzip, 'GZIP', '')
+    compression = tf.where(tf.strings.regex_full_match(path, r'.*\.gz'), 'GZIP', '')
     dataset = tf.data.TextLineDataset(path, compression_type=compression)
     return dataset.map(lambda line: {'targets': line})
 
-  return seqio.FileDataSource(read, split_to_files)
+  return seqio.FileDataSource(read, {k: text_files.expand(v) for k, v in split_to_pattern.items()})
 
 
-def _check_not_empty(values: Sequence[str], pattern: str) -> None:
+def _not_empty(values: list, pattern: str) -> list:
   if not values:
     raise UsageError(f'{pattern!r} holds no rows')
+  return values

@@ -1,151 +1,115 @@
 """Rows of public datasets as `inputs` and `targets`: the paper's Appendix D.
 
-What is beside them in an example is for the postprocessors. The published
-checkpoints were trained on what t5's code wrote, so where the paper prints
-question answering without it, punctuation stands between spaces here as there.
+What is beside them in an example is for the postprocessors. The published checkpoints were trained
+on what t5's code wrote, so where the paper prints question answering without it, punctuation stands
+between spaces here as there.
 
-Source: Raffel et al. 2020, Appendix D; t5/data/preprocessors.py; for XNLI
-multilingual_t5/preprocessors.py; for closed-book questions
-t5_closed_book_qa/t5_cbqa/preprocessors.py.
+Source: Raffel et al. 2020, Appendix D; t5/data/preprocessors.py; multilingual_t5/preprocessors.py
+(XNLI); t5_closed_book_qa/t5_cbqa/preprocessors.py.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import seqio
 import tensorflow as tf
 
 Row = Mapping[str, Any]
 
 # The target where a test set does not tell: what t5 has there.
 _UNKNOWN = '<unk>'
-_PUNCTUATION = r'([[:punct:]])'
 
 
-def _rows(dataset: tf.data.Dataset, fn) -> tf.data.Dataset:
-  return dataset.map(fn, num_parallel_calls=tf.data.AUTOTUNE)
+def _words(*parts: Any) -> tf.Tensor:
+  return tf.strings.join(parts, separator=' ')
 
 
 # ---- Labels ------------------------------------------------------------------
 
 
-def labelled(
-  dataset: tf.data.Dataset, *, name: str, columns: Mapping[str, str], labels: Sequence[str]
-) -> tf.data.Dataset:
-  """'NAME KEY: text KEY: text' to the label's name.
-
-  Args:
-    dataset: with `label`, -1 where it is not known.
-    name: the benchmark's.
-    columns: column of the dataset by the key that is written.
-    labels: names of the classes.
-  """
-
-  def convert(row: Row) -> Row:
-    words = [name]
-    for key, column in columns.items():
-      words += [f'{key}:', row[column]]
-    inputs = tf.strings.join(words, separator=' ')
-    if name == 'multirc':  # HTML in the paragraphs
-      inputs = tf.strings.regex_replace(inputs, '<br>', ' ')
-      inputs = tf.strings.regex_replace(inputs, '</?b>', '')
-    index = row.get('idx', {})
-    extra = {f'idx/{key}': index[key] for key in index} if isinstance(index, dict) else {}
-    # -1 is the last.
-    return {
-      'inputs': inputs,
-      'targets': tf.gather([*labels, _UNKNOWN], row['label'] % (len(labels) + 1)),
-      **extra,
-    }
-
-  return _rows(dataset, convert)
+@seqio.map_over_dataset
+def labelled(row: Row, *, name: str, columns: Mapping[str, str], labels: Sequence[str]) -> Row:
+  """'NAME KEY: text KEY: text', of each key's column, to the label's name; -1 has none."""
+  texts = [part for key, column in columns.items() for part in (f'{key}:', row[column])]
+  inputs = _words(name, *texts)
+  if name == 'multirc':  # HTML in the paragraphs
+    inputs = tf.strings.regex_replace(inputs, '<br>', ' ')
+    inputs = tf.strings.regex_replace(inputs, '</?b>', '')
+  index = row.get('idx', {})
+  extra = {f'idx/{key}': index[key] for key in index} if isinstance(index, dict) else {}
+  # -1 is the last.
+  target = tf.gather([*labels, _UNKNOWN], row['label'] % (len(labels) + 1))
+  return {'inputs': inputs, 'targets': target, **extra}
 
 
-def similarity(dataset: tf.data.Dataset) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def similarity(row: Row) -> Row:
   """STS-B: a number from 0 to 5, rounded to fifths and written out."""
-
-  def convert(row: Row) -> Row:
-    words = ['stsb sentence1:', row['sentence1'], 'sentence2:', row['sentence2']]
-    target = tf.strings.as_string(tf.round(row['label'] * 5) / 5, precision=1)
-    return {'inputs': tf.strings.join(words, separator=' '), 'targets': target}
-
-  return _rows(dataset, convert)
+  inputs = _words('stsb sentence1:', row['sentence1'], 'sentence2:', row['sentence2'])
+  target = tf.strings.as_string(tf.round(row['label'] * 5) / 5, precision=1)
+  return {'inputs': inputs, 'targets': target}
 
 
-def xnli(dataset: tf.data.Dataset, *, language: str | None = None) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def xnli(row: Row, *, language: str | None = None) -> Row:
   """'xnli: premise: ... hypothesis: ...' to the label's number, as mT5 has it.
 
-  Args:
-    dataset: XNLI's rows if there is a language, else MultiNLI's.
-    language: the one to take; rows hold all.
+  XNLI's rows hold all languages, of which one is taken; without a language they are MultiNLI's.
   """
-
-  def convert(row: Row) -> Row:
-    premise, hypothesis = row['premise'], row['hypothesis']
-    if language is not None:
-      premise = premise[language]
-      hypothesis = hypothesis['translation'][tf.argmax(hypothesis['language'] == language)]
-    inputs = tf.strings.join(['xnli: premise: ', premise, ' hypothesis: ', hypothesis])
-    return {'inputs': inputs, 'targets': tf.strings.as_string(row['label'])}
-
-  return _rows(dataset, convert)
+  premise, hypothesis = row['premise'], row['hypothesis']
+  if language is not None:
+    premise = premise[language]
+    hypothesis = hypothesis['translation'][tf.argmax(hypothesis['language'] == language)]
+  inputs = _words('xnli: premise:', premise, 'hypothesis:', hypothesis)
+  return {'inputs': inputs, 'targets': tf.strings.as_string(row['label'])}
 
 
 # ---- Pronouns ----------------------------------------------------------------
 
 
 def winograd(dataset: tf.data.Dataset, *, only_right: bool) -> tf.data.Dataset:
-  """WSC: 'wsc: ... *pronoun* ...' to the noun that is asked about.
+  """WSC (SuperGLUE's wsc.fixed): 'wsc: ... *pronoun* ...' to the noun that is asked about.
 
-  Args:
-    dataset: SuperGLUE's wsc.fixed.
-    only_right: leave out rows whose noun is not the pronoun's, which would
-      teach wrong answers.
+  With `only_right` rows are left out whose noun is not the pronoun's: they would teach it wrong.
   """
   if only_right:
     dataset = dataset.filter(lambda row: row['label'] == 1)
-
-  def convert(row: Row) -> Row:
-    # Words as the index counts them: a double space has an empty one.
-    words = tf.strings.split([row['text']], sep=' ').values
-    at, pronoun = row['span2_index'], row['span2_text']
-    length = tf.strings.length(pronoun)
-    # Two rows' index points before the pronoun, or punctuation is behind it.
-    begins = tf.cast(tf.strings.substr(words[at:], 0, length) == pronoun, tf.int32)
-    at += tf.cast(tf.argmax(begins), at.dtype)
-    rest = tf.strings.substr(words[at], length, -1)
-    marked = tf.strings.join(['*', pronoun, '*', tf.where(rest == '', '', ' '), rest])
-    words = tf.concat([words[:at], [marked], words[at + 1 :]], 0)
-    inputs = tf.strings.join(['wsc:', tf.strings.reduce_join(words, separator=' ')], separator=' ')
-    return {'inputs': inputs, 'targets': row['span1_text'], 'label': row['label']}
-
-  return _rows(dataset, convert)
+  return _mark_pronoun(dataset)
 
 
-def definite_pronouns(dataset: tf.data.Dataset) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def _mark_pronoun(row: Row) -> Row:
+  # Words as the index counts them: a double space has an empty one.
+  words = tf.strings.split([row['text']], sep=' ').values
+  at, pronoun = row['span2_index'], row['span2_text']
+  length = tf.strings.length(pronoun)
+  # Two rows' index points before the pronoun, or punctuation is behind it.
+  begins = tf.cast(tf.strings.substr(words[at:], 0, length) == pronoun, tf.int32)
+  at += tf.cast(tf.argmax(begins), at.dtype)
+  rest = tf.strings.substr(words[at], length, -1)
+  marked = tf.strings.join(['*', pronoun, '*', tf.where(rest == '', '', ' '), rest])
+  words = tf.concat([words[:at], [marked], words[at + 1 :]], 0)
+  inputs = _words('wsc:', tf.strings.reduce_join(words, separator=' '))
+  return {'inputs': inputs, 'targets': row['span1_text'], 'label': row['label']}
+
+
+@seqio.map_over_dataset
+def definite_pronouns(row: Row) -> Row:
   """DPR in the form of WSC; the pronoun's first occurrence is the one meant."""
-
-  def convert(row: Row) -> Row:
-    pattern = tf.strings.join([' (', row['pronoun'], r')( |\.|,)'])
-    marked = tf.strings.regex_replace(row['sentence'], pattern, r' *\1*\2', replace_global=False)
-    return {
-      'inputs': tf.strings.join(['wsc:', marked], separator=' '),
-      'targets': row['candidates'][row['label']],
-    }
-
-  return _rows(dataset, convert)
+  pattern = tf.strings.join([' (', row['pronoun'], r')( |\.|,)'])
+  marked = tf.strings.regex_replace(row['sentence'], pattern, r' *\1*\2', replace_global=False)
+  return {'inputs': _words('wsc:', marked), 'targets': row['candidates'][row['label']]}
 
 
-def winograd_from_entailment(dataset: tf.data.Dataset) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def winograd_from_entailment(row: Row) -> Row:
   """WNLI in the form of WSC; see `find_pronoun`. For evaluation alone."""
-
-  def convert(row: Row) -> Row:
-    both = tf.numpy_function(_find_pronoun_bytes, [row['sentence1'], row['sentence2']], tf.string)
-    both = tf.ensure_shape(both, [2])
-    return {'inputs': both[0], 'targets': both[1], 'label': row['label']}
-
-  return _rows(dataset, convert)
+  both = tf.numpy_function(_find_pronoun_bytes, [row['sentence1'], row['sentence2']], tf.string)
+  both = tf.ensure_shape(both, [2])
+  return {'inputs': both[0], 'targets': both[1], 'label': row['label']}
 
 
 _PRONOUNS = frozenset('he she they it her his their them him'.split())
@@ -154,9 +118,8 @@ _PRONOUNS = frozenset('he she they it her his their them him'.split())
 def find_pronoun(premise: str, hypothesis: str) -> tuple[str, str]:
   """Returns 'wsc: ... *pronoun* ...' and the noun that the hypothesis puts there.
 
-  The hypothesis repeats a part of the premise with a noun for the pronoun: it
-  is the pronoun around which most words agree, and the noun is what stands
-  between them.
+  The hypothesis repeats a part of the premise with a noun for the pronoun: it is the pronoun around
+  which most words agree, and the noun is what stands between them.
 
   Source: t5's wnli_simple; the rule, not its special cases.
   """
@@ -188,12 +151,8 @@ def _plain(word: str) -> str:
 
 def _agreement(first: Sequence[str], second: Sequence[str]) -> int:
   """Returns how many words are the same from the beginning."""
-  count = 0
-  for a, b in zip(first, second, strict=False):
-    if a != b:
-      break
-    count += 1
-  return count
+  same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+  return sum(1 for _ in same)
 
 
 # ---- Questions ---------------------------------------------------------------
@@ -201,36 +160,30 @@ def _agreement(first: Sequence[str], second: Sequence[str]) -> int:
 
 def _spaced(text: tf.Tensor) -> tf.Tensor:
   """Puts spaces around punctuation, and one where there are several."""
-  text = tf.strings.regex_replace(text, _PUNCTUATION, r' \1 ')
+  text = tf.strings.regex_replace(text, r'([[:punct:]])', r' \1 ')
   return tf.strings.regex_replace(text, r'\s+', ' ')
 
 
-def squad(dataset: tf.data.Dataset, *, with_context: bool = True) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def squad(row: Row, *, with_context: bool = True) -> Row:
   """'question: ... context: ...' to the first answer; all of them beside it."""
-
-  def convert(row: Row) -> Row:
-    answers = _spaced(row['answers']['text'])
-    question, context = _spaced(row['question']), _spaced(row['context'])
-    words = ['question:', question, 'context:', context]
-    if not with_context:
-      words = ['squad trivia question:', question]
-    inputs = tf.strings.regex_replace(tf.strings.join(words, separator=' '), r'\s+', ' ')
-    return {'inputs': inputs, 'targets': answers[0], 'answers': answers}
-
-  return _rows(dataset, convert)
+  answers = _spaced(row['answers']['text'])
+  question, context = _spaced(row['question']), _spaced(row['context'])
+  inputs = _words('squad trivia question:', question)
+  if with_context:
+    inputs = _words('question:', question, 'context:', context)
+  inputs = tf.strings.regex_replace(inputs, r'\s+', ' ')
+  return {'inputs': inputs, 'targets': answers[0], 'answers': answers}
 
 
-def closed_book(dataset: tf.data.Dataset) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def closed_book(row: Row) -> Row:
   """TriviaQA's question without a context to its answer; aliases beside it."""
-
-  def convert(row: Row) -> Row:
-    return {
-      'inputs': tf.strings.join(['trivia_qa question: ', row['question']]),
-      'targets': row['answer']['value'],
-      'answers': row['answer']['aliases'],
-    }
-
-  return _rows(dataset, convert)
+  return {
+    'inputs': _words('trivia_qa question:', row['question']),
+    'targets': row['answer']['value'],
+    'answers': row['answer']['aliases'],
+  }
 
 
 def cloze(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -240,9 +193,8 @@ def cloze(dataset: tf.data.Dataset) -> tf.data.Dataset:
     passage = tf.strings.regex_replace(row['passage'], r'(\.|\?|\!|\"|\')\n@highlight\n', r'\1 ')
     passage = tf.strings.regex_replace(passage, r'\n@highlight\n', '. ')
     entities = tf.strings.reduce_join(row['entities'], separator=', ')
-    words = ['record query:', row['query'], 'entities:', entities, 'passage:', passage]
     same = {
-      'inputs': tf.strings.join(words, separator=' '),
+      'inputs': _words('record query:', row['query'], 'entities:', entities, 'passage:', passage),
       'answers': row['answers'],
       'idx/passage': row['idx']['passage'],
       'idx/query': row['idx']['query'],
@@ -258,35 +210,27 @@ def cloze(dataset: tf.data.Dataset) -> tf.data.Dataset:
 _LANGUAGES = {'en': 'English', 'de': 'German', 'fr': 'French', 'ro': 'Romanian'}
 
 
-def translation(dataset: tf.data.Dataset, *, source: str, target: str) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def translation(row: Row, *, source: str, target: str) -> Row:
   """'translate English to German: ...' to the translation."""
-  prefix = f'translate {_LANGUAGES[source]} to {_LANGUAGES[target]}: '
-
-  def convert(row: Row) -> Row:
-    return {'inputs': tf.strings.join([prefix, row[source]]), 'targets': row[target]}
-
-  return _rows(dataset, convert)
+  prefix = f'translate {_LANGUAGES[source]} to {_LANGUAGES[target]}:'
+  return {'inputs': _words(prefix, row[source]), 'targets': row[target]}
 
 
-def summary(dataset: tf.data.Dataset, *, article: str, highlights: str) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def summary(row: Row, *, article: str, highlights: str) -> Row:
   """'summarize: ...' to the summary."""
-
-  def convert(row: Row) -> Row:
-    return {'inputs': tf.strings.join(['summarize: ', row[article]]), 'targets': row[highlights]}
-
-  return _rows(dataset, convert)
+  return {'inputs': _words('summarize:', row[article]), 'targets': row[highlights]}
 
 
-def plain_text(dataset: tf.data.Dataset) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def plain_text(row: Row) -> Row:
   """Documents for the objectives, as they are."""
-  return _rows(dataset, lambda row: {'targets': row['text']})
+  return {'targets': row['text']}
 
 
-def wiki40b(dataset: tf.data.Dataset) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def wiki40b(row: Row) -> Row:
   """Documents without Wiki40B's marks of structure, which become line breaks."""
-
-  def convert(row: Row) -> Row:
-    text = tf.strings.regex_replace(row['text'], r'\s*_(START_[A-Z]+|NEWLINE)_\s*', '\n')
-    return {'targets': tf.strings.strip(text)}
-
-  return _rows(dataset, convert)
+  text = tf.strings.regex_replace(row['text'], r'\s*_(START_[A-Z]+|NEWLINE)_\s*', '\n')
+  return {'targets': tf.strings.strip(text)}

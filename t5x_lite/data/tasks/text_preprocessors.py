@@ -1,8 +1,7 @@
 """SeqIO preprocessors of text: prefixes, references, tokenization.
 
-Most of them take vectors of rows (`RowsDataSource(rows_per_element=...)`): a
-dozen TensorFlow ops and seven data set stages for every short row would cost
-many times the work that they do.
+Most take vectors of rows (`RowsDataSource(rows_per_element=...)`): a dozen TensorFlow ops and seven
+data set stages for every short row would cost many times the work that they do.
 """
 
 import re
@@ -15,76 +14,57 @@ Features = Mapping[str, seqio.Feature]
 Lengths = Mapping[str, int] | None
 
 
-def prefix_inputs(dataset: tf.data.Dataset, *, prefix: str) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def prefix_inputs(example, *, prefix: str):
   """Puts the name of the task in front of the inputs."""
-
-  @seqio.map_over_dataset
-  def add(example):
-    return {**example, 'inputs': tf.strings.join([prefix, example['inputs']])}
-
-  return add(dataset)
+  return {**example, 'inputs': tf.strings.join([prefix, example['inputs']])}
 
 
-def first_reference(dataset: tf.data.Dataset, *, separator: str) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def first_reference(example, *, separator: str):
   """Trains on the first of several references; keeps all for the metrics.
 
-  The targets become the first one. `restore_references` must follow the
-  tokenization.
+  The targets become the first one. `restore_references` must follow the tokenization.
   """
-
-  @seqio.map_over_dataset
-  def split(example):
-    references = example['targets']
-    # Not tf.strings.split: it trims, and would lose an empty first one.
-    first = tf.strings.regex_replace(
-      references, f'(?s){_quote(separator)}.*', '', replace_global=False
-    )
-    return {**example, 'targets': first, 'references': references}
-
-  return split(dataset)
+  # Not tf.strings.split: it trims, and would lose an empty first one.
+  quoted = re.sub(r'([!-/:-@\[-`{-~])', r'\\\1', separator)  # for RE2
+  first = tf.strings.regex_replace(example['targets'], f'(?s){quoted}.*', '', replace_global=False)
+  return {**example, 'targets': first, 'references': example['targets']}
 
 
 @seqio.map_over_dataset
 def restore_references(example):
   """Hands all references to the evaluation as `targets_pretokenized`.
 
-  SeqIO and the evaluators take the targets of the metrics from there; the
-  task's postprocessor splits them.
+  SeqIO and the evaluators take the targets of the metrics from there; the task's postprocessor
+  splits them.
   """
-  example = dict(example)
-  example['targets_pretokenized'] = example.pop('references')
-  return example
+  rest = {key: value for key, value in example.items() if key != 'references'}
+  return {**rest, 'targets_pretokenized': example['references']}
 
 
-def tokenize_rows(
-  dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
-) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def tokenize_rows(rows, sequence_length: Lengths, output_features: Features):
   """Tokenizes vectors of rows, cuts, appends EOS; the rows stay together.
 
-  The same as `seqio.preprocessors.tokenize` and `append_eos_after_trim` on each
-  row, at a fraction of the cost. `split_rows` takes the rows apart.
+  The same as `seqio.preprocessors.tokenize` and `append_eos_after_trim` on each row, at a fraction
+  of the cost. `split_rows` takes the rows apart.
   """
-
-  @seqio.map_over_dataset
-  def tokenize(rows):
-    tokenized = {}
-    for key, texts in rows.items():
-      if key not in output_features:
-        tokenized[key] = texts
-        continue
-      feature = output_features[key]
-      tokens = _encode(feature.vocabulary, texts)
-      eos = int(feature.add_eos)
-      if sequence_length is not None and key in sequence_length:
-        tokens = tokens[:, : sequence_length[key] - eos]
-      if eos:
-        last = tf.fill([tf.size(texts), 1], feature.vocabulary.eos_id)
-        tokens = tf.concat([tokens, last], axis=1)
-      tokenized[key] = tokens
-      tokenized[f'{key}_pretokenized'] = texts
-    return tokenized
-
-  return tokenize(dataset)
+  tokenized = {}
+  for key, texts in rows.items():
+    if key not in output_features:
+      tokenized[key] = texts
+      continue
+    feature = output_features[key]
+    tokens = _encode(feature.vocabulary, texts)
+    eos = int(feature.add_eos)
+    if sequence_length is not None and key in sequence_length:
+      tokens = tokens[:, : sequence_length[key] - eos]
+    if eos:
+      last = tf.fill([tf.size(texts), 1], feature.vocabulary.eos_id)
+      tokens = tf.concat([tokens, last], axis=1)
+    tokenized |= {key: tokens, f'{key}_pretokenized': texts}
+  return tokenized
 
 
 def split_rows(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -92,19 +72,15 @@ def split_rows(dataset: tf.data.Dataset) -> tf.data.Dataset:
   return dataset.unbatch()
 
 
-def tokenize_documents(dataset: tf.data.Dataset, output_features: Features) -> tf.data.Dataset:
+@seqio.map_over_dataset
+def tokenize_documents(example, output_features: Features):
   """Tokenizes the targets, one text an example, without EOS or a copy.
 
-  `seqio.preprocessors.tokenize` does 256 texts at once, which for documents
-  means megabytes read ahead, and in every checkpoint of the iterator.
+  `seqio.preprocessors.tokenize` does 256 texts at once, which for documents means megabytes read
+  ahead, and in every checkpoint of the iterator.
   """
   vocabulary = output_features['targets'].vocabulary
-
-  @seqio.map_over_dataset
-  def tokenize(example):
-    return {'targets': _encode(vocabulary, example['targets'][tf.newaxis])[0]}
-
-  return tokenize(dataset)
+  return {'targets': _encode(vocabulary, example['targets'][tf.newaxis])[0]}
 
 
 def _encode(vocabulary: seqio.Vocabulary, texts: tf.Tensor) -> tf.RaggedTensor:
@@ -112,15 +88,9 @@ def _encode(vocabulary: seqio.Vocabulary, texts: tf.Tensor) -> tf.RaggedTensor:
   if isinstance(vocabulary, seqio.ByteVocabulary):
     # SeqIO's own works on one text only.
     characters = tf.strings.bytes_split(texts)
-    ids = tf.io.decode_raw(characters.flat_values, tf.uint8)
-    ids = tf.reshape(ids, [-1])
+    ids = tf.reshape(tf.io.decode_raw(characters.flat_values, tf.uint8), [-1])
     return characters.with_flat_values(tf.cast(ids, tf.int32) + 3)
   if isinstance(vocabulary, seqio.PassThroughVocabulary):
     # Ids in decimal, between spaces; SeqIO takes only ids that are numbers.
     return tf.strings.to_number(tf.strings.split(texts), tf.int32)
   return vocabulary.encode_tf(texts)
-
-
-def _quote(text: str) -> str:
-  """Returns the regular expression (RE2) of a literal text."""
-  return re.sub(r'([!-/:-@\[-`{-~])', r'\\\1', text)

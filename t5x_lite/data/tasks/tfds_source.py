@@ -1,9 +1,9 @@
 """Sources of TensorFlow Datasets that are prepared already; nothing is downloaded.
 
-SeqIO's own source goes to the network for whatever it does not find, and
-without one hangs for minutes. This one looks into the data directory alone:
-DatasetConfig does not name it, TFDS_DATA_DIR, `--tfds_data_dir` or
-`seqio.set_tfds_data_dir_override` do. It may be on GCS (gs://...).
+SeqIO's own source goes to the network for whatever it does not find, and without one hangs for
+minutes. This one looks into the data directory alone: DatasetConfig does not name it,
+TFDS_DATA_DIR, `--tfds_data_dir` or `seqio.set_tfds_data_dir_override` do. It may be on GCS
+(gs://...).
 """
 
 import os
@@ -24,12 +24,9 @@ def data_dir() -> str:
 
 
 def find_prepared(name: str, directory: str) -> epath.Path:
-  """Returns the folder of a prepared dataset.
+  """Returns the folder of a prepared dataset such as 'glue/cola:1.0.0' in a data directory.
 
-  Args:
-    name: 'glue/cola:1.0.0'; another version will do if that one is not there,
-      the newest.
-    directory: the data directory.
+  If that version is not there, the newest will do.
 
   Raises:
     UsageError: if no version of it is there.
@@ -73,10 +70,8 @@ class PreparedSource(seqio.TfdsDataSource):
   def __init__(self, name: str, splits: Mapping[str, str], columns: Sequence[str]):
     """Reads nothing yet.
 
-    Args:
-      name: with config and version: 'glue/cola:1.0.0'.
-      splits: TFDS's, or parts of them ('train[:90%]'), by our names.
-      columns: that the task needs.
+    `name` is with config and version, 'glue/cola:1.0.0'; splits are TFDS's, or parts of them
+    ('train[:90%]'), by our names; columns are those that the task needs.
     """
     super().__init__(name, splits=dict(splits), read_only=True)
     self._tfds_dataset = _Loader(name, split_map=dict(splits), read_only=True)
@@ -89,16 +84,15 @@ class PreparedSource(seqio.TfdsDataSource):
     Raises:
       UsageError: if it is not prepared, or lacks the split or a column.
     """
-    info = self.tfds_dataset.info
-    for missing in [name for name in self._columns if name not in info.features]:
-      raise UsageError(
-        f'{self.tfds_dataset.name} has no column {missing!r}, only '
-        f'{", ".join(sorted(info.features))}: is it the dataset the task is made for?'
-      )
+    name, info = self.tfds_dataset.name, self.tfds_dataset.info
+    for column in self._columns:
+      if column not in info.features:
+        raise UsageError(
+          f'{name} has no column {column!r}, only {", ".join(sorted(info.features))}: is it the '
+          'dataset the task is made for?'
+        )
     for part in self._parts[split or 'train'].split('+'):
       base = part.partition('[')[0]
       if info.splits and base not in info.splits:
-        raise UsageError(
-          f'{self.tfds_dataset.name} has no split {base!r}, only {", ".join(sorted(info.splits))}'
-        )
+        raise UsageError(f'{name} has no split {base!r}, only {", ".join(sorted(info.splits))}')
     return super().get_dataset(split, *args, **kwargs)
