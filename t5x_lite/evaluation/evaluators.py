@@ -1,16 +1,16 @@
 """Evaluators: teacher-forced losses, and tasks' own metrics on decoded text.
 
-What the train loop runs at its eval periods and the `eval` program over a
-finished run. Metric and postprocess functions are the SeqIO task's;
-predictions are kept beside the references, since a number alone explains
-nothing.
+What the train loop runs at its eval periods and the `eval` program over a finished run. Metric and
+postprocess functions are the SeqIO task's; predictions are kept, since a number explains nothing.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,11 +38,11 @@ from t5x_lite.training import losses, steps
 
 log = logging.getLogger(__name__)
 
-# Batches and examples of at most this many rows stay in memory between the
-# evaluations of a training run; larger sets are read again each time.
+# What has at most this many rows stays in memory between the evaluations of a training run.
 CACHED_ROWS = 20_000
 
 Metrics = dict[str, float]
+Lines = list[dict[str, Any]]
 
 
 class _Cached:
@@ -57,19 +57,20 @@ class _Cached:
     if self._items is not None:
       yield from self._items
       return
-    items: list[Any] | None = []
+    items: list[Any] = []
     for item in self._make():
-      if items is not None:
+      if len(items) <= self._limit:
         items.append(item)
-        if len(items) > self._limit:
-          items = None
       yield item
-    self._items = items
+    if len(items) <= self._limit:
+      self._items = items
 
 
-def _data_shard(placement: Placement, batch_size: int) -> tuple[int, int]:
+def _shard(placement: Placement, batch_size: int) -> dict[str, int]:
+  """Returns which rows of a batch this process loads, as the data sets' arguments."""
   sharding = partitioning.batch_sharding(placement.mesh)
-  return distributed.data_shard(sharding, batch_size)
+  index, count = distributed.data_shard(sharding, batch_size)
+  return {'process_index': index, 'process_count': count}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +78,15 @@ class Result:
   """What one evaluator measured.
 
   Attributes:
-    kind: 'eval' for teacher-forced losses, 'infer_eval' for the task's own
-      metrics on decoded text: T5X's names.
+    kind: 'eval' for teacher-forced losses, 'infer_eval' for the task's own metrics: T5X's names.
     task: its name, without the vocabulary's.
-    metrics: by name.
     lines: {'input', 'prediction', 'target'} of each decoded example.
-    seconds: that it took.
   """
 
   kind: str
   task: str
   metrics: Metrics
-  lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  seconds: float = 0.0
+  lines: Lines = dataclasses.field(default_factory=list)
 
 
 class TeacherForced:
@@ -106,13 +103,8 @@ class TeacherForced:
   ):
     """Compiles and reads nothing yet.
 
-    Args:
-      name: to report under.
-      config: of a task; read once, the same batches every time. In a file
-        that is sorted, the first ones stand for the rest only with `shuffle`.
-      model: the architecture.
-      placement: where it runs.
-      num_steps: batches at most; None for all.
+    `config` is read once, `num_steps` batches at most, the same ones every time. In a file that is
+    sorted, the first ones stand for the rest only with `shuffle`.
     """
     self.name = name
     self._config = dataclasses.replace(config, num_epochs=1)
@@ -125,21 +117,16 @@ class TeacherForced:
     self._batches = _Cached(self._read, config.batch_size)
 
   def _read(self) -> Iterator[dict[str, np.ndarray]]:
-    index, count = _data_shard(self._placement, self._config.batch_size)
-    iterator = DatasetIterator(self._config, process_index=index, process_count=count)
-    try:
+    shard = _shard(self._placement, self._config.batch_size)
+    with contextlib.closing(DatasetIterator(self._config, **shard)) as iterator:
       yield from itertools.islice(iterator, self._num_steps)
-    finally:
-      iterator.close()
 
   def run(self, params: Any) -> Result:
     """Returns the metrics of these parameters."""
-    start = time.monotonic()
     totals: dict[str, float] = {}
     for batch in self._batches:
       batch = partitioning.global_batch(batch, self._placement.mesh)
-      sums = jax.device_get(self._step(params, batch))
-      for name, value in sums.items():
+      for name, value in jax.device_get(self._step(params, batch)).items():
         totals[name] = totals.get(name, 0.0) + float(value)
     loss = totals['loss'] / max(totals['weight'], 1.0)
     metrics = {
@@ -148,8 +135,7 @@ class TeacherForced:
       'accuracy': totals['num_correct'] / max(totals['num_tokens'], 1.0),
       'target_tokens': totals['num_tokens'],
     }
-    seconds = time.monotonic() - start
-    return Result('eval', self.name, metrics, seconds=seconds)
+    return Result('eval', self.name, metrics)
 
 
 class Decoded:
@@ -166,12 +152,8 @@ class Decoded:
   ):
     """Reads nothing yet.
 
-    Args:
-      name: to report under.
-      task: the SeqIO task.
-      config: for it; `pack`, `shuffle` and `num_epochs` are ignored.
-      predictor: decodes; shared between tasks.
-      num_examples: the first this many; None for all.
+    Of `config`, the task's, `pack`, `shuffle` and `num_epochs` are ignored. Tasks may share a
+    predictor. `num_examples` are the first ones; None is all.
     """
     self.name = name
     self._task = task
@@ -179,23 +161,20 @@ class Decoded:
     self._num_examples = num_examples
     self._length = config.lengths['inputs']
     self.config = dataclasses.replace(config, batch_size=predictor.batch_size)
-    index, count = _data_shard(predictor.placement, predictor.batch_size)
-    self._dataset = EvalDataset(self.config, process_index=index, process_count=count)
-    self._batches = _Cached(lambda: iter(self._dataset), predictor.batch_size)
+    shard = _shard(predictor.placement, predictor.batch_size)
+    self._batches = _Cached(EvalDataset(self.config, **shard).__iter__, predictor.batch_size)
     self._score = model_sharding.jit_step(
       decoding_steps.make_score_step, predictor.model, predictor.placement
     )
 
   def run(self, params: Any) -> Result:
     """Returns the metrics of these parameters, and the predictions."""
-    start = time.monotonic()
     task = self._task
     vocabulary = task.output_features['targets'].vocabulary
     targets, predictions, scores, lines = [], [], [], []
-    left = self._num_examples
+    left = sys.maxsize if self._num_examples is None else self._num_examples
     for i, (batch, examples) in enumerate(self._batches):
-      if left is not None:
-        examples, left = examples[:left], left - len(examples)
+      examples, left = examples[:left], left - len(examples)
       rows = [example['inputs'][: self._length].tolist() for example in examples]
       outputs, _ = self.predictor.predict(params, rows, index=i)
       if task.score_metric_fns:
@@ -205,9 +184,9 @@ class Decoded:
         target = _text(example, 'targets', vocabulary)
         predictions.append(task.postprocess_fn(text, example=example, is_target=False))
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
-        line = {'input': _text(example, 'inputs', vocabulary)}
-        lines.append({**line, 'prediction': text, 'target': target})
-      if left is not None and left <= 0:
+        source = _text(example, 'inputs', vocabulary)
+        lines.append({'input': source, 'prediction': text, 'target': target})
+      if left <= 0:
         break
     if not lines:
       raise UsageError(f'the task {self.name} has no examples to evaluate')
@@ -216,33 +195,29 @@ class Decoded:
       metrics |= _scalars(metric_fn(targets, predictions))
     for metric_fn in task.score_metric_fns:
       metrics |= _scalars(metric_fn(targets, scores))
-    seconds = time.monotonic() - start
-    return Result('infer_eval', self.name, metrics, lines, seconds)
+    return Result('infer_eval', self.name, metrics, lines)
 
   def _target_scores(self, params: Any, batch: Any) -> list[float]:
-    mesh = self.predictor.placement.mesh
-    scores = self._score(params, partitioning.global_batch(batch, mesh))
-    return prediction.to_host(scores).tolist()
+    batch = partitioning.global_batch(batch, self.predictor.placement.mesh)
+    return prediction.to_host(self._score(params, batch)).tolist()
 
 
 def _text(example: dict[str, Any], feature: str, vocabulary: Any) -> str:
   """Returns a feature as text: as it was before tokenising, if that is kept."""
   original = example.get(f'{feature}_pretokenized')
-  if isinstance(original, bytes):
-    return original.decode('utf-8', 'replace')
-  if isinstance(original, str):
-    return original
+  if isinstance(original, str | bytes):
+    return original if isinstance(original, str) else original.decode('utf-8', 'replace')
   return vocabulary.decode([int(token) for token in example[feature]])
 
 
 def _scalars(metrics: dict[str, Any]) -> Metrics:
   """Keeps what is a number: SeqIO metrics may also be text or histograms."""
-  result = {}
-  for name, value in metrics.items():
-    value = getattr(value, 'value', value)
-    if np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.number):
-      result[name] = float(value)
-  return result
+  values = {name: getattr(value, 'value', value) for name, value in metrics.items()}
+  return {
+    name: float(value)
+    for name, value in values.items()
+    if np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.number)
+  }
 
 
 def _by_task(
@@ -318,24 +293,16 @@ class Evaluators:
 
   def results(self, params: Any) -> Iterator[Result]:
     """Runs one evaluation after the other."""
-    evaluators: list[TeacherForced | Decoded] = [*self._forced, *self._decoded]
-    for evaluator in evaluators:
+    for evaluator in (*self._forced, *self._decoded):
+      start = time.monotonic()
       result = evaluator.run(params)
-      log.info(
-        '%s/%s: %s (%.1f s)',
-        result.kind,
-        result.task,
-        format_metrics(result.metrics),
-        result.seconds,
-      )
+      shown = format_metrics(result.metrics)
+      seconds = time.monotonic() - start
+      log.info('%s/%s: %s (%.1f s)', result.kind, result.task, shown, seconds)
       yield result
 
   def run(
-    self,
-    params: Any,
-    step: int,
-    model_dir: str,
-    show: Callable[[str, list[dict[str, Any]]], None] | None = None,
+    self, params: Any, step: int, model_dir: str, show: Callable[[str, Lines], None] | None = None
   ) -> Metrics:
     """Returns 'eval/TASK/...' and 'infer_eval/TASK/...' of a training step.
 
@@ -347,8 +314,7 @@ class Evaluators:
       prefix = f'{result.kind}/{result.task}'
       metrics |= {f'{prefix}/{k}': v for k, v in result.metrics.items()}
       if result.lines and distributed.is_primary():
-        path = epath.Path(model_dir) / prefix / f'{step}.jsonl'
-        write_lines(path, result.lines)
+        write_lines(epath.Path(model_dir) / prefix / f'{step}.jsonl', result.lines)
         if show is not None:
           show(prefix, result.lines)
     return metrics
