@@ -1,8 +1,8 @@
 """The Python interface: load, new, and Model, which generates, scores, trains.
 
-`model = t5x_lite.load('path-or-hub-id')` holds its config, parameters and
-vocabulary. It gives logits, encodings, generated text and scores, can be saved
-in any format, and trained. TensorFlow is not loaded before it is trained.
+`model = t5x_lite.load('path-or-hub-id')` holds its config, parameters and vocabulary. It gives
+logits, encodings, generated text and scores, can be saved in any format, and trained. TensorFlow is
+not loaded before it is trained.
 """
 
 import dataclasses
@@ -43,17 +43,17 @@ def load(
   """Loads a model of any format.
 
   Args:
-    path: a folder of t5x_lite, transformers or T5X, one of its steps, or the
-      name of a model on the Hugging Face hub, such as 'google/flan-t5-base' or,
-      with a branch, tag or commit, 'google/flan-t5-base@main'.
+    path: a folder of t5x_lite, transformers or T5X, one of its steps, or the name of a model on the
+      Hugging Face hub, such as 'google/flan-t5-base' or, with a branch, tag or commit,
+      'google/flan-t5-base@main'.
     mesh: how the parameters are spread over devices; one device by default.
     vocabulary: instead of the one that the folder names.
     assignment_map: see `interop.assignment.assign`.
     strict: likewise.
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on it.
     seed: of parameters that are drawn anew.
-    **changes: fields of T5Config to change, such as dtype='bfloat16' to compute
-      in, param_dtype='bfloat16' to keep, or architecture='encoder'.
+    **changes: fields of T5Config to change, such as dtype='bfloat16' to compute in,
+      param_dtype='bfloat16' to keep, or architecture='encoder'.
 
   Raises:
     UsageError: if nothing there can be read, or it is another kind of model.
@@ -66,8 +66,7 @@ def load(
     opened, config, assignment_map=assignment_map, strict=strict, seed=seed
   )
   placement = model_sharding.place_here(config, mesh)
-  shardings = model_sharding.param_shardings(config, placement)
-  params = tensors.place(found, config, shardings)
+  params = tensors.place(found, config, model_sharding.param_shardings(config, placement))
   return Model(
     config,
     params,
@@ -86,21 +85,14 @@ def new(
   mesh: MeshConfig | None = None,
   seed: int = 0,
 ) -> 'Model':
-  """Returns a model that has not been trained.
+  """Returns a model that has not been trained, with a vocabulary or for ids alone.
 
-  Args:
-    config: the architecture.
-    vocabulary: None for ids without text.
-    mesh: how the parameters are spread over devices; one device by default.
-    seed: of the parameters.
+  The mesh says how the parameters are spread over devices, one by default; the seed is theirs.
   """
   placement = model_sharding.place_here(config, mesh)
-  init = jax.jit(
-    functools.partial(t5.init_params, config),
-    out_shardings=model_sharding.param_shardings(config, placement),
-  )
-  params = init(jax.random.key(seed))
-  return Model(config, params, vocabulary, placement=placement)
+  shardings = model_sharding.param_shardings(config, placement)
+  init = jax.jit(functools.partial(t5.init_params, config), out_shardings=shardings)
+  return Model(config, init(jax.random.key(seed)), vocabulary, placement=placement)
 
 
 class Model(Generation):
@@ -114,8 +106,7 @@ class Model(Generation):
     placement: where the parameters are; one device by default.
     lengths: task feature lengths of training; empty if unknown.
     step: updates made so far.
-    report: what was loaded, skipped and newly initialised; None if the model
-      was not loaded.
+    report: what was loaded, skipped and newly initialised; None if the model was not loaded.
   """
 
   def __init__(
@@ -134,10 +125,8 @@ class Model(Generation):
     Raises:
       UsageError: if the vocabulary has more ids than the embedding has rows.
     """
-    self.config = config
-    self.params = params
-    self.vocabulary_config = vocabulary
-    self.vocabulary = None
+    self.config, self.params = config, params
+    self.vocabulary_config, self.vocabulary = vocabulary, None
     if vocabulary is not None:
       self.vocabulary = vocabularies.make_vocabulary(vocabulary)
       if self.vocabulary.vocab_size > config.vocab_size:
@@ -150,16 +139,13 @@ class Model(Generation):
     self.step, self.report = step, report
 
   def __repr__(self) -> str:
-    cfg = self.config
-    layers = f'{cfg.num_encoder_layers} and {cfg.num_decoder_layers}'
-    count = model_sharding.count_params(self.params)
-    ids = 'ids alone'
+    cfg, ids = self.config, 'ids alone'
     if self.vocabulary_config is not None and self.vocabulary is not None:
       ids = f'{self.vocabulary.vocab_size} {self.vocabulary_config.kind} ids'
     return (
-      f'<t5x_lite.Model: {cfg.architecture}, {layers} layers of {cfg.emb_dim}, '
-      f'{count:,} parameters ({cfg.param_dtype}), '
-      f'{ids}, step {self.step}, on {self.placement.mesh.size} device(s)>'
+      f'<t5x_lite.Model: {cfg.architecture}, {cfg.num_encoder_layers} and {cfg.num_decoder_layers} '
+      f'layers of {cfg.emb_dim}, {model_sharding.count_params(self.params):,} parameters '
+      f'({cfg.param_dtype}), {ids}, step {self.step}, on {self.placement.mesh.size} device(s)>'
     )
 
   # ---- Numbers ----
@@ -174,8 +160,7 @@ class Model(Generation):
     """Returns float32 logits [B, L, V].
 
     Args:
-      encoder_input_tokens: [B, M] ids, padded with pad_id; None for a model
-        without an encoder.
+      encoder_input_tokens: [B, M] ids, padded with pad_id; None for a model without an encoder.
       decoder_input_tokens: [B, L] ids, beginning with decoder_start_id.
       decoder_causal_attention: [B, L], 1 at the prefix of a prefix model.
     """
@@ -190,11 +175,10 @@ class Model(Generation):
     }
     arrays = {k: np.asarray(v, np.int32) for k, v in given.items() if v is not None}
     length = arrays['decoder_input_tokens'].shape[1]
-    fill = {'decoder_causal_attention': 0}
-    arrays = {
-      name: self._widened(array, fill.get(name, self.config.pad_id))
-      for name, array in arrays.items()
-    }
+    for name, array in arrays.items():
+      missing = prediction.padded_length(array.shape[1]) - array.shape[1]
+      fill = 0 if name == 'decoder_causal_attention' else self.config.pad_id
+      arrays[name] = np.pad(array, ((0, 0), (0, missing)), constant_values=fill)
     return self._call(steps.make_logits_step, arrays)[:, :length]
 
   def encode(
@@ -208,16 +192,15 @@ class Model(Generation):
 
     Args:
       inputs: texts (EOS is added), or ids as they are.
-      pooling: None returns every position, [B, M, D]; 'mean' the mean over real
-        positions, [B, D] (Sentence-T5's choice); 'first' the first position.
+      pooling: None returns every position, [B, M, D]; 'mean' the mean over real positions, [B, D]
+        (Sentence-T5's choice); 'first' the first position.
       max_input_tokens: longer inputs are cut, and a warning counts them.
     """
     if not self.config.has_encoder:
       raise UsageError("architecture='decoder' has no encoder")
     if pooling not in steps.POOLINGS:
-      raise UsageError(
-        f'pooling is {pooling!r}; allowed are {", ".join(map(repr, steps.POOLINGS))}'
-      )
+      allowed = ', '.join(map(repr, steps.POOLINGS))
+      raise UsageError(f'pooling is {pooling!r}; allowed are {allowed}')
     rows = self._rows(inputs, limit=max_input_tokens)
     shape = np.shape(inputs) if isinstance(inputs, np.ndarray) else ()
     length = shape[1] if len(shape) == 2 else max(map(len, rows))
@@ -233,8 +216,8 @@ class Model(Generation):
 
     Args:
       directory: where to.
-      format: 't5x_lite' (a run directory), 'hf' (for from_pretrained of
-        transformers), 't5x', 'adapter' or 'peft'; see `convert.convert`.
+      format: 't5x_lite' (a run directory), 'hf' (for from_pretrained of transformers), 't5x',
+        'adapter' or 'peft'; see `convert.convert`.
       dtype: of the numbers written; as they are in memory by default.
     """
     target = epath.Path(directory)
@@ -252,29 +235,18 @@ class Model(Generation):
     )
 
   def grow_vocabulary(self, tokens: Sequence[str] = (), *, extra_ids: int | None = None) -> 'Model':
-    """Returns the model with more tokens or sentinels.
+    """Returns the model with more tokens, or with extra_ids sentinels in all.
 
-    Args:
-      tokens: new pieces; their rows begin as the mean of the old ones.
-      extra_ids: number of sentinels in all.
+    The rows of new tokens begin as the mean of the old ones.
     """
-    vocabulary = self._check_vocabulary()
+    old = tensors.of_params(self.params, self.config)
     grown, config, vocabulary, _ = grow_vocabulary.grow(
-      tensors.of_params(self.params, self.config),
-      self.config,
-      vocabulary,
-      tokens=tokens,
-      extra_ids=extra_ids,
+      old, self.config, self._check_vocabulary(), tokens=tokens, extra_ids=extra_ids
     )
-    shardings = model_sharding.param_shardings(config, self.placement)
-    return Model(
-      config,
-      tensors.place(grown, config, shardings),
-      vocabulary,
-      placement=self.placement,
-      lengths=self.lengths,
-      step=self.step,
-    )
+    placement = self.placement
+    params = tensors.place(grown, config, model_sharding.param_shardings(config, placement))
+    kept = {'placement': placement, 'lengths': self.lengths, 'step': self.step}
+    return Model(config, params, vocabulary, **kept)
 
   def train(self, *, model_dir: str, **arguments: Any) -> 'Model':
     """Trains from these parameters and returns the trained model.
@@ -291,19 +263,13 @@ class Model(Generation):
 
     vocabulary = self._check_vocabulary()
     with tempfile.TemporaryDirectory(prefix='t5x_lite_') as scratch:
-      start = f'{scratch}/start'
-      self.save(start)
+      self.save(f'{scratch}/start')
       checkpoint = arguments.pop('checkpoint', checkpoints.CheckpointConfig())
+      arguments['checkpoint'] = dataclasses.replace(checkpoint, restore_path=f'{scratch}/start')
       state = train.train(
-        model=self.config,
-        vocabulary=vocabulary,
-        model_dir=model_dir,
-        checkpoint=dataclasses.replace(checkpoint, restore_path=start),
-        **arguments,
+        model=self.config, vocabulary=vocabulary, model_dir=model_dir, **arguments
       )
-    if state is None:  # dry_run
-      return self
-    return self._like_this(model_dir)
+    return self if state is None else self._like_this(model_dir)  # None: dry_run
 
   def finetune(self, data: Any, *, output: str, validation: Any = (), **arguments: Any) -> 'Model':
     """Fine-tunes on pairs of text and returns the best checkpoint as a model.
@@ -311,12 +277,11 @@ class Model(Generation):
     OUTPUT/export is for transformers.
 
     Args:
-      data: files, as for `t5x-lite finetune`; or a list of (input, target)
-        pairs or of dicts, a dict of lists, a DataFrame, a `datasets.Dataset`.
+      data: files, as for `t5x-lite finetune`; or a list of (input, target) pairs or of dicts, a
+        dict of lists, a DataFrame, a `datasets.Dataset`.
       output: the new run's directory; a run that is there is continued.
-      validation: likewise; a part of the data is held out by default.
-      **arguments: of `finetune.finetune`, such as epochs=3 or
-        template='summarize: {article}'.
+      validation: as data; a part of that is held out by default.
+      **arguments: of `finetune.finetune`, such as epochs=3 or template='summarize: {article}'.
     """
     with progress.quiet_stderr():
       from t5x_lite.programs import finetune_rows
@@ -326,11 +291,6 @@ class Model(Generation):
     return self._like_this(best)
 
   # ---- Plumbing ----
-
-  def _widened(self, array: np.ndarray, value: int) -> np.ndarray:
-    """Adds columns of a value likewise."""
-    missing = prediction.padded_length(array.shape[1]) - array.shape[1]
-    return np.pad(array, ((0, 0), (0, missing)), constant_values=value)
 
   def _check_vocabulary(self) -> VocabularyConfig:
     if self.vocabulary_config is None:

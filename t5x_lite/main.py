@@ -1,15 +1,14 @@
 """The command line: `t5x-lite COMMAND --flag=... --gin.NAME=value ...`.
 
-A command runs a keyword-only function of programs/. Its arguments come from gin
-files, from `--gin.` bindings and from flags, which win; flags, their help and
-defaults are read from the function's source. Its module is imported only when
-it runs, so that `--help` is instant and inference does without TensorFlow.
+A command runs a keyword-only function of programs/. Its arguments come from gin files, `--gin.`
+bindings and flags, which win; flags, their help and defaults are read from its source. Its module
+is imported only when it runs: `--help` is instant, and inference does without TensorFlow.
 
-Exit codes: 0 done; 2 a mistake of the user, told in one line on stderr; 3 a
-program that does not fit into the device; 4 training diverged; 5 another
-process of the run was lost; 6 training stopped early for SIGTERM or Ctrl-C and
-saved, the same command continues it; 7 a checkpoint, or another file, could not
-be written, those before it are whole; 130 interrupted; 1 anything else, with a traceback.
+Exit codes: 0 done; 2 a mistake of the user, told in one line on stderr; 3 a program that does not
+fit into the device; 4 training diverged; 5 another process of the run was lost; 6 training stopped
+early for SIGTERM or Ctrl-C and saved, the same command continues it; 7 a checkpoint, or another
+file, could not be written, those before it are whole; 130 interrupted; 1 anything else, with a
+traceback.
 """
 
 import argparse
@@ -33,12 +32,11 @@ PROGRAM_NAME = 't5x-lite'
 COMPLETION = 'completion'
 EXIT_STOPPED = 6
 # No bugs either: places that cannot be written to, and disks that are full or fail.
-_FILE_ERRORS = {
-  **dict.fromkeys(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), 2
-  ),
-  **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT), 7),
+_CODES = {
+  2: 'EACCES EPERM EROFS EEXIST ENOTDIR ENAMETOOLONG',
+  7: 'ENOSPC EDQUOT EIO ESTALE ETIMEDOUT',
 }
+_FILE_ERRORS = {getattr(errno, name): code for code in _CODES for name in _CODES[code].split()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +44,15 @@ class Command:
   """What `t5x-lite NAME` runs.
 
   Attributes:
-    function: dotted name of a keyword-only function. Its parameters that can be
-      written on a command line are flags; help and defaults are its own.
+    function: dotted name of a keyword-only function. Its parameters that can be written on a
+      command line are flags; help and defaults are its own.
     help: one line for the list of commands.
     positional: parameters that are given without their name.
     inherits: dotted name of the function whose experiment files this one reads.
-    computes: it runs steps, whose temporaries are worth keeping; see
-      parallel/host_memory.py.
+    computes: it runs steps, whose temporaries are worth keeping; see parallel/host_memory.py.
     opened: a parameter that is an object, whose simple fields are flags too.
-    runs_commands: it is given gin files without their flag, checks and runs
-      other commands, and is no process of theirs.
+    runs_commands: it is given gin files without their flag, checks and runs other commands, and is
+      no process of theirs.
   """
 
   function: str
@@ -90,85 +87,65 @@ class Command:
     ]
 
 
-_TRAIN = 't5x_lite.programs.train.train'
+def _command(program: str, help: str, **more: Any) -> Command:
+  """Returns what runs the function of a module of programs/ that has the module's name."""
+  return Command(f't5x_lite.programs.{program}.{program}', help, **more)
+
+
+_TO_DESTINATION = ('source', 'destination')
+_LIKE_TRAIN = 't5x_lite.programs.train.train'
 COMMANDS: dict[str, Command] = {
-  'train': Command(_TRAIN, 'train a model, or continue its run', computes=True),
-  'finetune': Command(
-    't5x_lite.programs.finetune.finetune',
-    'fine-tune a checkpoint on your own file, and export it',
-    computes=True,
+  'train': _command('train', 'train a model, or continue its run', computes=True),
+  'finetune': _command(
+    'finetune', 'fine-tune a checkpoint on your own file, and export it', computes=True
   ),
-  'eval': Command(
-    't5x_lite.programs.evaluate.evaluate',
-    'evaluate a run on tasks by their own metrics',
-    computes=True,
-    opened='decoding',
+  'eval': _command(
+    'evaluate', 'evaluate a run on tasks by their own metrics', computes=True, opened='decoding'
   ),
-  'infer': Command(
-    't5x_lite.programs.infer.infer',
-    'predict for every line of a file',
-    computes=True,
-    opened='decoding',
+  'infer': _command('infer', 'predict for every line of a file', computes=True, opened='decoding'),
+  'serve': _command(
+    'serve', 'serve a model over HTTP, to OpenAI clients too', positional=('model',), computes=True
   ),
-  'serve': Command(
-    't5x_lite.programs.serve.serve',
-    'serve a model over HTTP, to OpenAI clients too',
-    positional=('model',),
-    computes=True,
+  'quickstart': _command(
+    'quickstart', 'pretrain, fine-tune, evaluate and predict on the embedded text', computes=True
   ),
-  'quickstart': Command(
-    't5x_lite.programs.quickstart.quickstart',
-    'pretrain, fine-tune, evaluate and predict on the embedded text',
-    computes=True,
+  'report': _command(
+    'report', 'write one HTML page about a run, or about several side by side', positional=('runs',)
   ),
-  'report': Command(
-    't5x_lite.programs.report.report',
-    'write one HTML page about a run, or about several side by side',
-    positional=('runs',),
+  'preview': _command(
+    'preview', 'look at what a task or mixture feeds the model', positional=('task',)
   ),
-  'preview': Command(
-    't5x_lite.programs.preview.preview',
-    'look at what a task or mixture feeds the model',
-    positional=('task',),
-  ),
-  'vocab': Command(
-    't5x_lite.programs.train_vocabulary.train_vocabulary',
-    'train a SentencePiece vocabulary on your own text',
-  ),
-  'convert': Command(
-    't5x_lite.programs.convert.convert',
+  'vocab': _command('train_vocabulary', 'train a SentencePiece vocabulary on your own text'),
+  'convert': _command(
+    'convert',
     'convert checkpoints between t5x_lite, Hugging Face and T5X',
-    positional=('source', 'destination'),
+    positional=_TO_DESTINATION,
   ),
-  'export': Command(
-    't5x_lite.programs.export.export',
+  'export': _command(
+    'export',
     'write a model as StableHLO or a SavedModel, for programs without t5x_lite',
     positional=('model', 'destination'),
   ),
-  'average': Command(
-    't5x_lite.programs.average.average',
+  'average': _command(
+    'average',
     'average the last checkpoints of a run, or several runs',
     positional=('sources', 'destination'),
   ),
-  'grow_vocab': Command(
-    't5x_lite.programs.grow_vocabulary.grow_vocabulary',
+  'grow_vocab': _command(
+    'grow_vocabulary',
     'add tokens or sentinels to a model and its vocabulary',
-    positional=('source', 'destination'),
+    positional=_TO_DESTINATION,
   ),
-  'study': Command(
-    't5x_lite.programs.study.study',
-    'run a table of experiments, and report it beside the paper',
-    runs_commands=True,
+  'study': _command(
+    'study', 'run a table of experiments, and report it beside the paper', runs_commands=True
   ),
-  'precompile': Command(
-    't5x_lite.programs.precompile.precompile',
+  'precompile': _command(
+    'precompile',
     'compile a step for TPUs that you do not have; does it fit, what bounds it',
-    inherits=_TRAIN,
+    inherits=_LIKE_TRAIN,
   ),
-  'plan': Command(
-    't5x_lite.programs.plan.plan',
-    'search mesh, remat policy and microbatches for a topology',
-    inherits=_TRAIN,
+  'plan': _command(
+    'plan', 'search mesh, remat policy and microbatches for a topology', inherits=_LIKE_TRAIN
   ),
 }
 
@@ -182,19 +159,18 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
   """Returns the parser; only the command in argv gets its flags."""
-  parser = _Parser(
-    prog=PROGRAM_NAME,
-    description='T5 in JAX. `t5x-lite COMMAND --help` lists its flags.',
-    allow_abbrev=False,
-  )
+  text = 'T5 in JAX. `t5x-lite COMMAND --help` lists its flags.'
+  parser = _Parser(prog=PROGRAM_NAME, description=text, allow_abbrev=False)
   parser.add_argument('--version', action='version', version=__version__)
   subparsers = parser.add_subparsers(
     dest='command', metavar='COMMAND', required=True, parser_class=_Parser
   )
+
+  def add(name: str, text: str) -> argparse.ArgumentParser:
+    return subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+
   for name, command in COMMANDS.items():
-    sub = subparsers.add_parser(
-      name, help=command.help, description=command.help, allow_abbrev=False
-    )
+    sub = add(name, command.help)
     if name in argv:
       for parameter in command.parameters():
         _add_flag(sub, parameter, positional=parameter.name in command.positional)
@@ -202,8 +178,7 @@ def _make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         sub.add_argument('gin_files', metavar='FILE', nargs='*', default=[], help='gin files')
       _add_common_flags(sub)
       sub.epilog = _epilog(command)
-  text = 'print a script that completes commands, flags and files in a shell'
-  sub = subparsers.add_parser(COMPLETION, help=text, description=text, allow_abbrev=False)
+  sub = add(COMPLETION, 'print a script that completes commands, flags and files in a shell')
   sub.add_argument('shell', choices=('bash', 'zsh'), metavar='SHELL', help='bash or zsh')
   return parser
 
@@ -224,72 +199,47 @@ def _print_completion(shell: str) -> int:
 def _epilog(command: Command) -> str:
   """Says what has no flag, since it is an object."""
   found = command_flags.read_parameters(command.function)
-  rest = [parameter.name for parameter in found if parameter.type is None]
-  rest = [name for name in rest if name not in ('summarize_config_fn', 'check')]
-  if not rest:
-    return ''
-  return f'Set by gin alone: {", ".join(rest)}. See configs/runs/ for examples.'
+  own = ('summarize_config_fn', 'check')
+  rest = [p.name for p in found if p.type is None and p.name not in own]
+  return f'Set by gin alone: {", ".join(rest)}. See configs/runs/ for examples.' if rest else ''
 
 
 def _add_flag(parser: argparse.ArgumentParser, parameter: Parameter, *, positional: bool) -> None:
-  text = parameter.help.replace('%', '%%')
+  name, text = parameter.name, parameter.help
   if parameter.default:
-    default = parameter.default.replace('%', '%%')
-    text = f'{text} (default: {default})'
-  name = parameter.name
-  if positional:
-    parser.add_argument(
-      name, metavar=name.upper(), help=text, nargs='+' if parameter.many else None
-    )
-  elif parameter.type is bool:
+    text = f'{text} (default: {parameter.default})'
+  text = text.replace('%', '%%')
+  if parameter.type is bool and not positional:
     # None stands for a flag that was not given: gin or the default decides.
     parser.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=None, help=text)
-  else:
-    parser.add_argument(
-      f'--{name}',
-      type=parameter.type or str,
-      nargs='+' if parameter.many else None,
-      metavar=name.upper(),
-      help=text,
-    )
+    return
+  options: dict[str, Any] = {} if positional else {'type': parameter.type}
+  flag = name if positional else f'--{name}'
+  nargs = '+' if parameter.many else None
+  parser.add_argument(flag, metavar=name.upper(), nargs=nargs, help=text, **options)
 
 
 def _add_common_flags(parser: argparse.ArgumentParser) -> None:
   gin = parser.add_argument_group('configuration')
-  gin.add_argument(
-    '--gin_file',
-    action='append',
-    default=[],
-    metavar='FILE',
-    help='gin file; may be given several times, later ones win; configs/... '
-    'that came with the package is found from anywhere',
+  text = (
+    'gin file; may be given several times, later ones win; configs/... that came with the package '
+    'is found from anywhere'
   )
-  gin.add_argument(
-    '--gin_bindings',
-    action='append',
-    default=[],
-    metavar='STATEMENT',
-    help="a gin statement; --gin.NAME=value is short for 'NAME = value', where "
-    'a value that is no number, @reference or %%macro is a string',
+  gin.add_argument('--gin_file', action='append', default=[], metavar='FILE', help=text)
+  text = (
+    "a gin statement; --gin.NAME=value is short for 'NAME = value', where a value that is no "
+    'number, @reference or %%macro is a string'
   )
-  gin.add_argument(
-    '--gin_search_paths',
-    default='',
-    metavar='DIRS',
-    help='comma-separated directories in which gin files are looked for',
-  )
+  gin.add_argument('--gin_bindings', action='append', default=[], metavar='STATEMENT', help=text)
+  text = 'comma-separated directories in which gin files are looked for'
+  gin.add_argument('--gin_search_paths', default='', metavar='DIRS', help=text)
   data = parser.add_argument_group('data')
-  data.add_argument(
-    '--tfds_data_dir', metavar='DIR', help='where TFDS has prepared datasets; TFDS_DATA_DIR'
-  )
-  data.add_argument(
-    '--seqio_additional_cache_dirs',
-    metavar='DIRS',
-    help='comma-separated directories of what seqio_cache_tasks wrote',
-  )
-  processes = parser.add_argument_group(
-    'many processes (found by themselves on SLURM, Kubernetes, Open MPI, TPU)'
-  )
+  text = 'where TFDS has prepared datasets; TFDS_DATA_DIR'
+  data.add_argument('--tfds_data_dir', metavar='DIR', help=text)
+  text = 'comma-separated directories of what seqio_cache_tasks wrote'
+  data.add_argument('--seqio_additional_cache_dirs', metavar='DIRS', help=text)
+  title = 'many processes (found by themselves on SLURM, Kubernetes, Open MPI, TPU)'
+  processes = parser.add_argument_group(title)
   processes.add_argument('--coordinator_address', metavar='HOST:PORT')
   processes.add_argument('--process_count', type=int, metavar='N')
   processes.add_argument('--process_index', type=int, metavar='I')
@@ -299,24 +249,14 @@ def _rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
   """Turns --gin.NAME=value into --gin_bindings, so that their order stays."""
   from t5x_lite.gin_front import configuration
 
-  rewritten = []
-  for argument in argv:
-    match = re.fullmatch(r'--gin\.([^=\s]+)=(.*)', argument, re.DOTALL)
-    if match:
-      rewritten.append('--gin_bindings=' + configuration.binding(*match.groups()))
-    elif argument.startswith('--gin.'):
+  def rewrite(argument: str) -> str:
+    if match := re.fullmatch(r'--gin\.([^=\s]+)=(.*)', argument, re.DOTALL):
+      return '--gin_bindings=' + configuration.binding(*match.groups())
+    if argument.startswith('--gin.'):
       raise UsageError(f'{argument} needs a value: write {argument}=value')
-    else:
-      rewritten.append(argument)
-  return rewritten
+    return argument
 
-
-def _load(command: Command) -> Any:
-  module, name = command.function.rsplit('.', 1)
-  from t5x_lite.runs import progress  # imports jax, which --help does without
-
-  with progress.quiet_stderr():
-    return getattr(importlib.import_module(module), name)
+  return [rewrite(argument) for argument in argv]
 
 
 def _write_config(model_dir: str, text: str) -> None:
@@ -352,16 +292,14 @@ def _configure(args: argparse.Namespace) -> Any:
   if command.runs_commands:
     given['check'] = lambda argv: _configure(_parse(argv)).arguments()
   # Read when data is: TensorFlow is not imported for these.
-  for name, value in (
-    ('TFDS_DATA_DIR', args.tfds_data_dir),
-    ('SEQIO_CACHE_DIRS', args.seqio_additional_cache_dirs),
-  ):
-    if value:
-      os.environ[name] = value
-  function = _load(command)
+  if args.tfds_data_dir:
+    os.environ['TFDS_DATA_DIR'] = args.tfds_data_dir
+  if args.seqio_additional_cache_dirs:
+    os.environ['SEQIO_CACHE_DIRS'] = args.seqio_additional_cache_dirs
+  module, _, name = command.function.rpartition('.')
   with progress.quiet_stderr():  # gin files import modules too
     return configuration.configure(
-      function,
+      getattr(importlib.import_module(module), name),
       gin_files=[*getattr(args, 'gin_files', ()), *args.gin_file],
       bindings=[*args.gin_bindings, *fields],
       search_paths=[path for path in args.gin_search_paths.split(',') if path],
@@ -399,11 +337,15 @@ def _out_of_memory(error: Exception) -> str:
   asked = re.search(r'allocat\w+ ([\d.]+ ?\w+)', str(error))
   what = f' ({asked[1]} more were asked for)' if asked else ''
   return (
-    f'the device is out of memory{what}: use a smaller batch '
-    '(DatasetConfig.batch_size, --batch_tokens of finetune, --batch_size of '
-    'infer), num_microbatches, shorter inputs, T5Config.remat_policy, or more '
-    'devices along fsdp or model (docs/launch.md)'
+    f'the device is out of memory{what}: use a smaller batch (DatasetConfig.batch_size, '
+    '--batch_tokens of finetune, --batch_size of infer), num_microbatches, shorter inputs, '
+    'T5Config.remat_policy, or more devices along fsdp or model (docs/launch.md)'
   )
+
+
+def _tell(message: object) -> None:
+  """Prints the first line of what the user should know."""
+  print(f'{PROGRAM_NAME}: {str(message).splitlines()[0]}', file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -412,33 +354,32 @@ def main(argv: Sequence[str] | None = None) -> int:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   logging.basicConfig(format='%(asctime)s %(levelname).1s %(message)s', datefmt='%H:%M:%S')
   logging.getLogger('t5x_lite').setLevel(logging.INFO)
-  # A console script does not look there, `python -m` does: the user's own
-  # module of tasks is found either way.
+  # `python -m` looks there too: the user's own module of tasks is found either way.
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
   try:
     return _run(sys.argv[1:] if argv is None else argv)
   except UsageError as error:
-    print(f'{PROGRAM_NAME}: {str(error).splitlines()[0]}', file=sys.stderr)
+    _tell(error)
     return 2
   except KeyboardInterrupt:
-    print(f'{PROGRAM_NAME}: interrupted', file=sys.stderr)
+    _tell('interrupted')
     return 130
   except Exception as error:
     if 'RESOURCE_EXHAUSTED' in str(error) and not hasattr(error, 'exit_code'):
-      print(f'{PROGRAM_NAME}: {_out_of_memory(error)}', file=sys.stderr)
+      _tell(_out_of_memory(error))
       return 3
     # gin raises a copy of an error, without what OSError holds.
     found = error if getattr(error, 'errno', None) else error.__context__
     if isinstance(found, OSError) and found.errno in _FILE_ERRORS:
-      print(f'{PROGRAM_NAME}: {found.strerror}: {found.filename or "a file"}', file=sys.stderr)
+      _tell(f'{found.strerror}: {found.filename or "a file"}')
       return _FILE_ERRORS[found.errno]
     # What a run can meet without a bug in it names its exit code.
     code = getattr(error, 'exit_code', None)
     if code is None:
       raise
     if str(error):  # some have said it all already
-      print(f'{PROGRAM_NAME}: {str(error).splitlines()[0]}', file=sys.stderr)
+      _tell(error)
     if getattr(error, 'exit_at_once', False):
       sys.stdout.flush()
       sys.stderr.flush()
