@@ -12,7 +12,7 @@ import importlib.resources
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 import fastapi
@@ -23,10 +23,9 @@ from fastapi.exceptions import RequestValidationError
 
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decoding.continuous import Output, Request
-from t5x_lite.errors import UsageError
 from t5x_lite.serving import guard
 from t5x_lite.serving.guard import Guard, Limits, Metrics, RefusedError
-from t5x_lite.serving.worker import QueueFullError, StoppedError, Worker
+from t5x_lite.serving.worker import Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +141,8 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     yield
     await asyncio.to_thread(worker.stop)
 
-  app = fastapi.FastAPI(
-    title=f't5x_lite: {served.name}', lifespan=lifespan, docs_url=None, redoc_url=None
-  )
+  title = f't5x_lite: {served.name}'
+  app = fastapi.FastAPI(title=title, lifespan=lifespan, docs_url=None, redoc_url=None)
 
   def rows_of(inputs: Any, *, truncate: bool = False) -> list[list[int]]:
     """Returns token rows, EOS included, within the limits."""
@@ -169,28 +167,34 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     return rows
 
   def check_length(asked: int | None) -> int:
-    most = limits.max_new_tokens
-    if asked is not None and asked > most:
-      raise RefusedError(400, f'{asked} new tokens; {most} are allowed')
-    return asked or most
+    if asked is not None and asked > limits.max_new_tokens:
+      raise RefusedError(400, f'{asked} new tokens; {limits.max_new_tokens} are allowed')
+    return asked or limits.max_new_tokens
+
+  def requests_of(
+    rows: list[list[int]], length: int, seed: int, each: int, **settings: Any
+  ) -> list[Request]:
+    """Returns `each` requests of every row, of different seeds."""
+    return [
+      Request(tokens=row, max_new_tokens=length, seed=seed + i, **settings)
+      for row in rows
+      for i in range(each)
+    ]
 
   async def outputs(request: Request) -> AsyncGenerator[Output]:
     """Yields what is decoded, as it grows; leaving early gives the slot back."""
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-    began: float | None = time.monotonic()
-
-    def deliver(output: Output | Exception) -> None:
-      loop.call_soon_threadsafe(queue.put_nowait, output)
-
-    ticket = worker.submit(request, deliver)
+    queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+    put = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, queue.put_nowait)
+    first, began = True, time.monotonic()
+    ticket = worker.submit(request, put)
     try:
       while True:
         output = await queue.get()
         if isinstance(output, Exception):
           raise output
-        if began is not None:
+        if first:
           metrics.first.observe(time.monotonic() - began)
-          began = None
+        first = False
         yield output
         if output.ended:
           metrics.tokens.labels('output').inc(len(output.tokens))
@@ -207,19 +211,19 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
           return text.text, output, ended
     raise AssertionError('an output always ends')
 
-  async def in_time(work: Awaitable[Any]) -> Any:
-    async with asyncio.timeout(limits.request_seconds):
-      return await work
-
   async def on_device(function: Callable[..., Any], *args: Any) -> Any:
-    return await in_time(asyncio.wrap_future(worker.call(functools.partial(function, *args))))
+    async with asyncio.timeout(limits.request_seconds):
+      return await asyncio.wrap_future(worker.call(functools.partial(function, *args)))
 
   async def stream(
-    request: Request, stop: Sequence[str], wrap: Callable[[str, str | None, Output], Any]
+    requests: list[Request], stop: Sequence[str], wrap: Callable[[str, str | None, Output], Any]
   ) -> responses.StreamingResponse:
     """Answers with server-sent events; what is refused is refused before the first."""
-    growing = outputs(request)
-    first = await in_time(anext(growing))
+    if len(requests) > 1:
+      raise RefusedError(400, 'stream takes one input and one output of it: num_outputs or n is 1')
+    growing = outputs(requests[0])
+    async with asyncio.timeout(limits.request_seconds):
+      first = await anext(growing)
 
     async def events() -> AsyncIterator[str]:
       text, output = _Text(vocabulary, stop), first
@@ -243,16 +247,13 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     if len(requests) > limits.max_inputs:
       raise RefusedError(400, f'{len(requests)} outputs; at most {limits.max_inputs} are allowed')
 
-    async def together() -> list[tuple[str, Output, str]]:
-      tasks: list[asyncio.Task] = []
-      try:
-        async with asyncio.TaskGroup() as group:
-          tasks = [group.create_task(finish(request, stop)) for request in requests]
-      except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-      return [task.result() for task in tasks]
-
-    return await in_time(together())
+    tasks: list[asyncio.Task] = []
+    try:
+      async with asyncio.timeout(limits.request_seconds), asyncio.TaskGroup() as group:
+        tasks = [group.create_task(finish(request, stop)) for request in requests]
+    except ExceptionGroup as errors:
+      raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
   @app.post('/generate')
   async def generate(body: GenerateBody) -> Any:
@@ -263,38 +264,26 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
         raise RefusedError(400, 'decoding replaces the other settings, and is not streamed')
       tokens, scores = await on_device(served.decode, rows, length, body.seed, body.decoding)
       metrics.tokens.labels('output').inc(sum(map(len, tokens)))
-      count = len(tokens) // len(rows)
+      each = len(tokens) // len(rows)
       found = [
-        {'text': vocabulary.decode(row), 'score': score, 'index': i // count}
+        {'text': vocabulary.decode(row), 'score': score, 'index': i // each}
         for i, (row, score) in enumerate(zip(tokens, scores, strict=True))
       ]
       return {'outputs': found}
     settings = {'temperature': body.temperature, 'top_k': body.top_k, 'top_p': body.top_p}
-    requests = [
-      Request(tokens=row, max_new_tokens=length, seed=body.seed + i, **settings)
-      for row in rows
-      for i in range(body.num_outputs)
-    ]
+    requests = requests_of(rows, length, body.seed, body.num_outputs, **settings)
+
+    def show(text: str, ended: str | None, output: Output, **more: Any) -> dict[str, Any]:
+      score = sum(output.log_probs)  # log-probability, EOS included
+      return {'text': text, 'score': score, 'finish_reason': ended, **more}
+
     if body.stream:
-      if len(requests) > 1:
-        raise RefusedError(400, 'stream takes one input and num_outputs=1')
-
-      def wrap(text: str, ended: str | None, output: Output) -> Any:
-        return {'text': text, 'finish_reason': ended, 'score': sum(output.log_probs)}
-
-      return await stream(requests[0], body.stop, wrap)
-    found = await all_of(requests, body.stop)
-    shown = [
-      {
-        'text': text,
-        'score': sum(output.log_probs),  # log-probability, EOS included
-        'num_tokens': len(output.tokens),
-        'finish_reason': ended,
-        'index': i // body.num_outputs,
-      }
-      for i, (text, output, ended) in enumerate(found)
+      return await stream(requests, body.stop, show)
+    found = [
+      show(text, ended, output, num_tokens=len(output.tokens), index=i // body.num_outputs)
+      for i, (text, output, ended) in enumerate(await all_of(requests, body.stop))
     ]
-    return {'outputs': shown}
+    return {'outputs': found}
 
   @app.post('/score')
   async def score(body: ScoreBody) -> Any:
@@ -317,48 +306,36 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     seed = uuid.uuid4().int % 2**31 if body.seed is None else body.seed
     length = check_length(body.max_tokens)
     settings = {'temperature': body.temperature, 'top_p': body.top_p}
-    requests = [
-      Request(tokens=row, max_new_tokens=length, seed=seed + i, **settings)
-      for row in rows
-      for i in range(body.n)
-    ]
-    head = {
-      'id': f'cmpl-{uuid.uuid4().hex}',
-      'object': 'text_completion',
-      'created': int(time.time()),
-      'model': served.name,
-    }
+    requests = requests_of(rows, length, seed, body.n, **settings)
+    head = {'object': 'text_completion', 'created': int(time.time()), 'model': served.name}
+    head['id'] = f'cmpl-{uuid.uuid4().hex}'
 
     def choice(index: int, text: str, ended: str | None) -> dict[str, Any]:
       return {'index': index, 'text': text, 'logprobs': None, 'finish_reason': ended}
 
     if body.stream:
-      if len(requests) > 1:
-        raise RefusedError(400, 'stream takes one prompt and n=1')
       return await stream(
-        requests[0], stop, lambda text, ended, _: {**head, 'choices': [choice(0, text, ended)]}
+        requests, stop, lambda text, ended, _: {**head, 'choices': [choice(0, text, ended)]}
       )
     found = await all_of(requests, stop)
-    read = sum(map(len, rows))
+    choices = [choice(i, text, ended) for i, (text, _, ended) in enumerate(found)]
     written = sum(len(output.tokens) for _, output, _ in found)
-    return {
-      **head,
-      'choices': [choice(i, text, ended) for i, (text, _, ended) in enumerate(found)],
-      'usage': _usage(read, completion_tokens=written),
-    }
+    return {**head, 'choices': choices, 'usage': _usage(rows, completion_tokens=written)}
 
   @app.post('/v1/embeddings')
   async def embeddings(body: EmbeddingBody) -> Any:
     if body.encoding_format not in ('float', 'base64'):
       raise RefusedError(400, f'encoding_format is {body.encoding_format!r}; float or base64')
     rows = rows_of(body.input)
-    vectors = await on_device(served.encode, rows)
-    data = [
-      {'object': 'embedding', 'index': i, 'embedding': _as_asked(vector, body.encoding_format)}
-      for i, vector in enumerate(vectors)
-    ]
-    usage = _usage(sum(map(len, rows)))
-    return {'object': 'list', 'model': served.name, 'data': data, 'usage': usage}
+
+    def shown(vector: Any) -> Any:
+      if body.encoding_format == 'float':
+        return vector.tolist()
+      return base64.b64encode(vector.astype('<f4').tobytes()).decode()
+
+    vectors = map(shown, await on_device(served.encode, rows))
+    data = [{'object': 'embedding', 'index': i, 'embedding': x} for i, x in enumerate(vectors)]
+    return {'object': 'list', 'model': served.name, 'data': data, 'usage': _usage(rows)}
 
   @app.get('/v1/models')
   async def models() -> Any:
@@ -387,17 +364,11 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   async def explained(_: Any, error: Exception) -> responses.JSONResponse:
     return guard.error_response(*guard.explain(error))
 
-  for kind in (RefusedError, UsageError, QueueFullError, StoppedError, TimeoutError, Exception):
+  for kind in (*guard.STATUS, RefusedError, RequestValidationError, Exception):
     app.add_exception_handler(kind, explained)
-  app.add_exception_handler(RequestValidationError, explained)
   return Guard(app, limits=limits, token=token, metrics=metrics)
 
 
-def _usage(read: int, **written: int) -> dict[str, int]:
+def _usage(rows: list[list[int]], **written: int) -> dict[str, int]:
+  read = sum(map(len, rows))
   return {'prompt_tokens': read, **written, 'total_tokens': read + sum(written.values())}
-
-
-def _as_asked(vector: Any, encoding: str) -> Any:
-  if encoding == 'float':
-    return [float(x) for x in vector]
-  return base64.b64encode(vector.astype('<f4').tobytes()).decode()

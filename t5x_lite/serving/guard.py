@@ -7,14 +7,14 @@ too large, 429 the queue is full, 503 the server stops, 504 it took too long.
 
 import asyncio
 import dataclasses
-import functools
 import hmac
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import prometheus_client
 from fastapi import responses
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from t5x_lite.errors import UsageError
 from t5x_lite.serving.worker import QueueFullError, StoppedError, Worker
@@ -30,6 +30,10 @@ class Limits:
   max_body_bytes: int = 2**20
   body_seconds: float = 10.0
   request_seconds: float = 120.0
+
+
+# Of errors that clients are told of in their own words; those of a TimeoutError are ours.
+STATUS = {UsageError: 400, QueueFullError: 429, StoppedError: 503, TimeoutError: 504}
 
 
 class RefusedError(Exception):
@@ -56,23 +60,19 @@ class Metrics:
   """What /metrics shows, in a registry of its own."""
 
   def __init__(self, worker: Worker):
-    self.registry = prometheus_client.CollectorRegistry()
-    make = functools.partial(dict, registry=self.registry)
-    self.requests = prometheus_client.Counter(
-      't5x_lite_requests', 'Answered requests.', ['path', 'status'], **make()
-    )
-    self.tokens = prometheus_client.Counter('t5x_lite_tokens', 'Tokens.', ['kind'], **make())
-    self.seconds = prometheus_client.Histogram(
-      't5x_lite_request_seconds', 'From request to its last byte.', ['path'], **make()
-    )
-    self.first = prometheus_client.Histogram(
-      't5x_lite_first_token_seconds', 'From request to its first tokens.', **make()
-    )
-    for name, text, read in (
-      ('waiting', 'Requests without a slot.', lambda: worker.num_waiting),
-      ('running', 'Requests being decoded.', lambda: worker.num_running),
-    ):
-      prometheus_client.Gauge(f't5x_lite_{name}', text, **make()).set_function(read)
+    self.registry = CollectorRegistry()
+
+    def make(kind: Any, name: str, text: str, labels: Sequence[str] = ()) -> Any:
+      return kind(f't5x_lite_{name}', text, labels, registry=self.registry)
+
+    self.requests = make(Counter, 'requests', 'Answered requests.', ['path', 'status'])
+    self.tokens = make(Counter, 'tokens', 'Tokens.', ['kind'])
+    self.seconds = make(Histogram, 'request_seconds', 'From request to its last byte.', ['path'])
+    self.first = make(Histogram, 'first_token_seconds', 'From request to its first tokens.')
+    waiting = make(Gauge, 'waiting', 'Requests without a slot.')
+    waiting.set_function(lambda: worker.num_waiting)
+    running = make(Gauge, 'running', 'Requests being decoded.')
+    running.set_function(lambda: worker.num_running)
 
 
 class Guard:
@@ -101,8 +101,7 @@ class Guard:
     try:
       await self._answer(scope, receive, counted)
     finally:
-      route = scope.get('route')
-      path = getattr(route, 'path', 'other')
+      path = getattr(scope.get('route'), 'path', 'other')
       self._metrics.requests.labels(path, status).inc()
       self._metrics.seconds.labels(path).observe(time.monotonic() - began)
 
@@ -111,38 +110,31 @@ class Guard:
       await error_response(status, message)(scope, receive, send)
 
     # The page is one file without secrets, and has a field for the token.
-    open_to_all = scope['path'] in ('/', '/healthz', '/readyz')
-    if self._token and not open_to_all:
+    if self._token and scope['path'] not in ('/', '/healthz', '/readyz'):
       given = dict(scope['headers']).get(b'authorization', b'')
       if not hmac.compare_digest(given, f'Bearer {self._token}'.encode()):
         await refuse(401, 'no token, or a wrong one: Authorization: Bearer TOKEN')
         return
     most, seconds = self._limits.max_body_bytes, self._limits.body_seconds
-    parts: list[bytes] = []
+    body, more = bytearray(), True
     try:
       async with asyncio.timeout(seconds):
-        more = True
         while more:
           message = await receive()
           if message['type'] == 'http.disconnect':
             return
-          parts.append(message.get('body', b''))
+          body += message.get('body', b'')
           more = message.get('more_body', False)
-          if sum(map(len, parts)) > most:
+          if len(body) > most:
             await refuse(413, f'the body is larger than {most} bytes')
             return
     except TimeoutError:
       await refuse(408, f'the body did not come within {seconds:g} s')
       return
-    body = b''.join(parts)
-    handed_over = False
+    read = [{'type': 'http.request', 'body': bytes(body), 'more_body': False}]
 
     async def replay() -> Any:
-      nonlocal handed_over
-      if handed_over:
-        return await receive()
-      handed_over = True
-      return {'type': 'http.request', 'body': body, 'more_body': False}
+      return read.pop() if read else await receive()
 
     await self._app(scope, replay, send)
 
@@ -155,9 +147,7 @@ def explain(error: Exception) -> tuple[int, str]:
     first = error.errors()[0]
     where = '.'.join(str(part) for part in first['loc'] if part != 'body')
     return 400, f'{where or "body"}: {first["msg"]}'
-  for kind, status in ((UsageError, 400), (QueueFullError, 429), (StoppedError, 503)):
+  for kind, status in STATUS.items():
     if isinstance(error, kind):
-      return status, str(error)
-  if isinstance(error, TimeoutError):
-    return 504, 'it took too long'
+      return status, 'it took too long' if kind is TimeoutError else str(error)
   return 500, f'{type(error).__name__}: the server failed; its log says more'

@@ -18,7 +18,7 @@ from t5x_lite.decoding.continuous import ContinuousBatch, Output, Request
 
 log = logging.getLogger(__name__)
 
-Deliver = Callable[[Output | Exception], None]
+Deliver = Callable[[Output | Exception], Any]
 
 
 class QueueFullError(RuntimeError):
@@ -40,14 +40,11 @@ class Worker:
   """Feeds a ContinuousBatch from a queue. Its methods may be called from any thread."""
 
   def __init__(self, batch: ContinuousBatch, *, max_queue: int = 256):
-    """Starts the thread.
+    """Starts the thread, which alone uses the batch from now on.
 
-    Args:
-      batch: used by the thread alone from now on.
-      max_queue: requests that may wait for a slot; calls likewise.
+    Of requests max_queue may wait for a slot, and of calls as many.
     """
-    self._batch = batch
-    self._max_queue = max_queue
+    self._batch, self._max_queue = batch, max_queue
     self._waiting: collections.deque[_Job] = collections.deque()
     self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
     self._running: dict[int, _Job] = {}  # by slot
@@ -76,10 +73,8 @@ class Worker:
   def submit(self, request: Request, deliver: Deliver) -> int:
     """Queues a request and returns a ticket for `cancel`.
 
-    Args:
-      request: see `continuous.Request`.
-      deliver: called from the worker's thread with everything decoded so far, after each chunk,
-        until an Output has ended or an exception comes instead.
+    Deliver is called from the worker's thread with everything decoded so far, after each chunk,
+    until an Output has ended or an exception comes instead.
 
     Raises:
       QueueFullError: if too many wait.
@@ -87,10 +82,10 @@ class Worker:
     """
     with self._changed:
       self._check(len(self._waiting))
-      job = _Job(next(self._tickets), request, deliver)
-      self._waiting.append(job)
+      ticket = next(self._tickets)
+      self._waiting.append(_Job(ticket, request, deliver))
       self._changed.notify()
-      return job.ticket
+      return ticket
 
   def call(self, function: Callable[[], Any]) -> Future:
     """Queues a function that uses the device; raises as `submit` does."""
@@ -104,8 +99,7 @@ class Worker:
   def cancel(self, ticket: int) -> None:
     """Forgets a request; nothing is delivered for it any more. Once it has ended, does nothing."""
     with self._changed:
-      known = [*self._waiting, *self._running.values()]
-      if any(job.ticket == ticket for job in known):
+      if any(job.ticket == ticket for job in (*self._waiting, *self._running.values())):
         self._cancelled.add(ticket)
         self._changed.notify()
 
