@@ -87,9 +87,9 @@ class Command:
     ]
 
 
-def _command(program: str, help: str, **more: Any) -> Command:
+def _command(program: str, help: str, positional: tuple[str, ...] = (), **more: Any) -> Command:
   """Returns what runs the function of a module of programs/ that has the module's name."""
-  return Command(f't5x_lite.programs.{program}.{program}', help, **more)
+  return Command(f't5x_lite.programs.{program}.{program}', help, positional, **more)
 
 
 _TO_DESTINATION = ('source', 'destination')
@@ -104,37 +104,29 @@ COMMANDS: dict[str, Command] = {
   ),
   'infer': _command('infer', 'predict for every line of a file', computes=True, opened='decoding'),
   'serve': _command(
-    'serve', 'serve a model over HTTP, to OpenAI clients too', positional=('model',), computes=True
+    'serve', 'serve a model over HTTP, to OpenAI clients too', ('model',), computes=True
   ),
   'quickstart': _command(
     'quickstart', 'pretrain, fine-tune, evaluate and predict on the embedded text', computes=True
   ),
   'report': _command(
-    'report', 'write one HTML page about a run, or about several side by side', positional=('runs',)
+    'report', 'write one HTML page about a run, or about several side by side', ('runs',)
   ),
-  'preview': _command(
-    'preview', 'look at what a task or mixture feeds the model', positional=('task',)
-  ),
+  'preview': _command('preview', 'look at what a task or mixture feeds the model', ('task',)),
   'vocab': _command('train_vocabulary', 'train a SentencePiece vocabulary on your own text'),
   'convert': _command(
-    'convert',
-    'convert checkpoints between t5x_lite, Hugging Face and T5X',
-    positional=_TO_DESTINATION,
+    'convert', 'convert checkpoints between t5x_lite, Hugging Face and T5X', _TO_DESTINATION
   ),
   'export': _command(
     'export',
     'write a model as StableHLO or a SavedModel, for programs without t5x_lite',
-    positional=('model', 'destination'),
+    ('model', 'destination'),
   ),
   'average': _command(
-    'average',
-    'average the last checkpoints of a run, or several runs',
-    positional=('sources', 'destination'),
+    'average', 'average the last checkpoints of a run, or several runs', ('sources', 'destination')
   ),
   'grow_vocab': _command(
-    'grow_vocabulary',
-    'add tokens or sentinels to a model and its vocabulary',
-    positional=_TO_DESTINATION,
+    'grow_vocabulary', 'add tokens or sentinels to a model and its vocabulary', _TO_DESTINATION
   ),
   'study': _command(
     'study', 'run a table of experiments, and report it beside the paper', runs_commands=True

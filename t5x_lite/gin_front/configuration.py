@@ -1,8 +1,8 @@
 """Finds and parses gin files and bindings for one program.
 
-Nothing else in the library knows gin: gin files import modules themselves
-(`from __gin__ import dynamic_registration`) and bind their dataclasses and
-program functions. validation.py then checks what was parsed.
+Nothing else in the library knows gin: gin files import modules themselves (`from __gin__ import
+dynamic_registration`) and bind their dataclasses and program functions. validation.py then checks
+what was parsed.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import tokenize
+import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,17 +24,13 @@ from t5x_lite.errors import UsageError
 from t5x_lite.gin_front import validation
 
 SUMMARIZE = 'summarize_config_fn'
-# What a file of configs/models defines. Without one the program decides, such
-# as by the checkpoint that training starts from.
+# What a file of configs/models defines; without one the program decides, such as by a checkpoint.
 _MODEL_FILE_MACROS = ('MODEL', 'VOCABULARY', 'LOSS')
 _INCLUDE = re.compile(r"""^\s*include\s+['"]([^'"]+)['"]""", re.MULTILINE)
 
 
 def shipped_root() -> pathlib.Path:
-  """Returns the directory whose `configs/` came with the package.
-
-  That is the package itself in an installed wheel, and the checkout around it otherwise.
-  """
+  """Returns where `configs/` came with: a wheel's package, or the checkout around the package."""
   package = pathlib.Path(__file__).parents[1]
   for root in (package, package.parent):
     if (root / 'configs' / 'runs').is_dir():
@@ -44,21 +41,13 @@ def shipped_root() -> pathlib.Path:
 def binding(name: str, text: str) -> str:
   """Returns `--gin.NAME=text` as a gin statement.
 
-  What is no Python literal, @reference or %macro is a string, so that a path
-  needs no second pair of quotes: --gin.MODEL_DIR=/tmp/run.
+  What is no Python literal, @reference or %macro is a string, so that a path needs no second pair
+  of quotes: --gin.MODEL_DIR=/tmp/run.
   """
-
-  class Delegate(config_parser.ParserDelegate):
-    """Only looks whether the text is a value."""
-
-    def configurable_reference(self, scoped_configurable_name, evaluate):
-      return scoped_configurable_name
-
-    def macro(self, macro_name):
-      return macro_name
-
+  # Only looks whether the text is a value.
+  delegate: Any = types.SimpleNamespace(configurable_reference=lambda name, _: name, macro=str)
   try:
-    [statement] = config_parser.ConfigParser(f'x.y = {text}', Delegate())
+    [statement] = config_parser.ConfigParser(f'x.y = {text}', delegate)
     if isinstance(statement, config_parser.BindingStatement):
       return f'{name} = {text}'
   except (SyntaxError, ValueError, tokenize.TokenError):
@@ -74,8 +63,8 @@ class Configured:
 
   Attributes:
     call: runs it.
-    arguments: evaluates what gin binds for it, so that each config checks
-      itself; before another program is configured.
+    arguments: evaluates what gin binds for it, so that each config checks itself; before another
+      program is configured.
     text: the resolved configuration, defaults included, as a gin file that gives the same run.
   """
 
@@ -102,30 +91,29 @@ def configure(
     program: the keyword-only function to run.
     gin_files: names of gin files, later ones win.
     bindings: gin statements, later ones win, and win over all files.
-    search_paths: directories for gin files besides the working directory;
-      `configs/...` of the package is found from anywhere.
+    search_paths: directories for gin files besides the working directory; `configs/...` of the
+      package is found from anywhere.
     given: arguments that do not come from gin; they win over it.
     flags: parameters of the program that have a command-line flag of that name.
-    programs: dotted names of functions that gin files may configure even
-      though this run does not call them.
-    inherits: dotted name of a function whose bindings also count for the
-      program's parameters of the same name, where it has none of its own.
-    write_config: writes `text` into a `model_dir`; given to everything here
-      that has a parameter `summarize_config_fn` (T5X's name).
+    programs: dotted names of functions that gin files may configure, called in this run or not.
+    inherits: dotted name of a function whose bindings also count for the program's parameters of
+      the same name, where it has none of its own.
+    write_config: writes `text` into a `model_dir`; given to everything here that has a parameter
+      `summarize_config_fn` (T5X's name).
 
   Raises:
     UsageError: for anything that cannot work or would do nothing.
   """
   given = dict(given or {})
   prefixes = ['', *search_paths, str(shipped_root())]
-  sources = _Sources(prefixes)
-  paths = [sources.read(name) for name in gin_files]
-  text = '\n'.join([*sources.texts.values(), *bindings])
-  own_text = '\n'.join([*sources.own_texts(), *bindings])
+  texts: dict[pathlib.Path, str] = {}
+  paths = [_read(name, prefixes, texts) for name in gin_files]
+  shipped = shipped_root().resolve() / 'configs'
+  own_texts = [text for path, text in texts.items() if shipped not in path.resolve().parents]
+  text, own_text = ('\n'.join([*found, *bindings]) for found in (texts.values(), own_texts))
 
   gin.clear_config()
-  # No other prefixes of earlier calls, and not gin's reader of package data,
-  # which fails on a folder that could be a namespace package, as configs/ is.
+  # Without gin's reader of package data: it fails on what could be a namespace package: configs/.
   gin_config._LOCATION_PREFIXES[:] = prefixes
   gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
   try:
@@ -179,44 +167,39 @@ def _inherit(selector: str, source: str, program: Callable[..., Any]) -> None:
         gin.bind_parameter(('', selector, argument), bound[argument])
 
 
-class _Sources:
-  """Finds and reads gin files and all that they include, before gin does."""
+def _read(
+  name: str,
+  prefixes: Sequence[str],
+  texts: dict[pathlib.Path, str],
+  included_by: tuple[pathlib.Path, ...] = (),
+) -> pathlib.Path:
+  """Finds a gin file, and reads it and all that it includes into `texts`, before gin does."""
+  path = _find(name, prefixes, included_by)
+  if path in included_by:
+    raise UsageError(f'gin file {path} includes itself')
+  try:
+    texts[path] = path.read_text(encoding='utf-8')
+  except (OSError, UnicodeDecodeError) as error:
+    raise UsageError(f'cannot read gin file {path}: {error}') from error
+  for included in _INCLUDE.findall(texts[path]):
+    _read(included, prefixes, texts, (*included_by, path))
+  return path
 
-  def __init__(self, prefixes: Sequence[str]):
-    self._prefixes = prefixes
-    self.texts: dict[pathlib.Path, str] = {}
 
-  def read(self, name: str, included_by: tuple[pathlib.Path, ...] = ()) -> pathlib.Path:
-    path = self._find(name, included_by)
-    if path in included_by:
-      raise UsageError(f'gin file {path} includes itself')
-    try:
-      self.texts[path] = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-      raise UsageError(f'cannot read gin file {path}: {error}') from error
-    for included in _INCLUDE.findall(self.texts[path]):
-      self.read(included, (*included_by, path))
-    return path
-
-  def own_texts(self) -> list[str]:
-    """The texts of files that did not come with the package."""
-    shipped = shipped_root().resolve() / 'configs'
-    return [text for path, text in self.texts.items() if shipped not in path.resolve().parents]
-
-  def _find(self, name: str, included_by: tuple[pathlib.Path, ...]) -> pathlib.Path:
-    if '://' in name:
-      raise UsageError(
-        f'gin file {name!r} is not on a local disk: gin files run code, so none is fetched; copy it'
-      )
-    for prefix in self._prefixes:
-      path = pathlib.Path(prefix) / name
-      if path.is_file():
-        return path
-    root = shipped_root()
-    known = [str(f.relative_to(root)) for f in root.glob('configs/**/*.gin')]
-    hint = validation.suggest(name, known, cutoff=0.5)
-    where = f' (included by {included_by[-1]})' if included_by else ''
-    raise UsageError(
-      f'no gin file {name!r}{where} in the working directory, '
-      f'--gin_search_paths or the package{hint}'
-    )
+def _find(
+  name: str, prefixes: Sequence[str], included_by: tuple[pathlib.Path, ...]
+) -> pathlib.Path:
+  if '://' in name:
+    why = 'gin files run code, so none is fetched; copy it'
+    raise UsageError(f'gin file {name!r} is not on a local disk: {why}')
+  for prefix in prefixes:
+    path = pathlib.Path(prefix) / name
+    if path.is_file():
+      return path
+  root = shipped_root()
+  known = [str(f.relative_to(root)) for f in root.glob('configs/**/*.gin')]
+  hint = validation.suggest(name, known, cutoff=0.5)
+  where = f' (included by {included_by[-1]})' if included_by else ''
+  raise UsageError(
+    f'no gin file {name!r}{where} in the working directory, --gin_search_paths or the package{hint}'
+  )

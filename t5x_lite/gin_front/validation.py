@@ -1,8 +1,7 @@
 """Checks of a parsed gin configuration: no setting may do nothing in silence.
 
-gin itself reports a misspelt parameter. A misspelt macro, a misspelt scope, a
-binding that nobody reads and a value of the wrong type it accepts, and T5X with
-it. `Walk` follows a program's bindings as gin would evaluate them.
+gin itself reports a misspelt parameter. It accepts, and T5X with it, a misspelt macro or scope, a
+binding that nobody reads, and a value of the wrong type.
 """
 
 import contextlib
@@ -37,21 +36,15 @@ class Walk:
 
   def __init__(self):
     self.bound: dict[tuple[str, str], dict[str, Any]] = {}
-    # Those that gin itself calls, so that all arguments must come from gin.
-    self.called: set[tuple[str, str]] = set()
-    # Keys of gin's configuration that had a say.
-    self.read: set[tuple[str, str]] = set()
+    self.called: set[tuple[str, str]] = set()  # by gin, with all arguments from gin
+    self.read: set[tuple[str, str]] = set()  # keys of gin's configuration that had a say
 
   def visit(
     self, scope: list[str], configurable: Any, *, called: bool = True, skip: Collection[str] = ()
   ) -> None:
-    """Follows a configurable in a scope.
+    """Follows a configurable, called or only handed over, in a scope, outermost first.
 
-    Args:
-      scope: as gin keeps it, outermost first.
-      configurable: gin's record of it.
-      called: whether gin calls it, or only hands it over.
-      skip: arguments whose bindings do not count.
+    Bindings of the arguments in `skip` do not count.
     """
     key = ('/'.join(scope), configurable.selector)
     if called:
@@ -62,16 +55,16 @@ class Walk:
       self.read.add(('/'.join(scope[:end]), configurable.selector))
     with gin.config_scope(list(scope)):
       bound = gin.get_bindings(configurable.selector, resolve_references=False)
-    bound = {name: value for name, value in bound.items() if name not in skip}
-    self.bound[key] = bound
-    for ref in gin_config.iterate_references(bound):
+    self.bound[key] = {name: value for name, value in bound.items() if name not in skip}
+    for ref in gin_config.iterate_references(self.bound[key]):
       self.visit(ref.scopes or scope, ref.configurable, called=ref.evaluate)
 
   def parameters(self, hidden: Collection[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """Bound values and defaults, as gin's formatter wants them."""
     values = {}
     for key, bound in self.bound.items():
-      both = {**_defaults(gin_config._REGISTRY[key[1]].wrapped), **bound}
+      parameters = _signature(gin_config._REGISTRY[key[1]].wrapped).values()
+      both = {p.name: p.default for p in parameters if p.default is not p.empty} | bound
       values[key] = {name: value for name, value in both.items() if name not in hidden}
     return values
 
@@ -88,20 +81,12 @@ def _signature(wrapped: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return {}
 
 
-def _defaults(wrapped: Callable[..., Any]) -> dict[str, Any]:
-  defaults = {name: parameter.default for name, parameter in _signature(wrapped).items()}
-  return {name: x for name, x in defaults.items() if x is not inspect.Parameter.empty}
-
-
 def _bare(text: str) -> str:
   return _STRING_OR_COMMENT.sub(lambda match: '' if match[0].startswith('#') else "''", text)
 
 
 def references(text: str) -> Iterable[gin_config.ConfigurableReference]:
-  """All references written anywhere, overridden ones included.
-
-  What an experiment overrides in an included file is no misspelling.
-  """
+  """All references written anywhere: one that an experiment overrides is no misspelling."""
   for name in set(re.findall(r'@([\w./]+)', _bare(text))):
     try:
       yield gin_config.ConfigurableReference(name, evaluate=True)
@@ -121,10 +106,7 @@ def _names(scope: str, selector: str) -> tuple[str, str]:
 
 
 def check_macros(text: str, own_text: str) -> None:
-  """Every macro that the user sets is used somewhere.
-
-  The package's own files may set one that a user's binding made useless.
-  """
+  """Every macro is used somewhere, less those of the package's files that a user made useless."""
   used = set(re.findall(r'%([\w./]+)', _bare(text))) - {'gin.REQUIRED'}
   own = set(re.findall(r'^\s*([\w./]+)\s*=', _bare(own_text), re.MULTILINE))
   for name in _macros():
@@ -140,11 +122,10 @@ def check_bindings_are_read(read: set[tuple[str, str]], text: str) -> None:
     if (scope, selector) in read or selector == MACRO:
       continue
     name, short = _names(scope, selector)
-    where = f'no scope {scope!r} ever calls' if scope else 'nothing refers to'
-    raise UsageError(
-      f'gin binding {name}.{next(iter(bound))} would do nothing: '
-      f'{where} {short}{suggest(scope, scopes) if scope else ""}'
-    )
+    why = f'nothing refers to {short}'
+    if scope:
+      why = f'no scope {scope!r} ever calls {short}{suggest(scope, scopes)}'
+    raise UsageError(f'gin binding {name}.{next(iter(bound))} would do nothing: {why}')
 
 
 def check_values(walk: Walk, root: str, given: Mapping[str, Any], flags: Collection[str]) -> None:
@@ -159,39 +140,30 @@ def check_values(walk: Walk, root: str, given: Mapping[str, Any], flags: Collect
   macros = _macros()
   required: list[str] = []
   for (scope, selector), bound in walk.bound.items():
-    configurable = gin_config._REGISTRY[selector]
-    prefix, _ = _names(scope, selector)
     if selector == MACRO:
       if scope not in macros:
-        raise UsageError(
-          f'the gin macro %{scope} is used and never set: add '
-          f'--gin.{scope}=...{suggest(scope, macros)}'
-        )
+        fix = f'add --gin.{scope}=...{suggest(scope, macros)}'
+        raise UsageError(f'the gin macro %{scope} is used and never set: {fix}')
       if _is_required(bound['value']):
         required.append(f'--gin.{scope}')
+    if selector in (MACRO, 'gin.constant'):
       continue
-    if selector == 'gin.constant':
-      continue
-    hints = _hints(configurable.wrapped)
+    wrapped = gin_config._REGISTRY[selector].wrapped
+    hints, prefix = _hints(wrapped), _names(scope, selector)[0]
     is_root = (scope, selector) == ('', root)
     called = (scope, selector) in walk.called
-    for name, parameter in _signature(configurable.wrapped).items():
+    for name, parameter in _signature(wrapped).items():
       if is_root and name in given:
         continue
-      has_default = parameter.default is not parameter.empty
-      if name not in bound:
-        missing = called and not has_default and parameter.kind is parameter.KEYWORD_ONLY
-      else:
-        missing = _is_required(bound[name])
-      if missing:
+      must = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+      if _is_required(bound[name]) if name in bound else called and must:
         is_flag = is_root and name in flags
         required.append(f'--{name}' if is_flag else f'--gin.{prefix}.{name}')
       elif name in bound:
-        value = _literal(bound[name], macros)
-        if not _fits(value, hints.get(name, Any)):
-          raise UsageError(
-            f'{prefix}.{name} is {value!r}; it must be of type {_type_name(hints[name])}'
-          )
+        value, hint = _literal(bound[name], macros), hints.get(name, Any)
+        if not _fits(value, hint):
+          kind = _type_name(hint)
+          raise UsageError(f'{prefix}.{name} is {value!r}; it must be of type {kind}')
   if required:
     missing = ' '.join(f'{setting}=...' for setting in dict.fromkeys(required))
     raise UsageError(f'required settings are missing: add {missing}, or a --gin_file with them')

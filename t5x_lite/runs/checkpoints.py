@@ -1,17 +1,12 @@
 """Checkpoints: saving, keeping, finding and restoring the state of a run.
 
-One directory per step, committed by one rename, so that a process killed at
-any moment leaves either a whole checkpoint or a temporary directory that the
-next start removes. Layout:
+One directory per step, committed by one rename, so that a process killed at any moment leaves
+either a whole checkpoint or a temporary directory that the next start removes:
 
-  MODEL_DIR/checkpoints/STEP/state   {step, params, opt_state}, plain nested
-                                     dicts of arrays in Orbax's OCDBT format
-  MODEL_DIR/checkpoints/STEP/data    the input iterator, one file a process
-  MODEL_DIR/checkpoints/STEP/meta    JSON: seed, process count, format version,
-                                     a checksum of every array
-  MODEL_DIR/checkpoints/STEP.damaged what is not as it was written
-
-Orbax is used through its v0 CheckpointManager and nowhere else than here.
+  MODEL_DIR/checkpoints/STEP/state    {step, params, opt_state}, nested dicts, Orbax's OCDBT format
+  MODEL_DIR/checkpoints/STEP/data     the input iterator, one file a process
+  MODEL_DIR/checkpoints/STEP/meta     JSON: seed, process count, format version, arrays' checksums
+  MODEL_DIR/checkpoints/STEP.damaged  what is not as it was written
 """
 
 from __future__ import annotations
@@ -23,7 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -33,14 +28,12 @@ from t5x_lite.errors import DamagedError, UsageError
 from t5x_lite.parallel import checksums, distributed, pytrees
 from t5x_lite.parallel.distributed import LostProcessError
 from t5x_lite.runs import files, save_errors
-from t5x_lite.runs.data_item import DataHandler, DataSave, SavableIterator
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = 'checkpoints'
 DAMAGED = '.damaged'
 FORMAT_VERSION = 2  # 1 had no checksums
-_MODES = ('min', 'max')
 
 _policies = ocp.checkpoint_managers
 
@@ -53,15 +46,15 @@ class CheckpointConfig:
     period: steps between checkpoints; the last step is always saved.
     keep: how many of the newest to keep; 0 keeps every one.
     keep_best: how many of the best by `best_metric` to keep besides those.
-    best_metric: a metric's name as in metrics.jsonl, for example
-      'eval/cmudict/loss'. Its value counts for a checkpoint of the same step.
+    best_metric: a metric's name as in metrics.jsonl, for example 'eval/cmudict/loss'. Its value
+      counts for a checkpoint of the same step.
     best_mode: 'min' or 'max'.
     restore_path: where a run that has no checkpoint of its own starts from: another run's directory
       or one STEP directory of it, or a checkpoint of T5X or transformers.
     restore_optimizer: take step and optimizer state from restore_path as well (to continue that run
       elsewhere) instead of only the parameters (to fine-tune).
-    assignment_map: (pattern, replacement) pairs that map the parameters' names
-      to those at restore_path; see interop/assignment.py.
+    assignment_map: (pattern, replacement) pairs that map the parameters' names to those at
+      restore_path; see interop/assignment.py.
     strict: refuse a restore_path with missing or left-over parameters.
   """
 
@@ -81,25 +74,59 @@ class CheckpointConfig:
     object.__setattr__(self, 'assignment_map', pairs)
     problem = ''
     if any(len(pair) != 2 for pair in pairs):
-      problem = (
-        f'assignment_map={pairs!r} must be pairs (pattern, replacement), such as '
-        "('decoder.*', None)"
-      )
+      example = "('decoder.*', None)"
+      problem = f'assignment_map={pairs!r} must be pairs (pattern, replacement), such as {example}'
     elif self.restore_optimizer and (pairs or not self.strict):
       problem = 'restore_optimizer takes a state as it is: leave out assignment_map and strict'
     elif self.period < 1:
       problem = f'period={self.period} must be at least 1 step'
     elif self.keep < 0 or self.keep_best < 0:
       problem = f'keep={self.keep} and keep_best={self.keep_best} count checkpoints: use 0 or more'
-    elif self.best_mode not in _MODES:
-      problem = f'best_mode={self.best_mode!r} is not one of {", ".join(_MODES)}'
+    elif self.best_mode not in ('min', 'max'):
+      problem = f'best_mode={self.best_mode!r} is not one of min, max'
     elif self.keep_best and not self.best_metric:
-      problem = (
-        f'keep_best={self.keep_best} needs best_metric, a name as in metrics.jsonl such as '
-        "'eval/cmudict/loss'"
-      )
+      example = "a name as in metrics.jsonl such as 'eval/cmudict/loss'"
+      problem = f'keep_best={self.keep_best} needs best_metric, {example}'
     if problem:
       raise UsageError(f'CheckpointConfig.{problem}')
+
+
+# ---- The input iterator's position ------------------------------------------
+
+
+class SavableIterator(Protocol):
+  """What a checkpoint needs of an input iterator."""
+
+  def save(self, directory: str) -> None:
+    """Writes the position of this process's iterator, before returning."""
+
+  def restore(self, directory: str) -> None:
+    """Continues from the position that `save` wrote."""
+
+
+class DataHandler(ocp.CheckpointHandler):
+  """Lets the iterator write before the step commits, and before it moves on: not async."""
+
+  def save(self, directory: epath.Path, args: DataSave) -> None:
+    """Writes the position into the item's directory."""
+    files.retried(directory, args.iterator.save, os.fspath(directory))
+
+  def restore(self, directory: epath.Path, args: DataRestore) -> None:
+    """Goes to the position."""
+    files.retried(directory, args.iterator.restore, os.fspath(directory))
+
+
+@ocp.args.register_with_handler(DataHandler, for_save=True)
+@dataclasses.dataclass
+class DataSave(ocp.args.CheckpointArgs):
+  """What is saved."""
+
+  iterator: SavableIterator
+
+
+@ocp.args.register_with_handler(DataHandler, for_restore=True)
+class DataRestore(DataSave):
+  """What is moved."""
 
 
 # ---- Comparing with what is wanted ------------------------------------------
@@ -109,20 +136,18 @@ def explain_mismatch(
   where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str
 ) -> None:
   """Raises UsageError, one clear line, unless names and shapes agree."""
-  saved_flat = pytrees.flatten_names(saved)
-  wanted_flat = pytrees.flatten_names(wanted)
+  has, needs = pytrees.flatten_names(saved), pytrees.flatten_names(wanted)
   fix = f'use the {what} that wrote it, or another model_dir to start a new run'
-  for name, leaf in wanted_flat.items():
-    if name not in saved_flat:
-      raise UsageError(f'the checkpoint {where} has no {name}, which this {what} needs: {fix}')
-    if tuple(saved_flat[name].shape) != tuple(leaf.shape):
-      raise UsageError(
-        f'the checkpoint {where} has {name} of shape {tuple(saved_flat[name].shape)}, this {what} '
-        f'needs {tuple(leaf.shape)}: {fix}'
-      )
-  for name in saved_flat:
-    if name not in wanted_flat:
-      raise UsageError(f'the checkpoint {where} has {name}, which this {what} does not: {fix}')
+  for name in (*needs, *has):
+    if name not in has:
+      problem = f'no {name}, which this {what} needs'
+    elif name not in needs:
+      problem = f'{name}, which this {what} does not'
+    elif (found := tuple(has[name].shape)) != (shape := tuple(needs[name].shape)):
+      problem = f'{name} of shape {found}, this {what} needs {shape}'
+    else:
+      continue
+    raise UsageError(f'the checkpoint {where} has {problem}: {fix}')
 
 
 # ---- Finding ----------------------------------------------------------------
@@ -153,16 +178,15 @@ def check_some_are_whole(model_dir: str) -> None:
   damaged = root.is_dir() and any(path.name.endswith(DAMAGED) for path in root.iterdir())
   if damaged and not has_checkpoint(model_dir):
     raise UsageError(
-      f'{root} holds damaged checkpoints alone (STEP{DAMAGED}): use another '
-      'model_dir, or move them away to begin anew'
+      f'{root} holds damaged checkpoints alone (STEP{DAMAGED}): use another model_dir, or move '
+      'them away to begin anew'
     )
 
 
 def find_checkpoint(path: str) -> tuple[str, int]:
   """Returns the `checkpoints` directory and step that a user's path means.
 
-  Args:
-    path: a run directory or its `checkpoints` (the newest step is meant), or one step's directory.
+  That is a run directory or its `checkpoints`, for the newest step, or one step's directory.
 
   Raises:
     UsageError: if there is no checkpoint there.
@@ -176,8 +200,8 @@ def find_checkpoint(path: str) -> tuple[str, int]:
     if steps := steps_in(directory):
       return os.fspath(directory), steps[-1]
   raise UsageError(
-    f'{path} holds no checkpoint: give a run directory (with '
-    f'{CHECKPOINTS}/STEP inside) or one STEP directory'
+    f'{path} holds no checkpoint: give a run directory (with {CHECKPOINTS}/STEP inside) or one '
+    'STEP directory'
   )
 
 
@@ -193,17 +217,15 @@ class Checkpointer(contextlib.AbstractContextManager):
     self.directory = epath.Path(model_dir).absolute() / CHECKPOINTS
     self.damaged: list[int] = []  # steps that were set aside
     handlers: dict[str, Any] = {'state': ocp.StandardCheckpointHandler(), 'data': DataHandler()}
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      item_handlers=handlers | {'meta': ocp.JsonCheckpointHandler()},
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=_preservation_policy(config),
-        # Only makes Orbax write the metrics; the policy above decides.
-        best_fn=(lambda _: 0.0) if config.keep_best else None,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-      ),
+    handlers['meta'] = ocp.JsonCheckpointHandler()
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=_preservation_policy(config),
+      # Only makes Orbax write the metrics; the policy above decides.
+      best_fn=(lambda _: 0.0) if config.keep_best else None,
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=True,
     )
+    self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
   @property
   def latest_step(self) -> int | None:
@@ -227,7 +249,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     metrics: Mapping[str, float] | None = None,
     meta: Mapping[str, Any] | None = None,
   ) -> bool:
-    """Starts saving; returns once the state and iterator may move on.
+    """Starts saving; returns once the state and iterator may move on, False if `step` was saved.
 
     Args:
       step: a step that is already there is left alone.
@@ -235,17 +257,13 @@ class Checkpointer(contextlib.AbstractContextManager):
       iterator: the input iterator, standing before the batch of `step`.
       metrics: this step's metrics, for `keep_best`.
       meta: small facts that the restart wants to know.
-
-    Returns:
-      False if this step was already saved.
     """
     if step in self._manager.all_steps():
       return False
     plain = pytrees.to_plain(state)
-    items: dict[str, Any] = {
-      'state': ocp.args.StandardSave(plain),
-      'meta': ocp.args.JsonSave(make_meta(step, checksums.of_tree(plain), **(meta or {}))),
-    }
+    facts = make_meta(step, checksums.of_tree(plain), **(meta or {}))
+    items: dict[str, Any] = {'state': ocp.args.StandardSave(plain)}
+    items['meta'] = ocp.args.JsonSave(facts)
     if iterator is not None:
       items['data'] = DataSave(iterator)
     with self._told_in_one_line(step):
@@ -265,8 +283,8 @@ class Checkpointer(contextlib.AbstractContextManager):
       last = 'there is none' if latest is None else f'it is of step {latest}'
       what = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
       raise save_errors.SaveError(
-        f'{what} could not be written into {self.directory}: {save_errors.cause(error)}; the '
-        f'last good one stays ({last}): make room and start again'
+        f'{what} could not be written into {self.directory}: {save_errors.cause(error)}; the last '
+        f'good one stays ({last}): make room and start again'
       ) from error
 
   def _best(self, metrics: Mapping[str, float] | None) -> Any:
@@ -274,9 +292,11 @@ class Checkpointer(contextlib.AbstractContextManager):
     if not self.config.keep_best:
       return None
     name = self.config.best_metric
-    if metrics and name not in metrics:
+    if metrics and name in metrics:
+      return {name: float(metrics[name])}
+    if metrics:
       log.warning('best_metric %r was not measured; there are %s', name, ', '.join(sorted(metrics)))
-    return {name: float(metrics[name])} if metrics and name in metrics else {}
+    return {}
 
   def restore(
     self,
@@ -285,7 +305,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     *,
     verify: Callable[[str], None] | None = None,
   ) -> tuple[Any, dict[str, Any]]:
-    """Restores the newest whole checkpoint; the iterator moves to its place.
+    """Returns the newest whole checkpoint's state and `meta`; the iterator moves to its place.
 
     A damaged one is set aside as STEP.damaged, and the one before is used.
 
@@ -293,9 +313,6 @@ class Checkpointer(contextlib.AbstractContextManager):
       abstract_state: ShapeDtypeStructs with shardings, on any mesh.
       iterator: the input iterator to continue, or None to leave data alone.
       verify: called with a step's directory on the first process; raises DamagedError.
-
-    Returns:
-      The state and the checkpoint's `meta`, empty if it has none.
 
     Raises:
       UsageError: if the checkpoint is another model's or optimizer's, or none is whole.
@@ -308,8 +325,8 @@ class Checkpointer(contextlib.AbstractContextManager):
       except DamagedError as error:
         self._set_aside(step, error)
     raise UsageError(
-      f'no checkpoint in {self.directory} is whole; the damaged ones are there '
-      'as STEP.damaged: use another model_dir to begin anew'
+      f'no checkpoint in {self.directory} is whole; the damaged ones are there as STEP.damaged: '
+      'use another model_dir to begin anew'
     )
 
   def _verify(self, step: int, verify: Callable[[str], None]) -> None:
@@ -350,48 +367,17 @@ class Checkpointer(contextlib.AbstractContextManager):
     try:
       saved = self._manager.item_metadata(step)['state']
       saved = getattr(saved, 'tree', saved) or {}
-      self._check_names(root, saved, wanted)
+      _check_names(root, saved, wanted)
       explain_mismatch(os.fspath(root), saved, wanted, 'model and optimizer')
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     except (UsageError, LostProcessError):
       raise
     except Exception as error:
-      # The arrays were as they were written; then it is what Orbax keeps
-      # beside them, and that is the same for all processes.
+      # The arrays were as they were written; it is what Orbax keeps beside them, for all processes.
       raise DamagedError(f'{root}: {save_errors.cause(error)}') from error
     if iterator is not None:
-      self._restore_position(root / 'data', iterator)
-    state = pytrees.from_plain(restored['state'], abstract_state)
-    return state, restored.get('meta') or {}
-
-  def _check_names(
-    self, root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]
-  ) -> None:
-    """Tells metadata that lost an array from those of another model."""
-    path = root / 'meta' / 'metadata'
-    if not path.exists():
-      return
-    written = json.loads(files.retried(path, path.read_text)).get('checksums', {})
-    names, asked = (
-      {name.replace('/', '.') for name in pytrees.flatten_names(tree)} for tree in (saved, wanted)
-    )
-    if asked == written.keys() and names != asked:
-      raise DamagedError(f'{root} has lost the metadata of its arrays')
-
-  def _restore_position(self, directory: epath.Path, iterator: SavableIterator) -> None:
-    """Moves the iterator, or raises DamagedError on all processes alike."""
-    if not directory.is_dir():
-      log.warning('%s is not there: the data is read from its beginning', directory)
-      return
-    problem: Exception | None = None
-    try:
-      files.retried(directory, iterator.restore, os.fspath(directory))
-    except Exception as error:
-      problem = error
-    if distributed.anywhere(isinstance(problem, DamagedError)):
-      raise problem or DamagedError(f'{directory}: another process says why')
-    if problem is not None:
-      raise problem
+      _restore_position(root / 'data', iterator)
+    return pytrees.from_plain(restored['state'], abstract_state), restored.get('meta') or {}
 
   def wait(self) -> None:
     """Blocks until every started save is committed."""
@@ -409,22 +395,51 @@ class Checkpointer(contextlib.AbstractContextManager):
       self.close()
 
 
+def _check_names(root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  """Tells metadata that lost an array from those of another model."""
+  path = root / 'meta' / 'metadata'
+  if not path.exists():
+    return
+  written = json.loads(files.retried(path, path.read_text)).get('checksums', {})
+  names, asked = (
+    {name.replace('/', '.') for name in pytrees.flatten_names(tree)} for tree in (saved, wanted)
+  )
+  if asked == written.keys() and names != asked:
+    raise DamagedError(f'{root} has lost the metadata of its arrays')
+
+
+def _restore_position(directory: epath.Path, iterator: SavableIterator) -> None:
+  """Moves the iterator, or raises DamagedError on all processes alike."""
+  if not directory.is_dir():
+    log.warning('%s is not there: the data is read from its beginning', directory)
+    return
+  problem: Exception | None = None
+  try:
+    files.retried(directory, iterator.restore, os.fspath(directory))
+  except Exception as error:
+    problem = error
+  if distributed.anywhere(isinstance(problem, DamagedError)):
+    raise problem or DamagedError(f'{directory}: another process says why')
+  if problem is not None:
+    raise problem
+
+
 def _preservation_policy(config: CheckpointConfig) -> Any:
   """Newest N or best N.
 
-  Orbax's own `best_fn` with `max_to_keep` deletes the newest checkpoint when it
-  is not among the best, and a restart then loses work.
+  With `best_fn` and `max_to_keep` Orbax deletes the newest checkpoint when it is not among the
+  best, and a restart then loses work.
   """
   if not config.keep:
     return _policies.LatestN(None)  # all of them
-  policies: list[Any] = [_policies.LatestN(config.keep)]
-  if config.keep_best:
-    sign = 1.0 if config.best_mode == 'max' else -1.0
+  newest = _policies.LatestN(config.keep)
+  if not config.keep_best:
+    return newest
 
-    def quality(metrics: Mapping[str, float]) -> float:
-      value = sign * metrics.get(config.best_metric, math.nan)
-      return -math.inf if math.isnan(value) else value
+  def quality(metrics: Mapping[str, float]) -> float:
+    value = metrics.get(config.best_metric, math.nan) * (1 if config.best_mode == 'max' else -1)
+    return -math.inf if math.isnan(value) else value
 
-    best = {'n': config.keep_best, 'keep_checkpoints_without_metrics': False}
-    policies.append(_policies.BestN(get_metric_fn=quality, **best))
-  return _policies.AnyPreservationPolicy(policies)
+  best = {'n': config.keep_best, 'keep_checkpoints_without_metrics': False}
+  best_ones = _policies.BestN(get_metric_fn=quality, **best)
+  return _policies.AnyPreservationPolicy([newest, best_ones])

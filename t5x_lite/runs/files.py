@@ -16,8 +16,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
-# What may be gone at the next try. A full disk, a read-only one or a missing
-# permission stays; those are told at once.
+# What may be gone at the next try; a full disk or a missing permission stays, and is told at once.
 TRANSIENT = frozenset(
   {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EREMOTEIO}
 )
@@ -27,10 +26,7 @@ _DELAYS = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds before each new try
 def retried(what: object, call: Callable[..., T], *args: Any) -> T:
   """Returns what `call(*args)` returns; it must bear being called again.
 
-  Args:
-    what: for the log, such as a path.
-    call: reads or writes.
-    *args: its own.
+  The log says what it was, such as a path.
 
   Raises:
     OSError: the last of them, if waiting did not help; at once if it cannot.

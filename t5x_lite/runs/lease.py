@@ -21,8 +21,7 @@ from typing import Any
 from etils import epath
 
 from t5x_lite.errors import UsageError
-from t5x_lite.runs import files
-from t5x_lite.runs.files import retried
+from t5x_lite.runs.files import retried, write_json
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +55,12 @@ class Lease:
   def take(self, *, locked: bool) -> None:
     """Writes the lease, once whoever holds it is dead; renews it from now on.
 
-    That is so at once if it was on this machine, and we have the lock.
+    Whoever held it on this machine is dead, if we have the lock.
     """
     found = first = self._read()
     here = all(found.get(name) == self._entry[name] for name in ('host', 'machine'))
     while found and not (locked and here) and (age := self._age()) < EXPIRY:
-      holder = f'process {found.get("pid")} on {found.get("host")}'
+      holder = _holder(found)
       if found != first:  # it is alive
         raise UsageError(
           f'another run is training in {self._path.parent}: {holder}, last seen {age:.0f} s ago: '
@@ -95,7 +94,7 @@ class Lease:
     return entry if isinstance(entry, dict) else {'host': 'an unknown machine'}
 
   def _write(self) -> None:
-    files.write_json(self._path, {**self._entry, 'time': round(time.time(), 3)})
+    write_json(self._path, {**self._entry, 'time': round(time.time(), 3)})
 
   def _renew(self) -> None:
     while not self._ended.wait(RENEWAL):
@@ -111,10 +110,8 @@ class Lease:
     """Raises LeaseLostError if another run has taken the directory over."""
     found = self._read()
     if found.get('token', self._entry['token']) != self._entry['token']:
-      raise LeaseLostError(
-        f'process {found.get("pid")} on {found.get("host")} has taken over '
-        f'{self._path.parent}: stopped before writing there'
-      )
+      where = self._path.parent
+      raise LeaseLostError(f'{_holder(found)} has taken over {where}: stopped before writing there')
 
   def release(self) -> None:
     """Ends the renewal; the next run need not wait."""
@@ -126,17 +123,17 @@ class Lease:
 
 @contextlib.contextmanager
 def lock(model_dir: str) -> Iterator[Lease]:
-  """Keeps a second run out of a directory; yields the lease, to be checked.
-
-  Raises:
-    UsageError: if another process holds the directory.
-  """
+  """Keeps a second run out of a directory, by a UsageError; yields the lease, to be checked."""
   epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     lease = Lease(model_dir)
     lease.take(locked='://' not in model_dir and _lock_here(model_dir, stack))
     stack.callback(lease.release)
     yield lease
+
+
+def _holder(found: dict[str, Any]) -> str:
+  return f'process {found.get("pid")} on {found.get("host")}'
 
 
 def _changed(path: epath.Path) -> float:

@@ -1,7 +1,4 @@
-"""Reports of a run's size as text: parameters, sharding, bytes per device.
-
-Shown by `--dry_run`, logged when a run starts and kept in its directory.
-"""
+"""Reports of a run's size: what `--dry_run` prints, is logged at the start and kept in the run."""
 
 import collections
 import json
@@ -41,15 +38,9 @@ def tree_bytes_per_device(tree: Any) -> int:
 
 
 def sharding_table(spec: train_state.StateSpec) -> str:
-  """Returns a line for every array of the state.
-
-  Columns: name, shape, dtype, logical axes, mesh axes and bytes per device.
-  """
-  shapes = pytrees.flatten_names(spec.shapes)
-  leaves, treedef = jax.tree.flatten(spec.shapes)
-  axes = treedef.flatten_up_to(spec.axes)
+  """Returns a line for every array of the state."""
   rows = [('array', 'shape', 'dtype', 'logical axes', 'sharding', 'per device')]
-  for name, leaf, names in zip(shapes, leaves, axes, strict=True):
+  for path, leaf, names in pytrees.leaves_with_axes(spec.shapes, spec.axes):
     sizes = leaf.sharding.mesh.shape
     cut = [_mesh_axes(part, sizes) for part in leaf.sharding.spec]
     if set(cut) <= {'-'}:
@@ -57,7 +48,7 @@ def sharding_table(spec: train_state.StateSpec) -> str:
     shape = 'x'.join(map(str, leaf.shape)) or 'scalar'
     logical = ' '.join(axis or '-' for axis in names) or '-'
     size = format_bytes(bytes_per_device(leaf))
-    rows.append((name, shape, str(leaf.dtype), logical, ' '.join(cut), size))
+    rows.append(('/'.join(path), shape, str(leaf.dtype), logical, ' '.join(cut), size))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   padded = ('  '.join(map(str.ljust, row, widths)) for row in rows)
   return ''.join(f'{line.rstrip()}\n' for line in padded)
@@ -97,13 +88,7 @@ def compiled_memory(compiled: jax.stages.Compiled) -> str:
 
 
 def attention_summary(model: T5Config, shapes: Mapping[str, Sequence[int]], platform: str) -> str:
-  """Returns which implementation each attention gets.
-
-  Args:
-    model: the architecture.
-    shapes: of a batch's arrays.
-    platform: of the devices.
-  """
+  """Returns which implementation each attention gets, for the shapes of a batch's arrays."""
   inputs = shapes['encoder_input_tokens'][1] if model.has_encoder else 0
   targets = shapes['decoder_target_tokens'][1] if model.has_decoder else 0
   return attention_lib.describe(model.attention, inputs, targets, platform)
@@ -118,15 +103,10 @@ def print_dry_run(
   *,
   file: str = '',
 ) -> None:
-  """Prints what a run would be; the caller has written nothing.
+  """Prints what a run of these arguments would be; the caller has written nothing.
 
-  Args:
-    config: the arguments of the run.
-    spec: of the state.
-    mesh: the devices.
-    compiled: the step.
-    facts: more lines, by name.
-    file: gets the whole configuration and how every array is cut; '' for the summary alone.
+  The facts are more lines, by name. The file, if it is not '', gets the whole configuration and how
+  every array is cut.
   """
   sizes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
   kind = mesh.devices.flat[0].device_kind

@@ -1,8 +1,7 @@
 """Writes metrics to metrics.jsonl, and to TensorBoard and wandb as asked.
 
-No TensorFlow: TensorBoard's own package writes its event format. Only process
-0 writes. Names are plain for training ('loss', 'learning_rate'), and start
-with 'eval/TASK/' (teacher-forced) or 'infer_eval/TASK/' (decoded) otherwise.
+No TensorFlow: TensorBoard's own package writes its event format. Names are plain for training
+('loss'), and start with 'eval/TASK/' (teacher-forced) or 'infer_eval/TASK/' (decoded) otherwise.
 """
 
 import contextlib
@@ -46,11 +45,7 @@ _SAMPLE_COLUMNS = ('input', 'prediction', 'target')
 
 
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
-  """Returns the lines of MODEL_DIR/metrics.jsonl, oldest first.
-
-  The last line of a run that was killed may be cut short; it is left out, and
-  so is any other that is no JSON.
-  """
+  """Returns the lines of MODEL_DIR/metrics.jsonl, oldest first; less what a kill cut short."""
   return [entry for _, entry in _lines(epath.Path(model_dir) / METRICS_FILE) if entry is not None]
 
 
@@ -91,9 +86,8 @@ def _wandb() -> Any:
   try:
     return importlib.import_module('wandb')
   except ImportError as error:
-    raise UsageError(
-      f"report_to={WANDB} needs the package wandb ({error}): pip install 't5x_lite[wandb]'"
-    ) from error
+    fix = "pip install 't5x_lite[wandb]'"
+    raise UsageError(f'report_to={WANDB} needs the package wandb ({error}): {fix}') from error
 
 
 class MetricWriter(contextlib.AbstractContextManager):
@@ -117,18 +111,17 @@ class MetricWriter(contextlib.AbstractContextManager):
       report_to: what `reporters` returns.
       config: shown beside the run in wandb.
     """
-    self._active = active
+    self._active, self._files = active, contextlib.ExitStack()
     self._sinks: list[_TensorBoard | _Wandb] = []
     if not active:
       return
     root = epath.Path(model_dir)
     _drop_later(root / METRICS_FILE, first_step)
-    self._files = contextlib.ExitStack()
     self._jsonl = _opened(root / METRICS_FILE, 'a', self._files)
     if TENSORBOARD in report_to:
       self._sinks.append(_TensorBoard(root / TENSORBOARD, first_step, self._files))
     if WANDB in report_to:
-      self._sinks.append(_Wandb(root, config or {}))
+      self._sinks.append(_Wandb(root, config or {}, self._files))
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Writes one line and one event; flushed, so that a reader can follow."""
@@ -154,16 +147,9 @@ class MetricWriter(contextlib.AbstractContextManager):
     for sink in self._sinks if counts else ():
       sink.histograms(step, counts)
 
-  def close(self, *, failed: bool = False) -> None:
-    """Closes the files."""
-    if self._active:
-      self._files.close()
-    for sink in self._sinks:
-      sink.close(failed)
-
-  def __exit__(self, kind: Any, *exc: object) -> None:
-    """Closes the files."""
-    self.close(failed=kind is not None)
+  def __exit__(self, *exc: Any) -> None:
+    """Closes the files, and tells wandb whether the run failed."""
+    self._files.__exit__(*exc)
 
 
 def _opened(path: epath.Path, mode: str, stack: contextlib.ExitStack) -> Any:
@@ -180,8 +166,8 @@ class _TensorBoard:
     self._events = record_writer.RecordWriter(_opened(directory / name, 'wb', stack))
     self._event(file_version='brain.Event:2')
     # TensorBoard then forgets what it has seen past this step.
-    start = _event_pb2.SessionLog(status=_event_pb2.SessionLog.START)
-    self._event(step=first_step, session_log=start)
+    log_type = _event_pb2.SessionLog
+    self._event(step=first_step, session_log=log_type(status=log_type.START))
 
   def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     self._values(step, [{'tag': name, 'simple_value': x} for name, x in scalars.items()])
@@ -189,17 +175,13 @@ class _TensorBoard:
   def samples(self, step: int, name: str, rows: list[list[str]]) -> None:
     # It renders Markdown, and a matrix as a table.
     cells = [[_literal(cell) for cell in row] for row in (list(_SAMPLE_COLUMNS), *rows)]
-    metadata = text_metadata.create_summary_metadata(display_name=name, description='')
-    tensor = tensor_util.make_tensor_proto(np.array(cells, object))
-    self._values(step, [{'tag': f'{name}/samples', 'metadata': metadata, 'tensor': tensor}])
+    table = np.array(cells, object)
+    self._values(step, [_tensor_value(text_metadata, name, table, tag=f'{name}/samples')])
 
   def histograms(self, step: int, counts: Mapping[str, np.ndarray]) -> None:
-    values = []
-    for name, count in counts.items():
-      table = np.stack([HISTOGRAM_BOUNDS[:-1], HISTOGRAM_BOUNDS[1:], count], axis=1)
-      metadata = histogram_metadata.create_summary_metadata(display_name=name, description='')
-      tensor = tensor_util.make_tensor_proto(table.astype(np.float64))
-      values.append({'tag': name, 'metadata': metadata, 'tensor': tensor})
+    edges = HISTOGRAM_BOUNDS[:-1], HISTOGRAM_BOUNDS[1:]
+    tables = {name: np.stack([*edges, x], axis=1, dtype=np.float64) for name, x in counts.items()}
+    values = [_tensor_value(histogram_metadata, name, x, tag=name) for name, x in tables.items()]
     self._values(step, values)
 
   def _values(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
@@ -211,8 +193,10 @@ class _TensorBoard:
     event = _event_pb2.Event(wall_time=time.time(), **fields)
     self._events.write(event.SerializeToString())
 
-  def close(self, failed: bool) -> None:
-    del failed  # its file is closed with the others
+
+def _tensor_value(plugin: Any, name: str, array: np.ndarray, *, tag: str) -> dict[str, Any]:
+  metadata = plugin.create_summary_metadata(display_name=name, description='')
+  return {'tag': tag, 'metadata': metadata, 'tensor': tensor_util.make_tensor_proto(array)}
 
 
 def _literal(text: str) -> str:
@@ -223,7 +207,7 @@ def _literal(text: str) -> str:
 class _Wandb:
   """A run of wandb; its id is kept, so that a restart continues it."""
 
-  def __init__(self, root: epath.Path, config: Mapping[str, Any]):
+  def __init__(self, root: epath.Path, config: Mapping[str, Any], stack: contextlib.ExitStack):
     self._wandb = _wandb()
     path = root / WANDB_RUN_ID_FILE
     if not path.exists():
@@ -236,6 +220,7 @@ class _Wandb:
       resume='allow',
       config=dict(config),
     )
+    stack.push(lambda failed, *_: self._run.finish(exit_code=int(failed is not None)))
     # Not wandb's own counter: that would refuse the steps a restart repeats.
     self._run.define_metric('*', step_metric='step')
 
@@ -250,9 +235,6 @@ class _Wandb:
     draw = self._wandb.Histogram
     drawn = {name: draw(np_histogram=(x, HISTOGRAM_BOUNDS)) for name, x in counts.items()}
     self._run.log({'step': step, **drawn})
-
-  def close(self, failed: bool) -> None:
-    self._run.finish(exit_code=int(failed))
 
 
 def _drop_later(path: epath.Path, step: int) -> None:

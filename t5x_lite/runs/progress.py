@@ -33,11 +33,8 @@ class Window:
   ):
     """Starts the clock.
 
-    Args:
-      batch_shapes: of the global batch, to tell how full it is.
-      step_flops: model FLOPs of one step; see flops.py.
-      peak_flops: of one device; None where it is not known, as on CPUs: then there is no MFU.
-      num_devices: in all.
+    The global batch's shapes tell how full it is, model FLOPs of one step (flops.py) and a device's
+    peak the MFU; there is none where the peak is None, not known, as of CPUs.
     """
     self._batch_shapes, self._num_devices = batch_shapes, num_devices
     self._step_flops, self._peak_flops = step_flops, peak_flops
@@ -81,15 +78,12 @@ class Window:
     metrics['seconds_per_step'] = seconds
     if self._skipped:
       metrics['skipped_updates'] = float(self._skipped)
-    for tokens, array in (
-      ('target_tokens', 'decoder_target_tokens'),
-      ('input_tokens', 'encoder_input_tokens'),
-    ):
+    arrays = {'target_tokens': 'decoder_target_tokens', 'input_tokens': 'encoder_input_tokens'}
+    for tokens, array in arrays.items():
       if array in self._batch_shapes:
         metrics[f'{tokens}_per_second'] = metrics[tokens] / seconds
         # The rest of the batch is padding.
-        slots = math.prod(self._batch_shapes[array])
-        metrics[f'{tokens}_fill'] = metrics[tokens] / slots
+        metrics[f'{tokens}_fill'] = metrics[tokens] / math.prod(self._batch_shapes[array])
     rate = self._step_flops / seconds
     metrics['model_tflops_per_second'] = rate / 1e12
     if self._peak_flops is not None:
@@ -135,10 +129,9 @@ def show_picture(path: str) -> None:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-  """Holds back what libraries say while they are imported.
+  """Holds back what libraries say while they are imported; shown after all if it ends in a bug.
 
-  TensorFlow reports on oneDNN and CUDA from C++, before it has read the log
-  level it was given. Shown after all if it ends in a bug.
+  TensorFlow reports on oneDNN and CUDA from C++, before it has read the log level it was given.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   sys.stderr.flush()
@@ -159,29 +152,20 @@ def quiet_stderr() -> Iterator[None]:
 class Progress:
   """One line that rewrites itself on a terminal; plain log lines elsewhere.
 
-  Not tqdm or rich: the time left is that of training alone, without the pauses
-  for evaluation, and what is shown are the means that metrics.jsonl gets.
+  Not tqdm or rich: the time left is that of training alone, without the pauses for evaluation, and
+  what is shown are the means that metrics.jsonl gets.
   """
 
   def __init__(
     self, *, first_step: int, total_steps: int, stream: TextIO | None = None, active: bool = True
   ):
-    """Starts the clock.
-
-    Args:
-      first_step: where this process starts.
-      total_steps: where the run ends.
-      stream: the terminal, if it is one; stderr when None.
-      active: False on all processes but one.
-    """
+    """Starts the clock; all processes but one are not active. The stream is stderr by default."""
     self._stream = stream if stream is not None else sys.stderr
-    self._tty = active and self._stream.isatty()
+    self._active, self._tty = active, active and self._stream.isatty()
     self._notebook = active and in_notebook()
     self._shown_cell: Any = None
-    self._active = active
     self._first_step, self._total_steps = first_step, total_steps
-    self._start = time.monotonic()
-    self._paused = 0.0
+    self._start = time.monotonic()  # later by what was paused
     self._shown = False
     self._filters: list[logging.Handler] = []
 
@@ -210,33 +194,32 @@ class Progress:
 
   def pause(self, seconds: float) -> None:
     """Leaves time that was not training out of the estimate."""
-    self._paused += seconds
+    self._start += seconds
 
   def eta(self, step: int) -> float:
     """Seconds of training left, from the average so far."""
     done = max(1, step - self._first_step)
-    spent = time.monotonic() - self._start - self._paused
+    spent = time.monotonic() - self._start
     return max(0.0, spent / done * (self._total_steps - step))
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
     """Shows where the run is."""
     if not self._active:
       return
-    parts = [f'step {step}/{self._total_steps}']
-    for name, label, form in (
-      ('loss', 'loss', '.4f'),
-      ('accuracy', 'accuracy', '.3f'),
-      ('learning_rate', 'lr', '.3g'),
-      ('seconds_per_step', 's/step', '.3g'),
-    ):
-      if name in metrics:
-        parts.append(f'{label} {metrics[name]:{form}}')
-    if 'target_tokens_per_second' in metrics:
-      parts.append(f'{format_count(metrics["target_tokens_per_second"])} target tokens/s')
-    if 'mfu' in metrics:
-      parts.append(f'MFU {metrics["mfu"]:.1%}')
-    parts.append(f'ETA {format_duration(self.eta(step))}')
-    line = '  '.join(parts)
+    forms = {
+      'loss': 'loss {:.4f}',
+      'accuracy': 'accuracy {:.3f}',
+      'learning_rate': 'lr {:.3g}',
+      'seconds_per_step': 's/step {:.3g}',
+      'target_tokens_per_second': '{} target tokens/s',
+      'mfu': 'MFU {:.1%}',
+    }
+    found: dict[str, Any] = dict(metrics)
+    if 'target_tokens_per_second' in found:
+      found['target_tokens_per_second'] = format_count(found['target_tokens_per_second'])
+    parts = [form.format(found[name]) for name, form in forms.items() if name in found]
+    eta = f'ETA {format_duration(self.eta(step))}'
+    line = '  '.join([f'step {step}/{self._total_steps}', *parts, eta])
     if self._notebook:  # no terminal: every line would stay, and be cut at 80 columns
       if self._shown_cell is None:
         display = importlib.import_module('IPython.display').display

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from t5x_lite.parallel import pytrees
-from t5x_lite.runs import checkpoints, data_item
+from t5x_lite.runs import checkpoints
 
 
 def _step_directory(path: str) -> epath.Path:
@@ -27,7 +27,7 @@ def _restore_items(source: str, wanted: Any, what: str) -> Any:
   # Items that stay unread are named too: Orbax warns of those it cannot read.
   handler = ocp.CompositeCheckpointHandler(
     state=ocp.PyTreeCheckpointHandler(),
-    data=data_item.DataHandler(),
+    data=checkpoints.DataHandler(),
     meta=ocp.JsonCheckpointHandler(),
     metrics=ocp.JsonCheckpointHandler(),
   )
@@ -35,9 +35,8 @@ def _restore_items(source: str, wanted: Any, what: str) -> Any:
     saved = checkpointer.metadata(path).item_metadata['state'].tree
     part = {name: saved[name] for name in plain if name in saved}
     checkpoints.explain_mismatch(os.fspath(path), part, plain, what)
-    arguments = ocp.args.PyTreeRestore(
-      plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain), partial_restore=True
-    )
+    how = ocp.checkpoint_utils.construct_restore_args(plain)
+    arguments = ocp.args.PyTreeRestore(plain, restore_args=how, partial_restore=True)
     restored = checkpointer.restore(path, args=ocp.args.Composite(state=arguments))
   return pytrees.from_plain(restored['state'], wanted)
 
@@ -56,12 +55,9 @@ def load_arrays(path: str) -> dict[str, Any]:
 
 
 def load_params(path: str, abstract_params: Any) -> Any:
-  """Restores only the parameters, straight into their shardings.
+  """Restores only the parameters, each straight into the sharding that its ShapeDtypeStruct has.
 
-  Args:
-    path: see `find_checkpoint`.
-    abstract_params: ShapeDtypeStructs of the wanted tree; with a sharding each lands where it says,
-      whatever mesh wrote the checkpoint. A float parameter is cast to the wanted dtype.
+  Any mesh may have written the checkpoint. A float parameter is cast to the wanted dtype.
 
   Raises:
     UsageError: if the checkpoint is missing or another model's.

@@ -1,11 +1,10 @@
 """What a run directory holds beside checkpoints, and how to open one.
 
-  MODEL_DIR/model.json                     the architecture, and the lengths
-                                           that it was trained with
-  MODEL_DIR/vocabulary.json, .model        the vocabulary, self-contained
-  MODEL_DIR/config.gin, config.json        the resolved configuration
-  MODEL_DIR/metrics.jsonl, tensorboard/    see metric_writers.py
-  MODEL_DIR/checkpoints/STEP/              see checkpoints.py
+  MODEL_DIR/model.json                   the architecture, and the lengths that it was trained with
+  MODEL_DIR/vocabulary.json, .model      the vocabulary, self-contained
+  MODEL_DIR/config.gin, config.json      the resolved configuration
+  MODEL_DIR/metrics.jsonl, tensorboard/  see metric_writers.py
+  MODEL_DIR/checkpoints/STEP/            see checkpoints.py
 
 Inference reads a run through this module, so nothing here may import TensorFlow.
 """
@@ -76,9 +75,8 @@ def load_run(path: str) -> Run:
 def _read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
   file = root / MODEL_FILE
   if not file.exists():
-    raise UsageError(
-      f'{root} holds no {MODEL_FILE}; name a run directory that `t5x-lite train` wrote'
-    )
+    fix = 'name a run directory that `t5x-lite train` wrote'
+    raise UsageError(f'{root} holds no {MODEL_FILE}; {fix}')
   try:
     entry = json.loads(retried(file, file.read_text))
     return T5Config(**entry['model']), dict(entry.get('lengths', {}))
@@ -95,9 +93,7 @@ def write_run(
   config: Mapping[str, Any] | None = None,
   texts: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes everything but checkpoints that makes a directory a run.
-
-  Only one process of a run may call this.
+  """Writes everything but checkpoints that makes a directory a run; on one process alone.
 
   Args:
     model_dir: the run directory; made if missing.
@@ -137,10 +133,8 @@ def check_resumable(model_dir: str, *, model: T5Config, vocabulary: VocabularyCo
   if not (root / vocabularies.VOCABULARY_FILE).exists():
     return
   if not same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
-    raise UsageError(
-      f'the run in {model_dir} was trained with another vocabulary than the '
-      f'configuration names: {fix}'
-    )
+    what = 'another vocabulary than the configuration names'
+    raise UsageError(f'the run in {model_dir} was trained with {what}: {fix}')
 
 
 def same_vocabulary(a: VocabularyConfig, b: VocabularyConfig) -> bool:

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-# Orbax logs a failed write with a traceback for each of its threads, and raises
-# it as well: SaveError says it once.
+# Orbax logs a failed write with a traceback for each thread, and raises it: SaveError says it once.
 logging.getLogger('absl').addFilter(
   lambda record: not (record.exc_info and 'orbax' in record.pathname)
 )
@@ -24,14 +23,9 @@ class SaveError(RuntimeError):
 
 
 def check_space(directory: epath.Path, tree: Any) -> None:
-  """Refuses what cannot fit, before Orbax's threads fail one by one.
+  """Raises OSError(ENOSPC) where arrays cannot fit, before Orbax's threads fail one by one.
 
-  Args:
-    directory: on a local file system; of others nothing is known.
-    tree: the arrays to write.
-
-  Raises:
-    OSError: ENOSPC.
+  Of a directory that is not on a local file system nothing is known.
   """
   if '://' in os.fspath(directory):
     return

@@ -70,13 +70,18 @@ class AdafactorState(NamedTuple):
 class Factoring:
   """How one parameter is handled; dims are indices into its shape.
 
-  RMS and parameter scale are taken over averaging_dims, all but BATCH. v_row has the row_dims that
-  v_col lacks, v_col the column_dims that v_row lacks; both are empty if it is not factored.
+  RMS and parameter scale are taken over averaging_dims, all but BATCH. If the parameter is not
+  factored, row_dims and column_dims are empty.
   """
 
   averaging_dims: tuple[int, ...]
   row_dims: tuple[int, ...] = ()
   column_dims: tuple[int, ...] = ()
+
+  @property
+  def moments(self) -> dict[str, tuple[int, ...]]:
+    """The second moments, fields of AdafactorState, and the dims that each of them lacks."""
+    return {'v_row': self.column_dims, 'v_col': self.row_dims} if self.row_dims else {'v': ()}
 
 
 def factoring(
@@ -93,9 +98,9 @@ def factoring(
   larger is the column, if both reach min_dim_size_to_factor (T5X's fall-back to the heuristic,
   adafactor.py:384). From three dims on it goes by ROW and COLUMN, whole groups of dims at a time.
 
-  T5X itself takes the second road for every stacked parameter and so factors those with dims below
-  min_dim_size_to_factor, which it does not for the same layers unstacked. Here both forms give the
-  same update. Axes of None mean no BATCH dims and no roles; the rest is as in `adafactor`.
+  T5X itself takes the second road for every stacked parameter, and so factors small ones, which it
+  does not for the same layers unstacked. Here both forms give the same update. Axes of None mean no
+  BATCH dims and no roles; the rest is as in `adafactor`.
 
   Raises:
     UsageError: if an axis has no role, or a parameter of three or more dims mixes ROW and COLUMN
@@ -103,25 +108,23 @@ def factoring(
   """
   rules = standard_logical_factor_rules() if rules is None else rules
   names = (None,) * len(shape) if axes is None else axes
-  for axis in names:
-    if axis is not None and axis not in rules:
-      raise UsageError(
-        f'Adafactor has no role for the logical axis {axis!r} of a '
-        f'parameter with axes {axes}; known are {", ".join(rules)}.'
-      )
+  if strange := [axis for axis in names if axis is not None and axis not in rules]:
+    raise UsageError(
+      f'Adafactor has no role for the logical axis {strange[0]!r} of a parameter with axes {axes}; '
+      f'known are {", ".join(rules)}.'
+    )
   roles = [FactorDim.NONE if axis is None else rules[axis] for axis in names]
   dims = tuple(i for i, r in enumerate(roles) if r is not FactorDim.BATCH)
   if not factored or len(dims) < 2:
     return Factoring(dims)
   if len(dims) == 2:
     row, column = sorted(dims, key=lambda i: shape[i])  # ties keep their order
-    if shape[row] < min_dim_size_to_factor:
-      return Factoring(dims)
-    return Factoring(dims, (row,), (column,))
+    large = shape[row] >= min_dim_size_to_factor
+    return Factoring(dims, (row,), (column,)) if large else Factoring(dims)
   if axes is None:
     raise UsageError(
-      f'Adafactor needs the logical axes of a parameter of shape {shape}: '
-      'from three dims on they say which are factored together.'
+      f'Adafactor needs the logical axes of a parameter of shape {shape}: from three dims on they '
+      'say which are factored together.'
     )
   row_dims = tuple(i for i in dims if roles[i] is FactorDim.ROW)
   column_dims = tuple(i for i in dims if roles[i] is FactorDim.COLUMN)
@@ -134,9 +137,8 @@ def factoring(
 
 def moment_dims(moment: str, shape: Sequence[int], axes: Axes) -> tuple[int, ...]:
   """Returns which of a parameter's dims a moment, a field of AdafactorState, has."""
-  layout = factoring(shape, axes, min_dim_size_to_factor=0)
-  gone = {'v_row': layout.column_dims, 'v_col': layout.row_dims}
-  return tuple(i for i in range(len(shape)) if i not in gone.get(moment, ()))
+  gone = factoring(shape, axes, min_dim_size_to_factor=0).moments.get(moment, ())
+  return tuple(i for i in range(len(shape)) if i not in gone)
 
 
 def adafactor(
@@ -168,31 +170,19 @@ def adafactor(
     u     = g / sqrt(v);  u = u / max(1, rms(u) / clipping_threshold)
     step  = -learning_rate max(epsilon2, rms(p)) u
 
-  Args:
-    axes: logical axes of each parameter, a tree of tuples; None for parameters that are neither
-      stacked nor of more than two dims.
-    factored: whether matrices keep row and column means instead of all of v.
-    multiply_by_parameter_scale: whether the step is relative to rms(p), for all parameters or by
-      (regular expression searched in 'a/b/c', bool) pairs, of which the first that matches counts.
-    beta1: momentum of the steps, or None for none and no memory for it.
-    decay_rate: exponent above.
-    step_offset: number of updates to take away from t, to restart the second moments at
-      fine-tuning.
-    clipping_threshold: of rms(u), or None for no clipping.
-    weight_decay_rate: p is also multiplied by 1 - weight_decay_rate, whatever the learning rate.
-    weight_decay_rate_lr_exponent: if set, multiplies the above (1 if None) by learning_rate to this
-      power.
-    min_dim_size_to_factor: least size of both dims of a factored matrix.
-    epsilon1: added to the squared gradient.
-    epsilon2: least parameter scale.
-    dtype_momentum: in which the momentum is kept.
-    logical_factor_rules: role of each logical axis; None for T5X's.
-    max_parameter_scale: largest parameter scale, or None.
-    skip_nan_updates: an element whose update or moment turns NaN keeps its old value.
+  Only if `factored`, and both dims of a matrix reach min_dim_size_to_factor, v is kept as means.
+  Stacked parameters and those of more than two dims need `axes`, a tree of tuples of logical axes,
+  whose roles are T5X's where logical_factor_rules is None. multiply_by_parameter_scale: whether the
+  step is relative to rms(p), at most max_parameter_scale, for all parameters or by (regular
+  expression searched in 'a/b/c', bool) pairs, of which the first that matches counts. step_offset
+  restarts the second moments at fine-tuning; clipping_threshold=None does not clip. beta1 is the
+  momentum of the steps, kept in dtype_momentum; None for none and no memory for it.
+  weight_decay_rate: p is also multiplied by 1 - weight_decay_rate, whatever the learning rate; with
+  weight_decay_rate_lr_exponent the rate (1 if None) is times learning_rate to this power.
+  skip_nan_updates: an element whose update or moment turns NaN keeps its old value.
 
-  Returns:
-    A transform whose update needs params, and the extra argument learning_rate with momentum or
-    weight decay, whose terms are not proportional to it.
+  The transform's update needs params, and the extra argument learning_rate with momentum or weight
+  decay, whose terms are not proportional to it.
 
   Source: t5x/adafactor.py Adafactor, arguments and defaults included.
   """
@@ -203,13 +193,8 @@ def adafactor(
   def layout_of(path, shape) -> Factoring:
     if axes is not None and path not in axes_of:
       raise UsageError(f'Adafactor was given no logical axes for {"/".join(path)}.')
-    return factoring(
-      shape,
-      axes_of.get(path),
-      factored=factored,
-      rules=logical_factor_rules,
-      min_dim_size_to_factor=min_dim_size_to_factor,
-    )
+    how = {'min_dim_size_to_factor': min_dim_size_to_factor, 'rules': logical_factor_rules}
+    return factoring(shape, axes_of.get(path), factored=factored, **how)
 
   def has_scale(path) -> bool:
     if isinstance(multiply_by_parameter_scale, bool):
@@ -217,21 +202,15 @@ def adafactor(
     for pattern, value in multiply_by_parameter_scale:
       if re.search(pattern, '/'.join(path)):
         return value
-    raise UsageError(
-      'No pattern of multiply_by_parameter_scale matches '
-      f'{"/".join(path)}; end with a (".*", True).'
-    )
+    name = f'{"/".join(path)}; end with a (".*", True).'
+    raise UsageError(f'No pattern of multiply_by_parameter_scale matches {name}')
 
   def init(params) -> AdafactorState:
     moments = {}
     for path, p in pytrees.leaves(params):
-      layout = layout_of(path, p.shape)
-      gone = (
-        {'v_row': layout.column_dims, 'v_col': layout.row_dims} if layout.row_dims else {'v': ()}
-      )
       moments[path] = {
-        field: jnp.zeros(np.delete(p.shape, dims).tolist(), jnp.float32)
-        for field, dims in gone.items()
+        field: jnp.zeros(np.delete(p.shape, gone).tolist(), jnp.float32)
+        for field, gone in layout_of(path, p.shape).moments.items()
       }
       if beta1 is not None:
         moments[path]['m'] = jnp.zeros(p.shape, dtype_momentum)
@@ -239,12 +218,9 @@ def adafactor(
 
   def update(updates, state, params=None, *, learning_rate=None, **extra_args):
     del extra_args
-    if params is None:
-      raise ValueError('Adafactor needs update(grads, state, params).')
-    if needs_rate and learning_rate is None:
-      raise ValueError(
-        'Adafactor with momentum or weight decay needs update(..., learning_rate=...).'
-      )
+    if params is None or (needs_rate and learning_rate is None):
+      extra = ', with momentum or weight decay update(..., learning_rate=...)'
+      raise ValueError(f'Adafactor needs update(grads, state, params){extra}.')
     # The caller multiplies by the rate, so what is not proportional to it is divided by it here; a
     # rate of 0 must not make that NaN.
     rate = jnp.float32(1.0 if learning_rate is None else learning_rate)
@@ -316,8 +292,7 @@ def _again(x: Array) -> Array:
   """Returns x, which XLA:CPU takes for another value.
 
   What several reductions share, such as g * g, it writes to memory once and reads often; made anew
-  in each it costs nothing. This halves the time of the update there and leaves no temporaries.
-  XLA:TPU joins such reductions itself.
+  in each it costs nothing. This halves the update's time. XLA:TPU joins such reductions itself.
   """
   return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 

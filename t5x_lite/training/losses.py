@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t5x_lite.errors import UsageError
+from t5x_lite.training.schedules import check_fields
 
 NORMALIZING_RULES = ('NUM_REAL_TARGET_TOKENS', 'NUM_TOTAL_TARGET_TOKENS', 'AVERAGE_PER_SEQUENCE')
 
@@ -43,27 +43,16 @@ class LossConfig:
   chunk: int | None = None
 
   def __post_init__(self):
-    if not 0 <= self.label_smoothing < 1:
-      raise UsageError(
-        f'LossConfig.label_smoothing is {self.label_smoothing}; it must be '
-        'at least 0 and less than 1.'
-      )
-    if not (self.z_loss >= 0 and math.isfinite(self.z_loss)):
-      raise UsageError(
-        f'LossConfig.z_loss is {self.z_loss}; it must be 0 or more (T5 1.1 uses 1e-4).'
-      )
-    if self.chunk is not None and self.chunk < 1:
-      raise UsageError(
-        f'LossConfig.chunk is {self.chunk}; it must be a positive number of '
-        'target positions, or None.'
-      )
-    rule = self.loss_normalizing_factor
+    rule, chunk = self.loss_normalizing_factor, self.chunk
     known = rule.upper() in NORMALIZING_RULES if isinstance(rule, str) else rule is None or rule > 0
-    if not known:
-      raise UsageError(
-        f'LossConfig.loss_normalizing_factor is {rule!r}; it must be None, a '
-        f'positive number, or one of {", ".join(NORMALIZING_RULES)}.'
-      )
+    rules = ', '.join(NORMALIZING_RULES)
+    check_fields(
+      self,
+      label_smoothing=(0 <= self.label_smoothing < 1, 'at least 0 and less than 1'),
+      z_loss=(0 <= self.z_loss < math.inf, '0 or more (T5 1.1 uses 1e-4)'),
+      chunk=(chunk is None or chunk >= 1, 'a positive number of target positions, or None'),
+      loss_normalizing_factor=(known, f'None, a positive number, or one of {rules}'),
+    )
 
 
 def cross_entropy_with_logits(
@@ -73,8 +62,7 @@ def cross_entropy_with_logits(
 
   With label smoothing e, the target distribution has 1 - e on the target and e / (V - 1) on every
   other token, and its entropy is subtracted, so that a perfect prediction costs nothing. Any number
-  of leading dims will do. Logits of any dtype are computed in float32; z_loss is the coefficient of
-  log(Z)^2 (Mesh TensorFlow; T5 1.1 uses 1e-4).
+  of leading dims will do. Logits of any dtype are computed in float32; for z_loss see `LossConfig`.
 
   Source: t5x/losses.py cross_entropy_with_logits and compute_weighted_cross_entropy; Szegedy et al.
   2016 for label smoothing.
@@ -142,13 +130,11 @@ def loss_sums(
 ) -> dict[str, Array]:
   """Returns weighted sums over all tokens; only 'loss' carries a gradient.
 
-  Given task_ids_BL, the task of every token below num_tasks, it adds the sums [num_tasks] task_loss
-  (without the z-loss) and task_weight. The rest is as in `cross_entropy_with_logits`.
-
-  Returns:
-    loss (z-loss included) and z_loss in nats, each token times its weight; num_correct and
-    num_tokens, counts over tokens whose weight is not 0, whose ratio is the accuracy (a target that
-    ties with another token is correct). All float32 scalars, so they add up over batches.
+  They are loss (z-loss included) and z_loss in nats, each token times its weight; num_correct and
+  num_tokens, counts over tokens whose weight is not 0, whose ratio is the accuracy (a target that
+  ties with another token is correct): float32 scalars, so they add up over batches. Given
+  task_ids_BL, each token's task below num_tasks, also the sums [num_tasks] task_loss (without the
+  z-loss) and task_weight. The rest is as in `cross_entropy_with_logits`.
   """
   loss, z, correct = _token_losses(z_loss, label_smoothing, logits_BLV, targets_BL)
   counted = weights_BL != 0
@@ -181,14 +167,13 @@ def chunked_cross_entropy(
   """Returns loss_sums of project_fn(hidden), `chunk` positions at a time.
 
   Never holds more than [B, chunk, V] logits. Under differentiation each chunk's gradient is taken
-  while its logits are at hand, so they are computed once, not again in a backward pass: the cost is
-  that of the unchunked loss. Chunks cut L, never B, so a batch stays sharded over its devices. A
-  chunk, which need not divide L, is [B, l, D] to project_fn, which returns logits [B, l, V], each
-  position on its own. It may close over traced parameters; their gradients are right. No gradient
-  flows to the weights. The task ids are as in `loss_sums`.
+  while its logits are at hand, so that they are computed once, as in the unchunked loss. Chunks cut
+  L, which they need not divide, never B, so a batch stays sharded over its devices. From [B, l, D]
+  project_fn makes logits [B, l, V], each position on its own. It may close over traced parameters;
+  their gradients are right. No gradient flows to the weights.
 
-  Source: the idea of taking the gradient in the forward pass is Liger Kernel's fused linear cross
-  entropy (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
+  Source: the gradient in the forward pass is the idea of Liger Kernel's fused linear cross entropy
+  (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
   """
   chunk = min(chunk, hidden_BLD.shape[1])
   pad = -hidden_BLD.shape[1] % chunk
@@ -197,19 +182,19 @@ def chunked_cross_entropy(
   def cut(x):
     """Returns x as [chunks, B, chunk, ...]; padding has weight 0."""
     x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
   sums = functools.partial(
     loss_sums, z_loss=z_loss, label_smoothing=label_smoothing, num_tasks=num_tasks
   )
   # Without task ids they are not read.
   ids_BL = targets_BL if task_ids_BL is None else task_ids_BL
+  rest = tuple(map(cut, (targets_BL, weights_BL, ids_BL)))
   return _scan_sums(
     lambda head, h, t, w, ids: sums(project(h, *head), t, w, task_ids_BL=ids),
     head,
     cut(hidden_BLD),
-    (cut(targets_BL), cut(weights_BL), cut(ids_BL)),
+    rest,
   )
 
 
@@ -266,18 +251,15 @@ def loss_weights_and_normalizer(
 ) -> tuple[Array, Array]:
   """Returns per-token loss weights and what their summed loss is divided by.
 
-  Call it once with the whole batch, before cutting it into microbatches: T5X does it for each
-  microbatch, which weighs tokens unequally and makes the gradient grow with their number
-  (t5x/trainer.py accumulate_grads_microbatched sums losses that are already normalised).
+  They are float32 [B, L] and a float32 scalar that is never 0. Call it once with the whole batch,
+  before cutting it into microbatches: T5X does it for each microbatch, which weighs tokens
+  unequally and makes the gradient grow with their number (t5x/trainer.py
+  accumulate_grads_microbatched sums losses that are already normalised).
 
   Args:
     batch: T5X features. Without decoder_loss_weights every real target token counts 1: those of a
-      segment if packed, else those that are not 0. (T5X then counts padding under None and constant
-      rules.)
+      segment if packed, else those that are not 0 (T5X: padding too, by None and constant rules).
     rule: LossConfig.loss_normalizing_factor.
-
-  Returns:
-    float32 weights [B, L], and a float32 scalar that is never 0.
 
   Source: t5x/losses.py get_loss_normalizing_factor_and_weights.
   """

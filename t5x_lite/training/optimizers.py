@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,8 @@ from t5x_lite.errors import UsageError
 from t5x_lite.models import transfer
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
-from t5x_lite.training.adafactor import Axes, Path
-from t5x_lite.training.master_weights import master_weights
-from t5x_lite.training.schedules import ScheduleConfig, unknown
+from t5x_lite.training.adafactor import Axes
+from t5x_lite.training.schedules import ScheduleConfig, check_fields, unknown
 from t5x_lite.training.unfreezing import unfreeze_gradually
 
 # Optax's optimizers whose step is proportional to the learning rate of the same step alone, as
@@ -78,27 +77,20 @@ class OptimizerConfig:
   def __post_init__(self):
     if self.name not in OPTIMIZERS:
       raise unknown('OptimizerConfig.name', self.name, OPTIMIZERS)
-    if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-      raise UsageError(
-        f'OptimizerConfig.weight_decay is {self.weight_decay}; it must be 0 or more.'
-      )
-    if self.global_norm_clip is not None and not self.global_norm_clip > 0:
-      raise UsageError(
-        f'OptimizerConfig.global_norm_clip is {self.global_norm_clip}; it '
-        'must be positive, or None for no clipping.'
-      )
-    if self.unfreeze_every is not None and self.unfreeze_every < 1:
-      raise UsageError(
-        f'OptimizerConfig.unfreeze_every is {self.unfreeze_every}; it counts steps, from 1.'
-      )
+    clip, every = self.global_norm_clip, self.unfreeze_every
+    check_fields(
+      self,
+      weight_decay=(0 <= self.weight_decay < math.inf, '0 or more'),
+      global_norm_clip=(clip is None or clip > 0, 'positive, or None for no clipping'),
+      unfreeze_every=(every is None or every >= 1, 'a number of steps, from 1, or None'),
+    )
     for name in ('trainable', 'weight_decay_exclude'):
+      value = getattr(self, name)
       try:
-        re.compile(getattr(self, name) or '')
+        re.compile(value or '')
       except re.error as error:
-        raise UsageError(
-          f'OptimizerConfig.{name} is {getattr(self, name)!r}, which is no '
-          f'regular expression: {error}.'
-        ) from error
+        what = f'is {value!r}, which is no regular expression: {error}.'
+        raise UsageError(f'OptimizerConfig.{name} {what}') from error
     _arguments(self)
 
 
@@ -120,14 +112,11 @@ def _arguments(config: OptimizerConfig) -> dict[str, Any]:
       continue
     if name not in accepted:
       raise UsageError(
-        f'OptimizerConfig.{field} is {value}, but {config.name} has no such '
-        f'argument; its own are {", ".join(sorted(accepted))}.'
+        f'OptimizerConfig.{field} is {value}, but {config.name} has no such argument; its own are '
+        f'{", ".join(sorted(accepted))}.'
       )
-    if not 0 <= value < (math.inf if field == 'eps' else 1):
-      raise UsageError(
-        f'OptimizerConfig.{field} is {value}; it must be at least 0'
-        f'{"." if field == "eps" else " and less than 1."}'
-      )
+    most, allowed = (math.inf, 'at least 0') if field == 'eps' else (1, 'at least 0, less than 1')
+    check_fields(config, **{field: (0 <= value < most, allowed)})
     arguments[name] = value
   for name, value in config.kwargs.items():
     if name not in accepted:
@@ -142,8 +131,8 @@ def make_optimizer(
   """Returns a transform whose updates are for learning rate 1, already negated.
 
   The step is params + learning_rate * updates, with updates, state = tx.update(grads, state,
-  params, learning_rate=learning_rate); the extra argument serves Adafactor's terms that are not
-  proportional to the learning rate, and others ignore it. For params and axes see `opt_state_axes`.
+  params, learning_rate=learning_rate); the extra argument serves what is not proportional to the
+  learning rate, and is ignored elsewhere. For params and axes see `opt_state_axes`.
 
   Raises:
     UsageError: if config.trainable matches no parameter.
@@ -203,6 +192,42 @@ def _per_unit_rate(
   return optax.GradientTransformationExtraArgs(make(learning_rate=1.0).init, update)
 
 
+class MasterWeightsState(NamedTuple):
+  """The parameters in float32, and the state of the optimizer that updates them."""
+
+  master: Any
+  inner: Any
+
+
+def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """Returns `inner` applied to float32 copies of parameters, of which bfloat16 ones lose no update.
+
+  The updates that come out lead from the parameters to the rounded copies, whatever `learning_rate`
+  they will be multiplied by, which update needs as an extra argument.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    master = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    return MasterWeightsState(master, inner.init(master))
+
+  def update(updates, state, params=None, *, learning_rate=None, **extra_args):
+    if params is None or learning_rate is None:
+      raise ValueError('master_weights needs update(grads, state, params, learning_rate=...).')
+    rate = jnp.float32(learning_rate)
+    safe_rate = jnp.maximum(rate, jnp.finfo(jnp.float32).tiny)
+    updates = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+    steps, new = inner.update(updates, state.inner, state.master, learning_rate=rate, **extra_args)
+    master = jax.tree.map(lambda m, u: m + rate * u, state.master, steps)
+    # From each parameter to its copy: added, it rounds as the copy does. At rate 0 nothing moved.
+    result = jax.tree.map(
+      lambda m, p: jnp.where(rate > 0, (m - p.astype(jnp.float32)) / safe_rate, 0.0), master, params
+    )
+    return result, MasterWeightsState(master, new)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
 def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
   """Returns params' tree with True where config trains the parameter, None if it trains all.
 
@@ -216,8 +241,8 @@ def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
   mask = _map_paths(lambda name: bool(re.search(pattern, name)), params)
   if not any(jax.tree.leaves(mask)):
     raise UsageError(
-      f'OptimizerConfig.trainable is {pattern!r}, which matches none of the '
-      f'{len(names)} parameters, such as {", ".join(names[:3])}.'
+      f'OptimizerConfig.trainable is {pattern!r}, which matches none of the {len(names)} '
+      f'parameters, such as {", ".join(names[:3])}.'
     )
   return mask
 
@@ -256,22 +281,19 @@ def adamw_scale(
 
 
 def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> Any:
-  """Returns the logical axes of every array in the optimizer's state.
+  """Returns the logical axes of every array in the state of any optax transform.
 
   A leaf belongs to the parameter whose path its own path ends with. One of the parameter's shape
   has the parameter's axes; a factored second moment those that are left; one with dims added in
   front has None for those; anything else, and what belongs to no parameter, such as a count, is
-  replicated. Tx is any optax transform, chains, masks and partitions included; params may be
-  shapes; axes are params' tree with tuples of names.
+  replicated. Params may be shapes; axes are params' tree with tuples of names.
 
   Returns:
     The state's tree with a tuple of names (None for a dim that is not cut) for each array. The
-    state holds tuples too, so map over the state first: jax.tree.map(fn, state,
-    opt_state_axes(...)).
+    state holds tuples too, so map over it first: jax.tree.map(fn, state, opt_state_axes(...)).
   """
-  known: dict[Path, tuple[tuple[int, ...], Axes]] = {
-    path: (leaf.shape, names) for path, leaf, names in pytrees.leaves_with_axes(params, axes)
-  }
+  found = pytrees.leaves_with_axes(params, axes)
+  known = {path: (leaf.shape, names) for path, leaf, names in found}
 
   def find(path, leaf) -> Axes:
     path = pytrees.names_of(path)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -22,6 +23,17 @@ def unknown(name: str, value: str, allowed: Iterable[str]) -> UsageError:
   close = difflib.get_close_matches(value.lower(), allowed, n=1)
   hint = f' Did you mean {close[0]!r}?' if close else ''
   return UsageError(f'{name} is {value!r}; allowed: {", ".join(allowed)}.{hint}')
+
+
+def check_fields(config: Any, **rules: tuple[bool, str]) -> None:
+  """Raises UsageError for a config's first field that is not right.
+
+  Each rule says of one field whether it is right, and what it must be.
+  """
+  for name, (right, allowed) in rules.items():
+    if not right:
+      field = f'{type(config).__name__}.{name}'
+      raise UsageError(f'{field} is {getattr(config, name)!r}; it must be {allowed}.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,26 +78,19 @@ class ScheduleConfig:
     if self.shape not in SHAPES:
       raise unknown('ScheduleConfig.shape', self.shape, SHAPES)
     for name in ('base_learning_rate', 'final_learning_rate', 'min_learning_rate', 'warmup_steps'):
-      value = getattr(self, name)
-      if not (value >= 0 and math.isfinite(value)):
-        raise UsageError(f'ScheduleConfig.{name} is {value}; it must be 0 or more.')
+      check_fields(self, **{name: (0 <= getattr(self, name) < math.inf, '0 or more')})
     for name in ('steps_per_decay', 'steps_per_cycle', 'total_steps', 'decay_steps'):
       value = getattr(self, name)
-      if value is not None and value < 1:
-        raise UsageError(f'ScheduleConfig.{name} is {value}; it must be a positive number.')
+      check_fields(self, **{name: (value is None or value >= 1, 'a positive number')})
     for name in _split(self.factors) if self.shape == 'factors' else ():
       if name not in FACTORS:
         raise unknown('A factor of ScheduleConfig.factors', name, FACTORS)
       if self.warmup_steps < 1 and name in _WARMED_UP:
-        raise UsageError(
-          f'ScheduleConfig.warmup_steps is {self.warmup_steps}; the factors '
-          f'{self.factors!r} need at least 1.'
-        )
+        what = f'warmup_steps is {self.warmup_steps}; the factors {self.factors!r} need at least 1.'
+        raise UsageError(f'ScheduleConfig.{what}')
     if self.shape == 'wsd' and self.decay_steps is None:
-      raise UsageError(
-        "ScheduleConfig.shape is 'wsd' and decay_steps is not set; set it to "
-        'the length of the last, falling part.'
-      )
+      fix = 'set it to the length of the last, falling part.'
+      raise UsageError(f"ScheduleConfig.shape is 'wsd' and decay_steps is not set; {fix}")
 
 
 def _split(factors: str) -> list[str]:
@@ -112,8 +117,8 @@ def make_schedule(
     total = total_steps - config.step_offset
   if total is None:
     raise UsageError(
-      f'ScheduleConfig.shape is {config.shape!r} and total_steps is not set; '
-      'set ScheduleConfig.total_steps to the step at which it ends.'
+      f'ScheduleConfig.shape is {config.shape!r} and total_steps is not set; set '
+      'ScheduleConfig.total_steps to the step at which it ends.'
     )
   start = config.warmup_steps
   if config.shape == 'wsd':
@@ -140,9 +145,8 @@ def _steps(config: ScheduleConfig, step: ArrayLike) -> Array:
 
 def _warmup(config: ScheduleConfig, step: Array) -> Array:
   """Returns 0 at step 0 (as optax and HF do) and 1 from warmup_steps on."""
-  return (
-    jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else jnp.ones_like(step)
-  )
+  warmup_steps = config.warmup_steps
+  return jnp.minimum(step / warmup_steps, 1.0) if warmup_steps else jnp.ones_like(step)
 
 
 def _half_cosine(progress: Array) -> Array:
@@ -163,10 +167,8 @@ def _product(config: ScheduleConfig, step: Array) -> Array:
       rate *= c.base_learning_rate * jnp.minimum(
         step / c.warmup_steps, 1 + c.decay_factor * (c.warmup_steps - step)
       )
-    elif name == 'rsqrt_decay':
-      rate /= jnp.sqrt(jnp.maximum(step, c.warmup_steps))
-    elif name == 'rsqrt_normalized_decay':
-      rate *= math.sqrt(c.warmup_steps)
+    elif name in ('rsqrt_decay', 'rsqrt_normalized_decay'):
+      rate *= math.sqrt(c.warmup_steps) if name == 'rsqrt_normalized_decay' else 1.0
       rate /= jnp.sqrt(jnp.maximum(step, c.warmup_steps))
     elif name == 'decay_every':
       rate *= c.decay_factor ** jnp.floor(step / c.steps_per_decay)

@@ -36,10 +36,7 @@ def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key, num_ta
 
 
 def _microbatches(batch: Any, num: int) -> Any:
-  """Cuts [B, ...] into [num, B / num, ...], each spread over all devices.
-
-  Consecutive rows live on one device, so a microbatch takes every num-th row.
-  """
+  """Cuts [B, ...] into [num, B / num, ...], each spread over all devices: of every num-th row."""
 
   def cut(x):
     assert x.shape[0] % num == 0, (x.shape, num)
@@ -67,9 +64,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns train_step(state, batch, key) -> (state, metrics).
 
-  Gradients of microbatches are added in float32; the loss's denominator is that of the whole batch,
-  so their number changes nothing but memory (T5X normalises each microbatch by itself;
-  t5x/trainer.py:704).
+  Gradients of microbatches are added in float32; the loss's denominator is the whole batch's, so
+  their number changes nothing but memory (T5X normalises each by itself; t5x/trainer.py:704).
 
   Args:
     graphdef: from `train_state.make_spec`.
@@ -83,8 +79,7 @@ def make_train_step(
       finite, and say so in the metric `skipped`.
     histograms: add `group_histograms` of the gradient to the metrics.
     task_names: if given, the batch has `decoder_task_ids`, which number them, and the metrics have
-      TASK_LOSS and TASK_WEIGHT with each name: sums of the cross entropy in nats, and of the loss
-      weights, over its tokens.
+      TASK_LOSS and TASK_WEIGHT with each name: its tokens' summed cross entropy in nats and weight.
 
   The key is the run's; the step folds in its number. Metrics are float32 scalars: loss (as
   minimised), cross_entropy and z_loss (nats per unit of loss weight), accuracy, target_tokens,
@@ -97,8 +92,7 @@ def make_train_step(
     weights, normalizer = losses.loss_weights_and_normalizer(batch, loss.loss_normalizing_factor)
 
     def loss_fn(trained, batch, weights, key):
-      params = _filled(trained, state.params)
-      model = nnx.merge(graphdef, params)
+      model = nnx.merge(graphdef, _filled(trained, state.params))
       sums = _sums(model, batch, weights, loss, key, len(task_names))
       return sums['loss'] / normalizer, sums
 
@@ -123,32 +117,32 @@ def make_train_step(
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
     with jax.named_scope('optimizer'):
       whole = _filled(grads, jax.tree.map(jnp.zeros_like, state.params))
-      updates, opt_state = tx.update(
-        whole, state.opt_state, state.params, learning_rate=learning_rate
-      )
+      old = state.params
+      updates, opt_state = tx.update(whole, state.opt_state, old, learning_rate=learning_rate)
       updates = jax.tree.map(lambda u: learning_rate.astype(u.dtype) * u, updates)
-      params = optax.apply_updates(state.params, updates)
+      params = optax.apply_updates(old, updates)
       if trainable is not None:  # not even -0.0 + 0.0
-        params = jax.tree.map(
-          lambda new, old, train: new if train else old, params, state.params, trainable
-        )
+        params = jax.tree.map(lambda a, b, train: a if train else b, params, old, trainable)
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     if skip_nonfinite:
-      new, old = (params, opt_state), (state.params, state.opt_state)
-      params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+      new, kept = (params, opt_state), (old, state.opt_state)
+      params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
     weight = jnp.sum(weights)
     weight = jnp.where(weight == 0, 1.0, weight)
+    inputs = batch.get('encoder_input_tokens', jnp.zeros((), jnp.int32))  # there may be no encoder
+    real_inputs = batch.get('encoder_segment_ids', inputs) != 0
     metrics = {
       'loss': sums['loss'] / normalizer,
       'cross_entropy': (sums['loss'] - sums['z_loss']) / weight,
       'z_loss': sums['z_loss'] / weight,
       'accuracy': sums['num_correct'] / jnp.maximum(sums['num_tokens'], 1.0),
       'target_tokens': sums['num_tokens'],
-      'input_tokens': _input_tokens(batch),
+      'input_tokens': jnp.sum(real_inputs, dtype=jnp.float32),
       'learning_rate': learning_rate,
       'grad_norm': grad_norm,
-      **group_norms(grads),
+      # They tell where a gradient that is not finite comes from.
+      **{GROUP_NORM + name: optax.global_norm(parts) for name, parts in _groups(grads).items()},
       'update_norm': optax.global_norm(updates),
       'param_norm': optax.global_norm(params),
     }
@@ -169,16 +163,8 @@ TASK_LOSS = 'task_loss/'
 TASK_WEIGHT = 'task_weight/'
 
 
-def group_norms(grads: Any) -> dict[str, jax.Array]:
-  """Returns 'grad_norm/GROUP' of each group, 'encoder/layers' for instance.
-
-  They tell where a gradient that is not finite comes from. The sums of squares are those of the
-  global norm.
-  """
-  return {GROUP_NORM + name: optax.global_norm(leaves) for name, leaves in _groups(grads).items()}
-
-
 def _groups(grads: Any) -> dict[str, list[jax.Array]]:
+  """Returns the leaves of each group of parameters, 'encoder/layers' for instance."""
   groups: dict[str, list[jax.Array]] = {}
   for path, leaf in pytrees.leaves(grads):
     groups.setdefault('/'.join(path[:2]), []).append(leaf)
@@ -209,14 +195,6 @@ def group_histograms(grads: Any) -> dict[str, jax.Array]:
     GROUP_HISTOGRAM + name: sum(map(count, leaves), jnp.zeros(len(HISTOGRAM_BOUNDS) - 1))
     for name, leaves in _groups(grads).items()
   }
-
-
-def _input_tokens(batch: Batch) -> jax.Array:
-  """Counts real encoder positions; 0 where there is no encoder."""
-  if 'encoder_input_tokens' not in batch:
-    return jnp.zeros((), jnp.float32)
-  real = batch.get('encoder_segment_ids', batch['encoder_input_tokens']) != 0
-  return jnp.sum(real, dtype=jnp.float32)
 
 
 def make_eval_step(

@@ -54,11 +54,11 @@ def make_spec(
   axes = TrainState((), params_axes, optimizers.opt_state_axes(tx, params, params_axes))
   shardings = placement.shardings(shapes, axes)
   if opt_state_memory is not None:
-    opt_state = jax.tree.map(
-      lambda x, s: s.with_memory_kind(opt_state_memory) if x.ndim else s,
-      shapes.opt_state,
-      shardings.opt_state,
-    )
+
+    def moved(x, sharding):
+      return sharding.with_memory_kind(opt_state_memory) if x.ndim else sharding
+
+    opt_state = jax.tree.map(moved, shapes.opt_state, shardings.opt_state)
     shardings = dataclasses.replace(shardings, opt_state=opt_state)
   return StateSpec(graphdef, with_shardings(shapes, shardings), axes, shardings)
 

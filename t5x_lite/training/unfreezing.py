@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from t5x_lite.parallel import pytrees
@@ -20,8 +21,7 @@ class UnfreezingState(NamedTuple):
   """State of `unfreeze_gradually`."""
 
   count: jax.Array  # updates made
-  # the optimizer's state, made for all parameters at the start. That of a frozen layer stays as it
-  # was made; that of none, such as a count, goes on.
+  # made for all parameters at the start: a frozen layer's stays so; that of none, a count, goes on
   inner: Any
 
 
@@ -44,12 +44,8 @@ def unfreeze_gradually(
     opened = state.count // every + 1
 
     def choose(path, new, old, names):
-      trained = _trained(pytrees.names_of(path), names, depths, opened)
-      if trained is None:
-        return new
-      if 'layers' in names:
-        trained = trained.reshape([-1 if name == 'layers' else 1 for name in names])
-      return jnp.where(trained, new, old)
+      needed = _needed(pytrees.names_of(path), names, depths)
+      return new if needed is None else jnp.where(opened >= needed, new, old)
 
     def masked(tree):
       zeros = jax.tree.map(jnp.zeros_like, tree)
@@ -73,19 +69,17 @@ def _depths(params: Any, axes: Any) -> dict[str, int]:
   return depths
 
 
-def _trained(path, names, depths: dict[str, int], opened: jax.Array) -> jax.Array | None:
-  """Returns whether a layer trains, or each of a stack; None for no layer.
-
-  The path ends with a parameter's; opened counts the layers that train.
-  """
+def _needed(path, names, depths: dict[str, int]) -> np.ndarray | int | None:
+  """Returns how many layers train when this one does, or each of a stack; None for no layer."""
   for i, side in enumerate(path[:-1]):
     if side not in depths:
       continue
     if path[i + 1] == 'relpos_bias':
-      return opened >= depths[side]
+      return depths[side]
     if path[i + 1] == 'layers':
       if 'layers' in names:
-        return jnp.arange(depths[side]) >= depths[side] - opened
+        shape = [-1 if name == 'layers' else 1 for name in names]
+        return np.arange(depths[side], 0, -1).reshape(shape)
       if path[i + 2].isdigit():
-        return int(path[i + 2]) >= depths[side] - opened
+        return depths[side] - int(path[i + 2])
   return None

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import UsageError
@@ -259,3 +260,27 @@ def test_a_checkpoint_of_another_model_is_one_clear_line(run):
 def test_config_is_validated(fields, message):
   with pytest.raises(UsageError, match=message):
     CheckpointConfig(**fields)
+
+
+# ---- The input iterator's position ----
+
+
+class Position:
+  def __init__(self):
+    self.calls = []
+
+  def save(self, directory):
+    self.calls.append(('save', directory))
+
+  def restore(self, directory):
+    self.calls.append(('restore', directory))
+
+
+def test_the_iterator_writes_and_reads_its_own_directory(tmp_path):
+  position, handler = Position(), checkpoints.DataHandler()
+  directory = epath.Path(tmp_path)
+  handler.save(directory, checkpoints.DataSave(position))
+  handler.restore(directory, checkpoints.DataRestore(position))
+  assert position.calls == [
+    ('save', str(tmp_path)), ('restore', str(tmp_path)),
+  ]  # fmt: skip

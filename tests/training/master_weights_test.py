@@ -5,8 +5,7 @@ import optax
 import pytest
 
 from t5x_lite.training import optimizers
-from t5x_lite.training.master_weights import master_weights
-from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.optimizers import OptimizerConfig, master_weights
 
 PARAMS = {'a': {'kernel': np.linspace(0.5, 2.0, 12).reshape(3, 4)}}
 AXES = {'a': {'kernel': ('embed', 'mlp')}}
