@@ -67,15 +67,8 @@ def load(
   )
   placement = model_sharding.place_here(config, mesh)
   params = tensors.place(found, config, model_sharding.param_shardings(config, placement))
-  return Model(
-    config,
-    params,
-    vocabulary or opened.vocabulary,
-    placement=placement,
-    lengths=opened.lengths,
-    step=opened.step,
-    report=report,
-  )
+  known = {'lengths': opened.lengths, 'step': opened.step, 'report': report}
+  return Model(config, params, vocabulary or opened.vocabulary, placement=placement, **known)
 
 
 def new(
@@ -98,15 +91,11 @@ def new(
 class Model(Generation):
   """A model in memory.
 
-  Attributes:
-    config: its architecture.
-    params: nested dict of arrays.
-    vocabulary_config: names its vocabulary; None for ids without text.
-    vocabulary: encodes and decodes text; None likewise.
-    placement: where the parameters are; one device by default.
-    lengths: task feature lengths of training; empty if unknown.
-    step: updates made so far.
-    report: what was loaded, skipped and newly initialised; None if the model was not loaded.
+  It has its `config`, the architecture; `params`, a nested dict of arrays; `placement`, where they
+  are; `vocabulary_config`, which names its vocabulary, and `vocabulary`, which encodes and decodes
+  text, both None for ids without text; `lengths`, task feature lengths of training, empty if
+  unknown; `step`, updates made so far; and `report`, what was loaded, skipped and newly
+  initialised, None if the model was not loaded.
   """
 
   def __init__(
@@ -120,11 +109,7 @@ class Model(Generation):
     step: int = 0,
     report: assignment.Report | None = None,
   ):
-    """Wraps parameters; see `load` and `new` for the usual ways.
-
-    Raises:
-      UsageError: if the vocabulary has more ids than the embedding has rows.
-    """
+    """Wraps parameters, as `load` and `new` do; UsageError if a vocabulary has too many ids."""
     self.config, self.params = config, params
     self.vocabulary_config, self.vocabulary = vocabulary, None
     if vocabulary is not None:
@@ -148,8 +133,6 @@ class Model(Generation):
       f'({cfg.param_dtype}), {ids}, step {self.step}, on {self.placement.mesh.size} device(s)>'
     )
 
-  # ---- Numbers ----
-
   def logits(
     self,
     encoder_input_tokens: Ids | None,
@@ -159,10 +142,9 @@ class Model(Generation):
   ) -> np.ndarray:
     """Returns float32 logits [B, L, V].
 
-    Args:
-      encoder_input_tokens: [B, M] ids, padded with pad_id; None for a model without an encoder.
-      decoder_input_tokens: [B, L] ids, beginning with decoder_start_id.
-      decoder_causal_attention: [B, L], 1 at the prefix of a prefix model.
+    The encoder's ids [B, M] are padded with pad_id, None for a model without one; the decoder's
+    [B, L] begin with decoder_start_id. decoder_causal_attention [B, L] is 1 at the prefix of a
+    prefix model.
     """
     if not self.config.has_decoder:
       raise UsageError("architecture='encoder' has no logits; use encode")
@@ -188,13 +170,11 @@ class Model(Generation):
     pooling: str | None = None,
     max_input_tokens: int = MAX_INPUT_TOKENS,
   ) -> np.ndarray:
-    """Returns the encoder's output.
+    """Returns the encoder's output for texts (EOS is added), or ids as they are.
 
-    Args:
-      inputs: texts (EOS is added), or ids as they are.
-      pooling: None returns every position, [B, M, D]; 'mean' the mean over real positions, [B, D]
-        (Sentence-T5's choice); 'first' the first position.
-      max_input_tokens: longer inputs are cut, and a warning counts them.
+    Pooling None returns every position, [B, M, D]; 'mean' the mean over real positions, [B, D]
+    (Sentence-T5's choice); 'first' the first position. Inputs of more than max_input_tokens are
+    cut, and a warning counts them.
     """
     if not self.config.has_encoder:
       raise UsageError("architecture='decoder' has no encoder")
@@ -209,30 +189,19 @@ class Model(Generation):
     encoded = self._call(steps.make_encode_step, batch, pooling)
     return encoded[:, :length] if pooling is None else encoded
 
-  # ---- Saving and training ----
-
   def save(self, directory: str, *, format: str = 't5x_lite', dtype: str | None = None) -> None:
-    """Writes the model; the directory must not exist yet, or be empty.
+    """Writes the model into a directory, which must not exist yet, or be empty.
 
-    Args:
-      directory: where to.
-      format: 't5x_lite' (a run directory), 'hf' (for from_pretrained of transformers), 't5x',
-        'adapter' or 'peft'; see `convert.convert`.
-      dtype: of the numbers written; as they are in memory by default.
+    Formats are 't5x_lite' (a run directory), 'hf' (for from_pretrained of transformers), 't5x',
+    'adapter' or 'peft'; see `convert.convert`. Numbers have the dtype of memory by default.
     """
     target = epath.Path(directory)
     export.check_destination(target)
     config = self.config.replace(param_dtype=dtype or self.config.param_dtype)
     export.check_target(config, format)
-    export.write(
-      target,
-      tensors=tensors.of_params(self.params, self.config),
-      cfg=config,
-      to=format,
-      vocabulary=self.vocabulary_config,
-      step=self.step,
-      lengths=self.lengths,
-    )
+    numbers = tensors.of_params(self.params, self.config)
+    known = {'vocabulary': self.vocabulary_config, 'step': self.step, 'lengths': self.lengths}
+    export.write(target, tensors=numbers, cfg=config, to=format, **known)
 
   def grow_vocabulary(self, tokens: Sequence[str] = (), *, extra_ids: int | None = None) -> 'Model':
     """Returns the model with more tokens, or with extra_ids sentinels in all.
@@ -249,13 +218,10 @@ class Model(Generation):
     return Model(config, params, vocabulary, **kept)
 
   def train(self, *, model_dir: str, **arguments: Any) -> 'Model':
-    """Trains from these parameters and returns the trained model.
+    """Trains from these parameters and returns the trained model, which lies where this one lies.
 
-    It lies where this one lies. With dry_run=True the model itself comes back.
-
-    Args:
-      model_dir: the new run's directory; a run that is there is continued.
-      **arguments: of `train.train`: dataset, optimizer, total_steps, ...
+    In model_dir a run that is there is continued. Other arguments are those of `train.train`:
+    dataset, optimizer, total_steps, ... With dry_run=True the model itself comes back.
     """
     with progress.quiet_stderr():
       from t5x_lite.programs import train
@@ -289,8 +255,6 @@ class Model(Generation):
     self._check_vocabulary()
     best = finetune_rows.finetune(data, validation, output=output, save=self.save, **arguments)
     return self._like_this(best)
-
-  # ---- Plumbing ----
 
   def _check_vocabulary(self) -> VocabularyConfig:
     if self.vocabulary_config is None:

@@ -41,26 +41,16 @@ _FILE_ERRORS = {getattr(errno, name): code for code in _CODES for name in _CODES
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """What `t5x-lite NAME` runs.
+  """What `t5x-lite NAME` runs."""
 
-  Attributes:
-    function: dotted name of a keyword-only function. Its parameters that can be written on a
-      command line are flags; help and defaults are its own.
-    help: one line for the list of commands.
-    positional: parameters that are given without their name.
-    inherits: dotted name of the function whose experiment files this one reads.
-    computes: it runs steps, whose temporaries are worth keeping; see parallel/host_memory.py.
-    opened: a parameter that is an object, whose simple fields are flags too.
-    runs_commands: it is given gin files without their flag, checks and runs other commands, and is
-      no process of theirs.
-  """
-
+  # Dotted name of a keyword-only function; its parameters that can be written are flags.
   function: str
-  help: str
-  positional: tuple[str, ...] = ()
-  inherits: str = ''
-  computes: bool = False
-  opened: str = ''
+  help: str  # for the list of commands
+  positional: tuple[str, ...] = ()  # parameters that are given without their name
+  inherits: str = ''  # dotted name of the function whose experiment files this one reads
+  computes: bool = False  # runs steps, whose temporaries are worth keeping; see host_memory.py
+  opened: str = ''  # a parameter that is an object, whose simple fields are flags too
+  # Given gin files without their flag, checks and runs other commands, and is no process of theirs.
   runs_commands: bool = False
 
   def parameters(self) -> list[Parameter]:
@@ -237,20 +227,6 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
   processes.add_argument('--process_index', type=int, metavar='I')
 
 
-def _rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
-  """Turns --gin.NAME=value into --gin_bindings, so that their order stays."""
-  from t5x_lite.gin_front import configuration
-
-  def rewrite(argument: str) -> str:
-    if match := re.fullmatch(r'--gin\.([^=\s]+)=(.*)', argument, re.DOTALL):
-      return '--gin_bindings=' + configuration.binding(*match.groups())
-    if argument.startswith('--gin.'):
-      raise UsageError(f'{argument} needs a value: write {argument}=value')
-    return argument
-
-  return [rewrite(argument) for argument in argv]
-
-
 def _write_config(model_dir: str, text: str) -> None:
   """Writes config.gin into a run directory."""
   from etils import epath
@@ -263,8 +239,17 @@ def _write_config(model_dir: str, text: str) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-  if any(argument.startswith('--gin.') for argument in argv):
-    argv = _rewrite_gin_flags(argv)
+  def rewrite(argument: str) -> str:
+    """Turns --gin.NAME=value into --gin_bindings, so that their order stays."""
+    if match := re.fullmatch(r'--gin\.([^=\s]+)=(.*)', argument, re.DOTALL):
+      from t5x_lite.gin_front import configuration
+
+      return '--gin_bindings=' + configuration.binding(*match.groups())
+    if argument.startswith('--gin.'):
+      raise UsageError(f'{argument} needs a value: write {argument}=value')
+    return argument
+
+  argv = [rewrite(argument) for argument in argv]
   return _make_parser(argv).parse_args(argv)
 
 
@@ -315,11 +300,8 @@ def _run(argv: Sequence[str]) -> int:
   from t5x_lite.parallel import distributed
 
   if not command.runs_commands:
-    distributed.initialize(
-      coordinator_address=args.coordinator_address or '',
-      process_count=args.process_count,
-      process_index=args.process_index,
-    )
+    group = {'process_count': args.process_count, 'process_index': args.process_index}
+    distributed.initialize(coordinator_address=args.coordinator_address or '', **group)
   _configure(args).call()
   return EXIT_STOPPED if distributed.stopped_by() else 0
 

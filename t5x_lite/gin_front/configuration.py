@@ -41,8 +41,7 @@ def shipped_root() -> pathlib.Path:
 def binding(name: str, text: str) -> str:
   """Returns `--gin.NAME=text` as a gin statement.
 
-  What is no Python literal, @reference or %macro is a string, so that a path needs no second pair
-  of quotes: --gin.MODEL_DIR=/tmp/run.
+  What is no Python literal, @reference or %macro is a string: --gin.MODEL_DIR=run needs no quotes.
   """
   # Only looks whether the text is a value.
   delegate: Any = types.SimpleNamespace(configurable_reference=lambda name, _: name, macro=str)
@@ -59,18 +58,12 @@ def binding(name: str, text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Configured:
-  """A program whose settings have been parsed and checked.
+  """A program whose settings have been parsed and checked."""
 
-  Attributes:
-    call: runs it.
-    arguments: evaluates what gin binds for it, so that each config checks itself; before another
-      program is configured.
-    text: the resolved configuration, defaults included, as a gin file that gives the same run.
-  """
-
-  call: Callable[[], Any]
+  call: Callable[[], Any]  # runs it
+  # Evaluates what gin binds, so that each config checks itself; before another is configured.
   arguments: Callable[[], Mapping[str, Any]]
-  text: str
+  text: str  # the resolved configuration, defaults included, as a gin file that gives the same run
 
 
 def configure(
@@ -85,21 +78,15 @@ def configure(
   inherits: str = '',
   write_config: Callable[..., None] | None = None,
 ) -> Configured:
-  """Parses gin files and bindings and checks them for one program.
+  """Parses gin files and bindings and checks them for one program, a keyword-only function.
 
-  Args:
-    program: the keyword-only function to run.
-    gin_files: names of gin files, later ones win.
-    bindings: gin statements, later ones win, and win over all files.
-    search_paths: directories for gin files besides the working directory; `configs/...` of the
-      package is found from anywhere.
-    given: arguments that do not come from gin; they win over it.
-    flags: parameters of the program that have a command-line flag of that name.
-    programs: dotted names of functions that gin files may configure, called in this run or not.
-    inherits: dotted name of a function whose bindings also count for the program's parameters of
-      the same name, where it has none of its own.
-    write_config: writes `text` into a `model_dir`; given to everything here that has a parameter
-      `summarize_config_fn` (T5X's name).
+  Of gin files and bindings later ones win, bindings over files, and `given` arguments over both.
+  Files are looked for in the working directory and search_paths; `configs/...` of the package is
+  found from anywhere. `flags` are the program's parameters with a command-line flag of that name,
+  `programs` dotted names of functions that gin files may configure, called in this run or not.
+  Bindings of the function named by `inherits` also count for the program's parameters of the same
+  name, where it has none of its own. write_config writes `text` into a `model_dir`; it is given to
+  everything here that has a parameter `summarize_config_fn` (T5X's name).
 
   Raises:
     UsageError: for anything that cannot work or would do nothing.
@@ -150,11 +137,8 @@ def configure(
     write = functools.partial(write_config, text=resolved)
     for name in run.takers(SUMMARIZE):
       gin.bind_parameter(('', name, SUMMARIZE), write)
-  return Configured(
-    call=lambda: gin.get_configurable(program)(**given),
-    arguments=lambda: gin.get_bindings(program),
-    text=resolved,
-  )
+  arguments = functools.partial(gin.get_bindings, program)
+  return Configured(lambda: gin.get_configurable(program)(**given), arguments, resolved)
 
 
 def _inherit(selector: str, source: str, program: Callable[..., Any]) -> None:
@@ -174,7 +158,18 @@ def _read(
   included_by: tuple[pathlib.Path, ...] = (),
 ) -> pathlib.Path:
   """Finds a gin file, and reads it and all that it includes into `texts`, before gin does."""
-  path = _find(name, prefixes, included_by)
+  if '://' in name:
+    why = 'gin files run code, so none is fetched; copy it'
+    raise UsageError(f'gin file {name!r} is not on a local disk: {why}')
+  candidates = (pathlib.Path(prefix) / name for prefix in prefixes)
+  path = next((path for path in candidates if path.is_file()), None)
+  if path is None:
+    root = shipped_root()
+    known = [str(f.relative_to(root)) for f in root.glob('configs/**/*.gin')]
+    hint = validation.suggest(name, known, cutoff=0.5)
+    what = f'{name!r} (included by {included_by[-1]})' if included_by else repr(name)
+    where = 'in the working directory, --gin_search_paths or the package'
+    raise UsageError(f'no gin file {what} {where}{hint}')
   if path in included_by:
     raise UsageError(f'gin file {path} includes itself')
   try:
@@ -184,22 +179,3 @@ def _read(
   for included in _INCLUDE.findall(texts[path]):
     _read(included, prefixes, texts, (*included_by, path))
   return path
-
-
-def _find(
-  name: str, prefixes: Sequence[str], included_by: tuple[pathlib.Path, ...]
-) -> pathlib.Path:
-  if '://' in name:
-    why = 'gin files run code, so none is fetched; copy it'
-    raise UsageError(f'gin file {name!r} is not on a local disk: {why}')
-  for prefix in prefixes:
-    path = pathlib.Path(prefix) / name
-    if path.is_file():
-      return path
-  root = shipped_root()
-  known = [str(f.relative_to(root)) for f in root.glob('configs/**/*.gin')]
-  hint = validation.suggest(name, known, cutoff=0.5)
-  where = f' (included by {included_by[-1]})' if included_by else ''
-  raise UsageError(
-    f'no gin file {name!r}{where} in the working directory, --gin_search_paths or the package{hint}'
-  )

@@ -70,8 +70,8 @@ class Walk:
 
   def takers(self, parameter: str) -> set[str]:
     """Returns the selectors of all that have a parameter of this name."""
-    found = {selector: gin_config._REGISTRY[selector].wrapped for _, selector in self.bound}
-    return {selector for selector, wrapped in found.items() if parameter in _signature(wrapped)}
+    wrapped = {selector: gin_config._REGISTRY[selector].wrapped for _, selector in self.bound}
+    return {selector for selector, one in wrapped.items() if parameter in _signature(one)}
 
 
 def _signature(wrapped: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -129,13 +129,10 @@ def check_bindings_are_read(read: set[tuple[str, str]], text: str) -> None:
 
 
 def check_values(walk: Walk, root: str, given: Mapping[str, Any], flags: Collection[str]) -> None:
-  """Everything required is set, and what is set has the right type.
+  """Everything required is set, and what is set has the right type, where a program's walk came.
 
-  Args:
-    walk: of the program about to run.
-    root: the program's selector.
-    given: its arguments that do not come from gin.
-    flags: its parameters that have a command-line flag of that name.
+  Root is the program's selector, `given` its arguments that do not come from gin, and `flags` its
+  parameters that have a command-line flag of that name.
   """
   macros = _macros()
   required: list[str] = []
@@ -208,13 +205,11 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, kind)) and not isinstance(value, bool)
   if kind in (str, bool, type(None)):
     return isinstance(value, kind)
-  if dataclasses.is_dataclass(kind):
-    return False
   if issubclass(kind, Mapping):
     return isinstance(value, dict)
   if issubclass(kind, Sequence):
     return isinstance(value, (list, tuple))
-  return True
+  return not dataclasses.is_dataclass(kind)
 
 
 def _type_name(hint: Any) -> str:
@@ -245,12 +240,11 @@ def explained(source: str) -> Iterator[None]:
   except SyntaxError as error:
     what = f'{error.msg.strip().rstrip(".")} ({(error.text or "").strip()})'
     raise UsageError(f'{source}, line {error.lineno}: {what}') from error
-  except ImportError as error:
-    raise UsageError(f'{_explain(error)}; is it installed?') from error
   except (RecursionError, MemoryError):
     raise UsageError(f'{source} is nested too deeply') from None
-  except (AttributeError, NameError, OSError, ValueError) as error:
-    raise UsageError(_explain(error)) from error
+  except (AttributeError, ImportError, NameError, OSError, ValueError) as error:
+    hint = '; is it installed?' if isinstance(error, ImportError) else ''
+    raise UsageError(f'{_explain(error)}{hint}') from error
 
 
 def _explain(error: Exception) -> str:

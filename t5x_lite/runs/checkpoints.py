@@ -27,14 +27,13 @@ from etils import epath
 from t5x_lite.errors import DamagedError, UsageError
 from t5x_lite.parallel import checksums, distributed, pytrees
 from t5x_lite.parallel.distributed import LostProcessError
-from t5x_lite.runs import files, save_errors
+from t5x_lite.runs import files
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = 'checkpoints'
 DAMAGED = '.damaged'
 FORMAT_VERSION = 2  # 1 had no checksums
-
 _policies = ocp.checkpoint_managers
 
 
@@ -69,7 +68,6 @@ class CheckpointConfig:
   strict: bool = True
 
   def __post_init__(self):
-    """Validates once, so that nothing fails hours into a run."""
     pairs = tuple(tuple(pair) for pair in self.assignment_map)
     object.__setattr__(self, 'assignment_map', pairs)
     problem = ''
@@ -89,9 +87,6 @@ class CheckpointConfig:
       problem = f'keep_best={self.keep_best} needs best_metric, {example}'
     if problem:
       raise UsageError(f'CheckpointConfig.{problem}')
-
-
-# ---- The input iterator's position ------------------------------------------
 
 
 class SavableIterator(Protocol):
@@ -129,9 +124,6 @@ class DataRestore(DataSave):
   """What is moved."""
 
 
-# ---- Comparing with what is wanted ------------------------------------------
-
-
 def explain_mismatch(
   where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str
 ) -> None:
@@ -148,9 +140,6 @@ def explain_mismatch(
     else:
       continue
     raise UsageError(f'the checkpoint {where} has {problem}: {fix}')
-
-
-# ---- Finding ----------------------------------------------------------------
 
 
 def steps_in(directory: epath.Path) -> list[int]:
@@ -184,12 +173,9 @@ def check_some_are_whole(model_dir: str) -> None:
 
 
 def find_checkpoint(path: str) -> tuple[str, int]:
-  """Returns the `checkpoints` directory and step that a user's path means.
+  """Returns the `checkpoints` directory and step that a path means; UsageError if there is none.
 
   That is a run directory or its `checkpoints`, for the newest step, or one step's directory.
-
-  Raises:
-    UsageError: if there is no checkpoint there.
   """
   root = epath.Path(path)
   if not root.exists():
@@ -203,9 +189,6 @@ def find_checkpoint(path: str) -> tuple[str, int]:
     f'{path} holds no checkpoint: give a run directory (with {CHECKPOINTS}/STEP inside) or one '
     'STEP directory'
   )
-
-
-# ---- A run's own checkpoints ------------------------------------------------
 
 
 class Checkpointer(contextlib.AbstractContextManager):
@@ -251,12 +234,8 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> bool:
     """Starts saving; returns once the state and iterator may move on, False if `step` was saved.
 
-    Args:
-      step: a step that is already there is left alone.
-      state: the TrainState; copied off the devices before this returns.
-      iterator: the input iterator, standing before the batch of `step`.
-      metrics: this step's metrics, for `keep_best`.
-      meta: small facts that the restart wants to know.
+    The state is copied off the devices before; the iterator stands before the batch of `step`. This
+    step's metrics are for `keep_best`, and `meta` are small facts that the restart wants to know.
     """
     if step in self._manager.all_steps():
       return False
@@ -267,7 +246,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     if iterator is not None:
       items['data'] = DataSave(iterator)
     with self._told_in_one_line(step):
-      save_errors.check_space(self.directory, plain)
+      files.check_space(self.directory, plain)
       arguments = ocp.args.Composite(**items)
       return self._manager.save(step, args=arguments, metrics=self._best(metrics), force=True)
 
@@ -282,8 +261,8 @@ class Checkpointer(contextlib.AbstractContextManager):
       latest = self.latest_step
       last = 'there is none' if latest is None else f'it is of step {latest}'
       what = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
-      raise save_errors.SaveError(
-        f'{what} could not be written into {self.directory}: {save_errors.cause(error)}; the last '
+      raise files.SaveError(
+        f'{what} could not be written into {self.directory}: {files.cause(error)}; the last '
         f'good one stays ({last}): make room and start again'
       ) from error
 
@@ -307,12 +286,9 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> tuple[Any, dict[str, Any]]:
     """Returns the newest whole checkpoint's state and `meta`; the iterator moves to its place.
 
-    A damaged one is set aside as STEP.damaged, and the one before is used.
-
-    Args:
-      abstract_state: ShapeDtypeStructs with shardings, on any mesh.
-      iterator: the input iterator to continue, or None to leave data alone.
-      verify: called with a step's directory on the first process; raises DamagedError.
+    A damaged one is set aside as STEP.damaged, and the one before is used. The abstract state is of
+    ShapeDtypeStructs with shardings, on any mesh; the first process calls `verify` with a step's
+    directory, which raises DamagedError.
 
     Raises:
       UsageError: if the checkpoint is another model's or optimizer's, or none is whole.
@@ -374,7 +350,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       raise
     except Exception as error:
       # The arrays were as they were written; it is what Orbax keeps beside them, for all processes.
-      raise DamagedError(f'{root}: {save_errors.cause(error)}') from error
+      raise DamagedError(f'{root}: {files.cause(error)}') from error
     if iterator is not None:
       _restore_position(root / 'data', iterator)
     return pytrees.from_plain(restored['state'], abstract_state), restored.get('meta') or {}
@@ -425,11 +401,7 @@ def _restore_position(directory: epath.Path, iterator: SavableIterator) -> None:
 
 
 def _preservation_policy(config: CheckpointConfig) -> Any:
-  """Newest N or best N.
-
-  With `best_fn` and `max_to_keep` Orbax deletes the newest checkpoint when it is not among the
-  best, and a restart then loses work.
-  """
+  """Newest N or best N; `best_fn` with `max_to_keep` would delete the newest, and lose work."""
   if not config.keep:
     return _policies.LatestN(None)  # all of them
   newest = _policies.LatestN(config.keep)

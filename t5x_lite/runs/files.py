@@ -1,20 +1,23 @@
 """A run's small files: whole or not there, and tried again.
 
-Network file systems hang and recover; what is written here waits for them.
+Network file systems hang and recover; what is written here waits for them. A checkpoint that cannot
+be written is told in one line, and nothing is lost before it.
 """
 
 import errno
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
 from etils import epath
 
-log = logging.getLogger(__name__)
-
 T = TypeVar('T')
+log = logging.getLogger(__name__)
 
 # What may be gone at the next try; a full disk or a missing permission stays, and is told at once.
 TRANSIENT = frozenset(
@@ -22,14 +25,16 @@ TRANSIENT = frozenset(
 )
 _DELAYS = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds before each new try
 
+# Orbax logs a failed write with a traceback for each thread, and raises it: SaveError says it once.
+logging.getLogger('absl').addFilter(
+  lambda record: not (record.exc_info and 'orbax' in record.pathname)
+)
+
 
 def retried(what: object, call: Callable[..., T], *args: Any) -> T:
-  """Returns what `call(*args)` returns; it must bear being called again.
+  """Returns what `call(*args)` returns, which must bear a second call; the log names `what`.
 
-  The log says what it was, such as a path.
-
-  Raises:
-    OSError: the last of them, if waiting did not help; at once if it cannot.
+  Raises the last OSError, if waiting did not help; at once if it cannot.
   """
   for delay in _DELAYS:
     try:
@@ -56,3 +61,34 @@ def write_text(path: epath.Path, text: str) -> None:
 def write_json(path: epath.Path, value: Any) -> None:
   """The same of a value as JSON."""
   write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+class SaveError(RuntimeError):
+  """A checkpoint could not be written; those before it are whole."""
+
+  exit_code = 7
+  exit_at_once = True  # Orbax's threads would complain at length
+
+
+def check_space(directory: epath.Path, tree: Any) -> None:
+  """Raises OSError(ENOSPC) where arrays cannot fit on a local disk, before Orbax's threads do."""
+  if '://' in os.fspath(directory):
+    return
+  # By half, since arrays are compressed, zeros to nothing.
+  needed = sum(array.nbytes for array in jax.tree.leaves(tree)) // 2
+  if shutil.disk_usage(directory).free < needed:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def cause(error: BaseException) -> str:
+  """Returns the reason of a failed write: the file system's, if it is one."""
+  found: BaseException | None = error
+  while found is not None:
+    if isinstance(found, OSError) and found.strerror:
+      return found.strerror
+    found = found.__cause__ or found.__context__
+  text = str(error)
+  for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    if os.strerror(code) in text:
+      return os.strerror(code)
+  return (text.splitlines() or [type(error).__name__])[0][:200]

@@ -2,9 +2,8 @@
 
 On one machine the operating system's lock decides, and ends with the process. Other machines may
 share the file system without locks, and object stores have none: there MODEL_DIR/.lease says who
-holds the directory, and is renewed. Its age goes by the file system's clock, since those of
-machines may not agree. Of two runs that begin at the same moment, the one whose lease was written
-over stops before its next checkpoint.
+holds the directory, and is renewed; its age goes by the file system's clock. Of two runs that begin
+at the same moment, the one whose lease was written over stops before its next checkpoint.
 """
 
 import contextlib
@@ -53,10 +52,7 @@ class Lease:
     self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
 
   def take(self, *, locked: bool) -> None:
-    """Writes the lease, once whoever holds it is dead; renews it from now on.
-
-    Whoever held it on this machine is dead, if we have the lock.
-    """
+    """Writes and renews the lease, once its holder is dead; one here is, if we have the lock."""
     found = first = self._read()
     here = all(found.get(name) == self._entry[name] for name in ('host', 'machine'))
     while found and not (locked and here) and (age := self._age()) < EXPIRY:

@@ -8,7 +8,6 @@ import contextlib
 import html
 import importlib
 import json
-import logging
 import math
 import os
 import re
@@ -32,8 +31,6 @@ from t5x_lite.training.steps import HISTOGRAM_BOUNDS
 # Generated when imported: a type checker finds no names in them.
 _event_pb2: Any = importlib.import_module('tensorboard.compat.proto.event_pb2')
 _summary_pb2: Any = importlib.import_module('tensorboard.compat.proto.summary_pb2')
-
-log = logging.getLogger(__name__)
 
 METRICS_FILE = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
@@ -60,11 +57,7 @@ def _lines(path: epath.Path) -> Iterator[tuple[str, Any]]:
 
 
 def reporters(report_to: str | Sequence[str]) -> tuple[str, ...]:
-  """Returns the names in a list, or in a text with commas.
-
-  Raises:
-    UsageError: if one is unknown, or its package cannot be used.
-  """
+  """Returns the names in a list, or a text with commas; UsageError for one that cannot be used."""
   listed = [report_to] if isinstance(report_to, str) else report_to
   names = [name.strip() for one in listed for name in one.split(',') if name.strip()]
   for name in names:
@@ -102,14 +95,10 @@ class MetricWriter(contextlib.AbstractContextManager):
     report_to: Sequence[str] = (TENSORBOARD,),
     config: Mapping[str, Any] | None = None,
   ):
-    """Opens the files; what a killed run wrote past its checkpoint goes.
+    """Opens the files; what a killed run wrote past its checkpoint, at first_step, goes.
 
-    Args:
-      model_dir: the run directory; must exist.
-      first_step: the step that training continues from.
-      active: False on all processes but one; the writer then does nothing.
-      report_to: what `reporters` returns.
-      config: shown beside the run in wandb.
+    All writers but one process's are not active, and do nothing; report_to is what `reporters`
+    returns; wandb shows the config beside the run.
     """
     self._active, self._files = active, contextlib.ExitStack()
     self._sinks: list[_TensorBoard | _Wandb] = []

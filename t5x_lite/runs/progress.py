@@ -1,6 +1,7 @@
 """How far a run is: metrics averaged over a window, and the progress line."""
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import math
@@ -20,41 +21,26 @@ log = logging.getLogger(__name__)
 _CLEAR_LINE = '\r\x1b[K'
 
 
+@dataclasses.dataclass(kw_only=True)
 class Window:
   """Averages training metrics over some steps and adds what they cost."""
 
-  def __init__(
-    self,
-    *,
-    batch_shapes: Mapping[str, tuple[int, ...]],
-    step_flops: float,
-    peak_flops: float | None,
-    num_devices: int,
-  ):
-    """Starts the clock.
+  batch_shapes: Mapping[str, tuple[int, ...]]  # global, to tell how full it is
+  step_flops: float  # of the model; see flops.py
+  peak_flops: float | None  # of one device; None where it is not known, as on CPUs: then no MFU
+  num_devices: int
 
-    The global batch's shapes tell how full it is, model FLOPs of one step (flops.py) and a device's
-    peak the MFU; there is none where the peak is None, not known, as of CPUs.
-    """
-    self._batch_shapes, self._num_devices = batch_shapes, num_devices
-    self._step_flops, self._peak_flops = step_flops, peak_flops
-    self._reset()
-
-  def _reset(self) -> None:
+  def __post_init__(self):
+    """Starts the clock."""
     self._sums: dict[str, float] = {}
-    self._count = self._skipped = 0
+    self.num_steps = self._skipped = 0  # since the last summary
     self._start = time.monotonic()
-
-  @property
-  def num_steps(self) -> int:
-    """Steps since the last summary."""
-    return self._count
 
   def add(self, metrics: Mapping[str, float]) -> None:
     """Adds one step's metrics."""
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + value
-    self._count += 1
+    self.num_steps += 1
 
   def skip(self) -> None:
     """Counts a step whose update was left out; it has no metrics."""
@@ -66,7 +52,7 @@ class Window:
 
   def summary(self) -> dict[str, float]:
     """Returns means and rates since the last summary, and starts anew."""
-    count = max(1, self._count)
+    count = max(1, self.num_steps)
     seconds = max(1e-9, time.monotonic() - self._start) / count
     metrics = {name: total / count for name, total in self._sums.items()}
     # Of a task, the mean over its tokens: some steps may have none.
@@ -80,15 +66,15 @@ class Window:
       metrics['skipped_updates'] = float(self._skipped)
     arrays = {'target_tokens': 'decoder_target_tokens', 'input_tokens': 'encoder_input_tokens'}
     for tokens, array in arrays.items():
-      if array in self._batch_shapes:
+      if array in self.batch_shapes:
         metrics[f'{tokens}_per_second'] = metrics[tokens] / seconds
         # The rest of the batch is padding.
-        metrics[f'{tokens}_fill'] = metrics[tokens] / math.prod(self._batch_shapes[array])
-    rate = self._step_flops / seconds
+        metrics[f'{tokens}_fill'] = metrics[tokens] / math.prod(self.batch_shapes[array])
+    rate = self.step_flops / seconds
     metrics['model_tflops_per_second'] = rate / 1e12
-    if self._peak_flops is not None:
-      metrics['mfu'] = rate / (self._peak_flops * self._num_devices)
-    self._reset()
+    if self.peak_flops is not None:
+      metrics['mfu'] = rate / (self.peak_flops * self.num_devices)
+    self.__post_init__()  # starts anew
     return metrics
 
 
@@ -152,8 +138,7 @@ def quiet_stderr() -> Iterator[None]:
 class Progress:
   """One line that rewrites itself on a terminal; plain log lines elsewhere.
 
-  Not tqdm or rich: the time left is that of training alone, without the pauses for evaluation, and
-  what is shown are the means that metrics.jsonl gets.
+  Not tqdm or rich: the time left is without pauses for evaluation, means as in metrics.jsonl.
   """
 
   def __init__(
@@ -198,9 +183,8 @@ class Progress:
 
   def eta(self, step: int) -> float:
     """Seconds of training left, from the average so far."""
-    done = max(1, step - self._first_step)
-    spent = time.monotonic() - self._start
-    return max(0.0, spent / done * (self._total_steps - step))
+    per_step = (time.monotonic() - self._start) / max(1, step - self._first_step)
+    return max(0.0, per_step * (self._total_steps - step))
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
     """Shows where the run is."""

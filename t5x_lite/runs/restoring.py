@@ -42,10 +42,7 @@ def _restore_items(source: str, wanted: Any, what: str) -> Any:
 
 
 def load_arrays(path: str) -> dict[str, Any]:
-  """Returns every array of a checkpoint's state by name, as numpy arrays.
-
-  For inspection and conversion: no model is needed, all of it must fit into this process's memory.
-  """
+  """Returns a checkpoint's state as numpy arrays by name, all in memory; needs no model."""
   item = _step_directory(path) / 'state'
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     tree = checkpointer.metadata(item).item_metadata.tree
@@ -57,10 +54,8 @@ def load_arrays(path: str) -> dict[str, Any]:
 def load_params(path: str, abstract_params: Any) -> Any:
   """Restores only the parameters, each straight into the sharding that its ShapeDtypeStruct has.
 
-  Any mesh may have written the checkpoint. A float parameter is cast to the wanted dtype.
-
-  Raises:
-    UsageError: if the checkpoint is missing or another model's.
+  Any mesh may have written them; floats are cast to the wanted dtype. UsageError if the checkpoint
+  is missing or another model's.
   """
   return _restore_items(path, {'params': abstract_params}, 'model')['params']
 

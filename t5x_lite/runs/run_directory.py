@@ -33,37 +33,25 @@ _FREE_FIELDS = ('attention', 'dropout_rate', 'dtype', 'remat_policy')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """A trained model on disk.
-
-  Attributes:
-    checkpoint: the directory of the step that is meant.
-    step: its number.
-    steps: of all checkpoints, ascending.
-    vocabulary: a config whose files lie in the run directory.
-    lengths: task feature lengths of training, by 'inputs' and 'targets'; empty if not known.
-  """
+  """A trained model on disk."""
 
   directory: str
-  checkpoint: str
+  checkpoint: str  # the directory of the step that is meant
   step: int
-  steps: list[int]
+  steps: list[int]  # of all checkpoints, ascending
   model: T5Config
-  vocabulary: VocabularyConfig
-  lengths: dict[str, int]
+  vocabulary: VocabularyConfig  # its files lie in the run directory
+  lengths: dict[str, int]  # of training's task features, 'inputs' and 'targets'; empty if not known
 
 
 def load_run(path: str) -> Run:
-  """Opens a run directory (its newest checkpoint) or one checkpoint in it.
-
-  Raises:
-    UsageError: if there is no run, or no checkpoint in it.
-  """
+  """Opens a run directory (its newest checkpoint) or one checkpoint in it; UsageError if none."""
   directory, step = checkpoints.find_checkpoint(path)
   root = epath.Path(directory).parent
   model, lengths = _read_model(root)
   return Run(
     directory=os.fspath(root),
-    checkpoint=os.fspath(epath.Path(directory) / str(step)),
+    checkpoint=os.path.join(directory, str(step)),
     step=step,
     steps=checkpoints.steps_in(epath.Path(directory)),
     model=model,
@@ -95,13 +83,9 @@ def write_run(
 ) -> None:
   """Writes everything but checkpoints that makes a directory a run; on one process alone.
 
-  Args:
-    model_dir: the run directory; made if missing.
-    model: the architecture.
-    vocabulary: its vocabulary; the model file is copied.
-    lengths: task feature lengths, inference's defaults.
-    config: the program's arguments, dataclasses allowed, for the record.
-    texts: other small files, by name.
+  The vocabulary's model file is copied. Lengths are task feature lengths, inference's defaults; the
+  config is the program's arguments, dataclasses allowed, for the record; texts are other small
+  files, by name.
   """
   root = epath.Path(model_dir)
   retried(root, lambda: root.mkdir(parents=True, exist_ok=True))
@@ -130,9 +114,8 @@ def check_resumable(model_dir: str, *, model: T5Config, vocabulary: VocabularyCo
       raise UsageError(
         f'the run in {model_dir} has {field.name}={old!r}, the configuration {new!r}: {fix}'
       )
-  if not (root / vocabularies.VOCABULARY_FILE).exists():
-    return
-  if not same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
+  has_one = (root / vocabularies.VOCABULARY_FILE).exists()
+  if has_one and not same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
     what = 'another vocabulary than the configuration names'
     raise UsageError(f'the run in {model_dir} was trained with {what}: {fix}')
 

@@ -30,23 +30,18 @@ from t5x_lite.serving.worker import Worker
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-  """The model, as the application sees it.
-
-  Attributes:
-    encode: token rows -> a vector for each; runs in the worker.
-    score: input rows, target rows -> a log-probability for each; likewise.
-    decode: token rows, max_new_tokens, seed, settings -> (token rows, scores), by any settings of
-      DecodingConfig, such as num_beams; likewise.
-    describe: what /v1/models says of it.
-  """
+  """The model, as the application sees it; its functions run in the worker."""
 
   name: str
   vocabulary: Vocabulary
   worker: Worker
+  # Token rows -> a vector for each.
   encode: Callable[[Sequence[Sequence[int]]], Any]
+  # Input rows, target rows -> a log-probability for each.
   score: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Any]
+  # Token rows, max_new_tokens, seed, settings of DecodingConfig -> (token rows, scores).
   decode: Callable[..., tuple[list[list[int]], list[float]]]
-  describe: dict[str, Any]
+  describe: dict[str, Any]  # what /v1/models says of it
 
 
 class _Strict(pydantic.BaseModel):
@@ -181,11 +176,13 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
       for i in range(each)
     ]
 
-  async def outputs(request: Request) -> AsyncGenerator[Output]:
-    """Yields what is decoded, as it grows; leaving early gives the slot back."""
+  async def outputs(
+    request: Request, stop: Sequence[str]
+  ) -> AsyncGenerator[tuple[_Text, Output, str]]:
+    """Yields what is decoded, as it grows, and why it ends; leaving early gives the slot back."""
     queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
     put = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, queue.put_nowait)
-    first, began = True, time.monotonic()
+    text, first, began = _Text(vocabulary, stop), True, time.monotonic()
     ticket = worker.submit(request, put)
     try:
       while True:
@@ -195,19 +192,19 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
         if first:
           metrics.first.observe(time.monotonic() - began)
         first = False
-        yield output
-        if output.ended:
+        if ended := text.add(output):
           metrics.tokens.labels('output').inc(len(output.tokens))
+        yield text, output, ended
+        if ended:
           return
     finally:
       worker.cancel(ticket)
 
   async def finish(request: Request, stop: Sequence[str]) -> tuple[str, Output, str]:
     """Returns text, output and why it ended."""
-    text = _Text(vocabulary, stop)
-    async with contextlib.aclosing(outputs(request)) as growing:
-      async for output in growing:
-        if ended := text.add(output):
+    async with contextlib.aclosing(outputs(request, stop)) as growing:
+      async for text, output, ended in growing:
+        if ended:
           return text.text, output, ended
     raise AssertionError('an output always ends')
 
@@ -221,21 +218,20 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     """Answers with server-sent events; what is refused is refused before the first."""
     if len(requests) > 1:
       raise RefusedError(400, 'stream takes one input and one output of it: num_outputs or n is 1')
-    growing = outputs(requests[0])
+    growing = outputs(requests[0], stop)
     async with asyncio.timeout(limits.request_seconds):
       first = await anext(growing)
 
     async def events() -> AsyncIterator[str]:
-      text, output = _Text(vocabulary, stop), first
+      text, output, ended = first
       try:
         async with asyncio.timeout(limits.request_seconds), contextlib.aclosing(growing):
           while True:
-            ended = text.add(output)
             if (part := text.new(ended)) or ended:
               yield f'data: {json.dumps(wrap(part, ended or None, output))}\n\n'
             if ended:
               break
-            output = await anext(growing)
+            text, output, ended = await anext(growing)
       except Exception as error:
         yield f'data: {json.dumps(guard.error_body(*guard.explain(error)))}\n\n'
       yield 'data: [DONE]\n\n'
@@ -246,7 +242,6 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   async def all_of(requests: list[Request], stop: Sequence[str]) -> list[tuple[str, Output, str]]:
     if len(requests) > limits.max_inputs:
       raise RefusedError(400, f'{len(requests)} outputs; at most {limits.max_inputs} are allowed')
-
     tasks: list[asyncio.Task] = []
     try:
       async with asyncio.timeout(limits.request_seconds), asyncio.TaskGroup() as group:

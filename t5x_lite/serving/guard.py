@@ -78,8 +78,7 @@ class Metrics:
 class Guard:
   """Outermost layer: token, size and time of the body, time of the answer, counting.
 
-  A body is read before anything else happens, so that a client who sends it slowly holds nothing
-  but a connection.
+  A body is read before anything else happens: a slow client holds nothing but a connection.
   """
 
   def __init__(self, app: Any, *, limits: Limits, token: str, metrics: Metrics):

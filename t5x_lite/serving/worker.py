@@ -40,10 +40,7 @@ class Worker:
   """Feeds a ContinuousBatch from a queue. Its methods may be called from any thread."""
 
   def __init__(self, batch: ContinuousBatch, *, max_queue: int = 256):
-    """Starts the thread, which alone uses the batch from now on.
-
-    Of requests max_queue may wait for a slot, and of calls as many.
-    """
+    """Starts the thread, which alone uses the batch; max_queue requests may wait, as many calls."""
     self._batch, self._max_queue = batch, max_queue
     self._waiting: collections.deque[_Job] = collections.deque()
     self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
@@ -74,11 +71,8 @@ class Worker:
     """Queues a request and returns a ticket for `cancel`.
 
     Deliver is called from the worker's thread with everything decoded so far, after each chunk,
-    until an Output has ended or an exception comes instead.
-
-    Raises:
-      QueueFullError: if too many wait.
-      StoppedError: after `stop`.
+    until an Output has ended or an exception comes instead. Raises QueueFullError if too many wait,
+    and StoppedError after `stop`.
     """
     with self._changed:
       self._check(len(self._waiting))

@@ -39,28 +39,25 @@ class FactorDim(enum.Enum):
 
 def standard_logical_factor_rules() -> dict[str, FactorDim]:
   """Returns T5X's role of each logical axis (t5x/adafactor.py:104)."""
-  columns = (
-    'vocab mlp heads kv joined_kv q_wi_fused o_wo_fused multiquery_heads kv_fused mlp_activations'
-  ).split()
-  # The last three are not T5X's.
-  whole = ('relpos_buckets', 'layer_norm_scale', 'lora_rank', 'adapter', 'prompt')
-  return {
-    'embed': FactorDim.ROW,
-    **dict.fromkeys(columns, FactorDim.COLUMN),
-    **dict.fromkeys(('layers', 'stack'), FactorDim.BATCH),
-    **dict.fromkeys(whole, FactorDim.NONE),
+  axes = {
+    FactorDim.ROW: 'embed',
+    FactorDim.COLUMN: 'vocab mlp heads kv joined_kv q_wi_fused o_wo_fused multiquery_heads kv_fused'
+    ' mlp_activations',
+    FactorDim.BATCH: 'layers stack',
+    # The last three are not T5X's.
+    FactorDim.NONE: 'relpos_buckets layer_norm_scale lora_rank adapter prompt',
   }
+  return {axis: role for role, names in axes.items() for axis in names.split()}
 
 
 class AdafactorState(NamedTuple):
   """Moments in float32, each a nested dict of only the parameters that have it.
 
-  A factored parameter is in v_row and v_col, any other in v; m is empty without momentum. T5X keeps
-  a zeros((1,)) in every unused place instead.
+  A factored parameter is in v_row and v_col, any other in v. T5X has zeros((1,)) in unused places.
   """
 
   count: Array  # updates done, an int32 scalar
-  m: dict  # momentum, of the parameter's shape
+  m: dict  # momentum, of the parameter's shape; empty without
   v_row: dict  # second moment averaged over the column dims
   v_col: dict  # second moment averaged over the row dims
   v: dict  # second moment, of the parameter's shape
@@ -68,14 +65,10 @@ class AdafactorState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Factoring:
-  """How one parameter is handled; dims are indices into its shape.
+  """How one parameter is handled; dims are indices into its shape."""
 
-  RMS and parameter scale are taken over averaging_dims, all but BATCH. If the parameter is not
-  factored, row_dims and column_dims are empty.
-  """
-
-  averaging_dims: tuple[int, ...]
-  row_dims: tuple[int, ...] = ()
+  averaging_dims: tuple[int, ...]  # of RMS and parameter scale: all but BATCH
+  row_dims: tuple[int, ...] = ()  # empty if it is not factored, as column_dims
   column_dims: tuple[int, ...] = ()
 
   @property

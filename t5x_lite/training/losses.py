@@ -251,15 +251,12 @@ def loss_weights_and_normalizer(
 ) -> tuple[Array, Array]:
   """Returns per-token loss weights and what their summed loss is divided by.
 
-  They are float32 [B, L] and a float32 scalar that is never 0. Call it once with the whole batch,
-  before cutting it into microbatches: T5X does it for each microbatch, which weighs tokens
+  They are float32 [B, L] and a float32 scalar that is never 0. Call it once with the whole batch of
+  T5X features, before cutting it into microbatches: T5X does it for each, which weighs tokens
   unequally and makes the gradient grow with their number (t5x/trainer.py
-  accumulate_grads_microbatched sums losses that are already normalised).
-
-  Args:
-    batch: T5X features. Without decoder_loss_weights every real target token counts 1: those of a
-      segment if packed, else those that are not 0 (T5X: padding too, by None and constant rules).
-    rule: LossConfig.loss_normalizing_factor.
+  accumulate_grads_microbatched). The rule is LossConfig.loss_normalizing_factor. Without
+  decoder_loss_weights every real target token counts 1: those of a segment if packed, else those
+  that are not 0 (T5X: padding too, by None and constant rules).
 
   Source: t5x/losses.py get_loss_normalizing_factor_and_weights.
   """

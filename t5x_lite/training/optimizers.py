@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from t5x_lite.errors import UsageError
@@ -22,7 +23,6 @@ from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
 from t5x_lite.training.adafactor import Axes
 from t5x_lite.training.schedules import ScheduleConfig, check_fields, unknown
-from t5x_lite.training.unfreezing import unfreeze_gradually
 
 # Optax's optimizers whose step is proportional to the learning rate of the same step alone, as
 # "updates at learning rate 1" needs; a test checks each.
@@ -52,7 +52,7 @@ class OptimizerConfig:
       update, no optimizer state, no part in the global norm. None trains all; of a model with LoRA,
       adapters or a prompt, those, and with adapters the norms.
     unfreeze_every: updates after which one more layer trains, from the top down; see
-      training/unfreezing.py. None trains all from the start.
+      `unfreeze_gradually`. None trains all from the start.
     b1: the optimizer's momentum, if not its default (Adafactor's beta1).
     b2: the optimizer's second-moment decay, if not its default.
     eps: the optimizer's epsilon, if not its default.
@@ -132,10 +132,7 @@ def make_optimizer(
 
   The step is params + learning_rate * updates, with updates, state = tx.update(grads, state,
   params, learning_rate=learning_rate); the extra argument serves what is not proportional to the
-  learning rate, and is ignored elsewhere. For params and axes see `opt_state_axes`.
-
-  Raises:
-    UsageError: if config.trainable matches no parameter.
+  learning rate. For params and axes see `opt_state_axes`, for a UsageError `trainable_mask`.
   """
   # Named: where the optimizer's state lies in a checkpoint must not depend on what is before it.
   parts: dict[str, optax.GradientTransformation] = {}
@@ -229,11 +226,7 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
-  """Returns params' tree with True where config trains the parameter, None if it trains all.
-
-  Raises:
-    UsageError: if it trains none.
-  """
+  """Returns params' tree with True where config trains, None if all; UsageError if nowhere."""
   names = list(pytrees.flatten_names(params))
   pattern = config.trainable
   if pattern is None and (pattern := transfer.trained_pattern(names)) is None:
@@ -265,9 +258,8 @@ def adamw_scale(
 ) -> optax.GradientTransformation:
   """Returns nanoT5's AdamW, whose step is relative to the parameter's RMS.
 
-  The learning rate is relative to max(epsilon2, rms(p)); nanoT5 peaks at 2e-2. The weight decay is
-  decoupled and not scaled by rms(p). By its logical axes a stacked parameter is scaled layer by
-  layer. All else is as in optax.adamw.
+  The learning rate is relative to max(epsilon2, rms(p)), of each layer of a stack; nanoT5 peaks at
+  2e-2. The weight decay is decoupled and not scaled by rms(p). All else is as in optax.adamw.
 
   Source: nanoT5/utils/copied_utils.py AdamWScale (Nawrot 2023, arXiv 2309.02373); the RMS from
   Shazeer and Stern 2018, section 8.
@@ -286,11 +278,8 @@ def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> 
   A leaf belongs to the parameter whose path its own path ends with. One of the parameter's shape
   has the parameter's axes; a factored second moment those that are left; one with dims added in
   front has None for those; anything else, and what belongs to no parameter, such as a count, is
-  replicated. Params may be shapes; axes are params' tree with tuples of names.
-
-  Returns:
-    The state's tree with a tuple of names (None for a dim that is not cut) for each array. The
-    state holds tuples too, so map over it first: jax.tree.map(fn, state, opt_state_axes(...)).
+  replicated: it has None for each dim. Params may be shapes; axes are params' tree with tuples of
+  names. The state has tuples too: map over it first, jax.tree.map(fn, state, opt_state_axes(...)).
   """
   found = pytrees.leaves_with_axes(params, axes)
   known = {path: (leaf.shape, names) for path, leaf, names in found}
@@ -311,3 +300,75 @@ def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> 
     return (None,) * leaf.ndim
 
   return jax.tree_util.tree_map_with_path(find, jax.eval_shape(tx.init, params))
+
+
+class UnfreezingState(NamedTuple):
+  """State of `unfreeze_gradually`."""
+
+  count: jax.Array  # updates made
+  # made for all parameters at the start: a frozen layer's stays so; that of none, a count, goes on
+  inner: Any
+
+
+def unfreeze_gradually(
+  tx: optax.GradientTransformation, every: int, params: Any, axes: Any, state_axes: Any
+) -> optax.GradientTransformationExtraArgs:
+  """Returns tx for layers that are trained: from the top down, one more after `every` updates.
+
+  A stack's shared position bias belongs to its first layer, as in Mesh TensorFlow's variables;
+  embedding, head and final norms train from the start. The others get no update at all.
+
+  Gradients of frozen layers are 0 for tx, in the global norm too, but are computed: one compiled
+  step serves for all of training. Axes are logical ones, of parameters and of all that tx keeps.
+
+  Source: Raffel et al. 2020, section 3.5.1 (every 2^18 / 12 of 2^18 steps).
+  """
+  tx = optax.with_extra_args_support(tx)
+  depths = _stack_depths(params, axes)
+
+  def init(params):
+    return UnfreezingState(jnp.zeros((), jnp.int32), tx.init(params))
+
+  def update(updates, state, params=None, **extra_args):
+    opened = state.count // every + 1
+
+    def choose(path, new, old, names):
+      needed = _layers_needed(pytrees.names_of(path), names, depths)
+      return new if needed is None else jnp.where(opened >= needed, new, old)
+
+    def masked(tree):
+      zeros = jax.tree.map(jnp.zeros_like, tree)
+      return jax.tree_util.tree_map_with_path(choose, tree, zeros, axes)
+
+    updates, inner = tx.update(masked(updates), state.inner, params, **extra_args)
+    inner = jax.tree_util.tree_map_with_path(choose, inner, state.inner, state_axes)
+    return masked(updates), UnfreezingState(state.count + 1, inner)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _stack_depths(params: Any, axes: Any) -> dict[str, int]:
+  """Returns the number of layers of each stack."""
+  depths: dict[str, int] = {}
+  for (side, *rest), leaf, names in pytrees.leaves_with_axes(params, axes):
+    if rest[0] != 'layers':
+      continue
+    count = leaf.shape[names.index('layers')] if 'layers' in names else int(rest[1]) + 1
+    depths[side] = max(count, depths.get(side, 0))
+  return depths
+
+
+def _layers_needed(path, names, depths: dict[str, int]) -> np.ndarray | int | None:
+  """Returns how many layers train when this one does, or each of a stack; None for no layer."""
+  for i, side in enumerate(path[:-1]):
+    if side not in depths:
+      continue
+    if path[i + 1] == 'relpos_bias':
+      return depths[side]
+    if path[i + 1] == 'layers':
+      if 'layers' in names:
+        shape = [-1 if name == 'layers' else 1 for name in names]
+        return np.arange(depths[side], 0, -1).reshape(shape)
+      if path[i + 2].isdigit():
+        return depths[side] - int(path[i + 2])
+  return None

@@ -26,10 +26,7 @@ def unknown(name: str, value: str, allowed: Iterable[str]) -> UsageError:
 
 
 def check_fields(config: Any, **rules: tuple[bool, str]) -> None:
-  """Raises UsageError for a config's first field that is not right.
-
-  Each rule says of one field whether it is right, and what it must be.
-  """
+  """Raises UsageError for the first field that is wrong: (is it right, what it must be) by name."""
   for name, (right, allowed) in rules.items():
     if not right:
       field = f'{type(config).__name__}.{name}'
@@ -102,10 +99,8 @@ def make_schedule(
 ) -> Callable[[ArrayLike], Array]:
   """Returns the learning rate, a float32 scalar, as a function of the step.
 
-  It ends at total_steps if config.total_steps is None.
-
-  Raises:
-    UsageError: if the shape needs total_steps and nobody gives it, or its parts are longer.
+  It ends at total_steps if config.total_steps is None. UsageError if the shape needs one of them,
+  or its parts are longer.
   """
   if config.shape == 'factors':
     return lambda step: _product(config, _steps(config, step))

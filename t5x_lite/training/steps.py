@@ -67,19 +67,13 @@ def make_train_step(
   Gradients of microbatches are added in float32; the loss's denominator is the whole batch's, so
   their number changes nothing but memory (T5X normalises each by itself; t5x/trainer.py:704).
 
-  Args:
-    graphdef: from `train_state.make_spec`.
-    tx: gives updates at learning rate 1.
-    schedule: step -> learning rate. Evaluated once: what is logged is used.
-    loss: what is minimised.
-    num_microbatches: must divide the batch size.
-    trainable: tree of booleans from `optimizers.trainable_mask`, or None for all. Frozen parameters
-      have no gradient, and come out as they went in.
-    skip_nonfinite: leave parameters and optimizer as they are where loss or gradient are not
-      finite, and say so in the metric `skipped`.
-    histograms: add `group_histograms` of the gradient to the metrics.
-    task_names: if given, the batch has `decoder_task_ids`, which number them, and the metrics have
-      TASK_LOSS and TASK_WEIGHT with each name: its tokens' summed cross entropy in nats and weight.
+  Of `make_spec`, `make_optimizer` and `make_schedule`; what is logged as the learning rate is used.
+  Parameters that are not trainable (`trainable_mask`; None: all are) have no gradient, and come out
+  as they went in. skip_nonfinite leaves parameters and optimizer as they are where loss or gradient
+  are not finite, and says so in the metric `skipped`. The number of microbatches must divide the
+  batch size. With task_names the batch has `decoder_task_ids`, which number them, and the metrics
+  TASK_LOSS and TASK_WEIGHT with each name: its tokens' summed cross entropy in nats and weight.
+  With histograms the metrics have `group_histograms` of the gradient.
 
   The key is the run's; the step folds in its number. Metrics are float32 scalars: loss (as
   minimised), cross_entropy and z_loss (nats per unit of loss weight), accuracy, target_tokens,
@@ -158,6 +152,9 @@ def make_train_step(
   return train_step
 
 
+GROUP_HISTOGRAM = 'grad_log10/'
+# Half decades of |gradient|; the first bin has all below, the last all above.
+HISTOGRAM_BOUNDS = np.arange(-12.5, 4.0, 0.5)
 GROUP_NORM = 'grad_norm/'
 TASK_LOSS = 'task_loss/'
 TASK_WEIGHT = 'task_weight/'
@@ -169,11 +166,6 @@ def _groups(grads: Any) -> dict[str, list[jax.Array]]:
   for path, leaf in pytrees.leaves(grads):
     groups.setdefault('/'.join(path[:2]), []).append(leaf)
   return groups
-
-
-GROUP_HISTOGRAM = 'grad_log10/'
-# Half decades of |gradient|; the first bin has all below, the last all above.
-HISTOGRAM_BOUNDS = np.arange(-12.5, 4.0, 0.5)
 
 
 def group_histograms(grads: Any) -> dict[str, jax.Array]:

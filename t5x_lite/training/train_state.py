@@ -46,8 +46,7 @@ def make_spec(
 ) -> StateSpec:
   """Describes the state of a model and optimizer on a placement.
 
-  The optimizer's arrays go to JAX's memory kind opt_state_memory, such as 'pinned_host'; None is
-  the device's own.
+  The optimizer's arrays go to JAX's memory kind opt_state_memory: 'pinned_host', None the device's.
   """
   graphdef, params, params_axes = t5.abstract_params(cfg)
   shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from t5x_lite.runs import save_errors
+from t5x_lite.runs import files
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 from tests import tiny_run
 
@@ -20,21 +20,21 @@ def test_the_reason_is_the_file_systems():
   try:
     raise RuntimeError('thread failed') from full
   except RuntimeError as error:
-    assert save_errors.cause(error) == 'No space left on device'
+    assert files.cause(error) == 'No space left on device'
   told = ValueError('RESOURCE_EXHAUSTED: write: No space left on device [28]')
-  assert save_errors.cause(told) == 'No space left on device'
-  assert save_errors.cause(ValueError('one\ntwo')) == 'one'
-  assert save_errors.cause(ValueError()) == 'ValueError'
+  assert files.cause(told) == 'No space left on device'
+  assert files.cause(ValueError('one\ntwo')) == 'one'
+  assert files.cause(ValueError()) == 'ValueError'
 
 
 def test_space_is_looked_at_first(tmp_path, monkeypatch):
   tree = {'x': np.zeros(1000, np.float32)}
   root = epath.Path(tmp_path)
-  save_errors.check_space(root, tree)
+  files.check_space(root, tree)
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: Usage(1, 1, 1999))
   with pytest.raises(OSError, match='No space left'):
-    save_errors.check_space(root, tree)
-  save_errors.check_space(epath.Path('gs://bucket/run'), tree)
+    files.check_space(root, tree)
+  files.check_space(epath.Path('gs://bucket/run'), tree)
 
 
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path, monkeypatch):
@@ -42,7 +42,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path, monkeypatch):
   params = tiny_run.save_untrained(run)
   with Checkpointer(str(run), CheckpointConfig()) as checkpointer:
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: Usage(1, 1, 0))
-    with pytest.raises(save_errors.SaveError) as caught:
+    with pytest.raises(files.SaveError) as caught:
       checkpointer.save(2, params, None)
     assert checkpointer.all_steps() == [1]
   text = str(caught.value)
