@@ -36,7 +36,7 @@ def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key, num_ta
 
 
 def _microbatches(batch: Any, num: int) -> Any:
-  """Cuts [B, ...] into [num, B / num, ...], each spread over all devices: of every num-th row."""
+  """Cuts [B, ...] into [num, B / num, ...], of every num-th row, to be spread over all devices."""
 
   def cut(x):
     assert x.shape[0] % num == 0, (x.shape, num)
@@ -67,13 +67,14 @@ def make_train_step(
   Gradients of microbatches are added in float32; the loss's denominator is the whole batch's, so
   their number changes nothing but memory (T5X normalises each by itself; t5x/trainer.py:704).
 
-  Of `make_spec`, `make_optimizer` and `make_schedule`; what is logged as the learning rate is used.
-  Parameters that are not trainable (`trainable_mask`; None: all are) have no gradient, and come out
-  as they went in. skip_nonfinite leaves parameters and optimizer as they are where loss or gradient
-  are not finite, and says so in the metric `skipped`. The number of microbatches must divide the
-  batch size. With task_names the batch has `decoder_task_ids`, which number them, and the metrics
-  TASK_LOSS and TASK_WEIGHT with each name: its tokens' summed cross entropy in nats and weight.
-  With histograms the metrics have `group_histograms` of the gradient.
+  Graphdef, tx and schedule are those of `make_spec`, `make_optimizer` and `make_schedule`. What is
+  logged as the learning rate is what is used. Parameters that are not trainable (`trainable_mask`;
+  None: all are) have no gradient, and come out as they went in. skip_nonfinite leaves parameters
+  and optimizer as they are where loss or gradient are not finite, and says so in the metric
+  `skipped`. The number of microbatches must divide the batch size. With task_names the batch has
+  `decoder_task_ids`, which number them, and the metrics TASK_LOSS and TASK_WEIGHT with each name:
+  its tokens' summed cross entropy in nats and weight. With histograms the metrics have
+  `group_histograms` of the gradient.
 
   The key is the run's; the step folds in its number. Metrics are float32 scalars: loss (as
   minimised), cross_entropy and z_loss (nats per unit of loss weight), accuracy, target_tokens,
