@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -13,7 +13,7 @@ from t5x_lite.interop import adafactor_moments, hf_export, hf_tokenizer, run_exp
 from t5x_lite.interop.adapters import FORMATS as ADAPTERS
 from t5x_lite.interop.adapters import check_methods, merge_lora, write_alone
 from t5x_lite.interop.checkpoint_source import FORMATS
-from t5x_lite.interop.tensors import Tensors
+from t5x_lite.interop.tensors import Progress, Tensors
 from t5x_lite.models.config import T5Config
 
 log = logging.getLogger(__name__)
@@ -77,15 +77,13 @@ def write(
   try:
     common = {'tensors': tensors, 'cfg': cfg, 'progress': _progress()}
     if to in ADAPTERS:
-      write_alone(temporary, to=to, dtype=cfg.param_dtype, **common)
+      write_alone(temporary, to=to, **common)
     elif to == 'hf':
-      hf_export.write(
-        temporary, vocabulary=vocabulary, dtype=cfg.param_dtype, shard_bytes=shard_bytes, **common
-      )
+      hf_export.write(temporary, vocabulary=vocabulary, shard_bytes=shard_bytes, **common)
     elif to == 't5x':
       # T5X restores only with an optimizer's state; a new one, if need be.
       states = adafactor_moments.to_t5x(second_moments or adafactor_moments.new(cfg), cfg)
-      t5x_export.write(temporary, dtype=cfg.param_dtype, step=step, param_states=states, **common)
+      t5x_export.write(temporary, step=step, param_states=states, **common)
     else:
       run_export.write(
         temporary,
@@ -104,7 +102,7 @@ def write(
     raise
 
 
-def _progress() -> Callable[[str], None]:
+def _progress() -> Progress:
   """Returns what counts an array as written, and says every few seconds how far it is."""
   count, said = 0, time.monotonic()
 

@@ -1,7 +1,4 @@
-"""SentencePiece model files: parsed, made of pieces, and grown.
-
-The protobuf classes are the sentencepiece package's own.
-"""
+"""SentencePiece model files: parsed, made and grown with the sentencepiece package's protobufs."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,11 +16,7 @@ UNIGRAM = _proto.TrainerSpec.UNIGRAM
 
 
 def parse(data: bytes) -> Any:
-  """Returns the ModelProto of a model file.
-
-  Raises:
-    UsageError: if it is not one.
-  """
+  """Returns the ModelProto of a model file; UsageError if it is none."""
   try:
     model = _proto.ModelProto.FromString(data)
   except DecodeError as error:

@@ -75,12 +75,10 @@ _LAYER = re.compile(r'(encoder|decoder)/layers_(\d+)/(.+)')
 
 def hf_name(name: str) -> str:
   """Returns Hugging Face's name of a canonical one."""
-  if name in _WHOLE:
-    return _WHOLE[name]
-  match = _LAYER.fullmatch(name)
-  assert match, name
-  side, layer, rest = match.groups()
-  return f'{side}.block.{layer}.{_BLOCKS[side][rest]}'
+  if match := _LAYER.fullmatch(name):
+    side, layer, rest = match.groups()
+    return f'{side}.block.{layer}.{_BLOCKS[side][rest]}'
+  return _WHOLE[name]
 
 
 def whole_names() -> list[str]:
@@ -100,22 +98,17 @@ def is_transposed(name: str) -> bool:
 
 def t5x_name(name: str, cfg: T5Config) -> str:
   """Returns T5X's name of a canonical one, below 'target/'."""
-  if cfg.architecture == 'decoder' and name == 'token_embedder/embedding':
-    # t5x/examples/decoder_only/network.py makes it inside the decoder.
-    return 'decoder/token_embedder/embedding'
-  return name
+  # t5x/examples/decoder_only/network.py makes it inside the decoder.
+  inside = cfg.architecture == 'decoder' and name == 'token_embedder/embedding'
+  return f'decoder/{name}' if inside else name
 
 
 def t5x_scanned_name(name: str) -> tuple[str, int | None]:
-  """Returns (T5X's name in a scanned model, the layer), None for no layer.
-
-  scalable_t5 names the scanned module after its stack: encoder/encoder/...
-  """
-  match = _LAYER.fullmatch(name)
-  if not match:
-    return name, None
-  side, layer, rest = match.groups()
-  return f'{side}/{side}/{rest}', int(layer)
+  """Returns (T5X's name in a scanned model, encoder/encoder/..., the layer), None for no layer."""
+  if match := _LAYER.fullmatch(name):
+    side, layer, rest = match.groups()
+    return f'{side}/{side}/{rest}', int(layer)
+  return name, None
 
 
 def lender(name: str) -> str | None:
@@ -126,33 +119,27 @@ def lender(name: str) -> str | None:
   return f'encoder/{match[1]}/{_BORROWED[match[2]]}/{match[3]}'
 
 
-def leaf_names(path: Sequence[str], num_layers: int) -> list[str]:
-  """Returns the canonical names of the tensors in one leaf of our tree.
-
-  In the path a list's index is the layer's number; num_layers are in a stacked leaf.
-
-  Returns:
-    One name, or one a layer for a leaf that is stacked.
-  """
+def leaf_names(cfg: T5Config, path: Sequence[str]) -> list[str]:
+  """Returns the canonical names of one leaf of our tree: one, or one a layer if it is stacked."""
   if 'layers' not in path:
     return ['/'.join(path)]
   side, _, *rest = path
-  if rest[0].isdigit():
+  if rest[0].isdigit():  # the layer's number in a list
     return ['/'.join((side, f'layers_{rest[0]}', *rest[1:]))]
-  return ['/'.join((side, f'layers_{i}', *rest)) for i in range(num_layers)]
+  layers = cfg.num_encoder_layers if side == 'encoder' else cfg.num_decoder_layers
+  return ['/'.join((side, f'layers_{i}', *rest)) for i in range(layers)]
 
 
-def num_layers(cfg: T5Config, path: Sequence[str]) -> int:
-  """Returns the depth of the stack a leaf belongs to."""
-  return cfg.num_encoder_layers if path[0] == 'encoder' else cfg.num_decoder_layers
+def is_stacked(cfg: T5Config, path: Sequence[str]) -> bool:
+  """True if a leaf holds the layers of a stack, along its first dim."""
+  return cfg.scan_layers and 'layers' in path
 
 
 @functools.lru_cache(maxsize=64)
 def leaves(cfg: T5Config) -> Sequence[tuple[tuple[str, ...], jax.ShapeDtypeStruct, Sequence[str]]]:
   """Returns (path, shape and dtype, canonical names) of our tree's leaves."""
-  _, shapes, _ = t5.abstract_params(cfg)
-  found = pytrees.leaves(shapes)
-  return [(path, leaf, leaf_names(path, num_layers(cfg, path))) for path, leaf in found]
+  found = pytrees.leaves(t5.abstract_params(cfg)[1])
+  return [(path, leaf, leaf_names(cfg, path)) for path, leaf in found]
 
 
 @functools.lru_cache(maxsize=64)

@@ -24,13 +24,10 @@ _ITEMS = '_CHECKPOINT_METADATA'
 
 
 def verify(step: str, prefix: str = '') -> None:
-  """Checks one STEP directory.
+  """Checks one STEP directory; DamagedError names what is missing or changed.
 
   Checkpoints of earlier versions, and of other programs, have no checksums and pass if their arrays
   can be opened. With a prefix such as 'params.' only arrays whose names begin so are compared.
-
-  Raises:
-    DamagedError: if something is missing or changed; names it.
   """
   root = epath.Path(step)
   try:
@@ -59,11 +56,7 @@ def verify(step: str, prefix: str = '') -> None:
 
 
 def read_meta(root: epath.Path) -> dict[str, Any]:
-  """Returns the meta item of a step; empty if it never had one.
-
-  Raises:
-    DamagedError: if it is not as it was written.
-  """
+  """Returns the meta item of a step, empty if it never had one; DamagedError if it was changed."""
   path = root / 'meta' / 'metadata'
   if not (root / 'meta').is_dir():
     return {}
@@ -79,8 +72,6 @@ def read_meta(root: epath.Path) -> dict[str, Any]:
 
 
 def _checksum(tensor: Tensor) -> int:
-  total = 0
-  for index in blocks(tensor.shape, _PART):
-    start = [part.indices(n)[0] for part, n in zip(index, tensor.shape, strict=True)]
-    total += checksums.of_block(tensor.read(index or None), tensor.shape, start)
-  return total & 0xFFFFFFFF
+  parts = blocks(tensor.shape, _PART)
+  sums = (checksums.of_part(tensor.read(index), tensor.shape, index) for index in parts)
+  return sum(sums) & 0xFFFFFFFF

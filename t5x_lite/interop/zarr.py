@@ -1,9 +1,11 @@
 """Zarr arrays of T5X, Orbax and our own checkpoints, through TensorStore."""
 
+import contextlib
+import functools
 import json
 import os
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from etils import epath
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop.tensors import Index, Tensor, blocks
+from t5x_lite.parallel import checksums
 from t5x_lite.parallel.distributed import first_line
 
 # As T5X: large enough for object stores, small enough to be read in parts.
@@ -37,47 +40,38 @@ class Reader:
   """
 
   def __init__(self):
-    self._last: tuple[str, np.ndarray] | None = None
+    self._whole = functools.lru_cache(maxsize=1)(lambda array: array.read().result())
 
   def tensor(self, spec: Mapping[str, Any], name: str, **options: Any) -> Tensor:
-    """Opens an array.
+    """Opens the array of a TensorStore spec, with `tensorstore.open`'s options.
 
-    The spec is TensorStore's, without a context; the name is for messages; options are those of
-    tensorstore.open.
-
-    Raises:
-      UsageError: if it is not there or damaged.
+    Raises UsageError with its name, here or when it is read, if it is not there or damaged.
     """
-    try:
+    with _named_errors(name):
       array = ts.open(dict(spec), open=True, read=True, **options).result()
-    except (ValueError, OSError) as error:
-      raise UsageError(f'cannot read {name}: {first_line(error)}') from error
-    dtype = np.dtype(array.dtype.numpy_dtype)
-    return Tensor(tuple(array.shape), dtype, self._fetch(array, name), name)
 
-  def _fetch(self, array: Any, name: str) -> Callable[[Index], np.ndarray]:
     def fetch(index: Index) -> np.ndarray:
-      last = self._last  # another thread may replace it
-      if last is not None and last[0] == name:
-        return last[1][index]
-      try:
+      with _named_errors(name):
         if _is_wasteful(array, index):
-          whole = np.asarray(array.read().result())
-          self._last = (name, whole)
-          return whole[index]
-        return np.asarray(array[index].read().result() if index else array.read().result())
-      except (ValueError, OSError) as error:
-        raise UsageError(f'cannot read {name}: {first_line(error)}') from error
+          return self._whole(array)[index]
+        return np.asarray(array[index].read().result())
 
-    return fetch
+    return Tensor(tuple(array.shape), np.dtype(array.dtype.numpy_dtype), fetch, name)
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    raise UsageError(f'cannot read {name}: {first_line(error)}') from error
 
 
 def _is_wasteful(array: Any, index: Index) -> bool:
   """True if the chunks that are touched hold twice what is asked for."""
   asked = decoded = 1
-  for part, size, chunk in zip(
-    index, array.shape, array.chunk_layout.read_chunk.shape or (), strict=False
-  ):
+  chunks = array.chunk_layout.read_chunk.shape or ()
+  for part, size, chunk in zip(index, array.shape, chunks, strict=False):
     start, stop, _ = part.indices(size)
     if stop <= start:
       return False
@@ -101,10 +95,9 @@ def file_tensor(
 
 
 def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
-  """Opens all arrays of an Orbax item, one store or a directory an array.
+  """Opens all arrays of an Orbax item, one store or a directory an array, by Orbax's names.
 
-  Returns:
-    Tensors by Orbax's names: the tree's keys joined by dots.
+  Those are the tree's keys joined by dots.
   """
   complete = _stores_zeros(directory)
   if not (directory / _OCDBT).exists():
@@ -134,10 +127,7 @@ def _stores_zeros(directory: epath.Path) -> bool:
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, *, whole_dims: int = 0) -> list[int]:
-  """Returns chunks of at most CHUNK_BYTES, cut along the leading dims.
-
-  The first whole_dims, such as that of the layers, have chunks of one.
-  """
+  """Returns chunks of at most CHUNK_BYTES, cut along the leading dims; of one along whole_dims."""
   chunk = [1] * whole_dims + list(shape[whole_dims:])
   for dim in range(whole_dims, len(shape)):
     rest = int(np.prod(chunk)) * itemsize
@@ -148,11 +138,7 @@ def chunk_shape(shape: Sequence[int], itemsize: int, *, whole_dims: int = 0) -> 
 
 
 def create(
-  path: str,
-  shape: Sequence[int],
-  dtype: np.dtype,
-  chunks: Sequence[int],
-  compressor: Mapping[str, Any],
+  path: str, shape: Sequence[int], dtype: np.dtype, chunks: Sequence[int], compressor: Any
 ) -> Any:
   """Creates an array; write to it by assigning to parts of it."""
   metadata = {'shape': list(shape), 'chunks': list(chunks), 'compressor': dict(compressor)}
@@ -163,18 +149,11 @@ def create(
 
 
 def write(
-  path: str,
-  parts: Sequence[Tensor],
-  dtype: np.dtype,
-  compressor: Mapping[str, Any],
-  *,
-  axis: int | None = None,
-  each: Callable[[np.ndarray, Sequence[int], Sequence[int]], None] = lambda *_: None,
-) -> Any:
-  """Writes an array a part at a time and returns it.
+  path: str, parts: Sequence[Tensor], dtype: np.dtype, compressor: Any, axis: int | None = None
+) -> tuple[Any, int]:
+  """Writes an array a part at a time and returns it and its checksum.
 
-  Parts are its layers, whose dim is `axis`, or the array alone. For each block `each` is called
-  with it, the array's shape and where in it the block starts.
+  Parts are its layers, whose dim is `axis`, or the array alone.
   """
   shape = list(parts[0].shape)
   if axis is None:
@@ -183,7 +162,7 @@ def write(
     first, *chunks = chunk_shape([len(parts), *shape], dtype.itemsize, whole_dims=1)
     shape.insert(axis, len(parts))
     chunks.insert(axis, first)
-  array = create(path, shape, dtype, chunks, compressor)
+  array, total = create(path, shape, dtype, chunks, compressor), 0
   for layer, part in enumerate(parts):
     for index in blocks(part.shape, _PART):
       block, where = part.read(index).astype(dtype, copy=False), list(index)
@@ -191,8 +170,8 @@ def write(
         block = np.expand_dims(block, axis)
         where.insert(axis, slice(layer, layer + 1))
       array[tuple(where)].write(block).result()
-      each(block, shape, [at.indices(size)[0] for at, size in zip(where, shape, strict=True)])
-  return array
+      total += checksums.of_part(block, shape, where)
+  return array, total & 0xFFFFFFFF
 
 
 # Not each file is forced to the disk: the directory gets its name only when all are written, and a
@@ -202,24 +181,16 @@ _UNSYNCED = ts.Context({'file_io_sync': False})
 ORBAX_COMPRESSOR = {'id': 'zstd', 'level': 1}
 
 
-def orbax_metadata(names: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
-  """Returns the _METADATA of an Orbax item of plain nested dicts.
-
-  The names are the arrays' keys, with their shapes.
+def orbax_metadata(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
+  """Returns the _METADATA of an Orbax item of plain nested dicts, given the arrays by their keys.
 
   Source: orbax/checkpoint/_src/metadata/tree.py, the form that version 0.12 writes with
   use_ocdbt=False and earlier ones read.
   """
-  tree = {
-    str(keys): {
-      'key_metadata': [{'key': key, 'key_type': 2} for key in keys],
-      'value_metadata': {
-        'value_type': 'jax.Array',
-        'skip_deserialize': False,
-        'write_shape': list(shape),
-      },
-    }
-    for keys, shape in names.items()
-  }
+  tree = {}
+  for keys, shape in shapes.items():
+    value = {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(shape)}
+    named = [{'key': key, 'key_type': 2} for key in keys]
+    tree[str(keys)] = {'key_metadata': named, 'value_metadata': value}
   options = {'use_ocdbt': False, 'use_zarr3': False, 'store_array_data_equal_to_fill_value': True}
   return json.dumps({'tree_metadata': tree, **options, 'custom_metadata': None})

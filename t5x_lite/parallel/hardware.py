@@ -1,7 +1,7 @@
 """Facts about accelerators: memory, bandwidths, how they are connected.
 
-Numbers are the vendors'. They feed default meshes, ahead-of-time reports and the planner, none of
-which needs them to better than some per cent.
+The vendors' numbers, for default meshes, ahead-of-time reports and the planner: none needs them to
+better than some per cent.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from t5x_lite.errors import UsageError
 GIB = 2**30
 
 # Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from the vendors' data
-# sheets. A TPU v2/v3 chip shows as two devices, and so does TPU7x. Longer names first: the first
-# that a device's kind starts with counts.
+# sheets. A TPU v2/v3 chip shows as two devices, and so does TPU7x. The longest name that a device's
+# kind starts with counts.
 PEAK_FLOPS: dict[str, float] = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,
@@ -62,14 +62,11 @@ class Chip:
   dcn_bandwidth: float  # bytes/s one way to other slices or nodes, per chip
   # default size of the mesh's model axis: one cube edge, or the GPUs that NVLink joins
   model_axis: int
-  kind: str = ''  # prefix of jax.Device.device_kind; by default the name
+  kind: str  # prefix of jax.Device.device_kind
   torus_dims: int = 0  # dims of the ICI torus, each with two links; 0 is a full switch
   # least extent from which a torus dim closes to a ring: 4 where cubes are joined optically (v4,
   # v5p), 16 on v5e and v6e
   wrap: int = 0
-
-  def __post_init__(self):
-    object.__setattr__(self, 'kind', self.kind or self.name)
 
   @property
   def peak_flops(self) -> float:
@@ -80,18 +77,12 @@ class Chip:
 
 
 def _chip(
-  name: str, hbm_bytes: float, hbm: float, link: float, dcn: float, model_axis: int, **rest: Any
+  name: str, memory: float, hbm: float, link: float, dcn: float, model_axis: int, **rest: Any
 ) -> Chip:
-  """Returns a chip with bandwidths in GB/s."""
-  return Chip(
-    name=name,
-    hbm_bytes=int(hbm_bytes),
-    hbm_bandwidth=hbm * 1e9,
-    link_bandwidth=link * 1e9,
-    dcn_bandwidth=dcn * 1e9,
-    model_axis=model_axis,
-    **rest,
-  )
+  """Returns a chip with bandwidths in GB/s; of the kind that its name is, if not told."""
+  speeds = {'hbm_bandwidth': hbm * 1e9, 'link_bandwidth': link * 1e9, 'dcn_bandwidth': dcn * 1e9}
+  rest = {'kind': name, 'hbm_bytes': int(memory), **speeds, **rest}
+  return Chip(name=name, model_axis=model_axis, **rest)
 
 
 # TPU sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "System architecture" (HBM GB/s;
@@ -133,11 +124,7 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-  """Returns the topology that 'v5e:16x16' names.
-
-  Raises:
-    UsageError: if there is no such chip or the shape cannot be.
-  """
+  """Returns the topology that 'v5e:16x16' names; UsageError if there is or can be none."""
   tpus = {chip.name: chip for chip in CHIPS if chip.torus_dims}
   match = re.fullmatch(r'(\w+):(\d+(?:x\d+){1,2})', text)
   if match is None or match[1] not in tpus:
@@ -146,12 +133,12 @@ def parse_topology(text: str) -> Topology:
       f'with CHIP one of {", ".join(tpus)}, for example v5e:16x16'
     )
   chip = tpus[match[1]]
-  shape = tuple(int(size) for size in match[2].split('x'))
+  shape = tuple(map(int, match[2].split('x')))
   if len(shape) != chip.torus_dims or min(shape) < 1:
     example = '8' + 'x8' * (chip.torus_dims - 1)
     raise UsageError(
-      f'--topology={text}: a {chip.name} slice has {chip.torus_dims} '
-      f'dimensions, for example {chip.name}:{example}'
+      f'--topology={text}: a {chip.name} slice has {chip.torus_dims} dimensions, for example '
+      f'{chip.name}:{example}'
     )
   return Topology(chip, shape)
 
@@ -177,8 +164,7 @@ def prepare_libtpu() -> None:
 def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device]:
   """Returns the devices of TPU slices that need not exist.
 
-  Raises:
-    UsageError: if libtpu is not installed, or knows no such topology.
+  Raises UsageError if libtpu is not installed, or knows no such topology.
   """
   from jax.experimental import topologies
 
@@ -190,12 +176,11 @@ def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device
     found = topologies.get_topology_desc(topology.name, platform='tpu', **options)
   except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
     text = str(error)
-    line = text.splitlines()[0]
     if isinstance(error, NotImplementedError):
-      message = f'--topology={topology.name} is refused: {line}'
+      message = f'--topology={topology.name} is refused'
     elif 'libtpu' in text.lower() or 'tpu plugin' in text.lower():
-      message = f"compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]' ({line})"
+      message = "compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]'"
     else:
-      message = f'XLA:TPU knows no topology {topology.name}: {line}'
-    raise UsageError(message) from error
+      message = f'XLA:TPU knows no topology {topology.name}'
+    raise UsageError(f'{message}: {text.splitlines()[0]}') from error
   return list(found.devices)

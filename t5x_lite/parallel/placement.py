@@ -54,13 +54,10 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 def make_placement(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None, **hints: Any
 ) -> Placement:
-  """Returns the placement that a config means on the given devices, or all.
-
-  For hints (num_params, num_heads, batch_size) and errors see `partitioning.resolve`.
-  """
+  """The placement that a config means on these devices, or all; see `partitioning.resolve`."""
   config = partitioning.resolve(config, devices, **hints)
-  mesh = partitioning.make_mesh(config, devices)
-  return Placement(mesh, partitioning.logical_axis_rules(config), config)
+  rules = partitioning.logical_axis_rules(config)
+  return Placement(partitioning.make_mesh(config, devices), rules, config)
 
 
 def single_device() -> Placement:
