@@ -18,8 +18,8 @@ _COMPUTATION = re.compile(r'^(ENTRY )?%([\w.\-]+) .*\{$')
 _OP = re.compile(r'^  (ROOT )?%([\w.\-]+) = (.*)$')
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 _CALLS = re.compile(
-  r'(?:calls|called_computations|branch_computations|body|true_computation|'
-  r'false_computation)=(?:\{([^}]*)\}|(%[\w.\-]+))'
+  r'(?:calls|called_computations|branch_computations|body|true_computation|false_computation)='
+  r'(?:\{([^}]*)\}|(%[\w.\-]+))'
 )
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 
@@ -27,10 +27,8 @@ _DTYPES = 's4 u4 s8 u8 s16 u16 bf16 f16 s32 u32 f32 s64 u64 f64'.split()
 _ITEM_BITS = {'pred': 8, **{dtype: int(dtype.lstrip('bfsu')) for dtype in _DTYPES}}
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'send')
 # These move no data of their own.
-_FREE = (
-  'after-all bitcast call conditional constant get-tuple-element iota opt-barrier parameter '
-  'partition-id tuple while'
-).split()
+_FREE = 'after-all bitcast call conditional constant get-tuple-element iota opt-barrier'.split()
+_FREE += ['parameter', 'partition-id', 'tuple', 'while']
 # What is cut out after these is all that was needed before them.
 _PASSED_ON = {'bitcast', 'convert', 'copy', 'pad', 'reshape', 'transpose'}
 # What a fusion may do with the buffers of a collective that is under way.
@@ -78,10 +76,10 @@ def _parse_op(match: re.Match[str]) -> _Op | None:
 def _closing(text: str) -> int:
   """Returns where the parenthesis that the text begins with ends."""
   depth = 0
-  for i, char in enumerate(text):
+  for i, char in enumerate(text, 1):
     depth += (char == '(') - (char == ')')
     if not depth:
-      return i + 1
+      return i
   return len(text)
 
 
@@ -280,9 +278,7 @@ class HloModule:
       if index in carried and {user.opcode for user in own} <= _CARRIERS:
         # What a collective that is under way reads and writes.
         updated += whole * carried[index]
-      elif own and all(
-        user.opcode == 'dynamic-update-slice' and user.operands[0] == op.name for user in own
-      ):
+      elif {(user.opcode, user.operands[0]) for user in own} == {('dynamic-update-slice', op.name)}:
         updated += whole
         total += 2 * sum(_array_bytes(types.get(own[0].operands[1], '')))
       else:

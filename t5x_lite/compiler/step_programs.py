@@ -19,7 +19,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import logical_axes, partitioning
-from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.partitioning import Devices, MeshConfig
 from t5x_lite.parallel.placement import Placement
 from t5x_lite.training import losses, optimizers, schedules, steps, train_state
 from t5x_lite.training.optimizers import OptimizerConfig
@@ -48,9 +48,7 @@ class StepProgram:
       return self.jitted.lower(*self.arguments)
 
 
-def _place(
-  model: T5Config, mesh: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None
-) -> Placement:
+def _place(model: T5Config, mesh: MeshConfig, batch_size: int, devices: Devices) -> Placement:
   """Returns the placement, checked against the model and the batch."""
   placement = model_sharding.place_model(model, mesh, devices, batch_size=batch_size)
   _, shapes, axes = t5.abstract_params(model)
@@ -83,7 +81,7 @@ def train_program(
   skip_nonfinite: bool = False,
   histograms: bool = False,
   task_names: Sequence[str] = (),
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices = None,
 ) -> StepProgram:
   """Returns the train step: (state, batch, key) -> (state, metrics).
 
@@ -143,7 +141,7 @@ def decode_program(
   config: DecodingConfig,
   batch: BatchSpec,
   mesh: MeshConfig,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices = None,
 ) -> StepProgram:
   """Returns the decode step, of the encoder's tokens: (params, batch, key) -> (tokens, scores)."""
   name = 'encoder_input_tokens'

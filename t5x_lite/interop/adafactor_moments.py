@@ -2,9 +2,8 @@
 
 Both keep, of a matrix, one mean for each row and one for each column. Which of the two is called
 v_row differs: T5X goes by size in an unrolled model and by logical axes in a scanned one, ours
-always by the size of one layer's matrix. Here they are called by the dim that they keep.
-
-Sources: t5x/adafactor.py _factored_dims, _parse_rule, init_param_state; our adafactor.factoring.
+always by the size of one layer's matrix. Here they are called by the dim that they keep. Sources:
+t5x/adafactor.py _factored_dims, _parse_rule, init_param_state; our adafactor.factoring.
 """
 
 import dataclasses
@@ -22,8 +21,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor, optimizers
 
-# The least dims that are factored, T5X's default and ours.
-MIN_DIM = 128
+MIN_DIM = 128  # the least dims that are factored, T5X's default and ours
 _FIELDS = ('v_row', 'v_col', 'v', 'm')
 
 
@@ -61,26 +59,18 @@ def _is_factored(shape: Sequence[int]) -> bool:
   return len(shape) == 2 and min(shape) >= MIN_DIM
 
 
-def _row_dim(shape: Sequence[int]) -> int:
-  """The dim that v_row keeps where size decides: the smaller one."""
-  return int(shape[0] > shape[1])
-
-
 def _moment(parts: Sequence[np.ndarray]) -> Moment:
   """Returns the moment that is whole, or two means."""
   return Moment(parts[0]) if len(parts) == 1 else Moment(means=(parts[0], parts[1]))
 
 
-def _scanned_row_dim(name: str) -> int:
-  """The dim that v_row keeps in a scanned model of T5X: 'embed'."""
-  return int(name.endswith(('/out/kernel', '/wo/kernel')))
+def _is_swapped(name: str, shape: Sequence[int], scanned: bool) -> bool:
+  """True if T5X's v_row keeps the second dim: 'embed' in a scanned model, else the smaller one."""
+  return name.endswith(('/out/kernel', '/wo/kernel')) if scanned else shape[0] > shape[1]
 
 
 def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
-  """Returns the second moments of T5X's tensors by name, 'state/param_states/...' among them.
-
-  Empty if the optimizer is another one.
-  """
+  """Returns the second moments of T5X's tensors by name; empty if of another optimizer."""
   result = {}
   for name, shape in tensor_names.shapes(cfg).items():
     place, layer = tensor_names.t5x_scanned_name(name)
@@ -89,7 +79,7 @@ def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
     parts = unrolled or scanned
     if not parts:
       return {}
-    if len(parts) == 2 and (_scanned_row_dim(name) if scanned else _row_dim(shape)):
+    if len(parts) == 2 and _is_swapped(name, shape, bool(scanned)):
       parts = parts[::-1]
     if scanned:  # [first dim, layers] and [layers, second dim]
       parts = [parts[0][:, layer], *(second[layer] for second in parts[1:])]
@@ -99,10 +89,10 @@ def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
 
 def _read(found: Mapping[str, Tensor], name: str) -> list[np.ndarray]:
   """Returns what T5X has of a parameter: v, or v_row and v_col, or nothing."""
-  places = {field: f'{t5x.PARAM_STATES}{name}/{field}' for field in _FIELDS[:3]}
-  if not found.keys() >= set(places.values()):
+  states = {field: found.get(f'{t5x.PARAM_STATES}{name}/{field}') for field in _FIELDS[:3]}
+  if not all(states.values()):
     return []
-  used = {field: found[place] for field, place in places.items() if found[place].shape != (1,)}
+  used = {field: state for field, state in states.items() if state and state.shape != (1,)}
   fields = ('v',) if 'v' in used else ('v_row', 'v_col')
   return [used[field].read() for field in fields] if used.keys() >= set(fields) else []
 
@@ -117,8 +107,8 @@ def to_t5x(moments: Moments, cfg: T5Config) -> dict[str, Any]:
     if names[0].endswith('/kernel') if stacked else _is_factored(shape):
       firsts, seconds = zip(*(moment.as_means() for moment in found), strict=True)
       means = (np.stack(firsts, 1), np.stack(seconds)) if stacked else (firsts[0], seconds[0])
-      swapped = _scanned_row_dim(names[0]) if stacked else _row_dim(shape)
-      state = dict(zip(('v_row', 'v_col'), means[::-1] if swapped else means, strict=True))
+      means = means[::-1] if _is_swapped(names[0], shape, stacked) else means
+      state = dict(zip(('v_row', 'v_col'), means, strict=True))
     else:
       wholes = [moment.as_whole() for moment in found]
       state = {'v': np.stack(wholes, 1) if stacked else wholes[0]}
@@ -127,10 +117,7 @@ def to_t5x(moments: Moments, cfg: T5Config) -> dict[str, Any]:
 
 
 def of_run(stored: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
-  """Returns the second moments of a run's tensors by Orbax's names, 'opt_state....' among them.
-
-  Empty if the optimizer is another one.
-  """
+  """Returns the second moments of Orbax's tensors by name; empty if of another optimizer."""
   pattern = r'opt_state\.(?:.+\.)?(v_row|v_col|v)\.((?:token_embedder|encoder|decoder)\..+)'
   matches = {name: re.fullmatch(pattern, name) for name in stored}
   fields = {match.groups(): stored[name] for name, match in matches.items() if match}

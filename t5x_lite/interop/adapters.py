@@ -5,7 +5,6 @@ written and read in PEFT's format (peft/tuners/lora config.py and model.py, PEFT
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.interop.tensors import Index, Progress, Tensor, Tensors
 from t5x_lite.models import transfer
 from t5x_lite.models.config import T5Config
+from t5x_lite.runs.files import write_json
 
 FORMATS = ('adapter', 'peft')
 CONFIG, WEIGHTS = 'adapter.json', 'adapter.safetensors'
@@ -26,10 +26,8 @@ PEFT_CONFIG, PEFT_WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 _FILES = {'adapter': (CONFIG, WEIGHTS), 'peft': (PEFT_CONFIG, PEFT_WEIGHTS)}
 _HF_MATRICES = {**tensor_names.ATTENTION, **{name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')}}
 # What PEFT's LoRA can do and this one not.
-_PEFT_OTHER = (
-  'bias fan_in_fan_out lora_bias use_dora rank_pattern alpha_pattern layers_to_transform '
-  'modules_to_save'
-).split()
+_PEFT_OTHER = 'bias fan_in_fan_out lora_bias use_dora rank_pattern alpha_pattern'.split()
+_PEFT_OTHER += ['layers_to_transform', 'modules_to_save']
 
 
 def _is_lora(name: str) -> bool:
@@ -90,11 +88,22 @@ def write_alone(
     entry = {'format': 1, 'model': transfer.fields(cfg)}
   else:
     found = {_peft_name(n): tensors[ours].transposed() for n, ours in _lora_names(cfg).items()}
-    entry = _peft_entry(cfg)
+    entry = {
+      'peft_type': 'LORA',
+      'task_type': 'SEQ_2_SEQ_LM' if cfg.has_decoder else 'FEATURE_EXTRACTION',
+      'base_model_name_or_path': None,  # any of the same shape
+      'inference_mode': True,
+      'r': cfg.lora_rank,
+      'lora_alpha': cfg.lora_alpha,
+      'lora_dropout': 0.0,
+      'target_modules': [_HF_MATRICES[name] for name in cfg.lora_targets],
+      'bias': 'none',
+      'fan_in_fan_out': False,
+    }
   config, file = _FILES[to]
   shard = hf_export.Shard(file, list(found.items()))
   hf_export.write_shard(directory / file, shard, np.dtype(cfg.param_dtype), progress)
-  (directory / config).write_text(json.dumps(entry, indent=2) + '\n')
+  write_json(directory / config, entry)
 
 
 def _lora_names(cfg: T5Config) -> dict[str, str]:
@@ -108,21 +117,6 @@ def _peft_name(name: str) -> str:
   stem, _, letter = name.rpartition('/lora_')
   module = tensor_names.hf_name(f'{stem}/kernel').removesuffix('.weight')
   return f'base_model.model.{module}.lora_{letter.upper()}.weight'
-
-
-def _peft_entry(cfg: T5Config) -> dict[str, Any]:
-  return {
-    'peft_type': 'LORA',
-    'task_type': 'SEQ_2_SEQ_LM' if cfg.has_decoder else 'FEATURE_EXTRACTION',
-    'base_model_name_or_path': None,  # any of the same shape
-    'inference_mode': True,
-    'r': cfg.lora_rank,
-    'lora_alpha': cfg.lora_alpha,
-    'lora_dropout': 0.0,
-    'target_modules': [_HF_MATRICES[name] for name in cfg.lora_targets],
-    'bias': 'none',
-    'fan_in_fan_out': False,
-  }
 
 
 def put_on(source: Source, path: str) -> Source:
@@ -153,10 +147,8 @@ def put_on(source: Source, path: str) -> Source:
   for name in (*stored, *(n for n in shapes if transfer.is_added(n))):
     have, need = stored[name].shape if name in stored else 'none', shapes.get(name, 'none')
     if have != need:
-      raise UsageError(
-        f'the adapter {path} is for another model than {source.path}: of {name} it has {have}, the '
-        f'model {need}'
-      )
+      another = f'the adapter {path} is for another model than {source.path}'
+      raise UsageError(f'{another}: of {name} it has {have}, the model {need}')
   return dataclasses.replace(source, config=cfg, tensors={**source.tensors, **stored})
 
 

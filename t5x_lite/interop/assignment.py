@@ -22,8 +22,7 @@ from t5x_lite.models import t5, transfer
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
-# (pattern, replacement); see `assign`.
-AssignmentMap = Sequence[tuple[str, str | None]]
+AssignmentMap = Sequence[tuple[str, str | None]]  # (pattern, replacement); see `assign`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +84,9 @@ def assign(
       match, replacement = found
       old = '' if replacement is None else match.expand(replacement)
       if old and old not in source.tensors:
-        raise UsageError(
-          f'the assignment map takes {name} from {old}, which {source.path} does not have; it has '
-          f'{_some(list(source.tensors))}'
-        )
+        taken_from = f'{name} from {old}, which {source.path} does not have'
+        there = _some(list(source.tensors))
+        raise UsageError(f'the assignment map takes {taken_from}; it has {there}')
     tensor = source.tensors.get(old)
     if tensor is None:
       if found is None and strict and not transfer.is_added(name):
@@ -107,10 +105,8 @@ def assign(
     loaded.append((name, tensor.origin))
   if transfer.PROMPT in initialised:
     result[transfer.PROMPT] = _prompt(result['token_embedder/embedding'], cfg, seed)
-  skipped = []
-  for name in (*source.tensors, *source.unknown):
-    if name in taken:
-      continue
+  skipped = [name for name in (*source.tensors, *source.unknown) if name not in taken]
+  for name in skipped:
     found = rule(name)
     dropped = found is not None and found[1] is None
     if strict and not dropped and not _without_stack(name, source, cfg):
@@ -118,20 +114,15 @@ def assign(
         f'{source.path} has {name}, which the model has no place for; drop it with '
         f'({re.escape(name)!r}, None) in assignment_map, or all such with strict=False'
       )
-    skipped.append(name)
   for pattern in unused.values():
-    there = _some(list(result))
-    raise UsageError(
-      f'the pattern {pattern!r} of assignment_map matches nothing; there are {there}'
-    )
+    nothing = f'the pattern {pattern!r} of assignment_map matches nothing'
+    raise UsageError(f'{nothing}; there are {_some(list(result))}')
   return result, Report(loaded, skipped, initialised)
 
 
 # Fields of T5Config that change what the same numbers compute.
-_NUMERICS = (
-  'num_heads head_dim mlp_activations scale_logits relpos_max_distance layer_norm_epsilon '
-  'pad_id eos_id decoder_start_id'
-).split()
+_NUMERICS = 'num_heads head_dim mlp_activations scale_logits relpos_max_distance'.split()
+_NUMERICS += 'layer_norm_epsilon pad_id eos_id decoder_start_id'.split()
 
 
 def check_numerics(source: Source, cfg: T5Config) -> None:
@@ -142,8 +133,7 @@ def check_numerics(source: Source, cfg: T5Config) -> None:
   """
   if source.format == 't5x':
     return
-  fields = (*_NUMERICS, 'lora_alpha') if source.config.lora_rank else _NUMERICS
-  for field in fields:
+  for field in (*_NUMERICS, *(['lora_alpha'] if source.config.lora_rank else [])):
     theirs, ours = getattr(source.config, field), getattr(cfg, field)
     if theirs != ours:
       raise UsageError(
@@ -166,10 +156,10 @@ def _some(found: Sequence[str], limit: int = 3) -> str:
 
 def _without_stack(name: str, source: Source, cfg: T5Config) -> bool:
   """True for a stack that the wanted architecture leaves out on purpose."""
+  of_encoder = r'encoder/.*|.*/encoder_decoder_attention/.*|.*pre_cross_.*'
   return cfg.architecture != source.config.architecture and (
     (not cfg.has_decoder and name.startswith('decoder/'))
-    or (not cfg.has_encoder and name.startswith('encoder/'))
-    or (not cfg.has_encoder and ('/encoder_decoder_attention/' in name or 'pre_cross_' in name))
+    or (not cfg.has_encoder and re.fullmatch(of_encoder, name) is not None)
   )
 
 

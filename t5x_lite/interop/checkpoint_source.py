@@ -58,8 +58,9 @@ def open_source(path: str) -> Source:
     place = epath.Path(_from_hub(path))
   if hf.is_hf(place):
     return _open_hf(place)
-  if run := _find_run(place):
-    return _open_run(run)
+  # A run of ours, or a step of one.
+  if any((folder / run_directory.MODEL_FILE).is_file() for folder in (place, *place.parents[:2])):
+    return _open_run(run_directory.load_run(os.fspath(place)))
   if found := t5x.find(place):
     return _open_t5x(found)
   if place.is_dir() and any(file.suffix in ('.safetensors', '.bin') for file in place.iterdir()):
@@ -126,25 +127,13 @@ def _open_t5x(path: epath.Path) -> Source:
 
 
 def default_vocabulary(config: T5Config) -> VocabularyConfig | None:
-  """Returns the published vocabulary of a size, None where there are several.
-
-  T5X's checkpoints do not name theirs.
-  """
+  """Returns the published vocabulary of a size, None if there are several: T5X's name none."""
   if config.vocab_size == 384:
     return VocabularyConfig(kind='byte')
   return VocabularyConfig() if config.vocab_size in (32_100, 32_128) else None
 
 
-def _find_run(path: epath.Path) -> run_directory.Run | None:
-  """Returns the run of ours that a path means, or None if it is none."""
-  for parent in (path, path.parent, path.parent.parent):
-    if (parent / run_directory.MODEL_FILE).is_file():
-      return run_directory.load_run(os.fspath(path))
-  return None
-
-
 def _open_run(run: run_directory.Run) -> Source:
-  """Opens a checkpoint of ours as its arrays lie on disk."""
 
   def check() -> int:
     try:

@@ -19,7 +19,6 @@ from t5x_lite.models.config import T5Config
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
-
 TARGETS = (*FORMATS, *ADAPTERS)
 
 
@@ -55,20 +54,12 @@ def write(
   origin: str = '',
   shard_bytes: int = hf_export.SHARD_BYTES,
 ) -> None:
-  """Writes a directory of a format; half-written ones never get the name.
+  """Writes a directory, which does not exist or is empty, of one of TARGETS.
 
-  Args:
-    target: must not exist, or be empty.
-    tensors: checked, by canonical name.
-    cfg: the model; its param_dtype is what is written. LoRA is added to its matrices in 'hf' and
-      't5x'.
-    to: one of TARGETS.
-    vocabulary: None for ids without text.
-    step: updates made so far.
-    second_moments: Adafactor's; None or empty for none.
-    lengths: task feature lengths, if known.
-    origin: where it comes from, for the record.
-    shard_bytes: most bytes of one file of format 'hf'.
+  Half-written ones never get the name. The model's param_dtype is what is written; LoRA is added to
+  its matrices in 'hf' and 't5x'. No vocabulary means ids without text. The step is of updates made,
+  second_moments are Adafactor's or none, lengths those of task features, if known; origin is kept
+  for the record, and shard_bytes are the most bytes of one file of 'hf'.
   """
   temporary = target.parent / f'.{target.name}.tmp-{os.getpid()}'
   temporary.mkdir(parents=True)

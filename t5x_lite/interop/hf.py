@@ -18,20 +18,18 @@ from etils import epath
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import tensor_names
-from t5x_lite.interop.tensors import Index, Tensor, blocks
+from t5x_lite.interop.tensors import Index, Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
 
 CONFIG = 'config.json'
-WEIGHTS = 'model.safetensors'
-WEIGHTS_INDEX = 'model.safetensors.index.json'
+WEIGHTS, WEIGHTS_INDEX = 'model.safetensors', 'model.safetensors.index.json'
 MODEL_TYPES = ('t5', 'mt5', 'umt5')
 
 DTYPES = {f'F{bits}': np.dtype(f'float{bits}') for bits in (64, 32, 16)}
 DTYPES['BF16'] = np.dtype(ml_dtypes.bfloat16)  # importing ml_dtypes makes numpy know its name too
 SHORT_DTYPES = ('float32', 'bfloat16', 'float16')
 
-# Elements compared at a time, to see whether two tables are the same.
-_COMPARED = 1 << 24
+_COMPARED = 1 << 24  # elements at a time, to see whether two tables are the same
 
 # Copies of the embedding that old versions saved, and a table of the decoder's cross-attention that
 # Mesh TensorFlow made and nothing reads.
@@ -55,11 +53,8 @@ FIELDS: dict[str, tuple[str, int | float]] = {
   'relpos_max_distance': ('relative_attention_max_distance', 128),
   'layer_norm_epsilon': ('layer_norm_epsilon', 1e-6),
 }
-IDS = {
-  'pad_id': ('pad_token_id', 0),
-  'eos_id': ('eos_token_id', 1),
-  'decoder_start_id': ('decoder_start_token_id', 0),
-}
+IDS = {'pad_id': ('pad_token_id', 0), 'eos_id': ('eos_token_id', 1)}
+IDS['decoder_start_id'] = ('decoder_start_token_id', 0)
 
 
 def is_hf(path: epath.Path) -> bool:
@@ -110,10 +105,8 @@ def weight_files(directory: epath.Path) -> list[epath.Path]:
         "transformers as t; t.AutoModelForSeq2SeqLM.from_pretrained('SRC', weights_only=True)"
         ".save_pretrained('DST')\""
       )
-  raise UsageError(
-    f'{directory} has no {WEIGHTS} and no {WEIGHTS_INDEX}; give the folder that save_pretrained '
-    'wrote'
-  )
+  neither = f'{directory} has no {WEIGHTS} and no {WEIGHTS_INDEX}'
+  raise UsageError(f'{neither}; give the folder that save_pretrained wrote')
 
 
 def _opened(path: epath.Path) -> Any:
@@ -149,9 +142,7 @@ def _fetch(path: epath.Path, name: str, index: Index) -> np.ndarray:
     return file.get_slice(name)[index] if index else file.get_tensor(name)
 
 
-def canonical(
-  found: Mapping[str, Tensor], *, per_layer: bool
-) -> tuple[dict[str, Tensor], list[str]]:
+def canonical(found: Tensors, *, per_layer: bool) -> tuple[dict[str, Tensor], list[str]]:
   """Returns (tensors by canonical name, names that are no T5's).
 
   Unless per_layer, all layers of a stack share one table of relative positions. Raises UsageError
@@ -172,8 +163,7 @@ def canonical(
   matches = [re.match(r'(encoder|decoder)\.block\.([0-9]{1,9})\.', name) for name in rest]
   # The numbers that are there, not all up to the highest: that may be any.
   layers = sorted({(match[1], int(match[2])) for match in matches if match})
-  names = [name for side, i in layers for name in tensor_names.layer_names(side, i)]
-  known = {tensor_names.hf_name(name): name for name in (*tensor_names.whole_names(), *names)}
+  known = tensor_names.of_hf(layers)
   result = {}
   for hf, tensor in rest.items():
     if name := known.get(hf):
@@ -210,7 +200,7 @@ def activations(entry: Mapping[str, Any]) -> tuple[str, ...]:
   return (_ACTIVATIONS[name], 'linear') if gated else (_ACTIVATIONS[name],)
 
 
-def model_config(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T5Config:
+def model_config(entry: Mapping[str, Any], tensors: Tensors) -> T5Config:
   """Returns the config of a folder; UsageError if it is another kind of model.
 
   The canonical tensors decide on the head, the stacks and the biases.

@@ -7,7 +7,7 @@ through memory one tensor at a time.
 import dataclasses
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, hf_tokenizer, tensor_names
 from t5x_lite.interop.tensors import Progress, Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
+from t5x_lite.runs.files import write_json
 
 SHARD_BYTES = 5_000_000_000  # as transformers shards
 _PART = 1 << 26  # elements of an untransposed tensor that are in memory at a time
@@ -71,15 +72,12 @@ def generation_config(cfg: T5Config) -> dict[str, Any]:
 
 def by_hf_name(tensors: Tensors, cfg: T5Config) -> dict[str, Tensor]:
   """Returns tensors as Hugging Face names and turns them; those that are shared two times."""
-  full = dict(tensors)
-  if cfg.share_encoder_decoder:
-    for name in tensor_names.shapes(cfg.replace(share_encoder_decoder=False)):
-      if name not in full:
-        full[name] = full[tensor_names.lender(name) or '']
-  return {
-    tensor_names.hf_name(name): tensor.transposed() if tensor_names.is_transposed(name) else tensor
-    for name, tensor in full.items()
-  }
+  result = {}
+  for name in (*tensors, *tensor_names.shapes(cfg.replace(share_encoder_decoder=False))):
+    tensor = tensors[name if name in tensors else tensor_names.lender(name) or '']
+    turned = tensor_names.is_transposed(name)
+    result[tensor_names.hf_name(name)] = tensor.transposed() if turned else tensor
+  return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +88,7 @@ class Shard:
   tensors: Sequence[tuple[str, Tensor]]
 
 
-def plan_shards(
-  tensors: Mapping[str, Tensor], itemsize: int, limit: int = SHARD_BYTES
-) -> list[Shard]:
+def plan_shards(tensors: Tensors, itemsize: int, limit: int = SHARD_BYTES) -> list[Shard]:
   """Cuts tensors by Hugging Face's name, in order, into files of at most limit bytes.
 
   The itemsize is that of what is written; a tensor larger than the limit gets a file of its own.
@@ -145,8 +141,7 @@ def write(
 ) -> None:
   """Writes a folder that from_pretrained of transformers reads, into an empty one.
 
-  Without a vocabulary, or with passed-through ids, no tokenizer is written; the rest is as in
-  `export.write`.
+  Without a vocabulary, or for passed ids, there is no tokenizer; the rest is as in `export.write`.
   """
   config = model_config(cfg, cfg.param_dtype)
   dtype = np.dtype(cfg.param_dtype)
@@ -159,14 +154,10 @@ def write(
       'metadata': {'total_size': sum(t.size for t in turned.values()) * dtype.itemsize},
       'weight_map': {name: shard.file for shard in shards for name, _ in shard.tensors},
     }
-    _write_json(directory / hf.WEIGHTS_INDEX, index)
+    write_json(directory / hf.WEIGHTS_INDEX, index)
   if vocabulary is not None:
     hf_tokenizer.write_vocabulary(vocabulary, directory)
   if cfg.has_decoder:
-    _write_json(directory / 'generation_config.json', generation_config(cfg))
+    write_json(directory / 'generation_config.json', generation_config(cfg))
   # Last: a folder with a config.json is whole.
-  _write_json(directory / hf.CONFIG, config)
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2) + '\n')
+  write_json(directory / hf.CONFIG, config)

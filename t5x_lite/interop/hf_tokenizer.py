@@ -16,12 +16,11 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, sentencepiece_model
 from t5x_lite.interop.sentencepiece_model import Piece
+from t5x_lite.runs.files import write_json
 
 SPIECE = 'spiece.model'
-TOKENIZER = 'tokenizer.json'
-TOKENIZER_CONFIG = 'tokenizer_config.json'
+TOKENIZER, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 SPECIAL = ('<pad>', '</s>', '<unk>')
-
 _META = '▁'
 
 
@@ -100,8 +99,7 @@ def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[bytes, int]:
     elif text in added or text.startswith(f'{_META}<extra_id_'):
       kind = Piece.USER_DEFINED
     pieces.append(Piece(piece=text, score=score, type=kind))
-  normalizer = entry.get('normalizer') or {}
-  charsmap = b''
+  normalizer, charsmap = entry.get('normalizer') or {}, b''
   for part in normalizer.get('normalizers', [normalizer]):
     if part.get('type') == 'Precompiled':
       charsmap = base64.b64decode(part['precompiled_charsmap'] or '')
@@ -137,17 +135,16 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
     (directory / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False))
     # T5Tokenizer has no byte fallback, and cuts at every space; the plain class takes
     # tokenizer.json as it is, and is what mT5's folders need.
-    plain = model.trainer_spec.byte_fallback or _has_spaces(model)
+    plain = model.trainer_spec.byte_fallback or _spans_words(model)
     config['tokenizer_class'] = 'PreTrainedTokenizerFast' if plain else 'T5Tokenizer'
     if plain:
       del config['extra_ids']
     elif vocabulary.extra_ids:
       config['additional_special_tokens'] = _sentinel_names(vocabulary)
-  (directory / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+  write_json(directory / TOKENIZER_CONFIG, config)
 
 
-def _has_spaces(model: Any) -> bool:
-  """Whether a piece spans several words."""
+def _spans_words(model: Any) -> bool:
   return any(_META in piece.piece[1:] for piece in model.pieces)
 
 
@@ -156,10 +153,7 @@ def _sentinel_names(vocabulary: VocabularyConfig) -> list[str]:
 
 
 def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
-  """Returns a tokenizer.json: SentencePiece's ModelProto in tokenizers' terms.
-
-  Written by hand, not by the tokenizers library: that comes with transformers, not needed here.
-  """
+  """Returns a tokenizer.json, by hand: the tokenizers library comes with transformers."""
   pieces, eos = model.pieces, SPECIAL[1]
   texts = [*SPECIAL, *(piece.piece for piece in pieces[len(SPECIAL) :])]
   texts += reversed(_sentinel_names(vocabulary))
@@ -178,7 +172,7 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
   if charsmap := model.normalizer_spec.precompiled_charsmap:
     text = base64.b64encode(charsmap).decode()
     normalizers.append({'type': 'Precompiled', 'precompiled_charsmap': text})
-  if _has_spaces(model):
+  if _spans_words(model):
     # Not cut into words, so that pieces of several are found; SentencePiece takes neighbouring
     # spaces for one.
     metaspace = {**metaspace, 'split': False}

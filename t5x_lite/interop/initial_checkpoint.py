@@ -49,20 +49,18 @@ class Start:
 def open_start(
   config: CheckpointConfig, model: T5Config, vocabulary: VocabularyConfig, *, seed: int
 ) -> Start:
-  """Checks that a new run can start from where its configuration says.
+  """Checks that a new run can start from where its configuration says; UsageError if not.
 
   Config's restore_path is a run of ours, or a checkpoint of T5X or transformers, for a model of
-  this architecture. The vocabulary must be the checkpoint's own, where that says what it is. Raises
-  UsageError if there is no checkpoint, or it is another model's.
+  this architecture. The vocabulary must be the checkpoint's own, where that says what it is.
   """
   path, with_optimizer = config.restore_path, config.restore_optimizer
   if not path:
     return Start(path='', model=model, seed=seed)
   opened = checkpoint_source.open_source(path)
   if with_optimizer and opened.format != 't5x_lite':
-    raise UsageError(
-      f'{path} is of the format {opened.format!r}; restore_optimizer=True needs a run of t5x_lite'
-    )
+    kind = f'of the format {opened.format!r}'
+    raise UsageError(f'{path} is {kind}; restore_optimizer=True needs a run of t5x_lite')
   theirs = None if opened.format == 't5x' else opened.vocabulary  # T5X's do not say what it is
   if theirs is not None and not run_directory.same_vocabulary(theirs, vocabulary):
     another = f'{path} was trained with another vocabulary than VocabularyConfig names'

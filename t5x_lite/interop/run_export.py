@@ -12,7 +12,7 @@ from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import tensor_names, zarr
-from t5x_lite.interop.tensors import Progress, Tensor, Tensors, no_progress, of_array
+from t5x_lite.interop.tensors import Progress, Tensor, Tensors, of_array
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import checkpoints, run_directory
 
@@ -31,7 +31,7 @@ def write(
   moments: Mapping[tuple[str, ...], Tensor] | None = None,
   lengths: Mapping[str, int] | None = None,
   origin: str = '',
-  progress: Progress = no_progress,
+  progress: Progress = lambda name: None,
 ) -> None:
   """Writes a run with one checkpoint into an empty directory.
 

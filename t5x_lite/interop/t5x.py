@@ -7,7 +7,6 @@ t5x/checkpoint_utils.py detect_checkpoint_type.
 """
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,27 +14,19 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import tensors as tensors_lib
 from t5x_lite.interop import zarr
-from t5x_lite.interop.tensors import Tensor
+from t5x_lite.interop.tensors import Tensor, Tensors, of_array
 from t5x_lite.models.config import T5Config
 
-FILE = 'checkpoint'
-STATE = 'state'
-PREFIX = 'checkpoint_'
+FILE, STATE, PREFIX = 'checkpoint', 'state', 'checkpoint_'
 VERSIONS = (2, 3)
-TARGET = 'target/'
-PARAM_STATES = 'state/param_states/'
-
+TARGET, PARAM_STATES = 'target/', 'state/param_states/'
 _PLACEHOLDER = 'PLACEHOLDER://'
 _STACKS = ('encoder', 'decoder')
 
 
 def find(path: epath.Path) -> epath.Path | None:
-  """Returns the checkpoint that a path means, or None if there is none.
-
-  A path of the msgpack file, of a step's directory or of a model_dir, whose newest step is meant.
-  """
+  """Returns the checkpoint that a path of it, its folder or a model_dir (the newest) means."""
   if path.is_file():
     with path.open('rb') as file:
       head = file.read(64)
@@ -52,10 +43,7 @@ def find(path: epath.Path) -> epath.Path | None:
 
 
 def read_tensors(path: epath.Path) -> dict[str, Tensor]:
-  """Returns all arrays by T5X's names, target/... and state/step and so on, of what `find` found.
-
-  Raises UsageError if the checkpoint is damaged or of an unknown version.
-  """
+  """Returns all arrays by T5X's names, target/... and others; UsageError if they are damaged."""
   reader = zarr.Reader()
   folder = folder_of(path)
   file = path if path.is_file() else path / FILE
@@ -72,34 +60,29 @@ def read_tensors(path: epath.Path) -> dict[str, Tensor]:
   # TensorStore's specs, which are dicts, are leaves.
   spec = {'driver', 'kvstore', 'metadata'}
   flat = traverse_util.flatten_dict(contents, is_leaf=lambda _, node: spec <= node.keys())
-  placeholders = {
-    '/'.join(keys).removeprefix('_optimizer/'): value[len(_PLACEHOLDER) :]
-    for keys, value in flat.items()
-    if isinstance(value, str) and value.startswith(_PLACEHOLDER)
-  }
-  if placeholders:
+  result = {}
+  for keys, value in flat.items():
     # Orbax before that: the tree in msgpack, all arrays in zarr beside it.
-    return {
-      name: zarr.file_tensor(folder / _inside(folder, name, directory), name, reader)
-      for name, directory in placeholders.items()
-    }
+    if isinstance(value, str) and value.startswith(_PLACEHOLDER):
+      name = '/'.join(keys).removeprefix('_optimizer/')
+      place = folder / _inside(folder, name, value.removeprefix(_PLACEHOLDER))
+      result[name] = zarr.file_tensor(place, name, reader)
+  if result:
+    return result
   version = contents.get('version')
   if version not in VERSIONS:
     known = ' and '.join(map(str, VERSIONS))
     raise UsageError(f'{file} has version {version!r}; T5X checkpoints of version {known} are read')
-  result = {}
   for keys, value in flat.items():
     name = '/'.join(keys[1:])  # without 'optimizer'
     if isinstance(value, dict):
       result[name] = _legacy_tensor(folder, name, value, reader)
     elif hasattr(value, 'shape'):
-      result[name] = tensors_lib.of_array(np.asarray(value), name)
+      result[name] = of_array(np.asarray(value), name)
   return result
 
 
-def _legacy_tensor(
-  folder: epath.Path, name: str, spec: Mapping[str, Any], reader: zarr.Reader
-) -> Tensor:
+def _legacy_tensor(folder: epath.Path, name: str, spec: Any, reader: zarr.Reader) -> Tensor:
   """Opens the array that a spec in the msgpack file stands for."""
   kvstore = spec['kvstore']
   # Before TensorStore 0.1.14 the path was in the spec itself.
@@ -125,7 +108,7 @@ def _inside(folder: epath.Path, name: str, relative: str) -> str:
   return relative
 
 
-def canonical(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def canonical(found: Tensors) -> dict[str, Tensor]:
   """Returns the tensors of 'target/' by canonical name, scanned stacks cut into layers."""
   params = {n.removeprefix(TARGET): found[n] for n in found if n.startswith(TARGET)}
   axes = {side: _scan_axis(params, side) for side in _STACKS}
@@ -140,7 +123,7 @@ def canonical(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
   return result
 
 
-def _scan_axis(found: Mapping[str, Tensor], side: str) -> int:
+def _scan_axis(found: Tensors, side: str) -> int:
   """Returns the dim of the layers: 1 as in all of T5X's configs, or 0."""
   shapes = [t.shape for name, t in found.items() if name.startswith(f'{side}/{side}/')]
   for axis in (1, 0):
@@ -149,7 +132,7 @@ def _scan_axis(found: Mapping[str, Tensor], side: str) -> int:
   return 1
 
 
-def model_config(tensors: Mapping[str, Tensor], folder: epath.Path) -> T5Config:
+def model_config(tensors: Tensors, folder: epath.Path) -> T5Config:
   """Infers the config of a checkpoint, which does not hold one; UsageError if it is no T5's.
 
   What shapes do not tell, the activations, is read from a config.gin in the folder or the two above
@@ -200,7 +183,7 @@ def _gin_activations(folder: epath.Path) -> tuple[str, ...]:
   return ()
 
 
-def step(found: Mapping[str, Tensor]) -> int:
+def step(found: Tensors) -> int:
   """Returns the number of updates of a checkpoint, 0 if it does not say."""
   return int(found['state/step'].read()) if 'state/step' in found else 0
 

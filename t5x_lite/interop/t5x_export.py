@@ -1,8 +1,8 @@
 """Writes legacy T5X checkpoints: one msgpack file, and zarr beside it.
 
-As T5X's own Checkpointer, array by array: version 3, float32 or bfloat16, unrolled layers, or
-scanned on axis 1 where a relative position bias belongs to each layer, for which T5X has only the
-scanned network. Source: t5x/checkpoints.py Checkpointer.save.
+As t5x/checkpoints.py Checkpointer.save does, array by array: version 3, float32 or bfloat16,
+unrolled layers, or scanned on axis 1 where a relative position bias belongs to each layer, for
+which T5X has only the scanned network.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,7 @@ from t5x_lite.interop.tensors import Progress, Tensors
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
-VERSION = 3
-SCAN_AXIS = 1
+VERSION, SCAN_AXIS = 3, 1
 _COMPRESSOR = {'id': 'gzip', 'level': 1}
 
 
@@ -55,21 +54,15 @@ def write(
     axis = SCAN_AXIS if cfg.relpos_per_layer and '/layers_' in names[0] else None
     parts, dtype = [tensors[part] for part in names], np.dtype(cfg.param_dtype)
     array, _ = zarr.write(str(root / place), parts, dtype, _COMPRESSOR, axis)
-    target.append((name.split('/'), _spec(array, place)))
+    full = array.spec().to_json()
+    # What stands for the array in the msgpack file; its path is relative.
+    spec = {'driver': 'zarr', 'dtype': full['dtype']}
+    spec['kvstore'] = {'driver': 'file', 'path': f'{place}/'}
+    spec['metadata'] = {key: full['metadata'][key] for key in ('chunks', 'compressor', 'shape')}
+    target.append((name.split('/'), spec))
     progress(f'target/{name}')
   state = {'step': np.asarray(step, np.int32), 'param_states': dict(param_states)}
   optimizer = {'state': state, 'target': pytrees.nested(target)}
   contents = {'version': VERSION, 'optimizer': optimizer}
   # Last: without this file there is no checkpoint.
   (root / t5x.FILE).write_bytes(serialization.msgpack_serialize(contents))
-
-
-def _spec(array: Any, place: str) -> dict[str, Any]:
-  """Returns what stands for an array in the msgpack file; its path relative."""
-  full = array.spec().to_json()
-  return {
-    'driver': 'zarr',
-    'dtype': full['dtype'],
-    'kvstore': {'driver': 'file', 'path': f'{place}/'},
-    'metadata': {key: full['metadata'][key] for key in ('chunks', 'compressor', 'shape')},
-  }

@@ -41,8 +41,7 @@ class Tensor:
 
   def transposed(self) -> 'Tensor':
     """Returns the transpose of a matrix."""
-    fetch = lambda index: self.fetch(index[::-1]).T  # noqa: E731
-    return dataclasses.replace(self, shape=self.shape[::-1], fetch=fetch)
+    return dataclasses.replace(self, shape=self.shape[::-1], fetch=lambda i: self.fetch(i[::-1]).T)
 
   def layer(self, axis: int, i: int) -> 'Tensor':
     """Returns what is at i of an axis, without that axis."""
@@ -55,10 +54,6 @@ class Tensor:
 
 
 Tensors = Mapping[str, Tensor]
-
-
-def no_progress(name: str) -> None:
-  """Says nothing."""
 
 
 def of_array(array: Any, origin: str = 'memory') -> Tensor:
@@ -142,10 +137,7 @@ def _assemble(parts: Sequence[Tensor], index: Index, leaf: Any, stacked: bool) -
 
 
 def blocks(shape: Sequence[int], limit: int) -> list[Index]:
-  """Cuts an array along its first dim into parts of at most limit elements.
-
-  A single row larger than that is a part of its own.
-  """
+  """Cuts an array along its first dim into parts of at most limit elements, or of one row."""
   if not shape or int(np.prod(shape)) <= limit:
     return [(slice(None),) * len(shape)]
   rows = max(1, limit // max(1, int(np.prod(shape[1:]))))

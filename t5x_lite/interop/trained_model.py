@@ -33,10 +33,7 @@ class TrainedModel:
   found: Mapping[str, tensors.Tensor]  # by canonical name, unread
 
   def load_params(self, specs: Any) -> Any:
-    """Reads the parameters, each part to the device that keeps it.
-
-    Specs are a tree of ShapeDtypeStructs with shardings; see `model_sharding.inference_params`.
-    """
+    """Reads them onto the devices, as specs say; see `model_sharding.inference_params`."""
     shardings = jax.tree.map(lambda spec: spec.sharding, specs)
     return tensors.place(dict(self.found), self.config, shardings, specs)
 

@@ -41,25 +41,23 @@ def verify(step: str, prefix: str = '') -> None:
   saved = read_meta(root).get('checksums') or {}
   try:
     stored = zarr.orbax_tensors(root / 'state', zarr.Reader())
-    if lost := sorted(saved.keys() - stored.keys()):
-      raise DamagedError(f'{root / "state"} has lost {lost[0]}')
-    names = sorted(name for name in saved if name.startswith(prefix))
+    names = sorted(name for name in saved.keys() & stored.keys() if name.startswith(prefix))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-      found = pool.map(lambda name: _checksum(stored[name]), names)
-      for name, total in zip(names, found, strict=True):
-        if total != saved[name]:
-          raise DamagedError(f'{name} in {root} is not as it was written')
-  except DamagedError:
-    raise
+      sums = list(pool.map(lambda name: _checksum(stored[name]), names))
   except (ValueError, OSError) as error:
     raise DamagedError(f'{root} cannot be read: {first_line(error)}') from error
+  if lost := sorted(saved.keys() - stored.keys()):
+    raise DamagedError(f'{root / "state"} has lost {lost[0]}')
+  for name, total in zip(names, sums, strict=True):
+    if total != saved[name]:
+      raise DamagedError(f'{name} in {root} is not as it was written')
 
 
 def read_meta(root: epath.Path) -> dict[str, Any]:
   """Returns the meta item of a step, empty if it never had one; DamagedError if it was changed."""
-  path = root / 'meta' / 'metadata'
   if not (root / 'meta').is_dir():
     return {}
+  path = root / 'meta' / 'metadata'
   try:
     meta = json.loads(retried(path, path.read_text))
   except (OSError, ValueError) as error:

@@ -17,8 +17,7 @@ from t5x_lite.interop.tensors import Index, Tensor, blocks
 from t5x_lite.parallel import checksums
 from t5x_lite.parallel.distributed import first_line
 
-# As T5X: large enough for object stores, small enough to be read in parts.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20  # as T5X: large enough for object stores, small enough to be read in parts
 _PART = 1 << 26  # elements in memory at a time
 
 METADATA = '_METADATA'
@@ -81,9 +80,7 @@ def _is_wasteful(array: Any, index: Index) -> bool:
   return decoded >= 2 * asked
 
 
-def file_tensor(
-  directory: epath.Path, name: str, reader: Reader, *, complete: bool = False
-) -> Tensor:
+def file_tensor(directory: epath.Path, name: str, reader: Reader, complete: bool = False) -> Tensor:
   """Opens an array that has a directory of its own; for the rest see `Reader.tensor`.
 
   It is complete if chunks of zeros are stored too, so that one that is missing was lost.
@@ -95,35 +92,24 @@ def file_tensor(
 
 
 def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
-  """Opens all arrays of an Orbax item, one store or a directory an array, by Orbax's names.
-
-  Those are the tree's keys joined by dots.
-  """
-  complete = _stores_zeros(directory)
-  if not (directory / _OCDBT).exists():
-    return {
-      child.name: file_tensor(child, child.name, reader, complete=complete)
-      for child in sorted(directory.iterdir())
-      if (child / _ZARRAY).exists()
-    }
-  store = {'driver': 'ocdbt', 'base': f'{url(directory)}/'}
-  spec = {'driver': 'zarr', 'fill_missing_data_reads': not complete}
-  listing = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
-  names = [key.removesuffix(f'/{_ZARRAY}') for key in listing if key.endswith(f'/{_ZARRAY}')]
-  return {
-    name: reader.tensor({**spec, 'kvstore': {**store, 'path': f'{name}/'}}, name)
-    for name in sorted(names)
-  }
-
-
-def _stores_zeros(directory: epath.Path) -> bool:
-  """True if an Orbax item says that chunks of zeros are stored as well."""
+  """Opens all arrays of an Orbax item, of either layout, by its names: keys joined by dots."""
   file = directory / METADATA
   try:
     entry = json.loads(file.read_text()) if file.is_file() else {}
   except ValueError as error:
     raise UsageError(f'{file} is not JSON: {error}') from error
-  return bool(entry.get('store_array_data_equal_to_fill_value'))
+  complete = bool(entry.get('store_array_data_equal_to_fill_value'))  # chunks of zeros as well
+  if not (directory / _OCDBT).exists():
+    children = [path for path in sorted(directory.iterdir()) if (path / _ZARRAY).exists()]
+    return {path.name: file_tensor(path, path.name, reader, complete) for path in children}
+  result: dict[str, Tensor] = {}
+  store = {'driver': 'ocdbt', 'base': f'{url(directory)}/'}
+  for key in sorted(key.decode() for key in ts.KvStore.open(store).result().list().result()):
+    if key.endswith(f'/{_ZARRAY}'):
+      name = key.removesuffix(f'/{_ZARRAY}')
+      spec = {'driver': 'zarr', 'kvstore': {**store, 'path': f'{name}/'}}
+      result[name] = reader.tensor({**spec, 'fill_missing_data_reads': not complete}, name)
+  return result
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, *, whole_dims: int = 0) -> list[int]:
@@ -137,9 +123,7 @@ def chunk_shape(shape: Sequence[int], itemsize: int, *, whole_dims: int = 0) -> 
   return [max(1, size) for size in chunk]
 
 
-def create(
-  path: str, shape: Sequence[int], dtype: np.dtype, chunks: Sequence[int], compressor: Any
-) -> Any:
+def create(path: str, shape: Sequence[int], dtype: np.dtype, chunks: Any, compressor: Any) -> Any:
   """Creates an array; write to it by assigning to parts of it."""
   metadata = {'shape': list(shape), 'chunks': list(chunks), 'compressor': dict(compressor)}
   # A chunk of zeros is stored too, so that one that is missing was lost.
@@ -151,10 +135,7 @@ def create(
 def write(
   path: str, parts: Sequence[Tensor], dtype: np.dtype, compressor: Any, axis: int | None = None
 ) -> tuple[Any, int]:
-  """Writes an array a part at a time and returns it and its checksum.
-
-  Parts are its layers, whose dim is `axis`, or the array alone.
-  """
+  """Writes an array, or its layers along `axis`, part by part; returns it and its checksum."""
   shape = list(parts[0].shape)
   if axis is None:
     chunks = chunk_shape(shape, dtype.itemsize)
@@ -182,10 +163,10 @@ ORBAX_COMPRESSOR = {'id': 'zstd', 'level': 1}
 
 
 def orbax_metadata(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
-  """Returns the _METADATA of an Orbax item of plain nested dicts, given the arrays by their keys.
+  """Returns the _METADATA of an Orbax item of plain nested dicts, given shapes by the arrays' keys.
 
-  Source: orbax/checkpoint/_src/metadata/tree.py, the form that version 0.12 writes with
-  use_ocdbt=False and earlier ones read.
+  As orbax/checkpoint/_src/metadata/tree.py version 0.12 writes it with use_ocdbt=False, and earlier
+  ones read it.
   """
   tree = {}
   for keys, shape in shapes.items():

@@ -23,10 +23,8 @@ from t5x_lite.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-# A lost process is noticed within this many seconds; JAX's own default is 100.
-HEARTBEAT_TIMEOUT_SECONDS = 60
-# How long `barrier` and the end of a run wait for the slowest process.
-BARRIER_TIMEOUT_SECONDS = 300
+HEARTBEAT_TIMEOUT_SECONDS = 60  # until a lost process is noticed; JAX's own default is 100
+BARRIER_TIMEOUT_SECONDS = 300  # that `barrier` and a run's end wait for the slowest process
 
 
 class LostProcessError(RuntimeError):
@@ -62,8 +60,7 @@ def detect(environ: Mapping[str, str]) -> ProcessGroup | None:
     return (number(name) or 1) > 1
 
   source = 'JAX_COORDINATOR_ADDRESS'
-  address = environ.get(source, '')
-  count = number('JAX_NUM_PROCESSES')
+  address, count = environ.get(source, ''), number('JAX_NUM_PROCESSES')
   index = number('JAX_PROCESS_ID')
   if index is None:
     index = number('JOB_COMPLETION_INDEX')  # a Kubernetes indexed job
@@ -109,10 +106,9 @@ def initialize(
       shutdown_timeout_seconds=BARRIER_TIMEOUT_SECONDS,
     )
   except RuntimeError as error:
-    raise LostProcessError(
-      f'could not join the other processes (found through {group.source}) within '
-      f'{initialization_timeout} s: {first_line(error)}'
-    ) from error
+    others = f'the other processes (found through {group.source})'
+    message = f'could not join {others} within {initialization_timeout} s'
+    raise LostProcessError(f'{message}: {first_line(error)}') from error
   index, count = jax.process_index(), jax.process_count()
   log.info('process %d of %d, found through %s', index, count, group.source)
 
@@ -122,10 +118,8 @@ def _checked_group(address: str, count: int | None, index: int | None) -> Proces
   if count == 1 and not index:
     return None
   if not address or count is None or index is None:
-    raise UsageError(
-      'give all of coordinator_address, process_count and process_index, or none of them '
-      f'(got {address!r}, {count} and {index})'
-    )
+    needed = 'give all of coordinator_address, process_count and process_index, or none of them'
+    raise UsageError(f'{needed} (got {address!r}, {count} and {index})')
   if ':' not in address:
     raise UsageError(f'coordinator_address={address!r} has no port: write host:port')
   if not 0 <= index < count:
@@ -164,9 +158,8 @@ def barrier(name: str, timeout: int = BARRIER_TIMEOUT_SECONDS) -> None:
   try:
     multihost.sync_global_processes(name, timeout=timeout)
   except Exception as error:
-    raise LostProcessError(
-      f'a process did not reach {name!r} within {timeout} s: {first_line(error)}'
-    ) from error
+    late = f'a process did not reach {name!r} within {timeout} s'
+    raise LostProcessError(f'{late}: {first_line(error)}') from error
 
 
 def anywhere(condition: bool) -> bool:

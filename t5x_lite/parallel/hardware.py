@@ -7,6 +7,7 @@ better than some per cent.
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -76,13 +77,11 @@ class Chip:
     return peak
 
 
-def _chip(
-  name: str, memory: float, hbm: float, link: float, dcn: float, model_axis: int, **rest: Any
-) -> Chip:
-  """Returns a chip with bandwidths in GB/s; of the kind that its name is, if not told."""
-  speeds = {'hbm_bandwidth': hbm * 1e9, 'link_bandwidth': link * 1e9, 'dcn_bandwidth': dcn * 1e9}
-  rest = {'kind': name, 'hbm_bytes': int(memory), **speeds, **rest}
-  return Chip(name=name, model_axis=model_axis, **rest)
+def _chip(name: str, memory: float, speeds: Sequence[float], model_axis: int, **rest: Any) -> Chip:
+  """Returns a chip with bandwidths (HBM, link, DCN) in GB/s; of its name's kind, if not told."""
+  hbm, link, dcn = (speed * 1e9 for speed in speeds)
+  rest = {'kind': name, 'hbm_bandwidth': hbm, 'link_bandwidth': link, 'dcn_bandwidth': dcn, **rest}
+  return Chip(name=name, hbm_bytes=int(memory), model_axis=model_axis, **rest)
 
 
 # TPU sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "System architecture" (HBM GB/s;
@@ -91,16 +90,16 @@ def _chip(
 # NVIDIA's data sheets; NVLink one way is half of what they give, between nodes one 400 Gb/s adapter
 # a GPU is assumed (200 Gb/s for A100).
 CHIPS: tuple[Chip, ...] = (
-  _chip('v4', 30.75 * GIB, 1228, 45, 6.25, 4, kind='TPU v4', torus_dims=3, wrap=4),
-  _chip('v5e', 15.75 * GIB, 819, 50, 3.125, 4, kind='TPU v5 lite', torus_dims=2, wrap=16),
-  _chip('v5p', 95.74 * GIB, 2765, 100, 6.25, 4, kind='TPU v5', torus_dims=3, wrap=4),
-  _chip('v6e', 31.25 * GIB, 1638, 100, 12.5, 4, kind='TPU v6', torus_dims=2, wrap=16),
-  _chip('NVIDIA A100-SXM4-40GB', 40e9, 1555, 300, 25, 8),
-  _chip('NVIDIA A100-SXM4-80GB', 80e9, 2039, 300, 25, 8),
-  _chip('NVIDIA H100 80GB', 80e9, 3350, 450, 50, 8),
-  _chip('NVIDIA H200', 141e9, 4800, 450, 50, 8),
-  _chip('NVIDIA B200', 180e9, 8000, 900, 50, 8),
-  _chip('NVIDIA L4', 24e9, 300, 32, 12.5, 1),
+  _chip('v4', 30.75 * GIB, (1228, 45, 6.25), 4, kind='TPU v4', torus_dims=3, wrap=4),
+  _chip('v5e', 15.75 * GIB, (819, 50, 3.125), 4, kind='TPU v5 lite', torus_dims=2, wrap=16),
+  _chip('v5p', 95.74 * GIB, (2765, 100, 6.25), 4, kind='TPU v5', torus_dims=3, wrap=4),
+  _chip('v6e', 31.25 * GIB, (1638, 100, 12.5), 4, kind='TPU v6', torus_dims=2, wrap=16),
+  _chip('NVIDIA A100-SXM4-40GB', 40e9, (1555, 300, 25), 8),
+  _chip('NVIDIA A100-SXM4-80GB', 80e9, (2039, 300, 25), 8),
+  _chip('NVIDIA H100 80GB', 80e9, (3350, 450, 50), 8),
+  _chip('NVIDIA H200', 141e9, (4800, 450, 50), 8),
+  _chip('NVIDIA B200', 180e9, (8000, 900, 50), 8),
+  _chip('NVIDIA L4', 24e9, (300, 32, 12.5), 1),
 )
 
 
@@ -136,10 +135,8 @@ def parse_topology(text: str) -> Topology:
   shape = tuple(map(int, match[2].split('x')))
   if len(shape) != chip.torus_dims or min(shape) < 1:
     example = '8' + 'x8' * (chip.torus_dims - 1)
-    raise UsageError(
-      f'--topology={text}: a {chip.name} slice has {chip.torus_dims} dimensions, for example '
-      f'{chip.name}:{example}'
-    )
+    dims = f'a {chip.name} slice has {chip.torus_dims} dimensions'
+    raise UsageError(f'--topology={text}: {dims}, for example {chip.name}:{example}')
   return Topology(chip, shape)
 
 
@@ -162,10 +159,7 @@ def prepare_libtpu() -> None:
 
 
 def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device]:
-  """Returns the devices of TPU slices that need not exist.
-
-  Raises UsageError if libtpu is not installed, or knows no such topology.
-  """
+  """Returns the devices of TPU slices that need not exist; UsageError if libtpu knows none such."""
   from jax.experimental import topologies
 
   prepare_libtpu()

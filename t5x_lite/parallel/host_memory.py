@@ -19,12 +19,8 @@ _MALLOPT = (
   (-1, -1),  # M_TRIM_THRESHOLD: the heap's end is never given back
 )
 
-_ACCELERATORS = (
-  '/dev/accel*',  # TPU
-  '/dev/vfio/[0-9]*',  # TPU v5e and newer
-  '/dev/nvidia[0-9]*',
-  '/dev/kfd',  # AMD
-)
+# TPU, TPU v5e and newer, NVIDIA, AMD
+_ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*', '/dev/kfd')
 
 
 def computes_on_cpu(environ: Mapping[str, str]) -> bool:
@@ -46,6 +42,5 @@ def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
   if any(name.startswith('MALLOC_') for name in environ):
     return False
   libc = ctypes.CDLL(None)
-  return hasattr(libc, 'gnu_get_libc_version') and all(
-    libc.mallopt(name, value) for name, value in _MALLOPT
-  )
+  is_glibc = hasattr(libc, 'gnu_get_libc_version')
+  return is_glibc and all(libc.mallopt(name, value) for name, value in _MALLOPT)

@@ -29,12 +29,9 @@ class LogicalAxisRules:
 
   # (logical name, mesh axis or axes or None) pairs; the first that can be kept counts
   rules: tuple[Rule, ...]
-  # (regular expression, rules) pairs: rules that come before all others for arrays in whose path
-  # the expression is found
+  # (regular expression, rules) pairs: those come first for arrays in whose path it is found
   by_parameter: tuple[tuple[str, tuple[Rule, ...]], ...] = ()
-  # how many of the first `rules` are the user's own, which must be kept or be an error; the
-  # standard ones give way silently
-  strict: int = 0
+  strict: int = 0  # how many of the first `rules` are the user's own, which may not give way
 
   def of(self, path: str) -> tuple[Rule, ...]:
     """Returns all rules for the array at a path, in order of precedence."""
@@ -124,25 +121,21 @@ def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> 
     _check_array(path, shape, names, mesh.shape, rules, (*rules.own(path), *strict))
 
 
-def check_axis_cuts(
-  shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules, mesh_axis: str
-) -> None:
-  """Raises UsageError if an array that a mesh axis should cut stays whole.
+def check_axis_cuts(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules, cut: str) -> None:
+  """Raises UsageError if an array that the mesh axis `cut` should cut stays whole.
 
   For a number of devices that somebody asked for: what they do not divide is replicated otherwise,
   and shows only in the memory of the first run.
   """
   for path, leaf, names in pytrees.leaves_with_axes(shapes, axes):
     name = '/'.join(path)
-    targets = {axis for axis, to in rules.of(name) if to == mesh_axis}
+    targets = {axis for axis, to in rules.of(name) if to == cut}
     dims = [i for i, axis in enumerate(names) if axis in targets]
     result = spec(names, leaf.shape, mesh.shape, rules, name)
-    is_cut = any(mesh_axis in _mesh_axes(one) for one in result)
-    if dims and not is_cut and leaf.ndim > 1:
+    if dims and leaf.ndim > 1 and not any(cut in _mesh_axes(one) for one in result):
       raise UsageError(
-        f'{mesh.shape[mesh_axis]} devices along the mesh axis {mesh_axis!r} do not divide {name}, '
-        f'whose dim {names[dims[0]]!r} is {leaf.shape[dims[0]]}: choose a MeshConfig.{mesh_axis} '
-        'that does'
+        f'{mesh.shape[cut]} devices along the mesh axis {cut!r} do not divide {name}, whose dim '
+        f'{names[dims[0]]!r} is {leaf.shape[dims[0]]}: choose a MeshConfig.{cut} that does'
       )
 
 
@@ -163,12 +156,7 @@ def _check_names(rule: Rule, names: set[str], sizes: Mapping[str, int]) -> None:
 
 
 def _check_array(
-  path: str,
-  shape: Sequence[int],
-  axes: Sequence[str | None],
-  sizes: Mapping[str, int],
-  rules: LogicalAxisRules,
-  wanted: Sequence[Rule],
+  path: str, shape: Any, axes: Any, sizes: Any, rules: LogicalAxisRules, wanted: Sequence[Rule]
 ) -> None:
   """Checks that the first rule wanted for each dim of an array is kept."""
   result = spec(axes, shape, sizes, rules, path)
@@ -192,9 +180,7 @@ def _check_array(
 
 # Set while a program traces its step; read by the model's constraints. A context, not an argument,
 # so that the model's signatures stay about the model.
-_ACTIVE: contextvars.ContextVar[tuple[Mesh, LogicalAxisRules] | None] = contextvars.ContextVar(
-  't5x_lite_axis_rules', default=None
-)
+_ACTIVE = contextvars.ContextVar[Any]('t5x_lite_axis_rules', default=None)
 
 
 @contextlib.contextmanager
@@ -214,16 +200,12 @@ def active_mesh() -> Mesh | None:
 
 
 def _active_rules() -> tuple[Mesh, LogicalAxisRules] | None:
-  """Returns what is active, None on one device, which has nothing to cut."""
   active = _ACTIVE.get()
-  return None if active is None or active[0].size == 1 else active
+  return None if active is None or active[0].size == 1 else active  # one device cuts nothing
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Constrains an activation's sharding by logical names.
-
-  Outside `axis_rules`, or on one device, it returns x unchanged.
-  """
+  """Constrains an activation's sharding by logical names; outside `axis_rules` it returns x."""
   if (active := _active_rules()) is None:
     return x
   mesh, rules = active

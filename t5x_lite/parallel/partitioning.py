@@ -22,6 +22,7 @@ from t5x_lite.parallel.logical_axes import LogicalAxisRules
 
 log = logging.getLogger(__name__)
 
+Devices = Sequence[jax.Device] | None  # None: all that there are
 MESH_AXES = ('data', 'fsdp', 'model')
 BATCH_AXES = ('data', 'fsdp')
 PRESETS = ('auto', 'dp', 'fsdp', 'fsdp_tp')
@@ -122,8 +123,8 @@ def _check_rule(name: str, rule: Any) -> None:
   targets = target if isinstance(target, tuple) else (target,)
   if not all(t is None or isinstance(t, str) for t in targets) or len(set(targets)) < len(targets):
     raise UsageError(
-      f'MeshConfig.{name} has {rule!r}; a rule is (logical axis, mesh axis, '
-      f'several different ones, or None); mesh axes are {", ".join(MESH_AXES)}.'
+      f'MeshConfig.{name} has {rule!r}; a rule is (logical axis, mesh axis, several different '
+      f'ones, or None); mesh axes are {", ".join(MESH_AXES)}.'
     )
 
 
@@ -150,7 +151,7 @@ def _parameter_dims(config: MeshConfig) -> int:
 
 def resolve(
   config: MeshConfig,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices = None,
   *,
   num_params: int = 0,
   num_heads: int | None = None,
@@ -189,14 +190,8 @@ def resolve(
       f'MeshConfig.data={sizes["data"]} is no multiple of the {num_slices} slices: only the data '
       f'axis can span slices; give fsdp x model that divides {per_slice}.'
     )
-  return dataclasses.replace(
-    config,
-    preset='auto',
-    num_partitions=None,
-    num_slices=num_slices,
-    parameter_dims=_parameter_dims(config),
-    **sizes,
-  )
+  sizes |= {'num_slices': num_slices, 'parameter_dims': _parameter_dims(config)}
+  return dataclasses.replace(config, preset='auto', num_partitions=None, **sizes)
 
 
 def _complete(sizes: dict[str, int], num_devices: int) -> dict[str, Any]:
@@ -251,9 +246,7 @@ def _gpus_per_node(devices: Sequence[jax.Device]) -> int:
   return nodes.count(nodes[0])
 
 
-def make_mesh(
-  config: MeshConfig, devices: Sequence[jax.Device] | None = None, **hints: Any
-) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Devices = None, **hints: Any) -> Mesh:
   """Returns a ('data', 'fsdp', 'model') mesh; for the arguments see `resolve`."""
   devices = list(jax.devices() if devices is None else devices)
   config = resolve(config, devices, **hints)
@@ -276,12 +269,10 @@ def make_mesh(
 def _arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
   """Lays mesh axes along the torus of one slice; in order elsewhere."""
   if devices[0].platform != 'tpu':
-    ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
-    return np.array(ordered).reshape(shape)
+    return np.array(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(shape)
   try:
     return mesh_utils.create_device_mesh(shape, devices)
-  except NotImplementedError:
-    # Some sizes fit no product of whole torus dims.
+  except NotImplementedError:  # some sizes fit no product of whole torus dims
     log.warning('the mesh %s cuts through the torus of the slice', shape)
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 
 from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.logical_axes import LogicalAxisRules
-from t5x_lite.parallel.partitioning import BATCH_AXES, MeshConfig
+from t5x_lite.parallel.partitioning import BATCH_AXES, Devices, MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +45,11 @@ class Placement:
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
   """Returns shapes' tree of ShapeDtypeStructs with these shardings."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-  )
+  make = jax.ShapeDtypeStruct
+  return jax.tree.map(lambda x, s: make(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def make_placement(
-  config: MeshConfig, devices: Sequence[jax.Device] | None = None, **hints: Any
-) -> Placement:
+def make_placement(config: MeshConfig, devices: Devices = None, **hints: Any) -> Placement:
   """The placement that a config means on these devices, or all; see `partitioning.resolve`."""
   config = partitioning.resolve(config, devices, **hints)
   rules = partitioning.logical_axis_rules(config)
