@@ -7,8 +7,8 @@ what would help when memory runs out. Bytes and seconds are per device and step.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from t5x_lite.compiler import flops
 from t5x_lite.compiler.hlo import Collective
@@ -22,8 +22,7 @@ class Setup:
   """What a prediction depends on."""
 
   model: T5Config
-  # shape and dtype of every array of the global batch
-  batch: Mapping[str, tuple[tuple[int, ...], Any]]
+  batch: Mapping[str, tuple[tuple[int, ...], Any]]  # shape and dtype of each global array
   sizes: Mapping[str, int]  # of the mesh axes 'data', 'fsdp' and 'model'
   num_microbatches: int
   chunk: int | None  # target positions whose logits are held at a time; None for all
@@ -39,9 +38,8 @@ class Setup:
   @property
   def rows(self) -> float:
     """Rows of a microbatch on a device."""
-    total = self.batch['decoder_target_tokens'][0][0]
-    ways = self.sizes['data'] * self.sizes['fsdp']
-    return total / ways / self.num_microbatches
+    ways = self.sizes['data'] * self.sizes['fsdp'] * self.num_microbatches
+    return self.batch['decoder_target_tokens'][0][0] / ways
 
   @property
   def inputs(self) -> int:
@@ -87,15 +85,12 @@ def _pairs_bytes(model: T5Config, q: int, m: int, itemsize: int) -> int:
 
 def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
   """Yields (layers, bytes of one layer's activations by kind) of each stack."""
-  model, b, s = setup.model, setup.rows, setup.itemsize
-  tp = setup.sizes['model']
-  D, F = model.emb_dim, model.mlp_dim / tp
+  model, b, s, tp = setup.model, setup.rows, setup.itemsize, setup.sizes['model']
+  D, F, gates = model.emb_dim, model.mlp_dim / tp, len(model.mlp_activations)
   H = model.num_heads / (tp if model.num_heads % tp == 0 else 1)
   J = H * model.head_dim
   M, L = setup.inputs, setup.targets
-  gates = len(model.mlp_activations)
-  encoder, decoder = setup.num_layers
-  for layers, q, cross in ((encoder, M, 0), (decoder, L, M)):
+  for layers, q, cross in zip(setup.num_layers, (M, L), (0, M), strict=True):
     if not layers:
       continue
     kinds = {
@@ -132,41 +127,30 @@ def memory(setup: Setup) -> Memory:
   # Accumulators beside the new gradients, and the optimizer's updates, made one by one.
   gradients = setup.params_bytes * (2.25 if setup.num_microbatches > 1 else 1.25)
   layer = setup.params_bytes * setup.sizes['fsdp'] / max(sum(setup.num_layers), 1)
-  weights = 0.0
-  if setup.sizes['fsdp'] > 1:  # one layer at work, one under way
-    weights = 2 * layer * setup.itemsize / 4
+  # One layer at work, one under way.
+  weights = 2 * layer * setup.itemsize / 4 if setup.sizes['fsdp'] > 1 else 0.0
   return Memory(float(setup.state_bytes), gradients, saved, working, logits, weights)
-
-
-def _flops(setup: Setup) -> tuple[float, float]:
-  """Returns forward FLOPs of the whole batch, and of its layers alone."""
-  rows = setup.batch['decoder_target_tokens'][0][0]
-  total = flops.forward_flops(
-    setup.model, batch_size=rows, inputs=setup.inputs, targets=setup.targets
-  )
-  head = 2 * setup.model.emb_dim * setup.model.vocab_size
-  return total, total - rows * setup.targets * head
 
 
 def forward_flops(setup: Setup) -> float:
   """Returns the FLOPs of a forward pass over the whole batch."""
-  return _flops(setup)[0]
+  (rows, targets), _ = setup.batch['decoder_target_tokens']
+  return flops.forward_flops(setup.model, batch_size=rows, inputs=setup.inputs, targets=targets)
 
 
 def hardware_flops(setup: Setup) -> float:
   """Returns the FLOPs of a train step, recomputation included."""
-  total, layers = _flops(setup)
-  return 3 * total + (layers if _recomputes(setup) else 0.0)
+  (rows, targets), _ = setup.batch['decoder_target_tokens']
+  total, head = forward_flops(setup), 2 * setup.model.emb_dim * setup.model.vocab_size
+  return 3 * total + (_passes(setup) - 3) * (total - rows * targets * head)
 
 
 def seconds(setup: Setup, chip: Chip) -> dict[str, float]:
   """Predicts the times that a step takes at least, were each alone."""
-  devices = math.prod(setup.sizes.values())
-  received = _received(setup)
   result = {
-    'compute': hardware_flops(setup) / devices / chip.peak_flops,
+    'compute': hardware_flops(setup) / math.prod(setup.sizes.values()) / chip.peak_flops,
     'HBM': _hbm_bytes(setup) / chip.hbm_bandwidth,
-    'ICI': sum(received.values()) / (2 * chip.link_bandwidth),
+    'ICI': collective_bytes(setup) / (2 * chip.link_bandwidth),
   }
   if setup.num_slices > 1:
     slices = setup.num_slices
@@ -176,35 +160,21 @@ def seconds(setup: Setup, chip: Chip) -> dict[str, float]:
 
 def collective_bytes(setup: Setup) -> float:
   """Predicts the bytes that a device receives in a step."""
-  return sum(_received(setup).values())
-
-
-def _recomputes(setup: Setup) -> bool:
-  return setup.model.remat_policy in ('full', 'save_names')
-
-
-def _passes(setup: Setup) -> int:
-  """How often a step reads every weight: forward, twice backward, again."""
-  return 3 + _recomputes(setup)
-
-
-def _received(setup: Setup) -> dict[str, float]:
-  """Predicts the bytes of collectives that a device receives, by mesh axis."""
   data, fsdp, tp = (setup.sizes[name] for name in ('data', 'fsdp', 'model'))
   k, s = setup.num_microbatches, setup.itemsize
   whole = setup.params_bytes * fsdp  # of a model shard
   gathers = _passes(setup) - 1  # the two halves of backward share one
-  result = {
-    'fsdp': k * (fsdp - 1) / fsdp * whole * (gathers * s / 4 + 1),
-    'data': 2 * (data - 1) / data * setup.params_bytes * k,
-    'model': 0.0,
-  }
-  if tp > 1:
-    for layers, kinds in _layer_activations(setup):
-      # After each block one all-reduce forward, one backward (and again).
-      times = (_passes(setup) - 1) * 2 * (tp - 1) / tp
-      result['model'] += k * layers * kinds['outs'] * times
+  result = k * (fsdp - 1) / fsdp * whole * (gathers * s / 4 + 1)
+  result += 2 * (data - 1) / data * setup.params_bytes * k
+  for layers, kinds in _layer_activations(setup):
+    # After each block one all-reduce forward, one backward (and again).
+    result += k * layers * kinds['outs'] * gathers * 2 * (tp - 1) / tp
   return result
+
+
+def _passes(setup: Setup) -> int:
+  """How often a step reads every weight: forward, twice backward, again."""
+  return 3 + (setup.model.remat_policy in ('full', 'save_names'))
 
 
 def _hbm_bytes(setup: Setup) -> float:
@@ -212,36 +182,30 @@ def _hbm_bytes(setup: Setup) -> float:
   k = setup.num_microbatches
   weights = setup.params_bytes * setup.sizes['fsdp'] * setup.itemsize / 4
   update = 3 * setup.params_bytes + 2 * setup.state_bytes
-  activations = sum(
-    layers * (kinds['input'] + kinds['dots'] + kinds['attention'])
-    for layers, kinds in _layer_activations(setup)
-  )
+  moved, activations = ('input', 'dots', 'attention'), 0.0
+  for layers, kinds in _layer_activations(setup):
+    activations += layers * sum(kinds[kind] for kind in moved)
   return k * _passes(setup) * weights + update + 2 * k * setup.params_bytes + 4 * k * activations
 
 
-def network_seconds(
-  chip: Chip, devices: Sequence[Any], found: Sequence[Collective]
-) -> dict[str, float]:
+def network_seconds(chip: Chip, devices: list[Any], found: list[Collective]) -> dict[str, float]:
   """Returns how long a program's collectives take, by network.
 
   A collective over a whole closed torus dim sends both ways at once; one over several dims uses the
   links of all. Devices come in the order of the program's device assignment.
   """
   times = collections.defaultdict(float, ICI=0.0)
-  extents: list[int] = []
-  if chip.torus_dims:
-    extents = [1 + max(dim) for dim in zip(*(d.coords for d in devices), strict=True)]
+  coords = [d.coords for d in devices] if chip.torus_dims else []
+  extents = [1 + max(dim) for dim in zip(*coords, strict=True)]
   for one in found:
     group = [devices[i] for i in one.group]
     slices = {getattr(d, 'slice_index', None) or 0 for d in group}
-    nodes = {d.process_index for d in group}
+    places = slices if chip.torus_dims else {d.process_index for d in group}
     amount = one.bytes * one.count
-    far = len(slices) > 1 if chip.torus_dims else len(nodes) > 1
     if one.kind == 'send':  # each device sends its own to the other slices
       times['DCN'] += amount / chip.dcn_bandwidth
-    elif far:
-      width = len(group) / max(len(slices if chip.torus_dims else nodes), 1)
-      times['DCN'] += amount / chip.dcn_bandwidth / max(width, 1)
+    elif len(places) > 1:
+      times['DCN'] += amount / chip.dcn_bandwidth / (len(group) / len(places))
     else:  # GPUs have no torus: all of NVLink is one link
       links = 0
       for dim, extent in enumerate(extents):
@@ -252,8 +216,7 @@ def network_seconds(
   return dict(times)
 
 
-@dataclasses.dataclass(frozen=True)
-class Lever:
+class Lever(NamedTuple):
   """A change, and the predicted peak with it."""
 
   text: str
@@ -269,36 +232,28 @@ def levers(setup: Setup) -> list[Lever]:
     if new < 0.99 * memory(setup).total:
       found.append(Lever(text, new))
 
+  replace, rows = setup.model.replace, setup.rows
   if setup.chunk is None:
     chunk = max(1, min(64, setup.targets // 4))
     consider(f'losses.LossConfig.chunk = {chunk}', chunk=chunk)
-  consider("models.T5Config.attention = 'blocked'", model=setup.model.replace(attention='blocked'))
+  consider("models.T5Config.attention = 'blocked'", model=replace(attention='blocked'))
   policies = list(_KEPT)
   for policy in policies[policies.index(setup.model.remat_policy) + 1 :]:
-    model = setup.model.replace(remat_policy=policy)
-    consider(f"models.T5Config.remat_policy = '{policy}'", model=model)
-  rows = setup.rows
+    consider(f"models.T5Config.remat_policy = '{policy}'", model=replace(remat_policy=policy))
   for more in (2, 4, 8, 16):
     if rows % more == 0:
       number = more * setup.num_microbatches
       consider(f'train.train.num_microbatches = {number}', num_microbatches=number)
   if rows >= 2:
     number = int(rows) * setup.num_microbatches
-    consider(
-      f"remat_policy = 'full', chunk = 64 and num_microbatches = {number} together",
-      model=setup.model.replace(remat_policy='full'),
-      chunk=64,
-      num_microbatches=number,
-    )
+    text = f"remat_policy = 'full', chunk = 64 and num_microbatches = {number} together"
+    consider(text, model=replace(remat_policy='full'), chunk=64, num_microbatches=number)
   data = setup.sizes['data'] // setup.num_slices
   if data > 1:
     sizes = {**setup.sizes, 'data': setup.num_slices, 'fsdp': setup.sizes['fsdp'] * data}
-    consider(
-      f'partitioning.MeshConfig.fsdp = {sizes["fsdp"]} (data = {setup.num_slices})',
-      sizes=sizes,
-      state_bytes=setup.state_bytes // data,
-      params_bytes=setup.params_bytes // data,
-    )
+    text = f'partitioning.MeshConfig.fsdp = {sizes["fsdp"]} (data = {setup.num_slices})'
+    state, params = setup.state_bytes // data, setup.params_bytes // data
+    consider(text, sizes=sizes, state_bytes=state, params_bytes=params)
   tp = setup.sizes['model']
   if setup.sizes['fsdp'] % 2 == 0 and setup.model.num_heads % (2 * tp) == 0:
     sizes = {**setup.sizes, 'fsdp': setup.sizes['fsdp'] // 2, 'model': 2 * tp}

@@ -1,9 +1,8 @@
 """Model FLOPs by our own formula.
 
-XLA's cost analysis counts the body of a scan once, so that it cannot be used for utilisation.
-Counted here are the matrix multiplications that the model needs, each multiply-add as two;
-recomputation (remat), softmax and norms are not. Source of the convention: Chowdhery et al. 2022
-(PaLM), appendix B.
+XLA's cost analysis counts the body of a scan once, which makes it useless for utilisation. Counted
+here are the matrix multiplications that the model needs, each multiply-add as two; recomputation
+(remat), softmax and norms are not (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
 from collections.abc import Mapping
@@ -15,14 +14,10 @@ from t5x_lite.parallel.hardware import peak_flops as peak_flops
 
 
 def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
-  """Returns the FLOPs of one forward pass.
-
-  Inputs and targets are tokens a sequence, padding included.
-  """
+  """Returns the FLOPs of a forward pass; inputs and targets are tokens a row, padding included."""
   joined = config.num_heads * config.head_dim
-  matrices = len(config.mlp_activations) + 1
   projection = 2 * config.emb_dim * joined  # of one token, one of q, k, v, out
-  mlp = 2 * matrices * config.emb_dim * config.mlp_dim
+  mlp = 2 * (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
   total = 0.0
   if config.has_encoder:
     attention = 4 * projection + 4 * inputs * joined
@@ -32,30 +27,25 @@ def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: in
     attention = 4 * projection + 2 * targets * joined
     layer = targets * (attention + mlp)
     if config.has_encoder:
-      layer += targets * (2 * projection + 4 * inputs * joined)
-      layer += inputs * 2 * projection
+      layer += targets * (2 * projection + 4 * inputs * joined) + inputs * 2 * projection
     total += config.num_decoder_layers * layer
     total += targets * 2 * config.emb_dim * config.vocab_size
   return batch_size * total
 
 
 def train_step_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
-  """Returns the FLOPs of one training step: the backward pass costs two.
-
-  One where a method trains few parameters, whose own FLOPs are not counted.
-  """
-  return (2 if transfer.fields(config) else 3) * forward_flops(
-    config, batch_size=batch_size, inputs=inputs, targets=targets
-  )
+  """Returns a training step's FLOPs: backward costs two forwards, one if few parameters learn."""
+  passes = 2 if transfer.fields(config) else 3
+  return passes * forward_flops(config, batch_size=batch_size, inputs=inputs, targets=targets)
 
 
 def batch_train_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
   """Returns the FLOPs of one training step on arrays (or shapes) of a batch."""
-  batch_size, targets = batch['decoder_target_tokens'].shape
+  rows, targets = batch['decoder_target_tokens'].shape
   inputs = 0
   if config.has_encoder:
     inputs = batch['encoder_input_tokens'].shape[1] + (config.prompt_length or 0)
-  return train_step_flops(config, batch_size=batch_size, inputs=inputs, targets=targets)
+  return train_step_flops(config, batch_size=rows, inputs=inputs, targets=targets)
 
 
 def summary(config: T5Config, batch: Mapping[str, Any]) -> str:

@@ -1,11 +1,9 @@
 """Reads what a compiled program does out of its HLO text.
 
 XLA's own cost analysis counts the body of a loop once, and a scan over layers is a loop. Here a
-loop counts as often as it runs. What is read: collectives with their bytes and device groups,
-traffic to device memory, and the cycles that XLA:TPU itself estimates.
-
-The text is read by hand: jaxlib's parser of it is private and gives a protobuf without the Python
-classes to read that.
+loop counts as often as it runs: collectives with their bytes and device groups, traffic to device
+memory, and the cycles that XLA:TPU itself estimates. The text is read by hand: jaxlib's parser of
+it is private and gives a protobuf without the Python classes to read that.
 """
 
 import collections
@@ -20,20 +18,17 @@ _COMPUTATION = re.compile(r'^(ENTRY )?%([\w.\-]+) .*\{$')
 _OP = re.compile(r'^  (ROOT )?%([\w.\-]+) = (.*)$')
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 _CALLS = re.compile(
-  r'(?:calls|called_computations|branch_computations|body|true_computation|'
-  r'false_computation)=(?:\{([^}]*)\}|(%[\w.\-]+))'
+  r'(?:calls|called_computations|branch_computations|body|true_computation|false_computation)='
+  r'(?:\{([^}]*)\}|(%[\w.\-]+))'
 )
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
-_CHANNEL = re.compile(r'channel_id=(\d+)')
 
 _DTYPES = 's4 u4 s8 u8 s16 u16 bf16 f16 s32 u32 f32 s64 u64 f64'.split()
 _ITEM_BITS = {'pred': 8, **{dtype: int(dtype.lstrip('bfsu')) for dtype in _DTYPES}}
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'send')
 # These move no data of their own.
-_FREE = (
-  'after-all bitcast call conditional constant get-tuple-element iota opt-barrier parameter '
-  'partition-id tuple while'
-).split()
+_FREE = 'after-all bitcast call conditional constant get-tuple-element iota opt-barrier'.split()
+_FREE += ['parameter', 'partition-id', 'tuple', 'while']
 # What is cut out after these is all that was needed before them.
 _PASSED_ON = {'bitcast', 'convert', 'copy', 'pad', 'reshape', 'transpose'}
 # What a fusion may do with the buffers of a collective that is under way.
@@ -50,7 +45,7 @@ class Collective:
   count: int  # how often it runs in one call of the program
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Op:
   name: str
   type: str
@@ -73,24 +68,18 @@ class _Op:
 
 def _parse_op(match: re.Match[str]) -> _Op | None:
   text = match[3]
-  if text.startswith('('):
-    end = _closing(text)
-    kind, rest = text[:end], text[end + 1 :]
-  else:
-    kind, _, rest = text.partition(' ')
-  opcode, found, rest = rest.partition('(')
-  if not found:
-    return None
-  return _Op(match[2], kind, opcode, rest, bool(match[1]))
+  end = _closing(text) if text.startswith('(') else text.find(' ')
+  opcode, found, rest = text[end + 1 :].partition('(')
+  return _Op(match[2], text[:end], opcode, rest, bool(match[1])) if found and end > 0 else None
 
 
 def _closing(text: str) -> int:
   """Returns where the parenthesis that the text begins with ends."""
   depth = 0
-  for i, char in enumerate(text):
+  for i, char in enumerate(text, 1):
     depth += (char == '(') - (char == ')')
     if not depth:
-      return i + 1
+      return i
   return len(text)
 
 
@@ -105,8 +94,7 @@ def _array_bytes(kind: str, *, in_hbm: bool = False) -> list[float]:
   for dtype, dims, layout in _ARRAY.findall(kind):
     # On TPU the layout's S(1) is on-chip memory; S(5) is the host's.
     if dtype in _ITEM_BITS and not (in_hbm and re.search(r'S\([1-9]', layout)):
-      count = math.prod(int(d) for d in dims.split(',') if d)
-      sizes.append(count * _ITEM_BITS[dtype] / 8)
+      sizes.append(math.prod(_numbers(dims)) * _ITEM_BITS[dtype] / 8)
   return sizes
 
 
@@ -123,11 +111,8 @@ def first_group(text: str, num_devices: int) -> tuple[int, ...]:
   if match := re.search(r'replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', text):
     shape = _numbers(match[1])
     return tuple(_iota(match[2], math.prod(shape)).reshape(shape[0], -1)[0].tolist())
-  if match := re.search(
-    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? '
-    r'\{([^}]*)\}',
-    text,
-  ):
+  mesh = r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}'
+  if match := re.search(mesh, text):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
     ids = _iota(match[2] or '', math.prod(sizes.values())).reshape(list(sizes.values()))
     grouped = re.findall(r"'(\w+)'", match[3])
@@ -137,7 +122,7 @@ def first_group(text: str, num_devices: int) -> tuple[int, ...]:
 
 
 def _numbers(text: str) -> list[int]:
-  return [int(number) for number in text.split(',')]
+  return [int(number) for number in re.findall(r'\d+', text)]
 
 
 def _iota(text: str, size: int) -> np.ndarray:
@@ -176,7 +161,7 @@ class HloModule:
     for name, times in self._counts().items():
       for i, (computation, op) in enumerate(self._with_fused(name)):
         if one := self._collective(computation, op):
-          match = _CHANNEL.search(op.rest)
+          match = re.search(r'channel_id=(\d+)', op.rest)
           key = match[1] if match else f'{name}#{i}'
           one, before = channels.get(key, (one, times))
           channels[key] = one, min(before, times)
@@ -193,8 +178,9 @@ class HloModule:
     """
     total = 0.0
     for name, times in self._counts().items():
-      types = {op.name: op.type for op in self.computations[name]}
-      total += times * sum(self._traffic(op, types) for op in self.computations[name])
+      ops = self.computations[name]
+      types = {op.name: op.type for op in ops}
+      total += times * sum(self._traffic(op, types) for op in ops)
     return total
 
   def estimated_cycles(self) -> int:
@@ -249,23 +235,17 @@ class HloModule:
       return None
     group = first_group(op.rest, self._num_devices)
     n = len(group)
+    started = op.opcode != kind  # its type lists operands before results
+    received = sizes[0]
     if kind in ('all-gather', 'all-to-all'):
-      # A start op's type lists operands before results.
-      size = max(sizes) if op.opcode.endswith('-start') else sum(sizes)
-      received = size * (n - 1) / n
+      received = (max(sizes) if started else sum(sizes)) * (n - 1) / n
+    elif kind == 'all-reduce' and computation.startswith('all-reduce-scatter'):
+      kind, received = 'reduce-scatter', sum(sizes) * (n - 1) / n  # TPU fuses the slice
     elif kind == 'all-reduce':
-      size = sum(sizes)
-      received = 2 * size * (n - 1) / n
-      if computation.startswith('all-reduce-scatter'):  # TPU fuses the slice
-        kind, received = 'reduce-scatter', size * (n - 1) / n
+      received = 2 * sum(sizes) * (n - 1) / n
     elif kind == 'reduce-scatter':
-      size = min(sizes) if op.opcode.endswith('-start') else sum(sizes)
-      received = size * (n - 1)
-    else:
-      received = sizes[0]
-    if n == 1 or not received:
-      return None
-    return Collective(kind, received, group, 1)
+      received = (min(sizes) if started else sum(sizes)) * (n - 1)
+    return Collective(kind, received, group, 1) if n > 1 and received else None
 
   def _traffic(self, op: _Op, types: Mapping[str, str]) -> float:
     if op.opcode in _FREE or op.opcode.endswith(('-done', '-update')):
@@ -287,10 +267,8 @@ class HloModule:
     """Returns what a fusion reads and writes, given its operands' types."""
     ops = self.computations.get(fusion.calls[0], [])
     types = {op.name: op.type for op in ops}
-    users = _users(ops)
-    carried = _aliased(fusion.rest)
-    total = 0.0
-    updated = 0.0  # bytes of results that are updated in place, or not touched
+    users, carried = _users(ops), _aliased(fusion.rest)
+    total = updated = 0.0  # the latter of results that are updated in place, or not touched
     for op in ops:
       index = int(op.rest.partition(')')[0]) if op.opcode == 'parameter' else len(operands)
       whole = _hbm_bytes(operands[index]) if index < len(operands) else 0.0
@@ -300,9 +278,7 @@ class HloModule:
       if index in carried and {user.opcode for user in own} <= _CARRIERS:
         # What a collective that is under way reads and writes.
         updated += whole * carried[index]
-      elif own and all(
-        user.opcode == 'dynamic-update-slice' and user.operands[0] == op.name for user in own
-      ):
+      elif {(user.opcode, user.operands[0]) for user in own} == {('dynamic-update-slice', op.name)}:
         updated += whole
         total += 2 * sum(_array_bytes(types.get(own[0].operands[1], '')))
       else:
@@ -320,11 +296,10 @@ class HloModule:
         total += self._read(user, users)
       elif user.opcode == 'fusion' and user.calls:
         inner = self.computations.get(user.calls[0], [])
-        inner_users = _users(inner)
-        for i, name in enumerate(user.operands):
-          for one in inner if name == op.name else ():
-            if one.opcode == 'parameter' and one.rest.startswith(f'{i})'):
-              total += self._read(one, inner_users)
+        places = tuple(f'{i})' for i, name in enumerate(user.operands) if name == op.name)
+        for one in inner:
+          if one.opcode == 'parameter' and one.rest.startswith(places):
+            total += self._read(one, _users(inner))
       elif not sliced:  # else it is an index
         return math.inf
     return total

@@ -2,9 +2,8 @@
 
 The trace opens in xprof and, its json.gz, in Perfetto (ui.perfetto.dev). The table is made of its
 events with the program's HLO: events name operations, and the HLO says what an operation is part
-of. Tried on CPUs; the names of GPUs' and TPUs' lines are those of the profiler's documentation.
-
-Source: https://docs.jax.dev/en/latest/profiling.html.
+of. Tried on CPUs; the names of GPUs' and TPUs' lines are those of the profiler's documentation
+(https://docs.jax.dev/en/latest/profiling.html).
 """
 
 import collections
@@ -19,10 +18,8 @@ from etils import epath
 
 from t5x_lite.compiler import hlo
 
-FOLDER = 'profile'
-SUMMARY = 'summary.txt'
-# Before them caches are cold, and threads and allocators not yet settled.
-WARMUP = 5
+FOLDER, SUMMARY = 'profile', 'summary.txt'
+WARMUP = 5  # steps: caches are cold before, threads and allocators not yet settled
 _MARK = 't5x_lite: '
 _NUM_OPS = 12
 
@@ -76,8 +73,7 @@ def summarize(directory: str, hlo_text: str, *, num_steps: int) -> str:
   (path,) = sorted(root.glob('plugins/profile/*/*.xplane.pb'))[-1:]
   data = jax.profiler.ProfileData.from_serialized_xspace(path.read_bytes())
   kinds = operation_kinds(hlo_text)
-  ops: collections.Counter[str] = collections.Counter()
-  loop: collections.Counter[str] = collections.Counter()
+  ops, loop = collections.Counter[str](), collections.Counter[str]()
   for plane in data.planes:
     for line in plane.lines:
       if plane.name.startswith('/device:TPU') and line.name != 'XLA Ops':
@@ -92,8 +88,7 @@ def summarize(directory: str, hlo_text: str, *, num_steps: int) -> str:
             events.append((int(event.start_ns), int(event.duration_ns), name))
       for name, nanoseconds in self_times(events):
         ops[name] += nanoseconds
-  by_kind: collections.Counter[str] = collections.Counter()
-  labelled: collections.Counter[str] = collections.Counter()
+  by_kind, labelled = collections.Counter(), collections.Counter()
   for name, nanoseconds in ops.items():
     by_kind[kinds[name][0]] += nanoseconds
     labelled[f'{name} ({", ".join(filter(None, kinds[name]))})'] = nanoseconds
@@ -103,12 +98,9 @@ def summarize(directory: str, hlo_text: str, *, num_steps: int) -> str:
     for name, time in times.most_common(most):
       yield f'{time / num_steps / 1e6:9.3f} {time / max(1, times.total()):6.1%}    {name}'
 
-  tables = (
-    rows('the loop', loop),
-    rows('operations, all devices together', by_kind),
-    rows('the longest operations, less what they call', labelled, _NUM_OPS),
-  )
-  return '\n'.join(row for table in tables for row in table)
+  table = [*rows('the loop', loop), *rows('operations, all devices together', by_kind)]
+  table += rows('the longest operations, less what they call', labelled, _NUM_OPS)
+  return '\n'.join(table)
 
 
 def self_times(events: list[tuple[int, int, str]]) -> Iterator[tuple[str, int]]:

@@ -1,10 +1,11 @@
-"""The steps as programs: with their shardings, ready to be compiled.
+"""The steps as programs, with their shardings, ready to be compiled.
 
 Training and ahead-of-time compilation make the same program here, for devices that are there or for
 a topology that is only described.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import logical_axes, partitioning
-from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.partitioning import Devices, MeshConfig
 from t5x_lite.parallel.placement import Placement
 from t5x_lite.training import losses, optimizers, schedules, steps, train_state
 from t5x_lite.training.optimizers import OptimizerConfig
@@ -47,9 +48,7 @@ class StepProgram:
       return self.jitted.lower(*self.arguments)
 
 
-def _place(
-  model: T5Config, mesh: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None
-) -> Placement:
+def _place(model: T5Config, mesh: MeshConfig, batch_size: int, devices: Devices) -> Placement:
   """Returns the placement, checked against the model and the batch."""
   placement = model_sharding.place_model(model, mesh, devices, batch_size=batch_size)
   _, shapes, axes = t5.abstract_params(model)
@@ -61,11 +60,8 @@ def _place(
 
 
 def _batch(batch: BatchSpec, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  sharding = partitioning.batch_sharding(mesh)
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    for name, (shape, dtype) in batch.items()
-  }
+  spec = functools.partial(jax.ShapeDtypeStruct, sharding=partitioning.batch_sharding(mesh))
+  return {name: spec(shape, dtype) for name, (shape, dtype) in batch.items()}
 
 
 def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -85,15 +81,13 @@ def train_program(
   skip_nonfinite: bool = False,
   histograms: bool = False,
   task_names: Sequence[str] = (),
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices = None,
 ) -> StepProgram:
   """Returns the train step: (state, batch, key) -> (state, metrics).
 
   The batch is shape and dtype of every array of a global one; total_steps is for the schedule; the
-  rest is that of `steps.make_train_step`.
-
-  Raises:
-    UsageError: if the batch, the model or the optimizer does not suit the mesh.
+  rest is that of `steps.make_train_step`. Raises UsageError if the batch, the model or the
+  optimizer does not suit the mesh.
   """
   batch_size = next(iter(batch.values()))[0][0]
   placement = _place(model, mesh, batch_size, devices)
@@ -108,10 +102,8 @@ def train_program(
   spec = train_state.make_spec(model, tx, placement)
   if mesh.offload_optimizer:
     if placement.mesh.devices.flat[0].platform == 'cpu':
-      raise UsageError(
-        'MeshConfig.offload_optimizer is True, but CPUs have no memory of '
-        'their own to save; set it to False'
-      )
+      cpus = 'CPUs have no memory of their own to save'
+      raise UsageError(f'MeshConfig.offload_optimizer is True, but {cpus}; set it to False')
     tx = _offloaded(tx, spec.shardings.opt_state)
     spec = train_state.make_spec(model, tx, placement, opt_state_memory='pinned_host')
   step = steps.make_train_step(
@@ -125,9 +117,8 @@ def train_program(
     task_names=task_names,
     trainable=optimizers.trainable_mask(optimizer, shapes),
   )
-  jitted = jax.jit(
-    step, donate_argnums=0, out_shardings=(spec.shardings, partitioning.replicated(placement.mesh))
-  )
+  outputs = (spec.shardings, partitioning.replicated(placement.mesh))
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=outputs)
   arguments = (spec.shapes, _batch(batch, placement.mesh), _key(placement.mesh))
   return StepProgram(placement, jitted, arguments, spec, tx)
 
@@ -150,21 +141,15 @@ def decode_program(
   config: DecodingConfig,
   batch: BatchSpec,
   mesh: MeshConfig,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices = None,
 ) -> StepProgram:
-  """Returns the decode step: (params, batch, key) -> (tokens, scores).
-
-  Of the batch only the encoder's tokens are used.
-  """
+  """Returns the decode step, of the encoder's tokens: (params, batch, key) -> (tokens, scores)."""
   name = 'encoder_input_tokens'
   if not model.has_encoder or not model.has_decoder:
     raise UsageError(f'the architecture {model.architecture!r} is not decoded from inputs')
   placement = _place(model, mesh, batch[name][0][0], devices)
   graphdef, _, _ = t5.abstract_params(model)
   jitted = jax.jit(decoding_steps.make_predict_step(graphdef, config))
-  arguments = (
-    model_sharding.inference_params(model, placement),
-    _batch({name: batch[name]}, placement.mesh),
-    _key(placement.mesh),
-  )
-  return StepProgram(placement, jitted, arguments)
+  params = model_sharding.inference_params(model, placement)
+  tokens = _batch({name: batch[name]}, placement.mesh)
+  return StepProgram(placement, jitted, (params, tokens, _key(placement.mesh)))

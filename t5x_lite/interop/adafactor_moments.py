@@ -2,9 +2,8 @@
 
 Both keep, of a matrix, one mean for each row and one for each column. Which of the two is called
 v_row differs: T5X goes by size in an unrolled model and by logical axes in a scanned one, ours
-always by the size of one layer's matrix. Here they are called by the dim that they keep.
-
-Sources: t5x/adafactor.py _factored_dims, _parse_rule, init_param_state; our adafactor.factoring.
+always by the size of one layer's matrix. Here they are called by the dim that they keep. Sources:
+t5x/adafactor.py _factored_dims, _parse_rule, init_param_state; our adafactor.factoring.
 """
 
 import dataclasses
@@ -22,8 +21,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor, optimizers
 
-# The least dims that are factored, T5X's default and ours.
-MIN_DIM = 128
+MIN_DIM = 128  # the least dims that are factored, T5X's default and ours
 _FIELDS = ('v_row', 'v_col', 'v', 'm')
 
 
@@ -31,33 +29,19 @@ _FIELDS = ('v_row', 'v_col', 'v', 'm')
 class Moment:
   """The second moment of one layer's parameter: whole, or two means of it."""
 
-  whole: np.ndarray | None = None  # of the parameter's shape, or None
-  # of the shape of its first and of its second dim, or None
-  means: tuple[np.ndarray, np.ndarray] | None = None
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """The parameter's."""
-    if self.whole is not None:
-      return self.whole.shape
-    assert self.means is not None
-    return tuple(mean.size for mean in self.means)
+  whole: Any = None  # an array of the parameter's shape, or None
+  means: Any = None  # two arrays, of the sizes of its first and of its second dim, or None
 
   def as_whole(self) -> np.ndarray:
     """Returns the estimate that the update divides by."""
-    if self.whole is not None:
+    if self.means is None:
       return self.whole
-    assert self.means is not None
     first, second = self.means
-    # A new state is all zeros.
-    return np.outer(first, second) / (np.mean(first) or 1.0)
+    return np.outer(first, second) / (np.mean(first) or 1.0)  # a new state is all zeros
 
   def as_means(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns the means over columns and over rows."""
-    if self.means is not None:
-      return self.means
-    assert self.whole is not None
-    return self.whole.mean(1), self.whole.mean(0)
+    return (self.whole.mean(1), self.whole.mean(0)) if self.means is None else self.means
 
 
 Moments = Mapping[str, Moment]
@@ -75,26 +59,18 @@ def _is_factored(shape: Sequence[int]) -> bool:
   return len(shape) == 2 and min(shape) >= MIN_DIM
 
 
-def _row_dim(shape: Sequence[int]) -> int:
-  """Returns the dim that v_row keeps where size decides: the smaller one."""
-  return 0 if shape[0] <= shape[1] else 1
-
-
 def _moment(parts: Sequence[np.ndarray]) -> Moment:
   """Returns the moment that is whole, or two means."""
   return Moment(parts[0]) if len(parts) == 1 else Moment(means=(parts[0], parts[1]))
 
 
-def _scanned_row_dim(name: str) -> int:
-  """Returns the dim that v_row keeps in a scanned model of T5X: 'embed'."""
-  return 1 if re.search(r'/(out|wo)/kernel$', name) else 0
+def _is_swapped(name: str, shape: Sequence[int], scanned: bool) -> bool:
+  """True if T5X's v_row keeps the second dim: 'embed' in a scanned model, else the smaller one."""
+  return name.endswith(('/out/kernel', '/wo/kernel')) if scanned else shape[0] > shape[1]
 
 
 def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
-  """Returns T5X's second moments; empty if the optimizer is another one.
-
-  Tensors come by T5X's names, 'state/param_states/...' among them.
-  """
+  """Returns the second moments of T5X's tensors by name; empty if of another optimizer."""
   result = {}
   for name, shape in tensor_names.shapes(cfg).items():
     place, layer = tensor_names.t5x_scanned_name(name)
@@ -103,7 +79,7 @@ def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
     parts = unrolled or scanned
     if not parts:
       return {}
-    if len(parts) == 2 and (_scanned_row_dim(name) if scanned else _row_dim(shape)):
+    if len(parts) == 2 and _is_swapped(name, shape, bool(scanned)):
       parts = parts[::-1]
     if scanned:  # [first dim, layers] and [layers, second dim]
       parts = [parts[0][:, layer], *(second[layer] for second in parts[1:])]
@@ -113,53 +89,47 @@ def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
 
 def _read(found: Mapping[str, Tensor], name: str) -> list[np.ndarray]:
   """Returns what T5X has of a parameter: v, or v_row and v_col, or nothing."""
-  places = {field: f'{t5x.PARAM_STATES}{name}/{field}' for field in _FIELDS[:3]}
-  if not found.keys() >= set(places.values()):
+  states = {field: found.get(f'{t5x.PARAM_STATES}{name}/{field}') for field in _FIELDS[:3]}
+  if not all(states.values()):
     return []
-  used = {field: found[place] for field, place in places.items() if found[place].shape != (1,)}
+  used = {field: state for field, state in states.items() if state and state.shape != (1,)}
   fields = ('v',) if 'v' in used else ('v_row', 'v_col')
   return [used[field].read() for field in fields] if used.keys() >= set(fields) else []
 
 
 def to_t5x(moments: Moments, cfg: T5Config) -> dict[str, Any]:
   """Returns T5X's param_states, a tree of arrays."""
-  leaves = []
+  leaves, unused = [], np.zeros(1, 'f4')
   for place, names in tensor_names.t5x_arrays(cfg).items():
-    found = [moments[name] for name in names]
+    found, shape = [moments[name] for name in names], tensor_names.shapes(cfg)[names[0]]
     stacked = cfg.relpos_per_layer and '/layers_' in names[0]
     # A scanned matrix is factored whatever its size.
-    if names[0].endswith('/kernel') if stacked else _is_factored(found[0].shape):
+    if names[0].endswith('/kernel') if stacked else _is_factored(shape):
       firsts, seconds = zip(*(moment.as_means() for moment in found), strict=True)
       means = (np.stack(firsts, 1), np.stack(seconds)) if stacked else (firsts[0], seconds[0])
-      swapped = _scanned_row_dim(names[0]) if stacked else _row_dim(found[0].shape)
-      state = dict(zip(('v_row', 'v_col'), means[::-1] if swapped else means, strict=True))
+      means = means[::-1] if _is_swapped(names[0], shape, stacked) else means
+      state = dict(zip(('v_row', 'v_col'), means, strict=True))
     else:
       wholes = [moment.as_whole() for moment in found]
       state = {'v': np.stack(wholes, 1) if stacked else wholes[0]}
-    unused = np.zeros(1, 'f4')
     leaves += [((*place.split('/'), field), state.get(field, unused)) for field in _FIELDS]
   return pytrees.nested(leaves)
 
 
 def of_run(stored: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
-  """Returns a run's second moments; empty if its optimizer is another one.
-
-  Tensors come by Orbax's names, 'opt_state....' among them.
-  """
+  """Returns the second moments of Orbax's tensors by name; empty if of another optimizer."""
   pattern = r'opt_state\.(?:.+\.)?(v_row|v_col|v)\.((?:token_embedder|encoder|decoder)\..+)'
   matches = {name: re.fullmatch(pattern, name) for name in stored}
   fields = {match.groups(): stored[name] for name, match in matches.items() if match}
   result: dict[str, Moment] = {}
   for path, layout, found, stacked in _leaves(cfg):
     place = '.'.join(path)
-    if ('v', place) in fields:
-      arrays = [fields['v', place].read()]
-    elif ('v_row', place) in fields and ('v_col', place) in fields:
-      arrays = [fields[field, place].read() for field in ('v_row', 'v_col')]
-      if layout.row_dims[0] != int(stacked):
-        arrays = arrays[::-1]
-    else:
+    wanted = ('v',) if ('v', place) in fields else ('v_row', 'v_col')
+    if not all((field, place) in fields for field in wanted):
       return {}
+    arrays = [fields[field, place].read() for field in wanted]
+    if len(arrays) == 2 and layout.row_dims[0] != int(stacked):
+      arrays = arrays[::-1]
     for i, name in enumerate(found):
       result[name] = _moment([array[i] if stacked else array for array in arrays])
   return result
@@ -169,8 +139,7 @@ def _leaves(cfg: T5Config):
   """Yields (path, factoring, canonical names, whether it is stacked) of our tree's leaves."""
   _, shapes, axes = t5.abstract_params(cfg)
   for path, leaf, names in pytrees.leaves_with_axes(shapes, axes):
-    found = tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path))
-    stacked = cfg.scan_layers and 'layers' in path
+    found, stacked = tensor_names.leaf_names(cfg, path), tensor_names.is_stacked(cfg, path)
     yield path, adafactor.factoring(leaf.shape, names), found, stacked
 
 
@@ -180,24 +149,23 @@ def to_run(moments: Moments, cfg: T5Config, step: int) -> dict[tuple[str, ...], 
   tx = optimizers.make_optimizer(optimizers.OptimizerConfig(), axes, shapes)
   by_path = {leaf[0]: leaf[1:] for leaf in _leaves(cfg)}
 
-  def value(keys: tuple[str, ...], leaf: Any) -> np.ndarray:
-    for start in range(len(keys)):
-      if keys[start:] not in by_path:
-        continue
-      layout, names, stacked = by_path[keys[start:]]
-      found = [moments[name] for name in names]
-      if keys[start - 1] == 'v':
-        parts = [moment.as_whole() for moment in found]
-      else:
-        dims = layout.row_dims if keys[start - 1] == 'v_row' else layout.column_dims
-        parts = [moment.as_means()[dims[0] - int(stacked)] for moment in found]
-      return np.stack(parts) if stacked else parts[0]
-    assert keys[-1] == 'count', keys
-    return np.asarray(step, leaf.dtype)
+  def value(keys: tuple[str, ...]) -> np.ndarray:
+    start = next((i for i in range(len(keys)) if keys[i:] in by_path), None)
+    if start is None:
+      assert keys[-1] == 'count', keys
+      return np.asarray(step)
+    layout, names, stacked = by_path[keys[start:]]
+    found = [moments[name] for name in names]
+    if keys[start - 1] == 'v':
+      parts = [moment.as_whole() for moment in found]
+    else:
+      dims = layout.row_dims if keys[start - 1] == 'v_row' else layout.column_dims
+      parts = [moment.as_means()[dims[0] - int(stacked)] for moment in found]
+    return np.stack(parts) if stacked else parts[0]
 
   result = {}
   for keys, leaf in pytrees.leaves(jax.eval_shape(tx.init, shapes)):
-    array = value(keys, leaf).astype(leaf.dtype)
+    array = value(keys).astype(leaf.dtype)
     assert array.shape == leaf.shape, (keys, array.shape, leaf.shape)
     result[keys] = of_array(array, '.'.join(keys))
   return result

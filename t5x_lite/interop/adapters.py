@@ -1,15 +1,12 @@
 """What a transfer method trained, without its base: merged, written, read.
 
 An adapter folder loads onto any base of the same shape. Ours has canonical names; LoRA is also
-written and read in PEFT's format.
-
-Source of the latter: peft/tuners/lora (config.py, model.py), PEFT 0.21.
+written and read in PEFT's format (peft/tuners/lora config.py and model.py, PEFT 0.21).
 """
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,21 +15,19 @@ from etils import epath
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, hf_export, tensor_names
 from t5x_lite.interop.checkpoint_source import Source
-from t5x_lite.interop.tensors import Tensor, Tensors
+from t5x_lite.interop.tensors import Index, Progress, Tensor, Tensors
 from t5x_lite.models import transfer
 from t5x_lite.models.config import T5Config
+from t5x_lite.runs.files import write_json
 
 FORMATS = ('adapter', 'peft')
 CONFIG, WEIGHTS = 'adapter.json', 'adapter.safetensors'
 PEFT_CONFIG, PEFT_WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 _FILES = {'adapter': (CONFIG, WEIGHTS), 'peft': (PEFT_CONFIG, PEFT_WEIGHTS)}
-_PREFIX = 'base_model.model.'
 _HF_MATRICES = {**tensor_names.ATTENTION, **{name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')}}
 # What PEFT's LoRA can do and this one not.
-_PEFT_OTHER = (
-  'bias fan_in_fan_out lora_bias use_dora rank_pattern alpha_pattern layers_to_transform '
-  'modules_to_save'
-).split()
+_PEFT_OTHER = 'bias fan_in_fan_out lora_bias use_dora rank_pattern alpha_pattern'.split()
+_PEFT_OTHER += ['layers_to_transform', 'modules_to_save']
 
 
 def _is_lora(name: str) -> bool:
@@ -40,10 +35,7 @@ def _is_lora(name: str) -> bool:
 
 
 def merge_lora(tensors: Tensors, cfg: T5Config) -> tuple[dict[str, Tensor], T5Config]:
-  """Returns the tensors with LoRA added to its matrices, and such a config.
-
-  Nothing is read yet. The sums are float32.
-  """
+  """Returns the tensors with LoRA added to its matrices in float32, unread, and such a config."""
   if cfg.lora_rank is None:
     return dict(tensors), cfg
   assert cfg.lora_alpha is not None
@@ -52,22 +44,19 @@ def merge_lora(tensors: Tensors, cfg: T5Config) -> tuple[dict[str, Tensor], T5Co
   for name, tensor in tensors.items():
     if _is_lora(name):
       continue
-    stem = name.removesuffix('kernel')
-    if f'{stem}lora_a' in tensors:
-      a, b = tensors[f'{stem}lora_a'], tensors[f'{stem}lora_b']
-      tensor = dataclasses.replace(tensor, dtype=scale.dtype, fetch=_merged(tensor, a, b, scale))
-    result[name] = tensor
+    a, b = (tensors.get(f'{name.removesuffix("kernel")}{part}') for part in ('lora_a', 'lora_b'))
+    result[name] = _merged(tensor, a, b, scale) if a and b else tensor
   return result, cfg.replace(lora_rank=None, lora_alpha=None, lora_targets=())
 
 
-def _merged(kernel: Tensor, a: Tensor, b: Tensor, scale: np.float32) -> Callable[..., np.ndarray]:
-  def fetch(index):
-    rows, columns = index or (slice(None), slice(None))
+def _merged(kernel: Tensor, a: Tensor, b: Tensor, scale: np.float32) -> Tensor:
+  def fetch(index: Index) -> np.ndarray:
+    rows, columns = index
     a_DR, b_RF = a.read((rows, slice(None))), b.read((slice(None), columns))
     added = a_DR.astype(np.float32) @ b_RF.astype(np.float32)
     return kernel.read(index).astype(np.float32) + scale * added
 
-  return fetch
+  return dataclasses.replace(kernel, dtype=scale.dtype, fetch=fetch)
 
 
 def check_methods(cfg: T5Config, to: str) -> None:
@@ -86,31 +75,35 @@ def check_methods(cfg: T5Config, to: str) -> None:
 
 
 def write_alone(
-  directory: epath.Path,
-  *,
-  tensors: Tensors,
-  cfg: T5Config,
-  to: str,
-  dtype: str,
-  progress: Callable[[str], None] = lambda name: None,
+  directory: epath.Path, *, tensors: Tensors, cfg: T5Config, to: str, progress: Progress
 ) -> None:
-  """Writes what a method trains; of adapters that is the norms too.
+  """Writes what a method trains into an empty directory; of adapters that is the norms too.
 
-  The directory exists, and is empty; `to` is one of FORMATS; the rest is as in `export.write`.
+  The format `to` is one of FORMATS; the rest is as in `export.write`.
   """
   pattern = transfer.trained_pattern(tensors)
   assert pattern is not None
-  kind = np.dtype(hf.DTYPES[hf.SHORT_DTYPES[dtype]])
   if to == 'adapter':
     found = {name: tensor for name, tensor in tensors.items() if re.search(pattern, name)}
     entry = {'format': 1, 'model': transfer.fields(cfg)}
   else:
     found = {_peft_name(n): tensors[ours].transposed() for n, ours in _lora_names(cfg).items()}
-    entry = _peft_entry(cfg)
+    entry = {
+      'peft_type': 'LORA',
+      'task_type': 'SEQ_2_SEQ_LM' if cfg.has_decoder else 'FEATURE_EXTRACTION',
+      'base_model_name_or_path': None,  # any of the same shape
+      'inference_mode': True,
+      'r': cfg.lora_rank,
+      'lora_alpha': cfg.lora_alpha,
+      'lora_dropout': 0.0,
+      'target_modules': [_HF_MATRICES[name] for name in cfg.lora_targets],
+      'bias': 'none',
+      'fan_in_fan_out': False,
+    }
   config, file = _FILES[to]
   shard = hf_export.Shard(file, list(found.items()))
-  hf_export.write_shard(directory / file, shard, kind, progress)
-  (directory / config).write_text(json.dumps(entry, indent=2) + '\n')
+  hf_export.write_shard(directory / file, shard, np.dtype(cfg.param_dtype), progress)
+  write_json(directory / config, entry)
 
 
 def _lora_names(cfg: T5Config) -> dict[str, str]:
@@ -123,39 +116,21 @@ def _lora_names(cfg: T5Config) -> dict[str, str]:
 def _peft_name(name: str) -> str:
   stem, _, letter = name.rpartition('/lora_')
   module = tensor_names.hf_name(f'{stem}/kernel').removesuffix('.weight')
-  return f'{_PREFIX}{module}.lora_{letter.upper()}.weight'
-
-
-def _peft_entry(cfg: T5Config) -> dict[str, Any]:
-  return {
-    'peft_type': 'LORA',
-    'task_type': 'SEQ_2_SEQ_LM' if cfg.has_decoder else 'FEATURE_EXTRACTION',
-    'base_model_name_or_path': None,  # any of the same shape
-    'inference_mode': True,
-    'r': cfg.lora_rank,
-    'lora_alpha': cfg.lora_alpha,
-    'lora_dropout': 0.0,
-    'target_modules': [_HF_MATRICES[name] for name in cfg.lora_targets],
-    'bias': 'none',
-    'fan_in_fan_out': False,
-  }
+  return f'base_model.model.{module}.lora_{letter.upper()}.weight'
 
 
 def put_on(source: Source, path: str) -> Source:
-  """Returns an open base with the adapter of a folder.
+  """Returns an open base of any format, without LoRA, adapters or prompt, with a folder's adapter.
 
-  The source is a model of any format without LoRA, adapters or prompt; the path a folder that
-  `write_alone` wrote, or PEFT.
-
-  Raises:
-    UsageError: if there is no adapter, or it is for another model.
+  The path is of a folder that `write_alone` wrote, or PEFT. Raises UsageError if there is no
+  adapter, or it is for another model.
   """
   folder = epath.Path(path)
   if transfer.fields(source.config):
     raise UsageError(f'{source.path} has {transfer.fields(source.config)} already: name its base')
   peft = (folder / PEFT_CONFIG).exists()
-  config = PEFT_CONFIG if peft else CONFIG
-  for file in _FILES['peft' if peft else 'adapter']:
+  files = config, _ = _FILES['peft' if peft else 'adapter']
+  for file in files:
     if not (folder / file).exists():
       raise UsageError(f'{path} holds no adapter: no {file}')
   entry = hf.read_json(folder / config)
@@ -170,12 +145,10 @@ def put_on(source: Source, path: str) -> Source:
     stored = {ours: stored[n].transposed() for ours, n in names.items() if n in stored}
   shapes = tensor_names.shapes(cfg)
   for name in (*stored, *(n for n in shapes if transfer.is_added(n))):
-    if name not in stored or name not in shapes or stored[name].shape != shapes[name]:
-      have = stored[name].shape if name in stored else 'none'
-      raise UsageError(
-        f'the adapter {path} is for another model than {source.path}: of {name} it has '
-        f'{have}, the model {shapes.get(name, "none")}'
-      )
+    have, need = stored[name].shape if name in stored else 'none', shapes.get(name, 'none')
+    if have != need:
+      another = f'the adapter {path} is for another model than {source.path}'
+      raise UsageError(f'{another}: of {name} it has {have}, the model {need}')
   return dataclasses.replace(source, config=cfg, tensors={**source.tensors, **stored})
 
 

@@ -1,15 +1,14 @@
 """Decides which tensor of a checkpoint becomes which tensor of a model.
 
 Equal names by default; regular expressions map others, as T5X's assignment_map does, or leave them
-out. Strict by default: nothing is missing, nothing is left over, unless a rule says so.
-
-Source: t5x/state_utils.py apply_assignment_map.
+out. Strict by default: nothing is missing, nothing is left over, unless a rule says so. Source:
+t5x/state_utils.py apply_assignment_map.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +22,7 @@ from t5x_lite.models import t5, transfer
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
-# (pattern, replacement); see `assign`.
-AssignmentMap = Sequence[tuple[str, str | None]]
+AssignmentMap = Sequence[tuple[str, str | None]]  # (pattern, replacement); see `assign`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +35,9 @@ class Report:
 
   def summary(self) -> str:
     """Returns one line."""
-    text = f'{len(self.loaded)} tensors loaded'
-    if self.skipped:
-      text += f', {len(self.skipped)} skipped ({_some(self.skipped)})'
-    if self.initialised:
-      text += f', {len(self.initialised)} newly initialised ({_some(self.initialised)})'
-    return text
+    kinds = {'skipped': self.skipped, 'newly initialised': self.initialised}
+    rest = [f', {len(names)} {kind} ({_some(names)})' for kind, names in kinds.items() if names]
+    return ''.join([f'{len(self.loaded)} tensors loaded', *rest])
 
 
 def assign(
@@ -58,45 +53,40 @@ def assign(
   Args:
     source: an open checkpoint.
     cfg: the model that is wanted.
-    assignment_map: (pattern, replacement) pairs. A pattern that matches one of
-      the model's canonical names in full gives the checkpoint's name for it,
-      \1 and the like filled in; a replacement of None draws the tensor anew.
-      A pattern with None that matches a name of the checkpoint in full drops
-      that tensor. The first pair that matches counts.
-    strict: refuse missing and left-over tensors that no rule speaks of;
-      otherwise draw the former anew and skip the latter. What a transfer method
-      adds is always drawn anew where it is missing; a prompt from the
-      embedding's rows.
+    assignment_map: (pattern, replacement) pairs, the first that matches counts. A pattern that
+      matches one of the model's canonical names in full gives the checkpoint's name for it, \1 and
+      the like filled in; a replacement of None draws the tensor anew, or drops a tensor of the
+      checkpoint whose name the pattern matches in full.
+    strict: refuse missing and left-over tensors that no rule speaks of; otherwise draw the former
+      anew and skip the latter. What a transfer method adds is always drawn anew where it is
+      missing; a prompt from the embedding's rows.
     seed: of the tensors that are drawn anew.
 
   Raises:
-    UsageError: if a tensor is missing, left over or of another shape, or a
-      pattern matches nothing.
+    UsageError: if a tensor is missing, left over or of another shape, or a pattern matches nothing.
   """
   rules = [(_compile(pattern), repl) for pattern, repl in assignment_map]
-  used: set[int] = set()
+  unused = dict(enumerate(pattern.pattern for pattern, _ in rules))
 
   def rule(name: str) -> tuple[re.Match, str | None] | None:
     for i, (pattern, replacement) in enumerate(rules):
       if match := pattern.fullmatch(name):
-        used.add(i)
+        unused.pop(i, None)
         return match, replacement
     return None
 
-  fresh = _Fresh(cfg, seed)
+  fresh = _drawn_anew(cfg, seed)
   result: dict[str, Tensor] = {}
   loaded, initialised, taken = [], [], set()
   for name, shape in tensor_names.shapes(cfg).items():
-    found = rule(name)
-    old = name
+    found, old = rule(name), name
     if found is not None:
       match, replacement = found
       old = '' if replacement is None else match.expand(replacement)
       if old and old not in source.tensors:
-        raise UsageError(
-          f'the assignment map takes {name} from {old}, which {source.path} '
-          f'does not have; it has {_some(list(source.tensors))}'
-        )
+        taken_from = f'{name} from {old}, which {source.path} does not have'
+        there = _some(list(source.tensors))
+        raise UsageError(f'the assignment map takes {taken_from}; it has {there}')
     tensor = source.tensors.get(old)
     if tensor is None:
       if found is None and strict and not transfer.is_added(name):
@@ -104,23 +94,19 @@ def assign(
           f'{source.path} has no tensor for {name} of shape {shape}; map it from another in '
           f'assignment_map, or draw it anew with ({re.escape(name)!r}, None) or strict=False'
         )
-      result[name] = fresh.tensor(name)
+      result[name] = fresh(name)
       initialised.append(name)
       continue
     if tensor.shape != shape:
-      raise UsageError(
-        f'{source.path}: {tensor.origin} gives {name} the shape '
-        f'{tensor.shape}, the model needs {shape}'
-      )
+      has = f'{tensor.origin} gives {name} the shape {tensor.shape}'
+      raise UsageError(f'{source.path}: {has}, the model needs {shape}')
     result[name] = tensor
     taken.add(old)
     loaded.append((name, tensor.origin))
   if transfer.PROMPT in initialised:
     result[transfer.PROMPT] = _prompt(result['token_embedder/embedding'], cfg, seed)
-  skipped = []
-  for name in (*source.tensors, *source.unknown):
-    if name in taken:
-      continue
+  skipped = [name for name in (*source.tensors, *source.unknown) if name not in taken]
+  for name in skipped:
     found = rule(name)
     dropped = found is not None and found[1] is None
     if strict and not dropped and not _without_stack(name, source, cfg):
@@ -128,21 +114,15 @@ def assign(
         f'{source.path} has {name}, which the model has no place for; drop it with '
         f'({re.escape(name)!r}, None) in assignment_map, or all such with strict=False'
       )
-    skipped.append(name)
-  for i, (pattern, _) in enumerate(rules):
-    if i not in used:
-      raise UsageError(
-        f'the pattern {pattern.pattern!r} of assignment_map matches nothing; '
-        f'there are {_some(list(result))}'
-      )
+  for pattern in unused.values():
+    nothing = f'the pattern {pattern!r} of assignment_map matches nothing'
+    raise UsageError(f'{nothing}; there are {_some(list(result))}')
   return result, Report(loaded, skipped, initialised)
 
 
 # Fields of T5Config that change what the same numbers compute.
-_NUMERICS = (
-  'num_heads head_dim mlp_activations scale_logits relpos_max_distance layer_norm_epsilon '
-  'pad_id eos_id decoder_start_id'
-).split()
+_NUMERICS = 'num_heads head_dim mlp_activations scale_logits relpos_max_distance'.split()
+_NUMERICS += 'layer_norm_epsilon pad_id eos_id decoder_start_id'.split()
 
 
 def check_numerics(source: Source, cfg: T5Config) -> None:
@@ -153,8 +133,7 @@ def check_numerics(source: Source, cfg: T5Config) -> None:
   """
   if source.format == 't5x':
     return
-  fields = (*_NUMERICS, 'lora_alpha') if source.config.lora_rank else _NUMERICS
-  for field in fields:
+  for field in (*_NUMERICS, *(['lora_alpha'] if source.config.lora_rank else [])):
     theirs, ours = getattr(source.config, field), getattr(cfg, field)
     if theirs != ours:
       raise UsageError(
@@ -177,10 +156,10 @@ def _some(found: Sequence[str], limit: int = 3) -> str:
 
 def _without_stack(name: str, source: Source, cfg: T5Config) -> bool:
   """True for a stack that the wanted architecture leaves out on purpose."""
+  of_encoder = r'encoder/.*|.*/encoder_decoder_attention/.*|.*pre_cross_.*'
   return cfg.architecture != source.config.architecture and (
     (not cfg.has_decoder and name.startswith('decoder/'))
-    or (not cfg.has_encoder and name.startswith('encoder/'))
-    or (not cfg.has_encoder and ('/encoder_decoder_attention/' in name or 'pre_cross_' in name))
+    or (not cfg.has_encoder and re.fullmatch(of_encoder, name) is not None)
   )
 
 
@@ -196,36 +175,34 @@ def _prompt(table: Tensor, cfg: T5Config, seed: int) -> Tensor:
   return Tensor((count, cfg.emb_dim), table.dtype, fetch, 'rows of the embedding')
 
 
-class _Fresh:
-  """Draws parameters as a new model has them, when first asked."""
+def _drawn_anew(cfg: T5Config, seed: int) -> Callable[[str], Tensor]:
+  """Returns what gives a parameter, by canonical name, as a new model has it.
 
-  def __init__(self, cfg: T5Config, seed: int):
-    self._cfg = cfg.replace(scan_layers=True)
-    self._seed = seed
-    self._wanted: set[str] = set()
-    self._places = {
-      name: ('/'.join(path), layer if 'layers' in path else None)
-      for path, _, found in tensor_names.leaves(self._cfg)
-      for layer, name in enumerate(found)
-    }
-    self._shapes = tensor_names.shapes(cfg)
+  All that were asked for are drawn in one go when the first is read; the rest never is.
+  """
+  cfg = cfg.replace(scan_layers=True)
+  places = {
+    name: ('/'.join(path), layer if 'layers' in path else None)
+    for path, _, found in tensor_names.leaves(cfg)
+    for layer, name in enumerate(found)
+  }
+  wanted: set[str] = set()
 
-  def tensor(self, name: str) -> Tensor:
-    path, layer = self._places[name]
-    self._wanted.add(path)
+  def draw(key: jax.Array) -> dict[str, Any]:
+    drawn = pytrees.flatten_names(t5.init_params(cfg, key))
+    return {path: drawn[path] for path in wanted}
+
+  drawn = functools.cache(lambda: jax.device_get(jax.jit(draw)(jax.random.key(seed))))
+
+  def tensor(name: str) -> Tensor:
+    path, layer = places[name]
+    wanted.add(path)
 
     def fetch(index: Index) -> np.ndarray:
-      whole = self._drawn[path]
+      whole = drawn()[path]
       return (whole if layer is None else whole[layer])[index]
 
-    return Tensor(self._shapes[name], np.dtype(np.float32), fetch, 'newly initialised')
+    shape = tensor_names.shapes(cfg)[name]
+    return Tensor(shape, np.dtype(np.float32), fetch, 'newly initialised')
 
-  @functools.cached_property
-  def _drawn(self) -> dict[str, np.ndarray]:
-    """All that were asked for, in one go; what is not is never computed."""
-
-    def draw(key: jax.Array) -> dict[str, Any]:
-      drawn = pytrees.flatten_names(t5.init_params(self._cfg, key))
-      return {path: drawn[path] for path in self._wanted}
-
-    return jax.device_get(jax.jit(draw)(jax.random.key(self._seed)))
+  return tensor

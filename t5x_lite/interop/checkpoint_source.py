@@ -12,16 +12,9 @@ from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import DamagedError, UsageError
-from t5x_lite.interop import (
-  adafactor_moments,
-  hf,
-  hf_tokenizer,
-  t5x,
-  tensor_names,
-  verification,
-  zarr,
-)
+from t5x_lite.interop import adafactor_moments, hf, hf_tokenizer, t5x, tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, of_leaf
+from t5x_lite.interop.verification import verify
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.runs import run_directory
@@ -42,28 +35,21 @@ class Source:
   unknown: Sequence[str] = ()  # names of tensors that are no part of a T5
   vocabulary: VocabularyConfig | None = None  # or None if the folder says nothing of one
   step: int = 0  # updates made, 0 if unknown
-  # returns Adafactor's second moments by canonical name; empty if there are none, or another
-  # optimizer's
+  # returns Adafactor's second moments by canonical name; empty if there are none of it
   read_moments: Callable[[], adafactor_moments.Moments] = dict
-  # task feature lengths of training; empty if unknown
-  lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of task features, if known
   checkpoint: str = ''  # of a run of ours, the folder of the step
 
 
-# Files made while reading, such as a SentencePiece model from tokenizer.json; they are removed when
-# the process ends.
+# What is made while reading, such as a SentencePiece model; removed when the process ends.
 _SCRATCH: list[tempfile.TemporaryDirectory] = []
 
 
 def open_source(path: str) -> Source:
-  """Opens a checkpoint, whatever its format.
+  """Opens a checkpoint, whatever its format; UsageError if nothing there can be read.
 
-  Args:
-    path: a folder that transformers, T5X or `t5x-lite train` wrote, one of its steps, or the name
-      of a model on the Hugging Face hub; NAME@REVISION is one branch, tag or commit of it.
-
-  Raises:
-    UsageError: if nothing there can be read.
+  The path is a folder that transformers, T5X or `t5x-lite train` wrote, one of its steps, or the
+  name of a model on the Hugging Face hub; NAME@REVISION is one branch, tag or commit of it.
   """
   if re.match(r'(https?|ftp)://', path):
     raise UsageError(f'{path} does not exist: models come from disks, buckets and NAMEs of the hub')
@@ -72,14 +58,13 @@ def open_source(path: str) -> Source:
     place = epath.Path(_from_hub(path))
   if hf.is_hf(place):
     return _open_hf(place)
-  if run := _find_run(place):
-    return _open_run(run)
+  # A run of ours, or a step of one.
+  if any((folder / run_directory.MODEL_FILE).is_file() for folder in (place, *place.parents[:2])):
+    return _open_run(run_directory.load_run(os.fspath(place)))
   if found := t5x.find(place):
     return _open_t5x(found)
   if place.is_dir() and any(file.suffix in ('.safetensors', '.bin') for file in place.iterdir()):
-    raise UsageError(
-      f'{path} holds weights but no {hf.CONFIG}; copy it from where the weights are from'
-    )
+    raise UsageError(f'{path} holds weights but no {hf.CONFIG}; copy it from where they are from')
   raise UsageError(
     f'{path} holds no checkpoint: no {hf.CONFIG} of transformers, no {run_directory.MODEL_FILE} of '
     f't5x_lite, and neither {t5x.FILE} nor {t5x.PREFIX}STEP of T5X'
@@ -93,21 +78,20 @@ def _from_hub(name: str) -> str:
     raise UsageError(f'{name}{at}{revision} does not exist')
   missing = f'{name} is no local folder, and as the name of a model on the hub it cannot be fetched'
   try:
-    import huggingface_hub
+    import huggingface_hub as hub
     from huggingface_hub import constants
   except ImportError as error:
     hint = 'huggingface_hub is not installed (pip install t5x_lite[hf])'
     raise UsageError(f'{missing}: {hint}') from error
   if not constants.ENDPOINT.startswith('https://'):
     raise UsageError(f'{missing}: HF_ENDPOINT is {constants.ENDPOINT}, not https')
+  wanted = ['*.json', '*.safetensors', hf_tokenizer.SPIECE]
   try:
-    wanted = ['*.json', '*.safetensors', hf_tokenizer.SPIECE]
-    fetch = functools.partial(huggingface_hub.snapshot_download, allow_patterns=wanted)
-    folder = fetch(name, revision=revision or None)
-    log.info('%s from the hub: %s@%s gives it again', name, name, os.path.basename(folder))
-    return folder
+    folder = hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted)
   except Exception as error:
     raise UsageError(f'{missing}: {distributed.first_line(error)}') from error
+  log.info('%s from the hub: %s@%s gives it again', name, name, os.path.basename(folder))
+  return folder
 
 
 def _open_hf(path: epath.Path) -> Source:
@@ -120,25 +104,15 @@ def _open_hf(path: epath.Path) -> Source:
   vocabulary = hf_tokenizer.read_vocabulary(path, epath.Path(scratch.name))
   # Before a piece is made for each.
   if vocabulary is not None and vocabulary.extra_ids > config.vocab_size:
-    raise UsageError(
-      f'the tokenizer of {path} has {vocabulary.extra_ids} sentinels, the '
-      f'embedding {config.vocab_size} rows'
-    )
-  return Source(
-    path=os.fspath(path),
-    format='hf',
-    config=config,
-    tensors=found,
-    unknown=unknown,
-    vocabulary=vocabulary,
-  )
+    sentinels = f'{vocabulary.extra_ids} sentinels, the embedding {config.vocab_size} rows'
+    raise UsageError(f'the tokenizer of {path} has {sentinels}')
+  return Source(os.fspath(path), 'hf', config, found, unknown, vocabulary)
 
 
 def _open_t5x(path: epath.Path) -> Source:
   folder = t5x.folder_of(path)
   found = t5x.read_tensors(path)
-  targets = [name for name in found if name.startswith(t5x.TARGET)]
-  params = t5x.canonical({name.removeprefix(t5x.TARGET): found[name] for name in targets})
+  params = t5x.canonical(found)
   config = t5x.model_config(params, folder)
   return Source(
     path=os.fspath(folder),
@@ -153,46 +127,32 @@ def _open_t5x(path: epath.Path) -> Source:
 
 
 def default_vocabulary(config: T5Config) -> VocabularyConfig | None:
-  """Returns the published vocabulary of a size, None where there are several.
-
-  T5X's checkpoints do not name theirs.
-  """
-  if config.vocab_size in (32_100, 32_128):
-    return VocabularyConfig()
+  """Returns the published vocabulary of a size, None if there are several: T5X's name none."""
   if config.vocab_size == 384:
     return VocabularyConfig(kind='byte')
-  return None
-
-
-def _find_run(path: epath.Path) -> run_directory.Run | None:
-  """Returns the run of ours that a path means, or None if it is none."""
-  for parent in (path, path.parent, path.parent.parent):
-    if (parent / run_directory.MODEL_FILE).is_file():
-      return run_directory.load_run(os.fspath(path))
-  return None
+  return VocabularyConfig() if config.vocab_size in (32_100, 32_128) else None
 
 
 def _open_run(run: run_directory.Run) -> Source:
-  """Opens a checkpoint of ours as its arrays lie on disk."""
 
-  def verify() -> int:
+  def check() -> int:
     try:
-      verification.verify(run.checkpoint, 'params.')
+      verify(run.checkpoint, 'params.')
     except DamagedError as error:
       older = [s for s in run.steps if s != run.step]
       hint = f'name an older one, {older}' if older else 'there is no other'
       raise DamagedError(f'{error}: {hint}') from error
     return 0
 
-  distributed.from_primary(verify)
+  distributed.from_primary(check)
   state = epath.Path(run.checkpoint) / 'state'
   found: dict[str, Tensor] = {}
   stored = zarr.orbax_tensors(state, zarr.Reader())
-  for path, _, names in tensor_names.leaves(run.model):
+  for path, _, _ in tensor_names.leaves(run.model):
     name = '.'.join(('params', *path))
     if name not in stored:
       raise UsageError(f'{state} has no {name}')
-    found |= of_leaf(stored[name], names, run.model.scan_layers and 'layers' in path)
+    found |= of_leaf(stored[name], run.model, path)
   return Source(
     path=run.directory,
     format='t5x_lite',

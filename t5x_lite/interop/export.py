@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -13,13 +13,12 @@ from t5x_lite.interop import adafactor_moments, hf_export, hf_tokenizer, run_exp
 from t5x_lite.interop.adapters import FORMATS as ADAPTERS
 from t5x_lite.interop.adapters import check_methods, merge_lora, write_alone
 from t5x_lite.interop.checkpoint_source import FORMATS
-from t5x_lite.interop.tensors import Tensors
+from t5x_lite.interop.tensors import Progress, Tensors
 from t5x_lite.models.config import T5Config
 
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
-
 TARGETS = (*FORMATS, *ADAPTERS)
 
 
@@ -55,20 +54,12 @@ def write(
   origin: str = '',
   shard_bytes: int = hf_export.SHARD_BYTES,
 ) -> None:
-  """Writes a directory of a format; half-written ones never get the name.
+  """Writes a directory, which does not exist or is empty, of one of TARGETS.
 
-  Args:
-    target: must not exist, or be empty.
-    tensors: checked, by canonical name.
-    cfg: the model; its param_dtype is what is written. LoRA is added to its matrices in 'hf' and
-      't5x'.
-    to: one of TARGETS.
-    vocabulary: None for ids without text.
-    step: updates made so far.
-    second_moments: Adafactor's; None or empty for none.
-    lengths: task feature lengths, if known.
-    origin: where it comes from, for the record.
-    shard_bytes: most bytes of one file of format 'hf'.
+  Half-written ones never get the name. The model's param_dtype is what is written; LoRA is added to
+  its matrices in 'hf' and 't5x'. No vocabulary means ids without text. The step is of updates made,
+  second_moments are Adafactor's or none, lengths those of task features, if known; origin is kept
+  for the record, and shard_bytes are the most bytes of one file of 'hf'.
   """
   temporary = target.parent / f'.{target.name}.tmp-{os.getpid()}'
   temporary.mkdir(parents=True)
@@ -77,15 +68,13 @@ def write(
   try:
     common = {'tensors': tensors, 'cfg': cfg, 'progress': _progress()}
     if to in ADAPTERS:
-      write_alone(temporary, to=to, dtype=cfg.param_dtype, **common)
+      write_alone(temporary, to=to, **common)
     elif to == 'hf':
-      hf_export.write(
-        temporary, vocabulary=vocabulary, dtype=cfg.param_dtype, shard_bytes=shard_bytes, **common
-      )
+      hf_export.write(temporary, vocabulary=vocabulary, shard_bytes=shard_bytes, **common)
     elif to == 't5x':
       # T5X restores only with an optimizer's state; a new one, if need be.
       states = adafactor_moments.to_t5x(second_moments or adafactor_moments.new(cfg), cfg)
-      t5x_export.write(temporary, dtype=cfg.param_dtype, step=step, param_states=states, **common)
+      t5x_export.write(temporary, step=step, param_states=states, **common)
     else:
       run_export.write(
         temporary,
@@ -104,7 +93,7 @@ def write(
     raise
 
 
-def _progress() -> Callable[[str], None]:
+def _progress() -> Progress:
   """Returns what counts an array as written, and says every few seconds how far it is."""
   count, said = 0, time.monotonic()
 

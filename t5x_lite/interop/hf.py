@@ -4,10 +4,11 @@ Numbers are read slice by slice from the files, one or several with an index. Wh
 tied is decided by the tensors that are there: config.json has said either.
 """
 
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -17,23 +18,18 @@ from etils import epath
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import tensor_names
-from t5x_lite.interop.tensors import Index, Tensor, blocks
+from t5x_lite.interop.tensors import Index, Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
 
 CONFIG = 'config.json'
-WEIGHTS = 'model.safetensors'
-WEIGHTS_INDEX = 'model.safetensors.index.json'
+WEIGHTS, WEIGHTS_INDEX = 'model.safetensors', 'model.safetensors.index.json'
 MODEL_TYPES = ('t5', 'mt5', 'umt5')
 
-DTYPES = {
-  **{f'F{bits}': np.dtype(f'float{bits}') for bits in (64, 32, 16)},
-  'BF16': np.dtype(ml_dtypes.bfloat16),
-}
+DTYPES = {f'F{bits}': np.dtype(f'float{bits}') for bits in (64, 32, 16)}
+DTYPES['BF16'] = np.dtype(ml_dtypes.bfloat16)  # importing ml_dtypes makes numpy know its name too
+SHORT_DTYPES = ('float32', 'bfloat16', 'float16')
 
-SHORT_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
-
-# Elements compared at a time, to see whether two tables are the same.
-_COMPARED = 1 << 24
+_COMPARED = 1 << 24  # elements at a time, to see whether two tables are the same
 
 # Copies of the embedding that old versions saved, and a table of the decoder's cross-attention that
 # Mesh TensorFlow made and nothing reads.
@@ -42,10 +38,8 @@ _UNREAD = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weigh
 
 # 'gelu' is the exact one unless it is gated: T5 1.1's gated-gelu is the tanh approximation, by an
 # exception in Hugging Face's own config class.
-_ACTIVATIONS = {
-  **{name: name for name in ('relu', 'silu', 'linear')},
-  **{'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'swish': 'silu'},
-}
+_ACTIVATIONS = {name: name for name in ('relu', 'silu', 'linear')}
+_ACTIVATIONS |= {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'swish': 'silu'}
 
 # T5Config's fields, their names in config.json, and what they are if it does not say.
 FIELDS: dict[str, tuple[str, int | float]] = {
@@ -59,11 +53,8 @@ FIELDS: dict[str, tuple[str, int | float]] = {
   'relpos_max_distance': ('relative_attention_max_distance', 128),
   'layer_norm_epsilon': ('layer_norm_epsilon', 1e-6),
 }
-IDS = {
-  'pad_id': ('pad_token_id', 0),
-  'eos_id': ('eos_token_id', 1),
-  'decoder_start_id': ('decoder_start_token_id', 0),
-}
+IDS = {'pad_id': ('pad_token_id', 0), 'eos_id': ('eos_token_id', 1)}
+IDS['decoder_start_id'] = ('decoder_start_token_id', 0)
 
 
 def is_hf(path: epath.Path) -> bool:
@@ -75,11 +66,7 @@ def is_hf(path: epath.Path) -> bool:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-  """Reads a JSON object.
-
-  Raises:
-    UsageError: if the file is not there or not one.
-  """
+  """Reads a JSON object; UsageError if the file is not there or not one."""
   try:
     value = json.loads(path.read_text())
   except FileNotFoundError as error:
@@ -94,39 +81,32 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def weight_files(directory: epath.Path) -> list[epath.Path]:
-  """Returns the safetensors files of a folder.
-
-  Raises:
-    UsageError: if there are none, or only pickles.
-  """
-  index = directory / WEIGHTS_INDEX
-  if index.is_file():
+  """Returns the safetensors files of a folder; UsageError if there are none, or only pickles."""
+  files = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
+  if WEIGHTS_INDEX in files:
+    index = files[WEIGHTS_INDEX]
     listed = read_json(index).get('weight_map')
     if not isinstance(listed, dict):
       raise UsageError(f'{index} has no weight_map of names and files')
-    there = {p.name for p in directory.iterdir() if p.is_file()}
     for name in listed.values():
-      if not isinstance(name, str) or name not in there:
+      if not isinstance(name, str) or name not in files:
         raise UsageError(f'{index} names the file {name!r}, which is not in {directory}')
-    return [directory / name for name in sorted(set(listed.values()))]
-  if (directory / WEIGHTS).is_file():
-    return [directory / WEIGHTS]
-  files = sorted(file for file in directory.iterdir() if file.suffix == '.safetensors')
-  if len(files) == 1:
-    return files
-  suffixes = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
-  if pickles := sorted(p.name for p in directory.iterdir() if p.suffix in suffixes):
-    raise UsageError(
-      f'{directory / pickles[0]} is a pickle, which can run any code when it '
-      'is opened, so it is not read; where torch is installed and the source '
-      'trusted, convert it once with: python -c "import transformers as t; '
-      "t.AutoModelForSeq2SeqLM.from_pretrained('SRC', weights_only=True)"
-      ".save_pretrained('DST')\""
-    )
-  raise UsageError(
-    f'{directory} has no {WEIGHTS} and no {WEIGHTS_INDEX}; give the folder '
-    'that save_pretrained wrote'
-  )
+    return [files[name] for name in sorted(set(listed.values()))]
+  if WEIGHTS in files:
+    return [files[WEIGHTS]]
+  found = [path for path in files.values() if path.suffix == '.safetensors']
+  if len(found) == 1:
+    return found
+  for path in files.values():
+    if path.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'):
+      raise UsageError(
+        f'{path} is a pickle, which can run any code when it is opened, so it is not read; where '
+        'torch is installed and the source trusted, convert it once with: python -c "import '
+        "transformers as t; t.AutoModelForSeq2SeqLM.from_pretrained('SRC', weights_only=True)"
+        ".save_pretrained('DST')\""
+      )
+  neither = f'{directory} has no {WEIGHTS} and no {WEIGHTS_INDEX}'
+  raise UsageError(f'{neither}; give the folder that save_pretrained wrote')
 
 
 def _opened(path: epath.Path) -> Any:
@@ -149,32 +129,24 @@ def read_tensors(directory: epath.Path) -> dict[str, Tensor]:
           raise UsageError(f'{origin} has the type {kind}; known are {", ".join(DTYPES)}')
         if name in result:
           raise UsageError(f'{origin} is also {result[name].origin}')
-        shape = tuple(part.get_shape())
-        result[name] = Tensor(shape, DTYPES[kind], _fetch(path, name), origin)
+        fetch = functools.partial(_fetch, path, name)
+        result[name] = Tensor(tuple(part.get_shape()), DTYPES[kind], fetch, origin)
   return result
 
 
-def _fetch(path: epath.Path, name: str) -> Callable[[Index], np.ndarray]:
-  """Returns a reader of parts of one tensor."""
-
-  def fetch(index: Index) -> np.ndarray:
-    # Opened each time: a file that stays open keeps every page that was ever read in the process's
-    # memory, in the end the whole model.
-    with _opened(path) as file:
-      return file.get_slice(name)[index] if index else file.get_tensor(name)
-
-  return fetch
+def _fetch(path: epath.Path, name: str, index: Index) -> np.ndarray:
+  """Reads a part of one tensor."""
+  # Opened each time: a file that stays open keeps every page that was ever read in the process's
+  # memory, in the end the whole model.
+  with _opened(path) as file:
+    return file.get_slice(name)[index] if index else file.get_tensor(name)
 
 
-def canonical(
-  found: Mapping[str, Tensor], *, per_layer: bool
-) -> tuple[dict[str, Tensor], list[str]]:
+def canonical(found: Tensors, *, per_layer: bool) -> tuple[dict[str, Tensor], list[str]]:
   """Returns (tensors by canonical name, names that are no T5's).
 
-  Unless per_layer, all layers of a stack share one table of relative positions.
-
-  Raises:
-    UsageError: if the encoder and the decoder do not share their embedding.
+  Unless per_layer, all layers of a stack share one table of relative positions. Raises UsageError
+  if the encoder and the decoder do not share their embedding.
   """
   rest = dict(found)
   rest.pop(_UNREAD, None)
@@ -183,18 +155,15 @@ def canonical(
     if shared is None:
       shared = rest['shared.weight'] = other
     elif not _same(shared, other):
-      raise UsageError(
-        f'{other.origin} differs from {shared.origin}; the T5 family has one '
-        'embedding for both stacks'
-      )
+      differs = f'{other.origin} differs from {shared.origin}'
+      raise UsageError(f'{differs}; the T5 family has one embedding for both stacks')
   head = rest.get('lm_head.weight')
   if head is not None and shared is not None and _same(head, shared):
     del rest['lm_head.weight']
   matches = [re.match(r'(encoder|decoder)\.block\.([0-9]{1,9})\.', name) for name in rest]
   # The numbers that are there, not all up to the highest: that may be any.
   layers = sorted({(match[1], int(match[2])) for match in matches if match})
-  names = [name for side, i in layers for name in tensor_names.layer_names(side, i)]
-  known = {tensor_names.hf_name(name): name for name in (*tensor_names.whole_names(), *names)}
+  known = tensor_names.of_hf(layers)
   result = {}
   for hf, tensor in rest.items():
     if name := known.get(hf):
@@ -218,32 +187,23 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def activations(entry: Mapping[str, Any]) -> tuple[str, ...]:
-  """Returns mlp_activations of a config.json.
-
-  Raises:
-    UsageError: if there is no such activation here.
-  """
+  """Returns mlp_activations of a config.json; UsageError if there is no such activation here."""
   kind = str(entry.get('feed_forward_proj', 'relu'))
-  name = kind.removeprefix('gated-')
-  gated = name != kind
-  if gated and name == 'gelu':
-    name = 'gelu_new'
-  name = str(entry.get('dense_act_fn') or name)
+  gated = kind.startswith('gated-')
+  plain = 'gelu_new' if kind == 'gated-gelu' else kind.removeprefix('gated-')
+  name = str(entry.get('dense_act_fn') or plain)
   if name not in _ACTIVATIONS:
     raise UsageError(
-      f'config.json has feed_forward_proj={kind!r} (activation {name!r}); '
-      f'supported activations are {", ".join(_ACTIVATIONS)}'
+      f'config.json has feed_forward_proj={kind!r} (activation {name!r}); supported activations '
+      f'are {", ".join(_ACTIVATIONS)}'
     )
-  return (_ACTIVATIONS[name], *(('linear',) if gated else ()))
+  return (_ACTIVATIONS[name], 'linear') if gated else (_ACTIVATIONS[name],)
 
 
-def model_config(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T5Config:
-  """Returns the config of a folder.
+def model_config(entry: Mapping[str, Any], tensors: Tensors) -> T5Config:
+  """Returns the config of a folder; UsageError if it is another kind of model.
 
   The canonical tensors decide on the head, the stacks and the biases.
-
-  Raises:
-    UsageError: if it is another kind of model.
   """
   if 'token_embedder/embedding' not in tensors:
     raise UsageError('no shared.weight among the tensors: not a T5 model')
@@ -253,23 +213,20 @@ def model_config(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T5C
   tied = 'decoder/logits_dense/kernel' not in tensors
   has_decoder = 'decoder/decoder_norm/scale' in tensors
   ids = {field: _number(entry, *key) for field, key in IDS.items()}
+  rows = embedding.shape[0]
   for field, token in ids.items():
-    if not 0 <= token < embedding.shape[0]:
-      raise UsageError(
-        f'config.json has {IDS[field][0]}={token}, the embedding {embedding.shape[0]} rows'
-      )
+    if not 0 <= token < rows:
+      raise UsageError(f'config.json has {IDS[field][0]}={token}, the embedding {rows} rows')
   fields = {field: _number(entry, *key) for field, key in FIELDS.items()}
   layers = fields['num_encoder_layers']
   decoder_layers = _number(entry, 'num_decoder_layers', layers)
   # Checked before a name is made for each of them.
   if max(layers, decoder_layers if has_decoder else 0) > len(tensors):
-    raise UsageError(
-      f'config.json has num_layers={layers}, num_decoder_layers='
-      f'{decoder_layers}, and there are but {len(tensors)} tensors'
-    )
+    depth = f'num_layers={layers}, num_decoder_layers={decoder_layers}'
+    raise UsageError(f'config.json has {depth}, and there are but {len(tensors)} tensors')
   return T5Config(
     # The table, not vocab_size, which old files leave at the tokenizer's.
-    vocab_size=embedding.shape[0],
+    vocab_size=rows,
     num_decoder_layers=decoder_layers,
     mlp_activations=activations(entry),
     logits_via_embedding=tied and has_decoder,

@@ -7,7 +7,7 @@ through memory one tensor at a time.
 import dataclasses
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,40 +16,30 @@ from etils import epath
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, hf_tokenizer, tensor_names
-from t5x_lite.interop.tensors import Tensor, Tensors, blocks
+from t5x_lite.interop.tensors import Progress, Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
+from t5x_lite.runs.files import write_json
 
-# As transformers shards.
-SHARD_BYTES = 5_000_000_000
-# Elements of an untransposed tensor that are in memory at a time.
-_PART = 1 << 26
+SHARD_BYTES = 5_000_000_000  # as transformers shards
+_PART = 1 << 26  # elements of an untransposed tensor that are in memory at a time
 
 _ACTIVATIONS = {'relu': 'relu', 'gelu': 'gelu_new', 'silu': 'silu', 'swish': 'silu'}
-_PROJECTIONS: dict[tuple[str, ...], str] = {
-  **{(ours,): theirs for ours, theirs in _ACTIVATIONS.items()},
-  **{(ours, 'linear'): f'gated-{theirs}' for ours, theirs in _ACTIVATIONS.items()},
-  ('gelu', 'linear'): 'gated-gelu',
-}
+_PROJECTIONS: dict[tuple[str, ...], str] = {(k,): name for k, name in _ACTIVATIONS.items()}
+_PROJECTIONS |= {(k, 'linear'): f'gated-{name}' for k, name in _ACTIVATIONS.items()}
+_PROJECTIONS['gelu', 'linear'] = 'gated-gelu'
 _HF_DTYPES = {dtype: name for name, dtype in hf.DTYPES.items()}
 
 
 def model_config(cfg: T5Config, dtype: str) -> dict[str, Any]:
-  """Returns config.json of a model.
-
-  Raises:
-    UsageError: if transformers has no such architecture.
-  """
+  """Returns config.json of a model; UsageError if transformers has no such architecture."""
   if cfg.architecture == 'decoder':
-    raise UsageError(
-      "architecture='decoder': transformers has no decoder-only T5; save it "
-      "with format='t5x_lite' or 't5x'"
-    )
+    other = "save it with format='t5x_lite' or 't5x'"
+    raise UsageError(f"architecture='decoder': transformers has no decoder-only T5; {other}")
   projection = _PROJECTIONS.get(cfg.mlp_activations)
   if projection is None:
-    raise UsageError(
-      f'mlp_activations={cfg.mlp_activations} has no name in transformers; '
-      f'there are {", ".join(map(str, _PROJECTIONS))}'
-    )
+    there = ', '.join(map(str, _PROJECTIONS))
+    unknown = f'mlp_activations={cfg.mlp_activations}'
+    raise UsageError(f'{unknown} has no name in transformers; there are {there}')
   kind = 'umt5' if cfg.relpos_per_layer else 't5'
   architecture = 'ForConditionalGeneration' if cfg.has_decoder else 'EncoderModel'
   tied = cfg.logits_via_embedding
@@ -71,10 +61,8 @@ def model_config(cfg: T5Config, dtype: str) -> dict[str, Any]:
     **generation_config(cfg),
     'torch_dtype': dtype,
   }
-  if scaled != tied:
-    # The factor by itself; known from transformers 5 on.
-    entry['scale_decoder_outputs'] = scaled
-  return entry
+  # The factor by itself; known from transformers 5 on.
+  return entry if scaled == tied else {**entry, 'scale_decoder_outputs': scaled}
 
 
 def generation_config(cfg: T5Config) -> dict[str, Any]:
@@ -83,19 +71,13 @@ def generation_config(cfg: T5Config) -> dict[str, Any]:
 
 
 def by_hf_name(tensors: Tensors, cfg: T5Config) -> dict[str, Tensor]:
-  """Returns tensors as Hugging Face names and turns them.
-
-  A model with shared parameters is written with two copies of them.
-  """
-  full = dict(tensors)
-  if cfg.share_encoder_decoder:
-    for name in tensor_names.shapes(cfg.replace(share_encoder_decoder=False)):
-      if name not in full:
-        full[name] = full[tensor_names.lender(name) or '']
-  return {
-    tensor_names.hf_name(name): tensor.transposed() if tensor_names.is_transposed(name) else tensor
-    for name, tensor in full.items()
-  }
+  """Returns tensors as Hugging Face names and turns them; those that are shared two times."""
+  result = {}
+  for name in (*tensors, *tensor_names.shapes(cfg.replace(share_encoder_decoder=False))):
+    tensor = tensors[name if name in tensors else tensor_names.lender(name) or '']
+    turned = tensor_names.is_transposed(name)
+    result[tensor_names.hf_name(name)] = tensor.transposed() if turned else tensor
+  return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +88,12 @@ class Shard:
   tensors: Sequence[tuple[str, Tensor]]
 
 
-def plan_shards(
-  tensors: Mapping[str, Tensor], itemsize: int, limit: int = SHARD_BYTES
-) -> list[Shard]:
-  """Cuts tensors, in order, into files of at most limit bytes.
+def plan_shards(tensors: Tensors, itemsize: int, limit: int = SHARD_BYTES) -> list[Shard]:
+  """Cuts tensors by Hugging Face's name, in order, into files of at most limit bytes.
 
-  Tensors come by Hugging Face's name; itemsize is that of what is written; a tensor larger than the
-  limit gets a file of its own.
+  The itemsize is that of what is written; a tensor larger than the limit gets a file of its own.
   """
-  groups: list[list[tuple[str, Tensor]]] = [[]]
-  filled = 0
+  groups, filled = [[]], 0
   for name, tensor in tensors.items():
     size = tensor.size * itemsize
     if groups[-1] and filled + size > limit:
@@ -125,15 +103,11 @@ def plan_shards(
     filled += size
   if len(groups) == 1:
     return [Shard(hf.WEIGHTS, groups[0])]
-  return [
-    Shard(f'model-{i:05}-of-{len(groups):05}.safetensors', group)
-    for i, group in enumerate(groups, 1)
-  ]
+  files = [f'model-{i + 1:05}-of-{len(groups):05}.safetensors' for i in range(len(groups))]
+  return list(map(Shard, files, groups))
 
 
-def write_shard(
-  path: epath.Path, shard: Shard, dtype: np.dtype, progress: Callable[[str], None]
-) -> None:
+def write_shard(path: epath.Path, shard: Shard, dtype: np.dtype, progress: Progress) -> None:
   """Writes one safetensors file.
 
   Format: 8 bytes of header length, the header as JSON, then the tensors one after the other,
@@ -162,34 +136,28 @@ def write(
   tensors: Tensors,
   cfg: T5Config,
   vocabulary: VocabularyConfig | None,
-  dtype: str,
-  shard_bytes: int = SHARD_BYTES,
-  progress: Callable[[str], None] = lambda name: None,
+  shard_bytes: int,
+  progress: Progress,
 ) -> None:
-  """Writes a folder that from_pretrained of transformers reads.
+  """Writes a folder that from_pretrained of transformers reads, into an empty one.
 
-  The directory exists, and is empty. Without a vocabulary, or with passed-through ids, no tokenizer
-  is written. The dtype is 'float32', 'bfloat16' or 'float16'; the rest is as in `export.write`.
+  Without a vocabulary, or for passed ids, there is no tokenizer; the rest is as in `export.write`.
   """
-  config = model_config(cfg, dtype)
-  kind = np.dtype(hf.DTYPES[hf.SHORT_DTYPES[dtype]])
+  config = model_config(cfg, cfg.param_dtype)
+  dtype = np.dtype(cfg.param_dtype)
   turned = by_hf_name(tensors, cfg)
-  shards = plan_shards(turned, kind.itemsize, shard_bytes)
+  shards = plan_shards(turned, dtype.itemsize, shard_bytes)
   for shard in shards:
-    write_shard(directory / shard.file, shard, kind, progress)
+    write_shard(directory / shard.file, shard, dtype, progress)
   if len(shards) > 1:
     index = {
-      'metadata': {'total_size': sum(t.size for t in turned.values()) * kind.itemsize},
+      'metadata': {'total_size': sum(t.size for t in turned.values()) * dtype.itemsize},
       'weight_map': {name: shard.file for shard in shards for name, _ in shard.tensors},
     }
-    _write_json(directory / hf.WEIGHTS_INDEX, index)
+    write_json(directory / hf.WEIGHTS_INDEX, index)
   if vocabulary is not None:
     hf_tokenizer.write_vocabulary(vocabulary, directory)
   if cfg.has_decoder:
-    _write_json(directory / 'generation_config.json', generation_config(cfg))
+    write_json(directory / 'generation_config.json', generation_config(cfg))
   # Last: a folder with a config.json is whole.
-  _write_json(directory / hf.CONFIG, config)
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2) + '\n')
+  write_json(directory / hf.CONFIG, config)

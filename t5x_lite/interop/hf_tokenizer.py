@@ -16,22 +16,19 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, sentencepiece_model
 from t5x_lite.interop.sentencepiece_model import Piece
+from t5x_lite.runs.files import write_json
 
 SPIECE = 'spiece.model'
-TOKENIZER = 'tokenizer.json'
-TOKENIZER_CONFIG = 'tokenizer_config.json'
+TOKENIZER, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 SPECIAL = ('<pad>', '</s>', '<unk>')
-
 _META = '▁'
 
 
 def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyConfig | None:
   """Returns the vocabulary of a folder, or None if it has none that we read.
 
-  A model file is made in `scratch` if the folder has only tokenizer.json.
-
-  Raises:
-    UsageError: if a file is damaged.
+  A model file is made in `scratch` if the folder has only tokenizer.json. Raises UsageError if a
+  file is damaged.
   """
   config = _read_json(directory / TOKENIZER_CONFIG)
   if str(config.get('tokenizer_class', '')).startswith('ByT5'):
@@ -39,13 +36,9 @@ def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyCon
   tokenizer = directory / TOKENIZER
   if (directory / SPIECE).is_file():
     extra_ids = config.get('extra_ids')
-    if extra_ids is None and tokenizer.is_file():
-      extra_ids = _sentinels(_read_json(tokenizer))
-    return VocabularyConfig(
-      path=str(directory / SPIECE), extra_ids=_count(100 if extra_ids is None else extra_ids)
-    )
-  if not tokenizer.is_file():
-    return None
+    if extra_ids is None:
+      extra_ids = _sentinels(_read_json(tokenizer)) if tokenizer.is_file() else 100
+    return VocabularyConfig(path=str(directory / SPIECE), extra_ids=_count(extra_ids))
   entry = _read_json(tokenizer)
   inner = entry.get('model')
   if not isinstance(inner, dict) or inner.get('type') != 'Unigram':
@@ -70,7 +63,7 @@ def _count(value: Any) -> int:
 
 
 def _byte_extra_ids(config: Mapping[str, Any]) -> int:
-  """The class writes extra_ids=0 and lists the sentinels themselves."""
+  # The class writes extra_ids=0 and lists the sentinels themselves.
   listed = config.get('extra_special_tokens') or config.get('additional_special_tokens')
   if isinstance(listed, list) and listed:
     return sum('<extra_id_' in str(token) for token in listed)
@@ -93,13 +86,11 @@ def _sentinels(entry: Mapping[str, Any]) -> int:
 
 def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[bytes, int]:
   """Returns (the model file of a tokenizer.json, its sentinels)."""
-  extra_ids = _sentinels(entry)
-  vocab = entry['model']['vocab']
-  vocab = vocab[: len(vocab) - extra_ids]
+  extra_ids, vocab = _sentinels(entry), entry['model']['vocab']
   byte_fallback = bool(entry['model'].get('byte_fallback'))
   added = {t['content'] for t in entry.get('added_tokens', ())}
   pieces = []
-  for token, (text, score) in enumerate(vocab):
+  for token, (text, score) in enumerate(vocab[: len(vocab) - extra_ids]):
     kind = Piece.NORMAL
     if token < len(SPECIAL):
       kind = Piece.UNKNOWN if token == vocabularies.UNK_ID else Piece.CONTROL
@@ -108,8 +99,7 @@ def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[bytes, int]:
     elif text in added or text.startswith(f'{_META}<extra_id_'):
       kind = Piece.USER_DEFINED
     pieces.append(Piece(piece=text, score=score, type=kind))
-  normalizer = entry.get('normalizer') or {}
-  charsmap = b''
+  normalizer, charsmap = entry.get('normalizer') or {}, b''
   for part in normalizer.get('normalizers', [normalizer]):
     if part.get('type') == 'Precompiled':
       charsmap = base64.b64decode(part['precompiled_charsmap'] or '')
@@ -127,13 +117,11 @@ def check_vocabulary(vocabulary: VocabularyConfig) -> None:
 
 
 def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
-  """Writes what AutoTokenizer.from_pretrained reads, the model file included.
-
-  Passed-through ids have no tokenizer; nothing is written for them.
-  """
+  """Writes what AutoTokenizer.from_pretrained reads and the model file; of passed ids nothing."""
   if vocabulary.kind == 'passthrough':
     return
-  config: dict[str, Any] = dict(zip(('pad_token', 'eos_token', 'unk_token'), SPECIAL, strict=True))
+  pad, eos, unk = SPECIAL
+  config: dict[str, Any] = {'pad_token': pad, 'eos_token': eos, 'unk_token': unk}
   config['extra_ids'] = vocabulary.extra_ids
   if vocabulary.kind == 'byte':
     config['tokenizer_class'] = 'ByT5Tokenizer'
@@ -147,17 +135,16 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
     (directory / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False))
     # T5Tokenizer has no byte fallback, and cuts at every space; the plain class takes
     # tokenizer.json as it is, and is what mT5's folders need.
-    plain = model.trainer_spec.byte_fallback or _has_spaces(model)
+    plain = model.trainer_spec.byte_fallback or _spans_words(model)
     config['tokenizer_class'] = 'PreTrainedTokenizerFast' if plain else 'T5Tokenizer'
     if plain:
       del config['extra_ids']
     elif vocabulary.extra_ids:
       config['additional_special_tokens'] = _sentinel_names(vocabulary)
-  (directory / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+  write_json(directory / TOKENIZER_CONFIG, config)
 
 
-def _has_spaces(model: Any) -> bool:
-  """Whether a piece spans several words."""
+def _spans_words(model: Any) -> bool:
   return any(_META in piece.piece[1:] for piece in model.pieces)
 
 
@@ -166,52 +153,40 @@ def _sentinel_names(vocabulary: VocabularyConfig) -> list[str]:
 
 
 def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
-  """Returns a tokenizer.json: SentencePiece's ModelProto in tokenizers' terms.
-
-  Written by hand, not by the tokenizers library: that comes with transformers, not needed here.
-  """
-  texts = [*SPECIAL, *(piece.piece for piece in model.pieces[len(SPECIAL) :])]
+  """Returns a tokenizer.json, by hand: the tokenizers library comes with transformers."""
+  pieces, eos = model.pieces, SPECIAL[1]
+  texts = [*SPECIAL, *(piece.piece for piece in pieces[len(SPECIAL) :])]
   texts += reversed(_sentinel_names(vocabulary))
-  scores = [piece.score for piece in model.pieces]
-  scores += [0.0] * vocabulary.extra_ids
-
-  def added(token: int, text: str, special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
-    return {'id': token, 'content': text, **flags, 'special': special}
-
-  tokens = [added(i, text, True) for i, text in enumerate(SPECIAL)]
-  tokens += [
-    added(i, piece.piece, False)
-    for i, piece in enumerate(model.pieces)
-    if piece.type == Piece.USER_DEFINED
-    # A piece that begins a word is found by the model itself.
-    and not piece.piece.startswith(_META)
-  ]
-  tokens += [added(i, texts[i], True) for i in range(len(model.pieces), len(texts))]
+  scores = [*(piece.score for piece in pieces), *[0.0] * vocabulary.extra_ids]
+  # The rest of the user's own pieces begin a word, and are found by the model itself.
+  own = [p.type == Piece.USER_DEFINED and not p.piece.startswith(_META) for p in pieces]
+  flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+  tokens = []
+  for i, text in enumerate(texts):
+    special = i < len(SPECIAL) or i >= len(pieces)
+    if special or own[i]:
+      tokens.append({'id': i, 'content': text, **flags, 'special': special})
   metaspace = {'type': 'Metaspace', 'replacement': _META, 'prepend_scheme': 'always', 'split': True}
   pre_tokenizers = [{'type': 'WhitespaceSplit'}, metaspace]
-  normalizers = []
+  normalizers: list[dict[str, Any]] = []
   if charsmap := model.normalizer_spec.precompiled_charsmap:
     text = base64.b64encode(charsmap).decode()
     normalizers.append({'type': 'Precompiled', 'precompiled_charsmap': text})
-  if _has_spaces(model):
+  if _spans_words(model):
     # Not cut into words, so that pieces of several are found; SentencePiece takes neighbouring
     # spaces for one.
     metaspace = {**metaspace, 'split': False}
     pre_tokenizers = [metaspace]
-    normalizers += [
-      {'type': 'Strip', 'strip_left': True, 'strip_right': True},
-      {'type': 'Replace', 'pattern': {'Regex': ' {2,}'}, 'content': ' '},
-    ]
-  eos = {'SpecialToken': {'id': SPECIAL[1], 'type_id': 0}}
-  first, second = ({'Sequence': {'id': name, 'type_id': 0}} for name in ('A', 'B'))
-  decoder: dict[str, Any] = metaspace
-  if model.trainer_spec.byte_fallback:
-    decoder = {'type': 'Sequence', 'decoders': [{'type': 'ByteFallback'}, metaspace]}
+    normalizers.append({'type': 'Strip', 'strip_left': True, 'strip_right': True})
+    normalizers.append({'type': 'Replace', 'pattern': {'Regex': ' {2,}'}, 'content': ' '})
   normalizer = normalizers[0] if normalizers else None
   if len(normalizers) > 1:
     normalizer = {'type': 'Sequence', 'normalizers': normalizers}
-  special = {'id': SPECIAL[1], 'ids': [vocabularies.EOS_ID], 'tokens': [SPECIAL[1]]}
+  decoder: dict[str, Any] = metaspace
+  if model.trainer_spec.byte_fallback:
+    decoder = {'type': 'Sequence', 'decoders': [{'type': 'ByteFallback'}, metaspace]}
+  end = {'SpecialToken': {'id': eos, 'type_id': 0}}
+  first, second = ({'Sequence': {'id': name, 'type_id': 0}} for name in ('A', 'B'))
   return {
     'version': '1.0',
     'truncation': None,
@@ -221,9 +196,9 @@ def _tokenizer(model: Any, vocabulary: VocabularyConfig) -> dict[str, Any]:
     'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': pre_tokenizers},
     'post_processor': {
       'type': 'TemplateProcessing',
-      'single': [first, eos],
-      'pair': [first, eos, second, eos],
-      'special_tokens': {SPECIAL[1]: special},
+      'single': [first, end],
+      'pair': [first, end, second, end],
+      'special_tokens': {eos: {'id': eos, 'ids': [vocabularies.EOS_ID], 'tokens': [eos]}},
     },
     'decoder': decoder,
     'model': {

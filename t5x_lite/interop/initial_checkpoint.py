@@ -49,25 +49,27 @@ class Start:
 def open_start(
   config: CheckpointConfig, model: T5Config, vocabulary: VocabularyConfig, *, seed: int
 ) -> Start:
-  """Checks that a new run can start from where its configuration says.
+  """Checks that a new run can start from where its configuration says; UsageError if not.
 
   Config's restore_path is a run of ours, or a checkpoint of T5X or transformers, for a model of
   this architecture. The vocabulary must be the checkpoint's own, where that says what it is.
-
-  Raises:
-    UsageError: if there is no checkpoint, or it is another model's.
   """
   path, with_optimizer = config.restore_path, config.restore_optimizer
   if not path:
     return Start(path='', model=model, seed=seed)
   opened = checkpoint_source.open_source(path)
   if with_optimizer and opened.format != 't5x_lite':
-    raise UsageError(
-      f'{path} is of the format {opened.format!r}; restore_optimizer=True needs a run of t5x_lite'
+    kind = f'of the format {opened.format!r}'
+    raise UsageError(f'{path} is {kind}; restore_optimizer=True needs a run of t5x_lite')
+  theirs = None if opened.format == 't5x' else opened.vocabulary  # T5X's do not say what it is
+  if theirs is not None and not run_directory.same_vocabulary(theirs, vocabulary):
+    message = (
+      f'{path} was trained with another vocabulary than VocabularyConfig names, so its ids mean '
+      'other tokens'
     )
-  # T5X's checkpoints do not say what their vocabulary is.
-  if opened.vocabulary is not None and opened.format != 't5x':
-    _check_vocabulary(config, opened.vocabulary, vocabulary)
+    if config.strict:
+      raise UsageError(f'{message}: use its own, or CheckpointConfig.strict=False')
+    log.warning('%s', message)
   if config.strict:
     assignment.check_numerics(opened, model)
   found, report = assignment.assign(
@@ -75,17 +77,3 @@ def open_start(
   )
   log.info('%s: %s', path, report.summary())
   return Start(path=path, model=model, seed=seed, found=found, with_optimizer=with_optimizer)
-
-
-def _check_vocabulary(
-  config: CheckpointConfig, theirs: VocabularyConfig, ours: VocabularyConfig
-) -> None:
-  if run_directory.same_vocabulary(theirs, ours):
-    return
-  message = (
-    f'{config.restore_path} was trained with another vocabulary than '
-    'VocabularyConfig names, so its ids mean other tokens'
-  )
-  if config.strict:
-    raise UsageError(f'{message}: use its own, or CheckpointConfig.strict=False')
-  log.warning('%s', message)

@@ -37,10 +37,8 @@ class Exported:
   def generate(self, inputs):
     """Returns (rows of ids without EOS, log-probability of each)."""
     tokens, log_probs = self._call('generate', inputs)
-    rows = []
-    for row in np.asarray(tokens).tolist():
-      end = row.index(self._about['eos_id']) if self._about['eos_id'] in row else len(row)
-      rows.append(row[:end])
+    eos = self._about['eos_id']
+    rows = [row[: [*row, eos].index(eos)] for row in np.asarray(tokens).tolist()]
     return rows, np.asarray(log_probs).tolist()
 
   def encode(self, inputs):

@@ -5,27 +5,20 @@ Orbax itself would want the whole model in memory.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import tensor_names, zarr
-from t5x_lite.interop.tensors import Tensor, Tensors, of_array
+from t5x_lite.interop.tensors import Progress, Tensor, Tensors, of_array
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel import checksums
 from t5x_lite.runs import checkpoints, run_directory
 
 STATE = 'state'
 _HANDLER = 'orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler'
 _JSON_HANDLER = 'orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler'
-
-
-def numpy_dtype(name: str) -> np.dtype:
-  """Returns a dtype by T5Config's name for it."""
-  return np.dtype(ml_dtypes.bfloat16 if name == 'bfloat16' else name)
 
 
 def write(
@@ -38,12 +31,12 @@ def write(
   moments: Mapping[tuple[str, ...], Tensor] | None = None,
   lengths: Mapping[str, int] | None = None,
   origin: str = '',
-  progress: Callable[[str], None] = lambda name: None,
+  progress: Progress = lambda name: None,
 ) -> None:
-  """Writes a run with one checkpoint.
+  """Writes a run with one checkpoint into an empty directory.
 
-  The directory exists, and is empty. The vocabulary's files are copied; moments are the optimizer's
-  state by the keys below 'opt_state'; the rest is as in `export.write`.
+  The vocabulary's files are copied; moments are the optimizer's state by the keys below
+  'opt_state'; the rest is as in `export.write`.
   """
   root = directory / checkpoints.CHECKPOINTS / str(step)
   state = root / STATE
@@ -51,26 +44,20 @@ def write(
   shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
   sums: dict[str, int] = {}
 
-  def save(keys: tuple[str, ...], parts: Sequence[Tensor], dtype: np.dtype, axis: int | None):
+  def save(keys: tuple[str, ...], parts: Sequence[Tensor], dtype: np.dtype, stacked: bool = False):
     name = '.'.join(keys)
-    sums[name] = 0
-
-    def add(block: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> None:
-      sums[name] = (sums[name] + checksums.of_block(block, shape, start)) & 0xFFFFFFFF
-
-    path = str(state / name)
-    array = zarr.write(path, parts, dtype, zarr.ORBAX_COMPRESSOR, axis=axis, each=add)
+    axis = 0 if stacked else None
+    array, sums[name] = zarr.write(str(state / name), parts, dtype, zarr.ORBAX_COMPRESSOR, axis)
     shapes[keys] = tuple(array.shape)
     progress(name)
 
-  for path, _, found in tensor_names.leaves(cfg):
-    axis = 0 if cfg.scan_layers and 'layers' in path else None
-    parts = [tensors[name] for name in found]
-    save(('params', *path), parts, numpy_dtype(cfg.param_dtype), axis)
+  for path, _, names in tensor_names.leaves(cfg):
+    parts, stacked = [tensors[name] for name in names], tensor_names.is_stacked(cfg, path)
+    save(('params', *path), parts, np.dtype(cfg.param_dtype), stacked)
   count = of_array(np.asarray(step, np.int32))
-  save(('step',), [count], count.dtype, None)
-  for path, tensor in (moments or {}).items():
-    save(('opt_state', *path), [tensor], tensor.dtype, None)
+  save(('step',), [count], count.dtype)
+  for keys, tensor in (moments or {}).items():
+    save(('opt_state', *keys), [tensor], tensor.dtype)
   (state / zarr.METADATA).write_text(zarr.orbax_metadata(shapes))
   (root / 'meta').mkdir()
   (root / 'meta' / 'metadata').write_text(json.dumps(checkpoints.make_meta(step, sums)))

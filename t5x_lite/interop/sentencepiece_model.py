@@ -1,7 +1,4 @@
-"""SentencePiece model files: parsed, made of pieces, and grown.
-
-The protobuf classes are the sentencepiece package's own.
-"""
+"""SentencePiece model files: parsed, made and grown with the sentencepiece package's protobufs."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,11 +16,7 @@ UNIGRAM = _proto.TrainerSpec.UNIGRAM
 
 
 def parse(data: bytes) -> Any:
-  """Returns the ModelProto of a model file.
-
-  Raises:
-    UsageError: if it is not one.
-  """
+  """Returns the ModelProto of a model file; UsageError if it is none."""
   try:
     model = _proto.ModelProto.FromString(data)
   except DecodeError as error:
@@ -39,16 +32,13 @@ def make(pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = 
   Pieces come in the order of their ids; charsmap is the normalisation as SentencePiece compiles it,
   and may be empty; with byte_fallback unknown characters become pieces of bytes, as in mT5.
   """
-  model = _proto.ModelProto(pieces=pieces)
-  model.trainer_spec.model_type = UNIGRAM
-  model.trainer_spec.vocab_size = len(model.pieces)
-  model.trainer_spec.byte_fallback = byte_fallback
-  model.trainer_spec.pad_id = vocabularies.PAD_ID
-  model.trainer_spec.eos_id = vocabularies.EOS_ID
-  model.trainer_spec.unk_id = vocabularies.UNK_ID
-  model.trainer_spec.bos_id = -1
-  model.normalizer_spec.name = 'nmt_nfkc' if charsmap else 'identity'
-  model.normalizer_spec.precompiled_charsmap = charsmap
+  pieces = list(pieces)
+  trainer = {'model_type': UNIGRAM, 'vocab_size': len(pieces), 'byte_fallback': byte_fallback}
+  trainer |= {'pad_id': vocabularies.PAD_ID, 'eos_id': vocabularies.EOS_ID, 'bos_id': -1}
+  trainer |= {'unk_id': vocabularies.UNK_ID}
+  name = 'nmt_nfkc' if charsmap else 'identity'
+  normalizer = {'name': name, 'precompiled_charsmap': charsmap}
+  model = _proto.ModelProto(pieces=pieces, trainer_spec=trainer, normalizer_spec=normalizer)
   return model.SerializeToString()
 
 

@@ -2,13 +2,11 @@
 
 A legacy checkpoint is one msgpack file that holds small arrays themselves and, in place of large
 ones, TensorStore specs of zarr arrays beside it. Since 2023 T5X writes the same tree through Orbax.
-
 Sources: t5x/checkpoints.py (VERSION, Checkpointer, OrbaxCheckpointManagerInterface),
 t5x/checkpoint_utils.py detect_checkpoint_type.
 """
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,30 +14,24 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import tensors as tensors_lib
 from t5x_lite.interop import zarr
-from t5x_lite.interop.tensors import Tensor
+from t5x_lite.interop.tensors import Tensor, Tensors, of_array
 from t5x_lite.models.config import T5Config
 
-FILE = 'checkpoint'
-STATE = 'state'
-PREFIX = 'checkpoint_'
+FILE, STATE, PREFIX = 'checkpoint', 'state', 'checkpoint_'
 VERSIONS = (2, 3)
-TARGET = 'target/'
-PARAM_STATES = 'state/param_states/'
-
+TARGET, PARAM_STATES = 'target/', 'state/param_states/'
 _PLACEHOLDER = 'PLACEHOLDER://'
 _STACKS = ('encoder', 'decoder')
 
 
 def find(path: epath.Path) -> epath.Path | None:
-  """Returns the checkpoint that a path means, or None if there is none.
-
-  Args:
-    path: the msgpack file, a step's directory or a model_dir (the newest step is meant).
-  """
+  """Returns the checkpoint that a path of it, its folder or a model_dir (the newest) means."""
   if path.is_file():
-    return path if _is_msgpack(path) else None
+    with path.open('rb') as file:
+      head = file.read(64)
+    # A map of the keys that T5X writes.
+    return path if any(key in head for key in (b'version', b'optimizer', b'target')) else None
   if not path.is_dir():
     return None
   for child in (path, path / STATE):
@@ -50,19 +42,8 @@ def find(path: epath.Path) -> epath.Path | None:
   return find(path / steps[max(steps)]) if steps else None
 
 
-def _is_msgpack(path: epath.Path) -> bool:
-  """True if a file begins with a map of the keys that T5X writes."""
-  with path.open('rb') as file:
-    head = file.read(64)
-  return any(key in head for key in (b'version', b'optimizer', b'target'))
-
-
 def read_tensors(path: epath.Path) -> dict[str, Tensor]:
-  """Returns all arrays by T5X's names: target/..., state/step, ...
-
-  Raises:
-    UsageError: if the checkpoint is damaged or of an unknown version.
-  """
+  """Returns all arrays by T5X's names, target/... and others; UsageError if they are damaged."""
   reader = zarr.Reader()
   folder = folder_of(path)
   file = path if path.is_file() else path / FILE
@@ -79,51 +60,42 @@ def read_tensors(path: epath.Path) -> dict[str, Tensor]:
   # TensorStore's specs, which are dicts, are leaves.
   spec = {'driver', 'kvstore', 'metadata'}
   flat = traverse_util.flatten_dict(contents, is_leaf=lambda _, node: spec <= node.keys())
-  placeholders = {
-    '/'.join(keys).removeprefix('_optimizer/'): value[len(_PLACEHOLDER) :]
-    for keys, value in flat.items()
-    if isinstance(value, str) and value.startswith(_PLACEHOLDER)
-  }
-  if placeholders:
+  result = {}
+  for keys, value in flat.items():
     # Orbax before that: the tree in msgpack, all arrays in zarr beside it.
-    return {
-      name: zarr.file_tensor(folder / _inside(folder, name, directory), name, reader)
-      for name, directory in placeholders.items()
-    }
+    if isinstance(value, str) and value.startswith(_PLACEHOLDER):
+      name = '/'.join(keys).removeprefix('_optimizer/')
+      place = folder / _inside(folder, name, value.removeprefix(_PLACEHOLDER))
+      result[name] = zarr.file_tensor(place, name, reader)
+  if result:
+    return result
   version = contents.get('version')
   if version not in VERSIONS:
-    raise UsageError(
-      f'{file} has version {version!r}; T5X checkpoints of version '
-      f'{" and ".join(map(str, VERSIONS))} are read'
-    )
-  result = {}
+    known = ' and '.join(map(str, VERSIONS))
+    raise UsageError(f'{file} has version {version!r}; T5X checkpoints of version {known} are read')
   for keys, value in flat.items():
     name = '/'.join(keys[1:])  # without 'optimizer'
     if isinstance(value, dict):
       result[name] = _legacy_tensor(folder, name, value, reader)
     elif hasattr(value, 'shape'):
-      result[name] = tensors_lib.of_array(np.asarray(value), name)
+      result[name] = of_array(np.asarray(value), name)
   return result
 
 
-def _legacy_tensor(
-  folder: epath.Path, name: str, spec: Mapping[str, Any], reader: zarr.Reader
-) -> Tensor:
+def _legacy_tensor(folder: epath.Path, name: str, spec: Any, reader: zarr.Reader) -> Tensor:
   """Opens the array that a spec in the msgpack file stands for."""
   kvstore = spec['kvstore']
   # Before TensorStore 0.1.14 the path was in the spec itself.
   relative = _inside(folder, name, (kvstore.get('path') or spec.get('path', '')).rstrip('/'))
-  dtype = spec.get('dtype')
+  dtype, place = spec.get('dtype'), folder / relative
   if dtype == 'uint16':
-    raise UsageError(
-      f'{name} is uint16, T5X version 2 for bfloat16; load and save it with '
-      'T5X once to write version 3'
-    )
-  store: dict[str, Any] = {'driver': 'zarr', 'kvstore': f'{zarr.url(folder / relative)}/'}
-  if (folder / relative / '.zarray').exists():
+    again = 'load and save it with T5X once to write version 3'
+    raise UsageError(f'{name} is uint16, T5X version 2 for bfloat16; {again}')
+  store: dict[str, Any] = {'driver': 'zarr', 'kvstore': f'{zarr.url(place)}/'}
+  if (place / '.zarray').exists():
     return reader.tensor(store, name)
-  if not (folder / relative).is_dir():
-    raise UsageError(f'{name} should be in {folder / relative}: not there')
+  if not place.is_dir():
+    raise UsageError(f'{name} should be in {place}: not there')
   # The spec repeats the metadata, so the array can be read without its own.
   store |= {'dtype': dtype, 'metadata': dict(spec['metadata'])}
   return reader.tensor(store, name, assume_metadata=True)
@@ -136,14 +108,12 @@ def _inside(folder: epath.Path, name: str, relative: str) -> str:
   return relative
 
 
-def canonical(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-  """Returns tensors by canonical name, scanned stacks cut into layers.
-
-  They are given by T5X's names below 'target/'.
-  """
-  axes = {side: _scan_axis(found, side) for side in _STACKS}
+def canonical(found: Tensors) -> dict[str, Tensor]:
+  """Returns the tensors of 'target/' by canonical name, scanned stacks cut into layers."""
+  params = {n.removeprefix(TARGET): found[n] for n in found if n.startswith(TARGET)}
+  axes = {side: _scan_axis(params, side) for side in _STACKS}
   result = {}
-  for name, tensor in found.items():
+  for name, tensor in params.items():
     if match := re.fullmatch(r'(encoder|decoder)/\1/(.+)', name):
       side, rest = match.groups()
       for i in range(tensor.shape[axes[side]]):
@@ -153,7 +123,7 @@ def canonical(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
   return result
 
 
-def _scan_axis(found: Mapping[str, Tensor], side: str) -> int:
+def _scan_axis(found: Tensors, side: str) -> int:
   """Returns the dim of the layers: 1 as in all of T5X's configs, or 0."""
   shapes = [t.shape for name, t in found.items() if name.startswith(f'{side}/{side}/')]
   for axis in (1, 0):
@@ -162,14 +132,11 @@ def _scan_axis(found: Mapping[str, Tensor], side: str) -> int:
   return 1
 
 
-def model_config(tensors: Mapping[str, Tensor], folder: epath.Path) -> T5Config:
-  """Infers the config of a checkpoint, which does not hold one.
+def model_config(tensors: Tensors, folder: epath.Path) -> T5Config:
+  """Infers the config of a checkpoint, which does not hold one; UsageError if it is no T5's.
 
   What shapes do not tell, the activations, is read from a config.gin in the folder or the two above
   it; else a gated feed-forward block is T5 1.1's.
-
-  Raises:
-    UsageError: if the tensors are no T5's.
   """
 
   def shape(name: str) -> tuple[int, ...]:
@@ -181,26 +148,24 @@ def model_config(tensors: Mapping[str, Tensor], folder: epath.Path) -> T5Config:
   layers = [(match[1], int(match[2])) for match in matches if match]
   depth = {side: 1 + max((i for s, i in layers if s == side), default=-1) for side in _STACKS}
   side = 'encoder' if depth['encoder'] else 'decoder'
+  first = f'{side}/layers_0'
   attention = 'attention' if side == 'encoder' else 'self_attention'
-  per_layer = f'{side}/layers_0/relpos_bias/rel_embedding' in tensors
-  place = f'{side}/layers_0' if per_layer else side
-  heads, buckets = shape(f'{place}/relpos_bias/rel_embedding')
+  per_layer = f'{first}/relpos_bias/rel_embedding' in tensors
+  heads, buckets = shape(f'{first if per_layer else side}/relpos_bias/rel_embedding')
   vocab_size, emb_dim = shape('token_embedder/embedding')
-  joined = shape(f'{side}/layers_0/{attention}/query/kernel')[1]
-  gated = f'{side}/layers_0/mlp/wi_0/kernel' in tensors
+  gated = f'{first}/mlp/wi_0/kernel' in tensors
   architecture = 'encoder_decoder' if all(depth.values()) else side
+  untied = 'decoder/logits_dense/kernel' in tensors
   return T5Config(
     vocab_size=vocab_size,
     emb_dim=emb_dim,
     num_heads=heads,
-    head_dim=joined // heads,
-    mlp_dim=shape(f'{side}/layers_0/mlp/wo/kernel')[0],
+    head_dim=shape(f'{first}/{attention}/query/kernel')[1] // heads,
+    mlp_dim=shape(f'{first}/mlp/wo/kernel')[0],
     num_encoder_layers=depth['encoder'],
     num_decoder_layers=depth['decoder'],
     mlp_activations=_gin_activations(folder) or (('gelu', 'linear') if gated else ('relu',)),
-    logits_via_embedding=(
-      architecture != 'encoder' and 'decoder/logits_dense/kernel' not in tensors
-    ),
+    logits_via_embedding=architecture != 'encoder' and not untied,
     relpos_num_buckets=buckets,
     relpos_per_layer=per_layer,
     architecture=architecture,
@@ -218,7 +183,7 @@ def _gin_activations(folder: epath.Path) -> tuple[str, ...]:
   return ()
 
 
-def step(found: Mapping[str, Tensor]) -> int:
+def step(found: Tensors) -> int:
   """Returns the number of updates of a checkpoint, 0 if it does not say."""
   return int(found['state/step'].read()) if 'state/step' in found else 0
 

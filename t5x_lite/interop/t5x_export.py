@@ -1,13 +1,11 @@
 """Writes legacy T5X checkpoints: one msgpack file, and zarr beside it.
 
-What T5X's own Checkpointer writes, array by array: version 3, float32 or bfloat16, unrolled layers,
-or scanned on axis 1 where a relative position bias belongs to each layer, for which T5X has only
-the scanned network.
-
-Source: t5x/checkpoints.py Checkpointer.save.
+As t5x/checkpoints.py Checkpointer.save does, array by array: version 3, float32 or bfloat16,
+unrolled layers, or scanned on axis 1 where a relative position bias belongs to each layer, for
+which T5X has only the scanned network.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,13 +13,12 @@ from etils import epath
 from flax import serialization
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import run_export, t5x, tensor_names, zarr
-from t5x_lite.interop.tensors import Tensors
+from t5x_lite.interop import t5x, tensor_names, zarr
+from t5x_lite.interop.tensors import Progress, Tensors
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
-VERSION = 3
-SCAN_AXIS = 1
+VERSION, SCAN_AXIS = 3, 1
 _COMPRESSOR = {'id': 'gzip', 'level': 1}
 
 
@@ -39,42 +36,33 @@ def write(
   *,
   tensors: Tensors,
   cfg: T5Config,
-  dtype: str,
-  step: int = 0,
+  step: int,
   param_states: Mapping[str, Any],
-  progress: Callable[[str], None] = lambda name: None,
+  progress: Progress,
 ) -> None:
-  """Writes a checkpoint_STEP directory.
+  """Writes a checkpoint_STEP directory into an empty one.
 
-  The directory exists, and is empty. The dtype is 'float32' or 'bfloat16', of the parameters;
-  param_states are the optimizer's, a tree of arrays by T5X's names; the rest is as in
+  The param_states are the optimizer's, a tree of arrays by T5X's names; the rest is as in
   `export.write`.
   """
-  check(cfg, dtype)
+  check(cfg, cfg.param_dtype)
   root = directory / f'{t5x.PREFIX}{step}'
   root.mkdir()
-  kind = run_export.numpy_dtype(dtype)
   target = []
   for name, names in tensor_names.t5x_arrays(cfg).items():
     place = f'target.{name.replace("/", ".")}'
     axis = SCAN_AXIS if cfg.relpos_per_layer and '/layers_' in names[0] else None
-    parts = [tensors[part] for part in names]
-    array = zarr.write(str(root / place), parts, kind, _COMPRESSOR, axis=axis)
-    target.append((name.split('/'), _spec(array, place)))
+    parts, dtype = [tensors[part] for part in names], np.dtype(cfg.param_dtype)
+    array, _ = zarr.write(str(root / place), parts, dtype, _COMPRESSOR, axis)
+    full = array.spec().to_json()
+    # What stands for the array in the msgpack file; its path is relative.
+    spec = {'driver': 'zarr', 'dtype': full['dtype']}
+    spec['kvstore'] = {'driver': 'file', 'path': f'{place}/'}
+    spec['metadata'] = {key: full['metadata'][key] for key in ('chunks', 'compressor', 'shape')}
+    target.append((name.split('/'), spec))
     progress(f'target/{name}')
   state = {'step': np.asarray(step, np.int32), 'param_states': dict(param_states)}
   optimizer = {'state': state, 'target': pytrees.nested(target)}
   contents = {'version': VERSION, 'optimizer': optimizer}
   # Last: without this file there is no checkpoint.
   (root / t5x.FILE).write_bytes(serialization.msgpack_serialize(contents))
-
-
-def _spec(array: Any, place: str) -> dict[str, Any]:
-  """Returns what stands for an array in the msgpack file; its path relative."""
-  full = array.spec().to_json()
-  return {
-    'driver': 'zarr',
-    'dtype': full['dtype'],
-    'kvstore': {'driver': 'file', 'path': f'{place}/'},
-    'metadata': {key: full['metadata'][key] for key in ('chunks', 'compressor', 'shape')},
-  }

@@ -1,18 +1,15 @@
 """One table of names: ours, T5X's and Hugging Face's, for both directions.
 
-The canonical name of a tensor is T5X's of an unrolled model, such as
-'encoder/layers_3/mlp/wo/kernel'; one layer's tensor in T5X's orientation. Our trees have the same
-names with the layers stacked or in a list, T5X's scanned ones stack them on axis 1, and Hugging
-Face transposes every matrix.
-
-Sources: t5x/examples/t5/network.py and layers.py; t5x/examples/scalable_t5;
-transformers/models/t5/modeling_t5.py.
+A tensor's canonical name is T5X's of an unrolled model, such as 'encoder/layers_3/mlp/wo/kernel',
+with one layer's tensor in T5X's orientation. Our trees have the same names with the layers stacked
+or in a list, T5X's scanned ones stack them on axis 1, Hugging Face transposes every matrix.
+Sources: t5x/examples/t5 (network.py, layers.py) and scalable_t5; transformers' modeling_t5.py.
 """
 
 import functools
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 
@@ -20,15 +17,15 @@ from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
-# Ours below encoder/layers_I or decoder/layers_I, and Hugging Face's below encoder.block.I or
-# decoder.block.I.
+# Ours below STACK/layers_I, and Hugging Face's below STACK.block.I.
 ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
 _RELPOS = 'relpos_bias/rel_embedding'
+_LAYER = re.compile(r'(encoder|decoder)/layers_(\d+)/(.+)')
 
 
-def _block(attention: Sequence[tuple[str, str, str]], mlp: int):
-  """Returns {ours: Hugging Face's} of one layer."""
-  table = {}
+def _block(*attention: tuple[str, str, str]) -> dict[str, str]:
+  """Returns {ours: Hugging Face's} of one layer: attention, and the MLP after it."""
+  table, mlp = {}, len(attention)
   for i, (norm, ours, theirs) in enumerate(attention):
     table[f'{norm}/scale'] = f'layer.{i}.layer_norm.weight'
     for our_name, their_name in ATTENTION.items():
@@ -41,13 +38,10 @@ def _block(attention: Sequence[tuple[str, str, str]], mlp: int):
 
 
 _BLOCKS = {
-  'encoder': _block([('pre_attention_layer_norm', 'attention', 'SelfAttention')], mlp=1),
+  'encoder': _block(('pre_attention_layer_norm', 'attention', 'SelfAttention')),
   'decoder': _block(
-    [
-      ('pre_self_attention_layer_norm', 'self_attention', 'SelfAttention'),
-      ('pre_cross_attention_layer_norm', 'encoder_decoder_attention', 'EncDecAttention'),
-    ],
-    mlp=2,
+    ('pre_self_attention_layer_norm', 'self_attention', 'SelfAttention'),
+    ('pre_cross_attention_layer_norm', 'encoder_decoder_attention', 'EncDecAttention'),
   ),
 }
 
@@ -70,27 +64,19 @@ _BORROWED = {
 }
 
 
-_LAYER = re.compile(r'(encoder|decoder)/layers_(\d+)/(.+)')
-
-
 def hf_name(name: str) -> str:
   """Returns Hugging Face's name of a canonical one."""
-  if name in _WHOLE:
-    return _WHOLE[name]
-  match = _LAYER.fullmatch(name)
-  assert match, name
-  side, layer, rest = match.groups()
-  return f'{side}.block.{layer}.{_BLOCKS[side][rest]}'
+  if match := _LAYER.fullmatch(name):
+    side, layer, rest = match.groups()
+    return f'{side}.block.{layer}.{_BLOCKS[side][rest]}'
+  return _WHOLE[name]
 
 
-def whole_names() -> list[str]:
-  """Returns the canonical names that belong to no layer."""
-  return [n for n in _WHOLE if not n.endswith('/rel_embedding')]
-
-
-def layer_names(side: str, layer: int) -> list[str]:
-  """Returns the canonical names that one layer of any variant can have."""
-  return [f'{side}/layers_{layer}/{rest}' for rest in _BLOCKS[side]]
+def of_hf(layers: Iterable[tuple[str, int]]) -> dict[str, str]:
+  """Returns the canonical names by Hugging Face's of any variant with these layers of stacks."""
+  names = [name for name in _WHOLE if not name.endswith('/rel_embedding')]
+  names += [f'{side}/layers_{i}/{rest}' for side, i in layers for rest in _BLOCKS[side]]
+  return {hf_name(name): name for name in names}
 
 
 def is_transposed(name: str) -> bool:
@@ -100,67 +86,52 @@ def is_transposed(name: str) -> bool:
 
 def t5x_name(name: str, cfg: T5Config) -> str:
   """Returns T5X's name of a canonical one, below 'target/'."""
-  if cfg.architecture == 'decoder' and name == 'token_embedder/embedding':
-    # t5x/examples/decoder_only/network.py makes it inside the decoder.
-    return 'decoder/token_embedder/embedding'
-  return name
+  # t5x/examples/decoder_only/network.py makes it inside the decoder.
+  inside = cfg.architecture == 'decoder' and name == 'token_embedder/embedding'
+  return f'decoder/{name}' if inside else name
 
 
 def t5x_scanned_name(name: str) -> tuple[str, int | None]:
-  """Returns (T5X's name in a scanned model, the layer), None for no layer.
-
-  scalable_t5 names the scanned module after its stack: encoder/encoder/...
-  """
-  match = _LAYER.fullmatch(name)
-  if not match:
-    return name, None
-  side, layer, rest = match.groups()
-  return f'{side}/{side}/{rest}', int(layer)
+  """Returns (T5X's name in a scanned model, encoder/encoder/..., the layer), None for no layer."""
+  if match := _LAYER.fullmatch(name):
+    side, layer, rest = match.groups()
+    return f'{side}/{side}/{rest}', int(layer)
+  return name, None
 
 
 def lender(name: str) -> str | None:
   """Returns the encoder's tensor that a shared decoder's tensor is, or None."""
   match = re.fullmatch(r'decoder/(layers_\d+)/([^/]+)/(.+)', name)
-  if not match or match[2] not in _BORROWED:
-    return None
-  return f'encoder/{match[1]}/{_BORROWED[match[2]]}/{match[3]}'
+  theirs = _BORROWED.get(match[2]) if match else None
+  return f'encoder/{match[1]}/{theirs}/{match[3]}' if match and theirs else None
 
 
-def leaf_names(path: Sequence[str], num_layers: int) -> list[str]:
-  """Returns the canonical names of the tensors in one leaf of our tree.
-
-  In the path a list's index is the layer's number; num_layers are in a stacked leaf.
-
-  Returns:
-    One name, or one a layer for a leaf that is stacked.
-  """
+def leaf_names(cfg: T5Config, path: Sequence[str]) -> list[str]:
+  """Returns the canonical names of one leaf of our tree: one, or one a layer if it is stacked."""
   if 'layers' not in path:
     return ['/'.join(path)]
   side, _, *rest = path
-  if rest[0].isdigit():
+  if rest[0].isdigit():  # the layer's number in a list
     return ['/'.join((side, f'layers_{rest[0]}', *rest[1:]))]
-  return ['/'.join((side, f'layers_{i}', *rest)) for i in range(num_layers)]
+  layers = cfg.num_encoder_layers if side == 'encoder' else cfg.num_decoder_layers
+  return ['/'.join((side, f'layers_{i}', *rest)) for i in range(layers)]
 
 
-def num_layers(cfg: T5Config, path: Sequence[str]) -> int:
-  """Returns the depth of the stack a leaf belongs to."""
-  return cfg.num_encoder_layers if path[0] == 'encoder' else cfg.num_decoder_layers
+def is_stacked(cfg: T5Config, path: Sequence[str]) -> bool:
+  """True if a leaf holds the layers of a stack, along its first dim."""
+  return cfg.scan_layers and 'layers' in path
 
 
 @functools.lru_cache(maxsize=64)
 def leaves(cfg: T5Config) -> Sequence[tuple[tuple[str, ...], jax.ShapeDtypeStruct, Sequence[str]]]:
   """Returns (path, shape and dtype, canonical names) of our tree's leaves."""
-  _, shapes, _ = t5.abstract_params(cfg)
-  found = pytrees.leaves(shapes)
-  return [(path, leaf, leaf_names(path, num_layers(cfg, path))) for path, leaf in found]
+  found = pytrees.leaves(t5.abstract_params(cfg)[1])
+  return [(path, leaf, leaf_names(cfg, path)) for path, leaf in found]
 
 
 @functools.lru_cache(maxsize=64)
 def shapes(cfg: T5Config) -> Mapping[str, tuple[int, ...]]:
-  """Returns the shape of every tensor of a model by canonical name.
-
-  The order is that of our tree: all layers of one parameter together.
-  """
+  """Returns the shape of every tensor by canonical name, in our tree's order: by parameter."""
   result = {}
   # Stacked shapes need one layer's abstract module, however deep the model.
   for path, leaf, names in leaves(cfg.replace(scan_layers=True)):

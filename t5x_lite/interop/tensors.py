@@ -18,6 +18,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
 Index = tuple[slice, ...]
+Progress = Callable[[str], None]  # told the name of each array that was written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,7 @@ class Tensor:
 
   def transposed(self) -> 'Tensor':
     """Returns the transpose of a matrix."""
-    return dataclasses.replace(
-      self, shape=self.shape[::-1], fetch=lambda index: self.fetch(index[::-1]).T
-    )
+    return dataclasses.replace(self, shape=self.shape[::-1], fetch=lambda i: self.fetch(i[::-1]).T)
 
   def layer(self, axis: int, i: int) -> 'Tensor':
     """Returns what is at i of an axis, without that axis."""
@@ -59,27 +58,25 @@ Tensors = Mapping[str, Tensor]
 
 def of_array(array: Any, origin: str = 'memory') -> Tensor:
   """Wraps a numpy or JAX array."""
-  return Tensor(
-    tuple(array.shape),
-    np.dtype(array.dtype),
-    lambda index: np.asarray(array[index] if index else array),
-    origin,
-  )
+
+  def fetch(index: Index) -> np.ndarray:
+    return np.asarray(array[index] if index else array)
+
+  return Tensor(tuple(array.shape), np.dtype(array.dtype), fetch, origin)
 
 
 def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
   """Returns a model's parameters as tensors; nothing is copied yet."""
   result = {}
   for path, leaf in pytrees.leaves(params):
-    names = tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path))
-    stacked = cfg.scan_layers and 'layers' in path
-    result |= of_leaf(of_array(leaf, '/'.join(path)), names, stacked)
+    result |= of_leaf(of_array(leaf, '/'.join(path)), cfg, path)
   return result
 
 
-def of_leaf(whole: Tensor, names: Sequence[str], stacked: bool) -> dict[str, Tensor]:
+def of_leaf(whole: Tensor, cfg: T5Config, path: Sequence[str]) -> dict[str, Tensor]:
   """Returns the tensors that one leaf of our tree is, by their canonical names."""
-  if not stacked:
+  names = tensor_names.leaf_names(cfg, path)
+  if not tensor_names.is_stacked(cfg, path):
     return {names[0]: whole}
   return {name: whole.layer(0, i) for i, name in enumerate(names)}
 
@@ -100,21 +97,18 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = N
   """Reads tensors into a parameter tree, each part to the device that keeps it.
 
   One leaf at a time; of a leaf that is cut over devices, one part at a time. No device ever holds
-  more than its own share. The tensors are cast to the model's param_dtype, or to the dtypes of
-  specs, a tree of ShapeDtypeStructs. Shardings of None are the first device.
+  more than its own share. They are cast to the model's param_dtype, or to the dtypes of specs, a
+  tree of ShapeDtypeStructs. Shardings of None are the first device.
   """
-  shapes = specs
-  if shapes is None:
-    _, shapes, _ = t5.abstract_params(cfg)
+  shapes = t5.abstract_params(cfg)[1] if specs is None else specs
   if shardings is None:
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: one, shapes)
 
   def make(keys: Any, leaf: Any, sharding: Any) -> jax.Array:
     path = pytrees.names_of(keys)
-    found = tensor_names.leaf_names(path, tensor_names.num_layers(cfg, path))
-    stacked = cfg.scan_layers and 'layers' in path
-    parts = [tensors[name] for name in found]
+    stacked = tensor_names.is_stacked(cfg, path)
+    parts = [tensors[name] for name in tensor_names.leaf_names(cfg, path)]
     done: dict[Any, np.ndarray] = {}
 
     def fetch(index: Index | None) -> np.ndarray:
@@ -133,7 +127,7 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = N
 def _assemble(parts: Sequence[Tensor], index: Index, leaf: Any, stacked: bool) -> np.ndarray:
   """Returns part of a leaf, filled layer by layer."""
   if not stacked:
-    return np.asarray(parts[0].read(index or None)).astype(leaf.dtype)
+    return parts[0].read(index).astype(leaf.dtype)
   layers = range(*index[0].indices(len(parts)))
   shape = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)]
   out = np.empty(shape, leaf.dtype)
@@ -143,10 +137,7 @@ def _assemble(parts: Sequence[Tensor], index: Index, leaf: Any, stacked: bool) -
 
 
 def blocks(shape: Sequence[int], limit: int) -> list[Index]:
-  """Cuts an array along its first dim into parts of at most limit elements.
-
-  A single row larger than that is a part of its own.
-  """
+  """Cuts an array along its first dim into parts of at most limit elements, or of one row."""
   if not shape or int(np.prod(shape)) <= limit:
     return [(slice(None),) * len(shape)]
   rows = max(1, limit // max(1, int(np.prod(shape[1:]))))

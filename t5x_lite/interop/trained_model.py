@@ -14,7 +14,6 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, tensors
-from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import checkpoints, run_directory
 
@@ -34,10 +33,7 @@ class TrainedModel:
   found: Mapping[str, tensors.Tensor]  # by canonical name, unread
 
   def load_params(self, specs: Any) -> Any:
-    """Reads the parameters, each part to the device that keeps it.
-
-    Specs are a tree of ShapeDtypeStructs with shardings; see `model_sharding.inference_params`.
-    """
+    """Reads them onto the devices, as specs say; see `model_sharding.inference_params`."""
     shardings = jax.tree.map(lambda spec: spec.sharding, specs)
     return tensors.place(dict(self.found), self.config, shardings, specs)
 
@@ -46,25 +42,15 @@ def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
   """Opens a run of ours, a folder of transformers or T5X, or a hub id: `open_source`'s path.
 
   With an adapter, a folder for `adapters.put_on`. Changes are fields of T5Config, such as
-  dtype='bfloat16'.
-
-  Raises:
-    UsageError: if nothing there can be read, something is missing in it, or it does not say what
-      its vocabulary is.
+  dtype='bfloat16'. Raises UsageError if nothing there can be read, something is missing in it, or
+  it does not say what its vocabulary is.
   """
   source = checkpoint_source.open_source(path)
   if adapter:
     source = adapters.put_on(source, adapter)
-  return of_source(source, path, **changes)
-
-
-def of_source(source: Source, path: str, **changes: Any) -> TrainedModel:
-  """The same of a source that is open."""
   if source.vocabulary is None:
-    raise UsageError(
-      f'{path} does not say what its vocabulary is: convert it first with '
-      '`t5x-lite convert --vocabulary=...`'
-    )
+    first = 'convert it first with `t5x-lite convert --vocabulary=...`'
+    raise UsageError(f'{path} does not say what its vocabulary is: {first}')
   check_vocabulary(source.config, source.vocabulary)
   config = source.config.replace(**changes)
   found, _ = assignment.assign(source, config)
@@ -92,13 +78,10 @@ def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig) -> None:
 
 
 def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedModel:
-  """Opens the mean of several checkpoints, which is read like one.
+  """Opens the mean of several checkpoints, which is read like one; options are of open_model.
 
   Of run directories the `last` newest checkpoints count; STEP directories and other models count as
-  they are. Options are those of open_model.
-
-  Raises:
-    UsageError: if a run has fewer, or they are not of one architecture.
+  they are. Raises UsageError if a run has fewer, or they are not of one architecture.
   """
   single = []
   for path in paths:
@@ -112,10 +95,9 @@ def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedMod
   models = [open_model(path, **options) for path in single]
   check_alike(models)
   first = max(models, key=lambda model: model.step)
-  found = {
-    name: tensors.mean([model.found[name] for model in models]) if len(models) > 1 else tensor
-    for name, tensor in first.found.items()
-  }
+  if len(models) == 1:
+    return first
+  found = {name: tensors.mean([model.found[name] for model in models]) for name in first.found}
   return dataclasses.replace(first, found=found)
 
 

@@ -24,13 +24,10 @@ _ITEMS = '_CHECKPOINT_METADATA'
 
 
 def verify(step: str, prefix: str = '') -> None:
-  """Checks one STEP directory.
+  """Checks one STEP directory; DamagedError names what is missing or changed.
 
   Checkpoints of earlier versions, and of other programs, have no checksums and pass if their arrays
   can be opened. With a prefix such as 'params.' only arrays whose names begin so are compared.
-
-  Raises:
-    DamagedError: if something is missing or changed; names it.
   """
   root = epath.Path(step)
   try:
@@ -44,29 +41,23 @@ def verify(step: str, prefix: str = '') -> None:
   saved = read_meta(root).get('checksums') or {}
   try:
     stored = zarr.orbax_tensors(root / 'state', zarr.Reader())
-    if lost := sorted(saved.keys() - stored.keys()):
-      raise DamagedError(f'{root / "state"} has lost {lost[0]}')
-    names = sorted(name for name in saved if name.startswith(prefix))
+    names = sorted(name for name in saved.keys() & stored.keys() if name.startswith(prefix))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-      found = pool.map(lambda name: _checksum(stored[name]), names)
-      for name, total in zip(names, found, strict=True):
-        if total != saved[name]:
-          raise DamagedError(f'{name} in {root} is not as it was written')
-  except DamagedError:
-    raise
+      sums = list(pool.map(lambda name: _checksum(stored[name]), names))
   except (ValueError, OSError) as error:
     raise DamagedError(f'{root} cannot be read: {first_line(error)}') from error
+  if lost := sorted(saved.keys() - stored.keys()):
+    raise DamagedError(f'{root / "state"} has lost {lost[0]}')
+  for name, total in zip(names, sums, strict=True):
+    if total != saved[name]:
+      raise DamagedError(f'{name} in {root} is not as it was written')
 
 
 def read_meta(root: epath.Path) -> dict[str, Any]:
-  """Returns the meta item of a step; empty if it never had one.
-
-  Raises:
-    DamagedError: if it is not as it was written.
-  """
-  path = root / 'meta' / 'metadata'
+  """Returns the meta item of a step, empty if it never had one; DamagedError if it was changed."""
   if not (root / 'meta').is_dir():
     return {}
+  path = root / 'meta' / 'metadata'
   try:
     meta = json.loads(retried(path, path.read_text))
   except (OSError, ValueError) as error:
@@ -79,8 +70,6 @@ def read_meta(root: epath.Path) -> dict[str, Any]:
 
 
 def _checksum(tensor: Tensor) -> int:
-  total = 0
-  for index in blocks(tensor.shape, _PART):
-    start = [part.indices(n)[0] for part, n in zip(index, tensor.shape, strict=True)]
-    total += checksums.of_block(tensor.read(index or None), tensor.shape, start)
-  return total & 0xFFFFFFFF
+  parts = blocks(tensor.shape, _PART)
+  sums = (checksums.of_part(tensor.read(index), tensor.shape, index) for index in parts)
+  return sum(sums) & 0xFFFFFFFF

@@ -1,9 +1,11 @@
 """Zarr arrays of T5X, Orbax and our own checkpoints, through TensorStore."""
 
+import contextlib
+import functools
 import json
 import os
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,10 @@ from etils import epath
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop.tensors import Index, Tensor, blocks
+from t5x_lite.parallel import checksums
 from t5x_lite.parallel.distributed import first_line
 
-# As T5X: large enough for object stores, small enough to be read in parts.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20  # as T5X: large enough for object stores, small enough to be read in parts
 _PART = 1 << 26  # elements in memory at a time
 
 METADATA = '_METADATA'
@@ -37,47 +39,38 @@ class Reader:
   """
 
   def __init__(self):
-    self._last: tuple[str, np.ndarray] | None = None
+    self._whole = functools.lru_cache(maxsize=1)(lambda array: array.read().result())
 
   def tensor(self, spec: Mapping[str, Any], name: str, **options: Any) -> Tensor:
-    """Opens an array.
+    """Opens the array of a TensorStore spec, with `tensorstore.open`'s options.
 
-    The spec is TensorStore's, without a context; the name is for messages; options are those of
-    tensorstore.open.
-
-    Raises:
-      UsageError: if it is not there or damaged.
+    Raises UsageError with its name, here or when it is read, if it is not there or damaged.
     """
-    try:
+    with _named_errors(name):
       array = ts.open(dict(spec), open=True, read=True, **options).result()
-    except (ValueError, OSError) as error:
-      raise UsageError(f'cannot read {name}: {first_line(error)}') from error
-    dtype = np.dtype(array.dtype.numpy_dtype)
-    return Tensor(tuple(array.shape), dtype, self._fetch(array, name), name)
 
-  def _fetch(self, array: Any, name: str) -> Callable[[Index], np.ndarray]:
     def fetch(index: Index) -> np.ndarray:
-      last = self._last  # another thread may replace it
-      if last is not None and last[0] == name:
-        return last[1][index]
-      try:
+      with _named_errors(name):
         if _is_wasteful(array, index):
-          whole = np.asarray(array.read().result())
-          self._last = (name, whole)
-          return whole[index]
-        return np.asarray(array[index].read().result() if index else array.read().result())
-      except (ValueError, OSError) as error:
-        raise UsageError(f'cannot read {name}: {first_line(error)}') from error
+          return self._whole(array)[index]
+        return np.asarray(array[index].read().result())
 
-    return fetch
+    return Tensor(tuple(array.shape), np.dtype(array.dtype.numpy_dtype), fetch, name)
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    raise UsageError(f'cannot read {name}: {first_line(error)}') from error
 
 
 def _is_wasteful(array: Any, index: Index) -> bool:
   """True if the chunks that are touched hold twice what is asked for."""
   asked = decoded = 1
-  for part, size, chunk in zip(
-    index, array.shape, array.chunk_layout.read_chunk.shape or (), strict=False
-  ):
+  chunks = array.chunk_layout.read_chunk.shape or ()
+  for part, size, chunk in zip(index, array.shape, chunks, strict=False):
     start, stop, _ = part.indices(size)
     if stop <= start:
       return False
@@ -87,9 +80,7 @@ def _is_wasteful(array: Any, index: Index) -> bool:
   return decoded >= 2 * asked
 
 
-def file_tensor(
-  directory: epath.Path, name: str, reader: Reader, *, complete: bool = False
-) -> Tensor:
+def file_tensor(directory: epath.Path, name: str, reader: Reader, complete: bool = False) -> Tensor:
   """Opens an array that has a directory of its own; for the rest see `Reader.tensor`.
 
   It is complete if chunks of zeros are stored too, so that one that is missing was lost.
@@ -101,43 +92,28 @@ def file_tensor(
 
 
 def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
-  """Opens all arrays of an Orbax item, one store or a directory an array.
-
-  Returns:
-    Tensors by Orbax's names: the tree's keys joined by dots.
-  """
-  complete = _stores_zeros(directory)
-  if not (directory / _OCDBT).exists():
-    return {
-      child.name: file_tensor(child, child.name, reader, complete=complete)
-      for child in sorted(directory.iterdir())
-      if (child / _ZARRAY).exists()
-    }
-  store = {'driver': 'ocdbt', 'base': f'{url(directory)}/'}
-  spec = {'driver': 'zarr', 'fill_missing_data_reads': not complete}
-  listing = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
-  names = [key.removesuffix(f'/{_ZARRAY}') for key in listing if key.endswith(f'/{_ZARRAY}')]
-  return {
-    name: reader.tensor({**spec, 'kvstore': {**store, 'path': f'{name}/'}}, name)
-    for name in sorted(names)
-  }
-
-
-def _stores_zeros(directory: epath.Path) -> bool:
-  """True if an Orbax item says that chunks of zeros are stored as well."""
+  """Opens all arrays of an Orbax item, of either layout, by its names: keys joined by dots."""
   file = directory / METADATA
   try:
     entry = json.loads(file.read_text()) if file.is_file() else {}
   except ValueError as error:
     raise UsageError(f'{file} is not JSON: {error}') from error
-  return bool(entry.get('store_array_data_equal_to_fill_value'))
+  complete = bool(entry.get('store_array_data_equal_to_fill_value'))  # chunks of zeros as well
+  if not (directory / _OCDBT).exists():
+    children = [path for path in sorted(directory.iterdir()) if (path / _ZARRAY).exists()]
+    return {path.name: file_tensor(path, path.name, reader, complete) for path in children}
+  result: dict[str, Tensor] = {}
+  store = {'driver': 'ocdbt', 'base': f'{url(directory)}/'}
+  for key in sorted(key.decode() for key in ts.KvStore.open(store).result().list().result()):
+    if key.endswith(f'/{_ZARRAY}'):
+      name = key.removesuffix(f'/{_ZARRAY}')
+      spec = {'driver': 'zarr', 'kvstore': {**store, 'path': f'{name}/'}}
+      result[name] = reader.tensor({**spec, 'fill_missing_data_reads': not complete}, name)
+  return result
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, *, whole_dims: int = 0) -> list[int]:
-  """Returns chunks of at most CHUNK_BYTES, cut along the leading dims.
-
-  The first whole_dims, such as that of the layers, have chunks of one.
-  """
+  """Returns chunks of at most CHUNK_BYTES, cut along the leading dims; of one along whole_dims."""
   chunk = [1] * whole_dims + list(shape[whole_dims:])
   for dim in range(whole_dims, len(shape)):
     rest = int(np.prod(chunk)) * itemsize
@@ -147,13 +123,7 @@ def chunk_shape(shape: Sequence[int], itemsize: int, *, whole_dims: int = 0) -> 
   return [max(1, size) for size in chunk]
 
 
-def create(
-  path: str,
-  shape: Sequence[int],
-  dtype: np.dtype,
-  chunks: Sequence[int],
-  compressor: Mapping[str, Any],
-) -> Any:
+def create(path: str, shape: Sequence[int], dtype: np.dtype, chunks: Any, compressor: Any) -> Any:
   """Creates an array; write to it by assigning to parts of it."""
   metadata = {'shape': list(shape), 'chunks': list(chunks), 'compressor': dict(compressor)}
   # A chunk of zeros is stored too, so that one that is missing was lost.
@@ -163,19 +133,9 @@ def create(
 
 
 def write(
-  path: str,
-  parts: Sequence[Tensor],
-  dtype: np.dtype,
-  compressor: Mapping[str, Any],
-  *,
-  axis: int | None = None,
-  each: Callable[[np.ndarray, Sequence[int], Sequence[int]], None] = lambda *_: None,
-) -> Any:
-  """Writes an array a part at a time and returns it.
-
-  Parts are its layers, whose dim is `axis`, or the array alone. For each block `each` is called
-  with it, the array's shape and where in it the block starts.
-  """
+  path: str, parts: Sequence[Tensor], dtype: np.dtype, compressor: Any, axis: int | None = None
+) -> tuple[Any, int]:
+  """Writes an array, or its layers along `axis`, part by part; returns it and its checksum."""
   shape = list(parts[0].shape)
   if axis is None:
     chunks = chunk_shape(shape, dtype.itemsize)
@@ -183,7 +143,7 @@ def write(
     first, *chunks = chunk_shape([len(parts), *shape], dtype.itemsize, whole_dims=1)
     shape.insert(axis, len(parts))
     chunks.insert(axis, first)
-  array = create(path, shape, dtype, chunks, compressor)
+  array, total = create(path, shape, dtype, chunks, compressor), 0
   for layer, part in enumerate(parts):
     for index in blocks(part.shape, _PART):
       block, where = part.read(index).astype(dtype, copy=False), list(index)
@@ -191,8 +151,8 @@ def write(
         block = np.expand_dims(block, axis)
         where.insert(axis, slice(layer, layer + 1))
       array[tuple(where)].write(block).result()
-      each(block, shape, [at.indices(size)[0] for at, size in zip(where, shape, strict=True)])
-  return array
+      total += checksums.of_part(block, shape, where)
+  return array, total & 0xFFFFFFFF
 
 
 # Not each file is forced to the disk: the directory gets its name only when all are written, and a
@@ -202,24 +162,16 @@ _UNSYNCED = ts.Context({'file_io_sync': False})
 ORBAX_COMPRESSOR = {'id': 'zstd', 'level': 1}
 
 
-def orbax_metadata(names: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
-  """Returns the _METADATA of an Orbax item of plain nested dicts.
+def orbax_metadata(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
+  """Returns the _METADATA of an Orbax item of plain nested dicts, given shapes by the arrays' keys.
 
-  The names are the arrays' keys, with their shapes.
-
-  Source: orbax/checkpoint/_src/metadata/tree.py, the form that version 0.12 writes with
-  use_ocdbt=False and earlier ones read.
+  As orbax/checkpoint/_src/metadata/tree.py version 0.12 writes it with use_ocdbt=False, and earlier
+  ones read it.
   """
-  tree = {
-    str(keys): {
-      'key_metadata': [{'key': key, 'key_type': 2} for key in keys],
-      'value_metadata': {
-        'value_type': 'jax.Array',
-        'skip_deserialize': False,
-        'write_shape': list(shape),
-      },
-    }
-    for keys, shape in names.items()
-  }
+  tree = {}
+  for keys, shape in shapes.items():
+    value = {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(shape)}
+    named = [{'key': key, 'key_type': 2} for key in keys]
+    tree[str(keys)] = {'key_metadata': named, 'value_metadata': value}
   options = {'use_ocdbt': False, 'use_zarr3': False, 'store_array_data_equal_to_fill_value': True}
   return json.dumps({'tree_metadata': tree, **options, 'custom_metadata': None})

@@ -5,7 +5,6 @@ number does not depend on how the array is cut: the bits of each element times a
 depends on its place, modulo 2**32. Any one changed bit changes it, and so does a block moved.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -25,18 +24,15 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def of_tree(tree: Any) -> dict[str, int]:
-  """Returns the checksum of every array of nested dicts, computed where the arrays lie.
+  """Returns the checksum of each array of nested dicts by Orbax's name, 'params.encoder.layers...'.
 
-  The mesh may be any; the tree is the same on all processes. Checksums come by Orbax's name on
-  disk, 'params.encoder.layers...'.
+  Computed where the arrays lie, on any mesh; the tree is the same on all processes.
   """
   flat = {name.replace('/', '.'): leaf for name, leaf in pytrees.flatten_names(tree).items()}
   return {name: int(x) for name, x in jax.device_get(_sums(flat)).items()}
 
 
-@jax.jit
-def _sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name: _sum(array) for name, array in flat.items()}
+_sums = jax.jit(lambda flat: {name: _sum(array) for name, array in flat.items()})
 
 
 def _sum(array: jax.Array) -> jax.Array:
@@ -50,18 +46,14 @@ def _sum(array: jax.Array) -> jax.Array:
 
 
 def of_block(block: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> int:
-  """Returns what a block adds to the checksum of its array.
-
-  The block starts at `start` in an array of this shape.
-  """
+  """Returns what a block that starts at `start` of an array of this shape adds to its checksum."""
   block = np.ascontiguousarray(block)
   if block.dtype == np.bool_:
     block = block.astype(np.uint8)
   bits = block.view(_BITS[block.dtype.itemsize])
   if tuple(block.shape[1:]) == tuple(shape[1:]):
     # Its elements follow each other: no array of their places is needed.
-    offset = (start[0] if shape else 0) * math.prod(shape[1:])
-    return _of_run(bits.reshape(-1), offset)
+    return _of_run(bits.reshape(-1), (start[0] if shape else 0) * math.prod(shape[1:]))
   place = np.zeros((1,) * block.ndim, np.uint32)
   for dim, stride in enumerate(_strides(shape)):
     steps = (np.arange(block.shape[dim]) + start[dim]).astype(np.uint32)
@@ -70,15 +62,17 @@ def of_block(block: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> i
   return int(np.sum(bits.astype(np.uint32) * (2 * place + 1), dtype=np.uint32))
 
 
-_RUN = 1 << 16
+def of_part(part: np.ndarray, shape: Sequence[int], index: Sequence[slice]) -> int:
+  """The same of the part that one slice a dim names."""
+  return of_block(part, shape, [at.indices(n)[0] for at, n in zip(index, shape, strict=True)])
 
 
-def _of_run(bits: np.ndarray, offset: int) -> int:
+def _of_run(bits: np.ndarray, offset: int, run: int = 1 << 16) -> int:
   """Returns the checksum of elements that follow each other."""
-  odd = np.arange(1, 2 * _RUN, 2, dtype=np.uint32)
+  odd = np.arange(1, 2 * run, 2, dtype=np.uint32)
   total = 0
-  for first in range(0, bits.size, _RUN):
-    part = bits[first : first + _RUN].astype(np.uint32, copy=False)
+  for first in range(0, bits.size, run):
+    part = bits[first : first + run].astype(np.uint32, copy=False)
     total += int(np.dot(part, odd[: part.size]))
     total += 2 * (offset + first) * int(np.sum(part, dtype=np.uint64))
   return total & 0xFFFFFFFF
@@ -122,16 +116,13 @@ def of_file(path: epath.Path) -> str:
   """Returns the SHA-256 of a file."""
   sha256 = hashlib.sha256()
   with path.open('rb') as file:
-    for part in iter(functools.partial(file.read, 1 << 20), b''):
+    while part := file.read(1 << 20):
       sha256.update(part)
   return sha256.hexdigest()
 
 
 def check_files(directory: epath.Path, digests: Mapping[str, str]) -> None:
   """Raises DamagedError unless the files are there as they were written."""
-  for name, digest in digests.items():
-    path = directory / name
-    if not path.exists():
-      raise DamagedError(f'{path} is missing')
-    if of_file(path) != digest:
-      raise DamagedError(f'{path} is not as it was written')
+  for path in map(directory.joinpath, digests):
+    if not path.exists() or of_file(path) != digests[path.name]:
+      raise DamagedError(f'{path} is {"not as it was written" if path.exists() else "missing"}')

@@ -23,26 +23,20 @@ from t5x_lite.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-# A lost process is noticed within this many seconds; JAX's own default is 100.
-HEARTBEAT_TIMEOUT_SECONDS = 60
-# How long `barrier` and the end of a run wait for the slowest process.
-BARRIER_TIMEOUT_SECONDS = 300
+HEARTBEAT_TIMEOUT_SECONDS = 60  # until a lost process is noticed; JAX's own default is 100
+BARRIER_TIMEOUT_SECONDS = 300  # that `barrier` and a run's end wait for the slowest process
 
 
 class LostProcessError(RuntimeError):
   """Another process of the run died, so a collective could not finish."""
 
   exit_code = 5
-  # JAX's own clean-up at exit waits for the lost process to say goodbye.
-  exit_at_once = True
+  exit_at_once = True  # JAX's own clean-up would wait for the lost process to say goodbye
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessGroup:
-  """Where the coordinator is, how many processes there are, and which is this.
-
-  An empty address or a None asks JAX's cluster detection for that value.
-  """
+  """Where the processes meet, how many, which this is; '' or None asks JAX's cluster detection."""
 
   coordinator_address: str = ''
   process_count: int | None = None
@@ -53,29 +47,30 @@ class ProcessGroup:
 def detect(environ: Mapping[str, str]) -> ProcessGroup | None:
   """Returns the process group that the environment describes, or None for one.
 
-  Launchers are asked in this order: our own variables (set by `launch/local_multiprocess.sh` and
-  the Kubernetes manifest), SLURM, Open MPI, Cloud TPU. An allocation of one process is not a group,
-  so that a shell inside a SLURM job runs the same command as a laptop does.
+  Asked in this order: our own variables (set by `launch/local_multiprocess.sh` and the Kubernetes
+  manifest), SLURM, Open MPI, Cloud TPU. An allocation of one process is no group, so that a shell
+  inside a SLURM job runs the same command as a laptop does.
   """
 
   def number(name: str) -> int | None:
     value = environ.get(name, '')
     return int(value) if value.isdigit() else None
 
+  def several(name: str) -> bool:
+    return (number(name) or 1) > 1
+
   source = 'JAX_COORDINATOR_ADDRESS'
-  address = environ.get(source, '')
-  count = number('JAX_NUM_PROCESSES')
+  address, count = environ.get(source, ''), number('JAX_NUM_PROCESSES')
   index = number('JAX_PROCESS_ID')
   if index is None:
     index = number('JOB_COMPLETION_INDEX')  # a Kubernetes indexed job
   if address and count is not None and index is not None:
     return None if count == 1 else ProcessGroup(address, count, index, source)
-  if (number('SLURM_NTASKS') or 1) > 1 and number('SLURM_PROCID') is not None:
+  if several('SLURM_NTASKS') and number('SLURM_PROCID') is not None:
     return ProcessGroup(source='SLURM')
-  if (number('OMPI_COMM_WORLD_SIZE') or 1) > 1:
+  if several('OMPI_COMM_WORLD_SIZE'):
     return ProcessGroup(source='Open MPI')
-  workers = environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
-  if len(workers) > 1 or (number('MEGASCALE_NUM_SLICES') or 1) > 1:
+  if ',' in environ.get('TPU_WORKER_HOSTNAMES', '') or several('MEGASCALE_NUM_SLICES'):
     return ProcessGroup(source='Cloud TPU')
   return None
 
@@ -92,15 +87,11 @@ def initialize(
 
   Call it before anything touches a JAX device. An empty coordinator_address (`host:port` of process
   0) asks the environment. Timeouts are seconds: to wait for every process to appear, and of silence
-  after which a process counts as lost.
-
-  Raises:
-    UsageError: if only some of the three addresses are given, or they contradict each other.
+  after which a process counts as lost. Raises UsageError if only some of the three addresses are
+  given, or they contradict each other.
   """
-  if not coordinator_address and process_count is None and process_index is None:
-    group = detect(os.environ)
-  else:
-    group = _checked_group(coordinator_address, process_count, process_index)
+  given = (coordinator_address, process_count, process_index)
+  group = detect(os.environ) if given == ('', None, None) else _checked_group(*given)
   if group is None:
     return
   # XLA:CPU talks between processes through gloo; other backends ignore this.
@@ -115,10 +106,9 @@ def initialize(
       shutdown_timeout_seconds=BARRIER_TIMEOUT_SECONDS,
     )
   except RuntimeError as error:
-    raise LostProcessError(
-      f'could not join the other processes (found through {group.source}) '
-      f'within {initialization_timeout} s: {first_line(error)}'
-    ) from error
+    others = f'the other processes (found through {group.source})'
+    message = f'could not join {others} within {initialization_timeout} s'
+    raise LostProcessError(f'{message}: {first_line(error)}') from error
   index, count = jax.process_index(), jax.process_count()
   log.info('process %d of %d, found through %s', index, count, group.source)
 
@@ -128,10 +118,8 @@ def _checked_group(address: str, count: int | None, index: int | None) -> Proces
   if count == 1 and not index:
     return None
   if not address or count is None or index is None:
-    raise UsageError(
-      'give all of coordinator_address, process_count and process_index, or '
-      f'none of them (got {address!r}, {count} and {index})'
-    )
+    needed = 'give all of coordinator_address, process_count and process_index, or none of them'
+    raise UsageError(f'{needed} (got {address!r}, {count} and {index})')
   if ':' not in address:
     raise UsageError(f'coordinator_address={address!r} has no port: write host:port')
   if not 0 <= index < count:
@@ -148,10 +136,8 @@ def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, i
   """Returns which part of every batch this process loads, and of how many.
 
   Processes that only share a model axis need the same rows, so there may be fewer parts than
-  processes. The sharding is a batch's, whose leading dim is cut into consecutive blocks.
-
-  Raises:
-    UsageError: if a process would need rows that are not one equal block.
+  processes. The sharding is a batch's, whose leading dim is cut into consecutive blocks. Raises
+  UsageError if a process would need rows that are not one equal block.
   """
   indices = sharding.addressable_devices_indices_map((batch_size,)).values()
   bounds = {index[0].indices(batch_size)[:2] for index in indices if index}
@@ -159,27 +145,21 @@ def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, i
   size = last - first
   if sum(b - a for a, b in bounds) != size or first % size or batch_size % size:
     raise UsageError(
-      'the mesh gives this process rows of the batch that do not follow each '
-      'other: let data x fsdp be a multiple of the number of processes, or '
-      'model a multiple of the devices of a process'
+      'the mesh gives this process rows of the batch that do not follow each other: let data x '
+      'fsdp be a multiple of the number of processes, or model of the devices of a process'
     )
   return first // size, batch_size // size
 
 
 def barrier(name: str, timeout: int = BARRIER_TIMEOUT_SECONDS) -> None:
-  """Waits until every process is here.
-
-  Raises:
-    LostProcessError: if one does not arrive within `timeout` seconds.
-  """
+  """Waits until every process is here; LostProcessError if one does not come within `timeout` s."""
   if jax.process_count() == 1:
     return
   try:
     multihost.sync_global_processes(name, timeout=timeout)
   except Exception as error:
-    raise LostProcessError(
-      f'a process did not reach {name!r} within {timeout} s: {first_line(error)}'
-    ) from error
+    late = f'a process did not reach {name!r} within {timeout} s'
+    raise LostProcessError(f'{late}: {first_line(error)}') from error
 
 
 def anywhere(condition: bool) -> bool:
@@ -192,11 +172,9 @@ def anywhere(condition: bool) -> bool:
 def from_primary(count: Callable[[], int]) -> int:
   """Returns, on every process, the number from 0 on that the first one, alone, comes to.
 
-  Raises:
-    Exception: what count raises, and UsageError on all other processes: none waits for another.
+  Raises what count raises, and UsageError on all other processes: none waits for another.
   """
-  error: Exception | None = None
-  found = 0
+  error, found = None, 0
   if is_primary():
     try:
       found = count()
@@ -256,9 +234,8 @@ class StopSignal:
     _obeyed = self.received
     return bool(self.received)
 
-  def handle(self, number: int, frame: types.FrameType | None) -> None:
+  def handle(self, number: int, _: types.FrameType | None) -> None:
     """Receives a signal; the second one interrupts."""
-    del frame
     if self.received:  # asked twice: the user does not want to wait
       raise KeyboardInterrupt
     self.received = signal.Signals(number).name

@@ -1,12 +1,13 @@
 """Facts about accelerators: memory, bandwidths, how they are connected.
 
-Numbers are the vendors'. They feed default meshes, ahead-of-time reports and the planner, none of
-which needs them to better than some per cent.
+The vendors' numbers, for default meshes, ahead-of-time reports and the planner: none needs them to
+better than some per cent.
 """
 
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from t5x_lite.errors import UsageError
 GIB = 2**30
 
 # Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from the vendors' data
-# sheets. A TPU v2/v3 chip shows as two devices, and so does TPU7x. Longer names first: the first
-# that a device's kind starts with counts.
+# sheets. A TPU v2/v3 chip shows as two devices, and so does TPU7x. The longest name that a device's
+# kind starts with counts.
 PEAK_FLOPS: dict[str, float] = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,
@@ -62,14 +63,11 @@ class Chip:
   dcn_bandwidth: float  # bytes/s one way to other slices or nodes, per chip
   # default size of the mesh's model axis: one cube edge, or the GPUs that NVLink joins
   model_axis: int
-  kind: str = ''  # prefix of jax.Device.device_kind; by default the name
+  kind: str  # prefix of jax.Device.device_kind
   torus_dims: int = 0  # dims of the ICI torus, each with two links; 0 is a full switch
   # least extent from which a torus dim closes to a ring: 4 where cubes are joined optically (v4,
   # v5p), 16 on v5e and v6e
   wrap: int = 0
-
-  def __post_init__(self):
-    object.__setattr__(self, 'kind', self.kind or self.name)
 
   @property
   def peak_flops(self) -> float:
@@ -79,19 +77,11 @@ class Chip:
     return peak
 
 
-def _chip(
-  name: str, hbm_bytes: float, hbm: float, link: float, dcn: float, model_axis: int, **rest: Any
-) -> Chip:
-  """Returns a chip with bandwidths in GB/s."""
-  return Chip(
-    name=name,
-    hbm_bytes=int(hbm_bytes),
-    hbm_bandwidth=hbm * 1e9,
-    link_bandwidth=link * 1e9,
-    dcn_bandwidth=dcn * 1e9,
-    model_axis=model_axis,
-    **rest,
-  )
+def _chip(name: str, memory: float, speeds: Sequence[float], model_axis: int, **rest: Any) -> Chip:
+  """Returns a chip with bandwidths (HBM, link, DCN) in GB/s; of its name's kind, if not told."""
+  hbm, link, dcn = (speed * 1e9 for speed in speeds)
+  rest = {'kind': name, 'hbm_bandwidth': hbm, 'link_bandwidth': link, 'dcn_bandwidth': dcn, **rest}
+  return Chip(name=name, hbm_bytes=int(memory), model_axis=model_axis, **rest)
 
 
 # TPU sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "System architecture" (HBM GB/s;
@@ -100,16 +90,16 @@ def _chip(
 # NVIDIA's data sheets; NVLink one way is half of what they give, between nodes one 400 Gb/s adapter
 # a GPU is assumed (200 Gb/s for A100).
 CHIPS: tuple[Chip, ...] = (
-  _chip('v4', 30.75 * GIB, 1228, 45, 6.25, 4, kind='TPU v4', torus_dims=3, wrap=4),
-  _chip('v5e', 15.75 * GIB, 819, 50, 3.125, 4, kind='TPU v5 lite', torus_dims=2, wrap=16),
-  _chip('v5p', 95.74 * GIB, 2765, 100, 6.25, 4, kind='TPU v5', torus_dims=3, wrap=4),
-  _chip('v6e', 31.25 * GIB, 1638, 100, 12.5, 4, kind='TPU v6', torus_dims=2, wrap=16),
-  _chip('NVIDIA A100-SXM4-40GB', 40e9, 1555, 300, 25, 8),
-  _chip('NVIDIA A100-SXM4-80GB', 80e9, 2039, 300, 25, 8),
-  _chip('NVIDIA H100 80GB', 80e9, 3350, 450, 50, 8),
-  _chip('NVIDIA H200', 141e9, 4800, 450, 50, 8),
-  _chip('NVIDIA B200', 180e9, 8000, 900, 50, 8),
-  _chip('NVIDIA L4', 24e9, 300, 32, 12.5, 1),
+  _chip('v4', 30.75 * GIB, (1228, 45, 6.25), 4, kind='TPU v4', torus_dims=3, wrap=4),
+  _chip('v5e', 15.75 * GIB, (819, 50, 3.125), 4, kind='TPU v5 lite', torus_dims=2, wrap=16),
+  _chip('v5p', 95.74 * GIB, (2765, 100, 6.25), 4, kind='TPU v5', torus_dims=3, wrap=4),
+  _chip('v6e', 31.25 * GIB, (1638, 100, 12.5), 4, kind='TPU v6', torus_dims=2, wrap=16),
+  _chip('NVIDIA A100-SXM4-40GB', 40e9, (1555, 300, 25), 8),
+  _chip('NVIDIA A100-SXM4-80GB', 80e9, (2039, 300, 25), 8),
+  _chip('NVIDIA H100 80GB', 80e9, (3350, 450, 50), 8),
+  _chip('NVIDIA H200', 141e9, (4800, 450, 50), 8),
+  _chip('NVIDIA B200', 180e9, (8000, 900, 50), 8),
+  _chip('NVIDIA L4', 24e9, (300, 32, 12.5), 1),
 )
 
 
@@ -133,11 +123,7 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-  """Returns the topology that 'v5e:16x16' names.
-
-  Raises:
-    UsageError: if there is no such chip or the shape cannot be.
-  """
+  """Returns the topology that 'v5e:16x16' names; UsageError if there is or can be none."""
   tpus = {chip.name: chip for chip in CHIPS if chip.torus_dims}
   match = re.fullmatch(r'(\w+):(\d+(?:x\d+){1,2})', text)
   if match is None or match[1] not in tpus:
@@ -146,13 +132,11 @@ def parse_topology(text: str) -> Topology:
       f'with CHIP one of {", ".join(tpus)}, for example v5e:16x16'
     )
   chip = tpus[match[1]]
-  shape = tuple(int(size) for size in match[2].split('x'))
+  shape = tuple(map(int, match[2].split('x')))
   if len(shape) != chip.torus_dims or min(shape) < 1:
     example = '8' + 'x8' * (chip.torus_dims - 1)
-    raise UsageError(
-      f'--topology={text}: a {chip.name} slice has {chip.torus_dims} '
-      f'dimensions, for example {chip.name}:{example}'
-    )
+    dims = f'a {chip.name} slice has {chip.torus_dims} dimensions'
+    raise UsageError(f'--topology={text}: {dims}, for example {chip.name}:{example}')
   return Topology(chip, shape)
 
 
@@ -175,11 +159,7 @@ def prepare_libtpu() -> None:
 
 
 def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device]:
-  """Returns the devices of TPU slices that need not exist.
-
-  Raises:
-    UsageError: if libtpu is not installed, or knows no such topology.
-  """
+  """Returns the devices of TPU slices that need not exist; UsageError if libtpu knows none such."""
   from jax.experimental import topologies
 
   prepare_libtpu()
@@ -190,12 +170,11 @@ def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device
     found = topologies.get_topology_desc(topology.name, platform='tpu', **options)
   except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
     text = str(error)
-    line = text.splitlines()[0]
     if isinstance(error, NotImplementedError):
-      message = f'--topology={topology.name} is refused: {line}'
+      message = f'--topology={topology.name} is refused'
     elif 'libtpu' in text.lower() or 'tpu plugin' in text.lower():
-      message = f"compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]' ({line})"
+      message = "compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]'"
     else:
-      message = f'XLA:TPU knows no topology {topology.name}: {line}'
-    raise UsageError(message) from error
+      message = f'XLA:TPU knows no topology {topology.name}'
+    raise UsageError(f'{message}: {text.splitlines()[0]}') from error
   return list(found.devices)

@@ -11,7 +11,7 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,12 +29,9 @@ class LogicalAxisRules:
 
   # (logical name, mesh axis or axes or None) pairs; the first that can be kept counts
   rules: tuple[Rule, ...]
-  # (regular expression, rules) pairs: rules that come before all others for arrays in whose path
-  # the expression is found
+  # (regular expression, rules) pairs: those come first for arrays in whose path it is found
   by_parameter: tuple[tuple[str, tuple[Rule, ...]], ...] = ()
-  # how many of the first `rules` are the user's own, which must be kept or be an error; the
-  # standard ones give way silently
-  strict: int = 0
+  strict: int = 0  # how many of the first `rules` are the user's own, which may not give way
 
   def of(self, path: str) -> tuple[Rule, ...]:
     """Returns all rules for the array at a path, in order of precedence."""
@@ -59,15 +56,12 @@ def spec(
   rules: LogicalAxisRules,
   path: str = '',
 ) -> PartitionSpec:
-  """Returns the partition spec of an array with these logical axes.
+  """Returns the partition spec of an array with these logical axes (None: a dim that stays whole).
 
   Rules are tried in order; each mesh axis is used at most once an array (as in flax's
   logical_to_mesh_axes). A rule whose mesh axes do not divide the dim is passed over, so the dim
-  stays whole rather than being padded. Each dim has a logical name, or None and stays whole. The
-  path is a parameter's, such as 'encoder/layers/mlp/wo/kernel'.
-
-  Raises:
-    UsageError: if a name has no rule at all.
+  stays whole rather than being padded. The path is a parameter's, such as
+  'encoder/layers/mlp/wo/kernel'. Raises UsageError if a name has no rule at all.
   """
   assert len(axes) == len(shape), (axes, shape)
   result: list[Any] = [None] * len(axes)
@@ -83,16 +77,14 @@ def spec(
       if not names:
         done[i] = True
       elif used.isdisjoint(names) and shape[i] % size == 0:
-        result[i] = target
+        result[i], done[i] = target, True
         used.update(names)
-        done[i] = True
         break
   known = {name for name, _ in applicable}
-  for axis in filter(None, axes):
-    if axis not in known:
-      raise UsageError(
-        f'no rule names the logical axis {axis!r}; rules exist for {", ".join(sorted(known))}'
-      )
+  for axis in axes:
+    if axis is not None and axis not in known:
+      allowed = ', '.join(sorted(known))
+      raise UsageError(f'no rule names the logical axis {axis!r}; rules exist for {allowed}')
   return PartitionSpec(*result)
 
 
@@ -102,83 +94,69 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules):
   Axes are shapes' tree with a tuple of logical names in place of each array. Rules for single
   parameters also cut what the optimizer keeps for them, whose paths end with the parameter's.
   """
-  sizes = dict(mesh.shape)
 
   def sharding(path: Any, x: Any, names: Any) -> NamedSharding:
-    return NamedSharding(mesh, spec(names, x.shape, sizes, rules, pytrees.path_name(path)))
+    return NamedSharding(mesh, spec(names, x.shape, mesh.shape, rules, pytrees.path_name(path)))
 
   return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
 
 
 def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> None:
-  """Raises UsageError if a rule that the user wrote cannot be kept.
+  """Raises UsageError if a rule that the user wrote cannot be kept; arguments as of `shardings`.
 
-  The standard rules give way to each other: with both parameter and activation dims cut, 'embed'
-  takes what is left. A rule that somebody asked for and that does nothing would only show in the
-  memory of the first run. Arguments are those of `shardings`.
+  The standard rules give way to each other: with parameter and activation dims cut, 'embed' takes
+  what is left. A rule of the user's that does nothing would only show in the first run's memory.
   """
-  sizes = dict(mesh.shape)
   leaves = pytrees.leaves_with_axes(shapes, axes)
   arrays = {'/'.join(path): (leaf.shape, names) for path, leaf, names in leaves}
+  strict = rules.rules[: rules.strict]
   known = {name for name, _ in rules.rules[rules.strict :]}
-  for _, own in (('', rules.rules[: rules.strict]), *rules.by_parameter):
-    for rule in own:
-      _check_names(rule, known, sizes)
+  for rule in itertools.chain(strict, *(own for _, own in rules.by_parameter)):
+    _check_names(rule, known, mesh.shape)
   for pattern, _ in rules.by_parameter:
     if not any(re.search(pattern, path) for path in arrays):
-      close = difflib.get_close_matches(pattern, arrays, n=1, cutoff=0.3)
-      hint = f'; did you mean {close[0]}?' if close else ''
+      hint = _did_you_mean(pattern, arrays, cutoff=0.3)
       raise UsageError(f'parameter_rules: no parameter matches {pattern!r}{hint}')
-  for path, (shape, axis_names) in arrays.items():
-    wanted = (*rules.own(path), *rules.rules[: rules.strict])
-    _check_array(path, shape, axis_names, sizes, rules, wanted)
+  for path, (shape, names) in arrays.items():
+    _check_array(path, shape, names, mesh.shape, rules, (*rules.own(path), *strict))
 
 
-def check_axis_cuts(
-  shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules, mesh_axis: str
-) -> None:
-  """Raises UsageError if an array that a mesh axis should cut stays whole.
+def check_axis_cuts(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules, cut: str) -> None:
+  """Raises UsageError if an array that the mesh axis `cut` should cut stays whole.
 
   For a number of devices that somebody asked for: what they do not divide is replicated otherwise,
   and shows only in the memory of the first run.
   """
-  sizes = dict(mesh.shape)
-  size = sizes[mesh_axis]
   for path, leaf, names in pytrees.leaves_with_axes(shapes, axes):
     name = '/'.join(path)
-    targets = {axis for axis, to in rules.of(name) if to == mesh_axis}
+    targets = {axis for axis, to in rules.of(name) if to == cut}
     dims = [i for i, axis in enumerate(names) if axis in targets]
-    result = spec(names, leaf.shape, sizes, rules, name)
-    is_cut = any(mesh_axis in _mesh_axes(one) for one in result)
-    if dims and not is_cut and leaf.ndim > 1:
+    result = spec(names, leaf.shape, mesh.shape, rules, name)
+    if dims and leaf.ndim > 1 and not any(cut in _mesh_axes(one) for one in result):
       raise UsageError(
-        f'{size} devices along the mesh axis {mesh_axis!r} do not divide {name}, whose dim '
-        f'{names[dims[0]]!r} is {leaf.shape[dims[0]]}: choose a MeshConfig.{mesh_axis} that does'
+        f'{mesh.shape[cut]} devices along the mesh axis {cut!r} do not divide {name}, whose dim '
+        f'{names[dims[0]]!r} is {leaf.shape[dims[0]]}: choose a MeshConfig.{cut} that does'
       )
+
+
+def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+  close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+  return f'; did you mean {close[0]!r}?' if close else ''
 
 
 def _check_names(rule: Rule, names: set[str], sizes: Mapping[str, int]) -> None:
   name, target = rule
   if name not in names:
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f'; did you mean {close[0]!r}?' if close else ''
-    raise UsageError(
-      f'the rule {rule} names the logical axis {name!r}; there are {", ".join(sorted(names))}{hint}'
-    )
+    there = ', '.join(sorted(names)) + _did_you_mean(name, names)
+    raise UsageError(f'the rule {rule} names the logical axis {name!r}; there are {there}')
   for axis in _mesh_axes(target):
     if axis not in sizes:
-      raise UsageError(
-        f'the rule {rule} names the mesh axis {axis!r}; the mesh has {", ".join(sizes)}'
-      )
+      there = ', '.join(sizes)
+      raise UsageError(f'the rule {rule} names the mesh axis {axis!r}; the mesh has {there}')
 
 
 def _check_array(
-  path: str,
-  shape: Sequence[int],
-  axes: Sequence[str | None],
-  sizes: Mapping[str, int],
-  rules: LogicalAxisRules,
-  wanted: Sequence[Rule],
+  path: str, shape: Any, axes: Any, sizes: Any, rules: LogicalAxisRules, wanted: Sequence[Rule]
 ) -> None:
   """Checks that the first rule wanted for each dim of an array is kept."""
   result = spec(axes, shape, sizes, rules, path)
@@ -190,23 +168,19 @@ def _check_array(
     mesh_axes = _mesh_axes(rule[1])
     size = math.prod(sizes[n] for n in mesh_axes)
     if shape[i] % size:
-      raise UsageError(
-        f'the rule {rule} cannot cut {path}: {size} devices do not divide its '
-        f'dim {axis!r} of {shape[i]}'
-      )
-    for j, other in enumerate(result):
-      if j != i and set(_mesh_axes(other)) & set(mesh_axes):
+      dim = f'its dim {axis!r} of {shape[i]}'
+      raise UsageError(f'the rule {rule} cannot cut {path}: {size} devices do not divide {dim}')
+    for j, cut in enumerate(result):
+      if j != i and set(_mesh_axes(cut)) & set(mesh_axes):
         raise UsageError(
-          f'the rule {rule} collides in {path}: its dim {axes[j]!r} is cut '
-          f'over {other!r} already; add ({axes[j]!r}, None) before it'
+          f'the rule {rule} collides in {path}: its dim {axes[j]!r} is cut over {cut!r} already; '
+          f'add ({axes[j]!r}, None) before it'
         )
 
 
 # Set while a program traces its step; read by the model's constraints. A context, not an argument,
 # so that the model's signatures stay about the model.
-_ACTIVE: contextvars.ContextVar[tuple[Mesh, LogicalAxisRules] | None] = contextvars.ContextVar(
-  't5x_lite_axis_rules', default=None
-)
+_ACTIVE = contextvars.ContextVar[Any]('t5x_lite_axis_rules', default=None)
 
 
 @contextlib.contextmanager
@@ -225,16 +199,17 @@ def active_mesh() -> Mesh | None:
   return None if active is None else active[0]
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Constrains an activation's sharding by logical names.
-
-  Outside `axis_rules`, or on one device, it returns x unchanged.
-  """
+def _active_rules() -> tuple[Mesh, LogicalAxisRules] | None:
   active = _ACTIVE.get()
-  if active is None or active[0].size == 1:
+  return None if active is None or active[0].size == 1 else active  # one device cuts nothing
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Constrains an activation's sharding by logical names; outside `axis_rules` it returns x."""
+  if (active := _active_rules()) is None:
     return x
   mesh, rules = active
-  partition = spec(axes, x.shape, dict(mesh.shape), rules)
+  partition = spec(axes, x.shape, mesh.shape, rules)
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
 
 
@@ -245,18 +220,16 @@ def per_shard(fn: Callable[..., jax.Array], axes: Sequence[tuple], out_axes: tup
   of each of fn's arguments, which may be pytrees; the result has the shape of the first and the
   names out_axes.
   """
-  active = _ACTIVE.get()
-  if active is None or active[0].size == 1:
+  if (active := _active_rules()) is None:
     return fn
   mesh, rules = active
 
   def run(*args):
-    sizes = dict(mesh.shape)
     specs = tuple(
-      jax.tree.map(lambda x, names=names: spec(names, x.shape, sizes, rules), arg)
+      jax.tree.map(lambda x, names=names: spec(names, x.shape, mesh.shape, rules), arg)
       for arg, names in zip(args, axes, strict=True)
     )
-    out_specs = spec(out_axes, args[0].shape, sizes, rules)
+    out_specs = spec(out_axes, args[0].shape, mesh.shape, rules)
     return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
 
   return run

@@ -5,6 +5,7 @@ logical_axes.py.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -21,15 +22,16 @@ from t5x_lite.parallel.logical_axes import LogicalAxisRules
 
 log = logging.getLogger(__name__)
 
+Devices = Sequence[jax.Device] | None  # None: all that there are
 MESH_AXES = ('data', 'fsdp', 'model')
 BATCH_AXES = ('data', 'fsdp')
 PRESETS = ('auto', 'dp', 'fsdp', 'fsdp_tp')
 
-# What 'auto' takes for the state and gradients of a parameter: 4 bytes each for itself, its
-# gradient and Adafactor's transients.
+# What 'auto' takes for a parameter: 4 bytes each for itself, its gradient and Adafactor's
+# transients.
 _BYTES_PER_PARAMETER = 12
-# ... and the part of a device's memory that it may fill with them before it cuts the parameters;
-# the rest is for activations.
+# ... and how much of a device's memory they may fill before it cuts the parameters; the rest is for
+# activations.
 _REPLICATED_FRACTION = 0.4
 
 
@@ -41,10 +43,9 @@ class MeshConfig:
   the first to span nodes; 'model' is innermost.
 
   Attributes:
-    preset: 'auto' picks by the number and kind of devices, the model's size and the batch size;
-      'dp' replicates parameters; 'fsdp' cuts parameters, optimizer state and batch over all devices
-      of a slice (ZeRO-3); 'fsdp_tp' cuts matrices over 'model' too, as many ways as `model` says or
-      as is usual for the chip.
+    preset: 'auto' picks by the devices, the model's size and the batch size; 'dp' replicates
+      parameters; 'fsdp' cuts parameters, optimizer state and batch over all devices of a slice
+      (ZeRO-3); 'fsdp_tp' cuts matrices over 'model' too, as `model` says or is usual for the chip.
     data: replicas of the parameters; -1 takes the devices that are left.
     fsdp: devices over which batch and parameters are cut.
     model: tensor parallelism.
@@ -54,8 +55,7 @@ class MeshConfig:
     activation_dims: 1, or 2 to cut activations' embed over 'model' too.
     parameter_dims: 1, or 2 to cut parameters' embed over 'fsdp'. None is 2, but T5X's 1 with
       num_partitions.
-    additional_rules: (logical axis, mesh axis or axes or None) pairs that come before the standard
-      rules.
+    additional_rules: (logical axis, mesh axis or axes or None) pairs before the standard rules.
     parameter_rules: (regular expression, pairs) pairs: such rules for only the parameters in whose
       path the expression is found, for example (('token_embedder', (('vocab', ('fsdp', 'model')),
       ('embed', None))),).
@@ -90,23 +90,20 @@ class MeshConfig:
     for name in ('activation_dims', 'parameter_dims'):
       if getattr(self, name) not in (1, 2, None):
         raise UsageError(f'MeshConfig.{name} is {getattr(self, name)}; allowed are 1 and 2.')
-    given = [name for name, size in sizes.items() if size is not None]
+    given = ', '.join(name for name, size in sizes.items() if size is not None)
     if self.num_partitions is not None and (given or self.preset != 'auto'):
-      raise UsageError(
-        f'MeshConfig.num_partitions is {self.num_partitions} beside '
-        f'{", ".join(given) or "preset"}; give one or the other.'
-      )
-    if self.preset != 'auto' and given and not (self.preset, given) == ('fsdp_tp', ['model']):
-      raise UsageError(
-        f'MeshConfig.preset is {self.preset!r} beside {", ".join(given)}; give sizes or a preset.'
-      )
+      beside = f'{self.num_partitions} beside {given or "preset"}'
+      raise UsageError(f'MeshConfig.num_partitions is {beside}; give one or the other.')
+    if given and self.preset != 'auto' and (self.preset, given) != ('fsdp_tp', 'model'):
+      beside = f'{self.preset!r} beside {given}'
+      raise UsageError(f'MeshConfig.preset is {beside}; give sizes or a preset.')
     for rule in self.additional_rules:
       _check_rule('additional_rules', rule)
     for rule in self.parameter_rules:
       if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
         raise UsageError(
-          f'MeshConfig.parameter_rules has {rule!r}; each entry is '
-          '(regular expression, ((logical axis, mesh axis), ...)).'
+          f'MeshConfig.parameter_rules has {rule!r}; each entry is (regular expression, '
+          '((logical axis, mesh axis), ...)).'
         )
       for inner in rule[1]:
         _check_rule('parameter_rules', inner)
@@ -126,8 +123,8 @@ def _check_rule(name: str, rule: Any) -> None:
   targets = target if isinstance(target, tuple) else (target,)
   if not all(t is None or isinstance(t, str) for t in targets) or len(set(targets)) < len(targets):
     raise UsageError(
-      f'MeshConfig.{name} has {rule!r}; a rule is (logical axis, mesh axis, '
-      f'several different ones, or None); mesh axes are {", ".join(MESH_AXES)}.'
+      f'MeshConfig.{name} has {rule!r}; a rule is (logical axis, mesh axis, several different '
+      f'ones, or None); mesh axes are {", ".join(MESH_AXES)}.'
     )
 
 
@@ -137,12 +134,8 @@ def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
   Source: t5x/partitioning.py standard_logical_axis_rules. What T5X cuts over 'data' with two
   parameter dims is cut over 'fsdp' here.
   """
-  rules: list[tuple[str, Any]] = [
-    *config.additional_rules,
-    ('batch', BATCH_AXES),
-    ('kv', None),
-    *((name, 'model') for name in ('vocab', 'mlp', 'heads', 'joined_kv')),
-  ]
+  rules: list[tuple[str, Any]] = [*config.additional_rules, ('batch', BATCH_AXES), ('kv', None)]
+  rules += [(name, 'model') for name in ('vocab', 'mlp', 'heads', 'joined_kv')]
   if config.activation_dims == 2:
     rules.append(('embed', 'model'))
   if _parameter_dims(config) == 2:
@@ -153,14 +146,12 @@ def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
 
 
 def _parameter_dims(config: MeshConfig) -> int:
-  if config.parameter_dims is not None:
-    return config.parameter_dims
-  return 1 if config.num_partitions is not None else 2
+  return config.parameter_dims or (2 if config.num_partitions is None else 1)
 
 
 def resolve(
   config: MeshConfig,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices = None,
   *,
   num_params: int = 0,
   num_heads: int | None = None,
@@ -169,22 +160,17 @@ def resolve(
   """Returns the config with every size a positive number.
 
   Devices are all of them by default. The model's num_params and the global batch_size are for
-  'auto', num_heads is for 'fsdp_tp': 'model' should divide it.
-
-  Raises:
-    UsageError: if the axes do not multiply to the number of devices.
+  'auto', num_heads is for 'fsdp_tp': 'model' should divide it. Raises UsageError if the axes do not
+  multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   found = len(set(map(_slice, devices)))
   num_slices = config.num_slices or found
+  given = f'MeshConfig.num_slices={num_slices}'
   if len(devices) % num_slices:
-    raise UsageError(
-      f'MeshConfig.num_slices={num_slices} does not divide the {len(devices)} devices at hand.'
-    )
+    raise UsageError(f'{given} does not divide the {len(devices)} devices at hand.')
   if found > 1 and found != num_slices:
-    raise UsageError(
-      f'MeshConfig.num_slices={num_slices}, but the devices at hand come from {found} slices.'
-    )
+    raise UsageError(f'{given}, but the devices at hand come from {found} slices.')
   per_slice = len(devices) // num_slices
   if config.num_partitions is not None:
     rest = 'fsdp' if _parameter_dims(config) == 2 else 'data'
@@ -193,10 +179,9 @@ def resolve(
     model = config.model or _model_axis(devices, per_slice, num_heads)
     sizes = {'data': num_slices, 'fsdp': -1, 'model': model}
   elif any(getattr(config, name) is not None for name in MESH_AXES):
-    sizes = {name: getattr(config, name) for name in MESH_AXES}
-    if -1 not in sizes.values() and sizes['data'] is None:
+    sizes = {name: getattr(config, name) or 1 for name in MESH_AXES}
+    if -1 not in sizes.values() and config.data is None:
       sizes['data'] = -1
-    sizes = {name: size or 1 for name, size in sizes.items()}
   else:
     sizes = _sizes_of_preset(config.preset, devices, num_slices, num_params, batch_size)
   sizes = _complete(sizes, len(devices))
@@ -205,28 +190,17 @@ def resolve(
       f'MeshConfig.data={sizes["data"]} is no multiple of the {num_slices} slices: only the data '
       f'axis can span slices; give fsdp x model that divides {per_slice}.'
     )
-  return dataclasses.replace(
-    config,
-    preset='auto',
-    num_partitions=None,
-    num_slices=num_slices,
-    parameter_dims=_parameter_dims(config),
-    data=sizes['data'],
-    fsdp=sizes['fsdp'],
-    model=sizes['model'],
-  )
+  sizes |= {'num_slices': num_slices, 'parameter_dims': _parameter_dims(config)}
+  return dataclasses.replace(config, preset='auto', num_partitions=None, **sizes)
 
 
-def _complete(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+def _complete(sizes: dict[str, int], num_devices: int) -> dict[str, Any]:
   """Replaces a -1 by the devices that are left."""
   known = math.prod(size for size in sizes.values() if size != -1)
-  rest = num_devices // known if num_devices % known == 0 else 0
-  full = {name: rest if size == -1 else size for name, size in sizes.items()}
+  full = {name: num_devices // known if size == -1 else size for name, size in sizes.items()}
   if math.prod(full.values()) != num_devices:
-    raise UsageError(
-      f'The mesh {" ".join(f"{k}={v}" for k, v in sizes.items())} does not '
-      f'multiply to the {num_devices} devices at hand.'
-    )
+    mesh = ' '.join(f'{name}={size}' for name, size in sizes.items())
+    raise UsageError(f'The mesh {mesh} does not multiply to the {num_devices} devices at hand.')
   return full
 
 
@@ -241,12 +215,10 @@ def _sizes_of_preset(
     return {'data': num_slices, 'fsdp': -1, 'model': 1}
   # The batch can be cut at most as often as it has rows; what is left cuts matrices instead.
   ways = per_slice
-  if batch_size is not None:
-    while ways > 1 and (per_slice % ways or batch_size % (num_slices * ways)):
-      ways -= 1
+  while ways > 1 and (per_slice % ways or (batch_size or 0) % (num_slices * ways)):
+    ways -= 1
   chip = find_chip(devices[0].device_kind)
-  needed = num_params * _BYTES_PER_PARAMETER
-  if chip is None or needed <= _REPLICATED_FRACTION * chip.hbm_bytes:
+  if chip is None or num_params * _BYTES_PER_PARAMETER <= _REPLICATED_FRACTION * chip.hbm_bytes:
     return {'data': num_slices * ways, 'fsdp': 1, 'model': -1}
   return {'data': num_slices, 'fsdp': ways, 'model': -1}
 
@@ -264,9 +236,7 @@ def _model_axis(devices: Sequence[jax.Device], per_slice: int, num_heads: int | 
 
 def _slice(device: jax.Device) -> int:
   # On GPUs JAX calls a node a slice; there any axis may span them.
-  if device.platform != 'tpu':
-    return 0
-  return getattr(device, 'slice_index', None) or 0
+  return getattr(device, 'slice_index', None) or 0 if device.platform == 'tpu' else 0
 
 
 def _gpus_per_node(devices: Sequence[jax.Device]) -> int:
@@ -276,21 +246,21 @@ def _gpus_per_node(devices: Sequence[jax.Device]) -> int:
   return nodes.count(nodes[0])
 
 
-def make_mesh(
-  config: MeshConfig, devices: Sequence[jax.Device] | None = None, **hints: Any
-) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Devices = None, **hints: Any) -> Mesh:
   """Returns a ('data', 'fsdp', 'model') mesh; for the arguments see `resolve`."""
   devices = list(jax.devices() if devices is None else devices)
   config = resolve(config, devices, **hints)
-  sizes = [getattr(config, name) for name in MESH_AXES]
-  _check_nvlink(config, devices)
+  data, fsdp, model = sizes = [getattr(config, name) for name in MESH_AXES]
+  if devices[0].platform == 'gpu':  # refused by T5X too: a model axis that crosses nodes unevenly
+    local = _gpus_per_node(devices)
+    if model % local and local % model:
+      neither = f'MeshConfig.model={model} is neither a factor nor a multiple'
+      raise UsageError(f'{neither} of the {local} GPUs of a node.')
   num_slices = config.num_slices or 1
-  per_slice = [sizes[0] // num_slices, *sizes[1:]]
   # Devices that know of no slices (CPUs standing in for TPUs) are cut in order.
-  ordered = sorted(devices, key=_slice)
-  size = len(devices) // num_slices
-  groups = [ordered[i * size : (i + 1) * size] for i in range(num_slices)]
-  array = np.stack([_arrange(per_slice, group) for group in groups])
+  groups = np.array(sorted(devices, key=_slice)).reshape(num_slices, -1)
+  shape = (data // num_slices, fsdp, model)
+  array = np.stack([_arrange(shape, group.tolist()) for group in groups])
   # Since jax 0.9 the default axis type is Explicit, under which ordinary sharding constraints
   # change their meaning.
   return Mesh(array.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -299,26 +269,12 @@ def make_mesh(
 def _arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
   """Lays mesh axes along the torus of one slice; in order elsewhere."""
   if devices[0].platform != 'tpu':
-    ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
-    return np.array(ordered).reshape(shape)
+    return np.array(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(shape)
   try:
     return mesh_utils.create_device_mesh(shape, devices)
-  except NotImplementedError:
-    # Some sizes fit no product of whole torus dims.
+  except NotImplementedError:  # some sizes fit no product of whole torus dims
     log.warning('the mesh %s cuts through the torus of the slice', shape)
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-
-
-def _check_nvlink(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
-  """Refuses a model axis that crosses nodes unevenly (as T5X does)."""
-  if devices[0].platform != 'gpu':
-    return
-  local = _gpus_per_node(devices)
-  model = config.model or 1
-  if model % local and local % model:
-    raise UsageError(
-      f'MeshConfig.model={model} is neither a factor nor a multiple of the {local} GPUs of a node.'
-    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -336,14 +292,12 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
   ways = math.prod(mesh.shape[name] for name in BATCH_AXES)
   if batch_size % ways:
     raise UsageError(
-      f'The batch size {batch_size} does not divide over the mesh: data x '
-      f'fsdp is {ways}; use a multiple of {ways} or another mesh.'
+      f'The batch size {batch_size} does not divide over the mesh: data x fsdp is {ways}; use a '
+      f'multiple of {ways} or another mesh.'
     )
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh):
   """Turns this process's rows of a batch into arrays over the whole mesh."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()
-  }
+  make = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+  return {name: make(array) for name, array in batch.items()}

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 
 from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.logical_axes import LogicalAxisRules
-from t5x_lite.parallel.partitioning import BATCH_AXES, MeshConfig
+from t5x_lite.parallel.partitioning import BATCH_AXES, Devices, MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +45,15 @@ class Placement:
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
   """Returns shapes' tree of ShapeDtypeStructs with these shardings."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-  )
+  make = jax.ShapeDtypeStruct
+  return jax.tree.map(lambda x, s: make(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def make_placement(
-  config: MeshConfig, devices: Sequence[jax.Device] | None = None, **hints: Any
-) -> Placement:
-  """Returns the placement that a config means on the given devices, or all.
-
-  For hints (num_params, num_heads, batch_size) and errors see `partitioning.resolve`.
-  """
+def make_placement(config: MeshConfig, devices: Devices = None, **hints: Any) -> Placement:
+  """The placement that a config means on these devices, or all; see `partitioning.resolve`."""
   config = partitioning.resolve(config, devices, **hints)
-  mesh = partitioning.make_mesh(config, devices)
-  return Placement(mesh, partitioning.logical_axis_rules(config), config)
+  rules = partitioning.logical_axis_rules(config)
+  return Placement(partitioning.make_mesh(config, devices), rules, config)
 
 
 def single_device() -> Placement:

@@ -1,7 +1,6 @@
 """Leaves of pytrees by name, and any pytree as nested dicts, and back.
 
-What lies on disk then does not depend on the classes (optax's named tuples, our dataclasses) that
-hold it in memory.
+So what lies on disk does not depend on the classes that hold it in memory.
 """
 
 import functools

@@ -1,5 +1,4 @@
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
@@ -39,8 +38,3 @@ def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   )
   restored = restoring.load_params(str(tmp_path), wanted)
   jax.tree.map(np.testing.assert_array_equal, restored, params)
-
-
-def test_numpy_dtype():
-  assert run_export.numpy_dtype('bfloat16') == ml_dtypes.bfloat16
-  assert run_export.numpy_dtype('float16') == np.float16
