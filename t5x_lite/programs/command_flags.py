@@ -1,8 +1,8 @@
 """What a program's source says of its arguments, read without importing it.
 
-Importing some programs takes the fifteen seconds that TensorFlow takes, which
-`--help` and a mistyped flag should not. So the function's signature and
-docstring are read from the file's syntax tree.
+Importing some programs takes the fifteen seconds that TensorFlow takes, which `--help` and a
+mistyped flag should not. So the function's signature and docstring are read from the file's syntax
+tree.
 """
 
 import ast
@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Annotations, less `| None`, whose arguments can be written on a command line:
-# the type of one value, and whether there may be many.
+# Annotations, less `| None`, whose arguments can be written on a command line: the type of one
+# value, and whether there may be many.
 _SIMPLE: Mapping[str, tuple[type, bool]] = {
   'bool': (bool, False),
   'float': (float, False),
@@ -80,8 +80,8 @@ def read_parameters(function: str) -> list[Parameter]:
   """Returns the parameters of a function, in order.
 
   Args:
-    function: dotted name, such as 't5x_lite.programs.train.train'. Packages on
-      the way are imported, its module is not.
+    function: dotted name, such as 't5x_lite.programs.train.train'. Packages on the way are
+      imported, its module is not.
   """
   module, _, name = function.rpartition('.')
   spec = importlib.util.find_spec(module)

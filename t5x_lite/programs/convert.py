@@ -1,7 +1,7 @@
 """The convert program: reads a checkpoint of any format, writes another format.
 
-Everything is checked before anything is written, and what is written gets its
-name only once it is whole.
+Everything is checked before anything is written, and what is written gets its name only once it is
+whole.
 """
 
 import collections
@@ -43,28 +43,28 @@ def convert(
   Memory holds one tensor at a time; a scanned T5X array counts as one.
 
   Args:
-    source: a folder of t5x_lite, transformers or T5X, one of its steps, or the
-      NAME@REVISION of a model on the Hugging Face hub; the format is detected.
+    source: a folder of t5x_lite, transformers or T5X, one of its steps, or the NAME@REVISION of a
+      model on the Hugging Face hub; the format is detected.
     destination: the directory to write; it must not exist yet.
     to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a model_dir with a legacy
       checkpoint), the last two with LoRA merged; or, without the base, 'peft' (LoRA for PEFT) or
       'adapter' (any method's part, for `t5x_lite.load(base, adapter=...)`).
-    dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; by
-      default as they are in the source.
-    vocabulary: a SentencePiece model file, 't5' for the official one, 'byte',
-      or 'none' for ids without text; by default what the source says.
+    dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; by default as they are in the
+      source.
+    vocabulary: a SentencePiece model file, 't5' for the official one, 'byte', or 'none' for ids
+      without text; by default what the source says.
     scan_layers: of a t5x_lite model: layers stacked in one array.
     assignment_map: see `assignment.assign`.
     strict: likewise.
-    optimizer_state: carry Adafactor's second moments over, between t5x_lite
-      and T5X, where every tensor is loaded under its own name.
+    optimizer_state: carry Adafactor's second moments over, between t5x_lite and T5X, where every
+      tensor is loaded under its own name.
     merge: add LoRA to its matrices in a t5x_lite run too.
     shard_bytes: most bytes of one file of format 'hf'.
     dry_run: list how names map and write nothing.
 
   Raises:
-    UsageError: if the source cannot be read, misses a tensor, or the target
-      format has no such model. Nothing is left behind then.
+    UsageError: if the source cannot be read, misses a tensor, or the target format has no such
+      model. Nothing is left behind then.
   """
   if to not in export.TARGETS:
     raise UsageError(f'convert.to is {to!r}; allowed are {", ".join(export.TARGETS)}')

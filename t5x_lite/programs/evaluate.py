@@ -38,14 +38,12 @@ def evaluate(
   """Evaluates a run's newest checkpoint, or the given one, on tasks.
 
   Args:
-    model_dir: a run directory or one STEP directory of its checkpoints, a
-      folder of transformers or T5X, or the NAME@REVISION of a
-      model on the hub. Several decode together, by the mean of
-      their log-probabilities.
+    model_dir: a run directory or one STEP directory of its checkpoints, a folder of transformers or
+      T5X, or the NAME@REVISION of a model on the hub. Several decode together, by the mean of their
+      log-probabilities.
     datasets: tasks or mixtures, their splits and lengths.
-    output: directory for metrics.json and TASK.jsonl (input, prediction and
-      target of each example); by default MODEL_DIR/eval/STEP of a run; what
-      is no run, or several, needs it.
+    output: directory for metrics.json and TASK.jsonl (input, prediction and target of each
+      example); by default MODEL_DIR/eval/STEP of a run; what is no run, or several, needs it.
     last: evaluate the mean of this many of the newest checkpoints.
     mesh: how devices are arranged; decided by their number by default.
     decoding: how to decode; greedy, as long as the targets, by default.

@@ -1,7 +1,7 @@
 """The finetune program: a checkpoint and a file in, a model for others out.
 
-Reads the pairs, chooses what nobody named, trains, evaluates the best
-checkpoint, and exports it. Every phase continues where it was killed.
+Reads the pairs, chooses what nobody named, trains, evaluates the best checkpoint, and exports it.
+Every phase continues where it was killed.
 
   OUTPUT/                 the run, as `train` writes it
   OUTPUT/data/            the pairs, if they were not in files
@@ -114,24 +114,24 @@ def finetune(
   Started again with the same output it continues what was interrupted.
 
   Args:
-    model: where to start: a folder of transformers or T5X, a run of ours, or
-      the NAME@REVISION of a model on the hub.
-    train: JSONL, JSON, CSV, TSV or Parquet files, plain or gzip, or a folder
-      that `datasets.save_to_disk` wrote; several, and patterns with '*'.
+    model: where to start: a folder of transformers or T5X, a run of ours, or the NAME@REVISION of a
+      model on the hub.
+    train: JSONL, JSON, CSV, TSV or Parquet files, plain or gzip, or a folder that
+      `datasets.save_to_disk` wrote; several, and patterns with '*'.
     output: the run's directory.
     validation: likewise, to evaluate on; by default a part of train is held out.
     train_targets: text files beside those of train, line by line, which then hold inputs alone.
     validation_targets: likewise.
-    input_column: name of the input's column, or number from 0 where there is no
-      header; by default one with a usual name.
+    input_column: name of the input's column, or number from 0 where there is no header; by default
+      one with a usual name.
     target_column: likewise.
     template: makes the input of several columns, 'summarize: {article}'.
     prefix: put before every input, with its space.
     skip_bad_rows: leave out rows without input or target, instead of refusing the file.
-    method: 'adafactor' or 'adamw' train all parameters, 'lora', 'adapters' and
-      'prompt' a few new ones; see `T5Config`.
-    learning_rate: the highest; by default 0.001 for Adafactor, LoRA and adapters,
-      0.0003 for AdamW, 0.3 for a prompt.
+    method: 'adafactor' or 'adamw' train all parameters, 'lora', 'adapters' and 'prompt' a few new
+      ones; see `T5Config`.
+    learning_rate: the highest; by default 0.001 for Adafactor, LoRA and adapters, 0.0003 for AdamW,
+      0.3 for a prompt.
     lora_rank: 8 by default.
     lora_alpha: 32 by default.
     lora_targets: matrices by name; query and value by default.
@@ -141,8 +141,8 @@ def finetune(
     steps: updates, instead of epochs.
     batch_tokens: of a batch, inputs and targets; by the data and device by default.
     pack: several examples a row; by default where rows would be half empty.
-    input_length: tokens, what is longer is cut; by default as long as the data
-      is, rare long rows aside.
+    input_length: tokens, what is longer is cut; by default as long as the data is, rare long rows
+      aside.
     target_length: likewise.
     max_input_tokens: bound of what input_length becomes by itself.
     max_target_tokens: likewise of target_length.

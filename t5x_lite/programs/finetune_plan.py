@@ -1,7 +1,7 @@
 """What fine-tuning does where nobody said: lengths, batch, steps, metrics.
 
-All of it follows from the data and the model, is printed before anything runs
-and written down, so that a run that is continued keeps to it.
+All of it follows from the data and the model, is printed before anything runs and written down, so
+that a run that is continued keeps to it.
 """
 
 import dataclasses

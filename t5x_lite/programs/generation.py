@@ -1,7 +1,7 @@
 """What a model in memory says: generated outputs, and scores of given ones.
 
-The base of `api.Model`: texts or ids in, in any number and of any length; out
-of here go batches of few sizes.
+The base of `api.Model`: texts or ids in, in any number and of any length; out of here go batches of
+few sizes.
 """
 
 import math
@@ -54,33 +54,30 @@ class Generation:
     """Generates an output for each input, or several.
 
     Args:
-      inputs: texts (for an encoder EOS is added) or ids as they are. A model
-        without an encoder continues them.
+      inputs: texts (for an encoder EOS is added) or ids as they are. A model without an encoder
+        continues them.
       max_new_tokens: most tokens an output, EOS included.
-      max_input_tokens: longer inputs are cut, and a warning counts them;
-        attention takes memory by the square of it.
+      max_input_tokens: longer inputs are cut, and a warning counts them; attention takes memory by
+        the square of it.
       batch_size: inputs decoded at a time.
       seed: of sampling; or one for each input, whatever batch it is in.
       temperature: 0 is greedy; or one for each input.
-      prefix: what outputs begin with, a text or ids for all or for each input;
-        of a model with an encoder. It is returned with them, and does not
-        count for length and score.
-      processors: functions (logits_RV, history) -> logits_RV, see
-        decoding/processors.py; each must be one object from call to call, or
-        everything is compiled again.
-      bidirectional_prefix: the input's tokens see each other in both
-        directions; for prefix language models.
-      return_scores: return (outputs, scores); a score is the sum of the
-        log-probabilities, of beams and best_of divided as
-        `DecodingConfig.normalization` says.
-      return_log_probs: also return the log-probabilities of each output's
-        tokens, EOS included, as the last of the results.
-      **settings: fields of DecodingConfig, such as num_beams=4, top_p=0.9,
-        no_repeat_ngram_size=3, labels=['yes', 'no']; greedy by default.
+      prefix: what outputs begin with, a text or ids for all or for each input; of a model with an
+        encoder. It is returned with them, and does not count for length and score.
+      processors: functions (logits_RV, history) -> logits_RV, see decoding/processors.py; each must
+        be one object from call to call, or everything is compiled again.
+      bidirectional_prefix: the input's tokens see each other in both directions; for prefix
+        language models.
+      return_scores: return (outputs, scores); a score is the sum of the log-probabilities, of beams
+        and best_of divided as `DecodingConfig.normalization` says.
+      return_log_probs: also return the log-probabilities of each output's tokens, EOS included, as
+        the last of the results.
+      **settings: fields of DecodingConfig, such as num_beams=4, top_p=0.9, no_repeat_ngram_size=3,
+        labels=['yes', 'no']; greedy by default.
 
     Returns:
-      Texts for texts, lists of ids without EOS for ids; one alone if the input
-      was one text. With num_return_sequences above 1, a list of so many each.
+      Texts for texts, lists of ids without EOS for ids; one alone if the input was one text. With
+      num_return_sequences above 1, a list of so many each.
     """
     temperatures = np.asarray(temperature).tolist() if np.ndim(temperature) else None
     settings['temperature'] = temperature if temperatures is None else max(temperatures, default=0)
@@ -224,14 +221,14 @@ class Generation:
   ) -> Any:
     """Returns the label that the model finds likeliest for each input.
 
-    Rank classification (Brown et al. 2020; t5.evaluation.metrics'
-    rank_classification): nothing is generated, every label is scored.
+    Rank classification (Brown et al. 2020; t5.evaluation.metrics' rank_classification): nothing is
+    generated, every label is scored.
 
     Args:
       inputs: texts or ids.
       labels: texts, or lists of ids with EOS.
-      length_normalized: by the log-probability a token; of labels of different
-        lengths it favours the longer ones.
+      length_normalized: by the log-probability a token; of labels of different lengths it favours
+        the longer ones.
       return_scores: return (labels, scores [inputs, labels]).
       **arguments: of `score`.
     """
@@ -260,9 +257,9 @@ class Generation:
       **arguments: of `score`.
 
     Returns:
-      loss (natural logarithm, a token, EOS of texts included), perplexity (its
-      exponential), tokens; of texts also bits_per_byte (by the UTF-8 bytes of
-      the targets, which no vocabulary changes) and bytes.
+      loss (natural logarithm, a token, EOS of texts included), perplexity (its exponential),
+      tokens; of texts also bits_per_byte (by the UTF-8 bytes of the targets, which no vocabulary
+      changes) and bytes.
     """
     total = -float(self.score(inputs, targets, **arguments).sum(dtype=np.float64))
     tokens = sum(map(len, self._rows(targets)))

@@ -1,8 +1,8 @@
 """The grow_vocab program: a model with more tokens, or more sentinels.
 
-Every piece keeps its embedding bit for bit, under its name: ordinary ids stay
-where they are, new tokens follow them, and the sentinels, which SeqIO counts
-from the end, move behind those. New rows begin as the mean of the old ones.
+Every piece keeps its embedding bit for bit, under its name: ordinary ids stay where they are, new
+tokens follow them, and the sentinels, which SeqIO counts from the end, move behind those. New rows
+begin as the mean of the old ones.
 """
 
 import dataclasses

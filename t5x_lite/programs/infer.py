@@ -1,7 +1,7 @@
 """The infer program: a prediction for every line of a file, as it goes.
 
-Reads text, TSV or JSONL and writes one JSON object a line, in the order of the
-input. No TensorFlow: it starts in a few seconds.
+Reads text, TSV or JSONL and writes one JSON object a line, in the order of the input. No
+TensorFlow: it starts in a few seconds.
 """
 
 import contextlib
@@ -58,36 +58,33 @@ def infer(
   """Predicts for every line of a file and returns how many were written.
 
   Args:
-    model: a run directory or one STEP directory of its checkpoints, a folder
-      of transformers or T5X, or the NAME@REVISION of a
-      model on the hub. Several decode together, by the mean of
-      their log-probabilities.
+    model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
+      T5X, or the NAME@REVISION of a model on the hub. Several decode together, by the mean of their
+      log-probabilities.
     input: the file to read; '-' is standard input.
-    output: the JSONL file to write, {'input', 'prediction', 'score'} a line,
-      the score being the prediction's log-probability, or of beams what
-      'normalization' says; 'n_best' holds all of num_return_sequences, best
-      first; '-' is standard output.
-      A file that is there already is refused, unless one of the last two
-      arguments says what to do with it.
+    output: the JSONL file to write, {'input', 'prediction', 'score'} a line, the score being the
+      prediction's log-probability, or of beams what 'normalization' says; 'n_best' holds all of
+      num_return_sequences, best first; '-' is standard output. A file that is there already is
+      refused, unless one of the last two arguments says what to do with it.
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
-    input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json',
-      'parquet' or 'datasets'; 'auto' goes by the file's ending.
-    field: name of the input's column or field, or its number from 0 where there
-      is no header; by default one with a usual name, or the only one.
+    input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet' or
+      'datasets'; 'auto' goes by the file's ending.
+    field: name of the input's column or field, or its number from 0 where there is no header; by
+      default one with a usual name, or the only one.
     template: makes the input of several fields, 'summarize: {article}'.
     prefix: put before every input, such as 'pronounce: '.
     batch_size: lines decoded at a time.
     max_input_length: tokens; what is longer is truncated and says so.
-    decoding: how tokens are chosen; greedy, and at most as long as the training
-      targets, by default.
+    decoding: how tokens are chosen; greedy, and at most as long as the training targets, by
+      default.
     mesh: how devices are arranged; decided by their number by default.
     seed: of sampling.
     resume: continue an output that was interrupted.
     overwrite: replace an output that is there.
 
   Raises:
-    UsageError: if the model, the input or a line of it cannot be read. A file
-      is read through before anything is written.
+    UsageError: if the model, the input or a line of it cannot be read. A file is read through
+      before anything is written.
   """
   # ---- Check everything that can be checked before any work ----
   for name, value in (('batch_size', batch_size), ('max_input_length', max_input_length)):
@@ -277,8 +274,8 @@ def _open_output(path: str, *, append: bool) -> Iterator[Callable[[dict[str, Any
 def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
   """Cuts an output back to whole batches; returns how many lines are kept.
 
-  Whole batches, so that what follows is decoded in the same company as in a
-  run without interruption.
+  Whole batches, so that what follows is decoded in the same company as in a run without
+  interruption.
 
   Raises:
     UsageError: if the output belongs to another input.

@@ -1,7 +1,7 @@
 """Searches mesh, remat policy and microbatches for an experiment and hardware.
 
-A model of memory and time throws away what cannot work and ranks the rest; the
-compiler judges the best few and what the experiment itself says.
+A model of memory and time throws away what cannot work and ranks the rest; the compiler judges the
+best few and what the experiment itself says.
 """
 
 import dataclasses
@@ -323,11 +323,9 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     verdict = row['bound'] if row['fits'] else 'DOES NOT FIT'
     note = '  (as written)' if row['written'] else ''
     lines.append(
-      f'{i + 1:<2}{mesh}  {row["remat_policy"]:<11}'
-      f'{row["num_microbatches"]:>5}{size(row["predicted_peak_bytes"]):>16}'
-      f'{size(row["compiled_peak_bytes"]):>16}'
-      f'{1e3 * row["predicted_step_seconds"]:>8.0f} ms'
-      f'{1e3 * row["roofline_step_seconds"]:>8.0f} ms  {verdict}{note}'
+      f'{i + 1:<2}{mesh}  '
+      f'{row["remat_policy"]:<11}{row["num_microbatches"]:>5}{size(row["predicted_peak_bytes"]):>16}{size(row["compiled_peak_bytes"]):>16}{1e3 * row["predicted_step_seconds"]:>8.0f} '
+      f'ms{1e3 * row["roofline_step_seconds"]:>8.0f} ms  {verdict}{note}'
     )
   return '\n'.join(lines)
 

@@ -1,8 +1,8 @@
 """Compiles a step for hardware that is not there; says whether it fits.
 
-With libtpu the real XLA:TPU compiler runs on any machine. What it reports
-(memory) and what its program says (collectives, traffic) come from it; FLOPs
-come from flops.py and speeds from hardware.py.
+With libtpu the real XLA:TPU compiler runs on any machine. What it reports (memory) and what its
+program says (collectives, traffic) come from it; FLOPs come from flops.py and speeds from
+hardware.py.
 """
 
 import dataclasses

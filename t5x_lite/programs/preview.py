@@ -1,8 +1,7 @@
 """The preview program: what a task feeds the model, seen before it trains.
 
-Examples after every preprocessing step, lengths and what they cut, packed rows
-and the rates of a mixture: on the terminal, or as one page that needs nothing
-else.
+Examples after every preprocessing step, lengths and what they cut, packed rows and the rates of a
+mixture: on the terminal, or as one page that needs nothing else.
 """
 
 import collections
@@ -169,8 +168,8 @@ class Pieces:
     return piece(token) or f'<{token}>'
 
 
-# What is shown: ('title', text), ('step', title, examples as pieces),
-# ('table', title, header, rows) or ('rows', title, segments).
+# What is shown: ('title', text), ('step', title, examples as pieces), ('table', title, header,
+# rows) or ('rows', title, segments).
 Block = tuple[Any, ...]
 
 

@@ -74,8 +74,8 @@ def make(output: str) -> None:
 def _as_unigram(path: str) -> None:
   """Calls a model of characters a unigram model, which transformers reads.
 
-  The pieces and their scores stay, and so do the ids of every text: no piece
-  but the user-defined ones has more than one character.
+  The pieces and their scores stay, and so do the ids of every text: no piece but the user-defined
+  ones has more than one character.
   """
   file = pathlib.Path(path)
   model = sentencepiece_model.parse(file.read_bytes())

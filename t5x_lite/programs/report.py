@@ -66,8 +66,8 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   """Writes the page and returns its path.
 
   Args:
-    runs: run directories, such as those of `train` and `finetune`; several are
-      drawn into the same charts.
+    runs: run directories, such as those of `train` and `finetune`; several are drawn into the same
+      charts.
     output: the file to write; RUN/report.html of the first run by default.
 
   Raises:
@@ -259,8 +259,8 @@ def _best(run: Run) -> dict[str, Any]:
 def _charts(runs: Sequence[Run]) -> str:
   """Returns curves of training and evaluations.
 
-  Lines are runs. The evaluations of a single run share a chart by metric, and
-  lines are tasks there.
+  Lines are runs. The evaluations of a single run share a chart by metric, and lines are tasks
+  there.
   """
   names = {name for run in runs for name in run.series}
   panels: dict[str, dict[str, report_charts.Points]] = {

@@ -56,8 +56,8 @@ def line_chart(
 
   Args:
     title: above it.
-    lines: points by name, for the legend if there are several. A value that is
-      not finite is a gap. A line keeps its colour whichever others have points.
+    lines: points by name, for the legend if there are several. A value that is not finite is a gap.
+      A line keeps its colour whichever others have points.
     x_label: below it.
     may_be_log: use a logarithmic axis if the values span a factor of 50.
   """

@@ -1,7 +1,7 @@
 """Checks between configurations, made before a program writes anything.
 
-Each config validates itself; what is here concerns two of them at a time. All
-checks raise `UsageError`.
+Each config validates itself; what is here concerns two of them at a time. All checks raise
+`UsageError`.
 """
 
 import dataclasses
@@ -154,8 +154,8 @@ def check_model_dir(model_dir: str, model: T5Config, vocabulary: VocabularyConfi
   """Refuses to continue another model's run."""
   if not model_dir:
     raise UsageError("model_dir is '': name the run's directory")
-  # Orbax 0.12 looks for the parts of a checkpoint with a glob of the whole path, finds none in
-  # such a folder, and commits a checkpoint that holds no arrays.
+  # Orbax 0.12 looks for the parts of a checkpoint with a glob of the whole path, finds none in such
+  # a folder, and commits a checkpoint that holds no arrays.
   if glob.has_magic(os.path.abspath(model_dir)):
     raise UsageError(f'{model_dir}: a run cannot be below a folder with *, ? or [ in its name')
   run_directory.check_resumable(model_dir, model=model, vocabulary=vocabulary)

@@ -1,10 +1,9 @@
 """The study program: a table of runs, as the T5 paper has them, and its report.
 
-A cell is a row and a seed. It goes through the stages (pretrain, fine-tune,
-evaluate), each a process of its own, so that one that diverges or is killed is
-a cell that says so. A run is named after what it is, so that equal stages of
-several rows, or of several studies with one output_dir, are one run, and what
-is done is not done again.
+A cell is a row and a seed. It goes through the stages (pretrain, fine-tune, evaluate), each a
+process of its own, so that one that diverges or is killed is a cell that says so. A run is named
+after what it is, so that equal stages of several rows, or of several studies with one output_dir,
+are one run, and what is done is not done again.
 
   OUTPUT_DIR/runs/STAGE-FINGERPRINT/   a run; log.txt and outcome.json beside
   OUTPUT_DIR/NAME.md, NAME.html        the report, see study_report.py
@@ -55,17 +54,17 @@ class StoppedError(RuntimeError):
 class Stage:
   """One command of a cell.
 
-  In strings of `bindings`, {seed} is the cell's seed, {run} the directory of
-  this run, {NAME} that of an earlier stage and {NAME/3} the same of seed 3.
+  In strings of `bindings`, {seed} is the cell's seed, {run} the directory of this run, {NAME} that
+  of an earlier stage and {NAME/3} the same of seed 3.
 
   Attributes:
     name: of letters, digits and underscores.
     command: 'train', 'eval' or another command.
     gin_files: that it is given.
     bindings: gin name to value; a string is written as after --gin.NAME=.
-    scores: column of the table to metrics, whose mean it is. Of a training run
-      'eval/TASK/loss' and the like, at the step where it is best, as in the
-      paper; of `eval` 'TASK/METRIC'. 'a + b' is the mean of two of one step.
+    scores: column of the table to metrics, whose mean it is. Of a training run 'eval/TASK/loss' and
+      the like, at the step where it is best, as in the paper; of `eval` 'TASK/METRIC'. 'a + b' is
+      the mean of two of one step.
     optional: only in rows that name it.
   """
 
@@ -183,8 +182,8 @@ def study(
   Args:
     name: of the report's files.
     stages: what every cell does, in order.
-    rows: by title, what each changes: {'STAGE': {'gin name': value}}; '*' is
-      every stage, and None leaves a stage out.
+    rows: by title, what each changes: {'STAGE': {'gin name': value}}; '*' is every stage, and None
+      leaves a stage out.
     output_dir: on a local or shared disk; studies with one share their runs.
     seeds: each row runs with all of them; see Stage for how they are bound.
     baseline: the row that the others are compared with.
@@ -192,8 +191,7 @@ def study(
     paper: the published numbers of each row.
     paper_columns: what those are.
     paper_deviations: their standard deviations, where they are published.
-    cell: run this one alone, from 0, as a job of an array; see
-      launch/study.sbatch.
+    cell: run this one alone, from 0, as a job of an array; see launch/study.sbatch.
     launcher: words before every command, such as 'srun --kill-on-bad-exit=1'.
     report: run nothing, and report on what is there.
     dry_run: print the commands, and run nothing.
@@ -280,8 +278,8 @@ def _run(
   os.makedirs(run.directory, exist_ok=True)
   logged = os.path.join(run.directory, LOG_FILE)
   with open(os.path.join(run.directory, '.study'), 'w') as lock, open(logged, 'ab') as output:
-    # Another cell may be at it, or what was left of a study that was killed:
-    # the lock is the child's too.
+    # Another cell may be at it, or what was left of a study that was killed: the lock is the
+    # child's too.
     fcntl.flock(lock, fcntl.LOCK_EX)
     before = run.outcome()
     if before.get('exit_code') in _FINAL:

@@ -1,8 +1,8 @@
 """The report of a study: our numbers, the paper's beside them, and the cost.
 
-As in the paper's tables, bold is what is within two standard deviations of the
-best of its column (Raffel et al. 2020, section 3.1.4). The deviation is that
-of one run: pooled over the rows that have several seeds, or the published one.
+As in the paper's tables, bold is what is within two standard deviations of the best of its column
+(Raffel et al. 2020, section 3.1.4). The deviation is that of one run: pooled over the rows that
+have several seeds, or the published one.
 """
 
 import dataclasses

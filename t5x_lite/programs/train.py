@@ -82,8 +82,8 @@ def train(
 ) -> TrainState | None:
   """Trains a model and returns its last state.
 
-  Continues the run in `model_dir` if there is one. After SIGTERM it saves and
-  returns early, at the next step.
+  Continues the run in `model_dir` if there is one. After SIGTERM it saves and returns early, at the
+  next step.
 
   Args:
     dataset: the training data; its batch size is global.
@@ -104,15 +104,15 @@ def train(
     decoding: of infer_eval; greedy, as long as the targets, by default.
     stats_period: steps that a line of training metrics averages over.
     num_microbatches: parts that a batch is cut into to save memory.
-    patience: evaluations in a row that do not improve checkpoint.best_metric,
-      after which training ends early; None trains to the end.
-    max_skipped_updates: updates in a row that may be left out because the
-      gradient is not finite; 0 stops at the first.
+    patience: evaluations in a row that do not improve checkpoint.best_metric, after which training
+      ends early; None trains to the end.
+    max_skipped_updates: updates in a row that may be left out because the gradient is not finite; 0
+      stops at the first.
     report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
-    histogram_period: steps between histograms of the gradient, by group of
-      parameters; None for none.
-    profile_steps: steps to trace, after a few, into model_dir/profile, with a
-      table of where their time goes; None for none.
+    histogram_period: steps between histograms of the gradient, by group of parameters; None for
+      none.
+    profile_steps: steps to trace, after a few, into model_dir/profile, with a table of where their
+      time goes; None for none.
     seed: of parameters and dropout; the data has its own.
     dry_run: print parameters, mesh and memory, begin nothing and return None.
     dry_run_file: where a dry run writes the configuration, and how every array is cut.

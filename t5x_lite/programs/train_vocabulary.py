@@ -76,15 +76,15 @@ def train_vocabulary(
     input: text, TSV or JSONL, plain or gzip; paths or glob patterns.
     task: a registered task or mixture to take the text from instead.
     split: of the task.
-    vocab_size: pieces, with the three special ones, without sentinels, which
-      are added when a vocabulary is loaded (`VocabularyConfig.extra_ids`).
+    vocab_size: pieces, with the three special ones, without sentinels, which are added when a
+      vocabulary is loaded (`VocabularyConfig.extra_ids`).
     model_type: 'unigram' (T5's), 'bpe' or 'char'.
-    character_coverage: share of the characters of the text that get a piece;
-      0.9995 is T5's, 1.0 suits small alphabets and small texts.
+    character_coverage: share of the characters of the text that get a piece; 0.9995 is T5's, 1.0
+      suits small alphabets and small texts.
     byte_fallback: spell other characters in bytes (256 more pieces) instead of unk.
     user_defined_symbols: pieces that are never cut.
-    normalization: SentencePiece's rule: 'nmt_nfkc' (T5's), 'nfkc',
-      'nmt_nfkc_cf' (lower case too) or 'identity'.
+    normalization: SentencePiece's rule: 'nmt_nfkc' (T5's), 'nfkc', 'nmt_nfkc_cf' (lower case too)
+      or 'identity'.
     split_digits: whether every digit is a piece of its own.
     file_format: 'text', 'tsv' or 'jsonl'; empty to tell from the names.
     fields: TSV columns or JSONL keys to read; none means all text there is.
@@ -93,8 +93,8 @@ def train_vocabulary(
     overwrite: whether to replace an existing file.
 
   Raises:
-    UsageError: if a setting cannot work, or the text has too few different
-      pieces or too many characters for `vocab_size`. Nothing is written then.
+    UsageError: if a setting cannot work, or the text has too few different pieces or too many
+      characters for `vocab_size`. Nothing is written then.
   """
   if not output:
     raise UsageError('output is empty; name the model file to write')
