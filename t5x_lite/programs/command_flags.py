@@ -1,11 +1,10 @@
-"""What a program's source says of its arguments, read without importing it.
+"""What a program's source says of its arguments, read from the syntax tree without importing it.
 
-Importing some programs takes the fifteen seconds that TensorFlow takes, which `--help` and a
-mistyped flag should not. So the function's signature and docstring are read from the file's syntax
-tree.
+Importing some programs takes TensorFlow's fifteen seconds, which `--help` should not.
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -17,17 +16,11 @@ from typing import Any
 # Annotations, less `| None`, whose arguments can be written on a command line: the type of one
 # value, and whether there may be many.
 _SIMPLE: Mapping[str, tuple[type, bool]] = {
-  'bool': (bool, False),
-  'float': (float, False),
-  'int': (int, False),
-  'str': (str, False),
-  'Sequence[int]': (int, True),
+  **{kind.__name__: (kind, False) for kind in (bool, float, int, str)},
   'bool | str': (str, False),
-  'Sequence[str]': (str, True),
-  'str | Sequence[str]': (str, True),
+  'Sequence[int]': (int, True),
+  **dict.fromkeys(('Sequence[str]', 'str | Sequence[str]'), (str, True)),
 }
-
-
 # Dataclasses whose fields are flags of their own where a command says so.
 NESTED: Mapping[str, str] = {'DecodingConfig': 't5x_lite.decoding.config'}
 
@@ -37,7 +30,6 @@ class Parameter:
   """One keyword-only parameter of a program, or a field of one.
 
   Attributes:
-    name: its name.
     help: its entry in the docstring's Args section, on one line.
     type: of one value, or None if it cannot be written on a command line.
     many: whether it takes several values.
@@ -70,9 +62,8 @@ def read_fields(function: str, parent: str) -> list[Parameter]:
     annotation = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
     name = annotation.replace('collections.abc.', '').removesuffix(' | None')
     if name in _SIMPLE:
-      default = '' if field.default in (None, '', (), False) else str(field.default)
-      help_text = entries.get(field.name, '')
-      found.append(Parameter(field.name, help_text, *_SIMPLE[name], default, parent, owner))
+      how = (entries.get(field.name, ''), *_SIMPLE[name], _shown(field.default))
+      found.append(Parameter(field.name, *how, parent, owner))
   return found
 
 
@@ -96,12 +87,10 @@ def read_parameters(function: str) -> list[Parameter]:
   for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
     annotation = ast.unparse(argument.annotation) if argument.annotation else ''
     annotation = annotation.removesuffix(' | None')
-    kind, many = _SIMPLE.get(annotation, (None, False))
-    text = entries.get(argument.arg, '')
     owner = annotation if annotation in NESTED else ''
-    parameters.append(
-      Parameter(argument.arg, text, kind, many, _default(default, constants), owner=owner)
-    )
+    kind, many = _SIMPLE.get(annotation, (None, False))
+    text, shown = entries.get(argument.arg, ''), _default(default, constants)
+    parameters.append(Parameter(argument.arg, text, kind, many, shown, owner=owner))
   return parameters
 
 
@@ -119,20 +108,19 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
   constants = {}
   for node in tree.body:
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-      try:
+      with contextlib.suppress(ValueError):
         constants[node.targets[0].id] = ast.literal_eval(node.value)
-      except ValueError:
-        continue
   return constants
 
 
 def _default(node: ast.expr | None, constants: Mapping[str, Any]) -> str:
-  if node is None:
-    return ''
   if isinstance(node, ast.Name) and node.id in constants:
     return str(constants[node.id])
   try:
-    value = ast.literal_eval(node)
+    return _shown(ast.literal_eval(node) if node else None)
   except ValueError:
     return ''
+
+
+def _shown(value: Any) -> str:
   return '' if value in (None, '', (), False) else str(value)

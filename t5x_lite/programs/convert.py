@@ -1,8 +1,4 @@
-"""The convert program: reads a checkpoint of any format, writes another format.
-
-Everything is checked before anything is written, and what is written gets its name only once it is
-whole.
-"""
+"""The convert program: reads a checkpoint of any format, writes another format."""
 
 import collections
 import dataclasses
@@ -13,7 +9,7 @@ from etils import epath
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import adafactor_moments, assignment, export, hf, hf_export, tensor_names
+from t5x_lite.interop import assignment, export, hf, hf_export, tensor_names
 from t5x_lite.interop.adapters import merge_lora
 from t5x_lite.interop.checkpoint_source import Source, open_source
 from t5x_lite.interop.tensors import Tensors
@@ -90,10 +86,8 @@ def convert(
     return destination
   for line in _remarks(opened, cfg, to):
     log.warning('%s', line)
-  carried: adafactor_moments.Moments = {}
   renamed = transfer.fields(opened.config) or assignment_map
-  if optimizer_state and to in ('t5x_lite', 't5x') and not renamed:
-    carried = opened.read_moments()
+  carry = optimizer_state and to in ('t5x_lite', 't5x') and not renamed
   export.write(
     target,
     tensors=tensors,
@@ -101,7 +95,7 @@ def convert(
     to=to,
     vocabulary=opened.vocabulary,
     step=opened.step,
-    second_moments=carried,
+    second_moments=opened.read_moments() if carry else {},
     lengths=opened.lengths,
     origin=source,
     shard_bytes=shard_bytes,
@@ -121,18 +115,16 @@ def _stored_dtype(source: Source) -> str:
 
 def _vocabulary(name: str | None, source: Source) -> VocabularyConfig | None:
   """Returns the vocabulary that is asked for, checked against the model."""
-  named = {'none': None, 't5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
-  if name is None:
-    config = source.vocabulary
-  else:
-    config = named[name] if name in named else VocabularyConfig(path=name)
-  if config is not None:
-    size = vocabularies.make_vocabulary(config).vocab_size
-    if size > source.config.vocab_size:
-      raise UsageError(
-        f'the vocabulary has {size} ids, the embedding of {source.path} only '
-        f'{source.config.vocab_size} rows; name another with --vocabulary'
-      )
+  if name == 'none':
+    return None
+  config = source.vocabulary
+  if name is not None:
+    named = {'t5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
+    config = named.get(name) or VocabularyConfig(path=name)
+  rows = source.config.vocab_size
+  if config and (size := vocabularies.make_vocabulary(config).vocab_size) > rows:
+    where = f'the embedding of {source.path} only {rows} rows'
+    raise UsageError(f'the vocabulary has {size} ids, {where}; name another with --vocabulary')
   return config
 
 
@@ -155,13 +147,12 @@ def _print_mapping(
 ) -> None:
   """Prints one line a tensor: from where, its shape, to where."""
 
-  def place(name: str) -> str:
-    if to == 'hf':
-      return tensor_names.hf_name(name)
-    if to == 't5x' and cfg.relpos_per_layer:
-      return f'target/{tensor_names.t5x_scanned_name(name)[0]}'
-    return f'target/{tensor_names.t5x_name(name, cfg)}' if to == 't5x' else name
+  def t5x_place(name: str) -> str:
+    scanned = cfg.relpos_per_layer
+    found = tensor_names.t5x_scanned_name(name)[0] if scanned else tensor_names.t5x_name(name, cfg)
+    return f'target/{found}'
 
+  place = {'hf': tensor_names.hf_name, 't5x': t5x_place}.get(to, str)
   for name, tensor in tensors.items():
     print(f'{tensor.origin} -> {place(name)} [{"x".join(map(str, tensor.shape))}]')
   for name in report.skipped:

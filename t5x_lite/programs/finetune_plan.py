@@ -1,7 +1,6 @@
 """What fine-tuning does where nobody said: lengths, batch, steps, metrics.
 
-All of it follows from the data and the model, is printed before anything runs and written down, so
-that a run that is continued keeps to it.
+It follows from the data and the model, is printed first, and is kept by a run that is continued.
 """
 
 import dataclasses
@@ -82,37 +81,35 @@ class Lengths:
   """Tokens of every text, EOS included.
 
   Attributes:
-    inputs: [N].
-    targets: [N].
     unknown: share of tokens that the vocabulary has no piece for.
   """
 
-  inputs: np.ndarray
-  targets: np.ndarray
+  inputs: np.ndarray  # [N]
+  targets: np.ndarray  # [N]
   unknown: float
 
   def cut(self, input_length: int, target_length: int) -> dict[str, float]:
     """Returns how much is lost at these lengths."""
     over = np.maximum(self.inputs - input_length, 0) + np.maximum(self.targets - target_length, 0)
     lost, total = float(over.sum()), float(self.inputs.sum() + self.targets.sum())
-    percent = 100.0 * lost / total
-    examples = float((over > 0).sum())
-    return {'cut_examples': examples, 'cut_tokens': lost, 'cut_tokens_percent': percent}
+    cut = {'cut_examples': float((over > 0).sum()), 'cut_tokens': lost}
+    return {**cut, 'cut_tokens_percent': 100.0 * lost / total}
 
 
 def measure(pairs: Pairs, vocabulary: Vocabulary) -> Lengths:
   """Tokenizes everything once."""
-  counts, unknown, total = [], 0, 0
-  for texts in (pairs.inputs, pairs.targets):
-    column = np.zeros(len(texts), np.int64)
-    for i, text in enumerate(texts):
-      ids = vocabulary.encode(text)
-      column[i] = len(ids) + 1
-      total += len(ids)
-      if vocabulary.unk_id is not None:
-        unknown += ids.count(vocabulary.unk_id)
-    counts.append(column)
-  return Lengths(counts[0], counts[1], unknown / max(1, total))
+  unknown = 0
+
+  def count(text: str) -> int:
+    nonlocal unknown
+    ids = vocabulary.encode(text)
+    if vocabulary.unk_id is not None:
+      unknown += ids.count(vocabulary.unk_id)
+    return len(ids) + 1
+
+  inputs, targets = (np.array([*map(count, x)], np.int64) for x in (pairs.inputs, pairs.targets))
+  total = int(inputs.sum() + targets.sum()) - len(inputs) - len(targets)
+  return Lengths(inputs, targets, unknown / max(1, total))
 
 
 def choose_length(lengths: np.ndarray, limit: int) -> int:
@@ -159,11 +156,9 @@ def make_plan(
   input_length = input_length or choose_length(lengths.inputs, max_input_tokens)
   target_length = target_length or choose_length(lengths.targets, max_target_tokens)
   count = len(lengths.inputs)
-  inputs = np.minimum(lengths.inputs, input_length)
-  outputs = np.minimum(lengths.targets, target_length)
-  sums = {'inputs': float(inputs.sum()), 'targets': float(outputs.sum())}
-  means = {name: total / count for name, total in sums.items()}
   rows = {'inputs': input_length, 'targets': target_length}
+  sums = {name: float(np.minimum(getattr(lengths, name), n).sum()) for name, n in rows.items()}
+  means = {name: total / count for name, total in sums.items()}
   if pack is None:
     # Segment ids cost a little; half empty rows cost half of everything.
     pack = sum(means.values()) < 0.7 * sum(rows.values())
@@ -210,10 +205,9 @@ def model_parts(method: str, base: T5Config, given: Mapping[str, Any]) -> dict[s
     UsageError: if a name is another method's, or base cannot have such parts.
   """
   parts = dict(PARTS.get(method, {}))
-  for owner, fields in PARTS.items():
-    for name in fields:
-      if given[name] in (None, (), []):
-        continue
+  owners = {name: owner for owner, fields in PARTS.items() for name in fields}
+  for name, owner in owners.items():
+    if given[name] not in (None, (), []):
       if owner != method:
         raise UsageError(f'finetune.{name} is set, which is for --method {owner}: add that')
       parts[name] = given[name]
@@ -262,20 +256,20 @@ def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
 
 def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]:
   """Returns (what, how much) for the table that is printed at the start."""
-  loss = lengths.cut(plan.input_length, plan.target_length)
-  percentiles = {
-    name: '/'.join(f'{x:.0f}' for x in np.percentile(values, (50, 90, 99, 100)))
-    for name, values in (('inputs', lengths.inputs), ('targets', lengths.targets))
-  }
-  rows = plan.row_lengths
+
+  def percentiles(values: np.ndarray) -> str:
+    found = np.percentile(values, (50, 90, 99, 100))
+    return f'{"/".join(f"{x:.0f}" for x in found)} (50/90/99/100%)'
+
+  loss, rows = lengths.cut(plan.input_length, plan.target_length), plan.row_lengths
   batch = f'{plan.batch_size} rows of {rows["inputs"]} + {rows["targets"]} tokens'
   epochs = f'{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {plan.steps_per_epoch}'
   cut = f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, '
   cut += f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
   return [
     *((name.replace('_', ' '), str(value)) for name, value in more.items()),
-    ('input tokens', f'{percentiles["inputs"]} (50/90/99/100%)'),
-    ('target tokens', f'{percentiles["targets"]} (50/90/99/100%)'),
+    ('input tokens', percentiles(lengths.inputs)),
+    ('target tokens', percentiles(lengths.targets)),
     ('longest kept', f'{plan.input_length} + {plan.target_length} tokens'),
     ('cut', cut if loss['cut_examples'] else 'none'),
     ('batch', batch + (', packed' if plan.pack else '')),
@@ -290,14 +284,9 @@ def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]
 
 
 def show_plan(
-  plan: Plan,
-  lengths: Lengths,
-  parts: dict[str, Pairs],
-  start: TrainedModel,
-  method: str,
-  output: str,
+  plan: Plan, lengths: Lengths, parts: dict[str, Pairs], start: TrainedModel, **more: str
 ) -> None:
-  """Prints what was chosen."""
+  """Prints what was chosen, and what more there is to say: the method and the output."""
   train = parts['train']
   examples = f'{len(train)}, and {len(parts["validation"])} to evaluate'
   if train.skipped:
@@ -306,10 +295,9 @@ def show_plan(
     'model': f'{start.path} ({start.format})',
     'examples': examples,
     'columns': f'{train.fields[0]} -> {train.fields[1]}',
-    'method': method,
   }
   print()
-  for name, value in (*describe(plan, lengths, **first), ('output', output)):
+  for name, value in describe(plan, lengths, **first, **more):
     print(f'  {name:15} {value}')
   if lengths.unknown > 0.01:
     log.warning(
@@ -327,7 +315,6 @@ def show_examples(pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3) -> No
       ids = vocabulary.encode(text)
       shown = vocabulary.decode(ids[: length - 1])
       cut = f', {len(ids) + 1} before' if len(ids) >= length else ''
-      count = min(len(ids) + 1, length)
       shown = shown if len(shown) <= 300 else shown[:300] + '...'
-      print(f'    {name:7} {shown!r} ({count} tokens{cut})')
+      print(f'    {name:7} {shown!r} ({min(len(ids) + 1, length)} tokens{cut})')
   print(flush=True)

@@ -1,8 +1,6 @@
 """Compiles a step for hardware that is not there; says whether it fits.
 
-With libtpu the real XLA:TPU compiler runs on any machine. What it reports (memory) and what its
-program says (collectives, traffic) come from it; FLOPs come from flops.py and speeds from
-hardware.py.
+With libtpu the real XLA:TPU compiler runs on any machine: memory, collectives and traffic are its.
 """
 
 import dataclasses
@@ -11,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -147,37 +145,36 @@ def compile_step(
     mesh = dataclasses.replace(mesh, num_slices=num_slices)
   both: dict[str, Any] = {'model': model, 'batch': batch, 'mesh': mesh, 'devices': devices}
   training: dict[str, Any] = {'optimizer': optimizer, 'loss': loss, 'total_steps': total_steps}
+  how: dict[str, Any] = {'num_slices': num_slices, 'num_microbatches': num_microbatches}
   if decoding is not None:
     program = step_programs.decode_program(config=decoding, **both)
   else:
     program = step_programs.train_program(num_microbatches=num_microbatches, **training, **both)
   chip = find_chip(devices[0].device_kind)
   sizes = {name: program.mesh.shape[name] for name in MESH_AXES}
+  shapes = {name: shape for name, (shape, _) in batch.items()}
+  held = _state_bytes(program)
   report: dict[str, Any] = {
     'topology': topology,
-    'num_slices': num_slices,
     'devices': len(devices),
     'device_kind': devices[0].device_kind,
     'step': 'train' if decoding is None else 'decode',
     'mesh': sizes,
-    'batch_size': next(iter(batch.values()))[0][0],
-    'num_microbatches': num_microbatches,
+    'batch_size': next(iter(shapes.values()))[0],
     'remat_policy': model.remat_policy,
-    'attention': memory_report.attention_summary(
-      model, {name: shape for name, (shape, _) in batch.items()}, devices[0].platform
-    ),
+    'attention': memory_report.attention_summary(model, shapes, devices[0].platform),
+    'model_flops_per_step': _model_flops(model, shapes, decoding),
+    **how,
+    **held,
   }
-  report |= _state_bytes(program)
-  report['model_flops_per_step'] = _model_flops(model, batch, decoding)
   setup = cost_model.Setup(
     model=model,
     batch=batch,
     sizes=sizes,
-    num_microbatches=num_microbatches,
     chunk=loss.chunk,
-    state_bytes=report['params_bytes'] + report['optimizer_bytes'],
-    params_bytes=report['params_bytes'],
-    num_slices=num_slices,
+    state_bytes=held['params_bytes'] + held['optimizer_bytes'],
+    params_bytes=held['params_bytes'],
+    **how,
   )
   start = time.monotonic()
   lowered = program.lower()
@@ -186,7 +183,7 @@ def compile_step(
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    out_of_memory = parse_out_of_memory(str(error), sum(_state_bytes(program).values()))
+    out_of_memory = parse_out_of_memory(str(error), sum(held.values()))
     if out_of_memory is None:
       raise
     log.info('%s', str(error)[:4000])
@@ -197,7 +194,8 @@ def compile_step(
   text = compiled.as_text() or ''
   if hlo_file:
     epath.Path(hlo_file).write_text(text)
-  costs = _costs(setup, chip, program, text, decoding is None)
+  count = cost_model.hardware_flops if decoding is None else cost_model.forward_flops
+  costs = _costs(chip, list(program.mesh.devices.flat), text, count(setup))
   return report | _memory(compiled, chip) | costs, program
 
 
@@ -229,10 +227,10 @@ def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
 
 
 def _model_flops(
-  model: T5Config, batch: step_programs.BatchSpec, decoding: DecodingConfig | None
+  model: T5Config, shapes: Mapping[str, tuple[int, ...]], decoding: DecodingConfig | None
 ) -> float:
-  rows, targets = batch['decoder_target_tokens'][0]
-  inputs = batch['encoder_input_tokens'][0][1] if model.has_encoder else 0
+  rows, targets = shapes['decoder_target_tokens']
+  inputs = shapes['encoder_input_tokens'][1] if model.has_encoder else 0
   count, length = flops.train_step_flops, targets
   if decoding is not None:
     count, length = flops.forward_flops, decoding.length
@@ -240,14 +238,9 @@ def _model_flops(
 
 
 def _costs(
-  setup: cost_model.Setup,
-  chip: Chip | None,
-  program: step_programs.StepProgram,
-  text: str,
-  training: bool,
+  chip: Chip | None, devices: Sequence[jax.Device], text: str, hardware_flops: float
 ) -> dict[str, Any]:
-  """Collectives, traffic and the roofline, from the compiled program."""
-  devices = list(program.mesh.devices.flat)
+  """Collectives, traffic and the roofline, from the compiled program's text."""
   parsed = hlo.HloModule(text, len(devices))
   found = parsed.collectives()
   by_kind: dict[str, dict[str, float]] = {}
@@ -263,9 +256,8 @@ def _costs(
   }
   if chip is None:
     return {**result, 'bound': None, 'roofline': None}
-  total = (cost_model.hardware_flops if training else cost_model.forward_flops)(setup)
   seconds = {
-    'compute': total / len(devices) / chip.peak_flops,
+    'compute': hardware_flops / len(devices) / chip.peak_flops,
     'HBM': hbm_bytes / chip.hbm_bandwidth,
     **cost_model.network_seconds(chip, devices, found),
   }
@@ -292,9 +284,9 @@ def parse_out_of_memory(text: str, argument_bytes: int = 0) -> OutOfMemory | Non
   """
   if 'RESOURCE_EXHAUSTED' not in text and 'Ran out of memory' not in text:
     return None
-  match = re.search(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)', text) or re.search(
-    r'\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)', text
-  )
+  size = r'([\d.]+)([KMGT]?)'
+  forms = (rf'Used {size} of {size}', rf'\({size}\) exceeds available HBM \({size}\)')
+  match = re.search(forms[0], text) or re.search(forms[1], text)
   if match is None:
     return OutOfMemory(0, 0)
   used, available = (int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
@@ -307,18 +299,17 @@ def _does_not_fit(setup: cost_model.Setup, chip: Chip | None, found: OutOfMemory
   available = found.available or (chip.hbm_bytes if chip else 0)
   predicted = cost_model.memory(setup).total
   peak = found.used or predicted
-  levers = []
-  for lever in cost_model.levers(setup):
-    size = lever.bytes * peak / predicted
-    entry = {'lever': lever.text, 'predicted_peak_bytes': int(size), 'fits': size <= available}
-    levers.append(entry)
+  sizes = {lever.text: lever.bytes * peak / predicted for lever in cost_model.levers(setup)}
   return {
     'fits': False,
     'peak_bytes_per_device': peak,
     'hbm_bytes_per_device': available,
     'missing_bytes_per_device': max(0, peak - available),
     'collective_bytes_per_device': cost_model.collective_bytes(setup),
-    'levers': levers,
+    'levers': [
+      {'lever': text, 'predicted_peak_bytes': int(size), 'fits': size <= available}
+      for text, size in sizes.items()
+    ],
     **({'bound': None} if chip is None else _roofline(cost_model.seconds(setup, chip))),
     'predicted': True,  # all but the memory: there is no program to read
   }
@@ -339,9 +330,9 @@ def format_report(report: dict[str, Any]) -> str:
     f'attention: {report["attention"]}',
     'per device:',
   ]
-  for key, label, note in _PARTS:
-    if key in report:
-      lines.append(f'  {label:15}  {size(report[key])}{note}')
+  lines += [
+    f'  {label:15}  {size(report[key])}{note}' for key, label, note in _PARTS if key in report
+  ]
   peak, hbm = report['peak_bytes_per_device'], report['hbm_bytes_per_device']
   if peak is not None:
     room = f' of {size(hbm)} ({100 * peak / hbm:.0f}%)' if hbm else ''

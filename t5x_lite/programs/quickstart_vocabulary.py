@@ -1,9 +1,8 @@
 """Makes the vocabulary of the quickstart: `python -m THIS OUTPUT.model`.
 
-Ten minutes on two cores are enough if sequences are short where little is to be learnt and fine
-where much is. So the phonemes, the tasks' prefixes and each language's most frequent words are one
-piece each, and everything else is characters. The prefixes swallow the space behind them and the
-frequent words begin with one, so that the word after `pronounce: ` is always spelt out.
+Phonemes, prefixes and each language's most frequent words are one piece each, for short sequences;
+all else is characters. Prefixes swallow the space behind them and frequent words begin with one, so
+that the word after `pronounce: ` is always spelt out.
 """
 
 import collections
@@ -72,11 +71,7 @@ def make(output: str) -> None:
 
 
 def _as_unigram(path: str) -> None:
-  """Calls a model of characters a unigram model, which transformers reads.
-
-  The pieces and their scores stay, and so do the ids of every text: no piece but the user-defined
-  ones has more than one character.
-  """
+  """Calls a model of characters a unigram model, which transformers reads; no id changes."""
   file = pathlib.Path(path)
   model = sentencepiece_model.parse(file.read_bytes())
   model.trainer_spec.model_type = sentencepiece_model.UNIGRAM

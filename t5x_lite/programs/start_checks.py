@@ -1,8 +1,4 @@
-"""Checks between configurations, made before a program writes anything.
-
-Each config validates itself; what is here concerns two of them at a time. All checks raise
-`UsageError`.
-"""
+"""Checks between configurations, made before a program writes anything; all raise `UsageError`."""
 
 import dataclasses
 import glob
@@ -70,10 +66,10 @@ def resolve_model(
     has_begun = model_dir and checkpoints.has_checkpoint(model_dir)
     path = model_dir if has_begun else restore_path
     if not path:
-      what = 'model' if model is None else 'vocabulary'
+      what = f'train.{"model" if model is None else "vocabulary"} is not set'
       raise UsageError(
-        f'train.{what} is not set, and there is no checkpoint to take it from: '
-        'give a file of configs/models, or CheckpointConfig.restore_path'
+        f'{what}, and there is no checkpoint to take it from: give a file of configs/models, or '
+        'CheckpointConfig.restore_path'
       )
     opened = checkpoint_source.open_source(path)
     model = model or opened.config
@@ -95,16 +91,12 @@ def resolve_dataset(
   name = dataset.mixture_or_task_name
   kinds = _CONVERTERS[model.architecture]
   if dataset.feature_converter not in kinds:
-    allowed = ' or '.join(repr(kind) for kind in kinds) or 'none that trains'
-    raise UsageError(
-      f'{name} is read with feature_converter={dataset.feature_converter!r}; '
-      f'the architecture {model.architecture!r} needs {allowed}'
-    )
+    allowed = ' or '.join(map(repr, kinds)) or 'none that trains'
+    read = f'{name} is read with feature_converter={dataset.feature_converter!r}'
+    raise UsageError(f'{read}; the architecture {model.architecture!r} needs {allowed}')
   if dataset.decoder_start_id != model.decoder_start_id:
-    raise UsageError(
-      f'{name} is read with decoder_start_id={dataset.decoder_start_id}, the '
-      f'model has {model.decoder_start_id}: make them equal'
-    )
+    read = f'{name} is read with decoder_start_id={dataset.decoder_start_id}'
+    raise UsageError(f'{read}, the model has {model.decoder_start_id}: make them equal')
   if model.prompt_length is not None and dataset.has_segment_ids:
     raise UsageError(f'{name} is packed, but a model with a prompt needs DatasetConfig.pack=False')
   dataset = dataclasses.replace(dataset, mixture_or_task_name=catalog.resolve(name, vocabulary))
@@ -122,9 +114,8 @@ def task_names(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> tuple[st
     return ()
   tasks = getattr(catalog.task_provider(dataset), 'tasks', None)
   if tasks is None:
-    raise UsageError(
-      f'DatasetConfig.per_task_loss is for mixtures, and {dataset.mixture_or_task_name} is a task'
-    )
+    name = dataset.mixture_or_task_name
+    raise UsageError(f'DatasetConfig.per_task_loss is for mixtures, and {name} is a task')
   return tuple(catalog.short_name(task.name, vocabulary) for task in tasks)
 
 
@@ -138,9 +129,7 @@ def log_rates(dataset: DatasetConfig) -> None:
 def warn_of_cuts(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> dict[str, float]:
   """Says how many examples the lengths cut; returns it as metrics."""
   metrics = {}
-  for cut in truncation.measure(dataset, vocabulary):
-    if not cut.cut:
-      continue
+  for cut in (one for one in truncation.measure(dataset, vocabulary) if one.cut):
     log.warning(
       f'{cut.task}: {cut.cut} of the first {cut.examples} examples are longer than '
       f'{dataset.lengths} and are cut; they lose {cut.percent_of_tokens:.1f}% of all tokens'

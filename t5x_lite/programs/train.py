@@ -1,8 +1,7 @@
 """The train loop, from configuration to the last checkpoint, in one function.
 
-Reads top to bottom: check, mesh, data, start, compile, loop. There is no trainer class, since there
-is no second implementation. At the top of the loop `step` updates have been made; evaluation and
-checkpoints see that state, and only then does the iterator move.
+At the top of the loop `step` updates have been made; evaluation and checkpoints see that state, and
+only then does the iterator move.
 """
 
 import contextlib
@@ -37,10 +36,8 @@ from t5x_lite.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
-_COUNTS = (
-  'total_steps eval_period stats_period eval_steps infer_eval_examples patience '
-  'histogram_period profile_steps'
-).split()
+_COUNTS = ('total_steps', 'eval_period', 'stats_period', 'eval_steps', 'infer_eval_examples')
+_COUNTS += ('patience', 'histogram_period', 'profile_steps')
 _NOT_RECORDED = ('model_changes', 'dry_run', 'dry_run_file', 'summarize_config_fn')
 
 
@@ -175,24 +172,22 @@ def train(
   sharding = partitioning.batch_sharding(device_mesh)
   _, batch_shapes, _ = program.arguments
 
-  def compile_step(histograms: bool = False) -> jax.stages.Compiled:
+  def compile_step(program: step_programs.StepProgram) -> jax.stages.Compiled:
     began = time.monotonic()
-    compiled = (make_program(histograms=True) if histograms else program).lower().compile()
+    compiled = program.lower().compile()
     log.info('compiled in %.1f s', time.monotonic() - began)
     return compiled
 
   log.info('%s', memory_report.parameter_summary(spec.shapes.params))
   shapes = {name: x.shape for name, x in batch_shapes.items()}
   platform = device_mesh.devices.flat[0].platform
-  facts = {
-    'cost': flops.summary(model, batch_shapes),
-    'attention': memory_report.attention_summary(model, shapes, platform),
-  }
+  attention = memory_report.attention_summary(model, shapes, platform)
+  facts = {'cost': flops.summary(model, batch_shapes), 'attention': attention}
   for name, fact in facts.items():
     log.info('%s: %s', name, fact)
   start_checks.log_rates(dataset)
   if dry_run:
-    compiled = compile_step()
+    compiled = compile_step(program)
     memory_report.print_dry_run(record, spec, device_mesh, compiled, facts, file=dry_run_file)
     return None
 
@@ -209,7 +204,6 @@ def train(
     infer_eval_examples=infer_eval_examples,
     decoding=decoding,
   )
-
   cuts = start_checks.warn_of_cuts(dataset, vocabulary)
 
   with contextlib.ExitStack() as stack:
@@ -218,14 +212,9 @@ def train(
     primary, held = distributed.is_primary(), None
     if primary:
       held = stack.enter_context(lease.lock(model_dir))
-      run_directory.write_run(
-        model_dir,
-        model=model,
-        vocabulary=vocabulary,
-        lengths=dataset.lengths,
-        config=record,
-        texts={memory_report.SHARDING_FILE: memory_report.sharding_table(spec)},
-      )
+      texts = {memory_report.SHARDING_FILE: memory_report.sharding_table(spec)}
+      given = {'model': model, 'vocabulary': vocabulary, 'lengths': dataset.lengths}
+      run_directory.write_run(model_dir, config=record, texts=texts, **given)
       if summarize_config_fn is not None:
         summarize_config_fn(model_dir)
     distributed.barrier('run directory')
@@ -249,8 +238,9 @@ def train(
       log.info('already at step %d of %d: done', first_step, total_steps)
       return state
     iterator.start()
-    train_step = compile_step()
-    histogram_step = compile_step(histograms=True) if histogram_period else train_step
+    train_step = histogram_step = compile_step(program)
+    if histogram_period:
+      histogram_step = compile_step(make_program(histograms=True))
     log.info('%s', memory_report.compiled_memory(train_step))
 
     # ---- Writers ----
@@ -258,10 +248,9 @@ def train(
     config = run_directory.to_json(record)
     writer = metric_writers.MetricWriter(model_dir, report_to=reporters, config=config, **start)
     stack.enter_context(writer)
-    num_traced = profile_steps if primary else None
-    profiler = profiling.StepProfiler(
-      model_dir, first_step=first_step, last_step=total_steps, num_steps=num_traced
-    )
+    steps = {'first_step': first_step, 'last_step': total_steps}
+    traced = profile_steps if primary else None
+    profiler = profiling.StepProfiler(model_dir, num_steps=traced, **steps)
     stack.callback(profiler.stop)
     if checkpointer.damaged:
       writer.write(first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))})
@@ -272,7 +261,6 @@ def train(
       peak_flops=flops.peak_flops(jax.devices()[0].device_kind),
       num_devices=jax.device_count(),
     )
-
     skipped_in_a_row = 0
 
     def collect(pending: tuple[int, Any] | None) -> None:
@@ -287,13 +275,19 @@ def train(
       metrics = {k: float(v) for k, v in metrics.items()}
       bad = [name for name, x in metrics.items() if not math.isfinite(x)]
       if bad:
-        what = f'{bad[0]} is {metrics[bad[0]]} at step {at}{_culprit(metrics)}'
+        groups = [name.removeprefix(GROUP_NORM) for name in bad if name.startswith(GROUP_NORM)]
+        culprit = f', first in {groups[0]}' if groups else ''
+        what = f'{bad[0]} is {metrics[bad[0]]} at step {at}{culprit}'
         skipped_in_a_row += 1
         if skipped_in_a_row > max_skipped_updates:
           writer.write(at, metrics)
+          checkpointer.wait()
+          kept, latest = 'There is no checkpoint yet.', checkpointer.latest_step
+          if latest is not None:
+            kept = f'The last checkpoint is of step {latest}.'
           raise NonFiniteError(
-            f'{what}: stopped. {_last_good(checkpointer)} Try a lower learning '
-            'rate, OptimizerConfig.global_norm_clip or another data seed.'
+            f'{what}: stopped. {kept} Try a lower learning rate, OptimizerConfig.global_norm_clip '
+            'or another data seed.'
           )
         log.warning('%s: the update is left out', what)
         window.skip()
@@ -343,8 +337,8 @@ def train(
         with profiling.part('evaluate and save'):
           evaluate_and_save()
         if best.worse_for(patience):
-          text = '%s has not improved for %d evaluations: training ends at step %d'
-          log.info(text, checkpoint.best_metric, patience, step)
+          why = f'{checkpoint.best_metric} has not improved for {patience} evaluations'
+          log.info('%s: training ends at step %d', why, step)
           break
       profiler.before(step, state)
       with profiling.part('wait for data'):
@@ -372,19 +366,11 @@ def train(
     checkpointer.wait()
     progress.clear()
     if stop.received:
-      text = '%s: saved at step %d of %d and stopped; the same command continues'
-      log.warning(text, stop.received, step, total_steps)
+      where = f'saved at step {step} of {total_steps} and stopped'
+      log.warning('%s: %s; the same command continues', stop.received, where)
     else:
       log.info('finished %d steps in %s', step, model_dir)
     return state
-
-
-def _culprit(metrics: Mapping[str, float]) -> str:
-  """Names the first group of parameters whose gradient is not finite."""
-  for name, value in metrics.items():
-    if name.startswith(GROUP_NORM) and not math.isfinite(value):
-      return f', first in {name.removeprefix(GROUP_NORM)}'
-  return ''
 
 
 class BestSoFar:
@@ -415,12 +401,4 @@ class BestSoFar:
 
   def restore(self, meta: Mapping[str, Any]) -> None:
     """Continues from what a checkpoint kept."""
-    self._best = meta.get('best')
-    self._since = meta.get('evaluations_since_best', 0)
-
-
-def _last_good(checkpointer: checkpoints.Checkpointer) -> str:
-  checkpointer.wait()
-  if (latest := checkpointer.latest_step) is None:
-    return 'There is no checkpoint yet.'
-  return f'The last checkpoint is of step {latest}.'
+    self._best, self._since = meta.get('best'), meta.get('evaluations_since_best', 0)

@@ -1,8 +1,4 @@
-"""Trains a SentencePiece vocabulary that T5 can use, from the user's own text.
-
-The same text and settings give the same bytes: sentences are sampled here with a seed, and
-SentencePiece gets a fixed number of threads, on which its sums depend.
-"""
+"""Trains a SentencePiece vocabulary for T5; the same text and settings give equal bytes."""
 
 import dataclasses
 import io
@@ -22,7 +18,9 @@ MODEL_TYPES = ('unigram', 'bpe', 'char')
 
 # SentencePiece skips longer sentences (its default limit is 4,192 bytes), so longer lines are cut.
 _MAX_SENTENCE_BYTES = 4096
-_NUM_THREADS = 16
+_NUM_THREADS = 16  # its sums depend on them
+# What goes to SentencePiece as it is.
+_SETTINGS = 'vocab_size model_type character_coverage byte_fallback split_digits'.split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +94,7 @@ def train_vocabulary(
     UsageError: if a setting cannot work, or the text has too few different pieces or too many
       characters for `vocab_size`. Nothing is written then.
   """
+  given = dict(locals())
   if not output:
     raise UsageError('output is empty; name the model file to write')
   if bool(input) == bool(task):
@@ -113,14 +112,11 @@ def train_vocabulary(
     raise UsageError(f'max_sentences is {max_sentences}; it must be 1 or more')
   for symbol in user_defined_symbols:
     if not symbol or re.fullmatch(r'<pad>|</s>|<unk>|▁?<extra_id_\d+>', symbol):
-      raise UsageError(
-        f'user_defined_symbols holds {symbol!r}, which T5 defines itself; leave it out'
-      )
+      why = 'which T5 defines itself; leave it out'
+      raise UsageError(f'user_defined_symbols holds {symbol!r}, {why}')
   if epath.Path(output).exists() and not overwrite:
-    raise UsageError(
-      f'{output} exists, and models trained with it need it as it is; choose '
-      'another name or set overwrite'
-    )
+    why = 'models trained with it need it as it is; choose another name or set overwrite'
+    raise UsageError(f'{output} exists, and {why}')
   if task:
     # Not at the top: TensorFlow takes many seconds, and files do not need it.
     from t5x_lite.data.tasks import catalog
@@ -136,13 +132,9 @@ def train_vocabulary(
     logging.info('Learning from %d of %d sentences', len(sentences), total)
   model = _train(
     sentences,
-    vocab_size=vocab_size,
-    model_type=model_type,
-    character_coverage=character_coverage,
-    byte_fallback=byte_fallback,
     user_defined_symbols=list(user_defined_symbols),
     normalization_rule_name=normalization,
-    split_digits=split_digits,
+    **{name: given[name] for name in _SETTINGS},
   )
   path = epath.Path(output)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,10 +151,9 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
       while len(line.encode()) > _MAX_SENTENCE_BYTES:
         # As many whole characters as fit, then back to a space if there is one.
         head = line.encode()[:_MAX_SENTENCE_BYTES].decode('utf-8', 'ignore')
-        cut = head.rfind(' ')
-        cut = cut if cut > 0 else len(head)
-        yield line[:cut]
-        line = line[cut:].strip()
+        head = head[: head.rfind(' ')] if head.rfind(' ') > 0 else head
+        yield head
+        line = line[len(head) :].strip()
       if line:
         yield line
 
@@ -208,11 +199,12 @@ def _train(sentences: Sequence[str], **settings) -> bytes:
 
 def _explain(message: str, vocab_size: int) -> str:
   """Returns what to do about an error of SentencePiece's trainer."""
+  size = f'vocab_size is {vocab_size}, but'
   if found := re.search(r'too high.*<= (\d+)', message):
-    most = f'vocab_size is {vocab_size}, but this text gives no more than {found[1]} pieces'
+    most = f'{size} this text gives no more than {found[1]} pieces'
     return f'{most}; set it to {found[1]} or less, or give more text'
   if found := re.search(r'required_chars\. \d+ vs (\d+)', message):
-    need = f'vocab_size is {vocab_size}, but the characters of this text alone need {found[1]}'
+    need = f'{size} the characters of this text alone need {found[1]}'
     return f'{need}; set it higher, or lower character_coverage'
   return f'SentencePiece cannot train on this text: {message.strip()}'
 
