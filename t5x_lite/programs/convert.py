@@ -88,18 +88,10 @@ def convert(
     log.warning('%s', line)
   renamed = transfer.fields(opened.config) or assignment_map
   carry = optimizer_state and to in ('t5x_lite', 't5x') and not renamed
-  export.write(
-    target,
-    tensors=tensors,
-    cfg=cfg,
-    to=to,
-    vocabulary=opened.vocabulary,
-    step=opened.step,
-    second_moments=opened.read_moments() if carry else {},
-    lengths=opened.lengths,
-    origin=source,
-    shard_bytes=shard_bytes,
-  )
+  kept = {'vocabulary': opened.vocabulary, 'step': opened.step, 'lengths': opened.lengths}
+  how = {'to': to, 'origin': source, 'shard_bytes': shard_bytes}
+  moments = opened.read_moments() if carry else {}
+  export.write(target, tensors=tensors, cfg=cfg, second_moments=moments, **kept, **how)
   log.info('%s: %s', destination, report.summary())
   return destination
 

@@ -168,16 +168,14 @@ def make_plan(
       rows[name] = max(rows[name], 8 * math.ceil(examples * means[name] / 8))
   devices, backend = jax.device_count(), jax.default_backend()
   most = batch_tokens or _MAX_BATCH_TOKENS.get(backend, 32768)
-  row_tokens = rows['inputs'] + rows['targets']
-  # Of a small file many small batches, so that there are updates enough.
-  per_batch = min(128, max(8, count // 32))
-  needed = per_batch * max(
-    means[name] / rows[name] / (_FILL if pack else means[name] / rows[name]) for name in rows
-  )
-  wanted = math.ceil(needed) if batch_tokens is None else most // row_tokens
-  batch_size = _whole(min(wanted, most // row_tokens), devices)
-  epoch_rows = max(sums[name] / rows[name] for name in rows) / _FILL if pack else count
-  steps_per_epoch = max(1, round(epoch_rows / batch_size))
+  # Rows that one example needs: packed ones are not quite full.
+  share = max(means[name] / rows[name] for name in rows) / _FILL if pack else 1.0
+  batch_rows = most // sum(rows.values())
+  if batch_tokens is None:
+    # Of a small file many small batches, so that there are updates enough.
+    batch_rows = min(batch_rows, math.ceil(share * min(128, max(8, count // 32))))
+  batch_size = _whole(batch_rows, devices)
+  steps_per_epoch = max(1, round(share * count / batch_size))
   if steps is None:
     if epochs is None:
       epochs = min(20.0, max(3.0, math.ceil(_MIN_UPDATES / steps_per_epoch)))
@@ -213,10 +211,8 @@ def model_parts(method: str, base: T5Config, given: Mapping[str, Any]) -> dict[s
       parts[name] = given[name]
   tuned = base.replace(**parts)
   if transfer.fields(base) and (not parts or tuned != base):
-    raise UsageError(
-      f'the model has {transfer.fields(base)}: fine-tune it with the same, or its base, or '
-      'make it a plain one with `t5x-lite convert --merge`'
-    )
+    how = 'the same, or its base, or make it a plain one with `t5x-lite convert --merge`'
+    raise UsageError(f'the model has {transfer.fields(base)}: fine-tune it with {how}')
   return parts
 
 
@@ -291,19 +287,14 @@ def show_plan(
   examples = f'{len(train)}, and {len(parts["validation"])} to evaluate'
   if train.skipped:
     examples += f'; {train.skipped} bad rows left out'
-  first = {
-    'model': f'{start.path} ({start.format})',
-    'examples': examples,
-    'columns': f'{train.fields[0]} -> {train.fields[1]}',
-  }
+  first = {'model': f'{start.path} ({start.format})', 'examples': examples}
+  first['columns'] = ' -> '.join(train.fields)
   print()
   for name, value in describe(plan, lengths, **first, **more):
     print(f'  {name:15} {value}')
   if lengths.unknown > 0.01:
-    log.warning(
-      f'the vocabulary has no piece for {lengths.unknown:.1%} of the tokens of this data: the '
-      'model cannot read or write them'
-    )
+    share = f'{lengths.unknown:.1%} of the tokens of this data'
+    log.warning('the vocabulary has no piece for %s: the model cannot read or write them', share)
 
 
 def show_examples(pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3) -> None:

@@ -30,14 +30,11 @@ from t5x_lite.training.optimizers import OptimizerConfig
 log = logging.getLogger(__name__)
 
 STEPS = ('train', 'decode')
+# What both functions take.
+_PASSED_ON = 'model optimizer total_steps num_microbatches topology num_slices hlo_file'.split()
 # What lies in a device's memory: a key of the report, and how it is printed.
-_PARTS = (
-  ('params_bytes', 'parameters', ''),
-  ('optimizer_bytes', 'optimizer state', ''),
-  ('batch_bytes', 'batch', ''),
-  ('temporary_bytes', 'temporaries', ' (gradients, activations, gathered weights)'),
-  ('code_bytes', 'code', ''),
-)
+_PARTS = {'params_bytes': 'parameters', 'optimizer_bytes': 'optimizer state'}
+_PARTS |= {'batch_bytes': 'batch', 'temporary_bytes': 'temporaries', 'code_bytes': 'code'}
 
 
 class DoesNotFitError(RuntimeError):
@@ -92,20 +89,15 @@ def precompile(
   Raises:
     DoesNotFitError: if the compiler runs out of memory; reported like all else.
   """
+  given = dict(locals())
   if step not in STEPS:
     raise UsageError(f'--step={step} is not one of {", ".join(STEPS)}')
   report, _ = compile_step(
-    model=model,
     batch=batch_spec(dataset),
-    optimizer=optimizer,
-    total_steps=total_steps,
     loss=loss or LossConfig(),
     mesh=mesh or MeshConfig(),
-    num_microbatches=num_microbatches,
     decoding=(decoding or DecodingConfig()) if step == 'decode' else None,
-    topology=topology,
-    num_slices=num_slices,
-    hlo_file=hlo_file,
+    **{name: given[name] for name in _PASSED_ON},
   )
   print(format_report(report))
   if json:
@@ -214,16 +206,12 @@ def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
   peak = None if stats is None else stats.peak_memory_in_bytes
   fits = hbm is None or peak is None or peak <= hbm
   found = {'fits': fits, 'peak_bytes_per_device': peak, 'hbm_bytes_per_device': hbm}
-  if stats is None:
-    return found
-  return found | {
-    'argument_bytes': stats.argument_size_in_bytes,
-    'temporary_bytes': stats.temp_size_in_bytes,
-    'code_bytes': stats.generated_code_size_in_bytes,
-    # Donation: outputs that lie where arguments were.
-    'donated_bytes': stats.alias_size_in_bytes,
-    'host_bytes': stats.host_argument_size_in_bytes,
-  }
+  # Donated are outputs that lie where arguments were.
+  names = {'argument': 'argument_size', 'temporary': 'temp_size', 'host': 'host_argument_size'}
+  names |= {'code': 'generated_code_size', 'donated': 'alias_size'}
+  if stats is not None:
+    found |= {f'{x}_bytes': getattr(stats, f'{name}_in_bytes') for x, name in names.items()}
+  return found
 
 
 def _model_flops(
@@ -249,19 +237,14 @@ def _costs(
     entry['count'] += one.count
     entry['bytes'] += one.count * one.bytes
   hbm_bytes = parsed.hbm_bytes()
-  result: dict[str, Any] = {
-    'collectives': by_kind,
-    'collective_bytes_per_device': sum(k['bytes'] for k in by_kind.values()),
-    'hbm_traffic_bytes_per_device': hbm_bytes,
-  }
+  received = sum(k['bytes'] for k in by_kind.values())
+  result = {'collectives': by_kind, 'collective_bytes_per_device': received}
+  result['hbm_traffic_bytes_per_device'] = hbm_bytes
   if chip is None:
     return {**result, 'bound': None, 'roofline': None}
-  seconds = {
-    'compute': hardware_flops / len(devices) / chip.peak_flops,
-    'HBM': hbm_bytes / chip.hbm_bandwidth,
-    **cost_model.network_seconds(chip, devices, found),
-  }
-  return {**result, **_roofline(seconds)}
+  compute = hardware_flops / len(devices) / chip.peak_flops
+  seconds = {'compute': compute, 'HBM': hbm_bytes / chip.hbm_bandwidth}
+  return {**result, **_roofline(seconds | cost_model.network_seconds(chip, devices, found))}
 
 
 def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
@@ -300,12 +283,11 @@ def _does_not_fit(setup: cost_model.Setup, chip: Chip | None, found: OutOfMemory
   predicted = cost_model.memory(setup).total
   peak = found.used or predicted
   sizes = {lever.text: lever.bytes * peak / predicted for lever in cost_model.levers(setup)}
+  device = {'peak': peak, 'hbm': available, 'missing': max(0, peak - available)}
+  device['collective'] = cost_model.collective_bytes(setup)
   return {
     'fits': False,
-    'peak_bytes_per_device': peak,
-    'hbm_bytes_per_device': available,
-    'missing_bytes_per_device': max(0, peak - available),
-    'collective_bytes_per_device': cost_model.collective_bytes(setup),
+    **{f'{name}_bytes_per_device': size for name, size in device.items()},
     'levers': [
       {'lever': text, 'predicted_peak_bytes': int(size), 'fits': size <= available}
       for text, size in sizes.items()
@@ -330,9 +312,10 @@ def format_report(report: dict[str, Any]) -> str:
     f'attention: {report["attention"]}',
     'per device:',
   ]
-  lines += [
-    f'  {label:15}  {size(report[key])}{note}' for key, label, note in _PARTS if key in report
-  ]
+  for key, label in _PARTS.items():
+    if key in report:
+      note = ' (gradients, activations, gathered weights)' if key == 'temporary_bytes' else ''
+      lines.append(f'  {label:15}  {size(report[key])}{note}')
   peak, hbm = report['peak_bytes_per_device'], report['hbm_bytes_per_device']
   if peak is not None:
     room = f' of {size(hbm)} ({100 * peak / hbm:.0f}%)' if hbm else ''

@@ -26,12 +26,6 @@ _PACKED_ROWS = 8
 _MAX_TOKENS, _MAX_TEXT = 160, 500
 _COLORS = report_charts.COLORS[:6]
 _ANSI = (27, 166, 36, 175, 178, 74)
-_STYLE = """
-.tokens { line-height: 1.9; overflow-wrap: anywhere; }
-.tokens span { border-right: 1px dotted #8888; padding: 1px 1px; white-space: pre-wrap; }
-.row { display: flex; height: 14px; margin: 3px 0; }
-.row i { border-right: 1px solid Canvas; }
-"""
 
 # A piece of text, and the number of its colour or None.
 Piece = tuple[str, int | None]
@@ -217,7 +211,7 @@ def as_page(blocks: Sequence[Block], charts: Sequence[str]) -> str:
           bars += f'<i style="flex:{len(list(run))};background:{color}"></i>'
         parts.append(f'<div class="row">{bars}</div>')
   parts.append(f'<div class="charts">{"".join(charts)}</div>')
-  return report.whole_page(blocks[0][1], parts, _STYLE)
+  return report.whole_page(blocks[0][1], parts)
 
 
 def _length_charts(lengths: Mapping[str, Mapping[str, Sequence[int]]]) -> Iterator[str]:

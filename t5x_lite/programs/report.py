@@ -6,11 +6,13 @@ report_charts.py draws.
 
 import contextlib
 import html
+import importlib.resources
 import itertools
 import json
 import logging
 import math
 import os
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,22 +43,6 @@ _CURVES = (
   'input_tokens_per_second seconds_per_step mfu skipped_updates'
 ).split()
 _MAY_BE_LOG = ('loss', 'grad_norm', 'perplexity')
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; } h3 { font-size: 1em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #8884; }
-td.n, th.n { text-align: right; }
-.charts { display: grid; gap: 1em;
-  grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
-.tables { display: flex; flex-wrap: wrap; column-gap: 3em; } .tables section { max-width: 100%; }
-pre { overflow: auto; background: #8881; padding: .8em; font-size: 12px; }
-.wrong { color: #d55e00; } .wrong::before { content: '\\2717\\00a0'; }
-.note { font-size: 13px; opacity: .8; } .scroll { overflow-x: auto; }
-.samples td { white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
 
 
 def report(*, runs: Sequence[str], output: str = '') -> str:
@@ -112,15 +98,11 @@ def page(runs: Sequence[Run]) -> str:
   return whole_page(title, body)
 
 
-def whole_page(title: str, body: Sequence[str], style: str = '') -> str:
+def whole_page(title: str, body: Sequence[str]) -> str:
   """Returns a page of its parts; empty ones are left out."""
-  shown = '\n'.join(part for part in body if part)
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>{escape(title)}</title><style>{_STYLE}{report_charts.STYLE}{style}</style></head>\n'
-    f'<body>\n{shown}\n</body></html>\n'
-  )
+  text = importlib.resources.files('t5x_lite.programs').joinpath('report.html').read_text()
+  shown = '\n'.join(filter(None, body))
+  return string.Template(text).substitute(title=escape(title), body=shown)
 
 
 def escape(value: Any) -> str:

@@ -9,18 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 # Told apart by people who do not see all colours (Okabe and Ito 2008).
 COLORS = '#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #808080'.split()
 
-# Of the page that holds the charts; its text's colour is theirs.
-STYLE = """
-figure { margin: 0; } svg { width: 100%; height: auto; }
-svg text { fill: currentColor; font: 11px system-ui, sans-serif; }
-svg text.title { font-weight: 600; font-size: 13px; }
-svg .grid { stroke: #8883; } svg polyline { fill: none; stroke-width: 1.6; }
-svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
-.legend { padding-left: 3.5em; }
-.legend span { margin-right: 1em; font-size: 12px; display: inline-block; }
-svg.key { width: 18px; height: 8px; margin-right: 4px; } .key line { stroke-width: 2.5; }
-"""
-
 _WIDTH, _HEIGHT = 500, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 30, 36
 # Points of one line at most: more than pixels only make the page large.

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _COUNTS = ('total_steps', 'eval_period', 'stats_period', 'eval_steps', 'infer_eval_examples')
 _COUNTS += ('patience', 'histogram_period', 'profile_steps')
+_OF_THE_STEP = ('optimizer', 'loss', 'mesh', 'total_steps', 'num_microbatches')
 _NOT_RECORDED = ('model_changes', 'dry_run', 'dry_run_file', 'summarize_config_fn')
 
 
@@ -153,14 +154,10 @@ def train(
   make_program = functools.partial(
     step_programs.train_program,
     model=model,
-    optimizer=optimizer,
-    loss=loss,
     batch=batch_spec(dataset),
-    mesh=mesh,
-    total_steps=total_steps,
-    num_microbatches=num_microbatches,
     skip_nonfinite=max_skipped_updates > 0,
     task_names=start_checks.task_names(dataset, vocabulary),
+    **{name: given[name] for name in _OF_THE_STEP},
   )
   program = make_program()
   device_mesh, spec, tx = program.mesh, program.spec, program.tx
@@ -200,9 +197,7 @@ def train(
     placement=program.placement,
     train_eval=train_eval,
     infer_eval=infer_eval,
-    eval_steps=eval_steps,
-    infer_eval_examples=infer_eval_examples,
-    decoding=decoding,
+    **{name: given[name] for name in ('eval_steps', 'infer_eval_examples', 'decoding')},
   )
   cuts = start_checks.warn_of_cuts(dataset, vocabulary)
 
@@ -213,8 +208,8 @@ def train(
     if primary:
       held = stack.enter_context(lease.lock(model_dir))
       texts = {memory_report.SHARDING_FILE: memory_report.sharding_table(spec)}
-      given = {'model': model, 'vocabulary': vocabulary, 'lengths': dataset.lengths}
-      run_directory.write_run(model_dir, config=record, texts=texts, **given)
+      kept = {'model': model, 'vocabulary': vocabulary, 'lengths': dataset.lengths}
+      run_directory.write_run(model_dir, config=record, texts=texts, **kept)
       if summarize_config_fn is not None:
         summarize_config_fn(model_dir)
     distributed.barrier('run directory')
@@ -255,12 +250,10 @@ def train(
     if checkpointer.damaged:
       writer.write(first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))})
     progress = stack.enter_context(Progress(total_steps=total_steps, **start))
-    window = Window(
-      batch_shapes=shapes,
-      step_flops=flops.batch_train_flops(model, batch_shapes),
-      peak_flops=flops.peak_flops(jax.devices()[0].device_kind),
-      num_devices=jax.device_count(),
-    )
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    devices = {'num_devices': jax.device_count(), 'peak_flops': peak}
+    cost = flops.batch_train_flops(model, batch_shapes)
+    window = Window(batch_shapes=shapes, step_flops=cost, **devices)
     skipped_in_a_row = 0
 
     def collect(pending: tuple[int, Any] | None) -> None:
