@@ -41,21 +41,14 @@ _MOST_MICROBATCHES = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-  """One way to run the experiment, and what is predicted of it.
+  """One way to run the experiment, and what is predicted of it."""
 
-  Attributes:
-    sizes: of the mesh axes.
-    peak_bytes: predicted, per device.
-    seconds: predicted times of a step, by what takes them.
-    written: it is what the experiment itself says.
-  """
-
-  sizes: Mapping[str, int]
+  sizes: Mapping[str, int]  # of the mesh axes
   remat_policy: str
   num_microbatches: int
-  peak_bytes: float
-  seconds: Mapping[str, float]
-  written: bool = False
+  peak_bytes: float  # per device
+  seconds: Mapping[str, float]  # of a step, by what takes them
+  written: bool = False  # it is what the experiment itself says
 
   @property
   def setting(self) -> tuple[Any, ...]:
@@ -117,10 +110,8 @@ def plan(
   devices = precompile.find_devices(topology, num_slices)
   chip = find_chip(devices[0].device_kind)
   if chip is None:
-    raise UsageError(
-      f'--topology={topology}: nothing is known about the speed and memory of '
-      f'{devices[0].device_kind!r}'
-    )
+    kind = devices[0].device_kind
+    raise UsageError(f'--topology={topology}: nothing is known about speed and memory of {kind!r}')
   mesh = mesh or MeshConfig()
   mesh = dataclasses.replace(mesh, num_slices=mesh.num_slices or num_slices)
   experiment: dict[str, Any] = {'model': model, 'batch': batch_spec(dataset), 'mesh': mesh}
@@ -129,7 +120,10 @@ def plan(
   candidates = search.candidates(len(devices))
   fitting = [c for c in candidates if c.peak_bytes <= _MEMORY_MARGIN * chip.hbm_bytes]
   log.info('%d candidates, %d predicted to fit', len(candidates), len(fitting))
-  chosen = _choose(fitting or candidates[:1], num_compiles)
+  best: dict[tuple[Any, ...], Candidate] = {}  # one a mesh: small changes teach little
+  for candidate in fitting or candidates[:1]:
+    best.setdefault(candidate.setting[:3], candidate)
+  chosen = list(best.values())[:num_compiles]
   written = search.written(devices, num_microbatches)
   if written is not None:
     chosen = [written, *(c for c in chosen if c.setting != written.setting)]
@@ -163,14 +157,6 @@ def with_sizes(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
   """Returns the config with other sizes and the same rules."""
   changes: dict[str, Any] = {'preset': 'auto', 'num_partitions': None, 'parameter_dims': 2, **sizes}
   return dataclasses.replace(mesh, **changes)
-
-
-def _choose(candidates: Sequence[Candidate], num_compiles: int) -> list[Candidate]:
-  """Returns the best ones, at most one a mesh: small changes teach little."""
-  chosen: dict[tuple[Any, ...], Candidate] = {}
-  for candidate in candidates:
-    chosen.setdefault(candidate.setting[:3], candidate)
-  return list(chosen.values())[:num_compiles]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

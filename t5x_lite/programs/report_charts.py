@@ -38,14 +38,10 @@ class Scale:
 def line_chart(
   title: str, lines: Mapping[str, Points], *, x_label: str = 'step', may_be_log: bool = False
 ) -> str:
-  """Returns an SVG picture; '' if no line has a point.
+  """Returns an SVG picture of points by name; '' if no line has any.
 
-  Args:
-    title: above it.
-    lines: points by name, for the legend if there are several. A value that is not finite is a gap.
-      A line keeps its colour whichever others have points.
-    x_label: below it.
-    may_be_log: use a logarithmic axis if the values span a factor of 50.
+  A value that is not finite is a gap; a line keeps its colour whichever others have points. The
+  axis `may_be_log` if the values span a factor of 50.
   """
   segments = {name: _segments(_thin(points)) for name, points in lines.items()}
   flat = [point for parts in segments.values() for part in parts for point in part]
@@ -78,13 +74,7 @@ def line_chart(
 
 
 def heat_map(title: str, rows: Sequence[Sequence[float]], columns: Sequence[str]) -> str:
-  """Returns a picture of a table; blue is below zero, orange above.
-
-  Args:
-    title: above it.
-    rows: numbers; the i-th row is called i.
-    columns: what each column is called, below it where there is room.
-  """
+  """Returns a picture of a table with named columns; blue is below zero, orange above."""
   finite = [abs(x) for row in rows for x in row if math.isfinite(x)]
   top = max(finite, default=0.0) or 1.0
   width = (_WIDTH - _LEFT - _RIGHT) / len(columns)
@@ -112,13 +102,7 @@ def heat_map(title: str, rows: Sequence[Sequence[float]], columns: Sequence[str]
 def dot_chart(
   title: str, rows: Mapping[str, Sequence[float]], marks: Mapping[str, float | None]
 ) -> str:
-  """Returns a row of dots for each name; '' if there is none.
-
-  Args:
-    title: above it.
-    rows: values by name; the bar between the dots is their mean.
-    marks: a value of each name that is drawn as an empty ring, or None.
-  """
+  """Returns a row of dots for each name, their mean as a bar, its mark as a ring; '' if no dot."""
   found = [x for values in rows.values() for x in values]
   if not found:
     return ''
@@ -193,10 +177,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
   """Returns about `count` round numbers between two bounds."""
   raw = (high - low) / count
   unit = 10.0 ** math.floor(math.log10(raw))
-  step = next((m * unit for m in (1, 2, 5) if m * unit >= raw), 10 * unit)
-  first = math.ceil(low / step)
-  found = [i * step for i in range(first, first + 2 * count + 2)]
-  return [value for value in found if value <= high + 1e-9 * step]
+  step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw or m == 10)
+  last = math.floor(high / step + 1e-9)
+  return [i * step for i in range(math.ceil(low / step), last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -211,10 +194,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
   low, high = min(values), max(values)
-  if high - low < 1e-9 * max(1.0, abs(high)):
-    pad = max(abs(high) * 0.05, 1e-6)
-    return low - pad, high + pad
-  return low, high
+  flat = high - low < 1e-9 * max(1.0, abs(high))
+  pad = max(abs(high) * 0.05, 1e-6) if flat else 0.0
+  return low - pad, high + pad
 
 
 def _thin(points: Points) -> Points:

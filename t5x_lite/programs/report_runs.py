@@ -1,5 +1,6 @@
 """What a run's files say of it, read so that no damaged line is in the way."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -36,28 +37,19 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One run as its files tell of it.
-
-  Attributes:
-    series: (step, value) of every metric.
-    times: seconds since 1970 at which metrics were written.
-    model: fields of the architecture; empty if the file is damaged.
-    config: the resolved configuration as JSON; `texts` are its files by name.
-    steps: of the checkpoints that are kept.
-    predictions: of the newest evaluation of each kind.
-    results: metrics by task of evaluations of a checkpoint, by folder.
-  """
+  """One run as its files tell of it; what is missing or damaged is empty."""
 
   name: str
   path: str
   series: Series
-  times: Sequence[float]
+  times: Sequence[float]  # in seconds since 1970, at which metrics were written
   model: Mapping[str, Any]
   lengths: Mapping[str, Any]
   config: Mapping[str, Any]
-  texts: Mapping[str, str]
-  steps: Sequence[int]
-  predictions: Sequence[Predictions]
+  texts: Mapping[str, str]  # the configuration's files by name
+  steps: Sequence[int]  # of the checkpoints that are kept
+  predictions: Sequence[Predictions]  # of the newest evaluation of each kind
+  # Metrics by task of evaluations of a checkpoint, by folder.
   results: Mapping[str, Mapping[str, Mapping[str, float]]]
 
   def evaluations(self) -> dict[str, list[tuple[int, float]]]:
@@ -120,6 +112,7 @@ def read(path: str, *, name: str = '') -> Run:
     raise UsageError(f'{path} is no run directory: it has neither {" nor ".join(either)}')
   series, times = series_of(metric_writers.read_metrics(path))
   model = read_json(root / run_directory.MODEL_FILE)
+  fields = {field: as_dict(model.get(field)) for field in ('model', 'lengths')}
   names = ('config.gin', 'finetune.gin', run_directory.CONFIG_FILE)
   texts = {file: read_text(root / file) for file in names}
   results, predictions = {}, _of_training(root)
@@ -134,8 +127,7 @@ def read(path: str, *, name: str = '') -> Run:
     path=path,
     series=series,
     times=times,
-    model=as_dict(model.get('model')),
-    lengths=as_dict(model.get('lengths')),
+    **fields,
     config=read_json(root / run_directory.CONFIG_FILE),
     texts={file: text for file, text in texts.items() if text.strip()},
     steps=checkpoints.steps_in(root / checkpoints.CHECKPOINTS),
@@ -184,9 +176,8 @@ def _of_training(root: epath.Path) -> list[Predictions]:
 
 def _listed(folder: epath.Path, suffix: str = '') -> list[epath.Path]:
   """Returns what is in a folder, whatever the folder's name: no glob."""
-  if not folder.is_dir():
-    return []
-  return sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
+  found = folder.iterdir() if folder.is_dir() else ()
+  return sorted(path for path in found if path.name.endswith(suffix))
 
 
 def _result_folders(root: epath.Path) -> list[str]:
@@ -217,12 +208,10 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
   found = []
   # Not splitlines: what a model writes may hold Unicode's other line ends.
   for line in read_text(path).split('\n'):
-    try:
+    with contextlib.suppress(ValueError):
       entry = as_dict(json.loads(line))
-    except ValueError:
-      continue
-    if {'input', 'prediction', 'target'} <= set(entry):
-      found.append(entry)
+      if {'input', 'prediction', 'target'} <= set(entry):
+        found.append(entry)
   return found
 
 

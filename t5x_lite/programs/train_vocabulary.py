@@ -25,18 +25,10 @@ _SETTINGS = 'vocab_size model_type character_coverage byte_fallback split_digits
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VocabularySummary:
-  """What was trained.
+  """What was trained; the last two are of a sample of the sentences, the rate in percent."""
 
-  Attributes:
-    config: names the vocabulary, with T5's 100 sentinels.
-    vocab_size: pieces in the file, without the sentinels.
-    num_sentences: that the pieces were learnt from.
-    characters_per_token: on a sample of those sentences.
-    unknown_rate: share of the tokens there that are unk, in percent.
-  """
-
-  config: VocabularyConfig
-  vocab_size: int
+  config: VocabularyConfig  # with T5's 100 sentinels
+  vocab_size: int  # without them
   num_sentences: int
   characters_per_token: float
   unknown_rate: float
