@@ -17,8 +17,7 @@ def average(*, sources: Sequence[str], destination: str, last: int = 5) -> str:
   Optimizer states are not carried over. Memory holds one tensor at a time.
 
   Args:
-    sources: run directories, of which the last checkpoints count, or STEP directories, which count
-      alone.
+    sources: run directories, whose last checkpoints count, or STEP directories, which count alone.
     destination: the run to write; it must not exist yet.
     last: how many checkpoints of each run.
 

@@ -71,8 +71,7 @@ def read_parameters(function: str) -> list[Parameter]:
   """Returns the parameters of a function, in order.
 
   Args:
-    function: dotted name, such as 't5x_lite.programs.train.train'. Packages on the way are
-      imported, its module is not.
+    function: dotted name, such as 't5x_lite.programs.train.train', whose module is not imported.
   """
   module, _, name = function.rpartition('.')
   spec = importlib.util.find_spec(module)

@@ -45,22 +45,19 @@ def convert(
     to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a model_dir with a legacy
       checkpoint), the last two with LoRA merged; or, without the base, 'peft' (LoRA for PEFT) or
       'adapter' (any method's part, for `t5x_lite.load(base, adapter=...)`).
-    dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; by default as they are in the
-      source.
+    dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; the source's by default.
     vocabulary: a SentencePiece model file, 't5' for the official one, 'byte', or 'none' for ids
       without text; by default what the source says.
     scan_layers: of a t5x_lite model: layers stacked in one array.
     assignment_map: see `assignment.assign`.
     strict: likewise.
-    optimizer_state: carry Adafactor's second moments over, between t5x_lite and T5X, where every
-      tensor is loaded under its own name.
+    optimizer_state: carry Adafactor's second moments over, unless tensors get other names.
     merge: add LoRA to its matrices in a t5x_lite run too.
     shard_bytes: most bytes of one file of format 'hf'.
     dry_run: list how names map and write nothing.
 
   Raises:
-    UsageError: if the source cannot be read, misses a tensor, or the target format has no such
-      model. Nothing is left behind then.
+    UsageError: if the source cannot be read or misses a tensor, or `to` has no such model.
   """
   if to not in export.TARGETS:
     raise UsageError(f'convert.to is {to!r}; allowed are {", ".join(export.TARGETS)}')

@@ -36,8 +36,7 @@ def evaluate(
 
   Args:
     model_dir: a run directory or one STEP directory of its checkpoints, a folder of transformers or
-      T5X, or the NAME@REVISION of a model on the hub. Several decode together, by the mean of their
-      log-probabilities.
+      T5X, or NAME@REVISION of the hub; several decode together, by their mean log-probability.
     datasets: tasks or mixtures, their splits and lengths.
     output: directory for metrics.json and TASK.jsonl (input, prediction and target of each
       example); by default MODEL_DIR/eval/STEP of a run; what is no run, or several, needs it.

@@ -1,8 +1,7 @@
 """The export program: a model as compiled-ahead functions that need none of our code.
 
 'jax' writes StableHLO by `jax.export`, the parameters beside it, and a loader of one file that
-needs jax alone. 'saved_model' writes a TensorFlow SavedModel, text in and text out, as T5X's export
-did (t5x/export_lib.py).
+needs jax alone. 'saved_model' writes TensorFlow's, text in and text out (t5x/export_lib.py).
 """
 
 import importlib.resources

@@ -1,7 +1,6 @@
 """The finetune program: a checkpoint and a file in, a model for others out.
 
-Reads the pairs, chooses what nobody named, trains, evaluates the best checkpoint, and exports it.
-Every phase continues where it was killed.
+Chooses what nobody named; every phase continues where it was killed.
 
   OUTPUT/                 the run, as `train` writes it
   OUTPUT/data/            the pairs, if they were not in files
@@ -110,8 +109,7 @@ def finetune(
   Started again with the same output it continues what was interrupted.
 
   Args:
-    model: where to start: a folder of transformers or T5X, a run of ours, or the NAME@REVISION of a
-      model on the hub.
+    model: where to start: a folder of transformers or T5X, a run of ours, NAME@REVISION of the hub.
     train: JSONL, JSON, CSV, TSV or Parquet files, plain or gzip, or a folder that
       `datasets.save_to_disk` wrote; several, and patterns with '*'.
     output: the run's directory.
@@ -124,8 +122,7 @@ def finetune(
     template: makes the input of several columns, 'summarize: {article}'.
     prefix: put before every input, with its space.
     skip_bad_rows: leave out rows without input or target, instead of refusing the file.
-    method: 'adafactor' or 'adamw' train all parameters, 'lora', 'adapters' and 'prompt' a few new
-      ones; see `T5Config`.
+    method: 'adafactor', 'adamw' train all parameters, 'lora', 'adapters', 'prompt' a few new ones.
     learning_rate: the highest; by default 0.001 for Adafactor, LoRA and adapters, 0.0003 for AdamW,
       0.3 for a prompt.
     lora_rank: 8 by default.
@@ -137,8 +134,7 @@ def finetune(
     steps: updates, instead of epochs.
     batch_tokens: of a batch, inputs and targets; by the data and device by default.
     pack: several examples a row; by default where rows would be half empty.
-    input_length: tokens, what is longer is cut; by default as long as the data is, rare long rows
-      aside.
+    input_length: tokens, what is longer is cut; as long as the data by default, rare rows aside.
     target_length: likewise.
     max_input_tokens: bound of what input_length becomes by itself.
     max_target_tokens: likewise of target_length.
@@ -273,9 +269,6 @@ def finetune(
   return results
 
 
-# ---- Data --------------------------------------------------------------------
-
-
 def read_parts(
   train: Files,
   validation: Files,
@@ -329,9 +322,6 @@ def _eval_dataset(plan: Plan) -> DatasetConfig:
   return _dataset(lengths, plan.eval_batch_size, **once)
 
 
-# ---- Settings ----------------------------------------------------------------
-
-
 def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: int | None) -> Plan:
   """Returns the plan of the run that is continued, if the data is the same, or the new one."""
   path = epath.Path(output) / PLAN_FILE
@@ -350,9 +340,6 @@ def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: 
   if changed := [name for name in names if getattr(plan, name) != getattr(kept, name)]:
     log.warning('%s continues with its own %s', output, ', '.join(changed))
   return kept if total_steps is None else dataclasses.replace(kept, total_steps=total_steps)
-
-
-# ---- After training ----------------------------------------------------------
 
 
 def best_step(output: str) -> int:

@@ -276,9 +276,6 @@ def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]
   ]
 
 
-# ---- What is said ------------------------------------------------------------
-
-
 def show_plan(
   plan: Plan, lengths: Lengths, parts: dict[str, Pairs], start: TrainedModel, **more: str
 ) -> None:

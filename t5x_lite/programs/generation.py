@@ -51,11 +51,9 @@ class Generation:
     """Generates an output for each input, or several.
 
     Args:
-      inputs: texts (for an encoder EOS is added) or ids as they are. A model without an encoder
-        continues them.
+      inputs: texts (for an encoder EOS is added) or ids as they are; a decoder continues them.
       max_new_tokens: most tokens an output, EOS included.
-      max_input_tokens: longer inputs are cut, and a warning counts them; attention takes memory by
-        the square of it.
+      max_input_tokens: longer inputs are cut, and a warning counts them.
       batch_size: inputs decoded at a time.
       seed: of sampling; or one for each input, whatever batch it is in.
       temperature: 0 is greedy; or one for each input.
@@ -63,12 +61,10 @@ class Generation:
         encoder. It is returned with them, and does not count for length and score.
       processors: functions (logits_RV, history) -> logits_RV, see decoding/processors.py; each must
         be one object from call to call, or everything is compiled again.
-      bidirectional_prefix: the input's tokens see each other in both directions; for prefix
-        language models.
+      bidirectional_prefix: the input's tokens all see each other; for prefix language models.
       return_scores: return (outputs, scores); a score is the sum of the log-probabilities, of beams
         and best_of divided as `DecodingConfig.normalization` says.
-      return_log_probs: also return the log-probabilities of each output's tokens, EOS included, as
-        the last of the results.
+      return_log_probs: also return, last, the log-probabilities of the tokens, EOS included.
       **settings: fields of DecodingConfig, such as num_beams=4, top_p=0.9, no_repeat_ngram_size=3,
         labels=['yes', 'no']; greedy by default.
 
@@ -122,10 +118,9 @@ class Generation:
       return each[0] if isinstance(inputs, str) else each
 
     results = [result(read)]
-    if return_scores:
-      results.append(result(lambda _, output: output.score))
-    if return_log_probs:
-      results.append(result(lambda _, output: output.log_probs))
+    for name, wanted in (('score', return_scores), ('log_probs', return_log_probs)):
+      if wanted:
+        results.append(result(lambda _, output, name=name: getattr(output, name)))
     return results[0] if len(results) == 1 else tuple(results)
 
   def _prefixes(self, prefix: Any, count: int) -> list[list[int]]:
@@ -212,8 +207,7 @@ class Generation:
     Args:
       inputs: texts or ids.
       labels: texts, or lists of ids with EOS.
-      length_normalized: by the log-probability a token; of labels of different lengths it favours
-        the longer ones.
+      length_normalized: by the log-probability a token, which favours longer labels.
       return_scores: return (labels, scores [inputs, labels]).
       **arguments: of `score`.
     """
@@ -242,8 +236,7 @@ class Generation:
 
     Returns:
       loss (natural logarithm, a token, EOS of texts included), perplexity (its exponential),
-      tokens; of texts also bits_per_byte (by the UTF-8 bytes of the targets, which no vocabulary
-      changes) and bytes.
+      tokens; of texts also bits_per_byte (UTF-8 bytes of the targets, of any vocabulary), bytes.
     """
     total = -float(self.score(inputs, targets, **arguments).sum(dtype=np.float64))
     tokens = sum(map(len, self._rows(targets)))

@@ -54,8 +54,7 @@ def infer(
 
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
-      T5X, or the NAME@REVISION of a model on the hub. Several decode together, by the mean of their
-      log-probabilities.
+      T5X, or NAME@REVISION of the hub; several decode together, by their mean log-probability.
     input: the file to read; '-' is standard input.
     output: the JSONL file to write, {'input', 'prediction', 'score'} a line, the score being the
       prediction's log-probability, or of beams what 'normalization' says; 'n_best' holds all of
@@ -70,16 +69,14 @@ def infer(
     prefix: put before every input, such as 'pronounce: '.
     batch_size: lines decoded at a time.
     max_input_length: tokens; what is longer is truncated and says so.
-    decoding: how tokens are chosen; greedy, and at most as long as the training targets, by
-      default.
+    decoding: how tokens are chosen; greedy, as long as the training targets, by default.
     mesh: how devices are arranged; decided by their number by default.
     seed: of sampling.
     resume: continue an output that was interrupted.
     overwrite: replace an output that is there.
 
   Raises:
-    UsageError: if the model, the input or a line of it cannot be read. A file is read through
-      before anything is written.
+    UsageError: if the model or a line of the input cannot be read; files are read through first.
   """
   # ---- Check everything that can be checked before any work ----
   for name, value in (('batch_size', batch_size), ('max_input_length', max_input_length)):
@@ -164,9 +161,6 @@ def infer(
   return done
 
 
-# ---- Reading ----------------------------------------------------------------
-
-
 def read_inputs(path: str, input_format: str, columns: Columns) -> Iterator[str]:
   """Yields the input of every line or row; '-' is lines of standard input.
 
@@ -182,9 +176,6 @@ def read_inputs(path: str, input_format: str, columns: Columns) -> Iterator[str]
       yield line.decode('utf-8').removesuffix('\n').removesuffix('\r')
     except UnicodeDecodeError as error:
       raise UsageError(f'standard input:{number} is not UTF-8 text ({error.reason})') from error
-
-
-# ---- Writing ----------------------------------------------------------------
 
 
 def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:

@@ -254,9 +254,6 @@ def _divisors(number: int) -> list[int]:
   return [i for i in range(1, number + 1) if number % i == 0]
 
 
-# ---- The result ----
-
-
 def _row(candidate: Candidate, report: Mapping[str, Any]) -> dict[str, Any]:
   same = ('fits', 'roofline_step_seconds', 'bound', 'compile_seconds')
   return {

@@ -253,8 +253,6 @@ def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
   return {'bound': bound, 'roofline': seconds, 'roofline_step_seconds': seconds[bound]}
 
 
-# ---- Out of memory ----
-
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -295,9 +293,6 @@ def _does_not_fit(setup: cost_model.Setup, chip: Chip | None, found: OutOfMemory
     **({'bound': None} if chip is None else _roofline(cost_model.seconds(setup, chip))),
     'predicted': True,  # all but the memory: there is no program to read
   }
-
-
-# ---- The report as text ----
 
 
 def format_report(report: dict[str, Any]) -> str:

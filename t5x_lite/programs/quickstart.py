@@ -9,7 +9,6 @@ The sizes are the gin file's; this is only the order of things.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ from t5x_lite.evaluation import evaluators
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import evaluate, report_runs, start_checks
-from t5x_lite.runs import metric_writers, progress
+from t5x_lite.runs import files, metric_writers, progress
 from t5x_lite.runs.checkpoints import CheckpointConfig
 
 log = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def quickstart(
     phase_ends('report')
     seconds['total'] = sum(seconds.values())
     path = epath.Path(output_dir) / RESULTS_FILE
-    path.write_text(json.dumps(results, indent=2) + '\n')
+    files.write_json(path, results)
     print(f'\n{summary(results)}\n\nresults: {path}\n\n{next_steps(output_dir)}')
   return results
 

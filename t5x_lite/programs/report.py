@@ -1,7 +1,6 @@
 """The report program: one HTML page about a run, or about several side by side.
 
-The page needs no other file; what a run lacks is left out. report_runs.py reads what
-report_charts.py draws.
+One file; what a run lacks is left out. report_runs.py reads, report_charts.py draws.
 """
 
 import contextlib
@@ -49,8 +48,7 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   """Writes the page and returns its path.
 
   Args:
-    runs: run directories, such as those of `train` and `finetune`; several are drawn into the same
-      charts.
+    runs: run directories of `train`, `finetune` or others; several share the charts.
     output: the file to write; RUN/report.html of the first run by default.
 
   Raises:
@@ -76,9 +74,6 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   log.info('%s', path)
   print(os.fspath(path))
   return os.fspath(path)
-
-
-# ---- The page ----------------------------------------------------------------
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -148,9 +143,6 @@ def _side_by_side(runs: Sequence[Run], tables: Mapping[str, Callable[[Run], Any]
     rows = [row for row in rows if any(value is not None for value in row[1:])]
     parts += f'<section><h2>{title}</h2>{table(header, rows)}</section>' if rows else ''
   return f'<div class="tables">{parts}</div>'
-
-
-# ---- All runs together -------------------------------------------------------
 
 
 def _end(run: Run) -> dict[str, Any]:
@@ -293,9 +285,6 @@ def is_right(prediction: Any, target: Any) -> bool:
   references = [str(one).strip() for one in (target if isinstance(target, list) else [target])]
   parts = [part for one in references for part in (one, *one.split(' | '))]
   return str(prediction).strip() in map(str.strip, parts)
-
-
-# ---- One run -----------------------------------------------------------------
 
 
 def _results(run: Run) -> str:

@@ -97,9 +97,6 @@ def lower_is_better(name: str) -> bool:
   return any(part in name.rsplit('/', 1)[-1] for part in _LOWER_IS_BETTER)
 
 
-# ---- Reading -----------------------------------------------------------------
-
-
 def read(path: str, *, name: str = '') -> Run:
   """Reads a run directory, whose name on the page is the path by default.
 

@@ -51,8 +51,7 @@ def serve(
 ) -> None:
   """Serves a model over HTTP until SIGTERM or Ctrl-C; what was accepted is answered before it ends.
 
-  GET / is a page to try it by hand, /openapi.json describes the endpoints, OpenAI's clients take
-  http://HOST:PORT/v1.
+  GET / is a page to try it, /openapi.json describes it, OpenAI's clients take http://HOST:PORT/v1.
 
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
@@ -61,8 +60,7 @@ def serve(
     host: address to listen on; loopback by default, '0.0.0.0' for all.
     port: 0 takes any that is free.
     num_slots: outputs decoded at a time.
-    chunk: tokens between two looks at who has ended and who waits: smaller streams more smoothly,
-      larger is a little faster.
+    chunk: tokens between two looks at who has ended and who waits: smaller is smoother, not faster.
     max_queue: requests that may wait for a slot; more are answered 429.
     max_input_tokens: of an input; longer ones are refused, or cut if the client asks for it.
     max_new_tokens: of an output.

@@ -1,9 +1,8 @@
 """The study program: a table of runs, as the T5 paper has them, and its report.
 
 A cell is a row and a seed. It goes through the stages (pretrain, fine-tune, evaluate), each a
-process of its own, so that one that diverges or is killed is a cell that says so. A run is named
-after what it is, so that equal stages of several rows, or of several studies with one output_dir,
-are one run, and what is done is not done again.
+process of its own, which may fail alone. A run is named after what it is, so that equal stages, of
+several studies with one output_dir too, are one run, and what is done is not done again.
 
   OUTPUT_DIR/runs/STAGE-FINGERPRINT/   a run; log.txt and outcome.json beside
   OUTPUT_DIR/NAME.md, NAME.html        the report, see study_report.py
@@ -168,8 +167,7 @@ def study(
   Args:
     name: of the report's files.
     stages: what every cell does, in order.
-    rows: by title, what each changes: {'STAGE': {'gin name': value}}; '*' is every stage, and None
-      leaves a stage out.
+    rows: by title, what each changes: {'STAGE': {'gin name': value}}; see Row.
     output_dir: on a local or shared disk; studies with one share their runs.
     seeds: each row runs with all of them; see Stage for how they are bound.
     baseline: the row that the others are compared with.
@@ -222,7 +220,7 @@ def study(
     for i, (row, seed) in enumerate([] if report else todo):
       where = f'cell {i + 1} of {len(todo)}, {row}, seed {seed}'
       for run in cells[row, seed]:
-        _run(run, shlex.split(launcher), where, tried)
+        _run(run, launcher, where, tried)
   finally:
     table = study_report.Table(cells, baseline, paper or {}, paper_columns, paper_deviations)
     path = study_report.write(table, os.path.join(output_dir, name), title or name)
@@ -243,9 +241,7 @@ def _check_tasks(arguments: Mapping[str, Any]) -> None:
       catalog.resolve(dataset.mixture_or_task_name, vocabulary)
 
 
-def _run(
-  run: StageRun, launcher: Sequence[str], where: str, tried: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _run(run: StageRun, launcher: str, where: str, tried: dict[str, dict[str, Any]]) -> dict:
   """Runs what is not done yet, after what it needs, in a cell named `where`; returns its outcome.
 
   Outcomes by directory are kept in `tried`, so that what was killed is not tried twice.
@@ -266,7 +262,7 @@ def _run(
     where = f'{where}: {run.stage.name}'
     log.info('%s (%s)', where, logged)
     start = time.monotonic()
-    argv = [*launcher, sys.executable, '-m', 't5x_lite.main', *run.argv]
+    argv = [*shlex.split(launcher), sys.executable, '-m', 't5x_lite.main', *run.argv]
     streams = {'stdin': subprocess.DEVNULL, 'stdout': output, 'stderr': subprocess.STDOUT}
     apart: dict[str, Any] = {'start_new_session': True, 'pass_fds': [lock.fileno()]}
     process = subprocess.Popen(argv, **streams, **apart)
@@ -283,7 +279,8 @@ def _run(
       for number, handler in previous.items():
         signal.signal(number, handler)
     seconds = before.get('seconds', 0.0) + time.monotonic() - start
-    message = _last_line(logged) if code else ''
+    lines = report_runs.read_text(epath.Path(logged)).strip().splitlines()
+    message = lines[-1].strip() if code and lines else ''
     outcome = {'exit_code': code, 'seconds': seconds, 'message': message}
     files.write_json(epath.Path(run.directory) / OUTCOME_FILE, outcome)
     tried[run.directory] = outcome
@@ -301,8 +298,3 @@ def state(outcome: Mapping[str, Any]) -> str:
   if code < 0:
     return f'killed by {signal.Signals(-code).name}'
   return _FINAL.get(code, 'stopped' if code == StoppedError.exit_code else f'failed ({code})')
-
-
-def _last_line(path: str) -> str:
-  lines = report_runs.read_text(epath.Path(path)).strip().splitlines()
-  return lines[-1].strip() if lines else ''

@@ -1,7 +1,6 @@
 """The train loop, from configuration to the last checkpoint, in one function.
 
-At the top of the loop `step` updates have been made; evaluation and checkpoints see that state, and
-only then does the iterator move.
+At the top of the loop `step` updates have been made; what is evaluated and saved is that state.
 """
 
 import contextlib
@@ -80,8 +79,7 @@ def train(
 ) -> TrainState | None:
   """Trains a model and returns its last state.
 
-  Continues the run in `model_dir` if there is one. After SIGTERM it saves and returns early, at the
-  next step.
+  Continues the run in `model_dir`, if there is one. SIGTERM ends it at the next step, saved.
 
   Args:
     dataset: the training data; its batch size is global.
@@ -102,15 +100,11 @@ def train(
     decoding: of infer_eval; greedy, as long as the targets, by default.
     stats_period: steps that a line of training metrics averages over.
     num_microbatches: parts that a batch is cut into to save memory.
-    patience: evaluations in a row that do not improve checkpoint.best_metric, after which training
-      ends early; None trains to the end.
-    max_skipped_updates: updates in a row that may be left out because the gradient is not finite; 0
-      stops at the first.
+    patience: evaluations in a row that may not improve checkpoint.best_metric; None for any number.
+    max_skipped_updates: updates in a row that are left out if the gradient is not finite.
     report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
-    histogram_period: steps between histograms of the gradient, by group of parameters; None for
-      none.
-    profile_steps: steps to trace, after a few, into model_dir/profile, with a table of where their
-      time goes; None for none.
+    histogram_period: steps between histograms of the gradient, by group; None for none.
+    profile_steps: steps to trace into model_dir/profile, with a table of their time; None for none.
     seed: of parameters and dropout; the data has its own.
     dry_run: print parameters, mesh and memory, begin nothing and return None.
     dry_run_file: where a dry run writes the configuration, and how every array is cut.
@@ -216,18 +210,17 @@ def train(
     checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint))
 
     # ---- Start: 1. own checkpoint  2. checkpoint.restore_path  3. scratch ----
-    evaluated = -1
-    best = BestSoFar(checkpoint.best_metric, checkpoint.best_mode)
+    meta: dict[str, Any] = {}
     if checkpointer.latest_step is not None:
       state, meta = checkpointer.restore(spec.shapes, iterator, verify=verification.verify)
-      evaluated = meta.get('evaluated', -1)
-      best.restore(meta)
       if meta.get('seed', seed) != seed:
         log.warning('the seed is %d, it was %d before', seed, meta['seed'])
       log.info('continues %s from step %d', model_dir, int(state.step))
     else:
       assert new is not None
       state = new.make(tx, spec, key)
+    evaluated = meta.get('evaluated', -1)
+    best = BestSoFar(checkpoint.best_metric, checkpoint.best_mode, meta)
     step = first_step = int(state.step)
     if first_step >= total_steps or best.worse_for(patience):
       log.info('already at step %d of %d: done', first_step, total_steps)
@@ -369,15 +362,15 @@ def train(
 class BestSoFar:
   """The best evaluation, and how many came since that were no better."""
 
-  def __init__(self, metric: str, mode: str):
+  def __init__(self, metric: str, mode: str, meta: Mapping[str, Any]):
+    """Continues from what a checkpoint kept, if there is one."""
     self._metric, self._sign = metric, 1.0 if mode == 'max' else -1.0
-    self._best: float | None = None
-    self._since = 0
+    self._best, self._since = meta.get('best'), meta.get('evaluations_since_best', 0)
 
   def add(self, metrics: Mapping[str, float]) -> None:
     """Counts an evaluation."""
-    value = metrics.get(self._metric)
-    if value is None or math.isnan(value):
+    value = metrics.get(self._metric, math.nan)
+    if math.isnan(value):
       return
     if self._best is None or self._sign * (value - self._best) > 0:
       self._best, self._since = value, 0
@@ -391,7 +384,3 @@ class BestSoFar:
   def meta(self) -> dict[str, Any]:
     """What a checkpoint keeps."""
     return {'best': self._best, 'evaluations_since_best': self._since}
-
-  def restore(self, meta: Mapping[str, Any]) -> None:
-    """Continues from what a checkpoint kept."""
-    self._best, self._since = meta.get('best'), meta.get('evaluations_since_best', 0)

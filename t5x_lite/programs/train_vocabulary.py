@@ -69,12 +69,10 @@ def train_vocabulary(
     vocab_size: pieces, with the three special ones, without sentinels, which are added when a
       vocabulary is loaded (`VocabularyConfig.extra_ids`).
     model_type: 'unigram' (T5's), 'bpe' or 'char'.
-    character_coverage: share of the characters of the text that get a piece; 0.9995 is T5's, 1.0
-      suits small alphabets and small texts.
+    character_coverage: share of the text's characters that get a piece; 1.0 suits small alphabets.
     byte_fallback: spell other characters in bytes (256 more pieces) instead of unk.
     user_defined_symbols: pieces that are never cut.
-    normalization: SentencePiece's rule: 'nmt_nfkc' (T5's), 'nfkc', 'nmt_nfkc_cf' (lower case too)
-      or 'identity'.
+    normalization: 'nmt_nfkc' (T5's), 'nfkc', 'nmt_nfkc_cf' (lower case too) or 'identity'.
     split_digits: whether every digit is a piece of its own.
     file_format: 'text', 'tsv' or 'jsonl'; empty to tell from the names.
     fields: TSV columns or JSONL keys to read; none means all text there is.
