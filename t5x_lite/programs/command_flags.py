@@ -27,33 +27,19 @@ NESTED: Mapping[str, str] = {'DecodingConfig': 't5x_lite.decoding.config'}
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """One keyword-only parameter of a program, or a field of one.
-
-  Attributes:
-    help: its entry in the docstring's Args section, on one line.
-    type: of one value, or None if it cannot be written on a command line.
-    many: whether it takes several values.
-    default: as text; '' if there is none, or nothing that says more.
-    parent: the program's parameter that this is a field of; '' if of none.
-    owner: the dataclass of that field.
-  """
+  """One keyword-only parameter of a program, or a field of one."""
 
   name: str
-  help: str
-  type: type | None
-  many: bool = False
-  default: str = ''
-  parent: str = ''
-  owner: str = ''
+  help: str  # its entry in the docstring's Args section, on one line
+  type: type | None  # of one value; None if it cannot be written on a command line
+  many: bool = False  # whether it takes several values
+  default: str = ''  # as text; '' if there is none, or nothing that says more
+  parent: str = ''  # the program's parameter that this is a field of
+  owner: str = ''  # the dataclass of that field
 
 
 def read_fields(function: str, parent: str) -> list[Parameter]:
-  """Returns the fields of a parameter's dataclass that can be flags.
-
-  Args:
-    function: as of `read_parameters`.
-    parent: a parameter whose annotation is in NESTED.
-  """
+  """Returns the fields of the dataclass of `parent`, whose annotation is in NESTED, as flags."""
   [owner] = [p.owner for p in read_parameters(function) if p.name == parent]
   cls = getattr(importlib.import_module(NESTED[owner]), owner)
   entries = _args_section(inspect.getdoc(cls) or '', 'Attributes')
@@ -68,11 +54,7 @@ def read_fields(function: str, parent: str) -> list[Parameter]:
 
 
 def read_parameters(function: str) -> list[Parameter]:
-  """Returns the parameters of a function, in order.
-
-  Args:
-    function: dotted name, such as 't5x_lite.programs.train.train', whose module is not imported.
-  """
+  """Returns the parameters of a function, 't5x_lite.programs.train.train', without importing it."""
   module, _, name = function.rpartition('.')
   spec = importlib.util.find_spec(module)
   if spec is None or spec.origin is None:

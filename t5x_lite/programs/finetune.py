@@ -178,9 +178,8 @@ def finetune(
   changes = finetune_plan.model_parts(method, start.config, given)
   vocabulary = vocabularies.make_vocabulary(start.vocabulary)
   lengths = finetune_plan.measure(parts['train'], vocabulary)
-  plan = finetune_plan.make_plan(
-    lengths, parts['train'].targets, **{name: given[name] for name in _PLANNED}
-  )
+  planned = {name: given[name] for name in _PLANNED}
+  plan = finetune_plan.make_plan(lengths, parts['train'].targets, **planned)
   if dtype:
     plan = dataclasses.replace(plan, dtype=dtype)
   prints = {name: part.fingerprint() for name, part in parts.items()}
@@ -302,18 +301,15 @@ def _listed(source: Any) -> list[str]:
 
 def _register(parts: dict[str, Pairs], metrics: Sequence[str]) -> None:
   """Makes the pairs the task that train and evaluate know by name."""
-  columns = {
-    name: lambda part=part: {'inputs': part.inputs, 'targets': part.targets}
-    for name, part in parts.items()
-  }
-  chosen = metrics_lib.get_metrics(metrics)
+  chosen, columns = metrics_lib.get_metrics(metrics), {}
+  for name, part in parts.items():
+    columns[name] = lambda part=part: {'inputs': part.inputs, 'targets': part.targets}
   catalog.replace(TASK, from_files.supervised(columns, prefix='', metric_fns=chosen))
 
 
 def _dataset(lengths: dict[str, int], batch_size: int, **more: Any) -> DatasetConfig:
-  return DatasetConfig(
-    mixture_or_task_name=TASK, task_feature_lengths=lengths, batch_size=batch_size, **more
-  )
+  more |= {'task_feature_lengths': lengths, 'batch_size': batch_size}
+  return DatasetConfig(mixture_or_task_name=TASK, **more)
 
 
 def _eval_dataset(plan: Plan) -> DatasetConfig:

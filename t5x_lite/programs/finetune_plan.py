@@ -46,23 +46,15 @@ _MIN_UPDATES = 400
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """Everything about a fine-tuning that has a number; names as in `finetune`, and those below.
-
-  Attributes:
-    row_lengths: tokens of a row of a training batch, which several examples share with `pack`.
-    batch_size: rows of a batch.
-    eval_batch_size: rows that are decoded at a time.
-    steps_per_epoch: updates that see about every example once.
-    total_steps: updates in all.
-  """
+  """Everything about a fine-tuning that has a number; names as in `finetune`."""
 
   input_length: int
   target_length: int
   pack: bool
-  row_lengths: dict[str, int]
-  batch_size: int
-  eval_batch_size: int
-  steps_per_epoch: int
+  row_lengths: dict[str, int]  # tokens of a training row, which examples share with `pack`
+  batch_size: int  # rows
+  eval_batch_size: int  # rows that are decoded at a time
+  steps_per_epoch: int  # updates that see about every example once
   total_steps: int
   learning_rate: float
   dtype: str
@@ -72,21 +64,16 @@ class Plan:
   def of_json(cls, entry: Mapping[str, Any]) -> 'Plan':
     """Returns the plan that JSON holds; KeyError or TypeError if none."""
     fields: dict[str, Any] = {field.name: entry[field.name] for field in dataclasses.fields(cls)}
-    fields['metrics'] = tuple(fields['metrics'])
-    return cls(**fields)
+    return cls(**fields | {'metrics': tuple(fields['metrics'])})
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-  """Tokens of every text, EOS included.
-
-  Attributes:
-    unknown: share of tokens that the vocabulary has no piece for.
-  """
+  """Tokens of every text, EOS included."""
 
   inputs: np.ndarray  # [N]
   targets: np.ndarray  # [N]
-  unknown: float
+  unknown: float  # share of tokens that the vocabulary has no piece for
 
   def cut(self, input_length: int, target_length: int) -> dict[str, float]:
     """Returns how much is lost at these lengths."""
@@ -138,11 +125,7 @@ def make_plan(
   learning_rate: float | None = None,
   metrics: Sequence[str] = (),
 ) -> Plan:
-  """Returns the plan; what is None follows from the data.
-
-  Raises:
-    UsageError: if the method is unknown, or a number makes no sense.
-  """
+  """Returns the plan; what is None follows from the data. UsageError if that makes no sense."""
   if method not in METHODS:
     raise UsageError(f'finetune.method is {method!r}; allowed are {", ".join(METHODS)}')
   if method == 'prompt':
@@ -199,8 +182,7 @@ def make_plan(
 def model_parts(method: str, base: T5Config, given: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the fields of T5Config that a method sets; None and () are not given.
 
-  Raises:
-    UsageError: if a name is another method's, or base cannot have such parts.
+  Raises UsageError if a name is another method's, or base cannot have such parts.
   """
   parts = dict(PARTS.get(method, {}))
   owners = {name: owner for owner, fields in PARTS.items() for name in fields}
@@ -235,11 +217,7 @@ def make_optimizer(method: str, plan: Plan) -> OptimizerConfig:
 
 
 def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
-  """Returns metrics that suit the targets: labels, short answers, or text.
-
-  Raises:
-    UsageError: if all targets are equal, and there is nothing to learn.
-  """
+  """Returns metrics that suit the targets: labels, short answers, or text; refuses equal ones."""
   different = len(set(targets))
   if different == 1 and len(targets) > 1:
     raise UsageError(f'every target is {targets[0]!r:.60}: there is nothing to learn')
@@ -260,8 +238,8 @@ def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]
   loss, rows = lengths.cut(plan.input_length, plan.target_length), plan.row_lengths
   batch = f'{plan.batch_size} rows of {rows["inputs"]} + {rows["targets"]} tokens'
   epochs = f'{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {plan.steps_per_epoch}'
-  cut = f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, '
-  cut += f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
+  share = f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
+  cut = f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, {share}'
   return [
     *((name.replace('_', ' '), str(value)) for name, value in more.items()),
     ('input tokens', percentiles(lengths.inputs)),

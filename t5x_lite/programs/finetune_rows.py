@@ -30,10 +30,7 @@ def finetune(
     validation: likewise, or empty.
     output: the run's directory.
     save: writes the model to start from into a directory.
-    **arguments: of `finetune.finetune`.
-
-  Raises:
-    UsageError: if an argument is unknown or the data cannot be read.
+    **arguments: of `finetune.finetune`; UsageError names one that it has not.
   """
   known = inspect.signature(program.finetune).parameters
   for name in arguments:

@@ -77,7 +77,8 @@ class Generation:
     config = decoding_config(max_new_tokens, **settings)
     config = config.resolved(None if self.vocabulary is None else self.vocabulary.encode)
     is_text = model_inputs.is_text(inputs)
-    _check_batch_size(batch_size)
+    if batch_size < 1:
+      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
     rows = self._rows(inputs, eos=self.config.has_encoder, limit=max_input_tokens)
     seeds = np.asarray(seed).tolist() if np.ndim(seed) else None
     prefixes = None if prefix is None else self._prefixes(prefix, len(rows))
@@ -158,7 +159,8 @@ class Generation:
     longest = max(map(len, wanted))
     if longest > max_input_tokens:
       raise UsageError(f'a target has {longest} tokens; max_input_tokens is {max_input_tokens}')
-    _check_batch_size(batch_size)
+    if batch_size < 1:
+      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
     read: list[list[int]] = []
     if self.config.has_encoder:
       if inputs is None:
@@ -171,12 +173,12 @@ class Generation:
     for start in range(0, len(order), batch_size):
       part = order[start : start + batch_size]
       rows = [read[i] for i in part] if read else None
-      scores[part] = self.score_rows(rows, [wanted[i] for i in part])
+      scores[part] = self._score_rows(rows, [wanted[i] for i in part])
     if length_normalized:
       scores /= np.maximum([len(row) for row in wanted], 1)
     return scores
 
-  def score_rows(self, rows: Rows | None, targets: Rows) -> np.ndarray:
+  def _score_rows(self, rows: Rows | None, targets: Rows) -> np.ndarray:
     """Returns the log-probability of each row of targets, all in one batch."""
     tokens = self._padded(targets, max(map(len, targets)))
     lengths = np.asarray([[len(row)] for row in targets])
@@ -260,8 +262,3 @@ class Generation:
 
   def _call(self, make_step: Any, *arguments: Any) -> np.ndarray:
     return prediction.call_step(make_step, self.config, self.params, self.placement, *arguments)
-
-
-def _check_batch_size(batch_size: int) -> None:
-  if batch_size < 1:
-    raise UsageError(f'batch_size is {batch_size}; it must be at least 1')

@@ -110,11 +110,7 @@ def grow(
   tokens: Sequence[str] = (),
   extra_ids: int | None = None,
 ) -> tuple[dict[str, Tensor], T5Config, VocabularyConfig, Changes]:
-  """Returns the grown tensors, config and vocabulary, and what changed; see `grow_vocabulary`.
-
-  Raises:
-    UsageError: if nothing would grow, or it cannot.
-  """
+  """Returns the grown tensors, config, vocabulary, and changes; UsageError if nothing can grow."""
   extra_ids = vocabulary.extra_ids if extra_ids is None else extra_ids
   if extra_ids < vocabulary.extra_ids:
     there = f'extra_ids is {extra_ids}, the vocabulary has {vocabulary.extra_ids} already'

@@ -162,11 +162,7 @@ def infer(
 
 
 def read_inputs(path: str, input_format: str, columns: Columns) -> Iterator[str]:
-  """Yields the input of every line or row; '-' is lines of standard input.
-
-  Raises:
-    UsageError: naming the file and line that cannot be read.
-  """
+  """Yields the input of every line or row ('-': of standard input); UsageErrors name theirs."""
   kind = '' if input_format == 'auto' else input_format
   if path != '-':
     yield from pairs.read_inputs(path, columns, file_format=kind)
@@ -211,14 +207,13 @@ def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
 @contextlib.contextmanager
 def _open_output(path: str, *, append: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
   """Yields a function that writes one object, at once."""
-  with contextlib.ExitStack() as stack:
-    file: Any = sys.stdout
-    if path != '-':
-      try:
-        file = files.retried(path, lambda: epath.Path(path).open('a' if append else 'w'))
-      except OSError as error:
-        raise UsageError(f'cannot write {path}: {error.strerror}') from error
-      stack.enter_context(file)
+  opened: Any = contextlib.nullcontext(sys.stdout)
+  if path != '-':
+    try:
+      opened = files.retried(path, lambda: epath.Path(path).open('a' if append else 'w'))
+    except OSError as error:
+      raise UsageError(f'cannot write {path}: {error.strerror}') from error
+  with opened as file:
 
     def write(entry: dict[str, Any]) -> None:
       try:
@@ -232,11 +227,7 @@ def _open_output(path: str, *, append: bool) -> Iterator[Callable[[dict[str, Any
 
 
 def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
-  """Cuts an output back to whole batches, as they would have been; returns how many lines are kept.
-
-  Raises:
-    UsageError: if the output belongs to another input.
-  """
+  """Cuts an output of these inputs to whole batches, of batch_size; returns its lines."""
   if not epath.Path(path).exists():
     return 0
   ends = [0]  # byte offset after each good line

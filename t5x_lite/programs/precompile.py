@@ -257,11 +257,9 @@ _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def parse_out_of_memory(text: str, argument_bytes: int = 0) -> OutOfMemory | None:
-  """Returns what XLA says about a program that does not fit, else None.
+  """Returns what XLA's error says of a program that does not fit; None if it is another error.
 
-  Args:
-    text: the error's.
-    argument_bytes: what goes in, which one form of the message leaves out.
+  One form of the message leaves out what goes in, argument_bytes.
   """
   if 'RESOURCE_EXHAUSTED' not in text and 'Ran out of memory' not in text:
     return None

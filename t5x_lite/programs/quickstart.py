@@ -80,14 +80,12 @@ def quickstart(
 
   # ---- Pretrain, fine-tune ----
   with distributed.stop_signal() as stop:
-    phases = {
-      'pretrain': lambda: pretrain(model_dir=pretrain_dir),
-      'finetune': lambda: finetune(model_dir=output_dir, checkpoint=checkpoint),
-    }
-    for name, phase in phases.items():
-      if phase() is None or stop.received:
-        return None
-      phase_ends(name)
+    if pretrain(model_dir=pretrain_dir) is None or stop.received:
+      return None
+    phase_ends('pretrain')
+    if finetune(model_dir=output_dir, checkpoint=checkpoint) is None or stop.received:
+      return None
+    phase_ends('finetune')
 
   # ---- Test, show, draw ----
   how = {'mesh': mesh, 'decoding': decoding, 'num_examples': num_examples}
@@ -96,8 +94,8 @@ def quickstart(
   results: dict[str, Any] = {'test': metrics, 'seconds': seconds}
   if distributed.is_primary():
     show_predictions(test_dir, list(metrics), num_shown)
-    phases = {'pretraining': pretrain_dir, 'fine-tuning': output_dir}
-    draw_losses(phases, os.path.join(output_dir, CURVES_FILE))
+    runs = {'pretraining': pretrain_dir, 'fine-tuning': output_dir}
+    draw_losses(runs, os.path.join(output_dir, CURVES_FILE))
     phase_ends('report')
     seconds['total'] = sum(seconds.values())
     path = epath.Path(output_dir) / RESULTS_FILE

@@ -30,8 +30,7 @@ def _path(name: str) -> str:
 
 def _rows(name: str) -> Iterator[list[str]]:
   with gzip.open(_path(name), 'rt', encoding='utf-8') as file:
-    for line in file:
-      yield line.rstrip('\n').split('\t')
+    yield from (line.rstrip('\n').split('\t') for line in file)
 
 
 def phonemes() -> list[str]:

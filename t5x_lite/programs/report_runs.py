@@ -25,14 +25,11 @@ _LOWER_IS_BETTER = ('loss', 'perplexity', 'error_rate', 'distance')
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """Lines {'input', 'prediction', 'target'} of a file below the run directory.
+  """Decoded examples of one file."""
 
-  Their name is the evaluation's, such as 'infer_eval/TASK', and the same in every run.
-  """
-
-  name: str
-  file: str
-  lines: Sequence[Mapping[str, Any]]
+  name: str  # of the evaluation, such as 'infer_eval/TASK', the same in every run
+  file: str  # below the run directory
+  lines: Sequence[Mapping[str, Any]]  # {'input', 'prediction', 'target'} of each example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +95,7 @@ def lower_is_better(name: str) -> bool:
 
 
 def read(path: str, *, name: str = '') -> Run:
-  """Reads a run directory, whose name on the page is the path by default.
-
-  Raises:
-    UsageError: if it is no run directory.
-  """
+  """Reads a run directory (UsageError if it is none); its name on the page is the path by default."""
   root = epath.Path(path)
   either = (run_directory.MODEL_FILE, metric_writers.METRICS_FILE)
   if not any((root / file).exists() for file in either):

@@ -60,7 +60,7 @@ def serve(
     host: address to listen on; loopback by default, '0.0.0.0' for all.
     port: 0 takes any that is free.
     num_slots: outputs decoded at a time.
-    chunk: tokens between two looks at who has ended and who waits: smaller is smoother, not faster.
+    chunk: tokens between looks at who has ended and who waits: few stream smoothly, many are fast.
     max_queue: requests that may wait for a slot; more are answered 429.
     max_input_tokens: of an input; longer ones are refused, or cut if the client asks for it.
     max_new_tokens: of an output.
@@ -105,7 +105,7 @@ def serve(
     vocabulary=vocabulary,
     worker=Worker(batch, max_queue=max_queue),
     encode=calls.encode_rows,
-    score=calls.score_rows,
+    score=calls._score_rows,
     decode=calls.decode_rows,
     describe={'num_parameters': model_sharding.count_params(params), **describe},
   )

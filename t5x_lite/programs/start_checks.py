@@ -58,9 +58,6 @@ def resolve_model(
   """Returns architecture, with changes, and vocabulary; what is None is the checkpoint's.
 
   That is the newest in model_dir, if the run has begun, and else the one at restore_path.
-
-  Raises:
-    UsageError: if there is no checkpoint to take them from.
   """
   if model is None or vocabulary is None:
     has_begun = model_dir and checkpoints.has_checkpoint(model_dir)
@@ -82,11 +79,7 @@ def resolve_model(
 def resolve_dataset(
   dataset: DatasetConfig, model: T5Config, vocabulary: VocabularyConfig
 ) -> DatasetConfig:
-  """Returns the config under the task's full name, which has a vocabulary.
-
-  Raises:
-    UsageError: if the data is not registered, or made for another model.
-  """
+  """Returns the config under the task's full name; refuses one unknown, or of another model."""
   catalog.import_modules(dataset.module)
   name = dataset.mixture_or_task_name
   kinds = _CONVERTERS[model.architecture]
@@ -105,11 +98,7 @@ def resolve_dataset(
 
 
 def task_names(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> tuple[str, ...]:
-  """Returns the tasks whose losses are logged, in the order of their numbers.
-
-  Raises:
-    UsageError: if they are asked for and the data is one task.
-  """
+  """Returns the tasks of a mixture whose losses are logged, in the order of their numbers."""
   if not dataset.per_task_loss:
     return ()
   tasks = getattr(catalog.task_provider(dataset), 'tasks', None)

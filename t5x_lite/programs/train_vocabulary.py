@@ -5,6 +5,7 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 from absl import logging
@@ -18,7 +19,9 @@ MODEL_TYPES = ('unigram', 'bpe', 'char')
 
 # SentencePiece skips longer sentences (its default limit is 4,192 bytes), so longer lines are cut.
 _MAX_SENTENCE_BYTES = 4096
-_NUM_THREADS = 16  # its sums depend on them
+_TRAINER: dict[str, Any] = {'pad_id': PAD_ID, 'eos_id': EOS_ID, 'unk_id': UNK_ID, 'bos_id': -1}
+# Its sums depend on the threads. All sentences, in this order: the sample was drawn already.
+_TRAINER |= {'num_threads': 16, 'input_sentence_size': 0, 'shuffle_input_sentence': False}
 # What goes to SentencePiece as it is.
 _SETTINGS = 'vocab_size model_type character_coverage byte_fallback split_digits'.split()
 
@@ -168,20 +171,8 @@ def _train(sentences: Sequence[str], **settings) -> bytes:
   """Returns the bytes of a trained model."""
   writer = io.BytesIO()
   try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(sentences),
-      model_writer=writer,
-      pad_id=PAD_ID,
-      eos_id=EOS_ID,
-      unk_id=UNK_ID,
-      bos_id=-1,
-      num_threads=_NUM_THREADS,
-      # All of them, in this order: the sample was drawn already.
-      input_sentence_size=0,
-      shuffle_input_sentence=False,
-      minloglevel=2,
-      **settings,
-    )
+    settings |= {'sentence_iterator': iter(sentences), 'model_writer': writer}
+    sentencepiece.SentencePieceTrainer.train(minloglevel=2, **_TRAINER, **settings)
   except RuntimeError as error:
     raise UsageError(_explain(str(error), settings['vocab_size'])) from error
   return writer.getvalue()
