@@ -160,13 +160,9 @@ def _write_stablehlo(
       file = f'{name}_{length}.stablehlo'
       (work / file).write_bytes(bytes(exported.serialize()))
       entries.append({'function': name, 'input_length': length, 'file': file})
-  manifest = {
-    'functions': entries,
-    'params': list(leaves),  # in the order of the functions' first argument
-    'target_length': target_length,
-    'pad_id': opened.config.pad_id,
-    'eos_id': opened.config.eos_id,
-  }
+  # Parameters are in the order of the functions' first argument.
+  manifest = {'functions': entries, 'params': list(leaves), 'target_length': target_length}
+  manifest |= {name: getattr(opened.config, name) for name in ('pad_id', 'eos_id')}
   files.write_json(work / MANIFEST, manifest)
   loader = importlib.resources.files('t5x_lite.interop').joinpath(LOADER)
   (work / LOADER).write_text(loader.read_text())

@@ -116,15 +116,13 @@ def finetune(
     validation: likewise, to evaluate on; by default a part of train is held out.
     train_targets: text files beside those of train, line by line, which then hold inputs alone.
     validation_targets: likewise.
-    input_column: name of the input's column, or number from 0 where there is no header; by default
-      one with a usual name.
+    input_column: its name, or number from 0 without a header; one with a usual name by default.
     target_column: likewise.
     template: makes the input of several columns, 'summarize: {article}'.
     prefix: put before every input, with its space.
     skip_bad_rows: leave out rows without input or target, instead of refusing the file.
     method: 'adafactor', 'adamw' train all parameters, 'lora', 'adapters', 'prompt' a few new ones.
-    learning_rate: the highest; by default 0.001 for Adafactor, LoRA and adapters, 0.0003 for AdamW,
-      0.3 for a prompt.
+    learning_rate: the highest; 0.001 by default, for AdamW 0.0003, for a prompt 0.3.
     lora_rank: 8 by default.
     lora_alpha: 32 by default.
     lora_targets: matrices by name; query and value by default.

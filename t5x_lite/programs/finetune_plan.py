@@ -180,10 +180,7 @@ def make_plan(
 
 
 def model_parts(method: str, base: T5Config, given: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of T5Config that a method sets; None and () are not given.
-
-  Raises UsageError if a name is another method's, or base cannot have such parts.
-  """
+  """Returns the fields of T5Config that a method sets; refuses another's, or a base with parts."""
   parts = dict(PARTS.get(method, {}))
   owners = {name: owner for owner, fields in PARTS.items() for name in fields}
   for name, owner in owners.items():

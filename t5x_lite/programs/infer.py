@@ -63,8 +63,7 @@ def infer(
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
     input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet' or
       'datasets'; 'auto' goes by the file's ending.
-    field: name of the input's column or field, or its number from 0 where there is no header; by
-      default one with a usual name, or the only one.
+    field: the input's, or number from 0 without a header; a usual name or the only one by default.
     template: makes the input of several fields, 'summarize: {article}'.
     prefix: put before every input, such as 'pronounce: '.
     batch_size: lines decoded at a time.

@@ -257,10 +257,7 @@ _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def parse_out_of_memory(text: str, argument_bytes: int = 0) -> OutOfMemory | None:
-  """Returns what XLA's error says of a program that does not fit; None if it is another error.
-
-  One form of the message leaves out what goes in, argument_bytes.
-  """
+  """Returns what XLA's error says of a program that does not fit; None if it is another error."""
   if 'RESOURCE_EXHAUSTED' not in text and 'Ran out of memory' not in text:
     return None
   size = r'([\d.]+)([KMGT]?)'
@@ -269,7 +266,7 @@ def parse_out_of_memory(text: str, argument_bytes: int = 0) -> OutOfMemory | Non
   if match is None:
     return OutOfMemory(0, 0)
   used, available = (int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
-  if 'HLO temporaries' in text:
+  if 'HLO temporaries' in text:  # which leaves out what goes in
     used += argument_bytes
   return OutOfMemory(used, available)
 

@@ -95,7 +95,7 @@ def lower_is_better(name: str) -> bool:
 
 
 def read(path: str, *, name: str = '') -> Run:
-  """Reads a run directory (UsageError if it is none); its name on the page is the path by default."""
+  """Reads a run directory (UsageError if it is none); its name on the page is its path, or name."""
   root = epath.Path(path)
   either = (run_directory.MODEL_FILE, metric_writers.METRICS_FILE)
   if not any((root / file).exists() for file in either):

@@ -55,10 +55,7 @@ def resolve_model(
   model_dir: str,
   restore_path: str,
 ) -> tuple[T5Config, VocabularyConfig]:
-  """Returns architecture, with changes, and vocabulary; what is None is the checkpoint's.
-
-  That is the newest in model_dir, if the run has begun, and else the one at restore_path.
-  """
+  """Returns the model, changed, and vocabulary; None takes model_dir's, else restore_path's."""
   if model is None or vocabulary is None:
     has_begun = model_dir and checkpoints.has_checkpoint(model_dir)
     path = model_dir if has_begun else restore_path

@@ -108,11 +108,9 @@ class Grid:
 
   def cell(self, row: str, seed: int) -> list[StageRun]:
     """Returns the runs of a cell in order."""
-    return [
-      self.run(name, row, seed)
-      for name, stage in self._stages.items()
-      if self._rows[row].get(name, None if stage.optional else {}) is not None
-    ]
+    unnamed = {name: None if stage.optional else {} for name, stage in self._stages.items()}
+    names = [x for x in self._stages if self._rows[row].get(x, unnamed[x]) is not None]
+    return [self.run(name, row, seed) for name in names]
 
   def run(self, name: str, row: str, seed: int) -> StageRun:
     """Returns a stage as a row and a seed have it."""
@@ -242,10 +240,7 @@ def _check_tasks(arguments: Mapping[str, Any]) -> None:
 
 
 def _run(run: StageRun, launcher: str, where: str, tried: dict[str, dict[str, Any]]) -> dict:
-  """Runs what is not done yet, after what it needs, in a cell named `where`; returns its outcome.
-
-  Outcomes by directory are kept in `tried`, so that what was killed is not tried twice.
-  """
+  """Runs what is neither done nor in `tried`, after what it needs; returns its outcome."""
   if run.directory in tried:
     return tried[run.directory]
   for need in run.needs:

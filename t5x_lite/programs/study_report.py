@@ -1,8 +1,7 @@
 """The report of a study: our numbers, the paper's beside them, and the cost.
 
-As in the paper's tables, bold is what is within two standard deviations of the best of its column
-(Raffel et al. 2020, section 3.1.4). The deviation is that of one run: pooled over the rows that
-have several seeds, or the published one.
+As in the paper's tables (Raffel et al. 2020, 3.1.4), bold is what is within two deviations of the
+best of its column: those of one run, pooled over rows that have several seeds, or published.
 """
 
 import dataclasses

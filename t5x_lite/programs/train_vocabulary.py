@@ -152,10 +152,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _sample(sentences: Iterable[str], maximum: int, seed: int) -> tuple[list[str], int]:
-  """Returns at most `maximum` sentences, each as likely, and how many came.
-
-  Source: reservoir sampling, Vitter 1985, algorithm R.
-  """
+  """Returns at most `maximum` sentences, each as likely (Vitter 1985, R), and how many came."""
   generator = random.Random(seed)
   kept: list[str] = []
   total = 0
