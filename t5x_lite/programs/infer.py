@@ -226,7 +226,7 @@ def _open_output(path: str, *, append: bool) -> Iterator[Callable[[dict[str, Any
 
 
 def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
-  """Cuts an output of these inputs to whole batches, of batch_size; returns its lines."""
+  """Cuts an output to whole batches, so that the rest is decoded as ever; returns its lines."""
   if not epath.Path(path).exists():
     return 0
   ends = [0]  # byte offset after each good line

@@ -60,7 +60,7 @@ def serve(
     host: address to listen on; loopback by default, '0.0.0.0' for all.
     port: 0 takes any that is free.
     num_slots: outputs decoded at a time.
-    chunk: tokens between looks at who has ended and who waits: few stream smoothly, many are fast.
+    chunk: tokens between looks at who ended and who waits: few stream smoothly, many are faster.
     max_queue: requests that may wait for a slot; more are answered 429.
     max_input_tokens: of an input; longer ones are refused, or cut if the client asks for it.
     max_new_tokens: of an output.

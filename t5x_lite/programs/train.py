@@ -100,11 +100,11 @@ def train(
     decoding: of infer_eval; greedy, as long as the targets, by default.
     stats_period: steps that a line of training metrics averages over.
     num_microbatches: parts that a batch is cut into to save memory.
-    patience: evaluations in a row that may not improve checkpoint.best_metric; None for any number.
-    max_skipped_updates: updates in a row that are left out if the gradient is not finite.
+    patience: evaluations without a better checkpoint.best_metric, which end training; None for none.
+    max_skipped_updates: updates in a row left out for a gradient that is not finite; 0 for none.
     report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
     histogram_period: steps between histograms of the gradient, by group; None for none.
-    profile_steps: steps to trace into model_dir/profile, with a table of their time; None for none.
+    profile_steps: steps to trace into model_dir/profile, with a table of times; None for none.
     seed: of parameters and dropout; the data has its own.
     dry_run: print parameters, mesh and memory, begin nothing and return None.
     dry_run_file: where a dry run writes the configuration, and how every array is cut.
