@@ -100,7 +100,7 @@ def train(
     decoding: of infer_eval; greedy, as long as the targets, by default.
     stats_period: steps that a line of training metrics averages over.
     num_microbatches: parts that a batch is cut into to save memory.
-    patience: evaluations without a better checkpoint.best_metric, which end training; None for none.
+    patience: evaluations without a better checkpoint.best_metric that end training; None for none.
     max_skipped_updates: updates in a row left out for a gradient that is not finite; 0 for none.
     report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
     histogram_period: steps between histograms of the gradient, by group; None for none.
