@@ -156,7 +156,8 @@ class Table:
       line['training FLOPs'] = f'{sum(map(_training_flops, runs)) / ran:.2e}'
       line['time'] = progress.format_duration(seconds)
       lines.append(line)
-    return list(lines[0]), [list(line.values()) for line in lines]
+    header = list(dict.fromkeys(itertools.chain(*lines)))
+    return header, [list(line.values()) for line in lines]
 
   def problems(self) -> list[str]:
     """Returns a line for every cell that did not end well."""
