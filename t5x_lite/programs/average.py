@@ -17,8 +17,7 @@ def average(*, sources: Sequence[str], destination: str, last: int = 5) -> str:
   Optimizer states are not carried over. Memory holds one tensor at a time.
 
   Args:
-    sources: run directories, of which the last checkpoints count, or STEP
-      directories, which count alone.
+    sources: run directories, whose last checkpoints count, or STEP directories, which count alone.
     destination: the run to write; it must not exist yet.
     last: how many checkpoints of each run.
 
@@ -27,17 +26,11 @@ def average(*, sources: Sequence[str], destination: str, last: int = 5) -> str:
   """
   if last < 1:
     raise UsageError(f'average.last is {last}; it must be at least 1')
-  export.check_destination(epath.Path(destination))
+  target = epath.Path(destination)
+  export.check_destination(target)
   mean = trained_model.open_mean(sources, last)
-  export.write(
-    epath.Path(destination),
-    tensors=mean.found,
-    cfg=mean.config,
-    to='t5x_lite',
-    vocabulary=mean.vocabulary,
-    step=mean.step,
-    lengths=mean.lengths,
-    origin=f'the mean of the last {last} of {", ".join(sources)}',
-  )
+  kept = {'vocabulary': mean.vocabulary, 'step': mean.step, 'lengths': mean.lengths}
+  origin = f'the mean of the last {last} of {", ".join(sources)}'
+  export.write(target, tensors=mean.found, cfg=mean.config, to='t5x_lite', origin=origin, **kept)
   log.info('%s: %s', destination, next(iter(mean.found.values())).origin)
   return destination

@@ -1,11 +1,10 @@
-"""What a program's source says of its arguments, read without importing it.
+"""What a program's source says of its arguments, read from the syntax tree without importing it.
 
-Importing some programs takes the fifteen seconds that TensorFlow takes, which
-`--help` and a mistyped flag should not. So the function's signature and
-docstring are read from the file's syntax tree.
+Importing some programs takes TensorFlow's fifteen seconds, which `--help` should not.
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -14,54 +13,33 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Annotations, less `| None`, whose arguments can be written on a command line:
-# the type of one value, and whether there may be many.
+# Annotations, less `| None`, whose arguments can be written on a command line: the type of one
+# value, and whether there may be many.
 _SIMPLE: Mapping[str, tuple[type, bool]] = {
-  'bool': (bool, False),
-  'float': (float, False),
-  'int': (int, False),
-  'str': (str, False),
-  'Sequence[int]': (int, True),
+  **{kind.__name__: (kind, False) for kind in (bool, float, int, str)},
   'bool | str': (str, False),
-  'Sequence[str]': (str, True),
-  'str | Sequence[str]': (str, True),
+  'Sequence[int]': (int, True),
+  **dict.fromkeys(('Sequence[str]', 'str | Sequence[str]'), (str, True)),
 }
-
-
 # Dataclasses whose fields are flags of their own where a command says so.
 NESTED: Mapping[str, str] = {'DecodingConfig': 't5x_lite.decoding.config'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """One keyword-only parameter of a program, or a field of one.
-
-  Attributes:
-    name: its name.
-    help: its entry in the docstring's Args section, on one line.
-    type: of one value, or None if it cannot be written on a command line.
-    many: whether it takes several values.
-    default: as text; '' if there is none, or nothing that says more.
-    parent: the program's parameter that this is a field of; '' if of none.
-    owner: the dataclass of that field.
-  """
+  """One keyword-only parameter of a program, or a field of one."""
 
   name: str
-  help: str
-  type: type | None
-  many: bool = False
-  default: str = ''
-  parent: str = ''
-  owner: str = ''
+  help: str  # its entry in the docstring's Args section, on one line
+  type: type | None  # of one value; None if it cannot be written on a command line
+  many: bool = False  # whether it takes several values
+  default: str = ''  # as text; '' if there is none, or nothing that says more
+  parent: str = ''  # the program's parameter that this is a field of
+  owner: str = ''  # the dataclass of that field
 
 
 def read_fields(function: str, parent: str) -> list[Parameter]:
-  """Returns the fields of a parameter's dataclass that can be flags.
-
-  Args:
-    function: as of `read_parameters`.
-    parent: a parameter whose annotation is in NESTED.
-  """
+  """Returns the fields of the dataclass of `parent`, whose annotation is in NESTED, as flags."""
   [owner] = [p.owner for p in read_parameters(function) if p.name == parent]
   cls = getattr(importlib.import_module(NESTED[owner]), owner)
   entries = _args_section(inspect.getdoc(cls) or '', 'Attributes')
@@ -70,19 +48,13 @@ def read_fields(function: str, parent: str) -> list[Parameter]:
     annotation = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
     name = annotation.replace('collections.abc.', '').removesuffix(' | None')
     if name in _SIMPLE:
-      default = '' if field.default in (None, '', (), False) else str(field.default)
-      help_text = entries.get(field.name, '')
-      found.append(Parameter(field.name, help_text, *_SIMPLE[name], default, parent, owner))
+      how = (entries.get(field.name, ''), *_SIMPLE[name], _shown(field.default))
+      found.append(Parameter(field.name, *how, parent, owner))
   return found
 
 
 def read_parameters(function: str) -> list[Parameter]:
-  """Returns the parameters of a function, in order.
-
-  Args:
-    function: dotted name, such as 't5x_lite.programs.train.train'. Packages on
-      the way are imported, its module is not.
-  """
+  """Returns the parameters of a function, 't5x_lite.programs.train.train', without importing it."""
   module, _, name = function.rpartition('.')
   spec = importlib.util.find_spec(module)
   if spec is None or spec.origin is None:
@@ -96,12 +68,10 @@ def read_parameters(function: str) -> list[Parameter]:
   for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
     annotation = ast.unparse(argument.annotation) if argument.annotation else ''
     annotation = annotation.removesuffix(' | None')
-    kind, many = _SIMPLE.get(annotation, (None, False))
-    text = entries.get(argument.arg, '')
     owner = annotation if annotation in NESTED else ''
-    parameters.append(
-      Parameter(argument.arg, text, kind, many, _default(default, constants), owner=owner)
-    )
+    kind, many = _SIMPLE.get(annotation, (None, False))
+    text, shown = entries.get(argument.arg, ''), _default(default, constants)
+    parameters.append(Parameter(argument.arg, text, kind, many, shown, owner=owner))
   return parameters
 
 
@@ -119,20 +89,19 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
   constants = {}
   for node in tree.body:
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-      try:
+      with contextlib.suppress(ValueError):
         constants[node.targets[0].id] = ast.literal_eval(node.value)
-      except ValueError:
-        continue
   return constants
 
 
 def _default(node: ast.expr | None, constants: Mapping[str, Any]) -> str:
-  if node is None:
-    return ''
   if isinstance(node, ast.Name) and node.id in constants:
     return str(constants[node.id])
   try:
-    value = ast.literal_eval(node)
+    return _shown(ast.literal_eval(node) if node else None)
   except ValueError:
     return ''
+
+
+def _shown(value: Any) -> str:
   return '' if value in (None, '', (), False) else str(value)

@@ -1,8 +1,4 @@
-"""The convert program: reads a checkpoint of any format, writes another format.
-
-Everything is checked before anything is written, and what is written gets its
-name only once it is whole.
-"""
+"""The convert program: reads a checkpoint of any format, writes another format."""
 
 import collections
 import dataclasses
@@ -13,7 +9,7 @@ from etils import epath
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import adafactor_moments, assignment, export, hf, hf_export, tensor_names
+from t5x_lite.interop import assignment, export, hf, hf_export, tensor_names
 from t5x_lite.interop.adapters import merge_lora
 from t5x_lite.interop.checkpoint_source import Source, open_source
 from t5x_lite.interop.tensors import Tensors
@@ -43,28 +39,25 @@ def convert(
   Memory holds one tensor at a time; a scanned T5X array counts as one.
 
   Args:
-    source: a folder of t5x_lite, transformers or T5X, one of its steps, or the
-      NAME@REVISION of a model on the Hugging Face hub; the format is detected.
+    source: a folder of t5x_lite, transformers or T5X, one of its steps, or the NAME@REVISION of a
+      model on the Hugging Face hub; the format is detected.
     destination: the directory to write; it must not exist yet.
     to: 't5x_lite' (a run directory), 'hf' (for from_pretrained) or 't5x' (a model_dir with a legacy
       checkpoint), the last two with LoRA merged; or, without the base, 'peft' (LoRA for PEFT) or
       'adapter' (any method's part, for `t5x_lite.load(base, adapter=...)`).
-    dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; by
-      default as they are in the source.
-    vocabulary: a SentencePiece model file, 't5' for the official one, 'byte',
-      or 'none' for ids without text; by default what the source says.
+    dtype: of the numbers written: 'float32', 'bfloat16' or 'float16'; the source's by default.
+    vocabulary: a SentencePiece model file, 't5' for the official one, 'byte', or 'none' for ids
+      without text; by default what the source says.
     scan_layers: of a t5x_lite model: layers stacked in one array.
     assignment_map: see `assignment.assign`.
     strict: likewise.
-    optimizer_state: carry Adafactor's second moments over, between t5x_lite
-      and T5X, where every tensor is loaded under its own name.
+    optimizer_state: carry Adafactor's second moments over, unless tensors get other names.
     merge: add LoRA to its matrices in a t5x_lite run too.
     shard_bytes: most bytes of one file of format 'hf'.
     dry_run: list how names map and write nothing.
 
   Raises:
-    UsageError: if the source cannot be read, misses a tensor, or the target
-      format has no such model. Nothing is left behind then.
+    UsageError: if the source cannot be read or misses a tensor, or `to` has no such model.
   """
   if to not in export.TARGETS:
     raise UsageError(f'convert.to is {to!r}; allowed are {", ".join(export.TARGETS)}')
@@ -90,22 +83,12 @@ def convert(
     return destination
   for line in _remarks(opened, cfg, to):
     log.warning('%s', line)
-  carried: adafactor_moments.Moments = {}
   renamed = transfer.fields(opened.config) or assignment_map
-  if optimizer_state and to in ('t5x_lite', 't5x') and not renamed:
-    carried = opened.read_moments()
-  export.write(
-    target,
-    tensors=tensors,
-    cfg=cfg,
-    to=to,
-    vocabulary=opened.vocabulary,
-    step=opened.step,
-    second_moments=carried,
-    lengths=opened.lengths,
-    origin=source,
-    shard_bytes=shard_bytes,
-  )
+  carry = optimizer_state and to in ('t5x_lite', 't5x') and not renamed
+  kept = {'vocabulary': opened.vocabulary, 'step': opened.step, 'lengths': opened.lengths}
+  how = {'to': to, 'origin': source, 'shard_bytes': shard_bytes}
+  moments = opened.read_moments() if carry else {}
+  export.write(target, tensors=tensors, cfg=cfg, second_moments=moments, **kept, **how)
   log.info('%s: %s', destination, report.summary())
   return destination
 
@@ -121,18 +104,16 @@ def _stored_dtype(source: Source) -> str:
 
 def _vocabulary(name: str | None, source: Source) -> VocabularyConfig | None:
   """Returns the vocabulary that is asked for, checked against the model."""
-  named = {'none': None, 't5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
-  if name is None:
-    config = source.vocabulary
-  else:
-    config = named[name] if name in named else VocabularyConfig(path=name)
-  if config is not None:
-    size = vocabularies.make_vocabulary(config).vocab_size
-    if size > source.config.vocab_size:
-      raise UsageError(
-        f'the vocabulary has {size} ids, the embedding of {source.path} only '
-        f'{source.config.vocab_size} rows; name another with --vocabulary'
-      )
+  if name == 'none':
+    return None
+  config = source.vocabulary
+  if name is not None:
+    named = {'t5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
+    config = named.get(name) or VocabularyConfig(path=name)
+  rows = source.config.vocab_size
+  if config and (size := vocabularies.make_vocabulary(config).vocab_size) > rows:
+    where = f'the embedding of {source.path} only {rows} rows'
+    raise UsageError(f'the vocabulary has {size} ids, {where}; name another with --vocabulary')
   return config
 
 
@@ -155,13 +136,12 @@ def _print_mapping(
 ) -> None:
   """Prints one line a tensor: from where, its shape, to where."""
 
-  def place(name: str) -> str:
-    if to == 'hf':
-      return tensor_names.hf_name(name)
-    if to == 't5x' and cfg.relpos_per_layer:
-      return f'target/{tensor_names.t5x_scanned_name(name)[0]}'
-    return f'target/{tensor_names.t5x_name(name, cfg)}' if to == 't5x' else name
+  def t5x_place(name: str) -> str:
+    scanned = cfg.relpos_per_layer
+    found = tensor_names.t5x_scanned_name(name)[0] if scanned else tensor_names.t5x_name(name, cfg)
+    return f'target/{found}'
 
+  place = {'hf': tensor_names.hf_name, 't5x': t5x_place}.get(to, str)
   for name, tensor in tensors.items():
     print(f'{tensor.origin} -> {place(name)} [{"x".join(map(str, tensor.shape))}]')
   for name in report.skipped:

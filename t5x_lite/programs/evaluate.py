@@ -1,7 +1,4 @@
-"""The eval program: a trained run on tasks, by their own metrics.
-
-See evaluators.py for what is measured and how.
-"""
+"""The eval program: a trained run on tasks, by their own metrics; see evaluators.py."""
 
 import dataclasses
 import logging
@@ -38,14 +35,11 @@ def evaluate(
   """Evaluates a run's newest checkpoint, or the given one, on tasks.
 
   Args:
-    model_dir: a run directory or one STEP directory of its checkpoints, a
-      folder of transformers or T5X, or the NAME@REVISION of a
-      model on the hub. Several decode together, by the mean of
-      their log-probabilities.
+    model_dir: a run directory or one STEP directory of its checkpoints, a folder of transformers or
+      T5X, or NAME@REVISION of the hub; several decode together, by their mean log-probability.
     datasets: tasks or mixtures, their splits and lengths.
-    output: directory for metrics.json and TASK.jsonl (input, prediction and
-      target of each example); by default MODEL_DIR/eval/STEP of a run; what
-      is no run, or several, needs it.
+    output: directory for metrics.json and TASK.jsonl (input, prediction and target of each
+      example); by default MODEL_DIR/eval/STEP of a run; what is no run, or several, needs it.
     last: evaluate the mean of this many of the newest checkpoints.
     mesh: how devices are arranged; decided by their number by default.
     decoding: how to decode; greedy, as long as the targets, by default.
@@ -58,18 +52,16 @@ def evaluate(
   Raises:
     UsageError: if there is no run, or a dataset does not fit it.
   """
-  start_checks.check_positive('evaluate.num_examples', num_examples)
+  for name, count in (('num_examples', num_examples), ('last', last)):
+    start_checks.check_positive(f'evaluate.{name}', count)
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
-  start_checks.check_positive('evaluate.last', last)
   models = trained_model.open_together(model_dir, last)
   run = models[0]
   if not output:
     if run.format != 't5x_lite' or len(models) > 1:
-      raise UsageError(
-        f'evaluate.output is empty, and {model_dir} is no run to write into: '
-        'name a directory with --output'
-      )
+      why = f'{model_dir} is no run to write into: name a directory with --output'
+      raise UsageError(f'evaluate.output is empty, and {why}')
     output = f'{run.directory}/eval/{run.step}' + (f'-mean-of-{last}' if last > 1 else '')
   start_checks.check_writable(output)
   root = epath.Path(output)
@@ -79,21 +71,17 @@ def evaluate(
     config = start_checks.resolve_dataset(config, run.config, run.vocabulary)
     batch_size = placement.whole_batch(config.batch_size)
     config = dataclasses.replace(config, batch_size=batch_size, shuffle=False)
-    num_steps = None
-    if num_examples is not None:
-      num_steps = -(-num_examples // batch_size)
-    evaluators.append(
-      evaluators_lib.Evaluators(
-        run.config,
-        run.vocabulary,
-        placement=placement,
-        train_eval=[config] if teacher_forced and len(models) == 1 else [],
-        infer_eval=[config],
-        eval_steps=num_steps,
-        infer_eval_examples=num_examples,
-        decoding=decoding,
-      )
+    one = evaluators_lib.Evaluators(
+      run.config,
+      run.vocabulary,
+      placement=placement,
+      train_eval=[config] if teacher_forced and len(models) == 1 else [],
+      infer_eval=[config],
+      eval_steps=None if num_examples is None else -(-num_examples // batch_size),
+      infer_eval_examples=num_examples,
+      decoding=decoding,
     )
+    evaluators.append(one)
   evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
   specs = model_sharding.inference_params(run.config, placement)
   params = trained_model.load_together(models, specs)
@@ -107,8 +95,7 @@ def evaluate(
       metrics |= result.metrics
       metrics['examples'] = float(len(result.lines))
       if distributed.is_primary():
-        path = root / f'{result.task}.jsonl'
-        evaluators_lib.write_lines(path, result.lines)
+        evaluators_lib.write_lines(root / f'{result.task}.jsonl', result.lines)
   if distributed.is_primary():
     checkpoint = ', '.join(one.checkpoint for one in models)
     summary = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results}

@@ -1,8 +1,7 @@
 """The export program: a model as compiled-ahead functions that need none of our code.
 
 'jax' writes StableHLO by `jax.export`, the parameters beside it, and a loader of one file that
-needs jax alone. 'saved_model' writes a TensorFlow SavedModel, text in and text out, as T5X's
-export did (t5x/export_lib.py).
+needs jax alone. 'saved_model' writes TensorFlow's, text in and text out (t5x/export_lib.py).
 """
 
 import importlib.resources
@@ -90,8 +89,7 @@ def export(
   decoding = (decoding or DecodingConfig()).resolved(encode, target_length)
   made = {name: _function(name, graphdef, decoding, config.decoder_start_id) for name in functions}
   work = target.parent / f'.{target.name}.tmp'
-  if work.exists():
-    work.rmtree()
+  work.rmtree(missing_ok=True)
   work.mkdir(parents=True)
   vocabularies.save_vocabulary(opened.vocabulary, work)
   if to == 'saved_model':
@@ -122,10 +120,9 @@ def _function(name: str, graphdef: Any, decoding: DecodingConfig, start_id: int)
   score_step = steps.make_score_step(graphdef)
 
   def score(params, inputs, targets):
-    shifted = jnp.roll(targets, 1, axis=1).at[:, 0].set(start_id)
     batch = {
       'encoder_input_tokens': inputs,
-      'decoder_input_tokens': shifted,
+      'decoder_input_tokens': jnp.roll(targets, 1, axis=1).at[:, 0].set(start_id),
       'decoder_target_tokens': targets,
       'decoder_loss_weights': (targets != 0).astype(jnp.float32),
     }
@@ -143,9 +140,8 @@ def _write_stablehlo(
   target_length: int,
   platforms: Sequence[str],
 ) -> None:
-  leaves = {
-    pytrees.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
+  flat = jax.tree_util.tree_leaves_with_path(params)
+  leaves = {pytrees.path_name(path): leaf for path, leaf in flat}
   (work / 'params.safetensors').write_bytes(safetensors.flax.save(leaves))
   structure = jax.tree.structure(params)
   shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
@@ -164,16 +160,10 @@ def _write_stablehlo(
       file = f'{name}_{length}.stablehlo'
       (work / file).write_bytes(bytes(exported.serialize()))
       entries.append({'function': name, 'input_length': length, 'file': file})
-  files.write_json(
-    work / MANIFEST,
-    {
-      'functions': entries,
-      'params': list(leaves),  # in the order of the functions' first argument
-      'target_length': target_length,
-      'pad_id': opened.config.pad_id,
-      'eos_id': opened.config.eos_id,
-    },
-  )
+  # Parameters are in the order of the functions' first argument.
+  manifest = {'functions': entries, 'params': list(leaves), 'target_length': target_length}
+  manifest |= {name: getattr(opened.config, name) for name in ('pad_id', 'eos_id')}
+  files.write_json(work / MANIFEST, manifest)
   loader = importlib.resources.files('t5x_lite.interop').joinpath(LOADER)
   (work / LOADER).write_text(loader.read_text())
 
@@ -190,17 +180,15 @@ def _write_saved_model(
     raise UsageError("a SavedModel takes text, which kind='passthrough' has none of: to='jax'")
   vocabulary = to_seqio(opened.vocabulary)
   module: Any = tf.Module()
-  module.weights = tf.nest.map_structure(
-    lambda x: tf.Variable(tf.convert_to_tensor(np.asarray(x))), params
-  )
+  module.weights = tf.nest.map_structure(lambda x: tf.Variable(tf.constant(np.asarray(x))), params)
+  eos, pad = [opened.config.eos_id], opened.config.pad_id
 
   def tokens(texts: Any, length: int) -> Any:
-    rows = tf.map_fn(
-      lambda text: tf.concat([vocabulary.encode_tf(text)[: length - 1], [opened.config.eos_id]], 0),
-      texts,
-      fn_output_signature=tf.RaggedTensorSpec([None], tf.int32),
-    )
-    return rows.to_tensor(opened.config.pad_id, shape=[None, length])
+    def encode(text: Any) -> Any:
+      return tf.concat([vocabulary.encode_tf(text)[: length - 1], eos], 0)
+
+    row = tf.RaggedTensorSpec([None], tf.int32)
+    return tf.map_fn(encode, texts, fn_output_signature=row).to_tensor(pad, shape=[None, length])
 
   def named(name: str, result: Any) -> dict[str, Any]:
     if name != 'generate':

@@ -1,7 +1,6 @@
 """The finetune program: a checkpoint and a file in, a model for others out.
 
-Reads the pairs, chooses what nobody named, trains, evaluates the best
-checkpoint, and exports it. Every phase continues where it was killed.
+Chooses what nobody named; every phase continues where it was killed.
 
   OUTPUT/                 the run, as `train` writes it
   OUTPUT/data/            the pairs, if they were not in files
@@ -28,10 +27,8 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.pairs import Columns, Pairs
 from t5x_lite.data.tasks import catalog, from_files
-from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import export, trained_model
-from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import convert, evaluate, finetune_plan, model_card, quickstart, start_checks
@@ -49,22 +46,20 @@ GIN_FILE = 'finetune.gin'
 EXPORT = 'export'
 EVALUATION = 'evaluation'
 ADAPTER = 'adapter'
-_COUNTS = (
-  'steps batch_tokens input_length target_length max_input_tokens max_target_tokens '
-  'patience eval_examples'
-).split()
+# Fields of Columns by this program's names.
+COLUMNS = {'input_column': 'input', 'target_column': 'target'}
+COLUMNS |= {name: name for name in ('template', 'prefix', 'skip_bad_rows')}
+_LENGTHS = ('input_length', 'target_length')
+_BOUNDS = ('max_input_tokens', 'max_target_tokens')
+_COUNTS = (*_LENGTHS, *_BOUNDS, 'steps', 'batch_tokens', 'patience', 'eval_examples')
 _FILES = ('train', 'validation', 'train_targets', 'validation_targets')
-# What a plan is made from, beside the data, and what it says of a setting's own name.
-_PLANNED = (
-  'method input_length target_length max_input_tokens max_target_tokens pack batch_tokens '
-  'epochs steps learning_rate metrics'
-).split()
-_CHOSEN = ('learning_rate', 'pack', 'input_length', 'target_length', 'dtype', 'metrics')
+# What a plan says of a setting's own name, beside dtype, and what it is made from, beside the data.
+_CHOSEN = (*_LENGTHS, 'learning_rate', 'pack', 'metrics')
+_PLANNED = (*_CHOSEN, *_BOUNDS, 'method', 'batch_tokens', 'epochs', 'steps')
 # Of no use to a run that is made again, or replaced by what was chosen.
-_DROPPED = (
-  'epochs max_input_tokens max_target_tokens num_shown export_hf profile_steps mesh'.split()
-)
+_DROPPED = (*_BOUNDS, 'epochs', 'num_shown', 'export_hf', 'profile_steps', 'mesh')
 BEST_METRIC = f'eval/{TASK}/loss'
+Files = str | Sequence[str]
 
 
 def finetune(
@@ -114,24 +109,20 @@ def finetune(
   Started again with the same output it continues what was interrupted.
 
   Args:
-    model: where to start: a folder of transformers or T5X, a run of ours, or
-      the NAME@REVISION of a model on the hub.
-    train: JSONL, JSON, CSV, TSV or Parquet files, plain or gzip, or a folder
-      that `datasets.save_to_disk` wrote; several, and patterns with '*'.
+    model: where to start: a folder of transformers or T5X, a run of ours, NAME@REVISION of the hub.
+    train: JSONL, JSON, CSV, TSV or Parquet files, plain or gzip, or a folder that
+      `datasets.save_to_disk` wrote; several, and patterns with '*'.
     output: the run's directory.
     validation: likewise, to evaluate on; by default a part of train is held out.
     train_targets: text files beside those of train, line by line, which then hold inputs alone.
     validation_targets: likewise.
-    input_column: name of the input's column, or number from 0 where there is no
-      header; by default one with a usual name.
+    input_column: its name, or number from 0 without a header; one with a usual name by default.
     target_column: likewise.
     template: makes the input of several columns, 'summarize: {article}'.
     prefix: put before every input, with its space.
     skip_bad_rows: leave out rows without input or target, instead of refusing the file.
-    method: 'adafactor' or 'adamw' train all parameters, 'lora', 'adapters' and
-      'prompt' a few new ones; see `T5Config`.
-    learning_rate: the highest; by default 0.001 for Adafactor, LoRA and adapters,
-      0.0003 for AdamW, 0.3 for a prompt.
+    method: 'adafactor', 'adamw' train all parameters, 'lora', 'adapters', 'prompt' a few new ones.
+    learning_rate: the highest; 0.001 by default, for AdamW 0.0003, for a prompt 0.3.
     lora_rank: 8 by default.
     lora_alpha: 32 by default.
     lora_targets: matrices by name; query and value by default.
@@ -141,8 +132,7 @@ def finetune(
     steps: updates, instead of epochs.
     batch_tokens: of a batch, inputs and targets; by the data and device by default.
     pack: several examples a row; by default where rows would be half empty.
-    input_length: tokens, what is longer is cut; by default as long as the data
-      is, rare long rows aside.
+    input_length: tokens, what is longer is cut; as long as the data by default, rare rows aside.
     target_length: likewise.
     max_input_tokens: bound of what input_length becomes by itself.
     max_target_tokens: likewise of target_length.
@@ -177,39 +167,35 @@ def finetune(
   metrics_lib.get_metrics(metrics)
   metric_writers.reporters(report_to)
   start_checks.check_writable(output)
-  columns = Columns(
-    input=input_column,
-    target=target_column,
-    template=template,
-    prefix=prefix,
-    skip_bad_rows=skip_bad_rows,
-  )
+  columns = Columns(**{field: given[name] for name, field in COLUMNS.items()})
   parts = read_parts(train, validation, columns, holdout, train_targets, validation_targets)
   start = trained_model.open_model(model)
   if start.config.architecture != 'encoder_decoder':
-    raise UsageError(
-      f'{model} is of architecture={start.config.architecture!r}; fine-tuning '
-      "on pairs needs 'encoder_decoder'"
-    )
+    kind = f'architecture={start.config.architecture!r}'
+    raise UsageError(f"{model} is of {kind}; fine-tuning on pairs needs 'encoder_decoder'")
   changes = finetune_plan.model_parts(method, start.config, given)
   vocabulary = vocabularies.make_vocabulary(start.vocabulary)
   lengths = finetune_plan.measure(parts['train'], vocabulary)
-  plan = finetune_plan.make_plan(
-    lengths, parts['train'].targets, **{name: given[name] for name in _PLANNED}
-  )
+  planned = {name: given[name] for name in _PLANNED}
+  plan = finetune_plan.make_plan(lengths, parts['train'].targets, **planned)
   if dtype:
     plan = dataclasses.replace(plan, dtype=dtype)
   prints = {name: part.fingerprint() for name, part in parts.items()}
   plan = _same_plan(output, plan, prints, total_steps=steps)
-  can_export = export_hf and _can_export(start.config.replace(**changes), start.vocabulary)
+  if export_hf:
+    try:
+      export.check_target(start.config.replace(**changes), 'hf', start.vocabulary)
+    except UsageError as error:
+      log.warning('there will be no export for transformers: %s', error)
+      export_hf = False
 
   # ---- Say what will happen ----
   if distributed.is_primary():
-    finetune_plan.show_plan(plan, lengths, parts, start, method, output)
+    finetune_plan.show_plan(plan, lengths, parts, start, method=method, output=output)
     finetune_plan.show_examples(parts['train'], plan, vocabulary)
   settings = {name: value for name, value in given.items() if name not in _DROPPED}
-  settings |= {name: _listed(settings[name]) for name in settings if name in _FILES}
-  settings |= {**changes, **{name: getattr(plan, name) for name in _CHOSEN}}
+  settings |= {name: _listed(settings[name]) for name in _FILES}
+  settings |= {**changes, **{name: getattr(plan, name) for name in (*_CHOSEN, 'dtype')}}
   settings['steps'] = plan.total_steps
   settings['batch_tokens'] = plan.batch_size * sum(plan.row_lengths.values())
   settings = {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()}
@@ -225,6 +211,7 @@ def finetune(
   _register(parts, plan.metrics)
   kept = {'scan_layers': start.config.scan_layers}
   best_alone: dict[str, Any] = {'keep': 1, 'keep_best': 1, 'best_metric': BEST_METRIC}
+  same = ('patience', 'report_to', 'histogram_period', 'profile_steps', 'mesh', 'seed')
   with distributed.stop_signal() as stop:
     state = train_lib.train(
       dataset=_dataset(plan.row_lengths, plan.batch_size, pack=plan.pack, seed=seed),
@@ -237,14 +224,9 @@ def finetune(
       train_eval=[_eval_dataset(plan)],
       eval_period=plan.steps_per_epoch,
       eval_steps=None,
-      patience=patience,
-      report_to=report_to,
-      histogram_period=histogram_period,
-      profile_steps=profile_steps,
       stats_period=max(1, min(100, plan.total_steps // 50)),
-      mesh=mesh,
-      seed=seed,
       summarize_config_fn=write_plan,
+      **{name: given[name] for name in same},
     )
     if state is None or stop.received:
       return None
@@ -254,15 +236,13 @@ def finetune(
   step = distributed.from_primary(lambda: best_step(output))
   best = os.path.join(output, checkpoints.CHECKPOINTS, str(step))
   place = os.path.join(output, EVALUATION)
-  data = [_eval_dataset(plan)]
-  found = evaluate.evaluate(
-    model_dir=best, datasets=data, output=place, mesh=mesh, num_examples=eval_examples
-  )
+  how: dict[str, Any] = {'datasets': [_eval_dataset(plan)], 'num_examples': eval_examples}
+  found = evaluate.evaluate(model_dir=best, output=place, mesh=mesh, **how)
   results: dict[str, Any] = {'step': step, 'metrics': found[TASK]}
 
   # ---- Export, and tell ----
   if distributed.is_primary():
-    if can_export:
+    if export_hf:
       lora = f'LoRA of rank {settings["lora_rank"]}, merged into the weights'
       told = lora if method == 'lora' else method
       card = model_card.card(
@@ -286,16 +266,13 @@ def finetune(
   return results
 
 
-# ---- Data --------------------------------------------------------------------
-
-
 def read_parts(
-  train: str | Sequence[str],
-  validation: str | Sequence[str],
+  train: Files,
+  validation: Files,
   columns: Columns,
   holdout: float,
-  train_targets: str | Sequence[str] = (),
-  validation_targets: str | Sequence[str] = (),
+  train_targets: Files = (),
+  validation_targets: Files = (),
 ) -> dict[str, Pairs]:
   """Returns the pairs to train on and to evaluate on."""
   whole = pairs_lib.read(train, columns, targets=train_targets)
@@ -322,27 +299,21 @@ def _listed(source: Any) -> list[str]:
 
 def _register(parts: dict[str, Pairs], metrics: Sequence[str]) -> None:
   """Makes the pairs the task that train and evaluate know by name."""
-  columns = {
-    name: lambda part=part: {'inputs': part.inputs, 'targets': part.targets}
-    for name, part in parts.items()
-  }
-  metric_fns = metrics_lib.get_metrics(metrics)
-  catalog.replace(TASK, from_files.supervised(columns, prefix='', metric_fns=metric_fns))
+  chosen, columns = metrics_lib.get_metrics(metrics), {}
+  for name, part in parts.items():
+    columns[name] = lambda part=part: {'inputs': part.inputs, 'targets': part.targets}
+  catalog.replace(TASK, from_files.supervised(columns, prefix='', metric_fns=chosen))
 
 
 def _dataset(lengths: dict[str, int], batch_size: int, **more: Any) -> DatasetConfig:
-  return DatasetConfig(
-    mixture_or_task_name=TASK, task_feature_lengths=lengths, batch_size=batch_size, **more
-  )
+  more |= {'task_feature_lengths': lengths, 'batch_size': batch_size}
+  return DatasetConfig(mixture_or_task_name=TASK, **more)
 
 
 def _eval_dataset(plan: Plan) -> DatasetConfig:
   lengths = {'inputs': plan.input_length, 'targets': plan.target_length}
   once = {'split': 'validation', 'shuffle': False, 'pack': False, 'num_epochs': 1}
   return _dataset(lengths, plan.eval_batch_size, **once)
-
-
-# ---- Settings ----------------------------------------------------------------
 
 
 def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: int | None) -> Plan:
@@ -357,24 +328,17 @@ def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: 
   except (ValueError, KeyError, TypeError) as error:
     raise UsageError(f'{path} is damaged ({error}): use another output') from error
   if before != prints:
-    raise UsageError(
-      f'the run in {output} was begun with other data: use another output, or '
-      'the same rows in the same order'
-    )
-  names = ('batch_size', 'input_length', 'row_lengths', 'target_length')
-  changed = [name for name in names if getattr(plan, name) != getattr(kept, name)]
-  if changed:
+    why = 'use another output, or the same rows in the same order'
+    raise UsageError(f'the run in {output} was begun with other data: {why}')
+  names = ('batch_size', *_LENGTHS, 'row_lengths')
+  if changed := [name for name in names if getattr(plan, name) != getattr(kept, name)]:
     log.warning('%s continues with its own %s', output, ', '.join(changed))
   return kept if total_steps is None else dataclasses.replace(kept, total_steps=total_steps)
 
 
-# ---- After training ----------------------------------------------------------
-
-
 def best_step(output: str) -> int:
   """Returns the kept step with the least validation loss, else the newest."""
-  directory = epath.Path(output) / checkpoints.CHECKPOINTS
-  kept = {int(path.name) for path in directory.iterdir() if path.name.isdigit()}
+  kept = checkpoints.steps_in(epath.Path(output) / checkpoints.CHECKPOINTS)
   losses = {
     entry['step']: entry[BEST_METRIC]
     for entry in metric_writers.read_metrics(output)
@@ -383,30 +347,18 @@ def best_step(output: str) -> int:
   return min(losses, key=lambda step: losses[step]) if losses else max(kept)
 
 
-def _can_export(config: T5Config, vocabulary: VocabularyConfig) -> bool:
-  """Whether transformers has such a model; says so if not."""
-  try:
-    export.check_target(config, 'hf', vocabulary)
-  except UsageError as error:
-    log.warning('there will be no export for transformers: %s', error)
-    return False
-  return True
-
-
 def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> str:
   """Writes OUTPUT/NAME anew, the old one being there until it is whole."""
   target, new, old = (epath.Path(output) / x for x in (name, f'.{name}.new', f'.{name}.old'))
-  for leftover in (new, old):
-    if leftover.exists():
-      leftover.rmtree()
+  new.rmtree(missing_ok=True)
+  old.rmtree(missing_ok=True)
   convert.convert(source=best, destination=os.fspath(new), to=to)
   if card:
     files.write_text(new / 'README.md', card)
   if target.exists():
     target.rename(old)
   new.rename(target)
-  if old.exists():
-    old.rmtree()
+  old.rmtree(missing_ok=True)
   return os.fspath(target)
 
 
@@ -415,13 +367,12 @@ def summary(results: dict[str, Any], output: str, best: str) -> str:
   shown = {name: value for name, value in results['metrics'].items() if '/' not in name}
   numbers = ', '.join(f'{name} {value:.5g}' for name, value in shown.items())
   run = quickstart.typed()
-  lines = [f'best checkpoint: step {results["step"]}: {numbers}', '']
+  text = f'best checkpoint: step {results["step"]}: {numbers}\n\n'
   if 'export' in results:
-    lines.append(f'transformers: AutoModelForSeq2SeqLM.from_pretrained({f"{output}/{EXPORT}"!r})')
+    text += f'transformers: AutoModelForSeq2SeqLM.from_pretrained({f"{output}/{EXPORT}"!r})\n'
   if 'adapter' in results:
-    lines.append(f'on any base:  t5x_lite.load(BASE, adapter={f"{output}/{ADAPTER}"!r})')
-  lines += [
-    f'predict:      {run} infer --model {shlex.quote(best)} --input FILE --output OUT.jsonl',
-    f'look at it:   {run} report {shlex.quote(output)}',
-  ]
-  return '\n'.join(lines)
+    text += f'on any base:  t5x_lite.load(BASE, adapter={f"{output}/{ADAPTER}"!r})\n'
+  return (
+    f'{text}predict:      {run} infer --model {shlex.quote(best)} --input FILE --output OUT.jsonl\n'
+    f'look at it:   {run} report {shlex.quote(output)}'
+  )

@@ -1,7 +1,6 @@
 """What fine-tuning does where nobody said: lengths, batch, steps, metrics.
 
-All of it follows from the data and the model, is printed before anything runs
-and written down, so that a run that is continued keeps to it.
+It follows from the data and the model, is printed first, and is kept by a run that is continued.
 """
 
 import dataclasses
@@ -47,23 +46,15 @@ _MIN_UPDATES = 400
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """Everything about a fine-tuning that has a number; names as in `finetune`, and those below.
-
-  Attributes:
-    row_lengths: tokens of a row of a training batch, which several examples share with `pack`.
-    batch_size: rows of a batch.
-    eval_batch_size: rows that are decoded at a time.
-    steps_per_epoch: updates that see about every example once.
-    total_steps: updates in all.
-  """
+  """Everything about a fine-tuning that has a number; names as in `finetune`."""
 
   input_length: int
   target_length: int
   pack: bool
-  row_lengths: dict[str, int]
-  batch_size: int
-  eval_batch_size: int
-  steps_per_epoch: int
+  row_lengths: dict[str, int]  # tokens of a training row, which examples share with `pack`
+  batch_size: int  # rows
+  eval_batch_size: int  # rows that are decoded at a time
+  steps_per_epoch: int  # updates that see about every example once
   total_steps: int
   learning_rate: float
   dtype: str
@@ -73,46 +64,39 @@ class Plan:
   def of_json(cls, entry: Mapping[str, Any]) -> 'Plan':
     """Returns the plan that JSON holds; KeyError or TypeError if none."""
     fields: dict[str, Any] = {field.name: entry[field.name] for field in dataclasses.fields(cls)}
-    fields['metrics'] = tuple(fields['metrics'])
-    return cls(**fields)
+    return cls(**fields | {'metrics': tuple(fields['metrics'])})
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-  """Tokens of every text, EOS included.
+  """Tokens of every text, EOS included."""
 
-  Attributes:
-    inputs: [N].
-    targets: [N].
-    unknown: share of tokens that the vocabulary has no piece for.
-  """
-
-  inputs: np.ndarray
-  targets: np.ndarray
-  unknown: float
+  inputs: np.ndarray  # [N]
+  targets: np.ndarray  # [N]
+  unknown: float  # share of tokens that the vocabulary has no piece for
 
   def cut(self, input_length: int, target_length: int) -> dict[str, float]:
     """Returns how much is lost at these lengths."""
     over = np.maximum(self.inputs - input_length, 0) + np.maximum(self.targets - target_length, 0)
     lost, total = float(over.sum()), float(self.inputs.sum() + self.targets.sum())
-    percent = 100.0 * lost / total
-    examples = float((over > 0).sum())
-    return {'cut_examples': examples, 'cut_tokens': lost, 'cut_tokens_percent': percent}
+    cut = {'cut_examples': float((over > 0).sum()), 'cut_tokens': lost}
+    return {**cut, 'cut_tokens_percent': 100.0 * lost / total}
 
 
 def measure(pairs: Pairs, vocabulary: Vocabulary) -> Lengths:
   """Tokenizes everything once."""
-  counts, unknown, total = [], 0, 0
-  for texts in (pairs.inputs, pairs.targets):
-    column = np.zeros(len(texts), np.int64)
-    for i, text in enumerate(texts):
-      ids = vocabulary.encode(text)
-      column[i] = len(ids) + 1
-      total += len(ids)
-      if vocabulary.unk_id is not None:
-        unknown += ids.count(vocabulary.unk_id)
-    counts.append(column)
-  return Lengths(counts[0], counts[1], unknown / max(1, total))
+  unknown = 0
+
+  def count(text: str) -> int:
+    nonlocal unknown
+    ids = vocabulary.encode(text)
+    if vocabulary.unk_id is not None:
+      unknown += ids.count(vocabulary.unk_id)
+    return len(ids) + 1
+
+  inputs, targets = (np.array([*map(count, x)], np.int64) for x in (pairs.inputs, pairs.targets))
+  total = int(inputs.sum() + targets.sum()) - len(inputs) - len(targets)
+  return Lengths(inputs, targets, unknown / max(1, total))
 
 
 def choose_length(lengths: np.ndarray, limit: int) -> int:
@@ -141,11 +125,7 @@ def make_plan(
   learning_rate: float | None = None,
   metrics: Sequence[str] = (),
 ) -> Plan:
-  """Returns the plan; what is None follows from the data.
-
-  Raises:
-    UsageError: if the method is unknown, or a number makes no sense.
-  """
+  """Returns the plan; what is None follows from the data. UsageError if that makes no sense."""
   if method not in METHODS:
     raise UsageError(f'finetune.method is {method!r}; allowed are {", ".join(METHODS)}')
   if method == 'prompt':
@@ -159,11 +139,9 @@ def make_plan(
   input_length = input_length or choose_length(lengths.inputs, max_input_tokens)
   target_length = target_length or choose_length(lengths.targets, max_target_tokens)
   count = len(lengths.inputs)
-  inputs = np.minimum(lengths.inputs, input_length)
-  outputs = np.minimum(lengths.targets, target_length)
-  sums = {'inputs': float(inputs.sum()), 'targets': float(outputs.sum())}
-  means = {name: total / count for name, total in sums.items()}
   rows = {'inputs': input_length, 'targets': target_length}
+  sums = {name: float(np.minimum(getattr(lengths, name), n).sum()) for name, n in rows.items()}
+  means = {name: total / count for name, total in sums.items()}
   if pack is None:
     # Segment ids cost a little; half empty rows cost half of everything.
     pack = sum(means.values()) < 0.7 * sum(rows.values())
@@ -173,16 +151,14 @@ def make_plan(
       rows[name] = max(rows[name], 8 * math.ceil(examples * means[name] / 8))
   devices, backend = jax.device_count(), jax.default_backend()
   most = batch_tokens or _MAX_BATCH_TOKENS.get(backend, 32768)
-  row_tokens = rows['inputs'] + rows['targets']
-  # Of a small file many small batches, so that there are updates enough.
-  per_batch = min(128, max(8, count // 32))
-  needed = per_batch * max(
-    means[name] / rows[name] / (_FILL if pack else means[name] / rows[name]) for name in rows
-  )
-  wanted = math.ceil(needed) if batch_tokens is None else most // row_tokens
-  batch_size = _whole(min(wanted, most // row_tokens), devices)
-  epoch_rows = max(sums[name] / rows[name] for name in rows) / _FILL if pack else count
-  steps_per_epoch = max(1, round(epoch_rows / batch_size))
+  # Rows that one example needs: packed ones are not quite full.
+  share = max(means[name] / rows[name] for name in rows) / _FILL if pack else 1.0
+  batch_rows = most // sum(rows.values())
+  if batch_tokens is None:
+    # Of a small file many small batches, so that there are updates enough.
+    batch_rows = min(batch_rows, math.ceil(share * min(128, max(8, count // 32))))
+  batch_size = _whole(batch_rows, devices)
+  steps_per_epoch = max(1, round(share * count / batch_size))
   if steps is None:
     if epochs is None:
       epochs = min(20.0, max(3.0, math.ceil(_MIN_UPDATES / steps_per_epoch)))
@@ -204,25 +180,18 @@ def make_plan(
 
 
 def model_parts(method: str, base: T5Config, given: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of T5Config that a method sets; None and () are not given.
-
-  Raises:
-    UsageError: if a name is another method's, or base cannot have such parts.
-  """
+  """Returns the fields of T5Config that a method sets; refuses another's, or a base with parts."""
   parts = dict(PARTS.get(method, {}))
-  for owner, fields in PARTS.items():
-    for name in fields:
-      if given[name] in (None, (), []):
-        continue
+  owners = {name: owner for owner, fields in PARTS.items() for name in fields}
+  for name, owner in owners.items():
+    if given[name] not in (None, (), []):
       if owner != method:
         raise UsageError(f'finetune.{name} is set, which is for --method {owner}: add that')
       parts[name] = given[name]
   tuned = base.replace(**parts)
   if transfer.fields(base) and (not parts or tuned != base):
-    raise UsageError(
-      f'the model has {transfer.fields(base)}: fine-tune it with the same, or its base, or '
-      'make it a plain one with `t5x-lite convert --merge`'
-    )
+    how = 'the same, or its base, or make it a plain one with `t5x-lite convert --merge`'
+    raise UsageError(f'the model has {transfer.fields(base)}: fine-tune it with {how}')
   return parts
 
 
@@ -245,11 +214,7 @@ def make_optimizer(method: str, plan: Plan) -> OptimizerConfig:
 
 
 def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
-  """Returns metrics that suit the targets: labels, short answers, or text.
-
-  Raises:
-    UsageError: if all targets are equal, and there is nothing to learn.
-  """
+  """Returns metrics that suit the targets: labels, short answers, or text; refuses equal ones."""
   different = len(set(targets))
   if different == 1 and len(targets) > 1:
     raise UsageError(f'every target is {targets[0]!r:.60}: there is nothing to learn')
@@ -262,20 +227,20 @@ def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
 
 def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]:
   """Returns (what, how much) for the table that is printed at the start."""
-  loss = lengths.cut(plan.input_length, plan.target_length)
-  percentiles = {
-    name: '/'.join(f'{x:.0f}' for x in np.percentile(values, (50, 90, 99, 100)))
-    for name, values in (('inputs', lengths.inputs), ('targets', lengths.targets))
-  }
-  rows = plan.row_lengths
+
+  def percentiles(values: np.ndarray) -> str:
+    found = np.percentile(values, (50, 90, 99, 100))
+    return f'{"/".join(f"{x:.0f}" for x in found)} (50/90/99/100%)'
+
+  loss, rows = lengths.cut(plan.input_length, plan.target_length), plan.row_lengths
   batch = f'{plan.batch_size} rows of {rows["inputs"]} + {rows["targets"]} tokens'
   epochs = f'{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {plan.steps_per_epoch}'
-  cut = f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, '
-  cut += f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
+  share = f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
+  cut = f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, {share}'
   return [
     *((name.replace('_', ' '), str(value)) for name, value in more.items()),
-    ('input tokens', f'{percentiles["inputs"]} (50/90/99/100%)'),
-    ('target tokens', f'{percentiles["targets"]} (50/90/99/100%)'),
+    ('input tokens', percentiles(lengths.inputs)),
+    ('target tokens', percentiles(lengths.targets)),
     ('longest kept', f'{plan.input_length} + {plan.target_length} tokens'),
     ('cut', cut if loss['cut_examples'] else 'none'),
     ('batch', batch + (', packed' if plan.pack else '')),
@@ -286,36 +251,22 @@ def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]
   ]
 
 
-# ---- What is said ------------------------------------------------------------
-
-
 def show_plan(
-  plan: Plan,
-  lengths: Lengths,
-  parts: dict[str, Pairs],
-  start: TrainedModel,
-  method: str,
-  output: str,
+  plan: Plan, lengths: Lengths, parts: dict[str, Pairs], start: TrainedModel, **more: str
 ) -> None:
-  """Prints what was chosen."""
+  """Prints what was chosen, and what more there is to say: the method and the output."""
   train = parts['train']
   examples = f'{len(train)}, and {len(parts["validation"])} to evaluate'
   if train.skipped:
     examples += f'; {train.skipped} bad rows left out'
-  first = {
-    'model': f'{start.path} ({start.format})',
-    'examples': examples,
-    'columns': f'{train.fields[0]} -> {train.fields[1]}',
-    'method': method,
-  }
+  first = {'model': f'{start.path} ({start.format})', 'examples': examples}
+  first['columns'] = ' -> '.join(train.fields)
   print()
-  for name, value in (*describe(plan, lengths, **first), ('output', output)):
+  for name, value in describe(plan, lengths, **first, **more):
     print(f'  {name:15} {value}')
   if lengths.unknown > 0.01:
-    log.warning(
-      f'the vocabulary has no piece for {lengths.unknown:.1%} of the tokens of this data: the '
-      'model cannot read or write them'
-    )
+    share = f'{lengths.unknown:.1%} of the tokens of this data'
+    log.warning('the vocabulary has no piece for %s: the model cannot read or write them', share)
 
 
 def show_examples(pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3) -> None:
@@ -327,7 +278,6 @@ def show_examples(pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3) -> No
       ids = vocabulary.encode(text)
       shown = vocabulary.decode(ids[: length - 1])
       cut = f', {len(ids) + 1} before' if len(ids) >= length else ''
-      count = min(len(ids) + 1, length)
       shown = shown if len(shown) <= 300 else shown[:300] + '...'
-      print(f'    {name:7} {shown!r} ({count} tokens{cut})')
+      print(f'    {name:7} {shown!r} ({min(len(ids) + 1, length)} tokens{cut})')
   print(flush=True)

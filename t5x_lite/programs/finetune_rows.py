@@ -1,7 +1,4 @@
-"""Fine-tuning from Python: a model and rows in memory become files of the run.
-
-So that it can be run again, and continued, by the command line as well.
-"""
+"""Fine-tuning from Python: a model and rows in memory become files, that the command line takes."""
 
 import inspect
 import json
@@ -21,9 +18,6 @@ from t5x_lite.runs import checkpoints, files, progress
 
 START = 'start'
 DATA = 'data'
-# Fields of Columns by the program's names.
-_COLUMNS = {'input_column': 'input', 'target_column': 'target'}
-_COLUMNS |= {name: name for name in ('template', 'prefix', 'skip_bad_rows')}
 
 
 def finetune(
@@ -36,10 +30,7 @@ def finetune(
     validation: likewise, or empty.
     output: the run's directory.
     save: writes the model to start from into a directory.
-    **arguments: of `finetune.finetune`.
-
-  Raises:
-    UsageError: if an argument is unknown or the data cannot be read.
+    **arguments: of `finetune.finetune`; UsageError names one that it has not.
   """
   known = inspect.signature(program.finetune).parameters
   for name in arguments:
@@ -47,15 +38,14 @@ def finetune(
       settings = ', '.join(sorted(known.keys() - {'model', 'train', 'output'}))
       raise UsageError(f'finetune has no setting {name!r}; there are {settings}')
   start_checks.check_writable(output)
-  parts = {'train': data, 'validation': validation}
-  sources: dict[str, Any] = dict(parts)
-  if not all(map(_in_files, parts.values())):
+  sources: dict[str, Any] = {'train': data, 'validation': validation}
+  given = {name: part for name, part in sources.items() if not _empty(part)}
+  if not all(map(pairs_lib.is_paths, given.values())):
     # All of it: the columns that are named hold for both.
-    named = {field: arguments.pop(name) for name, field in _COLUMNS.items() if name in arguments}
-    for name, part in parts.items():
-      if not _empty(part):
-        pairs = pairs_lib.read(part, Columns(**named), what=name)
-        sources[name] = _write(pairs, output, name)
+    names = program.COLUMNS.items()
+    columns = Columns(**{field: arguments.pop(name) for name, field in names if name in arguments})
+    for name, part in given.items():
+      sources[name] = _write(pairs_lib.read(part, columns, what=name), output, name)
   start = os.path.join(output, START)
   if distributed.is_primary() and not os.path.isdir(start):
     save(start)
@@ -71,10 +61,6 @@ def finetune(
 
 def _empty(source: Any) -> bool:
   return source is None or (isinstance(source, str | list | tuple | dict) and not source)
-
-
-def _in_files(source: Any) -> bool:
-  return _empty(source) or pairs_lib.is_paths(source)
 
 
 def _write(pairs: Pairs, output: str, name: str) -> str:

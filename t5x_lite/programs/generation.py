@@ -1,11 +1,7 @@
-"""What a model in memory says: generated outputs, and scores of given ones.
-
-The base of `api.Model`: texts or ids in, in any number and of any length; out
-of here go batches of few sizes.
-"""
+"""What a model in memory says: generated outputs, and scores of given ones; base of `api.Model`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +20,7 @@ from t5x_lite.parallel.placement import Placement
 MAX_INPUT_TOKENS = 1024
 
 Texts = str | Sequence[str]
+Rows = Sequence[Sequence[int]]
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
@@ -54,40 +51,32 @@ class Generation:
     """Generates an output for each input, or several.
 
     Args:
-      inputs: texts (for an encoder EOS is added) or ids as they are. A model
-        without an encoder continues them.
+      inputs: texts (for an encoder EOS is added) or ids as they are; a decoder continues them.
       max_new_tokens: most tokens an output, EOS included.
-      max_input_tokens: longer inputs are cut, and a warning counts them;
-        attention takes memory by the square of it.
+      max_input_tokens: longer inputs are cut, and a warning counts them.
       batch_size: inputs decoded at a time.
       seed: of sampling; or one for each input, whatever batch it is in.
       temperature: 0 is greedy; or one for each input.
-      prefix: what outputs begin with, a text or ids for all or for each input;
-        of a model with an encoder. It is returned with them, and does not
-        count for length and score.
-      processors: functions (logits_RV, history) -> logits_RV, see
-        decoding/processors.py; each must be one object from call to call, or
-        everything is compiled again.
-      bidirectional_prefix: the input's tokens see each other in both
-        directions; for prefix language models.
-      return_scores: return (outputs, scores); a score is the sum of the
-        log-probabilities, of beams and best_of divided as
-        `DecodingConfig.normalization` says.
-      return_log_probs: also return the log-probabilities of each output's
-        tokens, EOS included, as the last of the results.
-      **settings: fields of DecodingConfig, such as num_beams=4, top_p=0.9,
-        no_repeat_ngram_size=3, labels=['yes', 'no']; greedy by default.
+      prefix: what outputs begin with, a text or ids for all or for each input; of a model with an
+        encoder. It is returned with them, and does not count for length and score.
+      processors: functions (logits_RV, history) -> logits_RV, see decoding/processors.py; each must
+        be one object from call to call, or everything is compiled again.
+      bidirectional_prefix: the input's tokens all see each other; for prefix language models.
+      return_scores: return (outputs, scores); a score is the sum of the log-probabilities, of beams
+        and best_of divided as `DecodingConfig.normalization` says.
+      return_log_probs: also return, last, the log-probabilities of the tokens, EOS included.
+      **settings: fields of DecodingConfig, such as num_beams=4, top_p=0.9, no_repeat_ngram_size=3,
+        labels=['yes', 'no']; greedy by default.
 
     Returns:
-      Texts for texts, lists of ids without EOS for ids; one alone if the input
-      was one text. With num_return_sequences above 1, a list of so many each.
+      Texts for texts, lists of ids without EOS for ids; one alone if the input was one text. With
+      num_return_sequences above 1, a list of so many each.
     """
     temperatures = np.asarray(temperature).tolist() if np.ndim(temperature) else None
     settings['temperature'] = temperature if temperatures is None else max(temperatures, default=0)
     config = decoding_config(max_new_tokens, **settings)
-    several = config.num_return_sequences > 1
-    is_text = model_inputs.is_text(inputs)
     config = config.resolved(None if self.vocabulary is None else self.vocabulary.encode)
+    is_text = model_inputs.is_text(inputs)
     if batch_size < 1:
       raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
     rows = self._rows(inputs, eos=self.config.has_encoder, limit=max_input_tokens)
@@ -110,17 +99,12 @@ class Generation:
       continues=not self.config.has_encoder,
       bidirectional=bidirectional_prefix,
     )
+    each: dict[str, Any] = {'prefixes': prefixes, 'seeds': seeds, 'temperatures': temperatures}
     found: list[list[prediction.Output]] = []
     for index, start in enumerate(range(0, len(rows), size)):
       part = slice(start, start + size)
-      found += predictor.predict_all(
-        self.params,
-        rows[part],
-        index=index,
-        prefixes=prefixes and prefixes[part],
-        seeds=seeds and seeds[part],
-        temperatures=temperatures and temperatures[part],
-      )
+      given = {name: values and values[part] for name, values in each.items()}
+      found += predictor.predict_all(self.params, rows[part], index=index, **given)
 
     def read(row: int, output: prediction.Output) -> Any:
       tokens = [*(prefixes[row] if prefixes else ()), *output.tokens]
@@ -129,16 +113,15 @@ class Generation:
       assert self.vocabulary is not None
       return config.cut(self.vocabulary.decode(tokens))
 
-    results: list[Any] = []
-    for of in (
-      read,
-      (lambda _, output: output.score) if return_scores else None,
-      (lambda _, output: output.log_probs) if return_log_probs else None,
-    ):
-      if of is not None:
-        each = [[of(i, output) for output in outputs] for i, outputs in enumerate(found)]
-        each = each if several else [outputs[0] for outputs in each]
-        results.append(each[0] if isinstance(inputs, str) else each)
+    def result(of: Callable[[int, prediction.Output], Any]) -> Any:
+      each = [[of(i, output) for output in outputs] for i, outputs in enumerate(found)]
+      each = each if config.num_return_sequences > 1 else [outputs[0] for outputs in each]
+      return each[0] if isinstance(inputs, str) else each
+
+    results = [result(read)]
+    for name, wanted in (('score', return_scores), ('log_probs', return_log_probs)):
+      if wanted:
+        results.append(result(lambda _, output, name=name: getattr(output, name)))
     return results[0] if len(results) == 1 else tuple(results)
 
   def _prefixes(self, prefix: Any, count: int) -> list[list[int]]:
@@ -185,33 +168,30 @@ class Generation:
       read = self._rows(inputs, limit=max_input_tokens)
       if len(read) != len(wanted):
         raise UsageError(f'score got {len(read)} inputs and {len(wanted)} targets')
-
-    def size(i: int) -> tuple[int, int]:
-      return len(read[i]) if read else 0, len(wanted[i])
-
     scores = np.zeros(len(wanted), np.float32)
-    order = sorted(range(len(wanted)), key=size)
+    order = sorted(range(len(wanted)), key=lambda i: (len(read[i]) if read else 0, len(wanted[i])))
     for start in range(0, len(order), batch_size):
       part = order[start : start + batch_size]
-      batch = self._score_batch([wanted[i] for i in part])
-      if read:
-        rows = [read[i] for i in part]
-        batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
-      scores[part] = self._call(steps.make_score_step, batch)
+      rows = [read[i] for i in part] if read else None
+      scores[part] = self._score_rows(rows, [wanted[i] for i in part])
     if length_normalized:
       scores /= np.maximum([len(row) for row in wanted], 1)
     return scores
 
-  def _score_batch(self, wanted: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    tokens = self._padded(wanted, max(map(len, wanted)))
-    lengths = np.asarray([[len(row)] for row in wanted])
+  def _score_rows(self, rows: Rows | None, targets: Rows) -> np.ndarray:
+    """Returns the log-probability of each row of targets, all in one batch."""
+    tokens = self._padded(targets, max(map(len, targets)))
+    lengths = np.asarray([[len(row)] for row in targets])
     shifted = np.roll(tokens, 1, axis=1)
     shifted[:, 0] = self.config.decoder_start_id
-    return {
+    batch = {
       'decoder_target_tokens': tokens,
       'decoder_loss_weights': (np.arange(tokens.shape[1]) < lengths).astype(np.float32),
       'decoder_input_tokens': shifted,
     }
+    if rows is not None:
+      batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
+    return self._call(steps.make_score_step, batch)
 
   def classify(
     self,
@@ -224,14 +204,12 @@ class Generation:
   ) -> Any:
     """Returns the label that the model finds likeliest for each input.
 
-    Rank classification (Brown et al. 2020; t5.evaluation.metrics'
-    rank_classification): nothing is generated, every label is scored.
+    Every label is scored (Brown et al. 2020; t5.evaluation.metrics' rank_classification).
 
     Args:
       inputs: texts or ids.
       labels: texts, or lists of ids with EOS.
-      length_normalized: by the log-probability a token; of labels of different
-        lengths it favours the longer ones.
+      length_normalized: by the log-probability a token, which favours longer labels.
       return_scores: return (labels, scores [inputs, labels]).
       **arguments: of `score`.
     """
@@ -241,9 +219,8 @@ class Generation:
     if not model_inputs.is_text(inputs):
       each = self._rows(inputs)
     read: Any = [one for one in each for _ in labels]
-    scores = self.score(
-      read, [*labels] * len(each), length_normalized=length_normalized, **arguments
-    ).reshape(-1, len(labels))
+    arguments['length_normalized'] = length_normalized
+    scores = self.score(read, [*labels] * len(each), **arguments).reshape(-1, len(labels))
     found: Any = [labels[i] for i in scores.argmax(axis=1)]
     if isinstance(inputs, str):
       found, scores = found[0], scores[0]
@@ -260,9 +237,8 @@ class Generation:
       **arguments: of `score`.
 
     Returns:
-      loss (natural logarithm, a token, EOS of texts included), perplexity (its
-      exponential), tokens; of texts also bits_per_byte (by the UTF-8 bytes of
-      the targets, which no vocabulary changes) and bytes.
+      loss (natural logarithm, a token, EOS of texts included), perplexity (its exponential),
+      tokens; of texts also bits_per_byte (UTF-8 bytes of the targets, of any vocabulary), bytes.
     """
     total = -float(self.score(inputs, targets, **arguments).sum(dtype=np.float64))
     tokens = sum(map(len, self._rows(targets)))
@@ -276,22 +252,13 @@ class Generation:
     return measured
 
   def _rows(self, inputs: Any, *, eos: bool = True, limit: int | None = None) -> list[list[int]]:
-    return model_inputs.token_rows(
-      inputs,
-      self.vocabulary,
-      num_ids=self.config.vocab_size,
-      pad_id=self.config.pad_id,
-      eos=eos,
-      limit=limit,
-    )
+    ids = {'num_ids': self.config.vocab_size, 'pad_id': self.config.pad_id}
+    return model_inputs.token_rows(inputs, self.vocabulary, eos=eos, limit=limit, **ids)
 
-  def _padded(self, rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+  def _padded(self, rows: Rows, length: int) -> np.ndarray:
     """Returns rows as one array, as wide as the next size compiled for."""
-    return prediction.pad_rows(
-      rows, batch_size=len(rows), length=prediction.padded_length(length), pad_id=self.config.pad_id
-    )
+    size = {'batch_size': len(rows), 'length': prediction.padded_length(length)}
+    return prediction.pad_rows(rows, pad_id=self.config.pad_id, **size)
 
-  def _call(self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any) -> np.ndarray:
-    return prediction.call_step(
-      make_step, self.config, self.params, self.placement, batch, *arguments
-    )
+  def _call(self, make_step: Any, *arguments: Any) -> np.ndarray:
+    return prediction.call_step(make_step, self.config, self.params, self.placement, *arguments)

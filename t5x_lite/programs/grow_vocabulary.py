@@ -1,8 +1,7 @@
 """The grow_vocab program: a model with more tokens, or more sentinels.
 
-Every piece keeps its embedding bit for bit, under its name: ordinary ids stay
-where they are, new tokens follow them, and the sentinels, which SeqIO counts
-from the end, move behind those. New rows begin as the mean of the old ones.
+Every piece keeps its embedding bit for bit: ordinary ids stay, new tokens follow them, and the
+sentinels, which SeqIO counts from the end, move behind. New rows begin as the mean of the old ones.
 """
 
 import dataclasses
@@ -65,38 +64,23 @@ def grow_vocabulary(
   target = epath.Path(destination)
   export.check_destination(target)
   if tokens_file:
-    tokens = [*tokens, *_lines(tokens_file)]
+    try:
+      tokens = [*tokens, *filter(None, epath.Path(tokens_file).read_text().splitlines())]
+    except OSError as error:
+      raise UsageError(f'cannot read {tokens_file}: {error.strerror}') from error
   opened = open_source(source)
   if opened.vocabulary is None:
     raise UsageError(f'{source} has no vocabulary that could grow')
   found, _ = assignment.assign(opened, opened.config)
-  grown, cfg, vocabulary, changes = grow(
-    found, opened.config, opened.vocabulary, tokens=tokens, extra_ids=extra_ids
-  )
+  more = {'tokens': tokens, 'extra_ids': extra_ids}
+  grown, cfg, vocabulary, changes = grow(found, opened.config, opened.vocabulary, **more)
   export.check_target(cfg, to)
   print(changes)
-  if dry_run:
-    return destination
-  export.write(
-    target,
-    tensors=grown,
-    cfg=cfg,
-    to=to,
-    vocabulary=vocabulary,
-    step=opened.step,
-    lengths=opened.lengths,
-    origin=source,
-  )
-  log.info('wrote %s', destination)
+  if not dry_run:
+    kept = {'step': opened.step, 'lengths': opened.lengths, 'origin': source}
+    export.write(target, tensors=grown, cfg=cfg, to=to, vocabulary=vocabulary, **kept)
+    log.info('wrote %s', destination)
   return destination
-
-
-def _lines(path: str) -> list[str]:
-  try:
-    text = epath.Path(path).read_text()
-  except OSError as error:
-    raise UsageError(f'cannot read {path}: {error.strerror}') from error
-  return [line for line in text.splitlines() if line]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,25 +110,17 @@ def grow(
   tokens: Sequence[str] = (),
   extra_ids: int | None = None,
 ) -> tuple[dict[str, Tensor], T5Config, VocabularyConfig, Changes]:
-  """Returns the grown tensors, config and vocabulary, and what changed; see `grow_vocabulary`.
-
-  Raises:
-    UsageError: if nothing would grow, or it cannot.
-  """
+  """Returns the grown tensors, config, vocabulary, and changes; UsageError if nothing can grow."""
   extra_ids = vocabulary.extra_ids if extra_ids is None else extra_ids
   if extra_ids < vocabulary.extra_ids:
-    raise UsageError(
-      f'extra_ids is {extra_ids}, the vocabulary has {vocabulary.extra_ids} '
-      'already; sentinels can be added, not taken away'
-    )
+    there = f'extra_ids is {extra_ids}, the vocabulary has {vocabulary.extra_ids} already'
+    raise UsageError(f'{there}; sentinels can be added, not taken away')
   if not tokens and extra_ids == vocabulary.extra_ids:
     raise UsageError('name new tokens, or more extra_ids than there are')
   old = vocabularies.make_vocabulary(vocabulary)
   if old.vocab_size > cfg.vocab_size:
-    raise UsageError(
-      f'the vocabulary has {old.vocab_size} ids, the embedding only '
-      f'{cfg.vocab_size} rows: they do not belong together'
-    )
+    sizes = f'the vocabulary has {old.vocab_size} ids, the embedding only {cfg.vocab_size} rows'
+    raise UsageError(f'{sizes}: they do not belong together')
   path = _with_tokens(vocabulary, tokens) if tokens else vocabulary.path
   new = dataclasses.replace(vocabulary, path=path, extra_ids=extra_ids)
   size = old.vocab_size + len(tokens) + extra_ids - vocabulary.extra_ids
@@ -166,13 +142,14 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
     raise UsageError(f'a vocabulary of kind {vocabulary.kind!r} has no pieces to add to')
   data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
   known = {piece.piece for piece in sentencepiece_model.parse(data).pieces}
-  texts = [token.replace(' ', _META) for token in tokens]
-  for token, text in zip(tokens, texts, strict=True):
+  texts: list[str] = []
+  for token in tokens:
     if not token:
       raise UsageError('a new token is empty')
-    if text in known:
+    texts.append(token.replace(' ', _META))
+    if texts[-1] in known:
       raise UsageError(f'{token!r} is in the vocabulary already')
-    known.add(text)
+    known.add(texts[-1])
   scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
   _SCRATCH.append(scratch)
   grown = epath.Path(scratch.name) / vocabularies.MODEL_FILE
@@ -182,17 +159,18 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
 
 def _grown(table: Tensor, changes: Changes) -> Tensor:
   """Returns a table [rows, D] with the old rows at their new ids."""
-  whole = functools.cache(lambda: _fill(table.read(), changes))
   shape = (changes.rows, table.shape[1])
+
+  @functools.cache
+  def whole() -> np.ndarray:
+    old = table.read()
+    used = old[: changes.old_size]
+    mean = used.astype(np.float64).mean(0).astype(old.dtype)
+    new = np.broadcast_to(mean, shape).copy()
+    new[changes.new_id] = used
+    # Rows that no id names, before and after, stay as they are.
+    spare = slice(changes.size, changes.old_rows)
+    new[spare] = old[spare]
+    return new
+
   return Tensor(shape, table.dtype, lambda index: whole()[index], f'{table.origin}, grown')
-
-
-def _fill(old: np.ndarray, changes: Changes) -> np.ndarray:
-  used = old[: changes.old_size]
-  mean = used.astype(np.float64).mean(0).astype(old.dtype)
-  new = np.broadcast_to(mean, (changes.rows, old.shape[1])).copy()
-  new[changes.new_id] = used
-  # Rows that no id names, before and after, stay as they are.
-  spare = slice(changes.size, changes.old_rows)
-  new[spare] = old[spare]
-  return new

@@ -1,18 +1,13 @@
-"""The infer program: a prediction for every line of a file, as it goes.
-
-Reads text, TSV or JSONL and writes one JSON object a line, in the order of the
-input. No TensorFlow: it starts in a few seconds.
-"""
+"""The infer program: a prediction for every line of a file, one JSON object each, as it goes."""
 
 import contextlib
-import functools
 import itertools
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -58,36 +53,29 @@ def infer(
   """Predicts for every line of a file and returns how many were written.
 
   Args:
-    model: a run directory or one STEP directory of its checkpoints, a folder
-      of transformers or T5X, or the NAME@REVISION of a
-      model on the hub. Several decode together, by the mean of
-      their log-probabilities.
+    model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
+      T5X, or NAME@REVISION of the hub; several decode together, by their mean log-probability.
     input: the file to read; '-' is standard input.
-    output: the JSONL file to write, {'input', 'prediction', 'score'} a line,
-      the score being the prediction's log-probability, or of beams what
-      'normalization' says; 'n_best' holds all of num_return_sequences, best
-      first; '-' is standard output.
-      A file that is there already is refused, unless one of the last two
-      arguments says what to do with it.
+    output: the JSONL file to write, {'input', 'prediction', 'score'} a line, the score being the
+      prediction's log-probability, or of beams what 'normalization' says; 'n_best' holds all of
+      num_return_sequences, best first; '-' is standard output. A file that is there already is
+      refused, unless one of the last two arguments says what to do with it.
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
-    input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json',
-      'parquet' or 'datasets'; 'auto' goes by the file's ending.
-    field: name of the input's column or field, or its number from 0 where there
-      is no header; by default one with a usual name, or the only one.
+    input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet' or
+      'datasets'; 'auto' goes by the file's ending.
+    field: the input's, or number from 0 without a header; a usual name or the only one by default.
     template: makes the input of several fields, 'summarize: {article}'.
     prefix: put before every input, such as 'pronounce: '.
     batch_size: lines decoded at a time.
     max_input_length: tokens; what is longer is truncated and says so.
-    decoding: how tokens are chosen; greedy, and at most as long as the training
-      targets, by default.
+    decoding: how tokens are chosen; greedy, as long as the training targets, by default.
     mesh: how devices are arranged; decided by their number by default.
     seed: of sampling.
     resume: continue an output that was interrupted.
     overwrite: replace an output that is there.
 
   Raises:
-    UsageError: if the model, the input or a line of it cannot be read. A file
-      is read through before anything is written.
+    UsageError: if the model or a line of the input cannot be read; files are read through first.
   """
   # ---- Check everything that can be checked before any work ----
   for name, value in (('batch_size', batch_size), ('max_input_length', max_input_length)):
@@ -122,9 +110,21 @@ def infer(
   # ---- Loop ----
   done, truncated = 0, 0
   start = report = time.monotonic()
+  of = '' if num_lines is None else f' of {num_lines}'
+
+  def entry_of(text: str, found: Sequence[prediction.Output]) -> dict[str, Any]:
+    texts = [decoding.cut(vocabulary.decode(one.tokens)) for one in found]
+    scores = [round(one.score or 0.0, 6) for one in found]
+    n_best = [{'prediction': x, 'score': y} for x, y in zip(texts, scores, strict=True)]
+    entry: dict[str, Any] = {'input': text, **n_best[0]}
+    if len(n_best) > 1:
+      entry['n_best'] = n_best
+    if decoding.num_beams > 1 or decoding.best_of:
+      entry['normalization'] = decoding.normalization
+    return entry
+
   with contextlib.ExitStack() as stack:
-    lines = enumerate(read_inputs(input, input_format, columns))
-    write = _no_writer
+    write = None
     if resume:
       # Only the first process is sure to see the output; all must skip alike.
       done = distributed.from_primary(
@@ -133,65 +133,35 @@ def infer(
       log.info('continues %s after line %d', output, done)
     if distributed.is_primary():
       write = stack.enter_context(_open_output(output, append=bool(done)))
-    lines = itertools.islice(lines, done, None)
-    for batch in _batches(lines, predictor.batch_size):
-      rows, cut = [], []
-      for _, text in batch:
-        ids = vocabulary.encode(prefix + text)
-        cut.append(len(ids) >= max_input_length)
-        # EOS takes the last place: the model saw no input without one.
-        rows.append([*ids[: max_input_length - 1], vocabulary.eos_id])
-      index = batch[0][0] // predictor.batch_size
-      outputs = predictor.predict_all(params, rows, index=index)
-      for i, (number, text) in enumerate(batch):
-        entry: dict[str, Any] = {'input': text}
-        n_best = [
-          {
-            'prediction': decoding.cut(vocabulary.decode(one.tokens)),
-            'score': round(one.score or 0.0, 6),
-          }
-          for one in outputs[i]
-        ]
-        entry |= n_best[0]
-        if len(n_best) > 1:
-          entry['n_best'] = n_best
-        if decoding.num_beams > 1 or decoding.best_of:
-          entry['normalization'] = decoding.normalization
-        if cut[i]:
+    lines = itertools.islice(read_inputs(input, input_format, columns), done, None)
+    while batch := list(itertools.islice(lines, predictor.batch_size)):
+      ids = [vocabulary.encode(prefix + text) for text in batch]
+      # EOS takes the last place: the model saw no input without one.
+      rows = [[*row[: max_input_length - 1], vocabulary.eos_id] for row in ids]
+      outputs = predictor.predict_all(params, rows, index=done // predictor.batch_size)
+      for text, row, found in zip(batch, ids, outputs, strict=True):
+        done += 1
+        entry = entry_of(text, found)
+        if len(row) >= max_input_length:
           entry['truncated'] = True
           if not truncated:
             log.warning(
-              'line %d is longer than max_input_length=%d tokens and was '
-              'truncated; such lines have "truncated": true',
-              number + 1,
-              max_input_length,
+              f'line {done} is longer than max_input_length={max_input_length} tokens and was '
+              'truncated; such lines have "truncated": true'
             )
           truncated += 1
-        write(entry)
-      done += len(batch)
+        if write is not None:
+          write(entry)
       if time.monotonic() > report:
-        of = '' if num_lines is None else f' of {num_lines}'
         log.info('line %d%s', done, of)
         report = time.monotonic() + REPORT_SECONDS
-  seconds = time.monotonic() - start
-  log.info(
-    '%d lines in %s%s',
-    done,
-    progress.format_duration(seconds),
-    f', {truncated} of them cut at max_input_length' if truncated else '',
-  )
+  cut = f', {truncated} of them cut at max_input_length' if truncated else ''
+  log.info('%d lines in %s%s', done, progress.format_duration(time.monotonic() - start), cut)
   return done
 
 
-# ---- Reading ----------------------------------------------------------------
-
-
 def read_inputs(path: str, input_format: str, columns: Columns) -> Iterator[str]:
-  """Yields the input of every line or row; '-' is lines of standard input.
-
-  Raises:
-    UsageError: naming the file and line that cannot be read.
-  """
+  """Yields the input of every line or row ('-': of standard input); UsageErrors name theirs."""
   kind = '' if input_format == 'auto' else input_format
   if path != '-':
     yield from pairs.read_inputs(path, columns, file_format=kind)
@@ -201,15 +171,6 @@ def read_inputs(path: str, input_format: str, columns: Columns) -> Iterator[str]
       yield line.decode('utf-8').removesuffix('\n').removesuffix('\r')
     except UnicodeDecodeError as error:
       raise UsageError(f'standard input:{number} is not UTF-8 text ({error.reason})') from error
-
-
-def _batches(lines: Iterable[tuple[int, str]], size: int) -> Iterator[list[tuple[int, str]]]:
-  iterator = iter(lines)
-  while batch := list(itertools.islice(iterator, size)):
-    yield batch
-
-
-# ---- Writing ----------------------------------------------------------------
 
 
 def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
@@ -230,59 +191,42 @@ def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
     raise UsageError(f'no such directory for the output: {place.parent}')
   if place.is_dir():
     raise UsageError(f'the output {output} is a directory: name a file')
-  if path == output or (
-    os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output)
-  ):
+  there = os.path.exists(output) and os.path.exists(path)
+  if path == output or (there and os.path.samefile(path, output)):
     raise UsageError(f'input and output are the same file: {path}')
   if resume and overwrite:
     raise UsageError('resume and overwrite contradict each other')
-  if not (resume or overwrite) and place.exists():
-    with place.open('rb') as file:
-      written = file.read(1)
-    if written:
-      raise UsageError(
-        f'{output} holds predictions already: continue it with --resume, '
-        'replace it with --overwrite, or name another file'
-      )
-
-
-def _no_writer(entry: dict[str, Any]) -> None:
-  """What processes other than the first do with predictions."""
+  if not (resume or overwrite) and place.exists() and place.stat().length:
+    raise UsageError(
+      f'{output} holds predictions already: continue it with --resume, replace it with '
+      '--overwrite, or name another file'
+    )
 
 
 @contextlib.contextmanager
 def _open_output(path: str, *, append: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
   """Yields a function that writes one object, at once."""
-  with contextlib.ExitStack() as stack:
-    file: Any = sys.stdout
-    if path != '-':
-      try:
-        opened = functools.partial(epath.Path(path).open, 'a' if append else 'w')
-        file = files.retried(path, lambda: stack.enter_context(opened()))
-      except OSError as error:
-        raise UsageError(f'cannot write {path}: {error.strerror}') from error
+  opened: Any = contextlib.nullcontext(sys.stdout)
+  if path != '-':
+    try:
+      opened = files.retried(path, lambda: epath.Path(path).open('a' if append else 'w'))
+    except OSError as error:
+      raise UsageError(f'cannot write {path}: {error.strerror}') from error
+  with opened as file:
 
     def write(entry: dict[str, Any]) -> None:
       try:
         file.write(json.dumps(entry, ensure_ascii=False) + '\n')
         files.retried(path, file.flush)
       except OSError as error:
-        raise UsageError(
-          f'cannot write {path}: {error.strerror}; make room, and continue with --resume'
-        ) from error
+        why = f'{error.strerror}; make room, and continue with --resume'
+        raise UsageError(f'cannot write {path}: {why}') from error
 
     yield write
 
 
 def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
-  """Cuts an output back to whole batches; returns how many lines are kept.
-
-  Whole batches, so that what follows is decoded in the same company as in a
-  run without interruption.
-
-  Raises:
-    UsageError: if the output belongs to another input.
-  """
+  """Cuts an output to whole batches, so that the rest is decoded as ever; returns its lines."""
   if not epath.Path(path).exists():
     return 0
   ends = [0]  # byte offset after each good line
@@ -295,10 +239,8 @@ def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
       if written is None:
         break
       if written != text:
-        raise UsageError(
-          f'{path}:{len(ends)} is not the prediction of line {len(ends)} of '
-          'this input: give --overwrite instead of --resume to start over'
-        )
+        where = f'{path}:{len(ends)} is not the prediction of line {len(ends)} of this input'
+        raise UsageError(f'{where}: give --overwrite instead of --resume to start over')
       ends.append(ends[-1] + len(line))
   kept = (len(ends) - 1) // batch_size * batch_size
   if '://' in path:

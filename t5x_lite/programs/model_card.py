@@ -1,12 +1,12 @@
-"""The model card of an export, and the command and gin file that made it.
-
-The card is README.md in the Hugging Face hub's form.
+"""The model card of an export (README.md on the Hugging Face hub), and how to make it again.
 
 Source: https://huggingface.co/docs/hub/model-cards.
 """
 
 import importlib.metadata
+import importlib.resources
 import shlex
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,58 +40,24 @@ def card(
     settings: what the command was given and chose.
   """
   _, shapes, _ = t5.abstract_params(config)
-  count = model_sharding.count_params(shapes)
   files = ', '.join(f'`{name}`' for name in settings['train'])
-  metrics = '\n'.join(f'| {name} | {value:.4g} |' for name, value in results['metrics'].items())
-  training = '\n'.join(f'| {name} | {value} |' for name, value in table)
-  version = importlib.metadata.version('t5x_lite')
-  source = f'{parts["train"]} training examples from {files or "memory"}'
-  prefix = f' Prefix: `{settings["prefix"]}`.' if settings['prefix'] else ''
-  return f"""---
-library_name: transformers
-pipeline_tag: text2text-generation
-tags: [t5, t5x_lite]
----
-
-# {base}, fine-tuned
-
-A T5 of {count:,} parameters, fine-tuned from `{base}` with t5x_lite {version}.
-
-```python
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-model = AutoModelForSeq2SeqLM.from_pretrained('.')
-tokenizer = AutoTokenizer.from_pretrained('.')
-inputs = tokenizer({example[:200]!r}, return_tensors='pt')
-outputs = model.generate(inputs.input_ids, max_new_tokens={max_new_tokens})
-print(tokenizer.decode(outputs[0], skip_special_tokens=True))
-```
-
-## Results
-
-On {parts['validation']} validation examples, greedy decoding, step {results['step']} (the least \
-validation loss):
-
-| metric | value |
-|---|---:|
-{metrics}
-
-## Data
-
-{source}, column `{columns[0]}` to column `{columns[1]}`.{prefix}
-
-## Training
-
-| | |
-|---|---|
-{training}
-
-The command, with every choice that it made:
-
-```sh
-{command(settings)}
-```
-"""
+  template = importlib.resources.files('t5x_lite.programs').joinpath('model_card.md').read_text()
+  return string.Template(template).substitute(
+    base=base,
+    count=f'{model_sharding.count_params(shapes):,}',
+    version=importlib.metadata.version('t5x_lite'),
+    example=repr(example[:200]),
+    max_new_tokens=max_new_tokens,
+    validation=parts['validation'],
+    step=results['step'],
+    metrics='\n'.join(f'| {name} | {x:.4g} |' for name, x in results['metrics'].items()),
+    source=f'{parts["train"]} training examples from {files or "memory"}',
+    input=columns[0],
+    target=columns[1],
+    prefix=f' Prefix: `{settings["prefix"]}`.' if settings['prefix'] else '',
+    training='\n'.join(f'| {name} | {value} |' for name, value in table),
+    command=command(settings),
+  )
 
 
 def command(settings: Mapping[str, Any]) -> str:

@@ -1,14 +1,15 @@
 """Searches mesh, remat policy and microbatches for an experiment and hardware.
 
-A model of memory and time throws away what cannot work and ranks the rest; the
-compiler judges the best few and what the experiment itself says.
+A model of memory and time ranks what can work; the compiler judges the best few.
 """
 
 import dataclasses
 import functools
+import itertools
 import json as json_lib
 import logging
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,21 +41,14 @@ _MOST_MICROBATCHES = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-  """One way to run the experiment, and what is predicted of it.
+  """One way to run the experiment, and what is predicted of it."""
 
-  Attributes:
-    sizes: of the mesh axes.
-    peak_bytes: predicted, per device.
-    seconds: predicted times of a step, by what takes them.
-    written: it is what the experiment itself says.
-  """
-
-  sizes: Mapping[str, int]
+  sizes: Mapping[str, int]  # of the mesh axes
   remat_policy: str
   num_microbatches: int
-  peak_bytes: float
-  seconds: Mapping[str, float]
-  written: bool = False
+  peak_bytes: float  # per device
+  seconds: Mapping[str, float]  # of a step, by what takes them
+  written: bool = False  # it is what the experiment itself says
 
   @property
   def setting(self) -> tuple[Any, ...]:
@@ -116,39 +110,31 @@ def plan(
   devices = precompile.find_devices(topology, num_slices)
   chip = find_chip(devices[0].device_kind)
   if chip is None:
-    raise UsageError(
-      f'--topology={topology}: nothing is known about the speed and memory of '
-      f'{devices[0].device_kind!r}'
-    )
+    kind = devices[0].device_kind
+    raise UsageError(f'--topology={topology}: nothing is known about speed and memory of {kind!r}')
   mesh = mesh or MeshConfig()
   mesh = dataclasses.replace(mesh, num_slices=mesh.num_slices or num_slices)
-  experiment: dict[str, Any] = {
-    'model': model,
-    'batch': batch_spec(dataset),
-    'optimizer': optimizer,
-    'loss': loss or LossConfig(),
-    'mesh': mesh,
-    'num_slices': num_slices,
-  }
+  experiment: dict[str, Any] = {'model': model, 'batch': batch_spec(dataset), 'mesh': mesh}
+  experiment |= {'optimizer': optimizer, 'loss': loss or LossConfig(), 'num_slices': num_slices}
   search = Search(**experiment, chip=chip)
   candidates = search.candidates(len(devices))
   fitting = [c for c in candidates if c.peak_bytes <= _MEMORY_MARGIN * chip.hbm_bytes]
   log.info('%d candidates, %d predicted to fit', len(candidates), len(fitting))
-  chosen = _choose(fitting or candidates[:1], num_compiles)
+  best: dict[tuple[Any, ...], Candidate] = {}  # one a mesh: small changes teach little
+  for candidate in fitting or candidates[:1]:
+    best.setdefault(candidate.setting[:3], candidate)
+  chosen = list(best.values())[:num_compiles]
   written = search.written(devices, num_microbatches)
   if written is not None:
-    same = [c for c in chosen if c.setting == written.setting]
-    chosen = [written, *(c for c in chosen if c not in same)]
+    chosen = [written, *(c for c in chosen if c.setting != written.setting)]
 
   rows = []
   for i, candidate in enumerate(chosen):
     log.info('compiling %d of %d: %s', i + 1, len(chosen), candidate.setting)
     experiment['model'] = model.replace(remat_policy=candidate.remat_policy)
     experiment['mesh'] = with_sizes(mesh, candidate.sizes)
-    parts = candidate.num_microbatches
-    report, _ = precompile.compile_step(
-      **experiment, total_steps=total_steps, num_microbatches=parts, topology=topology
-    )
+    experiment['num_microbatches'] = candidate.num_microbatches
+    report, _ = precompile.compile_step(**experiment, total_steps=total_steps, topology=topology)
     rows.append(_row(candidate, report))
   rows.sort(key=lambda row: (not row['fits'], row['rank']))
   winner = rows[0] if rows[0]['fits'] else None
@@ -169,17 +155,8 @@ def plan(
 
 def with_sizes(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
   """Returns the config with other sizes and the same rules."""
-  changes: dict[str, Any] = {'preset': 'auto', 'num_partitions': None, 'parameter_dims': 2}
-  changes.update(sizes)
+  changes: dict[str, Any] = {'preset': 'auto', 'num_partitions': None, 'parameter_dims': 2, **sizes}
   return dataclasses.replace(mesh, **changes)
-
-
-def _choose(candidates: Sequence[Candidate], num_compiles: int) -> list[Candidate]:
-  """Returns the best ones, at most one a mesh: small changes teach little."""
-  chosen: dict[tuple[Any, ...], Candidate] = {}
-  for candidate in candidates:
-    chosen.setdefault(candidate.setting[:3], candidate)
-  return list(chosen.values())[:num_compiles]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,12 +188,11 @@ class Search:
     """Returns all candidates, the best predicted first."""
     found = []
     for sizes in self._meshes(num_devices):
-      state, params = self._state_bytes(sizes)
+      held = self._state_bytes(sizes)
       rows = self.batch_size // (sizes['data'] * sizes['fsdp'])
-      for policy in REMAT_POLICIES:
-        for parts in range(1, min(rows, _MOST_MICROBATCHES) + 1):
-          if rows % parts == 0:
-            found.append(self._predict(sizes, policy, parts, state, params))
+      divisors = [n for n in _divisors(rows) if n <= _MOST_MICROBATCHES]
+      settings = itertools.product(REMAT_POLICIES, divisors)
+      found += [self._predict(sizes, policy, parts, *held) for policy, parts in settings]
     return sorted(found, key=lambda candidate: candidate.rank)
 
   def written(self, devices: Sequence[jax.Device], num_microbatches: int) -> Candidate | None:
@@ -245,53 +221,37 @@ class Search:
     """Returns bytes per device of all of the state, and of parameters."""
     rules = partitioning.logical_axis_rules(with_sizes(self.mesh, sizes))
 
-    def total(shapes: Any, axes: Any) -> int:
-      leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-      return sum(
-        _shard_bytes(path, leaf, names, sizes, rules)
-        for (path, leaf), names in zip(leaves, treedef.flatten_up_to(axes), strict=True)
-      )
+    def shard_bytes(path: Any, leaf: Any, names: Any) -> int:
+      cut = logical_axes.spec(names, leaf.shape, sizes, rules, pytrees.path_name(path))
+      axes = [(one,) if isinstance(one, str) else one or () for one in cut]
+      parts = [math.prod(sizes[axis] for axis in one) for one in axes]
+      return math.prod(map(operator.floordiv, leaf.shape, parts)) * leaf.dtype.itemsize
 
-    params, opt_state = (total(shapes, axes) for shapes, axes in self._trees)
+    params, opt_state = (
+      sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(shard_bytes, shapes, axes)))
+      for shapes, axes in self._trees
+    )
     return params + (0 if self.mesh.offload_optimizer else opt_state), params
 
   def _predict(
     self, sizes: Mapping[str, int], policy: str, parts: int, state_bytes: int, params_bytes: int
   ) -> Candidate:
+    how: dict[str, Any] = {'sizes': sizes, 'num_microbatches': parts}
     setup = Setup(
       model=self.model.replace(remat_policy=policy),
       batch=self.batch,
-      sizes=sizes,
-      num_microbatches=parts,
       chunk=self.loss.chunk,
       state_bytes=state_bytes,
       params_bytes=params_bytes,
       num_slices=self.num_slices,
+      **how,
     )
-    return Candidate(
-      sizes=sizes,
-      remat_policy=policy,
-      num_microbatches=parts,
-      peak_bytes=cost_model.memory(setup).total,
-      seconds=cost_model.seconds(setup, self.chip),
-    )
+    peak, seconds = cost_model.memory(setup).total, cost_model.seconds(setup, self.chip)
+    return Candidate(remat_policy=policy, peak_bytes=peak, seconds=seconds, **how)
 
 
 def _divisors(number: int) -> list[int]:
   return [i for i in range(1, number + 1) if number % i == 0]
-
-
-def _shard_bytes(path, leaf, names, sizes, rules) -> int:
-  where = pytrees.path_name(path)
-  cut = logical_axes.spec(names, leaf.shape, sizes, rules, where)
-  count = 1
-  for dim, axes in zip(leaf.shape, cut, strict=True):
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    count *= dim // math.prod(sizes[axis] for axis in axes)
-  return count * leaf.dtype.itemsize
-
-
-# ---- The result ----
 
 
 def _row(candidate: Candidate, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,19 +275,17 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
   size = memory_report.format_bytes
   lines = [
     f'{"":2}{"data":>6}{"fsdp":>6}{"model":>6}  {"remat":<11}{"parts":>5}'
-    f'{"predicted peak":>16}{"compiled peak":>16}{"predicted":>11}'
-    f'{"roofline":>11}  bound'
+    f'{"predicted peak":>16}{"compiled peak":>16}{"predicted":>11}{"roofline":>11}  bound'
   ]
   for i, row in enumerate(rows):
     mesh = ''.join(f'{row["mesh"][name]:>6}' for name in MESH_AXES)
     verdict = row['bound'] if row['fits'] else 'DOES NOT FIT'
     note = '  (as written)' if row['written'] else ''
+    peaks = [size(row[f'{kind}_peak_bytes']) for kind in ('predicted', 'compiled')]
+    times = [1e3 * row[f'{kind}_step_seconds'] for kind in ('predicted', 'roofline')]
     lines.append(
-      f'{i + 1:<2}{mesh}  {row["remat_policy"]:<11}'
-      f'{row["num_microbatches"]:>5}{size(row["predicted_peak_bytes"]):>16}'
-      f'{size(row["compiled_peak_bytes"]):>16}'
-      f'{1e3 * row["predicted_step_seconds"]:>8.0f} ms'
-      f'{1e3 * row["roofline_step_seconds"]:>8.0f} ms  {verdict}{note}'
+      f'{i + 1:<2}{mesh}  {row["remat_policy"]:<11}{row["num_microbatches"]:>5}{peaks[0]:>16}'
+      f'{peaks[1]:>16}{times[0]:>8.0f} ms{times[1]:>8.0f} ms  {verdict}{note}'
     )
   return '\n'.join(lines)
 

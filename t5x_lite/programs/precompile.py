@@ -1,8 +1,6 @@
 """Compiles a step for hardware that is not there; says whether it fits.
 
-With libtpu the real XLA:TPU compiler runs on any machine. What it reports
-(memory) and what its program says (collectives, traffic) come from it; FLOPs
-come from flops.py and speeds from hardware.py.
+With libtpu the real XLA:TPU compiler runs on any machine: memory, collectives and traffic are its.
 """
 
 import dataclasses
@@ -11,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +30,11 @@ from t5x_lite.training.optimizers import OptimizerConfig
 log = logging.getLogger(__name__)
 
 STEPS = ('train', 'decode')
+# What both functions take.
+_PASSED_ON = 'model optimizer total_steps num_microbatches topology num_slices hlo_file'.split()
 # What lies in a device's memory: a key of the report, and how it is printed.
-_PARTS = (
-  ('params_bytes', 'parameters', ''),
-  ('optimizer_bytes', 'optimizer state', ''),
-  ('batch_bytes', 'batch', ''),
-  ('temporary_bytes', 'temporaries', ' (gradients, activations, gathered weights)'),
-  ('code_bytes', 'code', ''),
-)
+_PARTS = {'params_bytes': 'parameters', 'optimizer_bytes': 'optimizer state'}
+_PARTS |= {'batch_bytes': 'batch', 'temporary_bytes': 'temporaries', 'code_bytes': 'code'}
 
 
 class DoesNotFitError(RuntimeError):
@@ -94,20 +89,15 @@ def precompile(
   Raises:
     DoesNotFitError: if the compiler runs out of memory; reported like all else.
   """
+  given = dict(locals())
   if step not in STEPS:
     raise UsageError(f'--step={step} is not one of {", ".join(STEPS)}')
   report, _ = compile_step(
-    model=model,
     batch=batch_spec(dataset),
-    optimizer=optimizer,
-    total_steps=total_steps,
     loss=loss or LossConfig(),
     mesh=mesh or MeshConfig(),
-    num_microbatches=num_microbatches,
     decoding=(decoding or DecodingConfig()) if step == 'decode' else None,
-    topology=topology,
-    num_slices=num_slices,
-    hlo_file=hlo_file,
+    **{name: given[name] for name in _PASSED_ON},
   )
   print(format_report(report))
   if json:
@@ -147,37 +137,36 @@ def compile_step(
     mesh = dataclasses.replace(mesh, num_slices=num_slices)
   both: dict[str, Any] = {'model': model, 'batch': batch, 'mesh': mesh, 'devices': devices}
   training: dict[str, Any] = {'optimizer': optimizer, 'loss': loss, 'total_steps': total_steps}
+  how: dict[str, Any] = {'num_slices': num_slices, 'num_microbatches': num_microbatches}
   if decoding is not None:
     program = step_programs.decode_program(config=decoding, **both)
   else:
     program = step_programs.train_program(num_microbatches=num_microbatches, **training, **both)
   chip = find_chip(devices[0].device_kind)
   sizes = {name: program.mesh.shape[name] for name in MESH_AXES}
+  shapes = {name: shape for name, (shape, _) in batch.items()}
+  held = _state_bytes(program)
   report: dict[str, Any] = {
     'topology': topology,
-    'num_slices': num_slices,
     'devices': len(devices),
     'device_kind': devices[0].device_kind,
     'step': 'train' if decoding is None else 'decode',
     'mesh': sizes,
-    'batch_size': next(iter(batch.values()))[0][0],
-    'num_microbatches': num_microbatches,
+    'batch_size': next(iter(shapes.values()))[0],
     'remat_policy': model.remat_policy,
-    'attention': memory_report.attention_summary(
-      model, {name: shape for name, (shape, _) in batch.items()}, devices[0].platform
-    ),
+    'attention': memory_report.attention_summary(model, shapes, devices[0].platform),
+    'model_flops_per_step': _model_flops(model, shapes, decoding),
+    **how,
+    **held,
   }
-  report |= _state_bytes(program)
-  report['model_flops_per_step'] = _model_flops(model, batch, decoding)
   setup = cost_model.Setup(
     model=model,
     batch=batch,
     sizes=sizes,
-    num_microbatches=num_microbatches,
     chunk=loss.chunk,
-    state_bytes=report['params_bytes'] + report['optimizer_bytes'],
-    params_bytes=report['params_bytes'],
-    num_slices=num_slices,
+    state_bytes=held['params_bytes'] + held['optimizer_bytes'],
+    params_bytes=held['params_bytes'],
+    **how,
   )
   start = time.monotonic()
   lowered = program.lower()
@@ -186,7 +175,7 @@ def compile_step(
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    out_of_memory = parse_out_of_memory(str(error), sum(_state_bytes(program).values()))
+    out_of_memory = parse_out_of_memory(str(error), sum(held.values()))
     if out_of_memory is None:
       raise
     log.info('%s', str(error)[:4000])
@@ -197,7 +186,8 @@ def compile_step(
   text = compiled.as_text() or ''
   if hlo_file:
     epath.Path(hlo_file).write_text(text)
-  costs = _costs(setup, chip, program, text, decoding is None)
+  count = cost_model.hardware_flops if decoding is None else cost_model.forward_flops
+  costs = _costs(chip, list(program.mesh.devices.flat), text, count(setup))
   return report | _memory(compiled, chip) | costs, program
 
 
@@ -216,23 +206,19 @@ def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
   peak = None if stats is None else stats.peak_memory_in_bytes
   fits = hbm is None or peak is None or peak <= hbm
   found = {'fits': fits, 'peak_bytes_per_device': peak, 'hbm_bytes_per_device': hbm}
-  if stats is None:
-    return found
-  return found | {
-    'argument_bytes': stats.argument_size_in_bytes,
-    'temporary_bytes': stats.temp_size_in_bytes,
-    'code_bytes': stats.generated_code_size_in_bytes,
-    # Donation: outputs that lie where arguments were.
-    'donated_bytes': stats.alias_size_in_bytes,
-    'host_bytes': stats.host_argument_size_in_bytes,
-  }
+  # Donated are outputs that lie where arguments were.
+  names = {'argument': 'argument_size', 'temporary': 'temp_size', 'host': 'host_argument_size'}
+  names |= {'code': 'generated_code_size', 'donated': 'alias_size'}
+  if stats is not None:
+    found |= {f'{x}_bytes': getattr(stats, f'{name}_in_bytes') for x, name in names.items()}
+  return found
 
 
 def _model_flops(
-  model: T5Config, batch: step_programs.BatchSpec, decoding: DecodingConfig | None
+  model: T5Config, shapes: Mapping[str, tuple[int, ...]], decoding: DecodingConfig | None
 ) -> float:
-  rows, targets = batch['decoder_target_tokens'][0]
-  inputs = batch['encoder_input_tokens'][0][1] if model.has_encoder else 0
+  rows, targets = shapes['decoder_target_tokens']
+  inputs = shapes['encoder_input_tokens'][1] if model.has_encoder else 0
   count, length = flops.train_step_flops, targets
   if decoding is not None:
     count, length = flops.forward_flops, decoding.length
@@ -240,14 +226,9 @@ def _model_flops(
 
 
 def _costs(
-  setup: cost_model.Setup,
-  chip: Chip | None,
-  program: step_programs.StepProgram,
-  text: str,
-  training: bool,
+  chip: Chip | None, devices: Sequence[jax.Device], text: str, hardware_flops: float
 ) -> dict[str, Any]:
-  """Collectives, traffic and the roofline, from the compiled program."""
-  devices = list(program.mesh.devices.flat)
+  """Collectives, traffic and the roofline, from the compiled program's text."""
   parsed = hlo.HloModule(text, len(devices))
   found = parsed.collectives()
   by_kind: dict[str, dict[str, float]] = {}
@@ -256,20 +237,14 @@ def _costs(
     entry['count'] += one.count
     entry['bytes'] += one.count * one.bytes
   hbm_bytes = parsed.hbm_bytes()
-  result: dict[str, Any] = {
-    'collectives': by_kind,
-    'collective_bytes_per_device': sum(k['bytes'] for k in by_kind.values()),
-    'hbm_traffic_bytes_per_device': hbm_bytes,
-  }
+  received = sum(k['bytes'] for k in by_kind.values())
+  result = {'collectives': by_kind, 'collective_bytes_per_device': received}
+  result['hbm_traffic_bytes_per_device'] = hbm_bytes
   if chip is None:
     return {**result, 'bound': None, 'roofline': None}
-  total = (cost_model.hardware_flops if training else cost_model.forward_flops)(setup)
-  seconds = {
-    'compute': total / len(devices) / chip.peak_flops,
-    'HBM': hbm_bytes / chip.hbm_bandwidth,
-    **cost_model.network_seconds(chip, devices, found),
-  }
-  return {**result, **_roofline(seconds)}
+  compute = hardware_flops / len(devices) / chip.peak_flops
+  seconds = {'compute': compute, 'HBM': hbm_bytes / chip.hbm_bandwidth}
+  return {**result, **_roofline(seconds | cost_model.network_seconds(chip, devices, found))}
 
 
 def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
@@ -278,27 +253,20 @@ def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
   return {'bound': bound, 'roofline': seconds, 'roofline_step_seconds': seconds[bound]}
 
 
-# ---- Out of memory ----
-
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def parse_out_of_memory(text: str, argument_bytes: int = 0) -> OutOfMemory | None:
-  """Returns what XLA says about a program that does not fit, else None.
-
-  Args:
-    text: the error's.
-    argument_bytes: what goes in, which one form of the message leaves out.
-  """
+  """Returns what XLA's error says of a program that does not fit; None if it is another error."""
   if 'RESOURCE_EXHAUSTED' not in text and 'Ran out of memory' not in text:
     return None
-  match = re.search(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)', text) or re.search(
-    r'\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)', text
-  )
+  size = r'([\d.]+)([KMGT]?)'
+  forms = (rf'Used {size} of {size}', rf'\({size}\) exceeds available HBM \({size}\)')
+  match = re.search(forms[0], text) or re.search(forms[1], text)
   if match is None:
     return OutOfMemory(0, 0)
   used, available = (int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
-  if 'HLO temporaries' in text:
+  if 'HLO temporaries' in text:  # which leaves out what goes in
     used += argument_bytes
   return OutOfMemory(used, available)
 
@@ -307,24 +275,19 @@ def _does_not_fit(setup: cost_model.Setup, chip: Chip | None, found: OutOfMemory
   available = found.available or (chip.hbm_bytes if chip else 0)
   predicted = cost_model.memory(setup).total
   peak = found.used or predicted
-  levers = []
-  for lever in cost_model.levers(setup):
-    size = lever.bytes * peak / predicted
-    entry = {'lever': lever.text, 'predicted_peak_bytes': int(size), 'fits': size <= available}
-    levers.append(entry)
+  sizes = {lever.text: lever.bytes * peak / predicted for lever in cost_model.levers(setup)}
+  device = {'peak': peak, 'hbm': available, 'missing': max(0, peak - available)}
+  device['collective'] = cost_model.collective_bytes(setup)
   return {
     'fits': False,
-    'peak_bytes_per_device': peak,
-    'hbm_bytes_per_device': available,
-    'missing_bytes_per_device': max(0, peak - available),
-    'collective_bytes_per_device': cost_model.collective_bytes(setup),
-    'levers': levers,
+    **{f'{name}_bytes_per_device': size for name, size in device.items()},
+    'levers': [
+      {'lever': text, 'predicted_peak_bytes': int(size), 'fits': size <= available}
+      for text, size in sizes.items()
+    ],
     **({'bound': None} if chip is None else _roofline(cost_model.seconds(setup, chip))),
     'predicted': True,  # all but the memory: there is no program to read
   }
-
-
-# ---- The report as text ----
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -339,8 +302,9 @@ def format_report(report: dict[str, Any]) -> str:
     f'attention: {report["attention"]}',
     'per device:',
   ]
-  for key, label, note in _PARTS:
+  for key, label in _PARTS.items():
     if key in report:
+      note = ' (gradients, activations, gathered weights)' if key == 'temporary_bytes' else ''
       lines.append(f'  {label:15}  {size(report[key])}{note}')
   peak, hbm = report['peak_bytes_per_device'], report['hbm_bytes_per_device']
   if peak is not None:

@@ -1,11 +1,10 @@
 """The preview program: what a task feeds the model, seen before it trains.
 
-Examples after every preprocessing step, lengths and what they cut, packed rows
-and the rates of a mixture: on the terminal, or as one page that needs nothing
-else.
+Examples after every step, lengths, packed rows and rates: on the terminal, or as one page.
 """
 
 import collections
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,12 +26,6 @@ _PACKED_ROWS = 8
 _MAX_TOKENS, _MAX_TEXT = 160, 500
 _COLORS = report_charts.COLORS[:6]
 _ANSI = (27, 166, 36, 175, 178, 74)
-_STYLE = """
-.tokens { line-height: 1.9; overflow-wrap: anywhere; }
-.tokens span { border-right: 1px dotted #8888; padding: 1px 1px; white-space: pre-wrap; }
-.row { display: flex; height: 14px; margin: 3px 0; }
-.row i { border-right: 1px solid Canvas; }
-"""
 
 # A piece of text, and the number of its colour or None.
 Piece = tuple[str, int | None]
@@ -75,10 +68,11 @@ def preview(
   full_name = catalog.resolve(task, config)
   provider: Any = catalog.find_provider(full_name)
   wanted = {'inputs': inputs_length, 'targets': targets_length}
+  features = provider.output_features
   dataset = DatasetConfig(
     mixture_or_task_name=full_name,
-    task_feature_lengths={k: n for k, n in wanted.items() if k in provider.output_features},
-    feature_converter='enc_dec' if 'inputs' in provider.output_features else 'lm',
+    task_feature_lengths={k: n for k, n in wanted.items() if k in features},
+    feature_converter='enc_dec' if 'inputs' in features else 'lm',
     batch_size=_PACKED_ROWS,
     split=split,
     num_epochs=1,
@@ -99,14 +93,11 @@ def preview(
     found = lengths[one.name] = step_by_step.measure(dataset, one, sample)
     for feature, counts in found.items():
       limit = dataset.lengths[feature]
-      filled = np.minimum(counts, limit).mean() / limit
       cut = np.maximum(np.subtract(counts, limit), 0)
-      measured.append(
-        [
-          one.name, feature, len(counts), f'{np.mean(counts):.1f}', max(counts), limit,
-          f'{np.mean(cut > 0):.1%}', f'{cut.sum() / max(1, sum(counts)):.1%}', f'{1 - filled:.1%}',
-        ]
-      )  # fmt: skip
+      empty = 1 - np.minimum(counts, limit).mean() / limit
+      shares = (np.mean(cut > 0), cut.sum() / max(1, sum(counts)), empty)
+      sizes = [len(counts), f'{np.mean(counts):.1f}', max(counts), limit]
+      measured.append([one.name, feature, *sizes, *(f'{share:.1%}' for share in shares)])
   header = 'task,feature,examples,mean,longest,length,cut,tokens lost,padding'.split(',')
   blocks.append(('table', 'Lengths in tokens', header, measured))
   for feature, segments in packed_rows(dataset).items():
@@ -123,11 +114,8 @@ def preview(
 
 def packed_rows(cfg: DatasetConfig) -> dict[str, np.ndarray]:
   """Returns segment ids, [rows, length], of the first packed rows."""
-  iterator = dataset_iterator.DatasetIterator(cfg)
-  try:
+  with contextlib.closing(dataset_iterator.DatasetIterator(cfg)) as iterator:
     batch = next(iterator)
-  finally:
-    iterator.close()
   names = {'inputs': 'encoder_segment_ids', 'targets': 'decoder_segment_ids'}
   return {name: batch[array] for name, array in names.items() if array in batch}
 
@@ -145,13 +133,14 @@ class Pieces:
 
   def _field(self, name: str, value: np.ndarray) -> list[Piece]:
     if value.dtype.kind in 'OSU':
-      texts = [x.decode('utf-8', 'replace') if isinstance(x, bytes) else str(x) for x in value.flat]
-      more = f' (and {len(texts) - 1} more)' if len(texts) > 1 else ''
-      first = texts[0] if texts else ''
+      first = value.flat[0] if value.size else ''
+      first = first.decode('utf-8', 'replace') if isinstance(first, bytes) else str(first)
+      more = f' (and {value.size - 1} more)' if value.size > 1 else ''
       cut = ' \u2026' if len(first) > _MAX_TEXT else ''
       return [(f'{first[:_MAX_TEXT]}{cut}{more}', None)]
     if value.ndim != 1 or value.dtype.kind not in 'iu':
       return [(str(value), None)]
+    piece = getattr(self._vocabulary, 'piece', lambda token: self._vocabulary.decode([token]))
     pieces, current = [], None
     for token in value[:_MAX_TOKENS].tolist():
       sentinel = self._vocabulary.vocab_size - 1 - token
@@ -160,17 +149,13 @@ class Pieces:
         current = sentinel
       # What follows a sentinel among the targets is what it stands for.
       colored = is_sentinel or (name == 'targets' and token != self._vocabulary.eos_id)
-      text = f'<extra_id_{sentinel}>' if is_sentinel else self._piece(token)
+      text = f'<extra_id_{sentinel}>' if is_sentinel else piece(token) or f'<{token}>'
       pieces.append((text, current if colored else None))
     return pieces + [('\u2026', None)] * (len(value) > _MAX_TOKENS)
 
-  def _piece(self, token: int) -> str:
-    piece = getattr(self._vocabulary, 'piece', lambda token: self._vocabulary.decode([token]))
-    return piece(token) or f'<{token}>'
 
-
-# What is shown: ('title', text), ('step', title, examples as pieces),
-# ('table', title, header, rows) or ('rows', title, segments).
+# What is shown: ('title', text), ('step', title, examples as pieces), ('table', title, header,
+# rows) or ('rows', title, segments).
 Block = tuple[Any, ...]
 
 
@@ -193,8 +178,7 @@ def as_text(blocks: Sequence[Block], *, color: bool = False) -> str:
     elif kind == 'table':
       cells = [[str(x) for x in line] for line in (rest[0], *rest[1])]
       widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-      for line in cells:
-        lines.append('  ' + '  '.join(x.ljust(n) for x, n in zip(line, widths, strict=True)))
+      lines += ['  ' + '  '.join(map(str.ljust, line, widths)) for line in cells]
     else:
       lines[-1] += ' (a letter is an example, a dot padding)'
       for row in rest[0][:, :: -(-rest[0].shape[1] // 96)].tolist():
@@ -221,13 +205,13 @@ def as_page(blocks: Sequence[Block], charts: Sequence[str]) -> str:
       parts.append(report.table(*rest))
     elif kind == 'rows':
       for row in rest[0].tolist():
-        runs = [(n, len(list(run))) for n, run in itertools.groupby(row)]
-        colors = [_COLORS[n % len(_COLORS)] if n else '#8883' for n, _ in runs]
-        bars = zip(runs, colors, strict=True)
-        row = ''.join(f'<i style="flex:{size};background:{x}"></i>' for (_, size), x in bars)
-        parts.append(f'<div class="row">{row}</div>')
+        bars = ''
+        for n, run in itertools.groupby(row):
+          color = _COLORS[n % len(_COLORS)] if n else '#8883'
+          bars += f'<i style="flex:{len(list(run))};background:{color}"></i>'
+        parts.append(f'<div class="row">{bars}</div>')
   parts.append(f'<div class="charts">{"".join(charts)}</div>')
-  return report.whole_page(blocks[0][1], parts, _STYLE)
+  return report.whole_page(blocks[0][1], parts)
 
 
 def _length_charts(lengths: Mapping[str, Mapping[str, Sequence[int]]]) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """The quickstart program: a T5 learns real text and real tasks, start to end.
 
-Pretraining, fine-tuning from it, evaluation on the test splits, predictions beside their references
-and a picture of the loss curves. The sizes are the gin file's; this is only the order of things.
+The sizes are the gin file's; this is only the order of things.
 
   OUTPUT_DIR/            the fine-tuned run: `t5x-lite infer --model OUTPUT_DIR`
   OUTPUT_DIR/pretrain/   the pretraining run
@@ -10,9 +9,9 @@ and a picture of the loss curves. The sizes are the gin file's; this is only the
 """
 
 import dataclasses
-import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -28,8 +27,8 @@ from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.programs import evaluate, start_checks
-from t5x_lite.runs import metric_writers, progress
+from t5x_lite.programs import evaluate, report_runs, start_checks
+from t5x_lite.runs import files, metric_writers, progress
 from t5x_lite.runs.checkpoints import CheckpointConfig
 
 log = logging.getLogger(__name__)
@@ -69,11 +68,9 @@ def quickstart(
   if num_shown < 0:
     raise UsageError(f'quickstart.num_shown is {num_shown}; it must be 0 or more')
   start_checks.check_positive('quickstart.num_examples', num_examples)
-  pretrain_dir = os.path.join(output_dir, 'pretrain')
-  test_dir = os.path.join(output_dir, 'test')
-  checkpoint = dataclasses.replace(
-    finetune_checkpoint or CheckpointConfig(), restore_path=pretrain_dir
-  )
+  pretrain_dir, test_dir = (os.path.join(output_dir, name) for name in ('pretrain', 'test'))
+  checkpoint = finetune_checkpoint or CheckpointConfig()
+  checkpoint = dataclasses.replace(checkpoint, restore_path=pretrain_dir)
   start = time.monotonic()
   seconds: dict[str, float] = {}
 
@@ -83,12 +80,10 @@ def quickstart(
 
   # ---- Pretrain, fine-tune ----
   with distributed.stop_signal() as stop:
-    state = pretrain(model_dir=pretrain_dir)
-    if state is None or stop.received:
+    if pretrain(model_dir=pretrain_dir) is None or stop.received:
       return None
     phase_ends('pretrain')
-    state = finetune(model_dir=output_dir, checkpoint=checkpoint)
-    if state is None or stop.received:
+    if finetune(model_dir=output_dir, checkpoint=checkpoint) is None or stop.received:
       return None
     phase_ends('finetune')
 
@@ -99,24 +94,24 @@ def quickstart(
   results: dict[str, Any] = {'test': metrics, 'seconds': seconds}
   if distributed.is_primary():
     show_predictions(test_dir, list(metrics), num_shown)
-    phases = {'pretraining': pretrain_dir, 'fine-tuning': output_dir}
-    draw_losses(phases, os.path.join(output_dir, CURVES_FILE))
+    runs = {'pretraining': pretrain_dir, 'fine-tuning': output_dir}
+    draw_losses(runs, os.path.join(output_dir, CURVES_FILE))
     phase_ends('report')
     seconds['total'] = sum(seconds.values())
     path = epath.Path(output_dir) / RESULTS_FILE
-    path.write_text(json.dumps(results, indent=2) + '\n')
+    files.write_json(path, results)
     print(f'\n{summary(results)}\n\nresults: {path}\n\n{next_steps(output_dir)}')
   return results
 
 
 def summary(results: Mapping[str, Any]) -> str:
   """Returns the test metrics and times as a few lines of text."""
-  lines = []
+  text = ''
   for task, metrics in results['test'].items():
     shown = {k: v for k, v in metrics.items() if '/' not in k}
-    lines.append(f'{task:20} {evaluators.format_metrics(shown)}')
+    text += f'{task:20} {evaluators.format_metrics(shown)}\n'
   times = [f'{name} {progress.format_duration(x)}' for name, x in results['seconds'].items()]
-  return '\n'.join([*lines, f'{"time":20} {", ".join(times)}'])
+  return f'{text}{"time":20} {", ".join(times)}'
 
 
 def typed() -> str:
@@ -141,35 +136,24 @@ def show_predictions(directory: str, tasks: Sequence[str], num: int) -> None:
   """Prints predictions from all over each task beside their references."""
   for task in tasks if num else ():
     print(f'\n{task}')
-    path = epath.Path(directory) / f'{task}.jsonl'
-    # Not splitlines: predictions may hold U+2028 and the like.
-    lines = path.read_text().removesuffix('\n').split('\n')
-    entries = list({entry['input']: entry for entry in map(json.loads, lines)}.values())
-    for entry in entries[:: -(-len(entries) // num)]:
+    lines = report_runs.read_lines(epath.Path(directory) / f'{task}.jsonl')
+    entries = list({entry['input']: entry for entry in lines}.values())
+    for entry in entries[:: -(-len(entries) // num) or 1]:
       print(f'  input       {entry["input"]}')
       print(f'  prediction  {entry["prediction"]}')
       print(f'  reference   {entry["target"]}\n')
 
 
 def draw_losses(runs: Mapping[str, str], path: str) -> None:
-  """Writes a PNG of the training and evaluation losses of runs.
-
-  Args:
-    runs: run directory by title; each gets a panel.
-    path: the file to write.
-  """
+  """Writes a PNG of the training and evaluation losses of runs: directories by title."""
   from matplotlib import figure
 
   # Not pyplot: that would look for a display.
   canvas = figure.Figure(figsize=(5.5 * len(runs), 4), layout='constrained')
   panels = canvas.subplots(1, len(runs), squeeze=False)[0]
   for panel, (title, model_dir) in zip(panels, runs.items(), strict=True):
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for entry in metric_writers.read_metrics(model_dir):
-      for name, value in entry.items():
-        is_loss = name == 'loss' or (name.startswith('eval/') and name.endswith('/loss'))
-        if is_loss and value is not None:
-          curves.setdefault(name, []).append((entry['step'], value))
+    series, _ = report_runs.series_of(metric_writers.read_metrics(model_dir))
+    curves = {x: points for x, points in series.items() if re.fullmatch(r'loss|eval/.*/loss', x)}
     for name, points in curves.items():
       style, label = ('-', 'training') if name == 'loss' else ('o-', name.removesuffix('/loss'))
       steps, values = zip(*points, strict=True)

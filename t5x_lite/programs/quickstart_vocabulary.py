@@ -1,9 +1,8 @@
 """Makes the vocabulary of the quickstart: `python -m THIS OUTPUT.model`.
 
-Ten minutes on two cores are enough if sequences are short where little is to be learnt and fine
-where much is. So the phonemes, the tasks' prefixes and each language's most frequent words are one
-piece each, and everything else is characters. The prefixes swallow the space behind them and the
-frequent words begin with one, so that the word after `pronounce: ` is always spelt out.
+Phonemes, prefixes and each language's most frequent words are one piece each, for short sequences;
+all else is characters. Prefixes swallow the space behind them and frequent words begin with one, so
+that the word after `pronounce: ` is always spelt out.
 """
 
 import collections
@@ -31,8 +30,7 @@ def _path(name: str) -> str:
 
 def _rows(name: str) -> Iterator[list[str]]:
   with gzip.open(_path(name), 'rt', encoding='utf-8') as file:
-    for line in file:
-      yield line.rstrip('\n').split('\t')
+    yield from (line.rstrip('\n').split('\t') for line in file)
 
 
 def phonemes() -> list[str]:
@@ -72,11 +70,7 @@ def make(output: str) -> None:
 
 
 def _as_unigram(path: str) -> None:
-  """Calls a model of characters a unigram model, which transformers reads.
-
-  The pieces and their scores stay, and so do the ids of every text: no piece
-  but the user-defined ones has more than one character.
-  """
+  """Calls a model of characters a unigram model, which transformers reads; no id changes."""
   file = pathlib.Path(path)
   model = sentencepiece_model.parse(file.read_bytes())
   model.trainer_spec.model_type = sentencepiece_model.UNIGRAM

@@ -1,15 +1,17 @@
 """The report program: one HTML page about a run, or about several side by side.
 
-Everything is inside the page, so that it opens from disk and can be mailed. What a run does not
-have is left out. report_runs.py reads, report_charts.py draws.
+One file; what a run lacks is left out. report_runs.py reads, report_charts.py draws.
 """
 
+import contextlib
 import html
+import importlib.resources
 import itertools
 import json
 import logging
 import math
 import os
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,38 +38,17 @@ _MAX_ROWS = 100
 _MAX_BIASES = 12
 # Training curves in this order; evaluations follow by name.
 _CURVES = (
-  'loss', 'accuracy', 'learning_rate', 'grad_norm', 'update_norm', 'param_norm',
-  'target_tokens_per_second', 'input_tokens_per_second', 'seconds_per_step',
-  'mfu', 'skipped_updates',
-)  # fmt: skip
+  'loss accuracy learning_rate grad_norm update_norm param_norm target_tokens_per_second '
+  'input_tokens_per_second seconds_per_step mfu skipped_updates'
+).split()
 _MAY_BE_LOG = ('loss', 'grad_norm', 'perplexity')
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px;
-  margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-h3 { font-size: 1em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #8884; }
-td.n, th.n { text-align: right; }
-.charts { display: grid; gap: 1em;
-  grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
-.tables { display: flex; flex-wrap: wrap; column-gap: 3em; }
-.tables section { max-width: 100%; }
-pre { overflow: auto; background: #8881; padding: .8em; font-size: 12px; }
-.wrong { color: #d55e00; } .wrong::before { content: '\\2717\\00a0'; }
-.note { font-size: 13px; opacity: .8; } .scroll { overflow-x: auto; }
-.samples td { white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
 
 
 def report(*, runs: Sequence[str], output: str = '') -> str:
   """Writes the page and returns its path.
 
   Args:
-    runs: run directories, such as those of `train` and `finetune`; several are
-      drawn into the same charts.
+    runs: run directories of `train`, `finetune` or others; several share the charts.
     output: the file to write; RUN/report.html of the first run by default.
 
   Raises:
@@ -80,8 +61,8 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
     why = 'a page is named .html, so that no other file is replaced by mistake'
     raise UsageError(f'report.output is {output}: {why}')
   given = list(dict.fromkeys(runs))
-  names = report_runs.names_of(given)
-  found = [report_runs.read(one, name=name) for one, name in zip(given, names, strict=True)]
+  names = zip(given, report_runs.names_of(given), strict=True)
+  found = [report_runs.read(one, name=name) for one, name in names]
   # A model may write half of a surrogate pair, which no encoding has.
   text = page(found).encode('utf-8', 'replace')
   try:
@@ -93,9 +74,6 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   log.info('%s', path)
   print(os.fspath(path))
   return os.fspath(path)
-
-
-# ---- The page ----------------------------------------------------------------
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -115,15 +93,11 @@ def page(runs: Sequence[Run]) -> str:
   return whole_page(title, body)
 
 
-def whole_page(title: str, body: Sequence[str], style: str = '') -> str:
+def whole_page(title: str, body: Sequence[str]) -> str:
   """Returns a page of its parts; empty ones are left out."""
-  shown = '\n'.join(part for part in body if part)
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>{escape(title)}</title><style>{_STYLE}{report_charts.STYLE}{style}</style></head>\n'
-    f'<body>\n{shown}\n</body></html>\n'
-  )
+  text = importlib.resources.files('t5x_lite.programs').joinpath('report.html').read_text()
+  shown = '\n'.join(filter(None, body))
+  return string.Template(text).substitute(title=escape(title), body=shown)
 
 
 def escape(value: Any) -> str:
@@ -132,8 +106,9 @@ def escape(value: Any) -> str:
 
 
 def _cut(value: Any) -> str:
+  """Returns a value as text of a page, of bounded length."""
   text = str(value)
-  return text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]} \u2026'
+  return escape(text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]} \u2026')
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -147,29 +122,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
   numeric = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
   lines = [''.join(map(cell, itertools.repeat('td'), row, numeric)) for row in rows]
-  head = ''.join(map(cell, itertools.repeat('th'), header, numeric))
+  head = ''.join(map(cell, itertools.repeat('th'), header, numeric)) if any(header) else ''
+  return _table_of(head, lines)
+
+
+def _table_of(head: str, lines: Sequence[str], kind: str = '') -> str:
   body = ''.join(f'<tr>{line}</tr>' for line in lines)
-  head = f'<thead><tr>{head}</tr></thead>' if any(header) else ''
-  return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+  head = head and f'<thead><tr>{head}</tr></thead>'
+  return f'<div class="scroll"><table{kind}>{head}<tbody>{body}</tbody></table></div>'
 
 
 def _side_by_side(runs: Sequence[Run], tables: Mapping[str, Callable[[Run], Any]]) -> str:
   """Returns tables by title, with a column a run; rows that none has are left out."""
-  parts = [_compare(title, runs, [facts(run) for run in runs]) for title, facts in tables.items()]
-  return f'<div class="tables">{"".join(parts)}</div>'
-
-
-def _compare(title: str, runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> str:
-  labels = list(dict.fromkeys(label for one in columns for label in one))
-  rows = [[label, *(one.get(label) for one in columns)] for label in labels]
-  rows = [row for row in rows if any(value is not None for value in row[1:])]
-  if not rows:
-    return ''
+  parts = ''
   header = ['', *(run.name for run in runs)] if len(runs) > 1 else ['', '']
-  return f'<section><h2>{title}</h2>{table(header, rows)}</section>'
-
-
-# ---- All runs together -------------------------------------------------------
+  for title, facts in tables.items():
+    columns = [facts(run) for run in runs]
+    labels = dict.fromkeys(label for one in columns for label in one)
+    rows = [[label, *(one.get(label) for one in columns)] for label in labels]
+    rows = [row for row in rows if any(value is not None for value in row[1:])]
+    parts += f'<section><h2>{title}</h2>{table(header, rows)}</section>' if rows else ''
+  return f'<div class="tables">{parts}</div>'
 
 
 def _end(run: Run) -> dict[str, Any]:
@@ -189,33 +162,22 @@ def _end(run: Run) -> dict[str, Any]:
 def _model(run: Run) -> dict[str, Any]:
   if not run.model:
     return {}
-  shown: dict[str, Any] = {'parameters': _num_parameters(run)}
+  shown: dict[str, Any] = {}
+  with contextlib.suppress(UsageError, TypeError, ValueError):  # another version's, or damaged
+    leaves = tensor_names.leaves(T5Config(**run.model))
+    shown['parameters'] = f'{sum(math.prod(leaf.shape) for _, leaf, _ in leaves):,}'
   given = {name: value for name, value in run.model.items() if value is not None}
   for name, value in sorted(given.items(), key=lambda field: isinstance(field[1], bool)):
     if isinstance(value, list):
       value = ', '.join(map(str, value))
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    shown[name] = value if is_number else str(value)
+    shown[name] = value if type(value) in (int, float) else str(value)
   return shown
 
 
-def _num_parameters(run: Run) -> str | None:
-  try:
-    config = T5Config(**run.model)
-  except (UsageError, TypeError, ValueError):
-    return None  # another version's, or damaged
-  leaves = tensor_names.leaves(config)
-  return f'{sum(math.prod(leaf.shape) for _, leaf, _ in leaves):,}'
-
-
 def _data(run: Run) -> dict[str, Any]:
-  dataset = run.config.get('dataset')
-  dataset = dataset if isinstance(dataset, dict) else {}
-  found = {
-    'task or mixture': dataset.get('mixture_or_task_name'),
-    'split': dataset.get('split'),
-    'batch size': dataset.get('batch_size'),
-  }
+  dataset = report_runs.as_dict(run.config.get('dataset'))
+  names = {'task or mixture': 'mixture_or_task_name', 'split': 'split', 'batch size': 'batch_size'}
+  found = {label: dataset.get(name) for label, name in names.items()}
   found |= {f'length of {k}': v for k, v in run.lengths.items()}
   for name in sorted(run.series):
     if name.endswith('_tokens_fill') and (share := run.mean(name)) is not None:
@@ -231,14 +193,10 @@ def _cost(run: Run) -> dict[str, Any]:
   if len(run.times) > 1:
     span = max(run.times) - min(run.times)
     found['first to last line of metrics'] = progress.format_duration(span)
-  for label, name in (
-    ('seconds per step', 'seconds_per_step'),
-    ('target tokens per second', 'target_tokens_per_second'),
-    ('input tokens per second', 'input_tokens_per_second'),
-    ('model TFLOP/s', 'model_tflops_per_second'),
-    ('model FLOP utilisation', 'mfu'),
-  ):
-    found[label] = run.mean(name)
+  speeds = ('seconds_per_step', 'target_tokens_per_second', 'input_tokens_per_second')
+  found |= {name.replace('_', ' '): run.mean(name) for name in speeds}
+  found['model TFLOP/s'] = run.mean('model_tflops_per_second')
+  found['model FLOP utilisation'] = run.mean('mfu')
   for kind in ('target', 'input'):
     if (tokens := run.total(f'{kind}_tokens')) is not None:
       found[f'{kind} tokens in all, about'] = progress.format_count(tokens)
@@ -257,31 +215,27 @@ def _best(run: Run) -> dict[str, Any]:
 
 
 def _charts(runs: Sequence[Run]) -> str:
-  """Returns curves of training and evaluations.
+  """Returns curves, a line a run; evaluations of a single run share a chart, a line a task."""
 
-  Lines are runs. The evaluations of a single run share a chart by metric, and
-  lines are tasks there.
-  """
+  def lines(name: str) -> dict[str, report_charts.Points]:
+    return {run.name: run.series.get(name, ()) for run in runs}
+
   names = {name for run in runs for name in run.series}
-  panels: dict[str, dict[str, report_charts.Points]] = {
-    name: {run.name: run.series.get(name, ()) for run in runs} for name in _CURVES if name in names
-  }
+  panels = {name: lines(name) for name in _CURVES if name in names}
   for name in sorted({name for run in runs for name in run.evaluations()}):
     kind, task, metric = (*name.split('/', 2), '')[:3]
     if len(runs) == 1:
       panels.setdefault(f'{kind}: {metric}', {})[task] = runs[0].series[name]
     else:
-      panels[name] = {run.name: run.series.get(name, ()) for run in runs}
-  groups = sorted(name for name in names if name.startswith('grad_norm/'))
+      panels[name] = lines(name)
+  groups = {x.removeprefix('grad_norm/'): x for x in sorted(names) if x.startswith('grad_norm/')}
   for run in runs if groups else ():
-    suffix = f', {run.name}' if len(runs) > 1 else ''
-    panels[f'grad_norm by group{suffix}'] = {
-      name.removeprefix('grad_norm/'): run.series.get(name, ()) for name in groups
-    }
-  charts = ''
-  for title, lines in panels.items():
-    may_be_log = any(part in title for part in _MAY_BE_LOG)
-    charts += report_charts.line_chart(title, lines, may_be_log=may_be_log)
+    title = f'grad_norm by group{f", {run.name}" if len(runs) > 1 else ""}'
+    panels[title] = {group: run.series.get(name, ()) for group, name in groups.items()}
+  charts = ''.join(
+    report_charts.line_chart(title, found, may_be_log=any(part in title for part in _MAY_BE_LOG))
+    for title, found in panels.items()
+  )
   if not charts:
     return '<p>No metrics yet.</p>'
   return f'<h2>Curves</h2><div class="charts">{charts}</div>'
@@ -289,12 +243,12 @@ def _charts(runs: Sequence[Run]) -> str:
 
 def _samples(runs: Sequence[Run]) -> str:
   """Returns predictions beside references, a column a run."""
-  names = {one.name: None for run in runs for one in run.predictions}
-  parts = []
-  for name in names:
-    columns = {run.name: one for run in runs for one in run.predictions if one.name == name}
-    parts.append(_sample_table(name, columns, several=len(runs) > 1))
-  return ''.join(parts) and '<h2>Predictions</h2>' + ''.join(parts)
+  found: dict[str, dict[str, report_runs.Predictions]] = {}
+  for run in runs:
+    for one in run.predictions:
+      found.setdefault(one.name, {})[run.name] = one
+  shown = ''.join(_sample_table(*item, several=len(runs) > 1) for item in found.items())
+  return shown and f'<h2>Predictions</h2>{shown}'
 
 
 def _sample_table(name: str, columns: dict[str, report_runs.Predictions], *, several: bool) -> str:
@@ -303,16 +257,14 @@ def _sample_table(name: str, columns: dict[str, report_runs.Predictions], *, sev
   answers = [{_key(line): line['prediction'] for line in one.lines} for one in columns.values()]
   rows = []
   for line in first.lines[:_NUM_SAMPLES]:
-    cells = [f'<td>{escape(_cut(line["input"]))}</td>']
+    target = line['target']
+    cells = f'<td>{_cut(line["input"])}</td>'
     for answer in answers:
       prediction = answer.get(_key(line))
-      mark = '' if is_right(prediction, line['target']) else ' class="wrong"'
-      shown = '' if prediction is None else escape(_cut(prediction))
-      cells.append(f'<td{mark if prediction is not None else ""}>{shown}</td>')
-    target = line['target']
+      mark = '' if prediction is None or is_right(prediction, target) else ' class="wrong"'
+      cells += f'<td{mark}>{"" if prediction is None else _cut(prediction)}</td>'
     text = ' | '.join(map(str, target)) if isinstance(target, list) else target
-    cells.append(f'<td>{escape(_cut(text))}</td>')
-    rows.append(f'<tr>{"".join(cells)}</tr>')
+    rows.append(f'{cells}<td>{_cut(text)}</td>')
   titles = list(columns) if several else ['prediction']
   head = ''.join(f'<th>{escape(one)}</th>' for one in ('input', *titles, 'reference'))
   notes = []
@@ -320,11 +272,8 @@ def _sample_table(name: str, columns: dict[str, report_runs.Predictions], *, sev
     equal = sum(is_right(x['prediction'], x['target']) for x in one.lines)
     prefix = f'{run}: ' if several else ''
     notes.append(f'{prefix}{one.file}, {equal} of {len(one.lines)} equal to a reference')
-  return (
-    f'<h3>{escape(name)}</h3><p class="note">{escape("; ".join(notes))}</p>'
-    f'<div class="scroll"><table class="samples"><thead><tr>{head}</tr></thead>'
-    f'<tbody>{"".join(rows)}</tbody></table></div>'
-  )
+  note = f'<p class="note">{escape("; ".join(notes))}</p>'
+  return f'<h3>{escape(name)}</h3>{note}' + _table_of(head, rows, ' class="samples"')
 
 
 def _key(line: Any) -> tuple[str, str]:
@@ -333,23 +282,19 @@ def _key(line: Any) -> tuple[str, str]:
 
 def is_right(prediction: Any, target: Any) -> bool:
   """True if a prediction equals a reference; ' | ' parts alternatives."""
-  references = target if isinstance(target, list) else [target]
-  allowed = {str(one).strip() for one in references}
-  allowed |= {part.strip() for one in allowed for part in one.split(' | ')}
-  return str(prediction).strip() in allowed
-
-
-# ---- One run -----------------------------------------------------------------
+  references = [str(one).strip() for one in (target if isinstance(target, list) else [target])]
+  parts = [part for one in references for part in (one, *one.split(' | '))]
+  return str(prediction).strip() in map(str.strip, parts)
 
 
 def _results(run: Run) -> str:
   """Returns the metrics of `eval`, the quickstart's test and the like."""
-  parts = []
+  shown = ''
   for folder, tasks in run.results.items():
     rows = [[task, name, value] for task, found in tasks.items() for name, value in found.items()]
-    shown = table(['task', 'metric', 'value'], rows)
-    parts.append(f'<h2>Evaluation of a checkpoint: {escape(folder)}</h2>{shown}')
-  return ''.join(parts)
+    shown += f'<h2>Evaluation of a checkpoint: {escape(folder)}</h2>'
+    shown += table(['task', 'metric', 'value'], rows)
+  return shown
 
 
 def _steps(run: Run) -> str:
@@ -384,7 +329,7 @@ def _biases(run: Run) -> str:
     tables = {name: source.tensors[name].read() for name in names}
   except (UsageError, OSError, ValueError, KeyError) as error:
     lines = str(error).splitlines() or [type(error).__name__]
-    return f'<p class="wrong">{escape(_cut(lines[0]))}</p>'
+    return f'<p class="wrong">{_cut(lines[0])}</p>'
   if not tables:
     return ''
   names = list(tables)[:: -(-len(tables) // _MAX_BIASES)]
@@ -400,12 +345,10 @@ def _biases(run: Run) -> str:
 
 
 def _bias_chart(name: str, table: np.ndarray, config: T5Config) -> str:
-  reach = config.relpos_max_distance
-  is_encoder = name.startswith('encoder')
+  reach, is_encoder = config.relpos_max_distance, name.startswith('encoder')
   distances = np.arange(-reach, reach + 1 if is_encoder else 1)
-  buckets = relative_position.relative_position_bucket(
-    distances, bidirectional=is_encoder, num_buckets=config.relpos_num_buckets, max_distance=reach
-  )
+  how = {'num_buckets': config.relpos_num_buckets, 'max_distance': reach}
+  buckets = relative_position.relative_position_bucket(distances, bidirectional=is_encoder, **how)
   # Distances that share a bucket are neighbours.
   starts = np.flatnonzero(np.diff(buckets, prepend=-1))
   ends = [*(starts[1:] - 1), len(buckets) - 1]

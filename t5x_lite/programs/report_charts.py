@@ -2,26 +2,12 @@
 
 import dataclasses
 import html
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 # Told apart by people who do not see all colours (Okabe and Ito 2008).
-COLORS = (
-  '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#808080',
-)  # fmt: skip
-
-# Of the page that holds the charts; its text's colour is theirs.
-STYLE = """
-figure { margin: 0; } svg { width: 100%; height: auto; }
-svg text { fill: currentColor; font: 11px system-ui, sans-serif; }
-svg text.title { font-weight: 600; font-size: 13px; }
-svg .grid { stroke: #8883; } svg polyline { fill: none; stroke-width: 1.6; }
-svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
-.legend { padding-left: 3.5em; }
-.legend span { margin-right: 1em; font-size: 12px; display: inline-block; }
-svg.key { width: 18px; height: 8px; margin-right: 4px; }
-.key line { stroke-width: 2.5; }
-"""
+COLORS = '#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #808080'.split()
 
 _WIDTH, _HEIGHT = 500, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 30, 36
@@ -52,14 +38,10 @@ class Scale:
 def line_chart(
   title: str, lines: Mapping[str, Points], *, x_label: str = 'step', may_be_log: bool = False
 ) -> str:
-  """Returns an SVG picture; '' if no line has a point.
+  """Returns an SVG picture of points by name; '' if no line has any.
 
-  Args:
-    title: above it.
-    lines: points by name, for the legend if there are several. A value that is
-      not finite is a gap. A line keeps its colour whichever others have points.
-    x_label: below it.
-    may_be_log: use a logarithmic axis if the values span a factor of 50.
+  A value that is not finite is a gap; a line keeps its colour whichever others have points. The
+  axis `may_be_log` if the values span a factor of 50.
   """
   segments = {name: _segments(_thin(points)) for name, points in lines.items()}
   flat = [point for parts in segments.values() for part in parts for point in part]
@@ -67,111 +49,92 @@ def line_chart(
     return ''
   ys = [y for _, y in flat]
   is_log = may_be_log and min(ys) > 0 and max(ys) / min(ys) > _LOG_FACTOR
+  level = math.log10 if is_log else float
   x_scale = Scale(*_bounds([x for x, _ in flat]), _LEFT, _WIDTH - _RIGHT)
-  y_scale = Scale(*_bounds([math.log10(y) for y in ys] if is_log else ys), _HEIGHT - _BOTTOM, _TOP)
-
-  def place(point: tuple[float, float]) -> tuple[float, float]:
-    x, y = point
-    return x_scale(x), y_scale(math.log10(y) if is_log else y)
-
-  shown = f'{title} (log scale)' if is_log else title
-  parts = _open_svg(shown, _HEIGHT)
-  find_ticks = _log_ticks if is_log else ticks
-  for tick in find_ticks(y_scale.low, y_scale.high):
-    y = y_scale(math.log10(tick) if is_log else tick)
+  y_scale = Scale(*_bounds([*map(level, ys)]), _HEIGHT - _BOTTOM, _TOP)
+  picture = ''
+  for tick in (_log_ticks if is_log else ticks)(y_scale.low, y_scale.high):
+    y = y_scale(level(tick))
     ends = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
-    parts.append(f'<line {ends} class="grid"/>')
-    parts.append(_tick(_LEFT - 6, y + 4, number(tick), 'end'))
-  for tick in ticks(x_scale.low, x_scale.high):
-    parts.append(_tick(x_scale(tick), _HEIGHT - _BOTTOM + 16, number(tick)))
-  parts.append(_tick((_LEFT + _WIDTH) / 2, _HEIGHT - 4, x_label))
+    picture += f'<line {ends} class="grid"/>' + _tick(_LEFT - 6, y + 4, number(tick), 'end')
+  picture += _x_ticks(x_scale, _HEIGHT - _BOTTOM)
+  picture += _tick((_LEFT + _WIDTH) / 2, _HEIGHT - 4, x_label)
   for i, found in enumerate(segments.values()):
-    parts += _draw(found, place, i)
-  parts.append('</svg>')
+    picture += _draw(found, lambda x, y: (x_scale(x), y_scale(level(y))), i)
   legend = ''
   if len(lines) > 1:
     entries = [
-      f'<span><svg viewBox="0 0 18 8" class="key"><line x2="18" y1="4" '
-      f'y2="4" {_stroke(i)}/></svg>{html.escape(name)}</span>'
+      f'<span><svg viewBox="0 0 18 8" class="key"><line x2="18" y1="4" y2="4" {_stroke(i)}/></svg>'
+      f'{html.escape(name)}</span>'
       for i, name in enumerate(lines)
       if segments[name]
     ]
     legend = f'<div class="legend">{"".join(entries)}</div>'
-  return f'<figure>{"".join(parts)}{legend}</figure>'
+  return _figure(f'{title} (log scale)' if is_log else title, _HEIGHT, picture, legend)
 
 
 def heat_map(title: str, rows: Sequence[Sequence[float]], columns: Sequence[str]) -> str:
-  """Returns a picture of a table; blue is below zero, orange above.
-
-  Args:
-    title: above it.
-    rows: numbers; the i-th row is called i.
-    columns: what each column is called, below it where there is room.
-  """
+  """Returns a picture of a table with named columns; blue is below zero, orange above."""
   finite = [abs(x) for row in rows for x in row if math.isfinite(x)]
   top = max(finite, default=0.0) or 1.0
   width = (_WIDTH - _LEFT - _RIGHT) / len(columns)
   height = max(6.0, min(20.0, 200 / len(rows)))
   bottom = _TOP + height * len(rows)
-  parts = _open_svg(f'{title} (\u00b1{number(top)})', round(bottom + _BOTTOM))
+  picture = ''
   for i, row in enumerate(rows):
     y = _TOP + i * height
     if height >= 10 or i % 4 == 0:
-      parts.append(_tick(_LEFT - 6, y + height / 2 + 4, str(i), 'end'))
+      picture += _tick(_LEFT - 6, y + height / 2 + 4, str(i), 'end')
     for j, value in enumerate(row):
-      if not math.isfinite(value):
-        continue
-      color = COLORS[0] if value < 0 else COLORS[1]
-      parts.append(
-        f'<rect x="{_LEFT + j * width:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
-        f'fill="{color}" fill-opacity="{abs(value) / top:.2f}">'
-        f'<title>{i}, {html.escape(columns[j])}: {number(value)}</title></rect>'
-      )
+      if math.isfinite(value):
+        color = COLORS[0] if value < 0 else COLORS[1]
+        picture += (
+          f'<rect x="{_LEFT + j * width:.1f}" y="{y:.1f}" width="{width:.1f}" '
+          f'height="{height:.1f}" fill="{color}" '
+          f'fill-opacity="{abs(value) / top:.2f}">'
+          f'<title>{i}, {html.escape(columns[j])}: {number(value)}</title></rect>'
+        )
   for j in range(0, len(columns), -(-len(columns) // 8)):
-    parts.append(_tick(_LEFT + (j + 0.5) * width, bottom + 16, columns[j]))
-  return f'<figure>{"".join(parts)}</svg></figure>'
+    picture += _tick(_LEFT + (j + 0.5) * width, bottom + 16, columns[j])
+  return _figure(f'{title} (\u00b1{number(top)})', round(bottom + _BOTTOM), picture)
 
 
 def dot_chart(
   title: str, rows: Mapping[str, Sequence[float]], marks: Mapping[str, float | None]
 ) -> str:
-  """Returns a row of dots for each name; '' if there is none.
-
-  Args:
-    title: above it.
-    rows: values by name; the bar between the dots is their mean.
-    marks: a value of each name that is drawn as an empty ring, or None.
-  """
+  """Returns a row of dots for each name, their mean as a bar, its mark as a ring; '' if no dot."""
   found = [x for values in rows.values() for x in values]
   if not found:
     return ''
   found += [x for x in marks.values() if x is not None]
-  low, high = _bounds(found)
-  scale = Scale(low, high, 2.6 * _LEFT, _WIDTH - 2 * _RIGHT)
+  scale = Scale(*_bounds(found), 2.6 * _LEFT, _WIDTH - 2 * _RIGHT)
   bottom = _TOP + 20 * len(rows)
-  parts = _open_svg(title, bottom + _BOTTOM)
+  picture = _x_ticks(scale, bottom)
   for i, (name, values) in enumerate(rows.items()):
     y = _TOP + 20 * i + 10
-    parts.append(_tick(2.5 * _LEFT, y + 4, name[:26], 'end'))
+    picture += _tick(2.5 * _LEFT, y + 4, name[:26], 'end')
     for value in values:
-      parts.append(f'<circle cx="{scale(value):.1f}" cy="{y}" r="3" fill="{COLORS[0]}"/>')
+      picture += f'<circle cx="{scale(value):.1f}" cy="{y}" r="3" fill="{COLORS[0]}"/>'
     if values:
       x = scale(sum(values) / len(values))
-      parts.append(f'<path d="M{x:.1f} {y - 7}V{y + 7}" stroke="{COLORS[1]}" stroke-width="2"/>')
+      picture += f'<path d="M{x:.1f} {y - 7}V{y + 7}" stroke="{COLORS[1]}" stroke-width="2"/>'
     if (mark := marks.get(name)) is not None:
-      parts.append(
-        f'<circle cx="{scale(mark):.1f}" cy="{y}" r="4" fill="none" stroke="{COLORS[2]}"/>'
-      )
-  for tick in ticks(low, high):
-    parts.append(_tick(scale(tick), bottom + 16, number(tick)))
-  return f'<figure>{"".join(parts)}</svg></figure>'
+      ring = f'r="4" fill="none" stroke="{COLORS[2]}"'
+      picture += f'<circle cx="{scale(mark):.1f}" cy="{y}" {ring}/>'
+  return _figure(title, bottom + _BOTTOM, picture)
 
 
-def _open_svg(title: str, height: int) -> list[str]:
-  return [
-    f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{html.escape(title)}">',
-    f'<text x="{_LEFT}" y="18" class="title">{html.escape(title)}</text>',
-  ]
+def _figure(title: str, height: int, picture: str, legend: str = '') -> str:
+  title = html.escape(title)
+  return (
+    f'<figure><svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{title}">'
+    f'<text x="{_LEFT}" y="18" class="title">{title}</text>{picture}</svg>{legend}</figure>'
+  )
+
+
+def _x_ticks(scale: Scale, bottom: float) -> str:
+  found = ticks(scale.low, scale.high)
+  return ''.join(_tick(scale(tick), bottom + 16, number(tick)) for tick in found)
 
 
 def _tick(x: float, y: float, text: str, anchor: str = 'middle') -> str:
@@ -186,22 +149,21 @@ def _stroke(i: int) -> str:
 
 
 def _draw(
-  segments: Sequence[Points], place: Callable[[tuple[float, float]], tuple[float, float]], i: int
-) -> list[str]:
+  segments: Sequence[Points], place: Callable[[float, float], tuple[float, float]], i: int
+) -> str:
   """Returns the elements of one line; few points, or lone ones, are dots."""
-  few = sum(map(len, segments)) <= _MAX_DOTS
-  parts = []
+  few, drawn = sum(map(len, segments)) <= _MAX_DOTS, ''
   for points in segments:
+    places = [(*point, *place(*point)) for point in points]
     if len(points) > 1:
-      path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in map(place, points))
-      parts.append(f'<polyline points="{path}" {_stroke(i)}/>')
-    for point in points if few or len(points) == 1 else ():
-      x, y = place(point)
-      parts.append(
+      path = ' '.join(f'{x:.1f},{y:.1f}' for _, _, x, y in places)
+      drawn += f'<polyline points="{path}" {_stroke(i)}/>'
+    for step, value, x, y in places if few or len(points) == 1 else ():
+      drawn += (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{COLORS[i % len(COLORS)]}">'
-        f'<title>{number(point[0])}: {number(point[1])}</title></circle>'
+        f'<title>{number(step)}: {number(value)}</title></circle>'
       )
-  return parts
+  return drawn
 
 
 def number(value: float) -> str:
@@ -215,10 +177,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
   """Returns about `count` round numbers between two bounds."""
   raw = (high - low) / count
   unit = 10.0 ** math.floor(math.log10(raw))
-  step = next((m * unit for m in (1, 2, 5) if m * unit >= raw), 10 * unit)
-  first = math.ceil(low / step)
-  found = [i * step for i in range(first, first + 2 * count + 2)]
-  return [value for value in found if value <= high + 1e-9 * step]
+  step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw or m == 10)
+  last = math.floor(high / step + 1e-9)
+  return [i * step for i in range(math.ceil(low / step), last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -233,10 +194,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
   low, high = min(values), max(values)
-  if high - low < 1e-9 * max(1.0, abs(high)):
-    pad = max(abs(high) * 0.05, 1e-6)
-    return low - pad, high + pad
-  return low, high
+  flat = high - low < 1e-9 * max(1.0, abs(high))
+  pad = max(abs(high) * 0.05, 1e-6) if flat else 0.0
+  return low - pad, high + pad
 
 
 def _thin(points: Points) -> Points:
@@ -259,10 +219,5 @@ def _thin(points: Points) -> Points:
 
 def _segments(points: Points) -> list[list[tuple[float, float]]]:
   """Cuts a line at its gaps."""
-  segments: list[list[tuple[float, float]]] = [[]]
-  for x, y in points:
-    if math.isfinite(y):
-      segments[-1].append((x, y))
-    elif segments[-1]:
-      segments.append([])
-  return [segment for segment in segments if segment]
+  groups = itertools.groupby(points, key=lambda point: math.isfinite(point[1]))
+  return [list(group) for is_drawn, group in groups if is_drawn]

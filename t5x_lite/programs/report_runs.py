@@ -1,5 +1,6 @@
 """What a run's files say of it, read so that no damaged line is in the way."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -24,43 +25,28 @@ _LOWER_IS_BETTER = ('loss', 'perplexity', 'error_rate', 'distance')
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """Decoded examples of one file.
+  """Decoded examples of one file."""
 
-  Attributes:
-    name: of the evaluation, such as 'infer_eval/TASK', the same in every run.
-    file: below the run directory.
-    lines: {'input', 'prediction', 'target'} of each example.
-  """
-
-  name: str
-  file: str
-  lines: Sequence[Mapping[str, Any]]
+  name: str  # of the evaluation, such as 'infer_eval/TASK', the same in every run
+  file: str  # below the run directory
+  lines: Sequence[Mapping[str, Any]]  # {'input', 'prediction', 'target'} of each example
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One run as its files tell of it.
-
-  Attributes:
-    series: (step, value) of every metric.
-    times: seconds since 1970 at which metrics were written.
-    model: fields of the architecture; empty if the file is damaged.
-    config: the resolved configuration as JSON; `texts` are its files by name.
-    steps: of the checkpoints that are kept.
-    predictions: of the newest evaluation of each kind.
-    results: metrics by task of evaluations of a checkpoint, by folder.
-  """
+  """One run as its files tell of it; what is missing or damaged is empty."""
 
   name: str
   path: str
   series: Series
-  times: Sequence[float]
+  times: Sequence[float]  # in seconds since 1970, at which metrics were written
   model: Mapping[str, Any]
   lengths: Mapping[str, Any]
   config: Mapping[str, Any]
-  texts: Mapping[str, str]
-  steps: Sequence[int]
-  predictions: Sequence[Predictions]
+  texts: Mapping[str, str]  # the configuration's files by name
+  steps: Sequence[int]  # of the checkpoints that are kept
+  predictions: Sequence[Predictions]  # of the newest evaluation of each kind
+  # Metrics by task of evaluations of a checkpoint, by folder.
   results: Mapping[str, Mapping[str, Mapping[str, float]]]
 
   def evaluations(self) -> dict[str, list[tuple[int, float]]]:
@@ -79,9 +65,8 @@ class Run:
 
   def mean(self, name: str) -> float | None:
     """Returns the mean over steps of a metric that averages over windows."""
-    windows = self._windows(name)
-    steps = sum(n for n, _ in windows)
-    return sum(n * y for n, y in windows) / steps if steps else None
+    steps = sum(n for n, _ in self._windows(name))
+    return (self.total(name) or 0.0) / steps if steps else None
 
   def total(self, name: str) -> float | None:
     """Returns the sum over steps of such a metric."""
@@ -109,31 +94,21 @@ def lower_is_better(name: str) -> bool:
   return any(part in name.rsplit('/', 1)[-1] for part in _LOWER_IS_BETTER)
 
 
-# ---- Reading -----------------------------------------------------------------
-
-
 def read(path: str, *, name: str = '') -> Run:
-  """Reads a run directory.
-
-  Args:
-    path: the directory.
-    name: for the page; the path by default.
-
-  Raises:
-    UsageError: if it is no run directory.
-  """
+  """Reads a run directory (UsageError if it is none); its name on the page is its path, or name."""
   root = epath.Path(path)
   either = (run_directory.MODEL_FILE, metric_writers.METRICS_FILE)
   if not any((root / file).exists() for file in either):
     raise UsageError(f'{path} is no run directory: it has neither {" nor ".join(either)}')
-  series, times = _series(metric_writers.read_metrics(path))
+  series, times = series_of(metric_writers.read_metrics(path))
   model = read_json(root / run_directory.MODEL_FILE)
+  fields = {field: as_dict(model.get(field)) for field in ('model', 'lengths')}
   names = ('config.gin', 'finetune.gin', run_directory.CONFIG_FILE)
   texts = {file: read_text(root / file) for file in names}
   results, predictions = {}, _of_training(root)
   for folder in _result_folders(root):
-    if tasks := _dict(read_json(root / folder / 'metrics.json').get('tasks')):
-      results[folder] = {k: _dict(v) for k, v in tasks.items()}
+    if tasks := as_dict(read_json(root / folder / 'metrics.json').get('tasks')):
+      results[folder] = {k: as_dict(v) for k, v in tasks.items()}
     for file in _listed(root / folder, '.jsonl'):
       kind = f'{folder.split("/")[0]}/{file.stem}'
       predictions.append(Predictions(kind, f'{folder}/{file.name}', read_lines(file)))
@@ -142,8 +117,7 @@ def read(path: str, *, name: str = '') -> Run:
     path=path,
     series=series,
     times=times,
-    model=_dict(model.get('model')),
-    lengths=_dict(model.get('lengths')),
+    **fields,
     config=read_json(root / run_directory.CONFIG_FILE),
     texts={file: text for file, text in texts.items() if text.strip()},
     steps=checkpoints.steps_in(root / checkpoints.CHECKPOINTS),
@@ -152,12 +126,13 @@ def read(path: str, *, name: str = '') -> Run:
   )
 
 
-def _series(entries: Sequence[Any]) -> tuple[dict[str, list[tuple[int, float]]], list[float]]:
+def series_of(entries: Sequence[Any]) -> tuple[dict[str, list[tuple[int, float]]], list[float]]:
+  """Returns (step, value) of every metric in lines of metrics, and the lines' times."""
   series: dict[str, list[tuple[int, float]]] = {}
   times = []
   for entry in entries:
-    step = entry.get('step') if isinstance(entry, dict) else None
-    if isinstance(step, bool) or not isinstance(step, int) or step > 2**53:
+    step = as_dict(entry).get('step')
+    if type(step) is not int or step > 2**53:
       continue
     for name, value in entry.items():
       number = _number(value)
@@ -172,10 +147,8 @@ def _series(entries: Sequence[Any]) -> tuple[dict[str, list[tuple[int, float]]],
 
 def _number(value: Any) -> float:
   """Returns a finite number; NaN for everything else."""
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    return math.nan
   try:
-    return float(value) if math.isfinite(value) else math.nan
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else math.nan
   except OverflowError:
     return math.nan
 
@@ -187,16 +160,14 @@ def _of_training(root: epath.Path) -> list[Predictions]:
     steps = [path for path in _listed(folder, '.jsonl') if path.stem.isdigit()]
     for path in sorted(steps, key=lambda path: int(path.stem))[-1:]:
       name = f'infer_eval/{folder.name}'
-      lines = read_lines(path)
-      found.append(Predictions(name, f'{name}/{path.name}', lines))
+      found.append(Predictions(name, f'{name}/{path.name}', read_lines(path)))
   return found
 
 
 def _listed(folder: epath.Path, suffix: str = '') -> list[epath.Path]:
   """Returns what is in a folder, whatever the folder's name: no glob."""
-  if not folder.is_dir():
-    return []
-  return sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
+  found = folder.iterdir() if folder.is_dir() else ()
+  return sorted(path for path in found if path.name.endswith(suffix))
 
 
 def _result_folders(root: epath.Path) -> list[str]:
@@ -217,7 +188,7 @@ def read_text(path: epath.Path) -> str:
 def read_json(path: epath.Path) -> dict[str, Any]:
   """Returns a file's JSON object; empty if there is none."""
   try:
-    return _dict(json.loads(read_text(path)))
+    return as_dict(json.loads(read_text(path)))
   except ValueError:
     return {}
 
@@ -227,22 +198,20 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
   found = []
   # Not splitlines: what a model writes may hold Unicode's other line ends.
   for line in read_text(path).split('\n'):
-    try:
-      entry = _dict(json.loads(line))
-    except ValueError:
-      continue
-    if {'input', 'prediction', 'target'} <= set(entry):
-      found.append(entry)
+    with contextlib.suppress(ValueError):
+      entry = as_dict(json.loads(line))
+      if {'input', 'prediction', 'target'} <= set(entry):
+        found.append(entry)
   return found
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
+  """Returns what is a dictionary, and else an empty one."""
   return value if isinstance(value, dict) else {}
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
   """Returns short names: the last folder, or paths where that is ambiguous."""
   last = [epath.Path(p).name if '://' in p else os.path.basename(os.path.abspath(p)) for p in paths]
-  return [
-    name if name and last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)
-  ]
+  both = zip(last, paths, strict=True)
+  return [name if name and last.count(name) == 1 else path for name, path in both]

@@ -1,7 +1,4 @@
-"""The serve program: a model behind HTTP, until SIGTERM.
-
-No TensorFlow: it starts in a few seconds. The framework is in the `serve` extra.
-"""
+"""The serve program: a model behind HTTP, until SIGTERM; no TensorFlow, so it starts quickly."""
 
 import dataclasses
 import ipaddress
@@ -10,7 +7,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,11 +24,10 @@ from t5x_lite.models import model_sharding
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement
+from t5x_lite.programs.generation import Generation, Rows
 from t5x_lite.serving.worker import Worker
 
 log = logging.getLogger(__name__)
-
-Rows = Sequence[Sequence[int]]
 
 
 def serve(
@@ -56,8 +51,7 @@ def serve(
 ) -> None:
   """Serves a model over HTTP until SIGTERM or Ctrl-C; what was accepted is answered before it ends.
 
-  GET / is a page to try it by hand, /openapi.json describes the endpoints, OpenAI's clients take
-  http://HOST:PORT/v1.
+  GET / is a page to try it, /openapi.json describes it, OpenAI's clients take http://HOST:PORT/v1.
 
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
@@ -66,8 +60,7 @@ def serve(
     host: address to listen on; loopback by default, '0.0.0.0' for all.
     port: 0 takes any that is free.
     num_slots: outputs decoded at a time.
-    chunk: tokens between two looks at who has ended and who waits: smaller streams more smoothly,
-      larger is a little faster.
+    chunk: tokens between looks at who ended and who waits: few stream smoothly, many are faster.
     max_queue: requests that may wait for a slot; more are answered 429.
     max_input_tokens: of an input; longer ones are refused, or cut if the client asks for it.
     max_new_tokens: of an output.
@@ -106,36 +99,29 @@ def serve(
   batch = ContinuousBatch(opened.config, params, placement=placement, **how)
   _warm_up(batch, vocabulary)
   calls = _Calls(opened.config, params, placement, vocabulary)
+  describe = {name: given[name] for name in ('max_input_tokens', 'max_new_tokens')}
   served = app_lib.Served(
     name=name or os.path.basename(os.path.normpath(model)),
     vocabulary=vocabulary,
     worker=Worker(batch, max_queue=max_queue),
-    encode=calls.encode,
-    score=calls.score,
-    decode=calls.decode,
-    describe={
-      'num_parameters': model_sharding.count_params(params),
-      'max_input_tokens': max_input_tokens,
-      'max_new_tokens': max_new_tokens,
-    },
+    encode=calls.encode_rows,
+    score=calls._score_rows,
+    decode=calls.decode_rows,
+    describe={'num_parameters': model_sharding.count_params(params), **describe},
   )
   limits = Limits(**{field.name: given[field.name] for field in dataclasses.fields(Limits)})
   if not token and not _is_loopback(host):
     log.warning('everybody who reaches %s can use it: --token_file asks for a token', host)
-  server = uvicorn.Server(
-    uvicorn.Config(
-      app_lib.make_app(served, limits, token=token),
-      log_level='warning',
-      timeout_keep_alive=5,
-      timeout_graceful_shutdown=int(request_seconds) + 1,
-    )
-  )
+  app = app_lib.make_app(served, limits, token=token)
+  patience = {'timeout_keep_alive': 5, 'timeout_graceful_shutdown': int(request_seconds) + 1}
+  server = uvicorn.Server(uvicorn.Config(app, log_level='warning', **patience))
   # uvicorn raises the signal again when all is answered: then it has done its work.
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: None)
   address = f'http://{host}:{listener.getsockname()[1]}'
-  text = f'{served.name} is served at {address} (a page to try it; OpenAI: {address}/v1)'
-  print(text, flush=True)
+  print(
+    f'{served.name} is served at {address} (a page to try it; OpenAI: {address}/v1)', flush=True
+  )
   server.run(sockets=[listener])
   log.info('all requests are answered: stopped')
 
@@ -155,8 +141,7 @@ def _read_token(path: str) -> str:
 def _listen(host: str, port: int) -> socket.socket:
   """Binds now, so that a taken address is told before the model is read."""
   try:
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    listener = socket.socket(family)
+    listener = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((host, port))
   except (OSError, OverflowError) as error:
@@ -173,50 +158,28 @@ def _is_loopback(host: str) -> bool:
 
 def _warm_up(batch: ContinuousBatch, vocabulary: Vocabulary) -> None:
   """Compiles what the first clients would wait for: a program for every number of rows."""
-  began = time.monotonic()
+  began, most = time.monotonic(), batch.num_free
   request = Request(tokens=[vocabulary.eos_id], max_new_tokens=2)
-  count, most = 1, batch.num_free
-  while count < 2 * most:
-    list(batch.run([request] * min(count, most)))
-    count *= 2
+  for power in range((2 * most - 1).bit_length()):
+    list(batch.run([request] * min(2**power, most)))
   log.info('compiled in %.1f s', time.monotonic() - began)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Calls:
+class _Calls(Generation):
   """What runs in the worker beside the continuous batch, of rows of tokens; see `app.Served`."""
 
-  config: T5Config
-  params: Any
-  placement: Placement
-  vocabulary: Vocabulary
+  def __init__(self, config: T5Config, params: Any, placement: Placement, vocabulary: Vocabulary):
+    self.config, self.params = config, params
+    self.placement, self.vocabulary = placement, vocabulary
 
-  def _padded(self, rows: Rows) -> np.ndarray:
-    length = prediction.padded_length(max(map(len, rows)))
-    return prediction.pad_rows(rows, batch_size=len(rows), length=length, pad_id=self.config.pad_id)
+  def encode_rows(self, rows: Rows) -> np.ndarray:
+    batch = {'encoder_input_tokens': self._padded(rows, max(map(len, rows)))}
+    return self._call(steps.make_encode_step, batch, 'mean')
 
-  def _call(self, make_step: Callable[..., Any], *args: Any) -> np.ndarray:
-    return prediction.call_step(make_step, self.config, self.params, self.placement, *args)
-
-  def encode(self, rows: Rows) -> np.ndarray:
-    return self._call(steps.make_encode_step, {'encoder_input_tokens': self._padded(rows)}, 'mean')
-
-  def score(self, rows: Rows, targets: Rows) -> np.ndarray:
-    tokens = self._padded(targets)
-    lengths = np.asarray([[len(row)] for row in targets])
-    shifted = np.roll(tokens, 1, axis=1)
-    shifted[:, 0] = self.config.decoder_start_id
-    batch = {
-      'encoder_input_tokens': self._padded(rows),
-      'decoder_input_tokens': shifted,
-      'decoder_target_tokens': tokens,
-      'decoder_loss_weights': (np.arange(tokens.shape[1]) < lengths).astype(np.float32),
-    }
-    return self._call(steps.make_score_step, batch)
-
-  def decode(
+  def decode_rows(
     self, rows: Rows, max_new_tokens: int, seed: int, settings: dict[str, Any]
   ) -> tuple[list[list[int]], list[float]]:
+    assert self.vocabulary is not None
     config = decoding_config(max_new_tokens, **settings).resolved(self.vocabulary.encode)
     if config.stop_strings or config.num_return_sequences > 1:
       raise UsageError('decoding takes no stop_strings and one output an input')

@@ -1,8 +1,4 @@
-"""Checks between configurations, made before a program writes anything.
-
-Each config validates itself; what is here concerns two of them at a time. All
-checks raise `UsageError`.
-"""
+"""Checks between configurations, made before a program writes anything; all raise `UsageError`."""
 
 import dataclasses
 import glob
@@ -59,21 +55,15 @@ def resolve_model(
   model_dir: str,
   restore_path: str,
 ) -> tuple[T5Config, VocabularyConfig]:
-  """Returns architecture, with changes, and vocabulary; what is None is the checkpoint's.
-
-  That is the newest in model_dir, if the run has begun, and else the one at restore_path.
-
-  Raises:
-    UsageError: if there is no checkpoint to take them from.
-  """
+  """Returns the model, changed, and vocabulary; None takes model_dir's, else restore_path's."""
   if model is None or vocabulary is None:
     has_begun = model_dir and checkpoints.has_checkpoint(model_dir)
     path = model_dir if has_begun else restore_path
     if not path:
-      what = 'model' if model is None else 'vocabulary'
+      what = f'train.{"model" if model is None else "vocabulary"} is not set'
       raise UsageError(
-        f'train.{what} is not set, and there is no checkpoint to take it from: '
-        'give a file of configs/models, or CheckpointConfig.restore_path'
+        f'{what}, and there is no checkpoint to take it from: give a file of configs/models, or '
+        'CheckpointConfig.restore_path'
       )
     opened = checkpoint_source.open_source(path)
     model = model or opened.config
@@ -86,25 +76,17 @@ def resolve_model(
 def resolve_dataset(
   dataset: DatasetConfig, model: T5Config, vocabulary: VocabularyConfig
 ) -> DatasetConfig:
-  """Returns the config under the task's full name, which has a vocabulary.
-
-  Raises:
-    UsageError: if the data is not registered, or made for another model.
-  """
+  """Returns the config under the task's full name; refuses one unknown, or of another model."""
   catalog.import_modules(dataset.module)
   name = dataset.mixture_or_task_name
   kinds = _CONVERTERS[model.architecture]
   if dataset.feature_converter not in kinds:
-    allowed = ' or '.join(repr(kind) for kind in kinds) or 'none that trains'
-    raise UsageError(
-      f'{name} is read with feature_converter={dataset.feature_converter!r}; '
-      f'the architecture {model.architecture!r} needs {allowed}'
-    )
+    allowed = ' or '.join(map(repr, kinds)) or 'none that trains'
+    read = f'{name} is read with feature_converter={dataset.feature_converter!r}'
+    raise UsageError(f'{read}; the architecture {model.architecture!r} needs {allowed}')
   if dataset.decoder_start_id != model.decoder_start_id:
-    raise UsageError(
-      f'{name} is read with decoder_start_id={dataset.decoder_start_id}, the '
-      f'model has {model.decoder_start_id}: make them equal'
-    )
+    read = f'{name} is read with decoder_start_id={dataset.decoder_start_id}'
+    raise UsageError(f'{read}, the model has {model.decoder_start_id}: make them equal')
   if model.prompt_length is not None and dataset.has_segment_ids:
     raise UsageError(f'{name} is packed, but a model with a prompt needs DatasetConfig.pack=False')
   dataset = dataclasses.replace(dataset, mixture_or_task_name=catalog.resolve(name, vocabulary))
@@ -113,18 +95,13 @@ def resolve_dataset(
 
 
 def task_names(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> tuple[str, ...]:
-  """Returns the tasks whose losses are logged, in the order of their numbers.
-
-  Raises:
-    UsageError: if they are asked for and the data is one task.
-  """
+  """Returns the tasks of a mixture whose losses are logged, in the order of their numbers."""
   if not dataset.per_task_loss:
     return ()
   tasks = getattr(catalog.task_provider(dataset), 'tasks', None)
   if tasks is None:
-    raise UsageError(
-      f'DatasetConfig.per_task_loss is for mixtures, and {dataset.mixture_or_task_name} is a task'
-    )
+    name = dataset.mixture_or_task_name
+    raise UsageError(f'DatasetConfig.per_task_loss is for mixtures, and {name} is a task')
   return tuple(catalog.short_name(task.name, vocabulary) for task in tasks)
 
 
@@ -138,9 +115,7 @@ def log_rates(dataset: DatasetConfig) -> None:
 def warn_of_cuts(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> dict[str, float]:
   """Says how many examples the lengths cut; returns it as metrics."""
   metrics = {}
-  for cut in truncation.measure(dataset, vocabulary):
-    if not cut.cut:
-      continue
+  for cut in (one for one in truncation.measure(dataset, vocabulary) if one.cut):
     log.warning(
       f'{cut.task}: {cut.cut} of the first {cut.examples} examples are longer than '
       f'{dataset.lengths} and are cut; they lose {cut.percent_of_tokens:.1f}% of all tokens'
@@ -154,8 +129,8 @@ def check_model_dir(model_dir: str, model: T5Config, vocabulary: VocabularyConfi
   """Refuses to continue another model's run."""
   if not model_dir:
     raise UsageError("model_dir is '': name the run's directory")
-  # Orbax 0.12 looks for the parts of a checkpoint with a glob of the whole path, finds none in
-  # such a folder, and commits a checkpoint that holds no arrays.
+  # Orbax 0.12 looks for the parts of a checkpoint with a glob of the whole path, finds none in such
+  # a folder, and commits a checkpoint that holds no arrays.
   if glob.has_magic(os.path.abspath(model_dir)):
     raise UsageError(f'{model_dir}: a run cannot be below a folder with *, ? or [ in its name')
   run_directory.check_resumable(model_dir, model=model, vocabulary=vocabulary)

@@ -1,10 +1,8 @@
 """The study program: a table of runs, as the T5 paper has them, and its report.
 
-A cell is a row and a seed. It goes through the stages (pretrain, fine-tune,
-evaluate), each a process of its own, so that one that diverges or is killed is
-a cell that says so. A run is named after what it is, so that equal stages of
-several rows, or of several studies with one output_dir, are one run, and what
-is done is not done again.
+A cell is a row and a seed. It goes through the stages (pretrain, fine-tune, evaluate), each a
+process of its own, which may fail alone. A run is named after what it is, so that equal stages, of
+several studies with one output_dir too, are one run, and what is done is not done again.
 
   OUTPUT_DIR/runs/STAGE-FINGERPRINT/   a run; log.txt and outcome.json beside
   OUTPUT_DIR/NAME.md, NAME.html        the report, see study_report.py
@@ -13,6 +11,7 @@ is done is not done again.
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -55,17 +54,17 @@ class StoppedError(RuntimeError):
 class Stage:
   """One command of a cell.
 
-  In strings of `bindings`, {seed} is the cell's seed, {run} the directory of
-  this run, {NAME} that of an earlier stage and {NAME/3} the same of seed 3.
+  In strings of `bindings`, {seed} is the cell's seed, {run} the directory of this run, {NAME} that
+  of an earlier stage and {NAME/3} the same of seed 3.
 
   Attributes:
     name: of letters, digits and underscores.
     command: 'train', 'eval' or another command.
     gin_files: that it is given.
     bindings: gin name to value; a string is written as after --gin.NAME=.
-    scores: column of the table to metrics, whose mean it is. Of a training run
-      'eval/TASK/loss' and the like, at the step where it is best, as in the
-      paper; of `eval` 'TASK/METRIC'. 'a + b' is the mean of two of one step.
+    scores: column of the table to metrics, whose mean it is. Of a training run 'eval/TASK/loss' and
+      the like, at the step where it is best, as in the paper; of `eval` 'TASK/METRIC'. 'a + b' is
+      the mean of two of one step.
     optional: only in rows that name it.
   """
 
@@ -79,14 +78,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class StageRun:
-  """One stage of one cell, ready to run.
-
-  Attributes:
-    stage: what it is.
-    directory: where it runs.
-    argv: the command's words.
-    needs: runs whose directories it names.
-  """
+  """One stage of one cell, ready to run; it needs the runs whose directories it names."""
 
   stage: Stage
   directory: str
@@ -103,59 +95,49 @@ class Grid:
 
   def __init__(self, stages: Sequence[Stage], rows: Mapping[str, Row], output_dir: str):
     """Checks that the rows change what is there."""
+    self._rows, self._root = rows, os.path.join(output_dir, 'runs')
     self._stages = {stage.name: stage for stage in stages}
     if len(self._stages) < len(stages) or not all(map(str.isidentifier, self._stages)):
-      raise UsageError(
-        f'study.stages are named {[stage.name for stage in stages]}: each needs a name of its '
-        'own, of letters, digits and _'
-      )
-    self._rows = rows
-    self._output_dir = output_dir
+      names = [stage.name for stage in stages]
+      why = 'each needs a name of its own, of letters, digits and _'
+      raise UsageError(f'study.stages are named {names}: {why}')
     for row, changes in rows.items():
-      for name in changes:
-        if name != '*' and name not in self._stages:
-          raise UsageError(
-            f'study.rows: {row!r} changes the stage {name!r}; there are {", ".join(self._stages)}'
-          )
+      for name in changes.keys() - {'*', *self._stages}:
+        there = ', '.join(self._stages)
+        raise UsageError(f'study.rows: {row!r} changes the stage {name!r}; there are {there}')
 
   def cell(self, row: str, seed: int) -> list[StageRun]:
     """Returns the runs of a cell in order."""
-    return [
-      self.run(name, row, seed)
-      for name, stage in self._stages.items()
-      if self._rows[row].get(name, None if stage.optional else {}) is not None
-    ]
+    unnamed = {name: None if stage.optional else {} for name, stage in self._stages.items()}
+    names = [x for x in self._stages if self._rows[row].get(x, unnamed[x]) is not None]
+    return [self.run(name, row, seed) for name in names]
 
   def run(self, name: str, row: str, seed: int) -> StageRun:
     """Returns a stage as a row and a seed have it."""
     stage, changes, needs = self._stages[name], self._rows[row], []
+    names = list(itertools.takewhile(lambda one: one != name, self._stages))
 
     def fill(match: re.Match) -> str:
       what, other = match.groups()
       if what in ('seed', 'run'):
         return str(seed) if what == 'seed' else match[0]
-      if what not in list(self._stages)[: list(self._stages).index(name)]:
-        raise UsageError(
-          f'study: the stage {name} names {match[0]}, which is no earlier stage, nor seed or run'
-        )
-      if what in changes and changes[what] is None:
-        raise UsageError(
-          f'study.rows: {row!r} leaves out the stage {what}, which {name} names: bind that too'
-        )
+      if what not in names:
+        why = f'names {match[0]}, which is no earlier stage, nor seed or run'
+        raise UsageError(f'study: the stage {name} {why}')
+      if changes.get(what, {}) is None:
+        why = f'leaves out the stage {what}, which {name} names: bind that too'
+        raise UsageError(f'study.rows: {row!r} {why}')
       needs.append(self.run(what, row, int(other or seed)))
       return needs[-1].directory
 
-    def text(value: Any) -> str:
-      found = value if isinstance(value, str) else repr(value)
-      return re.sub(r'\{(\w+)(?:/(\d+))?\}', fill, found)
-
     bindings = {**stage.bindings, **(changes.get('*') or {}), **(changes.get(name) or {})}
     words = [stage.command, *(f'--gin_file={file}' for file in stage.gin_files)]
-    words += [f'--gin.{key}={text(value)}' for key, value in bindings.items()]
-    root = os.path.join(self._output_dir, 'runs')
-    identity = json.dumps(words).replace(root, '')
+    for key, value in bindings.items():
+      text = value if isinstance(value, str) else repr(value)
+      words.append(f'--gin.{key}=' + re.sub(r'\{(\w+)(?:/(\d+))?\}', fill, text))
+    identity = json.dumps(words).replace(self._root, '')
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    directory = os.path.join(root, f'{name}-{fingerprint}')
+    directory = os.path.join(self._root, f'{name}-{fingerprint}')
     argv = tuple(word.replace('{run}', directory) for word in words)
     return StageRun(stage, directory, argv, tuple(needs))
 
@@ -183,8 +165,7 @@ def study(
   Args:
     name: of the report's files.
     stages: what every cell does, in order.
-    rows: by title, what each changes: {'STAGE': {'gin name': value}}; '*' is
-      every stage, and None leaves a stage out.
+    rows: by title, what each changes: {'STAGE': {'gin name': value}}; see Row.
     output_dir: on a local or shared disk; studies with one share their runs.
     seeds: each row runs with all of them; see Stage for how they are bound.
     baseline: the row that the others are compared with.
@@ -192,8 +173,7 @@ def study(
     paper: the published numbers of each row.
     paper_columns: what those are.
     paper_deviations: their standard deviations, where they are published.
-    cell: run this one alone, from 0, as a job of an array; see
-      launch/study.sbatch.
+    cell: run this one alone, from 0, as a job of an array; see launch/study.sbatch.
     launcher: words before every command, such as 'srun --kill-on-bad-exit=1'.
     report: run nothing, and report on what is there.
     dry_run: print the commands, and run nothing.
@@ -236,9 +216,9 @@ def study(
   tried: dict[str, dict[str, Any]] = {}
   try:
     for i, (row, seed) in enumerate([] if report else todo):
+      where = f'cell {i + 1} of {len(todo)}, {row}, seed {seed}'
       for run in cells[row, seed]:
-        where = f'cell {i + 1} of {len(todo)}, {row}, seed {seed}'
-        _run(run, shlex.split(launcher), where, tried)
+        _run(run, launcher, where, tried)
   finally:
     table = study_report.Table(cells, baseline, paper or {}, paper_columns, paper_deviations)
     path = study_report.write(table, os.path.join(output_dir, name), title or name)
@@ -248,30 +228,19 @@ def study(
 
 def _check_tasks(arguments: Mapping[str, Any]) -> None:
   """Raises UsageError if a data set of a command is not registered."""
-  found = [
-    x for value in arguments.values() for x in (value if isinstance(value, list) else [value])
-  ]
-  for dataset in found:
-    if isinstance(dataset, DatasetConfig):
-      from t5x_lite.data.tasks import catalog
+  values = arguments.values()
+  found = itertools.chain(*(value if isinstance(value, list) else [value] for value in values))
+  for dataset in (one for one in found if isinstance(one, DatasetConfig)):
+    from t5x_lite.data.tasks import catalog
 
-      catalog.import_modules(dataset.module)
-      if not catalog.is_registered(dataset.mixture_or_task_name):
-        vocabulary = arguments.get('vocabulary') or catalog.VOCABULARIES['t5']
-        catalog.resolve(dataset.mixture_or_task_name, vocabulary)
+    catalog.import_modules(dataset.module)
+    if not catalog.is_registered(dataset.mixture_or_task_name):
+      vocabulary = arguments.get('vocabulary') or catalog.VOCABULARIES['t5']
+      catalog.resolve(dataset.mixture_or_task_name, vocabulary)
 
 
-def _run(
-  run: StageRun, launcher: Sequence[str], where: str, tried: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-  """Runs what is not done yet, after what it needs; returns its outcome.
-
-  Args:
-    run: what to run.
-    launcher: words before its command.
-    where: the cell, for the log.
-    tried: outcomes by directory; what was killed is not tried twice.
-  """
+def _run(run: StageRun, launcher: str, where: str, tried: dict[str, dict[str, Any]]) -> dict:
+  """Runs what is neither done nor in `tried`, after what it needs; returns its outcome."""
   if run.directory in tried:
     return tried[run.directory]
   for need in run.needs:
@@ -280,8 +249,7 @@ def _run(
   os.makedirs(run.directory, exist_ok=True)
   logged = os.path.join(run.directory, LOG_FILE)
   with open(os.path.join(run.directory, '.study'), 'w') as lock, open(logged, 'ab') as output:
-    # Another cell may be at it, or what was left of a study that was killed:
-    # the lock is the child's too.
+    # Another cell may be at it, or the child of a killed study: the lock is the child's too.
     fcntl.flock(lock, fcntl.LOCK_EX)
     before = run.outcome()
     if before.get('exit_code') in _FINAL:
@@ -289,14 +257,10 @@ def _run(
     where = f'{where}: {run.stage.name}'
     log.info('%s (%s)', where, logged)
     start = time.monotonic()
-    process = subprocess.Popen(
-      [*launcher, sys.executable, '-m', 't5x_lite.main', *run.argv],
-      stdout=output,
-      stderr=subprocess.STDOUT,
-      stdin=subprocess.DEVNULL,
-      start_new_session=True,
-      pass_fds=[lock.fileno()],
-    )
+    argv = [*shlex.split(launcher), sys.executable, '-m', 't5x_lite.main', *run.argv]
+    streams = {'stdin': subprocess.DEVNULL, 'stdout': output, 'stderr': subprocess.STDOUT}
+    apart: dict[str, Any] = {'start_new_session': True, 'pass_fds': [lock.fileno()]}
+    process = subprocess.Popen(argv, **streams, **apart)
     received: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
@@ -310,9 +274,9 @@ def _run(
       for number, handler in previous.items():
         signal.signal(number, handler)
     seconds = before.get('seconds', 0.0) + time.monotonic() - start
-    outcome = {'exit_code': code, 'seconds': seconds, 'message': ''}
-    if code:
-      outcome['message'] = _last_line(logged)
+    lines = report_runs.read_text(epath.Path(logged)).strip().splitlines()
+    message = lines[-1].strip() if code and lines else ''
+    outcome = {'exit_code': code, 'seconds': seconds, 'message': message}
     files.write_json(epath.Path(run.directory) / OUTCOME_FILE, outcome)
     tried[run.directory] = outcome
   log.info('%s: %s after %s', where, state(outcome), progress.format_duration(seconds))
@@ -329,9 +293,3 @@ def state(outcome: Mapping[str, Any]) -> str:
   if code < 0:
     return f'killed by {signal.Signals(-code).name}'
   return _FINAL.get(code, 'stopped' if code == StoppedError.exit_code else f'failed ({code})')
-
-
-def _last_line(path: str) -> str:
-  with open(path, encoding='utf-8', errors='replace') as file:
-    lines = file.read().splitlines()
-  return next((line.strip() for line in reversed(lines) if line.strip()), '')

@@ -1,8 +1,7 @@
 """The report of a study: our numbers, the paper's beside them, and the cost.
 
-As in the paper's tables, bold is what is within two standard deviations of the
-best of its column (Raffel et al. 2020, section 3.1.4). The deviation is that
-of one run: pooled over the rows that have several seeds, or the published one.
+As in the paper's tables (Raffel et al. 2020, 3.1.4), bold is what is within two deviations of the
+best of its column: those of one run, pooled over rows that have several seeds, or published.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 
+import jax
 from etils import epath
 
 from t5x_lite.compiler import flops
@@ -42,9 +42,8 @@ def _score(run: study.StageRun, names: str) -> float:
   parts = names.split(' + ')
   if run.stage.command != 'train':
     tasks = report_runs.read_json(epath.Path(run.directory) / 'metrics.json').get('tasks', {})
-    found = [
-      tasks.get(task, {}).get(metric) for task, _, metric in (x.partition('/') for x in parts)
-    ]
+    named = [part.partition('/') for part in parts]
+    found = [tasks.get(task, {}).get(metric) for task, _, metric in named]
     return math.nan if None in found else statistics.fmean(found)
   opened = _open(run.directory)
   series = opened.evaluations() if opened else {}
@@ -63,38 +62,28 @@ def _training_flops(run: study.StageRun) -> float:
     return 0.0
   fields = {key: x for key, x in opened.config.get('dataset', {}).items() if key != 'class'}
   spec = batch_spec(DatasetConfig(**fields))
-  shapes = {name: shape for name, (shape, _) in spec.items()}
+  shapes = {name: jax.ShapeDtypeStruct(*one) for name, one in spec.items()}
   steps = max((points[-1][0] for points in opened.series.values()), default=0)
-  return steps * flops.train_step_flops(
-    T5Config(**opened.model),
-    batch_size=fields['batch_size'],
-    inputs=shapes.get('encoder_input_tokens', (0, 0))[1],
-    targets=shapes['decoder_target_tokens'][1],
-  )
+  return steps * flops.batch_train_flops(T5Config(**opened.model), shapes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """What the cells of a study measured.
+  """What the cells of a study measured; see `study.study`."""
 
-  Attributes:
-    cells: runs by row and seed.
-    baseline: a row, or ''.
-    paper: published numbers of each row.
-    paper_columns: what those are.
-    paper_deviations: of one run.
-  """
-
-  cells: Mapping[tuple[str, int], Sequence[study.StageRun]]
+  cells: Mapping[tuple[str, int], Sequence[study.StageRun]]  # by row and seed
   baseline: str
   paper: Mapping[str, Sequence[float]]
   paper_columns: Sequence[str]
   paper_deviations: Sequence[float]
 
   @functools.cached_property
-  def rows(self) -> list[str]:
-    """Titles of the rows."""
-    return list(dict.fromkeys(row for row, _ in self.cells))
+  def rows(self) -> dict[str, list[Sequence[study.StageRun]]]:
+    """The cells of each row, one a seed."""
+    found: dict[str, list[Sequence[study.StageRun]]] = {}
+    for (row, _), runs in self.cells.items():
+      found.setdefault(row, []).append(runs)
+    return found
 
   @functools.cached_property
   def values(self) -> dict[str, dict[str, list[float]]]:
@@ -127,10 +116,8 @@ class Table:
 
   def lower_is_better(self, column: str) -> bool:
     """True if the column's metrics are losses or error rates."""
-    stages = [run.stage for runs in self.cells.values() for run in runs]
-    return report_runs.lower_is_better(
-      next(x.scores[column][0] for x in stages if column in x.scores)
-    )
+    scores = [run.stage.scores for run in itertools.chain(*self.cells.values())]
+    return report_runs.lower_is_better(next(x[column][0] for x in scores if column in x))
 
   def cell(self, column: str, row: str) -> str:
     """Returns what is written at a column and row."""
@@ -153,36 +140,29 @@ class Table:
 
   def lines(self) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of the whole table."""
-    header, rows = ['row'], [[f'★ {row}' if row == self.baseline else row] for row in self.rows]
-    columns = list(dict.fromkeys((*self.values, *self.paper_columns)))
-    for column in columns:
-      if column in self.values:
-        header.append(column)
-        for row, line in zip(self.rows, rows, strict=True):
-          line.append(self.cell(column, row))
-      if self.paper and column in self.paper_columns:
-        header.append(f'{column}, paper')
-        for row, line in zip(self.rows, rows, strict=True):
+    lines = []
+    for row, cells in self.rows.items():
+      line = {'row': f'★ {row}' if row == self.baseline else row}
+      for column in dict.fromkeys((*self.values, *self.paper_columns)):
+        if column in self.values:
+          line[column] = self.cell(column, row)
+        if self.paper and column in self.paper_columns:
           number = self.published(column, row)
-          line.append('' if number is None else str(number))
-    header += ['seeds', 'training FLOPs', 'time']
-    for row, line in zip(self.rows, rows, strict=True):
-      cells = [runs for (one, _), runs in self.cells.items() if one == row]
-      done = sum(not _problem(runs) for runs in cells)
+          line[f'{column}, paper'] = '' if number is None else str(number)
       runs = list(itertools.chain(*cells))
       ran = max(1, sum(bool(one[0].outcome()) for one in cells if one))
       seconds = sum(run.outcome().get('seconds', 0.0) for run in runs) / ran
-      cost = sum(map(_training_flops, runs)) / ran
-      line += [f'{done} of {len(cells)}', f'{cost:.2e}', progress.format_duration(seconds)]
-    return header, rows
+      line['seeds'] = f'{sum(not _problem(one) for one in cells)} of {len(cells)}'
+      line['training FLOPs'] = f'{sum(map(_training_flops, runs)) / ran:.2e}'
+      line['time'] = progress.format_duration(seconds)
+      lines.append(line)
+    header = list(dict.fromkeys(itertools.chain(*lines)))
+    return header, [list(line.values()) for line in lines]
 
   def problems(self) -> list[str]:
     """Returns a line for every cell that did not end well."""
-    found = []
-    for (row, seed), runs in self.cells.items():
-      if problem := _problem(runs):
-        found.append(f'{row}, seed {seed}: {problem}')
-    return found
+    found = {cell: _problem(runs) for cell, runs in self.cells.items()}
+    return [f'{row}, seed {seed}: {problem}' for (row, seed), problem in found.items() if problem]
 
 
 def _problem(runs: Sequence[study.StageRun]) -> str:
@@ -201,39 +181,27 @@ def write(table: Table, stem: str, title: str) -> str:
   """Writes STEM.md and STEM.html, and returns the former's path."""
   _open.cache_clear()
   header, rows = table.lines()
-  deviations = [
-    f'{name} {number:.3g}' for name in table.values if (number := table.deviation(name)) is not None
-  ]
-  notes = [_NOTE]
-  if deviations:
-    notes.append(f'Deviation of one run: {", ".join(deviations)}.')
+  deviations = {name: table.deviation(name) for name in table.values}
+  told = [f'{name} {number:.3g}' for name, number in deviations.items() if number is not None]
+  notes = [_NOTE, *([f'Deviation of one run: {", ".join(told)}.'] if told else [])]
   notes.append('FLOPs and time are means over seeds of all stages, shared ones counted each time.')
   problems = table.problems()
-  lines = [
-    f'# {title}',
-    '',
-    *(f'| {" | ".join(line)} |' for line in [header, ['---'] * len(header), *rows]),
-  ]
-  lines += ['', '\n'.join(notes)]
+  lines = [f'| {" | ".join(line)} |' for line in [header, ['---'] * len(header), *rows]]
+  lines = [f'# {title}', '', *lines, '', *notes]
   if problems:
     lines += ['', '## What did not finish', '', *(f'- {problem}' for problem in problems)]
-  page = report.whole_page(
-    title,
-    [
-      f'<h1>{report.escape(title)}</h1>',
-      _bold(report.table(header, rows)),
-      f'<p class="note">{_bold(report.escape(" ".join(notes)))}</p>',
-      ''.join(f'<p class="wrong">{report.escape(problem)}</p>' for problem in problems),
-      '<h2>Every seed</h2><div class="charts">',
-      *(
-        report_charts.dot_chart(column, found, {r: table.published(column, r) for r in found})
-        for column, found in table.values.items()
-      ),
-      '</div><h2>Curves of the first seed</h2><div class="charts">',
-      *_curves(table),
-      '</div>',
-    ],
-  )
+  body = [
+    f'<h1>{report.escape(title)}</h1>',
+    _bold(report.table(header, rows)),
+    f'<p class="note">{_bold(report.escape(" ".join(notes)))}</p>',
+    *(f'<p class="wrong">{report.escape(problem)}</p>' for problem in problems),
+    '<h2>Every seed</h2><div class="charts">',
+  ]
+  for column, found in table.values.items():
+    published = {row: table.published(column, row) for row in found}
+    body.append(report_charts.dot_chart(column, found, published))
+  body.append('</div><h2>Curves of the first seed</h2><div class="charts">')
+  page = report.whole_page(title, [*body, *_curves(table), '</div>'])
   os.makedirs(os.path.dirname(stem), exist_ok=True)
   for ending, text in (('.md', '\n'.join(lines) + '\n'), ('.html', page)):
     temporary = epath.Path(f'{stem}{ending}.tmp-{os.getpid()}')
@@ -249,12 +217,10 @@ def _bold(text: str) -> str:
 def _curves(table: Table) -> list[str]:
   """Returns charts of what the first seed of each row measured as it trained."""
   panels: dict[str, dict[str, report_charts.Points]] = {}
-  for row in table.rows:
-    for run in next(runs for (one, _), runs in table.cells.items() if one == row):
+  for row, (first, *_) in table.rows.items():
+    for run in first:
       series = opened.series if (opened := _open(run.directory)) else {}
-      shown = itertools.chain(
-        *(names.split(' + ') for x in run.stage.scores.values() for names in x)
-      )
-      for name in dict.fromkeys(('loss', *shown)):
+      scores = itertools.chain(*run.stage.scores.values())
+      for name in dict.fromkeys(itertools.chain(['loss'], *(x.split(' + ') for x in scores))):
         panels.setdefault(f'{run.stage.name}: {name}', {})[row] = series.get(name, ())
   return [report_charts.line_chart(title, lines) for title, lines in panels.items()]

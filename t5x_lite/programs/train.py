@@ -1,8 +1,6 @@
 """The train loop, from configuration to the last checkpoint, in one function.
 
-Reads top to bottom: check, mesh, data, start, compile, loop. There is no trainer class, since there
-is no second implementation. At the top of the loop `step` updates have been made; evaluation and
-checkpoints see that state, and only then does the iterator move.
+At the top of the loop `step` updates have been made; what is evaluated and saved is that state.
 """
 
 import contextlib
@@ -37,10 +35,9 @@ from t5x_lite.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
-_COUNTS = (
-  'total_steps eval_period stats_period eval_steps infer_eval_examples patience '
-  'histogram_period profile_steps'
-).split()
+_COUNTS = ('total_steps', 'eval_period', 'stats_period', 'eval_steps', 'infer_eval_examples')
+_COUNTS += ('patience', 'histogram_period', 'profile_steps')
+_OF_THE_STEP = ('optimizer', 'loss', 'mesh', 'total_steps', 'num_microbatches')
 _NOT_RECORDED = ('model_changes', 'dry_run', 'dry_run_file', 'summarize_config_fn')
 
 
@@ -82,8 +79,7 @@ def train(
 ) -> TrainState | None:
   """Trains a model and returns its last state.
 
-  Continues the run in `model_dir` if there is one. After SIGTERM it saves and
-  returns early, at the next step.
+  Continues the run in `model_dir`, if there is one. SIGTERM ends it at the next step, saved.
 
   Args:
     dataset: the training data; its batch size is global.
@@ -104,15 +100,11 @@ def train(
     decoding: of infer_eval; greedy, as long as the targets, by default.
     stats_period: steps that a line of training metrics averages over.
     num_microbatches: parts that a batch is cut into to save memory.
-    patience: evaluations in a row that do not improve checkpoint.best_metric,
-      after which training ends early; None trains to the end.
-    max_skipped_updates: updates in a row that may be left out because the
-      gradient is not finite; 0 stops at the first.
+    patience: evaluations without a better checkpoint.best_metric that end training; None for none.
+    max_skipped_updates: updates in a row left out for a gradient that is not finite; 0 for none.
     report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
-    histogram_period: steps between histograms of the gradient, by group of
-      parameters; None for none.
-    profile_steps: steps to trace, after a few, into model_dir/profile, with a
-      table of where their time goes; None for none.
+    histogram_period: steps between histograms of the gradient, by group; None for none.
+    profile_steps: steps to trace into model_dir/profile, with a table of times; None for none.
     seed: of parameters and dropout; the data has its own.
     dry_run: print parameters, mesh and memory, begin nothing and return None.
     dry_run_file: where a dry run writes the configuration, and how every array is cut.
@@ -156,14 +148,10 @@ def train(
   make_program = functools.partial(
     step_programs.train_program,
     model=model,
-    optimizer=optimizer,
-    loss=loss,
     batch=batch_spec(dataset),
-    mesh=mesh,
-    total_steps=total_steps,
-    num_microbatches=num_microbatches,
     skip_nonfinite=max_skipped_updates > 0,
     task_names=start_checks.task_names(dataset, vocabulary),
+    **{name: given[name] for name in _OF_THE_STEP},
   )
   program = make_program()
   device_mesh, spec, tx = program.mesh, program.spec, program.tx
@@ -175,24 +163,22 @@ def train(
   sharding = partitioning.batch_sharding(device_mesh)
   _, batch_shapes, _ = program.arguments
 
-  def compile_step(histograms: bool = False) -> jax.stages.Compiled:
+  def compile_step(program: step_programs.StepProgram) -> jax.stages.Compiled:
     began = time.monotonic()
-    compiled = (make_program(histograms=True) if histograms else program).lower().compile()
+    compiled = program.lower().compile()
     log.info('compiled in %.1f s', time.monotonic() - began)
     return compiled
 
   log.info('%s', memory_report.parameter_summary(spec.shapes.params))
   shapes = {name: x.shape for name, x in batch_shapes.items()}
   platform = device_mesh.devices.flat[0].platform
-  facts = {
-    'cost': flops.summary(model, batch_shapes),
-    'attention': memory_report.attention_summary(model, shapes, platform),
-  }
+  attention = memory_report.attention_summary(model, shapes, platform)
+  facts = {'cost': flops.summary(model, batch_shapes), 'attention': attention}
   for name, fact in facts.items():
     log.info('%s: %s', name, fact)
   start_checks.log_rates(dataset)
   if dry_run:
-    compiled = compile_step()
+    compiled = compile_step(program)
     memory_report.print_dry_run(record, spec, device_mesh, compiled, facts, file=dry_run_file)
     return None
 
@@ -205,11 +191,8 @@ def train(
     placement=program.placement,
     train_eval=train_eval,
     infer_eval=infer_eval,
-    eval_steps=eval_steps,
-    infer_eval_examples=infer_eval_examples,
-    decoding=decoding,
+    **{name: given[name] for name in ('eval_steps', 'infer_eval_examples', 'decoding')},
   )
-
   cuts = start_checks.warn_of_cuts(dataset, vocabulary)
 
   with contextlib.ExitStack() as stack:
@@ -218,39 +201,34 @@ def train(
     primary, held = distributed.is_primary(), None
     if primary:
       held = stack.enter_context(lease.lock(model_dir))
-      run_directory.write_run(
-        model_dir,
-        model=model,
-        vocabulary=vocabulary,
-        lengths=dataset.lengths,
-        config=record,
-        texts={memory_report.SHARDING_FILE: memory_report.sharding_table(spec)},
-      )
+      texts = {memory_report.SHARDING_FILE: memory_report.sharding_table(spec)}
+      kept = {'model': model, 'vocabulary': vocabulary, 'lengths': dataset.lengths}
+      run_directory.write_run(model_dir, config=record, texts=texts, **kept)
       if summarize_config_fn is not None:
         summarize_config_fn(model_dir)
     distributed.barrier('run directory')
     checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint))
 
     # ---- Start: 1. own checkpoint  2. checkpoint.restore_path  3. scratch ----
-    evaluated = -1
-    best = BestSoFar(checkpoint.best_metric, checkpoint.best_mode)
+    meta: dict[str, Any] = {}
     if checkpointer.latest_step is not None:
       state, meta = checkpointer.restore(spec.shapes, iterator, verify=verification.verify)
-      evaluated = meta.get('evaluated', -1)
-      best.restore(meta)
       if meta.get('seed', seed) != seed:
         log.warning('the seed is %d, it was %d before', seed, meta['seed'])
       log.info('continues %s from step %d', model_dir, int(state.step))
     else:
       assert new is not None
       state = new.make(tx, spec, key)
+    evaluated = meta.get('evaluated', -1)
+    best = BestSoFar(checkpoint.best_metric, checkpoint.best_mode, meta)
     step = first_step = int(state.step)
     if first_step >= total_steps or best.worse_for(patience):
       log.info('already at step %d of %d: done', first_step, total_steps)
       return state
     iterator.start()
-    train_step = compile_step()
-    histogram_step = compile_step(histograms=True) if histogram_period else train_step
+    train_step = histogram_step = compile_step(program)
+    if histogram_period:
+      histogram_step = compile_step(make_program(histograms=True))
     log.info('%s', memory_report.compiled_memory(train_step))
 
     # ---- Writers ----
@@ -258,21 +236,17 @@ def train(
     config = run_directory.to_json(record)
     writer = metric_writers.MetricWriter(model_dir, report_to=reporters, config=config, **start)
     stack.enter_context(writer)
-    num_traced = profile_steps if primary else None
-    profiler = profiling.StepProfiler(
-      model_dir, first_step=first_step, last_step=total_steps, num_steps=num_traced
-    )
+    steps = {'first_step': first_step, 'last_step': total_steps}
+    traced = profile_steps if primary else None
+    profiler = profiling.StepProfiler(model_dir, num_steps=traced, **steps)
     stack.callback(profiler.stop)
     if checkpointer.damaged:
       writer.write(first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))})
     progress = stack.enter_context(Progress(total_steps=total_steps, **start))
-    window = Window(
-      batch_shapes=shapes,
-      step_flops=flops.batch_train_flops(model, batch_shapes),
-      peak_flops=flops.peak_flops(jax.devices()[0].device_kind),
-      num_devices=jax.device_count(),
-    )
-
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    devices = {'num_devices': jax.device_count(), 'peak_flops': peak}
+    cost = flops.batch_train_flops(model, batch_shapes)
+    window = Window(batch_shapes=shapes, step_flops=cost, **devices)
     skipped_in_a_row = 0
 
     def collect(pending: tuple[int, Any] | None) -> None:
@@ -287,13 +261,19 @@ def train(
       metrics = {k: float(v) for k, v in metrics.items()}
       bad = [name for name, x in metrics.items() if not math.isfinite(x)]
       if bad:
-        what = f'{bad[0]} is {metrics[bad[0]]} at step {at}{_culprit(metrics)}'
+        groups = [name.removeprefix(GROUP_NORM) for name in bad if name.startswith(GROUP_NORM)]
+        culprit = f', first in {groups[0]}' if groups else ''
+        what = f'{bad[0]} is {metrics[bad[0]]} at step {at}{culprit}'
         skipped_in_a_row += 1
         if skipped_in_a_row > max_skipped_updates:
           writer.write(at, metrics)
+          checkpointer.wait()
+          kept, latest = 'There is no checkpoint yet.', checkpointer.latest_step
+          if latest is not None:
+            kept = f'The last checkpoint is of step {latest}.'
           raise NonFiniteError(
-            f'{what}: stopped. {_last_good(checkpointer)} Try a lower learning '
-            'rate, OptimizerConfig.global_norm_clip or another data seed.'
+            f'{what}: stopped. {kept} Try a lower learning rate, OptimizerConfig.global_norm_clip '
+            'or another data seed.'
           )
         log.warning('%s: the update is left out', what)
         window.skip()
@@ -343,8 +323,8 @@ def train(
         with profiling.part('evaluate and save'):
           evaluate_and_save()
         if best.worse_for(patience):
-          text = '%s has not improved for %d evaluations: training ends at step %d'
-          log.info(text, checkpoint.best_metric, patience, step)
+          why = f'{checkpoint.best_metric} has not improved for {patience} evaluations'
+          log.info('%s: training ends at step %d', why, step)
           break
       profiler.before(step, state)
       with profiling.part('wait for data'):
@@ -372,33 +352,25 @@ def train(
     checkpointer.wait()
     progress.clear()
     if stop.received:
-      text = '%s: saved at step %d of %d and stopped; the same command continues'
-      log.warning(text, stop.received, step, total_steps)
+      where = f'saved at step {step} of {total_steps} and stopped'
+      log.warning('%s: %s; the same command continues', stop.received, where)
     else:
       log.info('finished %d steps in %s', step, model_dir)
     return state
 
 
-def _culprit(metrics: Mapping[str, float]) -> str:
-  """Names the first group of parameters whose gradient is not finite."""
-  for name, value in metrics.items():
-    if name.startswith(GROUP_NORM) and not math.isfinite(value):
-      return f', first in {name.removeprefix(GROUP_NORM)}'
-  return ''
-
-
 class BestSoFar:
   """The best evaluation, and how many came since that were no better."""
 
-  def __init__(self, metric: str, mode: str):
+  def __init__(self, metric: str, mode: str, meta: Mapping[str, Any]):
+    """Continues from what a checkpoint kept, if there is one."""
     self._metric, self._sign = metric, 1.0 if mode == 'max' else -1.0
-    self._best: float | None = None
-    self._since = 0
+    self._best, self._since = meta.get('best'), meta.get('evaluations_since_best', 0)
 
   def add(self, metrics: Mapping[str, float]) -> None:
     """Counts an evaluation."""
-    value = metrics.get(self._metric)
-    if value is None or math.isnan(value):
+    value = metrics.get(self._metric, math.nan)
+    if math.isnan(value):
       return
     if self._best is None or self._sign * (value - self._best) > 0:
       self._best, self._since = value, 0
@@ -412,15 +384,3 @@ class BestSoFar:
   def meta(self) -> dict[str, Any]:
     """What a checkpoint keeps."""
     return {'best': self._best, 'evaluations_since_best': self._since}
-
-  def restore(self, meta: Mapping[str, Any]) -> None:
-    """Continues from what a checkpoint kept."""
-    self._best = meta.get('best')
-    self._since = meta.get('evaluations_since_best', 0)
-
-
-def _last_good(checkpointer: checkpoints.Checkpointer) -> str:
-  checkpointer.wait()
-  if (latest := checkpointer.latest_step) is None:
-    return 'There is no checkpoint yet.'
-  return f'The last checkpoint is of step {latest}.'

@@ -1,14 +1,11 @@
-"""Trains a SentencePiece vocabulary that T5 can use, from the user's own text.
-
-The same text and settings give the same bytes: sentences are sampled here with a seed, and
-SentencePiece gets a fixed number of threads, on which its sums depend.
-"""
+"""Trains a SentencePiece vocabulary for T5; the same text and settings give equal bytes."""
 
 import dataclasses
 import io
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 from absl import logging
@@ -22,23 +19,19 @@ MODEL_TYPES = ('unigram', 'bpe', 'char')
 
 # SentencePiece skips longer sentences (its default limit is 4,192 bytes), so longer lines are cut.
 _MAX_SENTENCE_BYTES = 4096
-_NUM_THREADS = 16
+_TRAINER: dict[str, Any] = {'pad_id': PAD_ID, 'eos_id': EOS_ID, 'unk_id': UNK_ID, 'bos_id': -1}
+# Its sums depend on the threads. All sentences, in this order: the sample was drawn already.
+_TRAINER |= {'num_threads': 16, 'input_sentence_size': 0, 'shuffle_input_sentence': False}
+# What goes to SentencePiece as it is.
+_SETTINGS = 'vocab_size model_type character_coverage byte_fallback split_digits'.split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VocabularySummary:
-  """What was trained.
+  """What was trained; the last two are of a sample of the sentences, the rate in percent."""
 
-  Attributes:
-    config: names the vocabulary, with T5's 100 sentinels.
-    vocab_size: pieces in the file, without the sentinels.
-    num_sentences: that the pieces were learnt from.
-    characters_per_token: on a sample of those sentences.
-    unknown_rate: share of the tokens there that are unk, in percent.
-  """
-
-  config: VocabularyConfig
-  vocab_size: int
+  config: VocabularyConfig  # with T5's 100 sentinels
+  vocab_size: int  # without them
   num_sentences: int
   characters_per_token: float
   unknown_rate: float
@@ -76,15 +69,13 @@ def train_vocabulary(
     input: text, TSV or JSONL, plain or gzip; paths or glob patterns.
     task: a registered task or mixture to take the text from instead.
     split: of the task.
-    vocab_size: pieces, with the three special ones, without sentinels, which
-      are added when a vocabulary is loaded (`VocabularyConfig.extra_ids`).
+    vocab_size: pieces, with the three special ones, without sentinels, which are added when a
+      vocabulary is loaded (`VocabularyConfig.extra_ids`).
     model_type: 'unigram' (T5's), 'bpe' or 'char'.
-    character_coverage: share of the characters of the text that get a piece;
-      0.9995 is T5's, 1.0 suits small alphabets and small texts.
+    character_coverage: share of the text's characters that get a piece; 1.0 suits small alphabets.
     byte_fallback: spell other characters in bytes (256 more pieces) instead of unk.
     user_defined_symbols: pieces that are never cut.
-    normalization: SentencePiece's rule: 'nmt_nfkc' (T5's), 'nfkc',
-      'nmt_nfkc_cf' (lower case too) or 'identity'.
+    normalization: 'nmt_nfkc' (T5's), 'nfkc', 'nmt_nfkc_cf' (lower case too) or 'identity'.
     split_digits: whether every digit is a piece of its own.
     file_format: 'text', 'tsv' or 'jsonl'; empty to tell from the names.
     fields: TSV columns or JSONL keys to read; none means all text there is.
@@ -93,9 +84,10 @@ def train_vocabulary(
     overwrite: whether to replace an existing file.
 
   Raises:
-    UsageError: if a setting cannot work, or the text has too few different
-      pieces or too many characters for `vocab_size`. Nothing is written then.
+    UsageError: if a setting cannot work, or the text has too few different pieces or too many
+      characters for `vocab_size`. Nothing is written then.
   """
+  given = dict(locals())
   if not output:
     raise UsageError('output is empty; name the model file to write')
   if bool(input) == bool(task):
@@ -113,14 +105,11 @@ def train_vocabulary(
     raise UsageError(f'max_sentences is {max_sentences}; it must be 1 or more')
   for symbol in user_defined_symbols:
     if not symbol or re.fullmatch(r'<pad>|</s>|<unk>|▁?<extra_id_\d+>', symbol):
-      raise UsageError(
-        f'user_defined_symbols holds {symbol!r}, which T5 defines itself; leave it out'
-      )
+      why = 'which T5 defines itself; leave it out'
+      raise UsageError(f'user_defined_symbols holds {symbol!r}, {why}')
   if epath.Path(output).exists() and not overwrite:
-    raise UsageError(
-      f'{output} exists, and models trained with it need it as it is; choose '
-      'another name or set overwrite'
-    )
+    why = 'models trained with it need it as it is; choose another name or set overwrite'
+    raise UsageError(f'{output} exists, and {why}')
   if task:
     # Not at the top: TensorFlow takes many seconds, and files do not need it.
     from t5x_lite.data.tasks import catalog
@@ -136,13 +125,9 @@ def train_vocabulary(
     logging.info('Learning from %d of %d sentences', len(sentences), total)
   model = _train(
     sentences,
-    vocab_size=vocab_size,
-    model_type=model_type,
-    character_coverage=character_coverage,
-    byte_fallback=byte_fallback,
     user_defined_symbols=list(user_defined_symbols),
     normalization_rule_name=normalization,
-    split_digits=split_digits,
+    **{name: given[name] for name in _SETTINGS},
   )
   path = epath.Path(output)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,19 +144,15 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
       while len(line.encode()) > _MAX_SENTENCE_BYTES:
         # As many whole characters as fit, then back to a space if there is one.
         head = line.encode()[:_MAX_SENTENCE_BYTES].decode('utf-8', 'ignore')
-        cut = head.rfind(' ')
-        cut = cut if cut > 0 else len(head)
-        yield line[:cut]
-        line = line[cut:].strip()
+        head = head[: head.rfind(' ')] if head.rfind(' ') > 0 else head
+        yield head
+        line = line[len(head) :].strip()
       if line:
         yield line
 
 
 def _sample(sentences: Iterable[str], maximum: int, seed: int) -> tuple[list[str], int]:
-  """Returns at most `maximum` sentences, each as likely, and how many came.
-
-  Source: reservoir sampling, Vitter 1985, algorithm R.
-  """
+  """Returns at most `maximum` sentences, each as likely (Vitter 1985, R), and how many came."""
   generator = random.Random(seed)
   kept: list[str] = []
   total = 0
@@ -187,20 +168,8 @@ def _train(sentences: Sequence[str], **settings) -> bytes:
   """Returns the bytes of a trained model."""
   writer = io.BytesIO()
   try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(sentences),
-      model_writer=writer,
-      pad_id=PAD_ID,
-      eos_id=EOS_ID,
-      unk_id=UNK_ID,
-      bos_id=-1,
-      num_threads=_NUM_THREADS,
-      # All of them, in this order: the sample was drawn already.
-      input_sentence_size=0,
-      shuffle_input_sentence=False,
-      minloglevel=2,
-      **settings,
-    )
+    settings |= {'sentence_iterator': iter(sentences), 'model_writer': writer}
+    sentencepiece.SentencePieceTrainer.train(minloglevel=2, **_TRAINER, **settings)
   except RuntimeError as error:
     raise UsageError(_explain(str(error), settings['vocab_size'])) from error
   return writer.getvalue()
@@ -208,11 +177,12 @@ def _train(sentences: Sequence[str], **settings) -> bytes:
 
 def _explain(message: str, vocab_size: int) -> str:
   """Returns what to do about an error of SentencePiece's trainer."""
+  size = f'vocab_size is {vocab_size}, but'
   if found := re.search(r'too high.*<= (\d+)', message):
-    most = f'vocab_size is {vocab_size}, but this text gives no more than {found[1]} pieces'
+    most = f'{size} this text gives no more than {found[1]} pieces'
     return f'{most}; set it to {found[1]} or less, or give more text'
   if found := re.search(r'required_chars\. \d+ vs (\d+)', message):
-    need = f'vocab_size is {vocab_size}, but the characters of this text alone need {found[1]}'
+    need = f'{size} the characters of this text alone need {found[1]}'
     return f'{need}; set it higher, or lower character_coverage'
   return f'SentencePiece cannot train on this text: {message.strip()}'
 
