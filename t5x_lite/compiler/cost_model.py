@@ -7,7 +7,7 @@ what would help when memory runs out. Bytes and seconds are per device and step.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from t5x_lite.compiler import flops
@@ -188,7 +188,9 @@ def _hbm_bytes(setup: Setup) -> float:
   return k * _passes(setup) * weights + update + 2 * k * setup.params_bytes + 4 * k * activations
 
 
-def network_seconds(chip: Chip, devices: list[Any], found: list[Collective]) -> dict[str, float]:
+def network_seconds(
+  chip: Chip, devices: Sequence[Any], found: list[Collective]
+) -> dict[str, float]:
   """Returns how long a program's collectives take, by network.
 
   A collective over a whole closed torus dim sends both ways at once; one over several dims uses the
