@@ -19,7 +19,7 @@ from t5x_lite.runs import files
 TOY = """
 from t5x_lite.errors import UsageError
 
-def run(*, text: str, times: int = 1, verbose: bool = False,
+def play(*, text: str, times: int = 1, verbose: bool = False,
         share: float | None = None, dry_run: bool = False,
         summarize_config_fn=None):
   '''Prints.
@@ -60,7 +60,7 @@ def toy(tmp_path, monkeypatch):
   (tmp_path / 'toy_program.py').write_text(TOY)
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, 'toy_program', raising=False)
-  program = Command('toy_program.run', 'a toy', positional=('text',))
+  program = Command('toy_program.play', 'a toy', positional=('text',))
   monkeypatch.setitem(main_lib.COMMANDS, 'toy', program)
   empty = tmp_path / 'cwd'
   empty.mkdir()
@@ -90,16 +90,16 @@ def test_a_flag_may_take_what_the_shell_expands(toy, monkeypatch):
 
 
 def test_gin_bindings_become_arguments_and_flags_win(toy, capfd):
-  assert main(['toy', 'ab', '--gin.toy_program.run.times=3']) == 0
-  assert main(['toy', 'ab', '--gin_bindings=run.times = 2']) == 0
-  assert main(['toy', 'ab', '--gin.run.times=3', '--times=1']) == 0
+  assert main(['toy', 'ab', '--gin.toy_program.play.times=3']) == 0
+  assert main(['toy', 'ab', '--gin_bindings=play.times = 2']) == 0
+  assert main(['toy', 'ab', '--gin.play.times=3', '--times=1']) == 0
   assert capfd.readouterr().out == 'ababab False\nabab False\nab False\n'
 
 
 def test_the_resolved_config_is_written_by_the_program(toy):
-  assert main(['toy', 'ab', '--gin.run.times=3']) == 0
+  assert main(['toy', 'ab', '--gin.play.times=3']) == 0
   text = (toy / 'out' / 'config.gin').read_text()
-  assert 'run.times = 3' in text
+  assert 'play.times = 3' in text
   assert not (toy / 'out' / 'config.gin.tmp').exists()
 
 
@@ -116,9 +116,9 @@ def test_a_dry_run_writes_nothing(toy):
     (['toy'], 'required: TEXT'),
     (['toy', 'a', '--tims=2'], 'unrecognized arguments: --tims=2'),
     (['toy', 'a', '--times=x'], "invalid int value: 'x'"),
-    (['toy', 'a', '--gin.run.times'], 'write --gin.run.times=value'),
-    (['toy', 'a', '--gin.run.tims=2'], 'did you mean times'),
-    (['toy', 'a', '--gin.run.times=two'], 'must be of type int'),
+    (['toy', 'a', '--gin.play.times'], 'write --gin.play.times=value'),
+    (['toy', 'a', '--gin.play.tims=2'], 'did you mean times'),
+    (['toy', 'a', '--gin.play.times=two'], 'must be of type int'),
     (['toy', 'a', '--gin_file=no.gin'], "no gin file 'no.gin'"),
     (['toy', 'usage'], 'text is usage'),
     (['toy', 'https://x.org/a'], 'nothing is read from the network'),
@@ -170,8 +170,8 @@ def test_help_is_the_functions_own(toy, capsys):
 
 
 def test_a_switch_can_be_turned_off(toy, capfd):
-  assert main(['toy', 'ab', '--gin.run.verbose=True']) == 0
-  assert main(['toy', 'ab', '--gin.run.verbose=True', '--no-verbose']) == 0
+  assert main(['toy', 'ab', '--gin.play.verbose=True']) == 0
+  assert main(['toy', 'ab', '--gin.play.verbose=True', '--no-verbose']) == 0
   assert capfd.readouterr().out == 'ab True\nab False\n'
 
 
@@ -289,6 +289,6 @@ def test_a_file_system_that_refuses_is_no_bug(toy, capfd, monkeypatch, code, exi
 
   monkeypatch.setattr(epath.Path, 'write_text', refuse)
   monkeypatch.setattr(files.time, 'sleep', lambda _: None)
-  assert main(['toy', 'ab', '--gin.run.times=3']) == exit_code
+  assert main(['toy', 'ab', '--gin.play.times=3']) == exit_code
   [line] = capfd.readouterr().err.splitlines()
   assert line == f't5x-lite: {error.strerror}: some/file'

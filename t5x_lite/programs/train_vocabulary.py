@@ -108,8 +108,10 @@ def train_vocabulary(
       why = 'which T5 defines itself; leave it out'
       raise UsageError(f'user_defined_symbols holds {symbol!r}, {why}')
   if epath.Path(output).exists() and not overwrite:
-    why = 'models trained with it need it as it is; choose another name or set overwrite'
-    raise UsageError(f'{output} exists, and {why}')
+    raise UsageError(
+      f'{output} exists, and models trained with it need it as it is; choose another name or set '
+      'overwrite'
+    )
   if task:
     # Not at the top: TensorFlow takes many seconds, and files do not need it.
     from t5x_lite.data.tasks import catalog
@@ -177,12 +179,12 @@ def _train(sentences: Sequence[str], **settings) -> bytes:
 
 def _explain(message: str, vocab_size: int) -> str:
   """Returns what to do about an error of SentencePiece's trainer."""
-  size = f'vocab_size is {vocab_size}, but'
+  size = f'vocab_size is {vocab_size}'
   if found := re.search(r'too high.*<= (\d+)', message):
-    most = f'{size} this text gives no more than {found[1]} pieces'
+    most = f'{size}, but this text gives no more than {found[1]} pieces'
     return f'{most}; set it to {found[1]} or less, or give more text'
   if found := re.search(r'required_chars\. \d+ vs (\d+)', message):
-    need = f'{size} the characters of this text alone need {found[1]}'
+    need = f'{size}, but the characters of this text alone need {found[1]}'
     return f'{need}; set it higher, or lower character_coverage'
   return f'SentencePiece cannot train on this text: {message.strip()}'
 
