@@ -1,16 +1,14 @@
 """Beam search over any step(tokens_R, cache), with the semantics of transformers.
 
-The running beams of an input go on until its finished ones cannot be bettered;
-twice as many continuations as beams are looked at, so that enough of them have
-not ended. Candidates are ranked by `DecodingConfig.normalized`; with
-brevity_alpha and early_stopping='never' the rule to stop is T5X's
-(t5x/decoding.py:1131), which alone differs in that it returns a hypothesis cut
-at the length limit only where none has ended.
+The running beams of an input go on until its finished ones cannot be bettered; twice as many
+continuations as beams are looked at, so that enough of them have not ended. Candidates are ranked
+by `DecodingConfig.normalized`; with brevity_alpha and early_stopping='never' the rule to stop is
+T5X's (t5x/decoding.py:1131), which alone differs in that it returns a hypothesis cut at the length
+limit only where none has ended.
 
 Nothing of the cache is moved: `reorder` is told which row each beam continues.
 
-Legend: B inputs, K beams, C = 2 K candidates, R = B K rows, L new tokens,
-V vocabulary.
+Legend: B inputs, K beams, C = 2 K candidates, R = B K rows, L new tokens, V vocabulary.
 """
 
 import dataclasses
@@ -82,8 +80,8 @@ def _pick(x, at_Bk):
 def _best(scores_BKV, count: int):
   """Returns the largest of all K V scores of an input: scores, beams, tokens.
 
-  Only the segments with the largest maxima are searched: a sixth of the time of
-  one top_k on a CPU (docs/lab_notes.md), as T5X's top_k_two_stage on a TPU.
+  Only the segments with the largest maxima are searched: a sixth of the time of one top_k on a CPU
+  (docs/lab_notes.md), as T5X's top_k_two_stage on a TPU.
   """
   B, K, V = scores_BKV.shape
   num = K * V // SEGMENT
@@ -124,8 +122,8 @@ def search(
     start_id: fed first.
     eos_id: ends a hypothesis; it is part of the output.
     pad_id: fills an output after its end.
-    reorder: (cache, parents_BK) -> cache, where beam k of an input goes on from
-      what its row parents_BK[k] has read.
+    reorder: (cache, parents_BK) -> cache, where beam k of an input goes on from what its row
+      parents_BK[k] has read.
     prompt: what the cache holds already.
     extra: processors that are applied after the config's.
     grow: see `loop.run`.

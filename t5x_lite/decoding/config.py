@@ -32,19 +32,19 @@ class DecodingConfig:
   """How tokens are chosen; names and meanings are those of transformers' `generate`.
 
   Attributes:
-    max_decode_length: most new tokens, the end of sequence included; None for as
-      many as the targets of training had, or 128.
+    max_decode_length: most new tokens, the end of sequence included; None for as many as the
+      targets of training had, or 128.
     min_new_tokens: no end of sequence before this many new tokens.
     temperature: 0 is greedy; otherwise logits are divided by it and sampled.
     top_k: sample among the k likeliest tokens; 0 means all.
     top_p: sample among the fewest tokens whose probability reaches p; 1 means all.
     min_p: sample among tokens at least this many times as likely as the likeliest.
-    typical_p: sample among the tokens of most ordinary surprise that reach p
-      (Meister et al. 2022); 1 means all.
+    typical_p: sample among the tokens of most ordinary surprise that reach p (Meister et al. 2022);
+      1 means all.
     epsilon_cutoff: sample among tokens of at least this probability (Hewitt et al. 2022).
     eta_cutoff: as epsilon_cutoff, but lower where the distribution is flat.
-    repetition_penalty: divides the positive logits of tokens written already, the
-      start token and the prefix included, and multiplies the negative ones.
+    repetition_penalty: divides the positive logits of tokens written already, the start token and
+      the prefix included, and multiplies the negative ones.
     frequency_penalty: taken from a logit as often as its token has been written.
     no_repeat_ngram_size: no n-gram of this size twice; 0 means off.
     forced_bos_id: the first new token; None for a free choice.
@@ -55,12 +55,12 @@ class DecodingConfig:
     labels: texts, the only outputs there can be.
     stop_strings: a text is cut before the first of these.
     num_beams: hypotheses of beam search; 1 is greedy or sampling.
-    length_penalty: beams are ranked by log-probability / length**length_penalty;
-      above 0 favours long outputs.
-    brevity_alpha: rank by log-probability / ((5 + length) / 6)**alpha instead, as
-      T5X does (the paper: 0.6); None for length_penalty.
-    early_stopping: True stops an input's search at num_beams finished hypotheses;
-      False when no running one is better now; 'never' when none can become better.
+    length_penalty: beams are ranked by log-probability / length**length_penalty; above 0 favours
+      long outputs.
+    brevity_alpha: rank by log-probability / ((5 + length) / 6)**alpha instead, as T5X does (the
+      paper: 0.6); None for length_penalty.
+    early_stopping: True stops an input's search at num_beams finished hypotheses; False when no
+      running one is better now; 'never' when none can become better.
     num_return_sequences: outputs for each input: the best beams, or samples.
     best_of: draw this many samples and return the best by length-normalised score.
   """

@@ -1,13 +1,11 @@
 """Continuous batching: rows that have ended give their place to waiting ones.
 
-A fixed number of slots decodes in one compiled loop, `chunk` tokens at a time.
-Between chunks the host reads what is there, empties slots that have ended and
-puts waiting inputs into them, so that a short output does not wait for a long
-one (Yu et al. 2022, Orca, section 4). A row gets what it would get alone: its
-temperature, bounds and random numbers are its own, and depend on no neighbour.
+A fixed number of slots decodes in one compiled loop, `chunk` tokens at a time. Between chunks the
+host reads what is there, empties slots that have ended and puts waiting inputs into them, so that a
+short output does not wait for a long one (Yu et al. 2022, Orca, section 4). A row gets what it
+would get alone: its temperature, bounds and random numbers are its own, and depend on no neighbour.
 
-Legend: S slots, B rows put in at once, M encoder length, L decoded length,
-V vocabulary.
+Legend: S slots, B rows put in at once, M encoder length, L decoded length, V vocabulary.
 """
 
 import dataclasses
@@ -38,8 +36,7 @@ class Request:
     max_new_tokens: EOS included; None for as many as there is room for.
     temperature: 0 is greedy.
     top_k: sample among the k likeliest tokens; 0 means all.
-    top_p: sample among the fewest tokens whose probability reaches p, after
-      top_k; 1 means all.
+    top_p: sample among the fewest tokens whose probability reaches p, after top_k; 1 means all.
     seed: of this row's sampling.
   """
 
@@ -57,8 +54,8 @@ class Output:
 
   Attributes:
     tokens: ids, without EOS.
-    log_probs: natural logarithm of each token's probability, that of EOS last
-      if the row ended with it.
+    log_probs: natural logarithm of each token's probability, that of EOS last if the row ended with
+      it.
     ended: 'eos', 'length', or '' while it goes on.
   """
 

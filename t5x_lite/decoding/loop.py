@@ -1,8 +1,8 @@
 """What greedy search, sampling and beam search share: prompts, results, the loop.
 
-Knows no model. The whole loop runs inside jit and stops as soon as every row
-has ended. It goes in stages: the cache has few slots at first and grows, so
-that short outputs do not pay for the longest that are allowed.
+Knows no model. The whole loop runs inside jit and stops as soon as every row has ended. It goes in
+stages: the cache has few slots at first and grows, so that short outputs do not pay for the longest
+that are allowed.
 
 Legend: B inputs, R rows, L new tokens, P tokens of a prompt, T of both, V vocabulary.
 """
@@ -29,8 +29,8 @@ class Decoded(NamedTuple):
   Attributes:
     tokens_BnL: ids, eos_id included; pad_id after it.
     scores_Bn: as `DecodingConfig.normalization` says; None if not asked for.
-    log_probs_BnL: of each token, 0 after the end; None likewise. What the model
-      gives without processors and temperature, but with beams after processors.
+    log_probs_BnL: of each token, 0 after the end; None likewise. What the model gives without
+      processors and temperature, but with beams after processors.
   """
 
   tokens_BnL: jax.Array

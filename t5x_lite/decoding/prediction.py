@@ -1,8 +1,8 @@
 """Predictor: batches of token ids in, output ids out, padded to few sizes.
 
-Evaluation inside training, the `eval` and `infer` programs and the Python
-interface all decode through `Predictor`. Lengths are padded to one of few
-sizes, so that the number of compilations does not depend on the data.
+Evaluation inside training, the `eval` and `infer` programs and the Python interface all decode
+through `Predictor`. Lengths are padded to one of few sizes, so that the number of compilations does
+not depend on the data.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ def pad_rows(
 ) -> np.ndarray:
   """Returns rows as one [batch_size, length] array; missing rows repeat one.
 
-  A row of nothing but padding would send NaN through an attention without a
-  single key, so rows past the last are copies of the first.
+  A row of nothing but padding would send NaN through an attention without a single key, so rows
+  past the last are copies of the first.
   """
   array = np.full((batch_size, length), pad_id, np.int32)
   for i in range(batch_size):
@@ -109,10 +109,9 @@ class Predictor:
       model: must have an encoder and a decoder, unless `continues`.
       placement: where it runs.
       decoding: how tokens are chosen; ids, not texts: see its `resolved`.
-      batch_size: inputs decoded at a time; raised to a multiple of the mesh's
-        data axes.
-      max_input_length: longest input, in tokens; longer ones are an error
-        here, the caller truncates.
+      batch_size: inputs decoded at a time; raised to a multiple of the mesh's data axes.
+      max_input_length: longest input, in tokens; longer ones are an error here, the caller
+        truncates.
       seed: of sampling.
       scored: whether scores are wanted; without, some work less.
       extra: processors that are applied after those of `decoding`.
@@ -167,8 +166,8 @@ class Predictor:
       params: as `abstract_params` describes, or in any other float dtype.
       rows: token ids of each input, EOS included if the model expects it.
       index: of this batch; sampling differs from one to the next.
-      prefixes: ids that each output is to begin with; they are read in one
-        pass, are no part of the output, and do not count.
+      prefixes: ids that each output is to begin with; they are read in one pass, are no part of the
+        output, and do not count.
       seeds: of each row's sampling, whatever batch it is in.
       temperatures: of each row, instead of the config's; 0 is greedy.
     """
@@ -217,8 +216,8 @@ def call_step(
     model: the architecture.
     params: its parameters.
     placement: where they are.
-    batch: arrays of as many rows each; rows are added, so that few sizes are
-      compiled for, and their results dropped.
+    batch: arrays of as many rows each; rows are added, so that few sizes are compiled for, and
+      their results dropped.
     *arguments: of make_step.
   """
   size = len(next(iter(batch.values())))

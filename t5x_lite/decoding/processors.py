@@ -1,11 +1,11 @@
 """What changes the logits of the next token: a list of small pure functions.
 
-Each takes (logits_RV, history) and returns logits_RV. The order and the meaning
-are those of transformers (generation/logits_process.py), whose numbers they are
-tested against. A user's own function is put between the two groups.
+Each takes (logits_RV, history) and returns logits_RV. The order and the meaning are those of
+transformers (generation/logits_process.py), whose numbers they are tested against. A user's own
+function is put between the two groups.
 
-Legend: R rows (inputs times beams or samples), V vocabulary, T decoder tokens,
-S sequences, n tokens of a sequence.
+Legend: R rows (inputs times beams or samples), V vocabulary, T decoder tokens, S sequences, n
+tokens of a sequence.
 """
 
 import dataclasses
@@ -201,8 +201,7 @@ def top_p(logits_RV, *, value: float) -> jax.Array:
   """Keeps the smallest set of likeliest tokens whose probability reaches p."""
   sorted_RV = jnp.sort(logits_RV, axis=-1, descending=True)
   probs_RV = jax.nn.softmax(sorted_RV, axis=-1)
-  # A token stays if what is likelier than it has not reached p yet, so the
-  # likeliest always stays.
+  # A token stays if what is likelier than it has not reached p yet, so the likeliest always stays.
   before_RV = jnp.cumsum(probs_RV, axis=-1) - probs_RV
   least_R1 = jnp.min(jnp.where(before_RV < value, sorted_RV, jnp.inf), axis=-1, keepdims=True)
   return _hide(logits_RV, logits_RV < least_R1)

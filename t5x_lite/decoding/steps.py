@@ -1,7 +1,7 @@
 """The pure steps that use a model: predict, score, encode.
 
-As in training/steps.py, what is static (model, decoding) is bound when a step
-is made; a step takes arrays and returns arrays.
+As in training/steps.py, what is static (model, decoding) is bound when a step is made; a step takes
+arrays and returns arrays.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ POOLINGS = (None, 'mean', 'first')
 class Ensemble:
   """Models of one shape that write a text together, used like one of them.
 
-  The logits are the mean of their log-probabilities, which after the softmax is
-  the mean of their logits too (Raffel et al. 2020, section 3.6).
+  The logits are the mean of their log-probabilities, which after the softmax is the mean of their
+  logits too (Raffel et al. 2020, section 3.6).
   """
 
   def __init__(self, graphdef: Any, params: tuple[Any, ...]):
@@ -96,9 +96,9 @@ def make_predict_step(
 
   The batch has, unpacked and of B rows each:
     encoder_input_tokens: of a model with an encoder.
-    decoder_prompt_tokens, decoder_prompt_lengths: what the decoder reads first,
-      the start token included (see `prefill.prefill`); a model without an
-      encoder needs it. Outputs are what follows.
+    decoder_prompt_tokens, decoder_prompt_lengths: what the decoder reads first, the start token
+      included (see `prefill.prefill`); a model without an encoder needs it. Outputs are what
+      follows.
     seeds: of each row's sampling, folded into the key; its number by default.
     temperature: of each row, instead of the config's.
 
@@ -190,9 +190,8 @@ def make_encode_step(
 
   Args:
     graphdef: of a model with an encoder.
-    pooling: None gives encoded_BMD, 'mean' the mean over positions that are
-      not padding, [B, D], 'first' the first position (Ni et al. 2021,
-      Sentence-T5, section 3.1).
+    pooling: None gives encoded_BMD, 'mean' the mean over positions that are not padding, [B, D],
+      'first' the first position (Ni et al. 2021, Sentence-T5, section 3.1).
   """
   assert pooling in POOLINGS, pooling
 

@@ -1,7 +1,7 @@
 """What attention is made of besides vectors: who sees whom, bias by distance.
 
-Both take O(L) memory here. Arrays of every pair are made from them at once
-(dense attention) or block by block.
+Both take O(L) memory here. Arrays of every pair are made from them at once (dense attention) or
+block by block.
 
 Legend: B batch, L length of queries, M length of keys, H heads, P distances.
 """
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# T5X adds this to the logits of masked pairs. It is finite, so a row in which
-# everything is masked (padding) averages values instead of making NaNs.
+# T5X adds this to the logits of masked pairs. It is finite, so a row in which everything is masked
+# (padding) averages values instead of making NaNs.
 MASK_VALUE = -1e10
 # The name of attention's operations in a trace.
 SCOPE = 'attention'
@@ -28,8 +28,8 @@ class Visibility:
 
   Attributes:
     key_seen_BM: False where a key is padding, which nobody sees.
-    segments: of packed rows, (query_segments_BL, key_segments_BM); queries see
-      keys of their own segment.
+    segments: of packed rows, (query_segments_BL, key_segments_BM); queries see keys of their own
+      segment.
     prefix_BL: with `causal`, True at positions that see each other all the same.
     causal: queries see no later key; L is M.
   """
@@ -58,8 +58,7 @@ class Visibility:
   def codes(self, B: int, L: int, M: int) -> tuple[Array, Array]:
     """Returns int32 codes [B, L] and [B, M] that `visible` compares.
 
-    Twice the segment, plus 1 in the prefix; no query has the segment of a key
-    that nobody sees.
+    Twice the segment, plus 1 in the prefix; no query has the segment of a key that nobody sees.
     """
     queries_BL, keys_BM = jnp.zeros((B, L), jnp.int32), jnp.zeros((B, M), jnp.int32)
     if self.segments is not None:
@@ -105,13 +104,13 @@ def sees_any(mask: Array | Visibility) -> Array:
 def skew(values_HP: Array, L: int, M: int) -> Array:
   """Returns [H, L, M] whose entry (i, j) is the value of distance j - i.
 
-  Each row is the row above it moved by one, so the L x M values are a skewed
-  copy of L + M - 1 of them. Reshaping instead of gathering keeps the gradient
-  a sum over diagonals instead of a scatter of L x M values.
+  Each row is the row above it moved by one, so the L x M values are a skewed copy of L + M - 1 of
+  them. Reshaping instead of gathering keeps the gradient a sum over diagonals instead of a scatter
+  of L x M values.
 
   Args:
-    values_HP: of distances -(L-1)..M. The last is not used: with it, rows read
-      P - 1 apart drift by one.
+    values_HP: of distances -(L-1)..M. The last is not used: with it, rows read P - 1 apart drift by
+      one.
     L: rows.
     M: columns.
   """

@@ -1,13 +1,12 @@
 """Attention block by block, in plain JAX: O(L) memory on every backend.
 
-Softmax is taken online, a block of keys at a time (Milakov & Gimelshein 2018;
-Dao et al. 2022, FlashAttention), and the backward pass makes every block
-again. What is T5's own: a block's position bias is a skewed slice of the
-values by distance, and its gradient a sum over diagonals, so that no array has
-an entry for every pair.
+Softmax is taken online, a block of keys at a time (Milakov & Gimelshein 2018; Dao et al. 2022,
+FlashAttention), and the backward pass makes every block again. What is T5's own: a block's position
+bias is a skewed slice of the values by distance, and its gradient a sum over diagonals, so that no
+array has an entry for every pair.
 
-Legend: B batch, L length of queries, M length of keys, H heads, K head_dim,
-P distances, l and m the lengths of a block, N blocks.
+Legend: B batch, L length of queries, M length of keys, H heads, K head_dim, P distances, l and m
+the lengths of a block, N blocks.
 """
 
 import dataclasses
@@ -146,8 +145,8 @@ def _attention(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_co
 
 @jax.named_scope(SCOPE)
 def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM):
-  # As if bias and mask depended on q: differentiation of a scan over layers
-  # would else make what does not, for all blocks, before the scan.
+  # As if bias and mask depended on q: differentiation of a scan over layers would else make what
+  # does not, for all blocks, before the scan.
   inputs = (q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM)
   inputs = jax.lax.optimization_barrier(inputs)
   q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = inputs
@@ -181,8 +180,8 @@ def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, ke
   rows = _split(blocks.l, q_BHLK, query_codes_BL)
   _, (y_NBHlK, total_NBHl, top_NBHl) = jax.lax.scan(row, None, rows)
   y_BHLK = _join(y_NBHlK)
-  # The top and the total, not the logarithm of their product: where nothing
-  # is seen the top is -1e10, beside which a float32 logarithm is nothing.
+  # The top and the total, not the logarithm of their product: where nothing is seen the top is
+  # -1e10, beside which a float32 logarithm is nothing.
   return y_BHLK, (*inputs, y_BHLK, total_NBHl, top_NBHl)
 
 

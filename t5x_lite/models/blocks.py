@@ -1,7 +1,7 @@
 """Encoder and decoder layers, and the cache of a decoder.
 
-Legend: B batch, L decoder length, M encoder length, T slots of a cache,
-N layers, D emb_dim, H heads, K head_dim, R rows of a cache (n of each input).
+Legend: B batch, L decoder length, M encoder length, T slots of a cache, N layers, D emb_dim, H
+heads, K head_dim, R rows of a cache (n of each input).
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ class Cache:
     cross_value_NBMHK: values of the encoder output; or None.
     cross_mask_B11M: True at real encoder positions; or None.
     index: int32, the position of the next token: a scalar, or [B].
-    owner_BnT: in beam search, the beam whose row holds what beam n read in each
-      slot. Beams go on from others by changing this; keys and values stay where
-      they are. None if every row reads its own.
+    owner_BnT: in beam search, the beam whose row holds what beam n read in each slot. Beams go on
+      from others by changing this; keys and values stay where they are. None if every row reads its
+      own.
     seen_B: in continuous batching, how many tokens each row has decoded, T - 1 at most. Slots are
       then a ring that all rows write at the same index, however long they are there: a row sees as
       many slots back as it has decoded, and T5's bias knows distances alone. None otherwise.
@@ -76,8 +76,8 @@ class Cache:
   def next_slot(self) -> tuple['Cache', jax.Array]:
     """Returns it with the next slot owned by the row that writes it, and the mask.
 
-    The mask is [R or 1, 1, 1, T]; with beams [B, 1, n, n T]: the beams of an
-    input see each other's rows, and of these what they have read.
+    The mask is [R or 1, 1, 1, T]; with beams [B, 1, n, n T]: the beams of an input see each other's
+    rows, and of these what they have read.
     """
     T = self.key_NBTHK.shape[2]
     slots_11T = jnp.arange(T)[None, None, :]

@@ -1,7 +1,7 @@
 """The model's configuration, and the published sizes by name.
 
-`T5Config` is the only place where an architecture is described: variants are
-fields, not classes. Field names are T5X's (t5x/examples/t5/network.py).
+`T5Config` is the only place where an architecture is described: variants are fields, not classes.
+Field names are T5X's (t5x/examples/t5/network.py).
 """
 
 import dataclasses
@@ -30,46 +30,42 @@ class T5Config:
     mlp_dim: hidden width of the feed-forward block (d_ff).
     num_encoder_layers: depth of the encoder; unused when there is none.
     num_decoder_layers: depth of the decoder; unused when there is none.
-    mlp_activations: ('relu',) in T5 1.0; ('gelu', 'linear') is the gated GELU
-      of T5 1.1 (tanh approximation, as in T5X and HF's `gelu_new`).
-    logits_via_embedding: tie the output projection to the embedding and scale
-      its input by emb_dim**-0.5 (T5 1.0).
-    scale_logits: multiply the head's input by emb_dim**-0.5; None does so with
-      a tied head alone, as T5 does. A few checkpoints in the wild differ.
+    mlp_activations: ('relu',) in T5 1.0; ('gelu', 'linear') is the gated GELU of T5 1.1 (tanh
+      approximation, as in T5X and HF's `gelu_new`).
+    logits_via_embedding: tie the output projection to the embedding and scale its input by
+      emb_dim**-0.5 (T5 1.0).
+    scale_logits: multiply the head's input by emb_dim**-0.5; None does so with a tied head alone,
+      as T5 does. A few checkpoints in the wild differ.
     dropout_rate: probability of dropping, wherever T5X drops.
     dtype: of activations; norms, softmax and logits are float32 regardless.
     param_dtype: of parameters at rest.
     relpos_num_buckets: relative position buckets per head.
     relpos_max_distance: distance, in tokens, from which all share a bucket.
-    relpos_per_layer: every layer owns a bias table (umT5) instead of one table
-      a stack (T5).
+    relpos_per_layer: every layer owns a bias table (umT5) instead of one table a stack (T5).
     layer_norm_epsilon: added to the mean square inside the RMS norm.
-    scan_layers: stack the layers' parameters and scan over them (compile time
-      independent of depth) instead of unrolling.
-    remat_policy: what the backward pass recomputes: 'none' recomputes
-      nothing, 'minimal' saves the outputs of weight matmuls, 'save_names'
-      saves each block's output, 'full' recomputes whole layers.
-    attention: 'dense' holds the bias and the weights of every pair of
-      positions, 'blocked' makes them block by block in memory that grows with
-      the length alone, 'pallas_tpu' does so in a kernel for TPUs, 'cudnn' is
-      cuDNN's dense kernel (half precision). All give the same result; 'auto'
-      is 'dense' below 2,048 x 2,048 pairs (on CPUs 1,024 x 1,024), else
-      'blocked'.
-    architecture: 'encoder_decoder', 'encoder' (embeddings) or 'decoder' (a
-      causal or prefix language model).
-    share_encoder_decoder: encoder and decoder layers are the same parameters
-      (Raffel et al. 2020, Table 2, 'Enc-dec, shared').
-    lora_rank: rank of what LoRA adds to matrices; None adds nothing. With this
-      or one of the next two, the rest of the model is frozen, unless
-      OptimizerConfig.trainable says otherwise.
-    adapter_dim: inner dimension of adapters (Raffel et al. 2020, 3.5.1), with
-      which the norms train; None adds none.
+    scan_layers: stack the layers' parameters and scan over them (compile time independent of depth)
+      instead of unrolling.
+    remat_policy: what the backward pass recomputes: 'none' recomputes nothing, 'minimal' saves the
+      outputs of weight matmuls, 'save_names' saves each block's output, 'full' recomputes whole
+      layers.
+    attention: 'dense' holds the bias and the weights of every pair of positions, 'blocked' makes
+      them block by block in memory that grows with the length alone, 'pallas_tpu' does so in a
+      kernel for TPUs, 'cudnn' is cuDNN's dense kernel (half precision). All give the same result;
+      'auto' is 'dense' below 2,048 x 2,048 pairs (on CPUs 1,024 x 1,024), else 'blocked'.
+    architecture: 'encoder_decoder', 'encoder' (embeddings) or 'decoder' (a causal or prefix
+      language model).
+    share_encoder_decoder: encoder and decoder layers are the same parameters (Raffel et al. 2020,
+      Table 2, 'Enc-dec, shared').
+    lora_rank: rank of what LoRA adds to matrices; None adds nothing. With this or one of the next
+      two, the rest of the model is frozen, unless OptimizerConfig.trainable says otherwise.
+    adapter_dim: inner dimension of adapters (Raffel et al. 2020, 3.5.1), with which the norms
+      train; None adds none.
     prompt_length: trained vectors before the encoder's input; None adds none.
     lora_alpha: LoRA is scaled by lora_alpha / lora_rank; 1 by default.
-    lora_targets: matrices by name: 'query', 'key', 'value', 'out', 'wi' or
-      'wi_0', 'wi_1', and 'wo'. Query and value by default.
-    adapter_places: after which blocks adapters stand, before the residual is
-      added: 'attention' (cross-attention too), 'mlp'; both by default.
+    lora_targets: matrices by name: 'query', 'key', 'value', 'out', 'wi' or 'wi_0', 'wi_1', and
+      'wo'. Query and value by default.
+    adapter_places: after which blocks adapters stand, before the residual is added: 'attention'
+      (cross-attention too), 'mlp'; both by default.
     pad_id: the token id of padding.
     eos_id: the token id that ends a sequence.
     decoder_start_id: the first decoder input; T5 starts from padding.
@@ -248,9 +244,9 @@ _T5_1_1_SIZES = {
   'xxl': (4096, 64, 64, 10240, 24, 24),
 }
 
-# Sources: Raffel et al. 2020, section 3.7 (T5 1.0); t5x/examples/t5/*/*.gin
-# (1.1, mT5, ByT5, umT5); Tay et al. 2022 (UL2). A test compares every
-# parameter count with HF's PyTorch model built on the meta device.
+# Sources: Raffel et al. 2020, section 3.7 (T5 1.0); t5x/examples/t5/*/*.gin (1.1, mT5, ByT5, umT5);
+# Tay et al. 2022 (UL2). A test compares every parameter count with HF's PyTorch model built on the
+# meta device.
 _FAMILIES: dict[str, dict[str, T5Config]] = {
   't5_1_0': _sizes(
     _T5_1_0,

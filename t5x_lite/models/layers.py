@@ -1,12 +1,11 @@
 """The layers of T5: norm, embedding, attention, feed-forward.
 
-A module holds parameters with logical axes and static configuration, nothing
-else: no random state, no cache. Randomness and caches are arguments, so every
-transform is a plain `jax.*` one. Parameter names and initialisers are T5X's
-(t5x/examples/t5/layers.py).
+A module holds parameters with logical axes and static configuration, nothing else: no random state,
+no cache. Randomness and caches are arguments, so every transform is a plain `jax.*` one. Parameter
+names and initialisers are T5X's (t5x/examples/t5/layers.py).
 
-Legend: B batch, L length of queries, M length of keys, T slots of a cache,
-D emb_dim, H heads, K head_dim, F mlp_dim, V vocabulary.
+Legend: B batch, L length of queries, M length of keys, T slots of a cache, D emb_dim, H heads, K
+head_dim, F mlp_dim, V vocabulary.
 """
 
 import functools
@@ -30,9 +29,9 @@ _ACTIVATIONS = {
   'linear': lambda x: x,
 }
 
-# For functions of single entries, which are cheaper to compute again in the
-# backward pass than to keep (up to eight arrays for a gated GELU). Without the
-# barriers against XLA's own judgement: unrolled, it may well keep some.
+# For functions of single entries, which are cheaper to compute again in the backward pass than to
+# keep (up to eight arrays for a gated GELU). Without the barriers against XLA's own judgement:
+# unrolled, it may well keep some.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 ATTENTION_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'normal')
@@ -83,8 +82,8 @@ def split_key(key: jax.Array | None, num: int):
 def matmul(x_BLD: Array, w_DF: Array) -> Array:
   """Returns x @ w; x may have any number of leading dims.
 
-  The gradient of w is taken as `x.T @ g`. JAX would ask for `(g.T @ x).T`, for
-  which XLA:CPU copies g.
+  The gradient of w is taken as `x.T @ g`. JAX would ask for `(g.T @ x).T`, for which XLA:CPU copies
+  g.
   """
   return x_BLD @ w_DF
 
@@ -225,8 +224,8 @@ class Attention(nnx.Module):
       key: random key of the dropout of attention weights.
     """
     q_BLHK = x_BLD if x_BLD.ndim == 4 else self.queries(x_BLD)
-    # T5X draws one mask for all queries of a row, so that dropping weights is
-    # dropping keys: v_BMHK has L times fewer entries to scale.
+    # T5X draws one mask for all queries of a row, so that dropping weights is dropping keys: v_BMHK
+    # has L times fewer entries to scale.
     v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))
     y_BLHK = attention.attention(q_BLHK, k_BMHK, v_BMHK, bias, mask, self.cfg.attention)
     B, L, H, K = y_BLHK.shape

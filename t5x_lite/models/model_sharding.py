@@ -1,7 +1,7 @@
 """A model on a mesh: its placement, its parameters' shardings, its steps.
 
-Nothing is allocated here. Training, decoding, evaluation and ahead-of-time
-compilation all ask this module where a model's parameters go.
+Nothing is allocated here. Training, decoding, evaluation and ahead-of-time compilation all ask this
+module where a model's parameters go.
 """
 
 import functools
@@ -62,9 +62,9 @@ def param_shardings(model: T5Config, placement: Placement) -> Any:
 def inference_params(model: T5Config, placement: Placement) -> Any:
   """Returns shape, dtype and sharding of every parameter for inference.
 
-  What the model only ever reads in its compute dtype is loaded in it, once:
-  half the bytes of float32 for bfloat16, and the same outputs bit for bit. The
-  head and the position biases are read in float32 and keep their own dtype.
+  What the model only ever reads in its compute dtype is loaded in it, once: half the bytes of
+  float32 for bfloat16, and the same outputs bit for bit. The head and the position biases are read
+  in float32 and keep their own dtype.
   """
   _, shapes, axes = t5.abstract_params(model)
   compute = jnp.dtype(model.dtype)
@@ -93,9 +93,8 @@ def jit_step(
 ) -> Callable[..., Any]:
   """Returns `make_step(graphdef, *arguments)`, jitted, on a placement.
 
-  One function object for equal arguments, so that whoever asks again finds
-  what is compiled already. The placement is part of the key, since tracing
-  writes its constraints into the program.
+  One function object for equal arguments, so that whoever asks again finds what is compiled
+  already. The placement is part of the key, since tracing writes its constraints into the program.
   """
   graphdef, _, _ = t5.abstract_params(model)
   jitted = jax.jit(make_step(graphdef, *arguments))

@@ -1,14 +1,13 @@
 """Attention in a Pallas kernel for TPUs that makes T5's bias itself.
 
-As blocked_attention.py, in one kernel forward and one backward. Everything
-lies with positions along the lanes: queries, keys and values are [K, l], so
-that a head of 64 wastes no half of a register, and logits are [m, l], keys
-along the sublanes, so that what is kept of a query is a row.
+As blocked_attention.py, in one kernel forward and one backward. Everything lies with positions
+along the lanes: queries, keys and values are [K, l], so that a head of 64 wastes no half of a
+register, and logits are [m, l], keys along the sublanes, so that what is kept of a query is a row.
 
-A block's bias depends on the distance of its first query and key alone. The
-2 b values it is made of are two blocks of the values by distance, which
-arrive like any other input; a rotation by one more in every row makes the
-b x b biases of them, and the backward pass rotates back and sums the rows.
+A block's bias depends on the distance of its first query and key alone. The 2 b values it is made
+of are two blocks of the values by distance, which arrive like any other input; a rotation by one
+more in every row makes the b x b biases of them, and the backward pass rotates back and sums the
+rows.
 
 Legend: B batch, L queries, M keys, H heads, K head_dim, b a block, P distances.
 """
@@ -104,8 +103,8 @@ def attention(
     b //= 2
   if values_HP is None:
     values_HP = jnp.zeros((H, L + M - 1), jnp.float32)
-  # By query minus key: -Mp..Lp-1 of the padded lengths. A window begins at a
-  # whole block, since first positions of blocks are b apart.
+  # By query minus key: -Mp..Lp-1 of the padded lengths. A window begins at a whole block, since
+  # first positions of blocks are b apart.
   values_HP = jnp.pad(values_HP, ((0, 0), (-L % b, -M % b + 1)))[:, None, ::-1]
   queries_BL, keys_BM = visibility.codes(B, L, M)
   kernel = _Kernel(b, M, visibility.causal, visibility.skips, interpret)
@@ -151,8 +150,8 @@ def _logits(kernel, i, j, q_Kl, k_Km, near, far, queries_1l, keys_m1):
 def _sum_diagonals(x_bb: Array) -> Array:
   """Returns [1, 2 b], the transpose of what `_logits` does with a window.
 
-  Row c goes back by c, and rows are summed: halves of them, as often as that
-  can be done. (Mosaic rotates rows by more and more to the right alone.)
+  Row c goes back by c, and rows are summed: halves of them, as often as that can be done. (Mosaic
+  rotates rows by more and more to the right alone.)
   """
   b = x_bb.shape[0]
   x = jnp.concatenate([x_bb, jnp.zeros_like(x_bb)], axis=1)

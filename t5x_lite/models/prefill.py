@@ -1,11 +1,10 @@
 """Reads a prompt into a decoder's cache in one pass.
 
-Of a causal language model, of a prefix model, whose prompt tokens see each
-other in both directions and therefore cannot be fed one at a time, or what the
-outputs of an encoder-decoder begin with.
+Of a causal language model, of a prefix model, whose prompt tokens see each other in both directions
+and therefore cannot be fed one at a time, or what the outputs of an encoder-decoder begin with.
 
-Legend: B batch, P prompt length, T slots of a cache, V vocabulary, D emb_dim,
-H heads, K head_dim, N layers, R rows of a cache (n of each prompt).
+Legend: B batch, P prompt length, T slots of a cache, V vocabulary, D emb_dim, H heads, K head_dim,
+N layers, R rows of a cache (n of each prompt).
 """
 
 import dataclasses
@@ -33,8 +32,8 @@ def prefill(
     cache: empty, of a multiple of B rows and at least P slots.
     tokens_BP: decoder inputs: the start token, then the prompt, then padding.
     lengths_B: how many of them are not padding, the start token counted.
-    bidirectional: whether the prompt's tokens, and the start token, see each
-      other in both directions (T5X's inputs_bidirectional_attention).
+    bidirectional: whether the prompt's tokens, and the start token, see each other in both
+      directions (T5X's inputs_bidirectional_attention).
   """
   cfg = model.cfg
   B, P = tokens_BP.shape
@@ -60,8 +59,8 @@ def prefill(
       pairs.append(pair)
     kv = tuple(jnp.stack(p) for p in zip(*pairs, strict=True))
   hidden_BPD = model.decoder.norm(x_BPD)
-  # What follows a prompt is predicted at its last token; slots after it hold
-  # padding, and are written over before they are seen.
+  # What follows a prompt is predicted at its last token; slots after it hold padding, and are
+  # written over before they are seen.
   last_B1D = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)
   n = cache.key_NBTHK.shape[1] // B
 

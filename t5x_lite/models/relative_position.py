@@ -1,7 +1,6 @@
 """T5's relative position bias: a learned number for each head and distance.
 
-Legend: L length of queries, M length of keys, T slots of a cache, H heads,
-P distances, B batch.
+Legend: L length of queries, M length of keys, T slots of a cache, H heads, P distances, B batch.
 """
 
 import jax
@@ -21,12 +20,10 @@ def relative_position_bucket(
 ) -> np.ndarray:
   """Returns the bucket of each distance, key position minus query position.
 
-  Half of the buckets are for exact small distances, the rest grow
-  logarithmically up to max_distance. numpy, so that it is a constant of the
-  program and rounds alike on every backend.
+  Half of the buckets are for exact small distances, the rest grow logarithmically up to
+  max_distance. numpy, so that it is a constant of the program and rounds alike on every backend.
 
-  Source: t5x/examples/t5/layers.py _relative_position_bucket; Raffel et al.
-  2020, section 2.1.
+  Source: t5x/examples/t5/layers.py _relative_position_bucket; Raffel et al. 2020, section 2.1.
   """
   bucket = np.zeros_like(distance, dtype=np.int32)
   n = -distance

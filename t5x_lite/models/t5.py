@@ -1,12 +1,12 @@
 """T5: encoder, decoder, both, or either alone, from one config.
 
-`T5` is built only inside a traced function: at rest parameters are a plain
-nested dict (`init_params`), and `nnx.merge(graphdef, params)` makes the module
-again. The relative position bias is shared by the layers of a stack (T5) or
-owned by each (umT5); scanned and unrolled layers run the same code.
+`T5` is built only inside a traced function: at rest parameters are a plain nested dict
+(`init_params`), and `nnx.merge(graphdef, params)` makes the module again. The relative position
+bias is shared by the layers of a stack (T5) or owned by each (umT5); scanned and unrolled layers
+run the same code.
 
-Legend: B batch, L decoder length, M encoder length, T slots of a cache,
-N layers, D emb_dim, H heads, K head_dim, V vocabulary.
+Legend: B batch, L decoder length, M encoder length, T slots of a cache, N layers, D emb_dim, H
+heads, K head_dim, V vocabulary.
 """
 
 import functools
@@ -124,8 +124,8 @@ class T5(nnx.Module):
 
   def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
     self.cfg = cfg
-    # The table is owned here and passed down: plain jax transforms silently
-    # untie a module that is reachable twice.
+    # The table is owned here and passed down: plain jax transforms silently untie a module that is
+    # reachable twice.
     self.token_embedder = layers.Embedding(cfg, rngs=rngs)
     if cfg.has_encoder:
       self.encoder = Stack(
@@ -175,10 +175,8 @@ class T5(nnx.Module):
     """Returns encoded_BMD, that of a prompt before that of the tokens.
 
     Args:
-      encoder_input_tokens: [B, M] token ids; pad_id is padding unless segment
-        ids say otherwise.
-      encoder_segment_ids: [B, M], 0 for padding; positions see only their own
-        segment.
+      encoder_input_tokens: [B, M] token ids; pad_id is padding unless segment ids say otherwise.
+      encoder_segment_ids: [B, M], 0 for padding; positions see only their own segment.
       dropout_key: random key, or None for no dropout.
     """
     cfg = self.cfg
@@ -226,8 +224,8 @@ class T5(nnx.Module):
       decoder_input_tokens: [B, L], targets shifted right.
       encoder_segment_ids: [B, M] of packed rows.
       decoder_segment_ids: [B, L] of packed rows.
-      decoder_causal_attention: [B, L], 1 at prefix positions, which see each
-        other in both directions (prefix LM).
+      decoder_causal_attention: [B, L], 1 at prefix positions, which see each other in both
+        directions (prefix LM).
       dropout_key: random key, or None for no dropout.
     """
     cfg = self.cfg
@@ -285,8 +283,8 @@ class T5(nnx.Module):
   def projection(self) -> Callable[[jax.Array], jax.Array]:
     """Returns `project` for use in a loop: what it needs is gathered once.
 
-    A kernel cut over the fsdp axis would otherwise be gathered, and its
-    gradient reduced, in every iteration (docs/lab_notes.md).
+    A kernel cut over the fsdp axis would otherwise be gathered, and its gradient reduced, in every
+    iteration (docs/lab_notes.md).
     """
     kernel_DV, scale = self.head()
     return functools.partial(_project, constrain(kernel_DV, None, 'vocab'), scale)

@@ -2,8 +2,8 @@
 
 T5Config says which methods a model has; layers.py makes their parameters.
 
-Sources: LoRA, Hu et al. 2021; adapters, Raffel et al. 2020, section 3.5.1, where
-the norms train too; prompt tuning, Lester et al. 2021.
+Sources: LoRA, Hu et al. 2021; adapters, Raffel et al. 2020, section 3.5.1, where the norms train
+too; prompt tuning, Lester et al. 2021.
 """
 
 import re
