@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from t5x_lite.models import attention
 from t5x_lite.models.attention_inputs import Visibility
-from t5x_lite.models.t5 import T5, Cache
+from t5x_lite.models.t5 import T5, Cache, over_layers
 
 
 def prefill(
@@ -45,19 +45,13 @@ def prefill(
 
   def body(x_BPD, xs):
     layer, cross_kv, lender = xs
-    return layer.read(x_BPD, cross_kv, cache.cross_mask_B11M, lender, bias=bias, mask=mask)
+    return layer.read(
+      x_BPD, cross_kv, lender, bias=bias, mask=mask, cross_mask=cache.cross_mask_B11M
+    )
 
+  cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
   x_BPD = model.token_embedder(tokens_BP)
-  cross, lenders = (cache.cross_key_NBMHK, cache.cross_value_NBMHK), model.lenders()
-  if cfg.scan_layers:
-    x_BPD, kv = jax.lax.scan(body, x_BPD, (model.decoder.layers, cross, lenders))
-  else:
-    pairs = []
-    for i, layer in enumerate(model.decoder.layers):
-      cross_i = tuple(None if c is None else c[i] for c in cross)
-      x_BPD, pair = body(x_BPD, (layer, cross_i, None if lenders is None else lenders[i]))
-      pairs.append(pair)
-    kv = tuple(jnp.stack(p) for p in zip(*pairs, strict=True))
+  x_BPD, kv = over_layers(body, x_BPD, model.decoder.layers, cross, model.lenders())
   hidden_BPD = model.decoder.norm(x_BPD)
   # What follows a prompt is predicted at its last token; slots after it hold padding, and are
   # written over before they are seen.

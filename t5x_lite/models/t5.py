@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from t5x_lite.errors import UsageError
@@ -57,58 +58,50 @@ def _remat(body, policy: str):
   return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
 
 
-def _run(body, x, stacks, keys, cfg: T5Config, num_layers: int):
-  """Runs body over the layers, scanned or unrolled.
+def over_layers(step, carry, stack, *others):
+  """Runs step(carry, (layer, *others)) over layers; returns as `jax.lax.scan`.
 
   Args:
-    body: (x, layers, key) -> x for one layer.
-    x: the residual stream.
-    stacks: stacked layers, or lists of layers; None entries pass through.
-    keys: [N] random keys or None.
-    cfg: the model's config.
-    num_layers: N.
+    step: as scan's; of others it gets the entries that belong to the layer.
+    carry: what it takes and returns first, such as the residual stream.
+    stack: stacked layers, which are scanned over, or a list of layers.
+    *others: pytrees of arrays [N, ...] and of such stacks.
   """
-
-  def step(x, xs):
-    return body(x, *xs), None
-
-  step = _remat(step, cfg.remat_policy)
-  if cfg.scan_layers:
-    return jax.lax.scan(step, x, (stacks, keys), length=num_layers)[0]
-  for i in range(num_layers):
-    at_i = [s if s is None else s[i] for s in stacks]
-    x, _ = step(x, (at_i, None if keys is None else keys[i]))
-  return x
+  xs = (stack, *others)
+  if not isinstance(stack, nnx.List):
+    return jax.lax.scan(step, carry, xs)
+  ys = []
+  for i in range(len(stack)):
+    at_i = jax.tree.map(lambda x, i=i: x[i], xs, is_leaf=lambda x: isinstance(x, nnx.List))
+    carry, y = step(carry, at_i)
+    ys.append(y)
+  return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
 class Stack(nnx.Module):
   """Layers, the bias they share, and the final norm."""
 
-  def __init__(
-    self,
-    layer_cls,
-    cfg: T5Config,
-    num_layers: int,
-    *,
-    bidirectional: bool,
-    norm_name: str,
-    head: bool = False,
-    rngs,
-  ):
+  def __init__(self, layer_cls, cfg: T5Config, num_layers: int, norm_name: str, *, rngs):
+    bidirectional = layer_cls is EncoderLayer
     if not cfg.relpos_per_layer:
       self.relpos_bias = RelativePositionBias(cfg, bidirectional=bidirectional, rngs=rngs)
     self.layers = _stack(layer_cls, cfg, num_layers, rngs=rngs)
+    self.cfg, self.num_layers = cfg, num_layers
     if bidirectional and cfg.prompt_length is not None:
       # On a trained base it begins as rows of the embedding: interop/assignment.py.
-      shape = (cfg.prompt_length, cfg.emb_dim)
-      init = layers.EMBEDDING_INIT
-      self.prompt = layers.param(rngs, init, shape, ('prompt', 'embed'), cfg.param_dtype)
+      shape, axes = (cfg.prompt_length, cfg.emb_dim), ('prompt', 'embed')
+      self.prompt = layers.param(rngs, layers.EMBEDDING_INIT, shape, axes, cfg.param_dtype)
     self.norm_name = norm_name
     setattr(self, norm_name, layers.RMSNorm(cfg, rngs=rngs))
-    if head:
-      self.logits_dense = layers.Linear(
-        (cfg.emb_dim, cfg.vocab_size), ('embed', 'vocab'), cfg, rngs=rngs
-      )
+    if not (bidirectional or cfg.logits_via_embedding):
+      shape = (cfg.emb_dim, cfg.vocab_size)
+      self.logits_dense = layers.Linear(shape, ('embed', 'vocab'), cfg, rngs=rngs)
+
+  def __call__(self, body, x_BLD, key, *others) -> jax.Array:
+    """Runs (x, (layer, key, *others)) -> x over the layers, and the final norm."""
+    keys = None if key is None else jax.random.split(key, self.num_layers)
+    step = _remat(lambda x, xs: (body(x, *xs), None), self.cfg.remat_policy)
+    return self.norm(over_layers(step, x_BLD, self.layers, keys, *others)[0])
 
   def norm(self, x_BLD: jax.Array) -> jax.Array:
     """Applies the final norm, whose name is T5X's."""
@@ -128,24 +121,9 @@ class T5(nnx.Module):
     # reachable twice.
     self.token_embedder = layers.Embedding(cfg, rngs=rngs)
     if cfg.has_encoder:
-      self.encoder = Stack(
-        EncoderLayer,
-        cfg,
-        cfg.num_encoder_layers,
-        bidirectional=True,
-        norm_name='encoder_norm',
-        rngs=rngs,
-      )
+      self.encoder = Stack(EncoderLayer, cfg, cfg.num_encoder_layers, 'encoder_norm', rngs=rngs)
     if cfg.has_decoder:
-      self.decoder = Stack(
-        DecoderLayer,
-        cfg,
-        cfg.num_decoder_layers,
-        bidirectional=False,
-        norm_name='decoder_norm',
-        head=not cfg.logits_via_embedding,
-        rngs=rngs,
-      )
+      self.decoder = Stack(DecoderLayer, cfg, cfg.num_decoder_layers, 'decoder_norm', rngs=rngs)
 
   def _real(self, tokens_BM, segment_ids_BM):
     """True where a position of the encoder is not padding; the prompt's are not."""
@@ -191,17 +169,9 @@ class T5(nnx.Module):
     bias = self.encoder.bias(M, M)
 
     def body(x_BMD, layer, key):
-      return layer[0](x_BMD, bias=bias, mask=mask, key=key)
+      return layer(x_BMD, bias=bias, mask=mask, key=key)
 
-    x_BMD = _run(
-      body,
-      self._embed(encoder_input_tokens, keys[0], prompt),
-      [self.encoder.layers],
-      _layer_keys(keys[1], cfg.num_encoder_layers),
-      cfg,
-      cfg.num_encoder_layers,
-    )
-    x_BMD = self.encoder.norm(x_BMD)
+    x_BMD = self.encoder(body, self._embed(encoder_input_tokens, keys[0], prompt), keys[1])
     # Alone among the dropouts, this one is not broadcast over the length.
     return layers.dropout(x_BMD, cfg.dropout_rate, keys[2], ())
 
@@ -246,20 +216,12 @@ class T5(nnx.Module):
       cross_mask = attention.mask(cfg.attention, visibility, L, real_BM.shape[1])
     bias = self.decoder.bias(L, L)
 
-    def body(x_BLD, layer, key):
-      return layer[0](
-        x_BLD, encoded_BMD, layer[1], bias=bias, mask=mask, cross_mask=cross_mask, key=key
-      )
+    def body(x_BLD, layer, key, lender):
+      masks = {'mask': mask, 'cross_mask': cross_mask}
+      return layer(x_BLD, encoded_BMD, lender, bias=bias, **masks, key=key)
 
-    x_BLD = _run(
-      body,
-      self._embed(decoder_input_tokens, keys[0]),
-      [self.decoder.layers, self.lenders()],
-      _layer_keys(keys[1], cfg.num_decoder_layers),
-      cfg,
-      cfg.num_decoder_layers,
-    )
-    x_BLD = self.decoder.norm(x_BLD)
+    x_BLD = self._embed(decoder_input_tokens, keys[0])
+    x_BLD = self.decoder(body, x_BLD, keys[1], self.lenders())
     return layers.dropout(x_BLD, cfg.dropout_rate, keys[2])
 
   def lenders(self):
@@ -268,10 +230,8 @@ class T5(nnx.Module):
 
   def head(self) -> tuple[jax.Array, float]:
     """Returns the projection [D, V] and the factor its input is scaled by."""
-    cfg = self.cfg
-    tied = cfg.logits_via_embedding
-    scaled = tied if cfg.scale_logits is None else cfg.scale_logits
-    scale = cfg.emb_dim**-0.5 if scaled else 1.0
+    tied, scaled = self.cfg.logits_via_embedding, self.cfg.scale_logits
+    scale = self.cfg.emb_dim**-0.5 if (tied if scaled is None else scaled) else 1.0
     if tied:
       return self.token_embedder.embedding[...].T, scale
     return self.decoder.logits_dense.kernel[...], scale
@@ -293,17 +253,14 @@ class T5(nnx.Module):
     """Returns hidden_BLD of a training batch, packed or not."""
     keys = layers.split_key(dropout_key, 2)
     encoded_BMD = None
+    inputs, segments = batch.get('encoder_input_tokens'), batch.get('encoder_segment_ids')
     if self.cfg.has_encoder:
-      encoded_BMD = self.encode(
-        batch['encoder_input_tokens'],
-        encoder_segment_ids=batch.get('encoder_segment_ids'),
-        dropout_key=keys[0],
-      )
+      encoded_BMD = self.encode(inputs, encoder_segment_ids=segments, dropout_key=keys[0])
     return self.decode(
       encoded_BMD,
-      batch.get('encoder_input_tokens'),
+      inputs,
       batch['decoder_input_tokens'],
-      encoder_segment_ids=batch.get('encoder_segment_ids'),
+      encoder_segment_ids=segments,
       decoder_segment_ids=batch.get('decoder_segment_ids'),
       decoder_causal_attention=batch.get('decoder_causal_attention'),
       dropout_key=keys[1],
@@ -331,14 +288,10 @@ class T5(nnx.Module):
     cross_k = cross_v = cross_mask = None
     if cfg.has_encoder:
 
-      def cross(layer):
-        return layer.encoder_decoder_attention.keys_values(encoded_BMD)
+      def cross(_, xs):
+        return None, xs[0].encoder_decoder_attention.keys_values(encoded_BMD)
 
-      if cfg.scan_layers:
-        cross_k, cross_v = jax.lax.map(cross, self.decoder.layers)
-      else:
-        pairs = [cross(layer) for layer in self.decoder.layers]
-        cross_k, cross_v = (jnp.stack(x) for x in zip(*pairs, strict=True))
+      _, (cross_k, cross_v) = over_layers(cross, None, self.decoder.layers)
       cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
     return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask, jnp.zeros((), jnp.int32))
 
@@ -346,29 +299,19 @@ class T5(nnx.Module):
     """Feeds one token a row; returns logits_BV of the next, and the cache."""
     cfg = self.cfg
     cache, mask = cache.next_slot()
-    bias = None
-    if not cfg.relpos_per_layer:
-      bias = cache.bias(self.decoder.relpos_bias)
-    x_B1D = self._embed(tokens_B[:, None], None)
-    step = functools.partial(_decode_layer, bias=bias, mask=mask)
+    bias = None if cfg.relpos_per_layer else cache.bias(self.decoder.relpos_bias)
+
+    def step(carry, xs):
+      (x_B1D, cache), (layer, i, cross_kv, lender) = carry, xs
+      return layer.step(x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
+
+    carry = self._embed(tokens_B[:, None], None), cache
     cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
-    lenders = self.lenders()
-    if cfg.scan_layers:
-      xs = (jnp.arange(cfg.num_decoder_layers), self.decoder.layers, cross, lenders)
-      (x_B1D, cache), _ = jax.lax.scan(step, (x_B1D, cache), xs)
-    else:
-      for i, layer in enumerate(self.decoder.layers):
-        lender = None if lenders is None else lenders[i]
-        cross_i = tuple(None if c is None else c[i] for c in cross)
-        (x_B1D, cache), _ = step((x_B1D, cache), (i, layer, cross_i, lender))
+    numbers = np.arange(cfg.num_decoder_layers)
+    carry, _ = over_layers(step, carry, self.decoder.layers, numbers, cross, self.lenders())
+    x_B1D, cache = carry
     hidden_B1D = self.decoder.norm(x_B1D)
     return self.project(hidden_B1D)[:, 0], cache.advanced()
-
-
-def _decode_layer(carry, xs, *, bias, mask):
-  x_B1D, cache = carry
-  i, layer, cross_kv, lender = xs
-  return layer.step(x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
 
 
 def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:
@@ -380,10 +323,6 @@ def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:
 def _pair(queries_BL, keys_BM):
   """Returns the segments of queries and keys, or None if either is not packed."""
   return None if queries_BL is None or keys_BM is None else (queries_BL, keys_BM)
-
-
-def _layer_keys(key, num_layers: int):
-  return None if key is None else jax.random.split(key, num_layers)
 
 
 @functools.lru_cache(maxsize=64)
