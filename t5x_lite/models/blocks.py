@@ -29,16 +29,15 @@ class Cache:
   Attributes:
     key_NBTHK: self-attention keys; slots at and after index are unwritten.
     value_NBTHK: self-attention values.
-    cross_key_NBMHK: keys of the encoder output, computed once; or None.
-    cross_value_NBMHK: values of the encoder output; or None.
-    cross_mask_B11M: True at real encoder positions; or None.
+    cross_key_NBMHK: keys of the encoder output, or None as the next two.
+    cross_value_NBMHK: values of the encoder output.
+    cross_mask_B11M: True at real encoder positions.
     index: int32, the position of the next token: a scalar, or [B].
-    owner_BnT: in beam search, the beam whose row holds what beam n read in each slot. Beams go on
-      from others by changing this; keys and values stay where they are. None if every row reads its
-      own.
+    owner_BnT: in beam search, the beam whose row holds what beam n read in each slot: beams go on
+      from others by changing this, and keys and values stay. None if every row reads its own.
     seen_B: in continuous batching, how many tokens each row has decoded, T - 1 at most. Slots are
-      then a ring that all rows write at the same index, however long they are there: a row sees as
-      many slots back as it has decoded, and T5's bias knows distances alone. None otherwise.
+      then a ring that all rows write at the same index: a row sees as many slots back as it has
+      decoded, and T5's bias knows distances alone. None otherwise.
   """
 
   key_NBTHK: jax.Array
@@ -62,12 +61,10 @@ class Cache:
 
   def _padded(self, more: int, **dims: int) -> 'Cache':
     """Returns it with `more` zeros at the end of a dim of some fields."""
-    fields = {name: getattr(self, name) for name in dims}
-    padded = {
-      name: jnp.pad(x, [(0, more if dim == dims[name] else 0) for dim in range(x.ndim)])
-      for name, x in fields.items()
-      if x is not None
-    }
+    padded = {}
+    for name, dim in dims.items():
+      if (x := getattr(self, name)) is not None:
+        padded[name] = jnp.pad(x, [(0, more if i == dim else 0) for i in range(x.ndim)])
     return dataclasses.replace(self, **padded)
 
   def for_beams(self, num_beams: int) -> 'Cache':
@@ -94,10 +91,10 @@ class Cache:
     if self.owner_BnT is None:
       return self, (slots_11T <= jnp.atleast_1d(self.index)[:, None, None])[:, None]
     B, n, _ = self.owner_BnT.shape
-    beams_n1 = jnp.arange(n)[:, None]
+    beams_1n1 = jnp.arange(n)[None, :, None]
     index_Bn1 = jnp.broadcast_to(self.index, (B * n,)).reshape(B, n, 1)
-    owner_BnT = jnp.where(slots_11T == index_Bn1, beams_n1, self.owner_BnT)
-    mine_BnmT = owner_BnT[:, :, None, :] == beams_n1
+    owner_BnT = jnp.where(slots_11T == index_Bn1, beams_1n1, self.owner_BnT)
+    mine_BnmT = owner_BnT[:, :, None, :] == beams_1n1[None]
     mine_BnmT &= (slots_11T <= index_Bn1)[:, :, None, :]
     return dataclasses.replace(self, owner_BnT=owner_BnT), mine_BnmT.reshape(B, 1, n, n * T)
 
@@ -220,14 +217,7 @@ class DecoderLayer(_Layer):
   def read(self, x_BLD, cross_kv, lender, *, bias, mask, cross_mask, key=None):
     """Reads several positions; returns x_BLD, and keys and values of self-attention.
 
-    Args:
-      x_BLD: the residual stream.
-      cross_kv: keys and values of the encoder output; None without encoder.
-      lender: the layer that owns shared parameters, or None.
-      bias: of self-attention, if all layers share it.
-      mask: of self-attention.
-      cross_mask: of cross-attention.
-      key: random key of dropout.
+    cross_kv is None without an encoder, lender the layer that owns shared parameters, or None.
     """
     keys = layers.split_key(key, 6)
     norm, attention = self.self_block(lender)

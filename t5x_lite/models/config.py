@@ -39,11 +39,9 @@ class T5Config:
     mlp_dim: hidden width of the feed-forward block (d_ff).
     num_encoder_layers: depth of the encoder; unused when there is none.
     num_decoder_layers: depth of the decoder; unused when there is none.
-    mlp_activations: ('relu',) in T5 1.0; ('gelu', 'linear') is the gated GELU of T5 1.1 (tanh
-      approximation, as in T5X and HF's `gelu_new`).
+    mlp_activations: ('relu',) in T5 1.0; ('gelu', 'linear') is T5 1.1's gated GELU, by tanh.
     logits_via_embedding: tie the output projection to the embedding (T5 1.0).
-    scale_logits: multiply the head's input by emb_dim**-0.5; None does so with a tied head alone,
-      as T5 does. A few checkpoints in the wild differ.
+    scale_logits: multiply the head's input by emb_dim**-0.5; None, T5's, only with a tied head.
     dropout_rate: probability of dropping, wherever T5X drops.
     dtype: of activations; norms, softmax and logits are float32 regardless.
     param_dtype: of parameters at rest.
@@ -65,10 +63,8 @@ class T5Config:
     adapter_dim: inner width of adapters (Raffel et al. 2020, 3.5.1), with which the norms train.
     prompt_length: trained vectors before the encoder's input; None adds none.
     lora_alpha: LoRA is scaled by lora_alpha / lora_rank; 1 by default.
-    lora_targets: matrices by name: 'query', 'key', 'value', 'out', 'wi' or 'wi_0', 'wi_1', and
-      'wo'. Query and value by default.
-    adapter_places: after which blocks adapters stand, before the residual is added: 'attention'
-      (cross-attention too), 'mlp'; both by default.
+    lora_targets: matrices: 'query' and 'value' by default, 'key', 'out', 'wi' or 'wi_0', ..., 'wo'.
+    adapter_places: blocks that end with adapters: 'attention' (cross- too), 'mlp'; by default both.
     pad_id: the token id of padding.
     eos_id: the token id that ends a sequence.
     decoder_start_id: the first decoder input; T5 starts from padding.
@@ -205,7 +201,6 @@ def _sizes(family: dict[str, Any], **sizes: tuple[int, ...]) -> dict[str, T5Conf
   }
 
 
-_T5_1_0: dict[str, Any] = {'mlp_activations': ('relu',), 'logits_via_embedding': True}
 _T5_1_1_SIZES = {
   'small': (512, 6, 64, 1024, 8, 8),
   'base': (768, 12, 64, 2048, 12, 12),
@@ -219,7 +214,7 @@ _T5_1_1_SIZES = {
 # meta device.
 _FAMILIES: dict[str, dict[str, T5Config]] = {
   't5_1_0': _sizes(
-    _T5_1_0,
+    {'mlp_activations': ('relu',), 'logits_via_embedding': True},
     small=(512, 8, 64, 2048, 6, 6),
     base=(768, 12, 64, 3072, 12, 12),
     large=(1024, 16, 64, 4096, 24, 24),

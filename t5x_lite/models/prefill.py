@@ -1,7 +1,7 @@
 """Reads a prompt into a decoder's cache in one pass.
 
-Of a causal language model, of a prefix model, whose prompt tokens see each other in both directions
-and therefore cannot be fed one at a time, or what the outputs of an encoder-decoder begin with.
+The prompt of a language model, causal or with a prefix whose tokens see each other (which cannot be
+fed one at a time), or what the outputs of an encoder-decoder begin with.
 
 Legend: B batch, P prompt length, T slots of a cache, V vocabulary, D emb_dim, H heads, K head_dim,
 N layers, R rows of a cache (n of each prompt).
@@ -9,8 +9,8 @@ N layers, R rows of a cache (n of each prompt).
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from t5x_lite.models import attention
 from t5x_lite.models.attention_inputs import Visibility
@@ -18,22 +18,13 @@ from t5x_lite.models.t5 import T5, Cache, over_layers
 
 
 def prefill(
-  model: T5,
-  cache: Cache,
-  tokens_BP: jax.Array,
-  lengths_B: jax.Array,
-  *,
-  bidirectional: bool = False,
-) -> tuple[jax.Array, Cache]:
+  model: T5, cache: Cache, tokens_BP: Array, lengths_B: Array, *, bidirectional: bool = False
+) -> tuple[Array, Cache]:
   """Returns logits_RV of the token after each prompt, and the cache.
 
-  Args:
-    model: with a decoder.
-    cache: empty, of a multiple of B rows and at least P slots.
-    tokens_BP: decoder inputs: the start token, then the prompt, then padding.
-    lengths_B: how many of them are not padding, the start token counted.
-    bidirectional: whether the prompt's tokens, and the start token, see each other in both
-      directions (T5X's inputs_bidirectional_attention).
+  The cache is empty, of a multiple of B rows and at least P slots; decoder inputs are the start
+  token, the prompt, then padding, and lengths count what is not padding. If bidirectional, the
+  prompt's tokens and the start token see each other (T5X's inputs_bidirectional_attention).
   """
   cfg = model.cfg
   B, P = tokens_BP.shape

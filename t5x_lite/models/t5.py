@@ -1,9 +1,8 @@
 """T5: encoder, decoder, both, or either alone, from one config.
 
 `T5` is built only inside a traced function: at rest parameters are a plain nested dict
-(`init_params`), and `nnx.merge(graphdef, params)` makes the module again. The relative position
-bias is shared by the layers of a stack (T5) or owned by each (umT5); scanned and unrolled layers
-run the same code.
+(`init_params`), and `nnx.merge(graphdef, params)` makes the module again. Scanned and unrolled
+layers run the same code.
 
 Legend: B batch, L decoder length, M encoder length, T slots of a cache, N layers, D emb_dim, H
 heads, K head_dim, V vocabulary.
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from t5x_lite.errors import UsageError
 from t5x_lite.models import attention, layers
@@ -25,6 +25,13 @@ from t5x_lite.models.blocks import SAVED_NAMES, Cache, DecoderLayer, EncoderLaye
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.relative_position import RelativePositionBias
 from t5x_lite.parallel.logical_axes import constrain
+
+# What the backward pass does not compute again, by remat policy.
+_SAVED = {
+  'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  'save_names': jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+  'full': None,
+}
 
 
 def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
@@ -37,35 +44,18 @@ def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
   if not cfg.scan_layers:
     return nnx.List([make(key) for key in keys])
   stacked = jax.vmap(make)(keys)
-  return jax.tree.map(
-    lambda p: p.copy(axes=('layers', *p.get_metadata('axes'))), stacked, is_leaf=_is_variable
-  )
+  return _with_axes(stacked, lambda p: p.copy(axes=('layers', *p.get_metadata('axes'))))
 
 
-def _is_variable(x) -> bool:
-  return isinstance(x, nnx.Variable)
-
-
-def _remat(body, policy: str):
-  """Wraps one layer so that its backward pass recomputes per the policy."""
-  if policy == 'none':
-    return body
-  policies = {
-    'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    'save_names': jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
-    'full': None,
-  }
-  return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+def _with_axes(tree, change):
+  return jax.tree.map(change, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def over_layers(step, carry, stack, *others):
-  """Runs step(carry, (layer, *others)) over layers; returns as `jax.lax.scan`.
+  """Runs step(carry, (layer, *others' entries)) over layers; returns what `jax.lax.scan` does.
 
-  Args:
-    step: as scan's; of others it gets the entries that belong to the layer.
-    carry: what it takes and returns first, such as the residual stream.
-    stack: stacked layers, which are scanned over, or a list of layers.
-    *others: pytrees of arrays [N, ...] and of such stacks.
+  A stack is a module of stacked layers, which are scanned over, or a list of layers; others are
+  pytrees of such stacks and of arrays [N, ...].
   """
   xs = (stack, *others)
   if not isinstance(stack, nnx.List):
@@ -97,13 +87,19 @@ class Stack(nnx.Module):
       shape = (cfg.emb_dim, cfg.vocab_size)
       self.logits_dense = layers.Linear(shape, ('embed', 'vocab'), cfg, rngs=rngs)
 
-  def __call__(self, body, x_BLD, key, *others) -> jax.Array:
+  def __call__(self, body, x_BLD, key, *others) -> Array:
     """Runs (x, (layer, key, *others)) -> x over the layers, and the final norm."""
     keys = None if key is None else jax.random.split(key, self.num_layers)
-    step = _remat(lambda x, xs: (body(x, *xs), None), self.cfg.remat_policy)
+    policy = self.cfg.remat_policy
+
+    def step(x_BLD, xs):
+      return body(x_BLD, *xs), None
+
+    if policy != 'none':
+      step = jax.checkpoint(step, policy=_SAVED[policy], prevent_cse=False)
     return self.norm(over_layers(step, x_BLD, self.layers, keys, *others)[0])
 
-  def norm(self, x_BLD: jax.Array) -> jax.Array:
+  def norm(self, x_BLD: Array) -> Array:
     """Applies the final norm, whose name is T5X's."""
     return getattr(self, self.norm_name)(x_BLD)
 
@@ -138,7 +134,7 @@ class T5(nnx.Module):
       return real_BM
     return jnp.pad(real_BM, ((0, 0), (self.cfg.prompt_length, 0)), constant_values=True)
 
-  def _embed(self, tokens_BL, key, prompt_PD=None) -> jax.Array:
+  def _embed(self, tokens_BL, key, prompt_PD=None) -> Array:
     x_BLD = self.token_embedder(tokens_BL)
     if prompt_PD is not None:
       shape = (x_BLD.shape[0], *prompt_PD.shape)
@@ -147,23 +143,18 @@ class T5(nnx.Module):
     x_BLD = layers.dropout(x_BLD, self.cfg.dropout_rate, key)
     return constrain(x_BLD, 'batch', 'length', 'embed')
 
-  def encode(
-    self, encoder_input_tokens, *, encoder_segment_ids=None, dropout_key=None
-  ) -> jax.Array:
+  def encode(self, encoder_input_tokens, *, encoder_segment_ids=None, dropout_key=None) -> Array:
     """Returns encoded_BMD, that of a prompt before that of the tokens.
 
-    Args:
-      encoder_input_tokens: [B, M] token ids; pad_id is padding unless segment ids say otherwise.
-      encoder_segment_ids: [B, M], 0 for padding; positions see only their own segment.
-      dropout_key: random key, or None for no dropout.
+    Padding is pad_id, unless there are segment ids, [B, M], 0 for padding: positions see only their
+    own segment. Without a key nothing is dropped.
     """
     cfg = self.cfg
     keys = layers.split_key(dropout_key, 3)
     real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
     M = real_BM.shape[1]
-    visibility = Visibility(
-      key_seen_BM=real_BM, segments=_pair(encoder_segment_ids, encoder_segment_ids)
-    )
+    segments = _pair(encoder_segment_ids, encoder_segment_ids)
+    visibility = Visibility(key_seen_BM=real_BM, segments=segments)
     mask = attention.mask(cfg.attention, visibility, M, M)
     prompt = self.encoder.prompt[...] if cfg.prompt_length is not None else None
     bias = self.encoder.bias(M, M)
@@ -185,7 +176,7 @@ class T5(nnx.Module):
     decoder_segment_ids=None,
     decoder_causal_attention=None,
     dropout_key=None,
-  ) -> jax.Array:
+  ) -> Array:
     """Returns hidden_BLD, the decoder's output before the projection.
 
     Args:
@@ -194,8 +185,7 @@ class T5(nnx.Module):
       decoder_input_tokens: [B, L], targets shifted right.
       encoder_segment_ids: [B, M] of packed rows.
       decoder_segment_ids: [B, L] of packed rows.
-      decoder_causal_attention: [B, L], 1 at prefix positions, which see each other in both
-        directions (prefix LM).
+      decoder_causal_attention: [B, L], 1 in a prefix, whose positions see each other (prefix LM).
       dropout_key: random key, or None for no dropout.
     """
     cfg = self.cfg
@@ -210,9 +200,8 @@ class T5(nnx.Module):
     cross_mask = None
     if cfg.has_encoder:
       real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
-      visibility = Visibility(
-        key_seen_BM=real_BM, segments=_pair(decoder_segment_ids, encoder_segment_ids)
-      )
+      segments = _pair(decoder_segment_ids, encoder_segment_ids)
+      visibility = Visibility(key_seen_BM=real_BM, segments=segments)
       cross_mask = attention.mask(cfg.attention, visibility, L, real_BM.shape[1])
     bias = self.decoder.bias(L, L)
 
@@ -228,7 +217,7 @@ class T5(nnx.Module):
     """Returns the layers that own shared parameters, or None."""
     return self.encoder.layers if self.cfg.share_encoder_decoder else None
 
-  def head(self) -> tuple[jax.Array, float]:
+  def head(self) -> tuple[Array, float]:
     """Returns the projection [D, V] and the factor its input is scaled by."""
     tied, scaled = self.cfg.logits_via_embedding, self.cfg.scale_logits
     scale = self.cfg.emb_dim**-0.5 if (tied if scaled is None else scaled) else 1.0
@@ -236,11 +225,11 @@ class T5(nnx.Module):
       return self.token_embedder.embedding[...].T, scale
     return self.decoder.logits_dense.kernel[...], scale
 
-  def project(self, hidden_BLD: jax.Array) -> jax.Array:
+  def project(self, hidden_BLD: Array) -> Array:
     """Returns logits_BLV in float32."""
     return _project(*self.head(), hidden_BLD)
 
-  def projection(self) -> Callable[[jax.Array], jax.Array]:
+  def projection(self) -> Callable[[Array], Array]:
     """Returns `project` for use in a loop: what it needs is gathered once.
 
     A kernel cut over the fsdp axis would otherwise be gathered, and its gradient reduced, in every
@@ -249,37 +238,29 @@ class T5(nnx.Module):
     kernel_DV, scale = self.head()
     return functools.partial(_project, constrain(kernel_DV, None, 'vocab'), scale)
 
-  def hidden(self, batch: Mapping[str, jax.Array], *, dropout_key=None):
+  def hidden(self, batch: Mapping[str, Array], *, dropout_key=None):
     """Returns hidden_BLD of a training batch, packed or not."""
     keys = layers.split_key(dropout_key, 2)
     encoded_BMD = None
     inputs, segments = batch.get('encoder_input_tokens'), batch.get('encoder_segment_ids')
     if self.cfg.has_encoder:
       encoded_BMD = self.encode(inputs, encoder_segment_ids=segments, dropout_key=keys[0])
-    return self.decode(
-      encoded_BMD,
-      inputs,
-      batch['decoder_input_tokens'],
-      encoder_segment_ids=segments,
-      decoder_segment_ids=batch.get('decoder_segment_ids'),
-      decoder_causal_attention=batch.get('decoder_causal_attention'),
-      dropout_key=keys[1],
-    )
+    names = ('encoder_segment_ids', 'decoder_segment_ids', 'decoder_causal_attention')
+    more = {name: batch.get(name) for name in names}
+    tokens = batch['decoder_input_tokens']
+    return self.decode(encoded_BMD, inputs, tokens, **more, dropout_key=keys[1])
 
-  def __call__(self, batch: Mapping[str, jax.Array], *, dropout_key=None):
+  def __call__(self, batch: Mapping[str, Array], *, dropout_key=None):
     """Returns logits_BLV of a training batch."""
     return self.project(self.hidden(batch, dropout_key=dropout_key))
 
   def init_cache(
     self, encoded_BMD, encoder_input_tokens, *, batch_size: int, max_decode_length: int
   ) -> Cache:
-    """Returns an empty cache; cross-attention keys and values are made here.
+    """Returns an empty cache for max_decode_length positions; cross-attention keys are made here.
 
-    Args:
-      encoded_BMD: from `encode`; None when there is no encoder.
-      encoder_input_tokens: [B, M]; None likewise.
-      batch_size: rows; a multiple of B, where several rows share an input.
-      max_decode_length: T, positions that can be decoded.
+    encoded_BMD and inputs [B, M] are None without an encoder. batch_size is a multiple of B, where
+    several rows share an input.
     """
     cfg = self.cfg
     shape = (cfg.num_decoder_layers, batch_size, max_decode_length, cfg.num_heads, cfg.head_dim)
@@ -295,7 +276,7 @@ class T5(nnx.Module):
       cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
     return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask, jnp.zeros((), jnp.int32))
 
-  def decode_step(self, tokens_B, cache: Cache) -> tuple[jax.Array, Cache]:
+  def decode_step(self, tokens_B, cache: Cache) -> tuple[Array, Cache]:
     """Feeds one token a row; returns logits_BV of the next, and the cache."""
     cfg = self.cfg
     cache, mask = cache.next_slot()
@@ -310,11 +291,10 @@ class T5(nnx.Module):
     numbers = np.arange(cfg.num_decoder_layers)
     carry, _ = over_layers(step, carry, self.decoder.layers, numbers, cross, self.lenders())
     x_B1D, cache = carry
-    hidden_B1D = self.decoder.norm(x_B1D)
-    return self.project(hidden_B1D)[:, 0], cache.advanced()
+    return self.project(self.decoder.norm(x_B1D))[:, 0], cache.advanced()
 
 
-def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:
+def _project(kernel_DV, scale: float, hidden_BLD) -> Array:
   # As T5X, in float32 whatever the dtype of the activations.
   logits_BLV = layers.matmul(hidden_BLD.astype(jnp.float32) * scale, kernel_DV.astype(jnp.float32))
   return constrain(logits_BLV, 'batch', 'length', 'vocab')
@@ -331,9 +311,6 @@ def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
 
   The same objects for equal configs: leave them as they are.
 
-  Args:
-    cfg: the model's config.
-
   Returns:
     graphdef: what `nnx.merge(graphdef, params)` needs beside the parameters.
     shapes: nested dict of ShapeDtypeStructs.
@@ -341,11 +318,10 @@ def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
   """
   model = nnx.eval_shape(lambda: T5(cfg, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model, graph=False)
-  axes = jax.tree.map(lambda p: p.replace(p.get_metadata('axes')), state, is_leaf=_is_variable)
+  axes = _with_axes(state, lambda p: p.replace(p.get_metadata('axes')))
   return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
-def init_params(cfg: T5Config, key: jax.Array) -> dict:
+def init_params(cfg: T5Config, key: Array) -> dict:
   """Draws parameters: a nested dict of arrays. Jit it with out_shardings."""
-  model = T5(cfg, rngs=nnx.Rngs(params=key))
-  return nnx.to_pure_dict(nnx.split(model, graph=False)[1])
+  return nnx.to_pure_dict(nnx.split(T5(cfg, rngs=nnx.Rngs(params=key)), graph=False)[1])

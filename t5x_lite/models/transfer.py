@@ -29,11 +29,7 @@ def is_added(name: str) -> bool:
 
 
 def trained_pattern(names: Iterable[str]) -> str | None:
-  """Returns a regular expression of what trains by default; None for all.
-
-  Args:
-    names: paths of all parameters, such as 'encoder/layers/mlp/wo/kernel'.
-  """
+  """Returns a regular expression of the paths that train by default; None for all."""
   names = list(names)
   found = [trains for added, trains in _METHODS if any(re.search(added, n) for n in names)]
   return '|'.join(found) or None
