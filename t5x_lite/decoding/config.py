@@ -32,19 +32,16 @@ class DecodingConfig:
   """How tokens are chosen; names and meanings are those of transformers' `generate`.
 
   Attributes:
-    max_decode_length: most new tokens, the end of sequence included; None for as
-      many as the targets of training had, or 128.
+    max_decode_length: most new tokens, EOS included; None for as many as in training, or 128.
     min_new_tokens: no end of sequence before this many new tokens.
     temperature: 0 is greedy; otherwise logits are divided by it and sampled.
     top_k: sample among the k likeliest tokens; 0 means all.
     top_p: sample among the fewest tokens whose probability reaches p; 1 means all.
     min_p: sample among tokens at least this many times as likely as the likeliest.
-    typical_p: sample among the tokens of most ordinary surprise that reach p
-      (Meister et al. 2022); 1 means all.
+    typical_p: sample among the most ordinary tokens that reach p (Meister et al. 2022); 1 is all.
     epsilon_cutoff: sample among tokens of at least this probability (Hewitt et al. 2022).
     eta_cutoff: as epsilon_cutoff, but lower where the distribution is flat.
-    repetition_penalty: divides the positive logits of tokens written already, the
-      start token and the prefix included, and multiplies the negative ones.
+    repetition_penalty: divides positive logits of tokens read already, multiplies negative ones.
     frequency_penalty: taken from a logit as often as its token has been written.
     no_repeat_ngram_size: no n-gram of this size twice; 0 means off.
     forced_bos_id: the first new token; None for a free choice.
@@ -55,12 +52,11 @@ class DecodingConfig:
     labels: texts, the only outputs there can be.
     stop_strings: a text is cut before the first of these.
     num_beams: hypotheses of beam search; 1 is greedy or sampling.
-    length_penalty: beams are ranked by log-probability / length**length_penalty;
-      above 0 favours long outputs.
-    brevity_alpha: rank by log-probability / ((5 + length) / 6)**alpha instead, as
-      T5X does (the paper: 0.6); None for length_penalty.
-    early_stopping: True stops an input's search at num_beams finished hypotheses;
-      False when no running one is better now; 'never' when none can become better.
+    length_penalty: rank by log-probability / length**length_penalty; above 0 favours long outputs.
+    brevity_alpha: rank by log-probability / ((5 + length) / 6)**alpha instead, as T5X does (the
+      paper: 0.6); None for length_penalty.
+    early_stopping: True stops an input's search at num_beams finished hypotheses; False when no
+      running one is better now; 'never' when none can become better.
     num_return_sequences: outputs for each input: the best beams, or samples.
     best_of: draw this many samples and return the best by length-normalised score.
   """
@@ -108,41 +104,32 @@ class DecodingConfig:
     stop = _EARLY_STOPPING.get(str(self.early_stopping).lower())
     self._check(stop is not None, 'early_stopping', "True, False or 'never'")
     object.__setattr__(self, 'early_stopping', stop)
-    longest = self.length
-    self._check(
-      self.min_new_tokens <= longest, 'min_new_tokens', f'at most max_decode_length, {longest}'
-    )
-    fields = dataclasses.fields(self)
-    changed = {field.name for field in fields if getattr(self, field.name) != field.default}
+    fine = self.min_new_tokens <= self.length
+    self._check(fine, 'min_new_tokens', f'at most max_decode_length, {self.length}')
     if self.temperature == 0.0:
       why = 'but temperature is 0, which is greedy and draws nothing: set temperature=1.0 to sample'
-      self._refuse(changed, _OF_SAMPLING, why)
+      self._refuse(_OF_SAMPLING, why)
     elif self.num_beams > 1:
-      self._refuse(
-        changed, ['num_beams'], 'but with a temperature: beams are searched, not sampled'
-      )
+      self._refuse(['num_beams'], 'but with a temperature: beams are searched, not sampled')
     if self.num_beams == 1:
       ranks = () if self.best_of else ('length_penalty', 'brevity_alpha')
-      self._refuse(changed, (*ranks, 'early_stopping'), 'but num_beams is 1: it ranks beams')
+      self._refuse((*ranks, 'early_stopping'), 'but num_beams is 1: it ranks beams')
     if self.brevity_alpha is not None:
-      self._refuse(changed, ['length_penalty'], 'but brevity_alpha is set too: choose one of them')
-    most = max(self.num_beams, self.best_of)
-    if most == 1 and not self.best_of and self.temperature:
-      most = INF
-    self._check(
-      self.num_return_sequences <= most,
-      'num_return_sequences',
-      f'at most {most}, as many as there are',
-    )
+      self._refuse(['length_penalty'], 'but brevity_alpha is set too: choose one of them')
+    samples = self.num_beams == 1 and not self.best_of and self.temperature
+    most = INF if samples else max(self.num_beams, self.best_of)
+    fine = self.num_return_sequences <= most
+    self._check(fine, 'num_return_sequences', f'at most {most}, as many as there are')
 
   def _check(self, fine: bool, name: str, allowed: str) -> None:
     if not fine:
       value = getattr(self, name)
       raise UsageError(f'DecodingConfig.{name} is {value!r}; it must be {allowed}.')
 
-  def _refuse(self, changed: set[str], names: Sequence[str], why: str) -> None:
+  def _refuse(self, names: Sequence[str], why: str) -> None:
+    """Refuses a field that has been changed."""
     for name in names:
-      if name in changed:
+      if getattr(self, name) != self.__dataclass_fields__[name].default:
         raise UsageError(f'DecodingConfig.{name} is {getattr(self, name)}, {why}')
 
   @property
@@ -177,9 +164,9 @@ class DecodingConfig:
     """Returns the config with ids for texts, and a length where it names none."""
     if encode is None and (self.labels or self.forbidden_words):
       raise UsageError('DecodingConfig has labels or forbidden_words, and there is no vocabulary')
-    labels, words = (
+    words, labels = (
       tuple(tuple(encode(text)) for text in texts) if encode is not None else ()
-      for texts in (self.labels, self.forbidden_words)
+      for texts in (self.forbidden_words, self.labels)
     )
     length = max_decode_length if self.max_decode_length is None else self.max_decode_length
     return dataclasses.replace(

@@ -1,13 +1,11 @@
 """Continuous batching: rows that have ended give their place to waiting ones.
 
-A fixed number of slots decodes in one compiled loop, `chunk` tokens at a time.
-Between chunks the host reads what is there, empties slots that have ended and
-puts waiting inputs into them, so that a short output does not wait for a long
-one (Yu et al. 2022, Orca, section 4). A row gets what it would get alone: its
-temperature, bounds and random numbers are its own, and depend on no neighbour.
+A fixed number of slots decodes in one compiled loop, `chunk` tokens at a time. Between chunks the
+host reads what is there, empties slots that have ended and puts waiting inputs into them, so that a
+short output does not wait for a long one (Yu et al. 2022, Orca, section 4). A row gets what it
+would get alone: its temperature, bounds and random numbers are its own, and depend on no neighbour.
 
-Legend: S slots, B rows put in at once, M encoder length, L decoded length,
-V vocabulary.
+Legend: S slots, B rows put in at once, M encoder length, L decoded length, V vocabulary.
 """
 
 import dataclasses
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from t5x_lite.decoding import prediction
+from t5x_lite.decoding import prediction, sampling
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.models.blocks import Cache
@@ -38,8 +36,7 @@ class Request:
     max_new_tokens: EOS included; None for as many as there is room for.
     temperature: 0 is greedy.
     top_k: sample among the k likeliest tokens; 0 means all.
-    top_p: sample among the fewest tokens whose probability reaches p, after
-      top_k; 1 means all.
+    top_p: sample among the fewest tokens whose probability reaches p, after top_k; 1 means all.
     seed: of this row's sampling.
   """
 
@@ -57,8 +54,7 @@ class Output:
 
   Attributes:
     tokens: ids, without EOS.
-    log_probs: natural logarithm of each token's probability, that of EOS last
-      if the row ended with it.
+    log_probs: natural, of each token, that of EOS last if the row ended with it.
     ended: 'eos', 'length', or '' while it goes on.
   """
 
@@ -70,10 +66,10 @@ class Output:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Slots:
-  """All slots' state; `length_S` is how many tokens a slot has decoded."""
+  """All slots' state."""
 
   last_S: jax.Array
-  length_S: jax.Array
+  length_S: jax.Array  # tokens decoded
   tokens_SL: jax.Array
   log_probs_SL: jax.Array
   going_S: jax.Array  # holds a row that has not ended
@@ -100,13 +96,9 @@ class ContinuousBatch:
   ):
     """Compiles nothing yet.
 
-    Args:
-      model: must have an encoder and a decoder.
-      params: on the placement; see `model_sharding.inference_params`.
-      placement: where it runs; one process.
-      num_slots: S, rows decoded at a time.
-      max_decode_length: most tokens an output.
-      chunk: tokens decoded between two looks at the slots.
+    The model has an encoder and a decoder; parameters are on the placement, as
+    `model_sharding.inference_params` says. num_slots rows decode at a time, `chunk` tokens between
+    two looks at them.
     """
     if model.architecture != 'encoder_decoder':
       raise UsageError(
@@ -153,27 +145,27 @@ class ContinuousBatch:
     free = [row for row, ticket in enumerate(self._rows) if ticket is None][: len(requests)]
     width = prediction.padded_length(max(len(r.tokens) for r in requests))
     if width > self._width:
-      wide = _widened(self._slots.cache, width + (self.model.prompt_length or 0))
+      wide = self._slots.cache.widened(width + (self.model.prompt_length or 0))
       self._slots = dataclasses.replace(self._slots, cache=wide)
       self._width = width
     # Rows past the last repeat the first: it is written twice, with the same.
     size = prediction.padded_length(len(requests), shortest=1)
-    rows = [*requests, *[requests[0]] * (size - len(requests))]
-    tokens_BM = prediction.pad_rows(
-      [r.tokens for r in rows], batch_size=size, length=width, pad_id=self.model.pad_id
-    )
+    missing = size - len(requests)
+    rows = [*requests, *[requests[0]] * missing]
+    tokens, pad_id = [r.tokens for r in rows], self.model.pad_id
+    tokens_BM = prediction.pad_rows(tokens, batch_size=size, length=width, pad_id=pad_id)
     most = self.max_decode_length
     with self.placement.active():
       self._slots = self._insert(
         self.params,
         self._slots,
-        np.asarray([*free, *[free[0]] * (size - len(free))], np.int32),
+        np.asarray([*free, *[free[0]] * missing], np.int32),
         tokens_BM,
-        np.asarray([min(r.max_new_tokens or most, most) for r in rows], np.int32),
-        np.asarray([r.temperature for r in rows], np.float32),
-        np.asarray([r.top_k or self.model.vocab_size for r in rows], np.int32),
-        np.asarray([r.top_p for r in rows], np.float32),
-        np.asarray([r.seed % 2**32 for r in rows], np.uint32),
+        limit_S=np.asarray([min(r.max_new_tokens or most, most) for r in rows], np.int32),
+        temperature_S=np.asarray([r.temperature for r in rows], np.float32),
+        top_k_S=np.asarray([r.top_k or self.model.vocab_size for r in rows], np.int32),
+        top_p_S=np.asarray([r.top_p for r in rows], np.float32),
+        seed_S=np.asarray([r.seed % 2**32 for r in rows], np.uint32),
       )
     tickets = [next(self._tickets) for _ in free]
     for row, ticket in zip(free, tickets, strict=True):
@@ -186,15 +178,13 @@ class ContinuousBatch:
     with self.placement.active():
       self._slots = self._advance(self.params, self._slots)
     s = self._slots
-    tokens_SL, log_probs_SL, going_S, length_S = jax.device_get(
-      (s.tokens_SL, s.log_probs_SL, s.going_S, s.length_S)
-    )
+    fields = s.tokens_SL, s.log_probs_SL, s.going_S, s.length_S
+    tokens_SL, log_probs_SL, going_S, length_S = jax.device_get(fields)
     outputs = {}
     for row, ticket in enumerate(self._rows):
       if ticket is None:
         continue
-      tokens = tokens_SL[row, : length_S[row]].tolist()
-      log_probs = log_probs_SL[row, : length_S[row]].tolist()
+      tokens, log_probs = (x[row, : length_S[row]].tolist() for x in (tokens_SL, log_probs_SL))
       ended = '' if going_S[row] else 'length'
       if tokens and tokens[-1] == self.model.eos_id:
         tokens.pop()
@@ -217,10 +207,9 @@ class ContinuousBatch:
     waiting = enumerate(requests)
     running: dict[int, int] = {}
     while True:
-      new = list(itertools.islice(waiting, self.num_free))
-      if new:
-        tickets = self.add([request for _, request in new])
-        running.update(zip(tickets, (index for index, _ in new), strict=True))
+      if new := list(itertools.islice(waiting, self.num_free)):
+        indices, added = zip(*new, strict=True)
+        running.update(zip(self.add(added), indices, strict=True))
       if not running:
         return
       for ticket, output in self.advance().items():
@@ -230,14 +219,13 @@ class ContinuousBatch:
 
 def _empty(cfg: T5Config, S: int, M: int, L: int) -> _Slots:
   """Returns slots that hold nothing."""
-  N, heads = cfg.num_decoder_layers, (cfg.num_heads, cfg.head_dim)
   M += cfg.prompt_length or 0
-
-  def zeros(length):  # of their own: they are donated
-    return jnp.zeros((N, S, length, *heads), cfg.dtype)
-
+  shape = (cfg.num_decoder_layers, S, cfg.num_heads, cfg.head_dim)
+  # Arrays of their own: they are donated.
+  k, v, cross_k, cross_v = (jnp.zeros((*shape[:2], T, *shape[2:]), cfg.dtype) for T in (L, L, M, M))
   # An empty slot decodes along, and needs a key to look at.
   cross_mask = jnp.broadcast_to(jnp.arange(M) == 0, (S, 1, 1, M))
+  seen, index = jnp.zeros((S,), jnp.int32), jnp.zeros((), jnp.int32)
   return _Slots(
     last_S=jnp.zeros((S,), jnp.int32),
     length_S=jnp.zeros((S,), jnp.int32),
@@ -249,15 +237,7 @@ def _empty(cfg: T5Config, S: int, M: int, L: int) -> _Slots:
     top_k_S=jnp.ones((S,), jnp.int32),
     top_p_S=jnp.ones((S,), jnp.float32),
     seed_S=jnp.zeros((S,), jnp.uint32),
-    cache=Cache(
-      zeros(L),
-      zeros(L),
-      zeros(M),
-      zeros(M),
-      cross_mask,
-      index=jnp.zeros((), jnp.int32),
-      seen_B=jnp.zeros((S,), jnp.int32),
-    ),
+    cache=Cache(k, v, cross_k, cross_v, cross_mask, index, seen_B=seen),
   )
 
 
@@ -275,53 +255,28 @@ def _taken(slots: _Slots, order_S, count) -> _Slots:
   return dataclasses.replace(taken, going_S=going_S)
 
 
-def _widened(cache: Cache, M: int) -> Cache:
-  """Returns the cache with room for inputs of M tokens."""
-  assert cache.cross_key_NBMHK is not None and cache.cross_value_NBMHK is not None
-  assert cache.cross_mask_B11M is not None
-  more = M - cache.cross_key_NBMHK.shape[2]
-  pad = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
-  return dataclasses.replace(
-    cache,
-    cross_key_NBMHK=jnp.pad(cache.cross_key_NBMHK, pad),
-    cross_value_NBMHK=jnp.pad(cache.cross_value_NBMHK, pad),
-    cross_mask_B11M=jnp.pad(cache.cross_mask_B11M, ((0, 0), (0, 0), (0, 0), (0, more))),
-  )
-
-
-def _insert(
-  graphdef, params, slots, slots_B, tokens_BM, limit_B, temperature_B, top_k_B, top_p_B, seed_B
-) -> _Slots:
-  """Encodes inputs and makes slots_B theirs."""
-  model = nnx.merge(graphdef, params)
-  new = model.init_cache(
-    model.encode(tokens_BM), tokens_BM, batch_size=tokens_BM.shape[0], max_decode_length=1
-  )
-  old = slots.cache
-  more = old.cross_key_NBMHK.shape[2] - new.cross_key_NBMHK.shape[2]
-  pad = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
+def _insert(graphdef, params, slots, slots_B, tokens_BM, **settings_B) -> _Slots:
+  """Encodes inputs and makes slots_B theirs; the settings are fields of _Slots."""
+  model, old = nnx.merge(graphdef, params), slots.cache
+  encoded_BMD, sizes = model.encode(tokens_BM), {'batch_size': len(slots_B), 'max_decode_length': 1}
+  new = model.init_cache(encoded_BMD, tokens_BM, **sizes).widened(old.cross_key_NBMHK.shape[2])
   cache = dataclasses.replace(
     old,
-    cross_key_NBMHK=old.cross_key_NBMHK.at[:, slots_B].set(jnp.pad(new.cross_key_NBMHK, pad)),
-    cross_value_NBMHK=old.cross_value_NBMHK.at[:, slots_B].set(jnp.pad(new.cross_value_NBMHK, pad)),
-    cross_mask_B11M=old.cross_mask_B11M.at[slots_B].set(
-      jnp.pad(new.cross_mask_B11M, ((0, 0), (0, 0), (0, 0), (0, more)))
-    ),
+    cross_key_NBMHK=old.cross_key_NBMHK.at[:, slots_B].set(new.cross_key_NBMHK),
+    cross_value_NBMHK=old.cross_value_NBMHK.at[:, slots_B].set(new.cross_value_NBMHK),
+    cross_mask_B11M=old.cross_mask_B11M.at[slots_B].set(new.cross_mask_B11M),
     seen_B=old.seen_B.at[slots_B].set(0),  # what was decoded before is never seen
   )
-  return _Slots(
-    last_S=slots.last_S.at[slots_B].set(model.cfg.decoder_start_id),
-    length_S=slots.length_S.at[slots_B].set(0),
-    tokens_SL=slots.tokens_SL.at[slots_B].set(model.cfg.pad_id),
-    log_probs_SL=slots.log_probs_SL.at[slots_B].set(0.0),
-    going_S=slots.going_S.at[slots_B].set(True),
-    limit_S=slots.limit_S.at[slots_B].set(limit_B),
-    temperature_S=slots.temperature_S.at[slots_B].set(temperature_B),
-    top_k_S=slots.top_k_S.at[slots_B].set(top_k_B),
-    top_p_S=slots.top_p_S.at[slots_B].set(top_p_B),
-    seed_S=slots.seed_S.at[slots_B].set(seed_B),
-    cache=cache,
-  )
+  rows = {
+    'last_S': model.cfg.decoder_start_id,
+    'length_S': 0,
+    'tokens_SL': model.cfg.pad_id,
+    'log_probs_SL': 0.0,
+    'going_S': True,
+    **settings_B,
+  }
+  fields = {name: getattr(slots, name).at[slots_B].set(value) for name, value in rows.items()}
+  return _Slots(**fields, cache=cache)
 
 
 def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
@@ -333,8 +288,7 @@ def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
     i, s = carry
     logits_SV, cache = model.decode_step(s.last_S, s.cache)
     next_S = _choose(logits_SV, s)
-    log_prob_S = jnp.take_along_axis(logits_SV, next_S[:, None], axis=1)[:, 0]
-    log_prob_S -= jax.nn.logsumexp(logits_SV, axis=-1)
+    log_prob_S = sampling.log_prob(logits_SV, next_S)
     length_S = jnp.where(s.going_S, s.length_S + 1, s.length_S)
     # Out of bounds for slots that have ended, which drops the write.
     at_S = jnp.where(s.going_S, s.length_S, s.tokens_SL.shape[1])
@@ -369,9 +323,7 @@ def _choose(logits_SV, s: _Slots) -> jax.Array:
     before_SV = jnp.cumsum(probs_SV, axis=-1) - probs_SV
     sorted_SV = jnp.where(before_SV < s.top_p_S[:, None], sorted_SV, -jnp.inf)
     # Seed and position alone: no neighbour changes what is drawn.
-    keys_S = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(
-      s.seed_S, s.length_S
-    )
+    keys_S = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(s.seed_S), s.length_S)
     rank_S = jax.vmap(jax.random.categorical)(keys_S, sorted_SV)
     drawn_S = jnp.take_along_axis(order_SV, rank_S[:, None], axis=1)[:, 0].astype(jnp.int32)
     return jnp.where(s.temperature_S > 0, drawn_S, greedy_S)

@@ -1,8 +1,7 @@
 """What greedy search, sampling and beam search share: prompts, results, the loop.
 
-Knows no model. The whole loop runs inside jit and stops as soon as every row
-has ended. It goes in stages: the cache has few slots at first and grows, so
-that short outputs do not pay for the longest that are allowed.
+The whole loop runs inside jit and stops when every row has ended. It goes in stages: the cache has
+few slots at first and grows, so that short outputs do not pay for the longest that are allowed.
 
 Legend: B inputs, R rows, L new tokens, P tokens of a prompt, T of both, V vocabulary.
 """
@@ -29,8 +28,8 @@ class Decoded(NamedTuple):
   Attributes:
     tokens_BnL: ids, eos_id included; pad_id after it.
     scores_Bn: as `DecodingConfig.normalization` says; None if not asked for.
-    log_probs_BnL: of each token, 0 after the end; None likewise. What the model
-      gives without processors and temperature, but with beams after processors.
+    log_probs_BnL: of each token, 0 after the end; None likewise. What the model gives without
+      processors and temperature, but with beams after processors.
   """
 
   tokens_BnL: jax.Array
@@ -69,8 +68,7 @@ def history(prompt: Prompt | None, start_id: int, tokens_RL: jax.Array, new) -> 
   """Returns what the decoder has read, for processors."""
   R, L = tokens_RL.shape
   if prompt is None:
-    start_R1 = jnp.full((R, 1), start_id, jnp.int32)
-    read_RT = jnp.concatenate([start_R1, tokens_RL], axis=1)
+    read_RT = jnp.pad(tokens_RL, ((0, 0), (1, 0)), constant_values=start_id)
     return History(read_RT, jnp.ones((R,), jnp.int32), new)
   read_RT = jnp.pad(prompt.tokens_RP, ((0, 0), (0, L)))
   at_RL = prompt.lengths_R[:, None] + jnp.arange(L)[None, :]
@@ -88,24 +86,34 @@ def stages(length: int) -> list[int]:
 
 def run(
   state: Any,
-  *,
+  choose: Callable[[Any, jax.Array], Any],
+  step: StepFn,
   length: int,
-  going: Callable[[Any], jax.Array],
-  advance: Callable[[Any], Any],
-  result: Callable[[Any], Any],
+  prompt: Prompt | None,
   grow: Callable[[Any, int], Any] | None,
+  *,
+  going: Callable[[Any], jax.Array],
+  result: Callable[[Any], Any],
 ) -> Any:
-  """Advances a state (with position and cache) while it is going; returns its result.
+  """Advances a state while it is going; returns its result.
 
   Args:
-    state: its position is how many tokens are written.
+    state: with position (how many tokens are written), last_R (the token fed next) and cache.
+    choose: (state, logits_RV) -> the state with one position more written.
+    step: feeds one token a row; returns float32 logits of the next.
     length: no position is written at or after this one.
-    going: whether there is anything left to do.
-    advance: writes one position.
-    result: what is wanted of the last state, without the cache.
+    prompt: what the cache holds already.
     grow: returns the cache with room for so many new tokens; None if it has room.
+    going: whether there is anything left to do.
+    result: what is wanted of the last state, without the cache.
   """
   ends = [length] if grow is None else stages(length)
+  if prompt is not None:
+    state = choose(state, prompt.logits_RV)
+
+  def advance(state: Any) -> Any:
+    logits_RV, cache = step(state.last_R, state.cache)
+    return choose(dataclasses.replace(state, cache=cache), logits_RV)
 
   def stage(i: int, state: Any) -> Any:
     if grow is not None:

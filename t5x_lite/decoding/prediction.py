@@ -1,18 +1,17 @@
 """Predictor: batches of token ids in, output ids out, padded to few sizes.
 
-Evaluation inside training, the `eval` and `infer` programs and the Python
-interface all decode through `Predictor`. Lengths are padded to one of few
+All decoding but continuous batching goes through `Predictor`. Lengths are padded to one of few
 sizes, so that the number of compilations does not depend on the data.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import DecodingConfig
@@ -28,14 +27,9 @@ SHORTEST = 16
 
 
 def padded_length(length: int, longest: int | None = None, shortest: int = SHORTEST) -> int:
-  """Returns the size that something of `length` is padded to: a power of two.
+  """Returns the size that `length` tokens or rows are padded to: a power of two within bounds.
 
   A program is compiled for every size, and so there are few of them.
-
-  Args:
-    length: tokens of the longest row, or number of rows.
-    longest: the size is never larger than this; None for no bound.
-    shortest: nor smaller than this.
   """
   size = shortest
   while size < length:
@@ -48,12 +42,11 @@ def pad_rows(
 ) -> np.ndarray:
   """Returns rows as one [batch_size, length] array; missing rows repeat one.
 
-  A row of nothing but padding would send NaN through an attention without a
-  single key, so rows past the last are copies of the first.
+  A row of nothing but padding would send NaN through an attention without a single key, so rows
+  past the last are copies of the first.
   """
   array = np.full((batch_size, length), pad_id, np.int32)
-  for i in range(batch_size):
-    row = rows[i] if i < len(rows) else rows[0]
+  for i, row in enumerate([*rows, *[rows[0]] * (batch_size - len(rows))]):
     array[i, : len(row)] = row
   return array
 
@@ -63,12 +56,6 @@ def to_host(array: jax.Array) -> np.ndarray:
   if jax.process_count() == 1:
     return np.asarray(jax.device_get(array))
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def replicated_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
-  """Returns an array over the mesh that every process holds all rows of."""
-  sharding = partitioning.batch_sharding(mesh)
-  return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +96,8 @@ class Predictor:
       model: must have an encoder and a decoder, unless `continues`.
       placement: where it runs.
       decoding: how tokens are chosen; ids, not texts: see its `resolved`.
-      batch_size: inputs decoded at a time; raised to a multiple of the mesh's
-        data axes.
-      max_input_length: longest input, in tokens; longer ones are an error
-        here, the caller truncates.
+      batch_size: inputs decoded at a time; raised to a multiple of the mesh's data axes.
+      max_input_length: longest input, in tokens; the caller truncates.
       seed: of sampling.
       scored: whether scores are wanted; without, some work less.
       extra: processors that are applied after those of `decoding`.
@@ -124,17 +109,13 @@ class Predictor:
     """
     if not model.has_decoder or not (model.has_encoder or continues):
       raise UsageError(
-        f'architecture={model.architecture!r} cannot predict outputs from '
-        "inputs; it takes 'encoder_decoder'"
+        f'architecture={model.architecture!r} cannot predict outputs from inputs; it takes '
+        "'encoder_decoder'"
       )
     assert not (decoding.labels or decoding.forbidden_words), 'not resolved'
-    self.model = model
-    self.placement = placement
-    self.decoding = decoding
-    self.batch_size = placement.whole_batch(batch_size)
-    self.max_input_length = max_input_length
-    self._continues = continues
-    self._key = jax.random.key(seed)
+    self.model, self.placement, self.decoding = model, placement, decoding
+    self.batch_size, self.max_input_length = placement.whole_batch(batch_size), max_input_length
+    self._continues, self._key = continues, jax.random.key(seed)
     self._step = model_sharding.jit_step(
       steps.make_predict_step, model, placement, decoding, scored, extra, bidirectional
     )
@@ -167,39 +148,39 @@ class Predictor:
       params: as `abstract_params` describes, or in any other float dtype.
       rows: token ids of each input, EOS included if the model expects it.
       index: of this batch; sampling differs from one to the next.
-      prefixes: ids that each output is to begin with; they are read in one
-        pass, are no part of the output, and do not count.
+      prefixes: ids that each output is to begin with; they are read in one pass, are no part of the
+        output, and do not count.
       seeds: of each row's sampling, whatever batch it is in.
       temperatures: of each row, instead of the config's; 0 is greedy.
     """
     assert 0 < len(rows) <= self.batch_size, len(rows)
     longest = max(map(len, rows))
     assert longest <= self.max_input_length, (longest, self.max_input_length)
-    size, pad_id = self.batch_size, self.model.pad_id
+    size = self.batch_size
     missing = size - len(rows)
+    padded = functools.partial(pad_rows, batch_size=size, pad_id=self.model.pad_id)
     batch: dict[str, np.ndarray] = {}
     if self._continues:
       prefixes = rows
     else:
       length = padded_length(longest, self.max_input_length)
-      array = pad_rows(rows, batch_size=size, length=length, pad_id=pad_id)
-      batch['encoder_input_tokens'] = array
+      batch['encoder_input_tokens'] = padded(rows, length=length)
     if prefixes is not None:
       read = [[self.model.decoder_start_id, *prefix] for prefix in prefixes]
       read += read[:1] * missing
       length = padded_length(max(map(len, read)), shortest=8)
-      array = pad_rows(read, batch_size=size, length=length, pad_id=pad_id)
-      batch['decoder_prompt_tokens'] = array
+      batch['decoder_prompt_tokens'] = padded(read, length=length)
       batch['decoder_prompt_lengths'] = np.asarray([len(row) for row in read], np.int32)
     if seeds is None:
       seeds = range(index * size, index * size + len(rows))
     batch['seeds'] = np.asarray([*seeds, *[0] * missing], np.uint32)
     if temperatures is not None:
       batch['temperature'] = np.asarray([*temperatures, *[0] * missing], np.float32)
-    mesh = self.placement.mesh
-    on_mesh = {name: replicated_batch(array, mesh) for name, array in batch.items()}
-    decoded = self._step(params, on_mesh, self._key)
-    return _outputs(self.model, decoded, len(rows))
+    sharding = partitioning.batch_sharding(self.placement.mesh)
+    # Every process holds all rows.
+    put = jax.make_array_from_callback
+    on_mesh = {name: put(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
+    return _outputs(self.model, self._step(params, on_mesh, self._key), len(rows))
 
 
 def call_step(
@@ -210,16 +191,10 @@ def call_step(
   batch: Mapping[str, np.ndarray],
   *arguments: Any,
 ) -> np.ndarray:
-  """Runs a step of steps.py on a batch of any size, whole on every process.
+  """Runs a step that steps.py makes of arguments on a batch of any size, whole on every process.
 
-  Args:
-    make_step: such as `steps.make_score_step`.
-    model: the architecture.
-    params: its parameters.
-    placement: where they are.
-    batch: arrays of as many rows each; rows are added, so that few sizes are
-      compiled for, and their results dropped.
-    *arguments: of make_step.
+  The arrays have as many rows each; rows are added, so that few sizes are compiled for, and their
+  results dropped.
   """
   size = len(next(iter(batch.values())))
   full = placement.whole_batch(padded_length(size, shortest=1))
@@ -233,9 +208,7 @@ def call_step(
 
 
 def _outputs(model: T5Config, decoded: Decoded, num_rows: int) -> list[list[Output]]:
-  tokens, scores, log_probs = (
-    None if array is None else to_host(array)[:num_rows].tolist() for array in decoded
-  )
+  tokens, scores, log_probs = (None if x is None else to_host(x).tolist() for x in decoded)
   assert tokens is not None
 
   def output(i: int, j: int) -> Output:
@@ -247,10 +220,7 @@ def _outputs(model: T5Config, decoded: Decoded, num_rows: int) -> list[list[Outp
       end = length = len(row)
       while end and row[end - 1] == model.pad_id:  # it never ended
         end -= 1
-    return Output(
-      row[:end],
-      None if scores is None else scores[i][j],
-      None if log_probs is None else log_probs[i][j][:length],
-    )
+    score = None if scores is None else scores[i][j]
+    return Output(row[:end], score, None if log_probs is None else log_probs[i][j][:length])
 
   return [[output(i, j) for j in range(len(tokens[i]))] for i in range(num_rows)]

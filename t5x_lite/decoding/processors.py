@@ -1,11 +1,11 @@
 """What changes the logits of the next token: a list of small pure functions.
 
-Each takes (logits_RV, history) and returns logits_RV. The order and the meaning
-are those of transformers (generation/logits_process.py), whose numbers they are
-tested against. A user's own function is put between the two groups.
+Each takes (logits_RV, history) and returns logits_RV. The order and the meaning are those of
+transformers (generation/logits_process.py), whose numbers they are tested against. A user's own
+function is put between the two groups.
 
-Legend: R rows (inputs times beams or samples), V vocabulary, T decoder tokens,
-S sequences, n tokens of a sequence.
+Legend: R rows (inputs times beams or samples), V vocabulary, T decoder tokens, S sequences, n
+tokens of a sequence.
 """
 
 import dataclasses
@@ -56,49 +56,51 @@ def make_processors(config: DecodingConfig, eos_id: int) -> list[Processor]:
     add(frequency_penalty, penalty=config.frequency_penalty)
   if config.no_repeat_ngram_size:
     add(no_repeat_ngram, size=config.no_repeat_ngram_size)
-  single = [i[0] for i in config.forbidden_tokens if len(i) == 1 and i != (eos_id,)]
-  if single:  # not the end of sequence, as transformers: min_new_tokens is for that
-    add(hide, tokens=tuple(single))
-  for sequence in config.forbidden_tokens:
-    if len(sequence) > 1:
-      add(forbid, sequence=sequence)
+  # Not the end of sequence, as transformers: min_new_tokens is for that.
+  if single := tuple(i[0] for i in config.forbidden_tokens if len(i) == 1 and i != (eos_id,)):
+    add(hide, tokens=single)
+  for sequence in (i for i in config.forbidden_tokens if len(i) > 1):
+    add(forbid, sequence=sequence)
   if config.min_new_tokens:
     add(hide_before, token=eos_id, position=config.min_new_tokens)
   if config.allowed_outputs:
     add(allow_only, outputs=tuple((*row, eos_id) for row in config.allowed_outputs))
-  if config.forced_bos_id is not None:
-    add(force_at, token=config.forced_bos_id, position=0)
-  if config.forced_eos_id is not None:
-    add(force_at, token=config.forced_eos_id, position=config.length - 1)
+  for token, position in ((config.forced_bos_id, 0), (config.forced_eos_id, config.length - 1)):
+    if token is not None:
+      add(force_at, token=token, position=position)
   return found
+
+
+def _hide(logits, hidden) -> jax.Array:
+  return jnp.where(hidden, -jnp.inf, logits)
 
 
 def make_filters(config: DecodingConfig) -> list[Callable[[jax.Array], jax.Array]]:
   """Returns what hides tokens from sampling, after the temperature, in order."""
-  found: list[Callable[[jax.Array], jax.Array]] = []
-  for function, value, off in (
+  filters = (
     (top_k, config.top_k, 0),
     (top_p, config.top_p, 1.0),
     (min_p, config.min_p, 0.0),
     (typical, config.typical_p, 1.0),
     (epsilon, config.epsilon_cutoff, 0.0),
     (eta, config.eta_cutoff, 0.0),
-  ):
-    if value != off:
-      found.append(functools.partial(function, value=value))
-  return found
+  )
+  return [functools.partial(hide, value=value) for hide, value, off in filters if value != off]
 
 
 # ---- By what has been written ------------------------------------------------
+
+
+def _rows(logits_RV) -> jax.Array:
+  return jnp.arange(len(logits_RV))[:, None]
 
 
 def _counts(logits_RV, history: History, first_R) -> jax.Array:
   """Returns how often each token stands at position first or later, [R, V]."""
   t_1T = jnp.arange(history.tokens_RT.shape[1])[None, :]
   valid_RT = (t_1T >= first_R[:, None]) & (t_1T < history.length_R[:, None])
-  rows_R1 = jnp.arange(len(logits_RV))[:, None]
   zeros_RV = jnp.zeros(logits_RV.shape, jnp.int32)
-  return zeros_RV.at[rows_R1, history.tokens_RT].add(valid_RT.astype(jnp.int32))
+  return zeros_RV.at[_rows(logits_RV), history.tokens_RT].add(valid_RT.astype(jnp.int32))
 
 
 def repetition_penalty(logits_RV, history: History, *, penalty: float) -> jax.Array:
@@ -113,15 +115,6 @@ def frequency_penalty(logits_RV, history: History, *, penalty: float) -> jax.Arr
   return logits_RV - penalty * _counts(logits_RV, history, history.given_R)
 
 
-def _follows(history: History, sequence_n: np.ndarray | jax.Array) -> jax.Array:
-  """True where the last tokens read are these, [R]."""
-  n = sequence_n.shape[-1]
-  start_R = history.length_R - n
-  at_Rn = jnp.maximum(start_R[:, None] + jnp.arange(n)[None, :], 0)
-  last_Rn = jnp.take_along_axis(history.tokens_RT, at_Rn, axis=1)
-  return jnp.all(last_Rn == sequence_n[None, :], axis=1) & (start_R >= 0)
-
-
 def no_repeat_ngram(logits_RV, history: History, *, size: int) -> jax.Array:
   """Hides what would complete an n-gram that was read already."""
   T = history.tokens_RT.shape[1]
@@ -133,10 +126,9 @@ def no_repeat_ngram(logits_RV, history: History, *, size: int) -> jax.Array:
     at_R1 = jnp.maximum(length_R1 - (size - 1) + i, 0)
     last_R1 = jnp.take_along_axis(history.tokens_RT, at_R1, axis=1)
     match_RW &= history.tokens_RT[:, i : T - (size - 1) + i] == last_R1
-  rows_R1 = jnp.arange(len(logits_RV))[:, None]
-  banned_RV = jnp.zeros(logits_RV.shape, bool)
-  banned_RV = banned_RV.at[rows_R1, history.tokens_RT[:, size - 1 :]].max(match_RW)
-  return jnp.where(banned_RV, -jnp.inf, logits_RV)
+  free_RV = jnp.zeros(logits_RV.shape, bool)
+  banned_RV = free_RV.at[_rows(logits_RV), history.tokens_RT[:, size - 1 :]].max(match_RW)
+  return _hide(logits_RV, banned_RV)
 
 
 def hide(logits_RV, history: History, *, tokens: tuple[int, ...]) -> jax.Array:
@@ -146,15 +138,18 @@ def hide(logits_RV, history: History, *, tokens: tuple[int, ...]) -> jax.Array:
 
 def forbid(logits_RV, history: History, *, sequence: tuple[int, ...]) -> jax.Array:
   """Hides the last token of a sequence where the others have been read."""
-  follows_R = _follows(history, np.asarray(sequence[:-1], np.int32))
-  hidden_R = jnp.where(follows_R, -jnp.inf, logits_RV[:, sequence[-1]])
-  return logits_RV.at[:, sequence[-1]].set(hidden_R)
+  *before, last = sequence
+  n = len(before)
+  start_R = history.length_R - n
+  at_Rn = jnp.maximum(start_R[:, None] + jnp.arange(n)[None, :], 0)
+  read_Rn = jnp.take_along_axis(history.tokens_RT, at_Rn, axis=1)
+  follows_R = jnp.all(read_Rn == np.asarray([before], np.int32), axis=1) & (start_R >= 0)
+  return logits_RV.at[:, last].set(_hide(logits_RV[:, last], follows_R))
 
 
 def hide_before(logits_RV, history: History, *, token: int, position: int) -> jax.Array:
   """Hides a token until `position` new tokens are written."""
-  early = history.new < position
-  return logits_RV.at[:, token].set(jnp.where(early, -jnp.inf, logits_RV[:, token]))
+  return logits_RV.at[:, token].set(_hide(logits_RV[:, token], history.new < position))
 
 
 def force_at(logits_RV, history: History, *, token: int, position: int) -> jax.Array:
@@ -173,22 +168,14 @@ def allow_only(logits_RV, history: History, *, outputs: tuple[tuple[int, ...], .
   written_Rn = jnp.take_along_axis(history.tokens_RT, at_Rn, axis=1)
   later_n = jnp.arange(n) >= history.new
   same_RSn = (written_Rn[:, None] == table_Sn[None, :, :n]) | later_n[None, None, :]
-  next_S = jax.lax.dynamic_index_in_dim(
-    jnp.asarray(table_Sn), jnp.minimum(history.new, n), axis=1, keepdims=False
-  )
+  next_S = jnp.take(jnp.asarray(table_Sn), jnp.minimum(history.new, n), axis=1)
   open_RS = jnp.all(same_RSn, axis=-1) & (next_S >= 0)[None, :]
-  allowed_RV = jnp.zeros(logits_RV.shape, bool)
-  allowed_RV = allowed_RV.at[:, next_S].max(open_RS)
+  allowed_RV = jnp.zeros(logits_RV.shape, bool).at[:, next_S].max(open_RS)
   # Rows whose output is whole already are over; leave them finite.
-  over_R1 = ~jnp.any(open_RS, axis=1, keepdims=True)
-  return jnp.where(allowed_RV | over_R1, logits_RV, -jnp.inf)
+  return _hide(logits_RV, ~allowed_RV & jnp.any(open_RS, axis=1, keepdims=True))
 
 
 # ---- By how likely it is: for sampling ---------------------------------------
-
-
-def _hide(logits_RV, hidden_RV) -> jax.Array:
-  return jnp.where(hidden_RV, -jnp.inf, logits_RV)
 
 
 def top_k(logits_RV, *, value: int) -> jax.Array:
@@ -201,15 +188,10 @@ def top_p(logits_RV, *, value: float) -> jax.Array:
   """Keeps the smallest set of likeliest tokens whose probability reaches p."""
   sorted_RV = jnp.sort(logits_RV, axis=-1, descending=True)
   probs_RV = jax.nn.softmax(sorted_RV, axis=-1)
-  # A token stays if what is likelier than it has not reached p yet, so the
-  # likeliest always stays.
+  # A token stays if what is likelier than it has not reached p yet, so the likeliest always stays.
   before_RV = jnp.cumsum(probs_RV, axis=-1) - probs_RV
   least_R1 = jnp.min(jnp.where(before_RV < value, sorted_RV, jnp.inf), axis=-1, keepdims=True)
   return _hide(logits_RV, logits_RV < least_R1)
-
-
-def _likeliest(logits_RV) -> jax.Array:
-  return logits_RV >= jnp.max(logits_RV, axis=-1, keepdims=True)
 
 
 def min_p(logits_RV, *, value: float) -> jax.Array:
@@ -237,14 +219,18 @@ def typical(logits_RV, *, value: float) -> jax.Array:
   return _hide(logits_RV, odd_RV > jnp.take_along_axis(odd_RV, last_R1, axis=-1))
 
 
+def _hide_unlikely(logits_RV, probs_RV, least) -> jax.Array:
+  likeliest_RV = logits_RV >= jnp.max(logits_RV, axis=-1, keepdims=True)
+  return _hide(logits_RV, (probs_RV < least) & ~likeliest_RV)
+
+
 def epsilon(logits_RV, *, value: float) -> jax.Array:
   """Keeps tokens of at least this probability, and the likeliest."""
-  unlikely_RV = jax.nn.softmax(logits_RV, axis=-1) < value
-  return _hide(logits_RV, unlikely_RV & ~_likeliest(logits_RV))
+  return _hide_unlikely(logits_RV, jax.nn.softmax(logits_RV, axis=-1), value)
 
 
 def eta(logits_RV, *, value: float) -> jax.Array:
   """Likewise, with min(value, sqrt(value) * exp(-entropy))."""
   probs_RV, _, entropy_R1 = _surprise(logits_RV)
   least_R1 = jnp.minimum(value, np.sqrt(value) * jnp.exp(-entropy_R1))
-  return _hide(logits_RV, (probs_RV < least_R1) & ~_likeliest(logits_RV))
+  return _hide_unlikely(logits_RV, probs_RV, least_R1)

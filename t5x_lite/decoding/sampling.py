@@ -20,22 +20,13 @@ from t5x_lite.decoding.loop import Decoded, Prompt, StepFn
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-  """The loop's state.
-
-  Attributes:
-    position: int32, tokens decoded so far.
-    last_R: the token fed next.
-    tokens_RL: decoded so far; pad_id after the end.
-    log_probs_RL: of these; None if no score is wanted.
-    ended_R: rows that have produced eos_id.
-    cache: the model's.
-  """
+  """The loop's state; see `loop.run`."""
 
   position: jax.Array
   last_R: jax.Array
-  tokens_RL: jax.Array
-  log_probs_RL: jax.Array | None
-  ended_R: jax.Array
+  tokens_RL: jax.Array  # decoded so far; pad_id after the end
+  log_probs_RL: jax.Array | None  # None if no score is wanted
+  ended_R: jax.Array  # rows that have produced eos_id
   cache: Any
 
 
@@ -45,6 +36,12 @@ def likeliest(logits_RV) -> jax.Array:
   is_max_RV = logits_RV == jnp.max(logits_RV, axis=-1, keepdims=True)
   first_R = jnp.min(jnp.where(is_max_RV, jnp.arange(V, dtype=jnp.int32)[None, :], V), axis=-1)
   return jnp.minimum(first_R, V - 1)  # not a number is no maximum
+
+
+def log_prob(logits_RV, tokens_R) -> jax.Array:
+  """Returns the natural logarithm of each row's token's probability."""
+  chosen_R = jnp.take_along_axis(logits_RV, tokens_R[:, None], axis=1)[:, 0]
+  return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
 
 
 def _sample(logits_RV, keys_R, temperature_R, config: DecodingConfig) -> jax.Array:
@@ -109,12 +106,9 @@ def decode(
     next_R = jnp.where(s.ended_R, pad_id, next_R.astype(jnp.int32))
     log_probs_RL = s.log_probs_RL
     if log_probs_RL is not None:
-      chosen_R = jnp.take_along_axis(logits_RV, next_R[:, None], axis=1)[:, 0]
-      log_prob_R = chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
-      log_prob_R = jnp.where(s.ended_R, 0.0, log_prob_R)
-      log_probs_RL = jax.lax.dynamic_update_slice(
-        log_probs_RL, log_prob_R[:, None], (0, s.position)
-      )
+      log_prob_R = jnp.where(s.ended_R, 0.0, log_prob(logits_RV, next_R))
+      at = (0, s.position)
+      log_probs_RL = jax.lax.dynamic_update_slice(log_probs_RL, log_prob_R[:, None], at)
     return dataclasses.replace(
       s,
       position=s.position + 1,
@@ -124,10 +118,6 @@ def decode(
       ended_R=s.ended_R | (next_R == eos_id),
     )
 
-  def advance(s: _State) -> _State:
-    logits_RV, cache = step(s.last_R, s.cache)
-    return choose(dataclasses.replace(s, cache=cache), logits_RV)
-
   state = _State(
     position=jnp.zeros((), jnp.int32),
     last_R=jnp.full((num_rows,), start_id, jnp.int32),
@@ -136,15 +126,10 @@ def decode(
     ended_R=jnp.zeros((num_rows,), bool),
     cache=cache,
   )
-  if prompt is not None:
-    state = choose(state, prompt.logits_RV)
   tokens_RL, log_probs_RL = loop.run(
-    state,
-    length=L,
+    *(state, choose, step, L, prompt, grow),
     going=lambda s: ~jnp.all(s.ended_R),
-    advance=advance,
     result=lambda s: (s.tokens_RL, s.log_probs_RL),
-    grow=grow,
   )
   tokens_BnL = tokens_RL.reshape(-1, n, L)
   if log_probs_RL is None:
@@ -157,7 +142,6 @@ def decode(
   length_Bn = jnp.where(jnp.any(is_end_BnL, -1), jnp.argmax(is_end_BnL, -1) + 1, L)
   scores_Bn = config.normalized(scores_Bn, length_Bn.astype(jnp.float32))
   scores_Bn, best_Bn = jax.lax.top_k(scores_Bn, config.num_return_sequences)
-  tokens_BnL, log_probs_BnL = (
-    jnp.take_along_axis(x_BnL, best_Bn[:, :, None], axis=1) for x_BnL in (tokens_BnL, log_probs_BnL)
-  )
-  return Decoded(tokens_BnL, scores_Bn, log_probs_BnL)
+  best_Bn1 = best_Bn[:, :, None]
+  tokens_BnL = jnp.take_along_axis(tokens_BnL, best_Bn1, axis=1)
+  return Decoded(tokens_BnL, scores_Bn, jnp.take_along_axis(log_probs_BnL, best_Bn1, axis=1))

@@ -1,17 +1,16 @@
 """The pure steps that use a model: predict, score, encode.
 
-As in training/steps.py, what is static (model, decoding) is bound when a step
-is made; a step takes arrays and returns arrays.
+As in training/steps.py, what is static (model, decoding) is bound when a step is made.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from t5x_lite.decoding import beam_search, loop, sampling
 from t5x_lite.decoding.config import DecodingConfig
@@ -20,7 +19,7 @@ from t5x_lite.decoding.processors import Processor
 from t5x_lite.models import prefill
 from t5x_lite.training import losses
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Array]
 
 POOLINGS = (None, 'mean', 'first')
 
@@ -28,38 +27,38 @@ POOLINGS = (None, 'mean', 'first')
 class Ensemble:
   """Models of one shape that write a text together, used like one of them.
 
-  The logits are the mean of their log-probabilities, which after the softmax is
-  the mean of their logits too (Raffel et al. 2020, section 3.6).
+  The logits are the mean of their log-probabilities, which after the softmax is the mean of their
+  logits too (Raffel et al. 2020, section 3.6).
   """
 
   def __init__(self, graphdef: Any, params: tuple[Any, ...]):
     self._models = [nnx.merge(graphdef, one) for one in params]
     self.cfg = self._models[0].cfg
 
-  def __call__(self, batch: Batch) -> jax.Array:
+  def __call__(self, batch: Batch) -> Array:
     """Returns logits_BLV."""
     return _mean_log_softmax([model(batch) for model in self._models])
 
-  def encode(self, tokens_BM: jax.Array) -> tuple[jax.Array, ...]:
+  def encode(self, tokens_BM: Array) -> tuple[Array, ...]:
     """Returns what each model makes of the inputs."""
     return tuple(model.encode(tokens_BM) for model in self._models)
 
-  def init_cache(self, encoded: tuple[jax.Array, ...], *args: Any, **sizes: Any) -> 'Caches':
+  def init_cache(self, encoded: tuple[Array, ...], *args: Any, **sizes: Any) -> 'Caches':
     """Returns a cache for each model."""
     pairs = zip(self._models, encoded, strict=True)
     return Caches(tuple(model.init_cache(one, *args, **sizes) for model, one in pairs))
 
-  def prefill(self, cache: 'Caches', *args: Any, **kwargs: Any) -> tuple[jax.Array, 'Caches']:
+  def prefill(self, cache: 'Caches', *args: Any, **kwargs: Any) -> tuple[Array, 'Caches']:
     """Returns logits of the token after each prompt; see `prefill.prefill`."""
-    pairs = zip(self._models, cache.parts, strict=True)
-    read = (prefill.prefill(model, one, *args, **kwargs) for model, one in pairs)
-    logits, caches = zip(*read, strict=True)
-    return _mean_log_softmax(logits), Caches(caches)
+    return self._each(cache, lambda model, one: prefill.prefill(model, one, *args, **kwargs))
 
-  def decode_step(self, tokens_B: jax.Array, cache: 'Caches') -> tuple[jax.Array, 'Caches']:
+  def decode_step(self, tokens_B: Array, cache: 'Caches') -> tuple[Array, 'Caches']:
     """Returns logits_BV of the next token."""
+    return self._each(cache, lambda model, one: model.decode_step(tokens_B, one))
+
+  def _each(self, cache: 'Caches', read: Callable[..., Any]) -> tuple[Array, 'Caches']:
     pairs = zip(self._models, cache.parts, strict=True)
-    logits, caches = zip(*(model.decode_step(tokens_B, one) for model, one in pairs), strict=True)
+    logits, caches = zip(*(read(model, one) for model, one in pairs), strict=True)
     return _mean_log_softmax(logits), Caches(caches)
 
 
@@ -76,7 +75,7 @@ class Caches:
     return lambda *args: Caches(tuple(getattr(part, name)(*args) for part in self.parts))
 
 
-def _mean_log_softmax(logits: Sequence[jax.Array]) -> jax.Array:
+def _mean_log_softmax(logits: Sequence[Array]) -> Array:
   return jnp.mean(jnp.stack([jax.nn.log_softmax(one, axis=-1) for one in logits]), axis=0)
 
 
@@ -96,21 +95,17 @@ def make_predict_step(
 
   The batch has, unpacked and of B rows each:
     encoder_input_tokens: of a model with an encoder.
-    decoder_prompt_tokens, decoder_prompt_lengths: what the decoder reads first,
-      the start token included (see `prefill.prefill`); a model without an
-      encoder needs it. Outputs are what follows.
+    decoder_prompt_tokens, decoder_prompt_lengths: what the decoder reads first, the start token
+      included (see `prefill.prefill`); a model without an encoder needs it. Outputs are what
+      follows.
     seeds: of each row's sampling, folded into the key; its number by default.
     temperature: of each row, instead of the config's.
 
-  Args:
-    graphdef: of the model.
-    config: how tokens are chosen.
-    scored: whether scores are wanted; beams have them anyway.
-    extra: processors that are applied after the config's.
-    bidirectional: see `prefill.prefill`.
+  Beams have scores even if not asked for; extra processors come after the config's; see
+  `prefill.prefill` for bidirectional.
   """
 
-  def predict_step(params, batch: Batch, key: jax.Array | None = None) -> Decoded:
+  def predict_step(params, batch: Batch, key: Array | None = None) -> Decoded:
     model = _merge(graphdef, params)
     cfg = model.cfg
     inputs = batch.get('encoder_input_tokens')
@@ -118,19 +113,14 @@ def make_predict_step(
     B = next(iter(batch.values())).shape[0]
     P = 0 if prompts_BP is None else prompts_BP.shape[1]
     n = config.rows_per_input
-    cache = model.init_cache(
-      None if inputs is None else model.encode(inputs),
-      inputs,
-      batch_size=B * n,
-      max_decode_length=P + min(config.length, loop.FIRST_STAGE),
-    )
+    encoded = None if inputs is None else model.encode(inputs)
+    T = P + min(config.length, loop.FIRST_STAGE)
+    cache = model.init_cache(encoded, inputs, batch_size=B * n, max_decode_length=T)
     prompt = None
     if prompts_BP is not None:
       lengths_B = batch['decoder_prompt_lengths']
-      read = (
-        model.prefill if isinstance(model, Ensemble) else functools.partial(prefill.prefill, model)
-      )
-      logits_RV, cache = read(cache, prompts_BP, lengths_B, bidirectional=bidirectional)
+      read = Ensemble.prefill if isinstance(model, Ensemble) else prefill.prefill
+      logits_RV, cache = read(model, cache, prompts_BP, lengths_B, bidirectional=bidirectional)
       prompt = loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
     common: dict[str, Any] = {
       'num_rows': B * n,
@@ -143,15 +133,10 @@ def make_predict_step(
       'grow': lambda cache, length: cache.grown(P + length),
     }
     if config.num_beams > 1:
-      return beam_search.search(
-        model.decode_step,
-        cache.for_beams(n),
-        reorder=lambda cache, parents_BK: cache.reordered(parents_BK),
-        **common,
-      )
-    temperature_R = keys_R = None
-    if 'temperature' in batch:
-      temperature_R = jnp.repeat(batch['temperature'], n)
+      common['reorder'] = lambda cache, parents_BK: cache.reordered(parents_BK)
+      return beam_search.search(model.decode_step, cache.for_beams(n), **common)
+    keys_R, temperature_B = None, batch.get('temperature')
+    temperature_R = None if temperature_B is None else jnp.repeat(temperature_B, n)
     if key is not None:
       row_of = jax.vmap(jax.random.fold_in, (None, 0))
       keys_B = row_of(key, batch.get('seeds', jnp.arange(B)))
@@ -163,13 +148,10 @@ def make_predict_step(
   return predict_step
 
 
-def make_score_step(graphdef: Any) -> Callable[[Any, Batch], jax.Array]:
-  """Returns score_step(params, batch) -> log-probability of each row's targets.
+def make_score_step(graphdef: Any) -> Callable[[Any, Batch], Array]:
+  """Returns score_step(params, batch) -> natural log-probability of each row's weighted targets."""
 
-  Natural logarithm, summed over the tokens whose loss weight is not 0.
-  """
-
-  def score_step(params, batch: Batch) -> jax.Array:
+  def score_step(params, batch: Batch) -> Array:
     weights, _ = losses.loss_weights_and_normalizer(batch, None)
     logits_BLV = _merge(graphdef, params)(batch)
     loss_BL, _ = losses.cross_entropy_with_logits(logits_BLV, batch['decoder_target_tokens'])
@@ -178,29 +160,23 @@ def make_score_step(graphdef: Any) -> Callable[[Any, Batch], jax.Array]:
   return score_step
 
 
-def make_logits_step(graphdef: Any) -> Callable[[Any, Batch], jax.Array]:
+def make_logits_step(graphdef: Any) -> Callable[[Any, Batch], Array]:
   """Returns logits_step(params, batch) -> float32 logits_BLV."""
   return lambda params, batch: nnx.merge(graphdef, params)(batch)
 
 
-def make_encode_step(
-  graphdef: Any, pooling: str | None = None
-) -> Callable[[Any, Batch], jax.Array]:
+def make_encode_step(graphdef: Any, pooling: str | None = None) -> Callable[[Any, Batch], Array]:
   """Returns encode_step(params, batch) -> float32 embeddings.
 
-  Args:
-    graphdef: of a model with an encoder.
-    pooling: None gives encoded_BMD, 'mean' the mean over positions that are
-      not padding, [B, D], 'first' the first position (Ni et al. 2021,
-      Sentence-T5, section 3.1).
+  Without pooling encoded_BMD; else [B, D], the 'mean' over positions that are not padding or the
+  'first' position (Ni et al. 2021, Sentence-T5, section 3.1).
   """
   assert pooling in POOLINGS, pooling
 
-  def encode_step(params, batch: Batch) -> jax.Array:
+  def encode_step(params, batch: Batch) -> Array:
     model = nnx.merge(graphdef, params)
     tokens_BM = batch['encoder_input_tokens']
-    encoded_BMD = model.encode(tokens_BM).astype(jnp.float32)
-    encoded_BMD = encoded_BMD[:, model.cfg.prompt_length or 0 :]
+    encoded_BMD = model.encode(tokens_BM)[:, model.cfg.prompt_length or 0 :].astype(jnp.float32)
     if pooling is None:
       return encoded_BMD
     if pooling == 'first':

@@ -1,14 +1,10 @@
 """Attention: one interface, several implementations.
 
-'dense' holds an array of every pair. Its backward pass is written by hand: it
-is what automatic differentiation would give, in an order that needs no
-transposed copy of a large array, and it keeps the attention weights alone, not
-the logits, the exponentials and the mask beside them. The others are for long
-sequences or certain chips; docs/extend.md says how to add one. No layers and
-no parameters here.
+The backward pass of 'dense' is written by hand: what automatic differentiation would give, in an
+order that needs no transposed copy of a large array, and it keeps the attention weights alone. The
+others are for long sequences or certain chips; docs/extend.md says how to add one.
 
-Legend: B batch, L length of queries, M length of keys, H heads, K head_dim,
-P distances.
+Legend: B batch, L length of queries, M length of keys, H heads, K head_dim, P distances.
 """
 
 import jax
@@ -17,11 +13,11 @@ from jax import Array
 
 from t5x_lite.errors import UsageError
 from t5x_lite.models import blocked_attention
-from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility
+from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility, mean_gradient
 from t5x_lite.parallel import logical_axes
 
-# From this many pairs on, 'auto' takes 'blocked': measured on CPUs, where it is
-# faster from there on (docs/lab_notes.md), elsewhere a guess.
+# From this many pairs on, 'auto' takes 'blocked': measured on CPUs, where it is faster from there
+# on (docs/lab_notes.md), elsewhere a guess.
 _LONG = {'cpu': 1024 * 1024}
 _LONG_ELSEWHERE = 2048 * 2048
 
@@ -35,13 +31,8 @@ _HEADS = ((0, 1), (0, 1))
 def choose(implementation: str, L: int, M: int, platform: str | None = None) -> str:
   """Returns the implementation that a setting means for L queries and M keys.
 
-  Args:
-    implementation: of T5Config.attention.
-    L: queries. One alone, as in decoding, is always 'dense': its arrays are no
-      larger than the keys.
-    M: keys.
-    platform: where it will run; by default that of the mesh being traced, or
-      JAX's own.
+  One query alone, as in decoding, is always 'dense': its arrays are no larger than the keys. The
+  platform is that of the mesh being traced, or JAX's own, by default.
 
   Raises:
     UsageError: if the platform does not have it.
@@ -90,18 +81,12 @@ def attention(
 ) -> Array:
   """Returns y_BLHK: values averaged by the softmax of q.k + bias.
 
-  Logits are not divided by sqrt(K); they and the softmax are float32 whatever
-  the inputs' dtype. A query that sees nothing averages all values.
+  Logits are not divided by sqrt(K); they and the softmax are float32 whatever the inputs' dtype. A
+  query that sees nothing averages all values.
 
-  Args:
-    q_BLHK: queries.
-    k_BMHK: keys.
-    v_BMHK: values.
-    bias: added to the logits, in float32: bias_1HLM, whose dims of size 1 are
-      broadcast, where `takes_arrays`; else values_HP of distances -(L-1)..M-1.
-    mask: mask_B1LM, True where a query may see a key, or its Visibility,
-      likewise.
-    implementation: of T5Config.attention.
+  The bias is float32: bias_1HLM, whose dims of size 1 are broadcast, where `takes_arrays`, else
+  values_HP of distances -(L-1)..M-1. The mask is mask_B1LM, True where a query may see a key, or
+  its Visibility, likewise. The implementation is as in T5Config.attention.
   """
   form = choose(implementation, q_BLHK.shape[1], k_BMHK.shape[1])
   if form not in _DENSE and mask is not None and not isinstance(mask, Visibility):
@@ -131,8 +116,8 @@ def attention(
 
 
 @jax.custom_vjp
-def _dense(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
-  return _dense_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM)[0]
+def _dense(*inputs):
+  return _dense_fwd(*inputs)[0]
 
 
 @jax.named_scope(SCOPE)
@@ -154,9 +139,7 @@ def _dense_bwd(residuals, g_BLHK):
   (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK) = residuals
   g_BHLK = g_BLHK.swapaxes(1, 2)
   dweights_BHLM = _dot(g_BHLK, v_BHMK, 3, 3, jnp.float32)
-  # sum over M of weights * dweights, without reading them (Dao et al. 2022,
-  # FlashAttention, appendix B.2).
-  mean_BHL1 = jnp.sum(g_BHLK.astype(jnp.float32) * y_BHLK.astype(jnp.float32), -1, keepdims=True)
+  mean_BHL1 = mean_gradient(g_BHLK, y_BHLK, -1)
   dlogits_BHLM = weights_BHLM.astype(jnp.float32) * (dweights_BHLM - mean_BHL1)
   if mask_B1LM is not None:
     dlogits_BHLM = jnp.where(mask_B1LM, dlogits_BHLM, 0.0)
@@ -168,13 +151,8 @@ def _dense_bwd(residuals, g_BLHK):
   # The large operand second, as it is: the transposed result is small.
   dk_BHKM = _dot(q_BHLK, dlogits_BHLM, 2, 2)
   dv_BHKM = _dot(g_BHLK, weights_BHLM, 2, 2)
-  return (
-    dq_BHLK.swapaxes(1, 2),
-    dk_BHKM.transpose(0, 3, 1, 2),
-    dv_BHKM.transpose(0, 3, 1, 2),
-    dbias_1HLM,
-    None,
-  )
+  dk_BMHK, dv_BMHK = (x.transpose(0, 3, 1, 2) for x in (dk_BHKM, dv_BHKM))
+  return dq_BHLK.swapaxes(1, 2), dk_BMHK, dv_BMHK, dbias_1HLM, None
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)

@@ -1,21 +1,18 @@
 """What attention is made of besides vectors: who sees whom, bias by distance.
 
-Both take O(L) memory here. Arrays of every pair are made from them at once
-(dense attention) or block by block.
+Both take O(L) memory here. Arrays of every pair are made from them at once (dense attention) or
+block by block.
 
 Legend: B batch, L length of queries, M length of keys, H heads, P distances.
 """
 
 import dataclasses
-import functools
-import operator
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-# T5X adds this to the logits of masked pairs. It is finite, so a row in which
-# everything is masked (padding) averages values instead of making NaNs.
+# T5X adds this to the logits of masked pairs. It is finite: a row of padding alone makes no NaNs.
 MASK_VALUE = -1e10
 # The name of attention's operations in a trace.
 SCOPE = 'attention'
@@ -28,8 +25,8 @@ class Visibility:
 
   Attributes:
     key_seen_BM: False where a key is padding, which nobody sees.
-    segments: of packed rows, (query_segments_BL, key_segments_BM); queries see
-      keys of their own segment.
+    segments: of packed rows, (query_segments_BL, key_segments_BM); queries see keys of their own
+      segment.
     prefix_BL: with `causal`, True at positions that see each other all the same.
     causal: queries see no later key; L is M.
   """
@@ -41,25 +38,20 @@ class Visibility:
 
   def dense(self, L: int) -> Array:
     """Returns mask_B1LM, True where a query sees a key; dims of 1 broadcast."""
-    parts = []
-    if self.causal:
-      mask_11LL = jnp.tril(jnp.ones((1, 1, L, L), bool))
-      if self.prefix_BL is not None:
-        prefix_BL = self.prefix_BL
-        mask_11LL = mask_11LL | (prefix_BL[:, None, :, None] & prefix_BL[:, None, None, :])
-      parts.append(mask_11LL)
+    mask = jnp.tril(jnp.ones((1, 1, L, L), bool)) if self.causal else jnp.ones((1, 1, 1, 1), bool)
+    if self.causal and self.prefix_BL is not None:
+      mask |= self.prefix_BL[:, None, :, None] & self.prefix_BL[:, None, None, :]
     if self.key_seen_BM is not None:
-      parts.append(self.key_seen_BM[:, None, None, :])
+      mask &= self.key_seen_BM[:, None, None, :]
     if self.segments is not None:
       queries_BL, keys_BM = self.segments
-      parts.append(queries_BL[:, None, :, None] == keys_BM[:, None, None, :])
-    return functools.reduce(operator.and_, parts) if parts else jnp.ones((1, 1, 1, 1), bool)
+      mask &= queries_BL[:, None, :, None] == keys_BM[:, None, None, :]
+    return mask
 
   def codes(self, B: int, L: int, M: int) -> tuple[Array, Array]:
     """Returns int32 codes [B, L] and [B, M] that `visible` compares.
 
-    Twice the segment, plus 1 in the prefix; no query has the segment of a key
-    that nobody sees.
+    Twice the segment, plus 1 in the prefix; no query has the segment of a key that nobody sees.
     """
     queries_BL, keys_BM = jnp.zeros((B, L), jnp.int32), jnp.zeros((B, M), jnp.int32)
     if self.segments is not None:
@@ -72,27 +64,41 @@ class Visibility:
 
   @property
   def skips(self) -> bool:
-    """Whether blocks of later keys can be left out.
-
-    Not if a query may see nothing at all: it averages all values.
-    """
+    """Whether blocks of later keys can be left out: not if a query may see nothing at all."""
     return self.causal and self.prefix_BL is None and self.key_seen_BM is None
 
 
 def visible(query_codes, key_codes, rows, columns, causal: bool) -> Array:
-  """Returns which pairs see each other; all arguments broadcast.
-
-  Args:
-    query_codes: from `Visibility.codes`.
-    key_codes: likewise.
-    rows: positions of the queries.
-    columns: positions of the keys.
-    causal: as in Visibility.
-  """
+  """Returns which pairs of codes, at rows and columns, see each other; all broadcast."""
   seen = (query_codes >> 1) == (key_codes >> 1)
   if causal:
     seen &= (columns <= rows) | ((query_codes & key_codes & 1) == 1)
   return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """How lengths are cut, and what else is static where bias and mask are made by blocks."""
+
+  l: int  # queries of a block
+  m: int  # keys of a block
+  M: int  # keys without padding, which ends the last block
+  causal: bool  # this and the next as in Visibility
+  skips: bool
+  interpret: bool = False  # of a kernel
+
+  def masked(self, logits, query_codes, key_codes, rows, columns) -> tuple[Array, Array]:
+    """Returns a block's logits, masked, and which pairs are seen; see `visible`."""
+    seen = visible(query_codes, key_codes, rows, columns, self.causal)
+    logits = jnp.where(seen, logits, MASK_VALUE)
+    if self.M % self.m:  # padding does not even count for a query that sees nothing
+      logits = jnp.where(columns < self.M, logits, -jnp.inf)
+    return logits, seen
+
+
+def mean_gradient(g, y, dim: int) -> Array:
+  """Returns the sum of weights times their gradients (Dao et al. 2022, appendix B.2)."""
+  return jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=dim, keepdims=True)
 
 
 def sees_any(mask: Array | Visibility) -> Array:
@@ -105,15 +111,9 @@ def sees_any(mask: Array | Visibility) -> Array:
 def skew(values_HP: Array, L: int, M: int) -> Array:
   """Returns [H, L, M] whose entry (i, j) is the value of distance j - i.
 
-  Each row is the row above it moved by one, so the L x M values are a skewed
-  copy of L + M - 1 of them. Reshaping instead of gathering keeps the gradient
-  a sum over diagonals instead of a scatter of L x M values.
-
-  Args:
-    values_HP: of distances -(L-1)..M. The last is not used: with it, rows read
-      P - 1 apart drift by one.
-    L: rows.
-    M: columns.
+  Each row is the row above it moved by one. Reshaping instead of gathering keeps the gradient a sum
+  over diagonals instead of a scatter of L x M values.
+  The last value, of distance M, is not used: with it, rows read P - 1 apart drift by one.
   """
   H, P = values_HP.shape
   skewed = jnp.broadcast_to(values_HP[:, None, :], (H, L, P))

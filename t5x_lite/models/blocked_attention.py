@@ -1,39 +1,25 @@
 """Attention block by block, in plain JAX: O(L) memory on every backend.
 
-Softmax is taken online, a block of keys at a time (Milakov & Gimelshein 2018;
-Dao et al. 2022, FlashAttention), and the backward pass makes every block
-again. What is T5's own: a block's position bias is a skewed slice of the
-values by distance, and its gradient a sum over diagonals, so that no array has
-an entry for every pair.
+Softmax is taken online, a block of keys at a time (Milakov & Gimelshein 2018; Dao et al. 2022,
+FlashAttention), and the backward pass makes every block again. T5's bias of a block is a skewed
+slice of the values by distance, and its gradient a sum over diagonals.
 
-Legend: B batch, L length of queries, M length of keys, H heads, K head_dim,
-P distances, l and m the lengths of a block, N blocks.
+Legend: B batch, L length of queries, M length of keys, H heads, K head_dim, P distances, l and m
+the lengths of a block, N blocks.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility, skew, unskew, visible
+from t5x_lite.models import attention_inputs
+from t5x_lite.models.attention_inputs import SCOPE, Blocks, Visibility, skew, unskew
 
 # Entries of a block, whichever way; see docs/lab_notes.md.
 BLOCK = 512
-
 _HEADS = ((0, 1), (0, 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Blocks:
-  """How lengths are cut: l x m blocks, the last keys possibly padding."""
-
-  l: int
-  m: int
-  M: int
-  causal: bool
-  skips: bool
 
 
 def cut(length: int, block: int, multiple: int = 8) -> int:
@@ -57,41 +43,33 @@ def attention(
   visibility: Visibility,
   block: int | None = None,
 ) -> Array:
-  """Returns y_BLHK, as dense attention does.
+  """Returns y_BLHK of queries, keys and values, as dense attention does.
 
-  Args:
-    q_BLHK: queries.
-    k_BMHK: keys.
-    v_BMHK: values.
-    values_HP: biases of distances -(L-1)..M-1, float32; None for no bias.
-    visibility: which keys a query sees.
-    block: the most rows and columns of a block; BLOCK by default.
+  Values by distance are biases of distances -(L-1)..M-1, float32, or None for no bias; a block has
+  at most `block` rows and columns, BLOCK by default.
   """
   B, L, _, _ = q_BLHK.shape
   M = k_BMHK.shape[1]
-  block = block or BLOCK
-  blocks = _Blocks(cut(L, block), cut(M, block), M, visibility.causal, visibility.skips)
+  l, m = cut(L, block or BLOCK), cut(M, block or BLOCK)
+  blocks = Blocks(l, m, M, visibility.causal, visibility.skips)
   if values_HP is not None:
     # Distances -(Lp-1)..Mp of the padded lengths Lp and Mp.
-    values_HP = jnp.pad(values_HP, ((0, 0), (-L % blocks.l, -M % blocks.m + 1)))
-  query_codes_BL, key_codes_BM = visibility.codes(B, L, M)
+    values_HP = jnp.pad(values_HP, ((0, 0), (-L % l, -M % m + 1)))
+  codes_BL, codes_BM = visibility.codes(B, L, M)
   y_BHLK = _attention(
     blocks,
-    pad(q_BLHK.swapaxes(1, 2), 2, blocks.l),
-    pad(k_BMHK.swapaxes(1, 2), 2, blocks.m),
-    pad(v_BMHK.swapaxes(1, 2), 2, blocks.m),
+    *(pad(x.swapaxes(1, 2), 2, size) for x, size in ((q_BLHK, l), (k_BMHK, m), (v_BMHK, m))),
     values_HP,
-    pad(query_codes_BL, 1, blocks.l),
-    pad(key_codes_BM, 1, blocks.m),
+    pad(codes_BL, 1, l),
+    pad(codes_BM, 1, m),
   )
   return y_BHLK.swapaxes(1, 2)[:, :L]
 
 
 def _dot(a: Array, b: Array, a_dim: int, b_dim: int) -> Array:
   """Contracts a dim of each [B, H, ., .], in float32; what is left of a comes first."""
-  return jax.lax.dot_general(
-    a, b, (((a_dim,), (b_dim,)), _HEADS), preferred_element_type=jnp.float32
-  )
+  dims = (((a_dim,), (b_dim,)), _HEADS)
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def _split(size: int, *arrays: Array) -> tuple[Array, ...]:
@@ -110,29 +88,24 @@ def _join(x_NBHlK: Array) -> Array:
   return jnp.moveaxis(x_NBHlK, 0, 2).reshape(B, H, N * l, K)
 
 
-def _window(blocks: _Blocks, i, j, num_rows: int):
+def _window(blocks: Blocks, i, j, num_rows: int):
   """Returns where a block's l + m values by distance begin."""
   return j * blocks.m - i * blocks.l + (num_rows - 1) * blocks.l
 
 
-def _logits(blocks, i, j, q_BHlK, k_BHmK, values_HP, query_codes_Bl, key_codes_Bm, num_rows):
+def _logits(blocks, i, j, num_rows, q_BHlK, k_BHmK, values_HP, codes_Bl, codes_Bm):
   """Returns the logits [B, H, l, m] of a block, and which pairs are seen [B, 1, l, m]."""
   l, m = blocks.l, blocks.m
   logits = _dot(q_BHlK, k_BHmK, 3, 3)
   if values_HP is not None:
     window = jax.lax.dynamic_slice_in_dim(values_HP, _window(blocks, i, j, num_rows), l + m, 1)
     logits += skew(window, l, m)[None]
-  rows = i * l + jnp.arange(l)[None, :, None]
-  columns = j * m + jnp.arange(m)[None, None, :]
-  query_codes, key_codes = query_codes_Bl[:, :, None], key_codes_Bm[:, None, :]
-  seen = visible(query_codes, key_codes, rows, columns, blocks.causal)[:, None]
-  logits = jnp.where(seen, logits, MASK_VALUE)
-  if blocks.M % m:  # padding does not even count for a query that sees nothing
-    logits = jnp.where(columns[None] < blocks.M, logits, -jnp.inf)
-  return logits, seen
+  codes = codes_Bl[:, None, :, None], codes_Bm[:, None, None, :]
+  rows, columns = i * l + jnp.arange(l), j * m + jnp.arange(m)
+  return blocks.masked(logits, *codes, rows[None, None, :, None], columns[None, None, None, :])
 
 
-def _unless_later(blocks: _Blocks, i, j, run, skip, *operands):
+def _unless_later(blocks: Blocks, i, j, run, skip, *operands):
   """Runs a block, or skips it if all of its keys come later than its queries."""
   if not blocks.skips:
     return run(*operands)
@@ -140,31 +113,27 @@ def _unless_later(blocks: _Blocks, i, j, run, skip, *operands):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM):
-  return _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM)[0]
+def _attention(blocks, *inputs):
+  return _attention_fwd(blocks, *inputs)[0]
 
 
 @jax.named_scope(SCOPE)
-def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM):
-  # As if bias and mask depended on q: differentiation of a scan over layers
-  # would else make what does not, for all blocks, before the scan.
-  inputs = (q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM)
+def _attention_fwd(blocks, *inputs):
+  # As if bias and mask depended on q: differentiation of a scan over layers would else make what
+  # does not, for all blocks, before the scan.
   inputs = jax.lax.optimization_barrier(inputs)
-  q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = inputs
+  q_BHLK, k_BHMK, v_BHMK, values_HP, codes_BL, codes_BM = inputs
   N = q_BHLK.shape[2] // blocks.l
-  keys = _split(blocks.m, k_BHMK, v_BHMK, key_codes_BM)
+  keys = _split(blocks.m, k_BHMK, v_BHMK, codes_BM)
 
   def row(_, xs):
-    i, q_BHlK, query_codes_Bl = xs
-    B, H, l, K = q_BHlK.shape
+    i, q_BHlK, codes_Bl = xs
 
     def column(carry, ys):
-      j, k_BHmK, v_BHmK, key_codes_Bm = ys
+      j, k_BHmK, v_BHmK, codes_Bm = ys
 
       def run(y_BHlK, total_BHl, top_BHl):
-        logits, _ = _logits(
-          blocks, i, j, q_BHlK, k_BHmK, values_HP, query_codes_Bl, key_codes_Bm, N
-        )
+        logits, _ = _logits(blocks, i, j, N, q_BHlK, k_BHmK, values_HP, codes_Bl, codes_Bm)
         new_top_BHl = jnp.maximum(top_BHl, jnp.max(logits, axis=-1))
         weights = jnp.exp(logits - new_top_BHl[..., None])
         shrunk_BHl = jnp.exp(top_BHl - new_top_BHl)
@@ -173,42 +142,39 @@ def _attention_fwd(blocks, q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, ke
 
       return _unless_later(blocks, i, j, run, lambda *carry: carry, *carry), None
 
-    zeros_BHl = jnp.zeros((B, H, l), jnp.float32)
-    start = (jnp.zeros((B, H, l, K), jnp.float32), zeros_BHl, zeros_BHl - jnp.inf)
+    zeros_BHl = jnp.zeros(q_BHlK.shape[:3], jnp.float32)
+    start = (jnp.zeros(q_BHlK.shape, jnp.float32), zeros_BHl, zeros_BHl - jnp.inf)
     (y_BHlK, total_BHl, top_BHl), _ = jax.lax.scan(column, start, keys)
     return None, ((y_BHlK / total_BHl[..., None]).astype(v_BHMK.dtype), total_BHl, top_BHl)
 
-  rows = _split(blocks.l, q_BHLK, query_codes_BL)
+  rows = _split(blocks.l, q_BHLK, codes_BL)
   _, (y_NBHlK, total_NBHl, top_NBHl) = jax.lax.scan(row, None, rows)
   y_BHLK = _join(y_NBHlK)
-  # The top and the total, not the logarithm of their product: where nothing
-  # is seen the top is -1e10, beside which a float32 logarithm is nothing.
+  # The top and the total, not the logarithm of their product: where nothing is seen the top is
+  # -1e10, beside which a float32 logarithm is nothing.
   return y_BHLK, (*inputs, y_BHLK, total_NBHl, top_NBHl)
 
 
 @jax.named_scope(SCOPE)
 def _attention_bwd(blocks, residuals, g_BHLK):
   residuals, g_BHLK = jax.lax.optimization_barrier((residuals, g_BHLK))
-  q_BHLK, k_BHMK, v_BHMK, values_HP, query_codes_BL, key_codes_BM = residuals[:6]
+  q_BHLK, k_BHMK, v_BHMK, values_HP, codes_BL, codes_BM = residuals[:6]
   y_BHLK, total_NBHl, top_NBHl = residuals[6:]
   N = q_BHLK.shape[2] // blocks.l
-  keys = _split(blocks.m, k_BHMK, v_BHMK, key_codes_BM)
-  # The mean of the weights' gradients, as in attention.py.
-  mean_BHL = jnp.sum(g_BHLK.astype(jnp.float32) * y_BHLK.astype(jnp.float32), axis=-1)
+  keys = _split(blocks.m, k_BHMK, v_BHMK, codes_BM)
+  mean_BHL1 = attention_inputs.mean_gradient(g_BHLK, y_BHLK, -1)
 
   def row(carry, xs):
-    i, q_BHlK, query_codes_Bl, g_BHlK, mean_BHl, total_BHl, top_BHl = xs
+    i, q_BHlK, codes_Bl, g_BHlK, mean_BHl1, total_BHl, top_BHl = xs
 
     def column(carry, ys):
-      j, k_BHmK, v_BHmK, key_codes_Bm = ys
+      j, k_BHmK, v_BHmK, codes_Bm = ys
 
       def run(dq_BHlK, dvalues_HP):
-        logits, seen = _logits(
-          blocks, i, j, q_BHlK, k_BHmK, values_HP, query_codes_Bl, key_codes_Bm, N
-        )
+        logits, seen = _logits(blocks, i, j, N, q_BHlK, k_BHmK, values_HP, codes_Bl, codes_Bm)
         weights = jnp.exp(logits - top_BHl[..., None]) / total_BHl[..., None]
         dweights = _dot(g_BHlK, v_BHmK, 3, 3)
-        dlogits = jnp.where(seen, weights * (dweights - mean_BHl[..., None]), 0.0)
+        dlogits = jnp.where(seen, weights * (dweights - mean_BHl1), 0.0)
         if dvalues_HP is not None:
           start = _window(blocks, i, j, N)
           band = unskew(jnp.sum(dlogits, axis=0))
@@ -220,18 +186,15 @@ def _attention_bwd(blocks, residuals, g_BHLK):
         dv_BHmK = _dot(weights.astype(g_BHlK.dtype), g_BHlK, 2, 2)
         return (dq_BHlK, dvalues_HP), (dk_BHmK, dv_BHmK)
 
-      def skip(*carry):
-        zeros = jnp.zeros(k_BHmK.shape, jnp.float32)
-        return carry, (zeros, zeros)
-
-      return _unless_later(blocks, i, j, run, skip, *carry)
+      zeros = jnp.zeros(k_BHmK.shape, jnp.float32)
+      return _unless_later(blocks, i, j, run, lambda *carry: (carry, (zeros, zeros)), *carry)
 
     dk_NBHmK, dv_NBHmK, dvalues_HP = carry
     start = (jnp.zeros(q_BHlK.shape, jnp.float32), dvalues_HP)
     (dq_BHlK, dvalues_HP), (dk, dv) = jax.lax.scan(column, start, keys)
     return (dk_NBHmK + dk, dv_NBHmK + dv, dvalues_HP), dq_BHlK.astype(q_BHLK.dtype)
 
-  rows = (*_split(blocks.l, q_BHLK, query_codes_BL, g_BHLK, mean_BHL), total_NBHl, top_NBHl)
+  rows = (*_split(blocks.l, q_BHLK, codes_BL, g_BHLK, mean_BHL1), total_NBHl, top_NBHl)
   zeros = jnp.zeros(keys[1].shape, jnp.float32)
   start = (zeros, zeros, None if values_HP is None else jnp.zeros_like(values_HP))
   (dk, dv, dvalues_HP), dq = jax.lax.scan(row, start, rows)

@@ -1,7 +1,7 @@
 """Encoder and decoder layers, and the cache of a decoder.
 
-Legend: B batch, L decoder length, M encoder length, T slots of a cache,
-N layers, D emb_dim, H heads, K head_dim, R rows of a cache (n of each input).
+Legend: B batch, L decoder length, M encoder length, T slots of a cache, N layers, D emb_dim, H
+heads, K head_dim, R rows of a cache (n of each input).
 """
 
 import dataclasses
@@ -29,16 +29,15 @@ class Cache:
   Attributes:
     key_NBTHK: self-attention keys; slots at and after index are unwritten.
     value_NBTHK: self-attention values.
-    cross_key_NBMHK: keys of the encoder output, computed once; or None.
-    cross_value_NBMHK: values of the encoder output; or None.
-    cross_mask_B11M: True at real encoder positions; or None.
+    cross_key_NBMHK: keys of the encoder output, or None as the next two.
+    cross_value_NBMHK: values of the encoder output.
+    cross_mask_B11M: True at real encoder positions.
     index: int32, the position of the next token: a scalar, or [B].
-    owner_BnT: in beam search, the beam whose row holds what beam n read in each
-      slot. Beams go on from others by changing this; keys and values stay where
-      they are. None if every row reads its own.
+    owner_BnT: in beam search, the beam whose row holds what beam n read in each slot: beams go on
+      from others by changing this, and keys and values stay. None if every row reads its own.
     seen_B: in continuous batching, how many tokens each row has decoded, T - 1 at most. Slots are
-      then a ring that all rows write at the same index, however long they are there: a row sees as
-      many slots back as it has decoded, and T5's bias knows distances alone. None otherwise.
+      then a ring that all rows write at the same index: a row sees as many slots back as it has
+      decoded, and T5's bias knows distances alone. None otherwise.
   """
 
   key_NBTHK: jax.Array
@@ -52,15 +51,21 @@ class Cache:
 
   def grown(self, T: int) -> 'Cache':
     """Returns it with T slots."""
-    more = T - self.key_NBTHK.shape[2]
-    pads = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
-    owner = self.owner_BnT
-    return dataclasses.replace(
-      self,
-      key_NBTHK=jnp.pad(self.key_NBTHK, pads),
-      value_NBTHK=jnp.pad(self.value_NBTHK, pads),
-      owner_BnT=None if owner is None else jnp.pad(owner, ((0, 0), (0, 0), (0, more))),
-    )
+    return self._padded(T - self.key_NBTHK.shape[2], key_NBTHK=2, value_NBTHK=2, owner_BnT=2)
+
+  def widened(self, M: int) -> 'Cache':
+    """Returns it with room for inputs of M tokens."""
+    assert self.cross_key_NBMHK is not None
+    more = M - self.cross_key_NBMHK.shape[2]
+    return self._padded(more, cross_key_NBMHK=2, cross_value_NBMHK=2, cross_mask_B11M=3)
+
+  def _padded(self, more: int, **dims: int) -> 'Cache':
+    """Returns it with `more` zeros at the end of a dim of some fields."""
+    padded = {}
+    for name, dim in dims.items():
+      if (x := getattr(self, name)) is not None:
+        padded[name] = jnp.pad(x, [(0, more if i == dim else 0) for i in range(x.ndim)])
+    return dataclasses.replace(self, **padded)
 
   def for_beams(self, num_beams: int) -> 'Cache':
     """Returns it for beam search; what it holds is the same in all beams of an input."""
@@ -76,8 +81,8 @@ class Cache:
   def next_slot(self) -> tuple['Cache', jax.Array]:
     """Returns it with the next slot owned by the row that writes it, and the mask.
 
-    The mask is [R or 1, 1, 1, T]; with beams [B, 1, n, n T]: the beams of an
-    input see each other's rows, and of these what they have read.
+    The mask is [R or 1, 1, 1, T]; with beams [B, 1, n, n T]: the beams of an input see each other's
+    rows, and of these what they have read.
     """
     T = self.key_NBTHK.shape[2]
     slots_11T = jnp.arange(T)[None, None, :]
@@ -86,13 +91,12 @@ class Cache:
     if self.owner_BnT is None:
       return self, (slots_11T <= jnp.atleast_1d(self.index)[:, None, None])[:, None]
     B, n, _ = self.owner_BnT.shape
-    beams_n = jnp.arange(n)
+    beams_1n1 = jnp.arange(n)[None, :, None]
     index_Bn1 = jnp.broadcast_to(self.index, (B * n,)).reshape(B, n, 1)
-    owner_BnT = jnp.where(slots_11T == index_Bn1, beams_n[None, :, None], self.owner_BnT)
-    mine_BnmT = owner_BnT[:, :, None, :] == beams_n[None, None, :, None]
+    owner_BnT = jnp.where(slots_11T == index_Bn1, beams_1n1, self.owner_BnT)
+    mine_BnmT = owner_BnT[:, :, None, :] == beams_1n1[None]
     mine_BnmT &= (slots_11T <= index_Bn1)[:, :, None, :]
-    mask_B1nS = mine_BnmT.reshape(B, 1, n, n * T)
-    return dataclasses.replace(self, owner_BnT=owner_BnT), mask_B1nS
+    return dataclasses.replace(self, owner_BnT=owner_BnT), mine_BnmT.reshape(B, 1, n, n * T)
 
   def advanced(self) -> 'Cache':
     """Returns it for the next position."""
@@ -107,33 +111,46 @@ class Cache:
     T = self.key_NBTHK.shape[2]
     if self.seen_B is not None:
       return relpos_bias.around(self.index, T)
-    return self.over_beams(relpos_bias.at(self.index, T))
-
-  def over_beams(self, bias_RH1T: jax.Array) -> jax.Array:
-    """Returns the bias of one position for the mask of `next_slot`."""
+    bias_RH1T = relpos_bias.at(self.index, T)
     if self.owner_BnT is None:
       return bias_RH1T
     B, n, _ = self.owner_BnT.shape
     if bias_RH1T.shape[0] == B * n and B * n > 1:  # a position for each row
-      _, H, _, T = bias_RH1T.shape
-      bias_RH1T = bias_RH1T.reshape(B, n, H, T).transpose(0, 2, 1, 3)
+      bias_RH1T = bias_RH1T.reshape(B, n, -1, T).swapaxes(1, 2)
     return jnp.tile(bias_RH1T, (1, 1, 1, n))
 
 
-def _add_adapters(layer: nnx.Module, cfg: T5Config, *blocks: str, rngs) -> None:
-  """Gives a layer the adapters that stand after its blocks."""
-  for block in blocks:
-    if ('mlp' if block == 'mlp' else 'attention') in cfg.adapter_places:
-      setattr(layer, f'{block}_adapter', layers.Adapter(cfg, rngs=rngs))
+class _Layer(nnx.Module):
+  """What layers of the encoder and of the decoder share."""
+
+  cfg: T5Config
+
+  def _finish(self, *blocks: str, bidirectional: bool, rngs) -> None:
+    """Adds a layer's own bias, and the adapters that stand after its blocks."""
+    if self.cfg.relpos_per_layer:
+      self.relpos_bias = RelativePositionBias(self.cfg, bidirectional=bidirectional, rngs=rngs)
+    for block in blocks:
+      if ('mlp' if block == 'mlp' else 'attention') in self.cfg.adapter_places:
+        setattr(self, f'{block}_adapter', layers.Adapter(self.cfg, rngs=rngs))
+
+  def _bias(self, bias, L: int):
+    """Returns the layer's own bias, or the one that all share."""
+    return self.relpos_bias.of(L, L) if self.cfg.relpos_per_layer else bias
+
+  def _add(self, x_BLD, y_BLD, block: str, saved: str, key=None) -> jax.Array:
+    """Returns the residual stream after a block: its adapter, if any, and dropout."""
+    adapter = getattr(self, f'{block}_adapter', None)
+    y_BLD = checkpoint_name(y_BLD if adapter is None else adapter(y_BLD), saved)
+    return x_BLD + layers.dropout(y_BLD, self.cfg.dropout_rate, key)
+
+  def _add_mlp(self, x_BLD, owner, keys) -> jax.Array:
+    """Runs the feed-forward block, whose parameters are the owner's."""
+    y_BLD = owner.mlp(owner.pre_mlp_layer_norm(x_BLD), key=keys[0])
+    x_BLD = self._add(x_BLD, y_BLD, 'mlp', 'mlp_out', keys[1])
+    return constrain(x_BLD, 'batch', 'length', 'embed')
 
 
-def _adapted(layer: nnx.Module, block: str, y_BLD: jax.Array) -> jax.Array:
-  """Applies the adapter after a block, if there is one."""
-  adapter = getattr(layer, f'{block}_adapter', None)
-  return y_BLD if adapter is None else adapter(y_BLD)
-
-
-class EncoderLayer(nnx.Module):
+class EncoderLayer(_Layer):
   """Self-attention and feed-forward, each with a norm before and a residual."""
 
   def __init__(self, cfg: T5Config, *, rngs):
@@ -142,27 +159,18 @@ class EncoderLayer(nnx.Module):
     self.attention = layers.Attention(cfg, rngs=rngs)
     self.pre_mlp_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
     self.mlp = layers.MLP(cfg, rngs=rngs)
-    if cfg.relpos_per_layer:
-      self.relpos_bias = RelativePositionBias(cfg, bidirectional=True, rngs=rngs)
-    _add_adapters(self, cfg, 'attention', 'mlp', rngs=rngs)
+    self._finish('attention', 'mlp', bidirectional=True, rngs=rngs)
 
   def __call__(self, x_BMD, *, bias, mask, key) -> jax.Array:
     """Runs the layer on the residual stream."""
     keys = layers.split_key(key, 4)
-    rate, M = self.cfg.dropout_rate, x_BMD.shape[1]
-    if self.cfg.relpos_per_layer:
-      bias = self.relpos_bias.of(M, M)
-    y_BMD = self.pre_attention_layer_norm(x_BMD)
+    y_BMD, bias = self.pre_attention_layer_norm(x_BMD), self._bias(bias, x_BMD.shape[1])
     y_BMD = self.attention(y_BMD, y_BMD, bias=bias, mask=mask, key=keys[0])
-    y_BMD = checkpoint_name(_adapted(self, 'attention', y_BMD), 'attention_out')
-    x_BMD = x_BMD + layers.dropout(y_BMD, rate, keys[1])
-    y_BMD = self.mlp(self.pre_mlp_layer_norm(x_BMD), key=keys[2])
-    y_BMD = checkpoint_name(_adapted(self, 'mlp', y_BMD), 'mlp_out')
-    x_BMD = x_BMD + layers.dropout(y_BMD, rate, keys[3])
-    return constrain(x_BMD, 'batch', 'length', 'embed')
+    x_BMD = self._add(x_BMD, y_BMD, 'attention', 'attention_out', keys[1])
+    return self._add_mlp(x_BMD, self, keys[2:])
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(_Layer):
   """Causal self-attention, cross-attention where there is an encoder, MLP."""
 
   def __init__(self, cfg: T5Config, *, rngs):
@@ -177,11 +185,9 @@ class DecoderLayer(nnx.Module):
     if not cfg.share_encoder_decoder:
       self.pre_mlp_layer_norm = layers.RMSNorm(cfg, rngs=rngs)
       self.mlp = layers.MLP(cfg, rngs=rngs)
-    if cfg.relpos_per_layer:
-      self.relpos_bias = RelativePositionBias(cfg, bidirectional=False, rngs=rngs)
     # Its own, even where the rest is lent.
     cross = ('encoder_decoder_attention',) if cfg.has_encoder else ()
-    _add_adapters(self, cfg, 'self_attention', *cross, 'mlp', rngs=rngs)
+    self._finish('self_attention', *cross, 'mlp', bidirectional=False, rngs=rngs)
 
   def self_block(self, lender: EncoderLayer | None):
     """Returns the norm and the attention of the self-attention block."""
@@ -189,53 +195,36 @@ class DecoderLayer(nnx.Module):
       return self.pre_self_attention_layer_norm, self.self_attention
     return lender.pre_attention_layer_norm, lender.attention
 
-  def _rest(self, x_BLD, cross_kv, cross_mask, lender, keys) -> jax.Array:
-    """What follows self-attention: cross-attention and feed-forward."""
-    rate = self.cfg.dropout_rate
+  def _rest(self, x_BLD, y_BLD, cross_kv, cross_mask, lender, keys) -> jax.Array:
+    """What follows self-attention, which gave y: cross-attention and feed-forward."""
+    x_BLD = self._add(x_BLD, y_BLD, 'self_attention', 'attention_out', keys[0])
     if self.cfg.has_encoder:
       y_BLD = self.pre_cross_attention_layer_norm(x_BLD)
       # Several rows of one input (beams) are several queries of it.
       y_BLD = y_BLD.reshape(cross_kv[0].shape[0], -1, y_BLD.shape[-1])
-      y_BLD = self.encoder_decoder_attention.attend(y_BLD, *cross_kv, mask=cross_mask, key=keys[0])
-      y_BLD = _adapted(self, 'encoder_decoder_attention', y_BLD)
-      # Where an example has no inputs, a query would average its neighbours'.
-      seen_BL1 = sees_any(cross_mask)[:, :, None]
-      y_BLD = jnp.where(seen_BL1, y_BLD, 0).reshape(x_BLD.shape)
-      y_BLD = checkpoint_name(y_BLD, 'cross_attention_out')
-      x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[1])
-    owner = self if lender is None else lender
-    y_BLD = owner.mlp(owner.pre_mlp_layer_norm(x_BLD), key=keys[2])
-    y_BLD = checkpoint_name(_adapted(self, 'mlp', y_BLD), 'mlp_out')
-    x_BLD = x_BLD + layers.dropout(y_BLD, rate, keys[3])
-    return constrain(x_BLD, 'batch', 'length', 'embed')
+      y_BLD = self.encoder_decoder_attention.attend(y_BLD, *cross_kv, mask=cross_mask, key=keys[1])
+      # Where an example has no inputs, a query would average its neighbours'; adapters keep 0.
+      y_BLD = jnp.where(sees_any(cross_mask)[:, :, None], y_BLD, 0).reshape(x_BLD.shape)
+      x_BLD = self._add(x_BLD, y_BLD, 'encoder_decoder_attention', 'cross_attention_out', keys[2])
+    return self._add_mlp(x_BLD, self if lender is None else lender, keys[3:])
 
-  def __call__(self, x_BLD, encoded_BMD, lender, *, bias, mask, cross_mask, key) -> jax.Array:
-    """Runs the layer on the residual stream; lender owns shared weights."""
+  def __call__(self, x_BLD, encoded_BMD, lender, **kwargs) -> jax.Array:
+    """Runs the layer on the residual stream; see `read` for the other arguments."""
+    has_encoder = self.cfg.has_encoder
+    kv = self.encoder_decoder_attention.keys_values(encoded_BMD) if has_encoder else None
+    return self.read(x_BLD, kv, lender, **kwargs)[0]
+
+  def read(self, x_BLD, cross_kv, lender, *, bias, mask, cross_mask, key=None):
+    """Reads several positions; returns x_BLD, and keys and values of self-attention.
+
+    cross_kv is None without an encoder, lender the layer that owns shared parameters, or None.
+    """
     keys = layers.split_key(key, 6)
-    L = x_BLD.shape[1]
-    if self.cfg.relpos_per_layer:
-      bias = self.relpos_bias.of(L, L)
     norm, attention = self.self_block(lender)
-    y_BLD = norm(x_BLD)
-    y_BLD = attention(y_BLD, y_BLD, bias=bias, mask=mask, key=keys[0])
-    y_BLD = checkpoint_name(_adapted(self, 'self_attention', y_BLD), 'attention_out')
-    x_BLD = x_BLD + layers.dropout(y_BLD, self.cfg.dropout_rate, keys[1])
-    cross_kv = None
-    if self.cfg.has_encoder:
-      cross_kv = self.encoder_decoder_attention.keys_values(encoded_BMD)
-    return self._rest(x_BLD, cross_kv, cross_mask, lender, keys[2:])
-
-  def read(self, x_BPD, cross_kv, cross_mask, lender, *, bias, mask):
-    """Reads a prompt; returns x_BPD, and its keys and values of self-attention."""
-    norm, attention = self.self_block(lender)
-    if self.cfg.relpos_per_layer:
-      bias = self.relpos_bias.of(x_BPD.shape[1], x_BPD.shape[1])
-    y_BPD = norm(x_BPD)
-    k_BPHK, v_BPHK = attention.keys_values(y_BPD)
-    y_BPD = attention.attend(y_BPD, k_BPHK, v_BPHK, bias=bias, mask=mask)
-    y_BPD = _adapted(self, 'self_attention', y_BPD)
-    x_BPD = self._rest(x_BPD + y_BPD, cross_kv, cross_mask, lender, [None] * 4)
-    return x_BPD, (k_BPHK, v_BPHK)
+    y_BLD, bias = norm(x_BLD), self._bias(bias, x_BLD.shape[1])
+    kv = attention.keys_values(y_BLD)
+    y_BLD = attention.attend(y_BLD, *kv, bias=bias, mask=mask, key=keys[0])
+    return self._rest(x_BLD, y_BLD, cross_kv, cross_mask, lender, keys[1:]), kv
 
   def step(self, x_B1D, i, cache: Cache, cross_kv, lender, *, bias, mask):
     """One position; returns x_B1D and the cache with layer i written."""
@@ -250,11 +239,9 @@ class DecoderLayer(nnx.Module):
     if cache.owner_BnT is not None:
       # The rows of an input's beams side by side, and the beams as queries.
       B = cache.owner_BnT.shape[0]
-      k_BTHK, v_BTHK = (x.reshape(B, -1, *x.shape[2:]) for x in (k_BTHK, v_BTHK))
-      q_B1HK = q_B1HK.reshape(B, -1, *q_B1HK.shape[2:])
-    y_B1D = attention.attend(q_B1HK, k_BTHK, v_BTHK, bias=bias, mask=mask)
-    x_B1D = x_B1D + _adapted(self, 'self_attention', y_B1D.reshape(x_B1D.shape))
-    x_B1D = self._rest(x_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 4)
+      q_B1HK, k_BTHK, v_BTHK = (x.reshape(B, -1, *x.shape[2:]) for x in (q_B1HK, k_BTHK, v_BTHK))
+    y_B1D = attention.attend(q_B1HK, k_BTHK, v_BTHK, bias=bias, mask=mask).reshape(x_B1D.shape)
+    x_B1D = self._rest(x_B1D, y_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 5)
     return x_B1D, dataclasses.replace(cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
 
 

@@ -1,7 +1,7 @@
 """The model's configuration, and the published sizes by name.
 
-`T5Config` is the only place where an architecture is described: variants are
-fields, not classes. Field names are T5X's (t5x/examples/t5/network.py).
+`T5Config` is the only place where an architecture is described: variants are fields, not classes.
+Field names are T5X's (t5x/examples/t5/network.py).
 """
 
 import dataclasses
@@ -16,6 +16,15 @@ REMAT_POLICIES = ('none', 'minimal', 'save_names', 'full')
 ATTENTIONS = ('auto', 'dense', 'blocked', 'pallas_tpu', 'cudnn')
 ACTIVATIONS = ('relu', 'gelu', 'silu', 'swish', 'linear')
 ADAPTER_PLACES = ('attention', 'mlp')
+_ALLOWED = {
+  'architecture': ARCHITECTURES,
+  'dtype': DTYPES,
+  'param_dtype': DTYPES,
+  'remat_policy': REMAT_POLICIES,
+  'attention': ATTENTIONS,
+}
+_SHAPE = 'emb_dim num_heads head_dim mlp_dim num_encoder_layers num_decoder_layers'.split()
+_AT_LEAST_1 = ('vocab_size', *_SHAPE[:4], 'relpos_num_buckets', 'relpos_max_distance')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,46 +39,32 @@ class T5Config:
     mlp_dim: hidden width of the feed-forward block (d_ff).
     num_encoder_layers: depth of the encoder; unused when there is none.
     num_decoder_layers: depth of the decoder; unused when there is none.
-    mlp_activations: ('relu',) in T5 1.0; ('gelu', 'linear') is the gated GELU
-      of T5 1.1 (tanh approximation, as in T5X and HF's `gelu_new`).
-    logits_via_embedding: tie the output projection to the embedding and scale
-      its input by emb_dim**-0.5 (T5 1.0).
-    scale_logits: multiply the head's input by emb_dim**-0.5; None does so with
-      a tied head alone, as T5 does. A few checkpoints in the wild differ.
+    mlp_activations: ('relu',) in T5 1.0; ('gelu', 'linear') is T5 1.1's gated GELU, by tanh.
+    logits_via_embedding: tie the output projection to the embedding (T5 1.0).
+    scale_logits: multiply the head's input by emb_dim**-0.5; None, T5's, only with a tied head.
     dropout_rate: probability of dropping, wherever T5X drops.
     dtype: of activations; norms, softmax and logits are float32 regardless.
     param_dtype: of parameters at rest.
     relpos_num_buckets: relative position buckets per head.
     relpos_max_distance: distance, in tokens, from which all share a bucket.
-    relpos_per_layer: every layer owns a bias table (umT5) instead of one table
-      a stack (T5).
+    relpos_per_layer: every layer owns a bias table (umT5) instead of one table a stack (T5).
     layer_norm_epsilon: added to the mean square inside the RMS norm.
-    scan_layers: stack the layers' parameters and scan over them (compile time
-      independent of depth) instead of unrolling.
-    remat_policy: what the backward pass recomputes: 'none' recomputes
-      nothing, 'minimal' saves the outputs of weight matmuls, 'save_names'
-      saves each block's output, 'full' recomputes whole layers.
-    attention: 'dense' holds the bias and the weights of every pair of
-      positions, 'blocked' makes them block by block in memory that grows with
-      the length alone, 'pallas_tpu' does so in a kernel for TPUs, 'cudnn' is
-      cuDNN's dense kernel (half precision). All give the same result; 'auto'
-      is 'dense' below 2,048 x 2,048 pairs (on CPUs 1,024 x 1,024), else
-      'blocked'.
-    architecture: 'encoder_decoder', 'encoder' (embeddings) or 'decoder' (a
-      causal or prefix language model).
-    share_encoder_decoder: encoder and decoder layers are the same parameters
-      (Raffel et al. 2020, Table 2, 'Enc-dec, shared').
-    lora_rank: rank of what LoRA adds to matrices; None adds nothing. With this
-      or one of the next two, the rest of the model is frozen, unless
-      OptimizerConfig.trainable says otherwise.
-    adapter_dim: inner dimension of adapters (Raffel et al. 2020, 3.5.1), with
-      which the norms train; None adds none.
+    scan_layers: scan over stacked layers, so that compile time is independent of depth.
+    remat_policy: what the backward pass recomputes: nothing ('none'), all but the outputs of weight
+      matmuls ('minimal') or of blocks ('save_names'), whole layers ('full').
+    attention: 'dense' holds the bias and the weights of every pair of positions, 'blocked' makes
+      them block by block in memory that grows with the length alone, 'pallas_tpu' does so in a
+      kernel for TPUs, 'cudnn' is cuDNN's dense kernel (half precision). All give the same result;
+      'auto' is 'dense' below 2,048 x 2,048 pairs (on CPUs 1,024 x 1,024), else 'blocked'.
+    architecture: 'encoder_decoder', 'encoder' (embeddings) or 'decoder' (a language model).
+    share_encoder_decoder: layers share parameters (Raffel et al. 2020, Table 2, 'Enc-dec, shared').
+    lora_rank: rank of what LoRA adds to matrices; None adds nothing. With this or one of the next
+      two, the rest of the model is frozen, unless OptimizerConfig.trainable says otherwise.
+    adapter_dim: inner width of adapters (Raffel et al. 2020, 3.5.1), with which the norms train.
     prompt_length: trained vectors before the encoder's input; None adds none.
     lora_alpha: LoRA is scaled by lora_alpha / lora_rank; 1 by default.
-    lora_targets: matrices by name: 'query', 'key', 'value', 'out', 'wi' or
-      'wi_0', 'wi_1', and 'wo'. Query and value by default.
-    adapter_places: after which blocks adapters stand, before the residual is
-      added: 'attention' (cross-attention too), 'mlp'; both by default.
+    lora_targets: matrices: 'query' and 'value' by default, 'key', 'out', 'wi' or 'wi_0', ..., 'wo'.
+    adapter_places: blocks that end with adapters: 'attention' (cross- too), 'mlp'; by default both.
     pad_id: the token id of padding.
     eos_id: the token id that ends a sequence.
     decoder_start_id: the first decoder input; T5 starts from padding.
@@ -111,93 +106,69 @@ class T5Config:
     # gin and JSON hand over lists; the config must stay hashable.
     for name in ('mlp_activations', 'lora_targets', 'adapter_places'):
       object.__setattr__(self, name, tuple(getattr(self, name)))
-    for name in (
-      'vocab_size',
-      'emb_dim',
-      'num_heads',
-      'head_dim',
-      'mlp_dim',
-      'relpos_num_buckets',
-      'relpos_max_distance',
-    ):
-      if getattr(self, name) < 1:
-        raise UsageError(f'T5Config.{name} is {getattr(self, name)}; it must be at least 1.')
-    for name, allowed in (
-      ('architecture', ARCHITECTURES),
-      ('dtype', DTYPES),
-      ('param_dtype', DTYPES),
-      ('remat_policy', REMAT_POLICIES),
-      ('attention', ATTENTIONS),
-    ):
-      if getattr(self, name) not in allowed:
-        raise UsageError(
-          f'T5Config.{name} is {getattr(self, name)!r}; allowed are {", ".join(allowed)}.'
-        )
-    if self.attention == 'cudnn' and self.dtype == 'float32':
-      raise UsageError(
-        "T5Config.attention is 'cudnn', which computes in half precision; dtype is 'float32'."
-      )
-    for activation in self.mlp_activations:
-      if activation not in ACTIVATIONS:
-        raise UsageError(
-          f'T5Config.mlp_activations has {activation!r}; allowed are {", ".join(ACTIVATIONS)}.'
-        )
-    if not 0.0 <= self.dropout_rate < 1.0:
-      raise UsageError(
-        f'T5Config.dropout_rate is {self.dropout_rate}; it must be at least 0 and below 1.'
-      )
-    if self.has_encoder and self.num_encoder_layers < 1:
-      raise UsageError('T5Config.num_encoder_layers must be at least 1.')
-    if self.has_decoder and self.num_decoder_layers < 1:
-      raise UsageError('T5Config.num_decoder_layers must be at least 1.')
-    if self.share_encoder_decoder and (
-      self.architecture != 'encoder_decoder' or self.num_encoder_layers != self.num_decoder_layers
-    ):
-      raise UsageError(
-        'T5Config.share_encoder_decoder needs architecture '
-        "'encoder_decoder' with as many encoder as decoder layers; got "
-        f'{self.architecture!r} with {self.num_encoder_layers} and '
-        f'{self.num_decoder_layers}.'
-      )
+    for name in _AT_LEAST_1:
+      self._check(getattr(self, name) >= 1, name, 'it must be at least 1')
+    for name, allowed in _ALLOWED.items():
+      self._check(getattr(self, name) in allowed, name, f'allowed are {", ".join(allowed)}')
+    fits = self.attention != 'cudnn' or self.dtype != 'float32'
+    self._check(fits, 'attention', "it computes in half precision, but dtype is 'float32'")
+    in_range = 0.0 <= self.dropout_rate < 1.0
+    self._check(in_range, 'dropout_rate', 'it must be at least 0 and below 1')
+    for part, there in (('encoder', self.has_encoder), ('decoder', self.has_decoder)):
+      name = f'num_{part}_layers'
+      self._check(not there or getattr(self, name) >= 1, name, 'it must be at least 1')
+    depths = self.num_encoder_layers, self.num_decoder_layers
+    alike = self.architecture == 'encoder_decoder' and depths[0] == depths[1]
+    self._check(
+      alike or not self.share_encoder_decoder,
+      'share_encoder_decoder',
+      "it needs architecture 'encoder_decoder' with as many encoder as decoder layers; got "
+      f'{self.architecture!r} with {depths[0]} and {depths[1]}',
+    )
     self._check_transfer()
 
   def _check_transfer(self) -> None:
-    """Checks what transfer methods add, and fills in defaults."""
+    """Checks what transfer methods add, and fills in defaults; mlp_activations too."""
     for size, more in (
       ('lora_rank', ('lora_alpha', 'lora_targets')),
       ('adapter_dim', ('adapter_places',)),
       ('prompt_length', ()),
     ):
       value = getattr(self, size)
-      if value is not None and value < 1:
-        raise UsageError(f'T5Config.{size} is {value}; it must be at least 1, or None for none.')
+      fine = value is None or value >= 1
+      self._check(fine, size, 'it must be at least 1, or None for none')
       if value is None and (alone := [name for name in more if getattr(self, name)]):
         raise UsageError(f'T5Config.{alone[0]} is set, but {size} is None: set it too.')
     gated = len(self.mlp_activations) > 1
     mlp = [f'wi_{i}' for i in range(len(self.mlp_activations))] if gated else ['wi']
-    matrices = ('query', 'key', 'value', 'out', *mlp, 'wo')
     for field, allowed, what in (
-      ('lora_targets', matrices, 'matrices'),
-      ('adapter_places', ADAPTER_PLACES, 'blocks'),
+      ('mlp_activations', ACTIVATIONS, 'allowed are'),
+      (
+        'lora_targets',
+        ('query', 'key', 'value', 'out', *mlp, 'wo'),
+        'the matrices of this model are',
+      ),
+      ('adapter_places', ADAPTER_PLACES, 'the blocks of this model are'),
     ):
       for name in getattr(self, field):
         if name not in allowed:
-          raise UsageError(
-            f'T5Config.{field} has {name!r}; the {what} of this model are {", ".join(allowed)}.'
-          )
+          raise UsageError(f'T5Config.{field} has {name!r}; {what} {", ".join(allowed)}.')
     if self.lora_rank is not None:
       object.__setattr__(self, 'lora_targets', self.lora_targets or ('query', 'value'))
       if self.lora_alpha is None:
         object.__setattr__(self, 'lora_alpha', float(self.lora_rank))
-      elif self.lora_alpha <= 0:
-        raise UsageError(f'T5Config.lora_alpha is {self.lora_alpha}; it must be positive.')
+      self._check((self.lora_alpha or 0) > 0, 'lora_alpha', 'it must be positive')
     if self.adapter_dim is not None:
       object.__setattr__(self, 'adapter_places', self.adapter_places or ADAPTER_PLACES)
-    if self.prompt_length is not None and not self.has_encoder:
-      raise UsageError(
-        f'T5Config.prompt_length is {self.prompt_length}, but the architecture '
-        f'{self.architecture!r} has no encoder, whose input a prompt stands before.'
-      )
+    self._check(
+      self.prompt_length is None or self.has_encoder,
+      'prompt_length',
+      f'the architecture {self.architecture!r} has no encoder, whose input a prompt stands before',
+    )
+
+  def _check(self, fine: bool, name: str, why: str) -> None:
+    if not fine:
+      raise UsageError(f'T5Config.{name} is {getattr(self, name)!r}; {why}.')
 
   @property
   def has_encoder(self) -> bool:
@@ -215,31 +186,21 @@ class T5Config:
     Raises:
       UsageError: if there is no such field.
     """
-    known = {field.name for field in dataclasses.fields(self)}
+    known = sorted(field.name for field in dataclasses.fields(self))
     for name in changes:
       if name not in known:
-        raise UsageError(f'{name!r} is no field of T5Config; there are {", ".join(sorted(known))}')
+        raise UsageError(f'{name!r} is no field of T5Config; there are {", ".join(known)}')
     return dataclasses.replace(self, **changes)
 
 
-def _sizes(family: dict[str, Any], **sizes: tuple[int, ...]):
+def _sizes(family: dict[str, Any], **sizes: tuple[int, ...]) -> dict[str, T5Config]:
   """Named configs of one family from (emb, heads, head, mlp, enc, dec)."""
-  names = (
-    'emb_dim',
-    'num_heads',
-    'head_dim',
-    'mlp_dim',
-    'num_encoder_layers',
-    'num_decoder_layers',
-  )
-  configs = {}
-  for size, values in sizes.items():
-    fields: dict[str, Any] = dict(zip(names, values, strict=True))
-    configs[size] = T5Config(**family, **fields)
-  return configs
+  return {
+    size: T5Config(**family).replace(**dict(zip(_SHAPE, values, strict=True)))
+    for size, values in sizes.items()
+  }
 
 
-_T5_1_0: dict[str, Any] = {'mlp_activations': ('relu',), 'logits_via_embedding': True}
 _T5_1_1_SIZES = {
   'small': (512, 6, 64, 1024, 8, 8),
   'base': (768, 12, 64, 2048, 12, 12),
@@ -248,12 +209,12 @@ _T5_1_1_SIZES = {
   'xxl': (4096, 64, 64, 10240, 24, 24),
 }
 
-# Sources: Raffel et al. 2020, section 3.7 (T5 1.0); t5x/examples/t5/*/*.gin
-# (1.1, mT5, ByT5, umT5); Tay et al. 2022 (UL2). A test compares every
-# parameter count with HF's PyTorch model built on the meta device.
+# Sources: Raffel et al. 2020, section 3.7 (T5 1.0); t5x/examples/t5/*/*.gin (1.1, mT5, ByT5, umT5);
+# Tay et al. 2022 (UL2). A test compares every parameter count with HF's PyTorch model built on the
+# meta device.
 _FAMILIES: dict[str, dict[str, T5Config]] = {
   't5_1_0': _sizes(
-    _T5_1_0,
+    {'mlp_activations': ('relu',), 'logits_via_embedding': True},
     small=(512, 8, 64, 2048, 6, 6),
     base=(768, 12, 64, 3072, 12, 12),
     large=(1024, 16, 64, 4096, 24, 24),
@@ -291,11 +252,7 @@ def named_config(name: str, **overrides: Any) -> T5Config:
     UsageError: if there is no such size; the message lists close matches.
   """
   if name not in NAMED_CONFIGS:
-    close = difflib.get_close_matches(name, NAMED_CONFIGS, n=3)
-    hint = (
-      f'did you mean {" or ".join(close)}?'
-      if close
-      else (f'allowed are {", ".join(NAMED_CONFIGS)}.')
-    )
+    close = ' or '.join(difflib.get_close_matches(name, NAMED_CONFIGS, n=3))
+    hint = f'did you mean {close}?' if close else f'allowed are {", ".join(NAMED_CONFIGS)}.'
     raise UsageError(f'No model size is named {name!r}; {hint}')
   return dataclasses.replace(NAMED_CONFIGS[name], **overrides)

@@ -1,12 +1,11 @@
 """The layers of T5: norm, embedding, attention, feed-forward.
 
-A module holds parameters with logical axes and static configuration, nothing
-else: no random state, no cache. Randomness and caches are arguments, so every
-transform is a plain `jax.*` one. Parameter names and initialisers are T5X's
+A module holds parameters with logical axes and static configuration. Randomness and caches are
+arguments, so every transform is a plain `jax.*` one. Parameter names and initialisers are T5X's
 (t5x/examples/t5/layers.py).
 
-Legend: B batch, L length of queries, M length of keys, T slots of a cache,
-D emb_dim, H heads, K head_dim, F mlp_dim, V vocabulary.
+Legend: B batch, L length of queries, M length of keys, T slots of a cache, D emb_dim, H heads, K
+head_dim, F mlp_dim, V vocabulary.
 """
 
 import functools
@@ -30,9 +29,8 @@ _ACTIVATIONS = {
   'linear': lambda x: x,
 }
 
-# For functions of single entries, which are cheaper to compute again in the
-# backward pass than to keep (up to eight arrays for a gated GELU). Without the
-# barriers against XLA's own judgement: unrolled, it may well keep some.
+# For functions of single entries, cheaper to compute again in the backward pass than to keep (up to
+# eight arrays for a gated GELU). Without barriers: unrolled, XLA may well keep some.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 ATTENTION_INIT = nnx.initializers.variance_scaling(1.0, 'fan_in', 'normal')
@@ -49,32 +47,21 @@ def param(rngs: nnx.Rngs, init, shape, axes: tuple[str, ...], dtype: str):
   return nnx.Param(value, axes=axes)
 
 
-def dropout(
-  x: jax.Array, rate: float, key: jax.Array | None, broadcast_dims: tuple[int, ...] = (-2,)
-) -> jax.Array:
-  """Drops entries of x; T5 draws one mask for all positions of a sequence.
+def dropout(x: Array, rate: float, key: Array | None, broadcast_dims=(-2,)) -> Array:
+  """Drops entries of x with probability `rate`, or none without a key.
 
-  Args:
-    x: any array.
-    rate: probability of dropping.
-    key: random key, or None to leave x alone.
-    broadcast_dims: dims that share one mask (-2 is the length).
+  One mask is drawn for broadcast_dims, by T5's default for all positions of a sequence.
   """
   if key is None or rate == 0.0:
     return x
   shape = list(x.shape)
   for dim in broadcast_dims:
     shape[dim] = 1
-  return _drop(x, jax.random.bernoulli(key, 1.0 - rate, shape), rate)
+  keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+  return _recomputed(lambda x, keep: jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x)))(x, keep)
 
 
-@functools.partial(_recomputed, static_argnums=2)
-def _drop(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
-  keep = jnp.broadcast_to(keep, x.shape)
-  return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-def split_key(key: jax.Array | None, num: int):
+def split_key(key: Array | None, num: int):
   """Splits a key that may be None into as many keys or Nones."""
   return [None] * num if key is None else list(jax.random.split(key, num))
 
@@ -83,26 +70,19 @@ def split_key(key: jax.Array | None, num: int):
 def matmul(x_BLD: Array, w_DF: Array) -> Array:
   """Returns x @ w; x may have any number of leading dims.
 
-  The gradient of w is taken as `x.T @ g`. JAX would ask for `(g.T @ x).T`, for
-  which XLA:CPU copies g.
+  The gradient of w is `x.T @ g`; JAX would ask for `(g.T @ x).T`, for which XLA:CPU copies g.
   """
   return x_BLD @ w_DF
 
 
-def _matmul_fwd(x_BLD, w_DF):
-  return x_BLD @ w_DF, (x_BLD, w_DF)
-
-
 def _matmul_bwd(residuals, g_BLF):
   x_BLD, w_DF = residuals
-  last = x_BLD.ndim - 1
-  rows = tuple(range(last))
-  dx_BLD = jax.lax.dot_general(g_BLF, w_DF, (((last,), (1,)), ((), ())))
-  dw_DF = jax.lax.dot_general(x_BLD, g_BLF, ((rows, rows), ((), ())))
-  return dx_BLD, dw_DF
+  rows = tuple(range(x_BLD.ndim - 1))
+  dx_BLD = jax.lax.dot_general(g_BLF, w_DF, (((len(rows),), (1,)), ((), ())))
+  return dx_BLD, jax.lax.dot_general(x_BLD, g_BLF, ((rows, rows), ((), ())))
 
 
-matmul.defvjp(_matmul_fwd, _matmul_bwd)
+matmul.defvjp(lambda x_BLD, w_DF: (x_BLD @ w_DF, (x_BLD, w_DF)), _matmul_bwd)
 
 
 class Linear(nnx.Module):
@@ -120,7 +100,7 @@ class Linear(nnx.Module):
       self.lora_a = param(rngs, LORA_INIT, (D, R), (axes[0], 'lora_rank'), cfg.param_dtype)
       self.lora_b = param(rngs, zeros, (R, F), ('lora_rank', axes[1]), cfg.param_dtype)
 
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+  def __call__(self, x_BLD: Array) -> Array:
     """Multiplies the last dim, in the compute dtype."""
     y_BLF = matmul(x_BLD, self.kernel[...].astype(self.dtype))
     if self.lora_scale is not None:
@@ -138,7 +118,7 @@ class Adapter(nnx.Module):
     self.down = Linear((D, A), ('embed', 'adapter'), cfg, rngs=rngs)
     self.up = Linear((A, D), ('adapter', 'embed'), cfg, init=nnx.initializers.zeros, rngs=rngs)
 
-  def __call__(self, y_BLD: jax.Array) -> jax.Array:
+  def __call__(self, y_BLD: Array) -> Array:
     """Transforms each position."""
     return y_BLD + self.up(jax.nn.relu(self.down(y_BLD)))
 
@@ -151,13 +131,13 @@ class RMSNorm(nnx.Module):
     self.dtype = cfg.dtype
     self.scale = param(rngs, nnx.initializers.ones, (cfg.emb_dim,), ('embed',), cfg.param_dtype)
 
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+  def __call__(self, x_BLD: Array) -> Array:
     """Normalises the last dim."""
     return _rms_norm(x_BLD, self.scale[...], self.epsilon, self.dtype)
 
 
 @functools.partial(_recomputed, static_argnums=(2, 3))
-def _rms_norm(x_BLD, scale_D, epsilon: float, dtype: str) -> jax.Array:
+def _rms_norm(x_BLD, scale_D, epsilon: float, dtype: str) -> Array:
   x_BLD = x_BLD.astype(jnp.float32)
   mean2_BL1 = jnp.mean(jax.lax.square(x_BLD), axis=-1, keepdims=True)
   y_BLD = x_BLD * jax.lax.rsqrt(mean2_BL1 + epsilon)
@@ -170,11 +150,10 @@ class Embedding(nnx.Module):
 
   def __init__(self, cfg: T5Config, *, rngs):
     self.dtype = cfg.dtype
-    self.embedding = param(
-      rngs, EMBEDDING_INIT, (cfg.vocab_size, cfg.emb_dim), ('vocab', 'embed'), cfg.param_dtype
-    )
+    shape, axes = (cfg.vocab_size, cfg.emb_dim), ('vocab', 'embed')
+    self.embedding = param(rngs, EMBEDDING_INIT, shape, axes, cfg.param_dtype)
 
-  def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+  def __call__(self, tokens_BL: Array) -> Array:
     """Returns x_BLD in the compute dtype."""
     # A gather. T5X multiplies by a one-hot, V times the work.
     return jnp.take(self.embedding[...], tokens_BL, axis=0).astype(self.dtype)
@@ -200,39 +179,32 @@ class Attention(nnx.Module):
     out_axes = ('joined_kv', 'embed')
     self.out = Linear((J, D), out_axes, cfg, init=ATTENTION_INIT, name='out', rngs=rngs)
 
-  def _heads(self, x_BLJ: jax.Array) -> jax.Array:
-    B, L, _ = x_BLJ.shape
-    x_BLHK = x_BLJ.reshape(B, L, self.cfg.num_heads, self.cfg.head_dim)
+  def _heads(self, x_BLJ: Array) -> Array:
+    x_BLHK = x_BLJ.reshape(*x_BLJ.shape[:2], self.cfg.num_heads, self.cfg.head_dim)
     return constrain(x_BLHK, 'batch', 'length', 'heads', 'kv')
 
-  def keys_values(self, x_BMD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def keys_values(self, x_BMD: Array) -> tuple[Array, Array]:
     """Returns k_BMHK and v_BMHK."""
     return self._heads(self.key(x_BMD)), self._heads(self.value(x_BMD))
 
-  def queries(self, x_BLD: jax.Array) -> jax.Array:
+  def queries(self, x_BLD: Array) -> Array:
     """Returns q_BLHK."""
     return self._heads(self.query(x_BLD))
 
-  def attend(self, x_BLD, k_BMHK, v_BMHK, *, bias=None, mask=None, key=None) -> jax.Array:
-    """Attends from x to given keys and values.
+  def attend(self, x_BLD, k_BMHK, v_BMHK, *, bias=None, mask=None, key=None) -> Array:
+    """Attends from x_BLD, or from queries [B, L, H, K], to given keys and values.
 
-    Args:
-      x_BLD: what queries are made of; or the queries, [B, L, H, K].
-      k_BMHK: keys.
-      v_BMHK: values.
-      bias: added to the logits; see `attention.attention`.
-      mask: which keys a query may see; None shows everything.
-      key: random key of the dropout of attention weights.
+    See `attention.attention` for bias and mask; without mask everything is seen. The key is that of
+    the dropout of attention weights.
     """
     q_BLHK = x_BLD if x_BLD.ndim == 4 else self.queries(x_BLD)
-    # T5X draws one mask for all queries of a row, so that dropping weights is
-    # dropping keys: v_BMHK has L times fewer entries to scale.
+    # T5X draws one mask for all queries of a row, so that dropping weights is dropping keys: v_BMHK
+    # has L times fewer entries to scale.
     v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))
     y_BLHK = attention.attention(q_BLHK, k_BMHK, v_BMHK, bias, mask, self.cfg.attention)
-    B, L, H, K = y_BLHK.shape
-    return self.out(y_BLHK.reshape(B, L, H * K))
+    return self.out(y_BLHK.reshape(*y_BLHK.shape[:2], -1))
 
-  def __call__(self, x_BLD, memory_BMD, **kwargs) -> jax.Array:
+  def __call__(self, x_BLD, memory_BMD, **kwargs) -> Array:
     """Attends from x to memory; see `attend` for the other arguments."""
     k_BMHK, v_BMHK = self.keys_values(memory_BMD)
     return self.attend(x_BLD, k_BMHK, v_BMHK, **kwargs)
@@ -245,27 +217,21 @@ class MLP(nnx.Module):
     self.cfg = cfg
     gated = len(cfg.mlp_activations) > 1
     self.names = tuple(f'wi_{i}' if gated else 'wi' for i in range(len(cfg.mlp_activations)))
+    shape, axes = (cfg.emb_dim, cfg.mlp_dim), ('embed', 'mlp')
     for name in self.names:
-      linear = Linear((cfg.emb_dim, cfg.mlp_dim), ('embed', 'mlp'), cfg, name=name, rngs=rngs)
-      setattr(self, name, linear)
+      setattr(self, name, Linear(shape, axes, cfg, name=name, rngs=rngs))
     self.wo = Linear((cfg.mlp_dim, cfg.emb_dim), ('mlp', 'embed'), cfg, name='wo', rngs=rngs)
 
-  def __call__(self, x_BLD: jax.Array, *, key=None) -> jax.Array:
+  def __call__(self, x_BLD: Array, *, key=None) -> Array:
     """Transforms each position; key is that of the dropout inside."""
     inputs = [getattr(self, name)(x_BLD) for name in self.names]
 
     # The product wo needs is not kept either: it comes from the inputs.
     @_recomputed
     def output(inputs, key):
-      hidden_BLF = functools.reduce(
-        operator.mul,
-        [
-          _ACTIVATIONS[activation](x)
-          for activation, x in zip(self.cfg.mlp_activations, inputs, strict=True)
-        ],
-      )
+      pairs = zip(self.cfg.mlp_activations, inputs, strict=True)
+      hidden_BLF = functools.reduce(operator.mul, [_ACTIVATIONS[name](x) for name, x in pairs])
       hidden_BLF = dropout(hidden_BLF, self.cfg.dropout_rate, key)
-      hidden_BLF = constrain(hidden_BLF, 'batch', 'length', 'mlp')
-      return self.wo(hidden_BLF)
+      return self.wo(constrain(hidden_BLF, 'batch', 'length', 'mlp'))
 
     return output(inputs, key)

@@ -1,7 +1,6 @@
 """A model on a mesh: its placement, its parameters' shardings, its steps.
 
-Nothing is allocated here. Training, decoding, evaluation and ahead-of-time
-compilation all ask this module where a model's parameters go.
+Nothing is allocated here: whoever trains, decodes or compiles asks where parameters go.
 """
 
 import functools
@@ -30,22 +29,13 @@ def place_model(
   *,
   batch_size: int | None = None,
 ) -> Placement:
-  """Returns where a model's arrays live.
+  """Returns where a model's arrays live: on all devices, arranged by their number by default.
 
-  Args:
-    model: the architecture; its size and heads decide what 'auto' means.
-    mesh: how devices are arranged; decided by their number by default.
-    devices: all of them by default.
-    batch_size: the global batch, for 'auto'.
+  What 'auto' means for the mesh is decided by the model's size and heads and the global batch.
   """
   _, shapes, _ = t5.abstract_params(model)
-  return make_placement(
-    mesh or MeshConfig(),
-    devices,
-    num_params=count_params(shapes),
-    num_heads=model.num_heads,
-    batch_size=batch_size,
-  )
+  sizes = {'num_params': count_params(shapes), 'num_heads': model.num_heads}
+  return make_placement(mesh or MeshConfig(), devices, batch_size=batch_size, **sizes)
 
 
 def place_here(model: T5Config, mesh: MeshConfig | None) -> Placement:
@@ -62,21 +52,17 @@ def param_shardings(model: T5Config, placement: Placement) -> Any:
 def inference_params(model: T5Config, placement: Placement) -> Any:
   """Returns shape, dtype and sharding of every parameter for inference.
 
-  What the model only ever reads in its compute dtype is loaded in it, once:
-  half the bytes of float32 for bfloat16, and the same outputs bit for bit. The
-  head and the position biases are read in float32 and keep their own dtype.
+  What the model only reads in its compute dtype is loaded in it, with the same outputs bit for bit;
+  the head and the position biases are read in float32 and keep their own dtype.
   """
   _, shapes, axes = t5.abstract_params(model)
   compute = jnp.dtype(model.dtype)
 
   def cast(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     name = pytrees.path_name(path)
-    is_head = 'logits_dense' in name or (
-      name == 'token_embedder/embedding' and model.logits_via_embedding
-    )
-    if is_head or name.endswith('/rel_embedding'):
-      return leaf
-    if compute.itemsize >= leaf.dtype.itemsize:
+    tied = name == 'token_embedder/embedding' and model.logits_via_embedding
+    exact = tied or 'logits_dense' in name or name.endswith('/rel_embedding')
+    if exact or compute.itemsize >= leaf.dtype.itemsize:
       return leaf
     return jax.ShapeDtypeStruct(leaf.shape, compute)
 
@@ -86,16 +72,12 @@ def inference_params(model: T5Config, placement: Placement) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def jit_step(
-  make_step: Callable[..., Callable[..., Any]],
-  model: T5Config,
-  placement: Placement,
-  *arguments: Any,
+  make_step: Callable[..., Any], model: T5Config, placement: Placement, *arguments: Any
 ) -> Callable[..., Any]:
   """Returns `make_step(graphdef, *arguments)`, jitted, on a placement.
 
-  One function object for equal arguments, so that whoever asks again finds
-  what is compiled already. The placement is part of the key, since tracing
-  writes its constraints into the program.
+  One function object for equal arguments, so that whoever asks again finds what is compiled
+  already. The placement is part of the key, since tracing writes its constraints into the program.
   """
   graphdef, _, _ = t5.abstract_params(model)
   jitted = jax.jit(make_step(graphdef, *arguments))

@@ -1,19 +1,16 @@
 """Attention in a Pallas kernel for TPUs that makes T5's bias itself.
 
-As blocked_attention.py, in one kernel forward and one backward. Everything
-lies with positions along the lanes: queries, keys and values are [K, l], so
-that a head of 64 wastes no half of a register, and logits are [m, l], keys
-along the sublanes, so that what is kept of a query is a row.
+As blocked_attention.py, in one kernel forward and one backward. Positions lie along the lanes:
+queries, keys and values are [K, l], so that a head of 64 wastes no half of a register, and logits
+are [m, l], so that what is kept of a query is a row.
 
-A block's bias depends on the distance of its first query and key alone. The
-2 b values it is made of are two blocks of the values by distance, which
-arrive like any other input; a rotation by one more in every row makes the
-b x b biases of them, and the backward pass rotates back and sums the rows.
+The b x b biases of a block come from 2 b values, which are two blocks of the values by distance and
+arrive like any other input: a rotation by one more in every row makes them, and the backward pass
+rotates back and sums the rows.
 
 Legend: B batch, L queries, M keys, H heads, K head_dim, b a block, P distances.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -23,50 +20,33 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5x_lite.errors import UsageError
-from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility, visible
+from t5x_lite.models.attention_inputs import SCOPE, Blocks, Visibility, mean_gradient
 from t5x_lite.models.blocked_attention import pad
 
 BLOCK = 512
 _LANES = 128
+_Shape = jax.ShapeDtypeStruct
 _VMEM_BYTES = 16 * 2**20  # for blocks and scratch; what a kernel has by default
 _MAX_QUERIES_BYTES = 48 * 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kernel:
-  """What is static in a call.
-
-  Attributes:
-    b: rows and columns of a block.
-    M: keys, without padding.
-    causal: as in Visibility.
-    skips: as in Visibility.
-    interpret: run by the interpreter, for tests without a TPU.
-  """
-
-  b: int
-  M: int
-  causal: bool
-  skips: bool
-  interpret: bool
-
-  def call(self, kernel, grid, in_specs, out_specs, out_shape, scratch, *args):
-    """Runs a kernel on a grid of (batch, heads, blocks, blocks)."""
-    # The gradient of all queries of a head lies in VMEM, twice.
-    queries_bytes = 8 * args[0].shape[2] * args[0].shape[3]
-    return pl.pallas_call(
-      functools.partial(kernel, self),
-      grid=grid,
-      in_specs=in_specs,
-      out_specs=out_specs,
-      out_shape=out_shape,
-      scratch_shapes=scratch,
-      compiler_params=pltpu.CompilerParams(
-        dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
-        vmem_limit_bytes=_VMEM_BYTES + queries_bytes,
-      ),
-      interpret=pltpu.InterpretParams() if self.interpret else False,
-    )(*args)
+def _call(blocks, kernel, grid, in_specs, out_specs, out_shape, scratch, *args):
+  """Runs a kernel on a grid of (batch, heads, blocks, blocks)."""
+  # The gradient of all queries of a head lies in VMEM, twice.
+  queries_bytes = 8 * args[0].shape[2] * args[0].shape[3]
+  return pl.pallas_call(
+    functools.partial(kernel, blocks),
+    grid=grid,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    out_shape=out_shape,
+    scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
+      vmem_limit_bytes=_VMEM_BYTES + queries_bytes,
+    ),
+    interpret=pltpu.InterpretParams() if blocks.interpret else False,
+  )(*args)
 
 
 def attention(
@@ -78,16 +58,10 @@ def attention(
   block: int | None = None,
   interpret: bool = False,
 ) -> Array:
-  """Returns y_BLHK; see `blocked_attention.attention`.
+  """Returns y_BLHK; see `blocked_attention.attention` for the other arguments.
 
-  Args:
-    q_BLHK: queries.
-    k_BMHK: keys.
-    v_BMHK: values.
-    values_HP: biases of distances -(L-1)..M-1, float32; None for no bias.
-    visibility: which keys a query sees.
-    block: rows and columns of a block, 128 times a power of 2; BLOCK by default.
-    interpret: run by the interpreter, for tests without a TPU.
+  A block has `block` rows and columns, 128 times a power of 2; the interpreter is for tests without
+  a TPU.
 
   Raises:
     UsageError: if the queries of a head do not fit into the chip's own memory.
@@ -104,13 +78,13 @@ def attention(
     b //= 2
   if values_HP is None:
     values_HP = jnp.zeros((H, L + M - 1), jnp.float32)
-  # By query minus key: -Mp..Lp-1 of the padded lengths. A window begins at a
-  # whole block, since first positions of blocks are b apart.
+  # By query minus key: -Mp..Lp-1 of the padded lengths. A window begins at a whole block, since
+  # first positions of blocks are b apart.
   values_HP = jnp.pad(values_HP, ((0, 0), (-L % b, -M % b + 1)))[:, None, ::-1]
   queries_BL, keys_BM = visibility.codes(B, L, M)
-  kernel = _Kernel(b, M, visibility.causal, visibility.skips, interpret)
+  blocks = Blocks(b, b, M, visibility.causal, visibility.skips, interpret)
   y_BHKL = _attention(
-    kernel,
+    blocks,
     *(pad(x.transpose(0, 2, 3, 1), 3, b) for x in (q_BLHK, k_BMHK, v_BMHK)),
     values_HP,
     pad(queries_BL, 1, b)[:, None, :],
@@ -120,39 +94,29 @@ def attention(
 
 
 def _dot(x: Array, y: Array, x_dim: int, y_dim: int) -> Array:
-  return jax.lax.dot_general(
-    x, y, (((x_dim,), (y_dim,)), ((), ())), preferred_element_type=jnp.float32
-  )
+  dims = (((x_dim,), (y_dim,)), ((), ()))
+  return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
-def _logits(kernel, i, j, q_Kl, k_Km, near, far, queries_1l, keys_m1):
-  """Returns logits [m, l] and which pairs are seen."""
-  b = kernel.b
-  window = jnp.concatenate([near[...], far[...]], axis=1)
+def _logits(blocks, i, j, q, k, near, far, queries, keys):
+  """Returns logits [m, l] of a block and which pairs are seen."""
+  b = blocks.m
+  window = jnp.concatenate([near[0], far[0]], axis=1)
   window = jnp.broadcast_to(window, (b, 2 * b))
   # Entry (key c, query r) takes window[r - c + b].
   bias = pltpu.roll(window, b, 1, stride=1, stride_axis=0)[:, :b]
-  logits = _dot(k_Km, q_Kl, 0, 0) + bias
+  logits = _dot(k[0, 0], q[0, 0], 0, 0) + bias
   rows = i * b + jax.lax.broadcasted_iota(jnp.int32, (b, b), 1)
   columns = j * b + jax.lax.broadcasted_iota(jnp.int32, (b, b), 0)
-  seen = visible(
-    jnp.broadcast_to(queries_1l, (b, b)),
-    jnp.broadcast_to(keys_m1, (b, b)),
-    rows,
-    columns,
-    kernel.causal,
-  )
-  logits = jnp.where(seen, logits, MASK_VALUE)
-  if kernel.M % b:
-    logits = jnp.where(columns < kernel.M, logits, -jnp.inf)
-  return logits, seen
+  codes = (jnp.broadcast_to(x[0], (b, b)) for x in (queries, keys))
+  return blocks.masked(logits, *codes, rows, columns)
 
 
 def _sum_diagonals(x_bb: Array) -> Array:
   """Returns [1, 2 b], the transpose of what `_logits` does with a window.
 
-  Row c goes back by c, and rows are summed: halves of them, as often as that
-  can be done. (Mosaic rotates rows by more and more to the right alone.)
+  Row c goes back by c, and rows are summed: halves of them, as often as that can be done. (Mosaic
+  rotates rows by more and more to the right alone.)
   """
   b = x_bb.shape[0]
   x = jnp.concatenate([x_bb, jnp.zeros_like(x_bb)], axis=1)
@@ -161,12 +125,12 @@ def _sum_diagonals(x_bb: Array) -> Array:
   return pltpu.roll(x, b, 1)
 
 
-def _unless_later(kernel: _Kernel, i, j, run):
+def _unless_later(blocks: Blocks, i, j, run):
   """Runs a block, unless all of its keys come later than its queries."""
-  return pl.when(j <= i)(run) if kernel.skips else run()
+  return pl.when(j <= i)(run) if blocks.skips else run()
 
 
-def _forward(kernel, q, k, v, near, far, queries, keys, *refs):
+def _forward(blocks, q, k, v, near, far, queries, keys, *refs):
   y, total, top, y_sum, total_sum, top_sum = refs
   i, j = pl.program_id(2), pl.program_id(3)
 
@@ -177,9 +141,7 @@ def _forward(kernel, q, k, v, near, far, queries, keys, *refs):
     top_sum[...] = jnp.full_like(top_sum, -jnp.inf)
 
   def run():
-    logits, _ = _logits(
-      *(kernel, i, j, q[0, 0], k[0, 0], near.at[0], far.at[0], queries[0], keys[0])
-    )
+    logits, _ = _logits(blocks, i, j, q, k, near, far, queries, keys)
     top_1l = jnp.maximum(top_sum[...], jnp.max(logits, axis=0, keepdims=True))
     weights = jnp.exp(logits - top_1l)
     shrunk_1l = jnp.exp(top_sum[...] - top_1l)
@@ -187,7 +149,7 @@ def _forward(kernel, q, k, v, near, far, queries, keys, *refs):
     y_sum[...] = y_sum[...] * shrunk_1l + _dot(v[0, 0], weights.astype(v.dtype), 1, 0)
     top_sum[...] = top_1l
 
-  _unless_later(kernel, i, j, run)
+  _unless_later(blocks, i, j, run)
 
   @pl.when(j == pl.num_programs(3) - 1)
   def _():
@@ -196,11 +158,11 @@ def _forward(kernel, q, k, v, near, far, queries, keys, *refs):
     top[0, 0] = top_sum[...]
 
 
-def _backward(kernel, *refs):
+def _backward(blocks, *refs):
   q, k, v, near, far, queries, keys, g, mean, total, top = refs[:11]
   dq, dk, dv, dvalues, dk_sum, dv_sum = refs[11:]
   j, i = pl.program_id(2), pl.program_id(3)
-  num_keys, b = pl.num_programs(2), kernel.b
+  num_keys, b = pl.num_programs(2), blocks.m
 
   @pl.when((i == 0) & (j == 0))
   def _():
@@ -214,9 +176,7 @@ def _backward(kernel, *refs):
 
   def run():
     q_Kl, g_Kl = q[0, 0], g[0, 0]
-    logits, seen = _logits(
-      *(kernel, i, j, q_Kl, k[0, 0], near.at[0], far.at[0], queries[0], keys[0])
-    )
+    logits, seen = _logits(blocks, i, j, q, k, near, far, queries, keys)
     weights = jnp.exp(logits - top[0, 0]) / total[0, 0]
     dlogits = weights * (_dot(v[0, 0], g_Kl, 0, 0) - mean[0, 0])
     dlogits = jnp.where(seen, dlogits, 0.0)
@@ -230,7 +190,7 @@ def _backward(kernel, *refs):
     dk_sum[...] += _dot(q_Kl, dlogits, 1, 1)
     dv_sum[...] += _dot(g_Kl, weights.astype(g.dtype), 1, 1)
 
-  _unless_later(kernel, i, j, run)
+  _unless_later(blocks, i, j, run)
 
   @pl.when(i == pl.num_programs(3) - 1)
   def _():
@@ -241,24 +201,17 @@ def _backward(kernel, *refs):
 def _specs(b: int, K: int, num_keys: int, query: int, key: int):
   """Returns BlockSpecs of a vector and of a row of queries, and of all inputs.
 
-  Args:
-    b: of a block.
-    K: head_dim.
-    num_keys: blocks of keys.
-    query: which dim of the grid counts blocks of queries.
-    key: likewise of keys.
+  Dims `query` and `key` of the grid count blocks of queries and of keys, num_keys of them.
   """
 
   def vector(dim):
     return pl.BlockSpec((1, 1, K, b), lambda *at: (at[0], at[1], 0, at[dim]))
 
-  def window(more):
-    return pl.BlockSpec(
-      (1, 1, b), lambda *at: (at[1], 0, at[query] - at[key] + num_keys - 1 + more)
-    )
+  def window(first):
+    return pl.BlockSpec((1, 1, b), lambda *at: (at[1], 0, at[query] - at[key] + first))
 
   inputs = [
-    *(vector(query), vector(key), vector(key), window(0), window(1)),
+    *(vector(query), vector(key), vector(key), window(num_keys - 1), window(num_keys)),
     pl.BlockSpec((1, 1, b), lambda *at: (at[0], 0, at[query])),
     pl.BlockSpec((1, b, 1), lambda *at: (at[0], at[key], 0)),
   ]
@@ -267,21 +220,22 @@ def _specs(b: int, K: int, num_keys: int, query: int, key: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(kernel, q, k, v, values, queries, keys):
-  return _attention_fwd(kernel, q, k, v, values, queries, keys)[0]
+def _attention(blocks, *inputs):
+  return _attention_fwd(blocks, *inputs)[0]
 
 
 @jax.named_scope(SCOPE)
-def _attention_fwd(kernel, q, k, v, values, queries, keys):
-  (B, H, K, L), M, b = q.shape, k.shape[3], kernel.b
+def _attention_fwd(blocks, q, k, v, values, queries, keys):
+  (B, H, K, L), M, b = q.shape, k.shape[3], blocks.m
   vector, row, inputs = _specs(b, K, M // b, 2, 3)
-  row_shape = jax.ShapeDtypeStruct((B, H, 1, L), jnp.float32)
-  y, total, top = kernel.call(
+  row_shape = _Shape((B, H, 1, L), jnp.float32)
+  y, total, top = _call(
+    blocks,
     _forward,
     (B, H, L // b, M // b),
     inputs,
     [vector(2), row, row],
-    [jax.ShapeDtypeStruct(q.shape, v.dtype), row_shape, row_shape],
+    [_Shape(q.shape, v.dtype), row_shape, row_shape],
     [pltpu.VMEM((K, b), jnp.float32), *(pltpu.VMEM((1, b), jnp.float32),) * 2],
     *(q, k, v, values, values, queries, keys),
   )
@@ -289,27 +243,24 @@ def _attention_fwd(kernel, q, k, v, values, queries, keys):
 
 
 @jax.named_scope(SCOPE)
-def _attention_bwd(kernel, residuals, g):
+def _attention_bwd(blocks, residuals, g):
   q, k, v, values, queries, keys, y, total, top = residuals
-  (B, H, K, L), M, b = q.shape, k.shape[3], kernel.b
-  mean = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=2, keepdims=True)
+  (B, H, K, L), M, b = q.shape, k.shape[3], blocks.m
+  mean = mean_gradient(g, y, 2)
   vector, row, inputs = _specs(b, K, M // b, 3, 2)
 
   def whole(*shape):
     return pl.BlockSpec((1, 1, *shape), lambda *at: (at[0], at[1], 0, 0))
 
   num_windows = (L + M) // b
-  dq, dk, dv, dvalues = kernel.call(
+  bands = _Shape((B, H, num_windows, b), jnp.float32)
+  dq, dk, dv, dvalues = _call(
+    blocks,
     _backward,
     (B, H, M // b, L // b),
     [*inputs, vector(3), row, row, row],
     [whole(K, L), vector(2), vector(2), whole(num_windows, b)],
-    [
-      jax.ShapeDtypeStruct(q.shape, jnp.float32),
-      jax.ShapeDtypeStruct(k.shape, k.dtype),
-      jax.ShapeDtypeStruct(v.shape, v.dtype),
-      jax.ShapeDtypeStruct((B, H, num_windows, b), jnp.float32),
-    ],
+    [_Shape(q.shape, jnp.float32), *(_Shape(x.shape, x.dtype) for x in (k, v)), bands],
     [pltpu.VMEM((K, b), jnp.float32)] * 2,
     *(q, k, v, values, values, queries, keys, g, mean, total, top),
   )

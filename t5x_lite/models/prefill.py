@@ -1,40 +1,30 @@
 """Reads a prompt into a decoder's cache in one pass.
 
-Of a causal language model, of a prefix model, whose prompt tokens see each
-other in both directions and therefore cannot be fed one at a time, or what the
-outputs of an encoder-decoder begin with.
+The prompt of a language model, causal or with a prefix whose tokens see each other (which cannot be
+fed one at a time), or what the outputs of an encoder-decoder begin with.
 
-Legend: B batch, P prompt length, T slots of a cache, V vocabulary, D emb_dim,
-H heads, K head_dim, N layers, R rows of a cache (n of each prompt).
+Legend: B batch, P prompt length, T slots of a cache, V vocabulary, D emb_dim, H heads, K head_dim,
+N layers, R rows of a cache (n of each prompt).
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from t5x_lite.models import attention
 from t5x_lite.models.attention_inputs import Visibility
-from t5x_lite.models.t5 import T5, Cache
+from t5x_lite.models.t5 import T5, Cache, over_layers
 
 
 def prefill(
-  model: T5,
-  cache: Cache,
-  tokens_BP: jax.Array,
-  lengths_B: jax.Array,
-  *,
-  bidirectional: bool = False,
-) -> tuple[jax.Array, Cache]:
+  model: T5, cache: Cache, tokens_BP: Array, lengths_B: Array, *, bidirectional: bool = False
+) -> tuple[Array, Cache]:
   """Returns logits_RV of the token after each prompt, and the cache.
 
-  Args:
-    model: with a decoder.
-    cache: empty, of a multiple of B rows and at least P slots.
-    tokens_BP: decoder inputs: the start token, then the prompt, then padding.
-    lengths_B: how many of them are not padding, the start token counted.
-    bidirectional: whether the prompt's tokens, and the start token, see each
-      other in both directions (T5X's inputs_bidirectional_attention).
+  The cache is empty, of a multiple of B rows and at least P slots; decoder inputs are the start
+  token, the prompt, then padding, and lengths count what is not padding. If bidirectional, the
+  prompt's tokens and the start token see each other (T5X's inputs_bidirectional_attention).
   """
   cfg = model.cfg
   B, P = tokens_BP.shape
@@ -46,22 +36,16 @@ def prefill(
 
   def body(x_BPD, xs):
     layer, cross_kv, lender = xs
-    return layer.read(x_BPD, cross_kv, cache.cross_mask_B11M, lender, bias=bias, mask=mask)
+    return layer.read(
+      x_BPD, cross_kv, lender, bias=bias, mask=mask, cross_mask=cache.cross_mask_B11M
+    )
 
+  cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
   x_BPD = model.token_embedder(tokens_BP)
-  cross, lenders = (cache.cross_key_NBMHK, cache.cross_value_NBMHK), model.lenders()
-  if cfg.scan_layers:
-    x_BPD, kv = jax.lax.scan(body, x_BPD, (model.decoder.layers, cross, lenders))
-  else:
-    pairs = []
-    for i, layer in enumerate(model.decoder.layers):
-      cross_i = tuple(None if c is None else c[i] for c in cross)
-      x_BPD, pair = body(x_BPD, (layer, cross_i, None if lenders is None else lenders[i]))
-      pairs.append(pair)
-    kv = tuple(jnp.stack(p) for p in zip(*pairs, strict=True))
+  x_BPD, kv = over_layers(body, x_BPD, model.decoder.layers, cross, model.lenders())
   hidden_BPD = model.decoder.norm(x_BPD)
-  # What follows a prompt is predicted at its last token; slots after it hold
-  # padding, and are written over before they are seen.
+  # What follows a prompt is predicted at its last token; slots after it hold padding, and are
+  # written over before they are seen.
   last_B1D = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)
   n = cache.key_NBTHK.shape[1] // B
 

@@ -1,7 +1,6 @@
 """T5's relative position bias: a learned number for each head and distance.
 
-Legend: L length of queries, M length of keys, T slots of a cache, H heads,
-P distances, B batch.
+Legend: L length of queries, M length of keys, T slots of a cache, H heads, P distances, B batch.
 """
 
 import jax
@@ -21,21 +20,16 @@ def relative_position_bucket(
 ) -> np.ndarray:
   """Returns the bucket of each distance, key position minus query position.
 
-  Half of the buckets are for exact small distances, the rest grow
-  logarithmically up to max_distance. numpy, so that it is a constant of the
-  program and rounds alike on every backend.
-
-  Source: t5x/examples/t5/layers.py _relative_position_bucket; Raffel et al.
-  2020, section 2.1.
+  Half of the buckets are for exact small distances, the rest grow logarithmically to max_distance
+  (t5x/examples/t5/layers.py _relative_position_bucket; Raffel et al. 2020, section 2.1). numpy, so
+  that it is a constant of the program and rounds alike on every backend.
   """
   bucket = np.zeros_like(distance, dtype=np.int32)
   n = -distance
   if bidirectional:
     num_buckets //= 2
     bucket += (n < 0).astype(np.int32) * num_buckets
-    n = np.abs(n)
-  else:
-    n = np.maximum(n, 0)
+  n = np.abs(n) if bidirectional else np.maximum(n, 0)
   max_exact = num_buckets // 2
   large = max_exact + (
     np.log(n.astype(np.float32) / max_exact + np.finfo(np.float32).eps)
@@ -50,25 +44,17 @@ class RelativePositionBias(nnx.Module):
   """A learned bias per head and distance bucket."""
 
   def __init__(self, cfg: T5Config, *, bidirectional: bool, rngs):
-    self.num_buckets = cfg.relpos_num_buckets
-    self.max_distance = cfg.relpos_max_distance
-    self.bidirectional = bidirectional
-    self.implementation = cfg.attention
-    self.rel_embedding = layers.param(
-      rngs,
-      RELPOS_INIT,
-      (cfg.num_heads, cfg.relpos_num_buckets),
-      ('heads', 'relpos_buckets'),
-      cfg.param_dtype,
-    )
+    self.cfg, self.bidirectional = cfg, bidirectional
+    shape, axes = (cfg.num_heads, cfg.relpos_num_buckets), ('heads', 'relpos_buckets')
+    self.rel_embedding = layers.param(rngs, RELPOS_INIT, shape, axes, cfg.param_dtype)
 
   def by_distance(self, first: int, last: int) -> jax.Array:
     """Returns the bias [H, last - first + 1] of distances first..last."""
     buckets = relative_position_bucket(
       np.arange(first, last + 1),
       bidirectional=self.bidirectional,
-      num_buckets=self.num_buckets,
-      max_distance=self.max_distance,
+      num_buckets=self.cfg.relpos_num_buckets,
+      max_distance=self.cfg.relpos_max_distance,
     )
     return self.rel_embedding[...].astype(jnp.float32)[:, buckets]
 
@@ -79,23 +65,14 @@ class RelativePositionBias(nnx.Module):
 
   def of(self, L: int, M: int) -> jax.Array:
     """Returns the bias as attention takes it: bias_1HLM, or values_HP by distance."""
-    if attention.takes_arrays(self.implementation, L, M):
-      return self(L, M)
-    return self.by_distance(-(L - 1), M - 1)
+    arrays = attention.takes_arrays(self.cfg.attention, L, M)
+    return self(L, M) if arrays else self.by_distance(-(L - 1), M - 1)
 
   def at(self, index: jax.Array, T: int) -> jax.Array:
-    """Returns the bias [B or 1, H, 1, T] of queries at position index.
-
-    Args:
-      index: int32 scalar, or one position a row, [B].
-      T: number of keys, at positions 0..T-1.
-    """
+    """Returns the bias [B or 1, H, 1, T] of queries at index, a scalar or [B], to keys 0..T-1."""
     values_HT = self.by_distance(-(T - 1), T - 1)
-    index_B = jnp.atleast_1d(index)
-    rows_BHT = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1))(
-      index_B
-    )
-    return rows_BHT[:, :, None, :]
+    row_of = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1))
+    return row_of(jnp.atleast_1d(index))[:, :, None, :]
 
   def around(self, index: jax.Array, T: int) -> jax.Array:
     """Returns the bias [1, H, 1, T] of the newest in a ring of slots, which is at index."""

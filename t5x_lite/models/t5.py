@@ -1,12 +1,11 @@
 """T5: encoder, decoder, both, or either alone, from one config.
 
-`T5` is built only inside a traced function: at rest parameters are a plain
-nested dict (`init_params`), and `nnx.merge(graphdef, params)` makes the module
-again. The relative position bias is shared by the layers of a stack (T5) or
-owned by each (umT5); scanned and unrolled layers run the same code.
+`T5` is built only inside a traced function: at rest parameters are a plain nested dict
+(`init_params`), and `nnx.merge(graphdef, params)` makes the module again. Scanned and unrolled
+layers run the same code.
 
-Legend: B batch, L decoder length, M encoder length, T slots of a cache,
-N layers, D emb_dim, H heads, K head_dim, V vocabulary.
+Legend: B batch, L decoder length, M encoder length, T slots of a cache, N layers, D emb_dim, H
+heads, K head_dim, V vocabulary.
 """
 
 import functools
@@ -15,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import Array
 
 from t5x_lite.errors import UsageError
 from t5x_lite.models import attention, layers
@@ -24,6 +25,13 @@ from t5x_lite.models.blocks import SAVED_NAMES, Cache, DecoderLayer, EncoderLaye
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.relative_position import RelativePositionBias
 from t5x_lite.parallel.logical_axes import constrain
+
+# What the backward pass does not compute again, by remat policy.
+_SAVED = {
+  'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  'save_names': jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+  'full': None,
+}
 
 
 def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
@@ -36,81 +44,62 @@ def _stack(layer_cls, cfg: T5Config, num_layers: int, *, rngs):
   if not cfg.scan_layers:
     return nnx.List([make(key) for key in keys])
   stacked = jax.vmap(make)(keys)
-  return jax.tree.map(
-    lambda p: p.copy(axes=('layers', *p.get_metadata('axes'))), stacked, is_leaf=_is_variable
-  )
+  return _with_axes(stacked, lambda p: p.copy(axes=('layers', *p.get_metadata('axes'))))
 
 
-def _is_variable(x) -> bool:
-  return isinstance(x, nnx.Variable)
+def _with_axes(tree, change):
+  return jax.tree.map(change, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def _remat(body, policy: str):
-  """Wraps one layer so that its backward pass recomputes per the policy."""
-  if policy == 'none':
-    return body
-  policies = {
-    'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    'save_names': jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
-    'full': None,
-  }
-  return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+def over_layers(step, carry, stack, *others):
+  """Runs step(carry, (layer, *others' entries)) over layers; returns what `jax.lax.scan` does.
 
-
-def _run(body, x, stacks, keys, cfg: T5Config, num_layers: int):
-  """Runs body over the layers, scanned or unrolled.
-
-  Args:
-    body: (x, layers, key) -> x for one layer.
-    x: the residual stream.
-    stacks: stacked layers, or lists of layers; None entries pass through.
-    keys: [N] random keys or None.
-    cfg: the model's config.
-    num_layers: N.
+  A stack is a module of stacked layers, which are scanned over, or a list of layers; others are
+  pytrees of such stacks and of arrays [N, ...].
   """
-
-  def step(x, xs):
-    return body(x, *xs), None
-
-  step = _remat(step, cfg.remat_policy)
-  if cfg.scan_layers:
-    return jax.lax.scan(step, x, (stacks, keys), length=num_layers)[0]
-  for i in range(num_layers):
-    at_i = [s if s is None else s[i] for s in stacks]
-    x, _ = step(x, (at_i, None if keys is None else keys[i]))
-  return x
+  xs = (stack, *others)
+  if not isinstance(stack, nnx.List):
+    return jax.lax.scan(step, carry, xs)
+  ys = []
+  for i in range(len(stack)):
+    at_i = jax.tree.map(lambda x, i=i: x[i], xs, is_leaf=lambda x: isinstance(x, nnx.List))
+    carry, y = step(carry, at_i)
+    ys.append(y)
+  return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
 class Stack(nnx.Module):
   """Layers, the bias they share, and the final norm."""
 
-  def __init__(
-    self,
-    layer_cls,
-    cfg: T5Config,
-    num_layers: int,
-    *,
-    bidirectional: bool,
-    norm_name: str,
-    head: bool = False,
-    rngs,
-  ):
+  def __init__(self, layer_cls, cfg: T5Config, num_layers: int, norm_name: str, *, rngs):
+    bidirectional = layer_cls is EncoderLayer
     if not cfg.relpos_per_layer:
       self.relpos_bias = RelativePositionBias(cfg, bidirectional=bidirectional, rngs=rngs)
     self.layers = _stack(layer_cls, cfg, num_layers, rngs=rngs)
+    self.cfg, self.num_layers = cfg, num_layers
     if bidirectional and cfg.prompt_length is not None:
       # On a trained base it begins as rows of the embedding: interop/assignment.py.
-      shape = (cfg.prompt_length, cfg.emb_dim)
-      init = layers.EMBEDDING_INIT
-      self.prompt = layers.param(rngs, init, shape, ('prompt', 'embed'), cfg.param_dtype)
+      shape, axes = (cfg.prompt_length, cfg.emb_dim), ('prompt', 'embed')
+      self.prompt = layers.param(rngs, layers.EMBEDDING_INIT, shape, axes, cfg.param_dtype)
     self.norm_name = norm_name
     setattr(self, norm_name, layers.RMSNorm(cfg, rngs=rngs))
-    if head:
-      self.logits_dense = layers.Linear(
-        (cfg.emb_dim, cfg.vocab_size), ('embed', 'vocab'), cfg, rngs=rngs
-      )
+    if not (bidirectional or cfg.logits_via_embedding):
+      shape = (cfg.emb_dim, cfg.vocab_size)
+      self.logits_dense = layers.Linear(shape, ('embed', 'vocab'), cfg, rngs=rngs)
 
-  def norm(self, x_BLD: jax.Array) -> jax.Array:
+  def __call__(self, body, x_BLD, key, *others) -> Array:
+    """Runs (x, (layer, key, *others)) -> x over the layers, and the final norm."""
+    keys = None if key is None else jax.random.split(key, self.num_layers)
+    policy = self.cfg.remat_policy
+
+    def step(x_BLD, xs):
+      return body(x_BLD, *xs), None
+
+    if policy != 'none':
+      step = jax.checkpoint(step, policy=_SAVED[policy], prevent_cse=False)
+    return self.norm(over_layers(step, x_BLD, self.layers, keys, *others)[0])
+
+  def norm(self, x_BLD: Array) -> Array:
     """Applies the final norm, whose name is T5X's."""
     return getattr(self, self.norm_name)(x_BLD)
 
@@ -124,28 +113,13 @@ class T5(nnx.Module):
 
   def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
     self.cfg = cfg
-    # The table is owned here and passed down: plain jax transforms silently
-    # untie a module that is reachable twice.
+    # The table is owned here and passed down: plain jax transforms silently untie a module that is
+    # reachable twice.
     self.token_embedder = layers.Embedding(cfg, rngs=rngs)
     if cfg.has_encoder:
-      self.encoder = Stack(
-        EncoderLayer,
-        cfg,
-        cfg.num_encoder_layers,
-        bidirectional=True,
-        norm_name='encoder_norm',
-        rngs=rngs,
-      )
+      self.encoder = Stack(EncoderLayer, cfg, cfg.num_encoder_layers, 'encoder_norm', rngs=rngs)
     if cfg.has_decoder:
-      self.decoder = Stack(
-        DecoderLayer,
-        cfg,
-        cfg.num_decoder_layers,
-        bidirectional=False,
-        norm_name='decoder_norm',
-        head=not cfg.logits_via_embedding,
-        rngs=rngs,
-      )
+      self.decoder = Stack(DecoderLayer, cfg, cfg.num_decoder_layers, 'decoder_norm', rngs=rngs)
 
   def _real(self, tokens_BM, segment_ids_BM):
     """True where a position of the encoder is not padding; the prompt's are not."""
@@ -160,7 +134,7 @@ class T5(nnx.Module):
       return real_BM
     return jnp.pad(real_BM, ((0, 0), (self.cfg.prompt_length, 0)), constant_values=True)
 
-  def _embed(self, tokens_BL, key, prompt_PD=None) -> jax.Array:
+  def _embed(self, tokens_BL, key, prompt_PD=None) -> Array:
     x_BLD = self.token_embedder(tokens_BL)
     if prompt_PD is not None:
       shape = (x_BLD.shape[0], *prompt_PD.shape)
@@ -169,41 +143,26 @@ class T5(nnx.Module):
     x_BLD = layers.dropout(x_BLD, self.cfg.dropout_rate, key)
     return constrain(x_BLD, 'batch', 'length', 'embed')
 
-  def encode(
-    self, encoder_input_tokens, *, encoder_segment_ids=None, dropout_key=None
-  ) -> jax.Array:
+  def encode(self, encoder_input_tokens, *, encoder_segment_ids=None, dropout_key=None) -> Array:
     """Returns encoded_BMD, that of a prompt before that of the tokens.
 
-    Args:
-      encoder_input_tokens: [B, M] token ids; pad_id is padding unless segment
-        ids say otherwise.
-      encoder_segment_ids: [B, M], 0 for padding; positions see only their own
-        segment.
-      dropout_key: random key, or None for no dropout.
+    Padding is pad_id, unless there are segment ids, [B, M], 0 for padding: positions see only their
+    own segment. Without a key nothing is dropped.
     """
     cfg = self.cfg
     keys = layers.split_key(dropout_key, 3)
     real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
     M = real_BM.shape[1]
-    visibility = Visibility(
-      key_seen_BM=real_BM, segments=_pair(encoder_segment_ids, encoder_segment_ids)
-    )
+    segments = _pair(encoder_segment_ids, encoder_segment_ids)
+    visibility = Visibility(key_seen_BM=real_BM, segments=segments)
     mask = attention.mask(cfg.attention, visibility, M, M)
     prompt = self.encoder.prompt[...] if cfg.prompt_length is not None else None
     bias = self.encoder.bias(M, M)
 
     def body(x_BMD, layer, key):
-      return layer[0](x_BMD, bias=bias, mask=mask, key=key)
+      return layer(x_BMD, bias=bias, mask=mask, key=key)
 
-    x_BMD = _run(
-      body,
-      self._embed(encoder_input_tokens, keys[0], prompt),
-      [self.encoder.layers],
-      _layer_keys(keys[1], cfg.num_encoder_layers),
-      cfg,
-      cfg.num_encoder_layers,
-    )
-    x_BMD = self.encoder.norm(x_BMD)
+    x_BMD = self.encoder(body, self._embed(encoder_input_tokens, keys[0], prompt), keys[1])
     # Alone among the dropouts, this one is not broadcast over the length.
     return layers.dropout(x_BMD, cfg.dropout_rate, keys[2], ())
 
@@ -217,7 +176,7 @@ class T5(nnx.Module):
     decoder_segment_ids=None,
     decoder_causal_attention=None,
     dropout_key=None,
-  ) -> jax.Array:
+  ) -> Array:
     """Returns hidden_BLD, the decoder's output before the projection.
 
     Args:
@@ -226,8 +185,7 @@ class T5(nnx.Module):
       decoder_input_tokens: [B, L], targets shifted right.
       encoder_segment_ids: [B, M] of packed rows.
       decoder_segment_ids: [B, L] of packed rows.
-      decoder_causal_attention: [B, L], 1 at prefix positions, which see each
-        other in both directions (prefix LM).
+      decoder_causal_attention: [B, L], 1 in a prefix, whose positions see each other (prefix LM).
       dropout_key: random key, or None for no dropout.
     """
     cfg = self.cfg
@@ -242,89 +200,67 @@ class T5(nnx.Module):
     cross_mask = None
     if cfg.has_encoder:
       real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
-      visibility = Visibility(
-        key_seen_BM=real_BM, segments=_pair(decoder_segment_ids, encoder_segment_ids)
-      )
+      segments = _pair(decoder_segment_ids, encoder_segment_ids)
+      visibility = Visibility(key_seen_BM=real_BM, segments=segments)
       cross_mask = attention.mask(cfg.attention, visibility, L, real_BM.shape[1])
     bias = self.decoder.bias(L, L)
 
-    def body(x_BLD, layer, key):
-      return layer[0](
-        x_BLD, encoded_BMD, layer[1], bias=bias, mask=mask, cross_mask=cross_mask, key=key
-      )
+    def body(x_BLD, layer, key, lender):
+      masks = {'mask': mask, 'cross_mask': cross_mask}
+      return layer(x_BLD, encoded_BMD, lender, bias=bias, **masks, key=key)
 
-    x_BLD = _run(
-      body,
-      self._embed(decoder_input_tokens, keys[0]),
-      [self.decoder.layers, self.lenders()],
-      _layer_keys(keys[1], cfg.num_decoder_layers),
-      cfg,
-      cfg.num_decoder_layers,
-    )
-    x_BLD = self.decoder.norm(x_BLD)
+    x_BLD = self._embed(decoder_input_tokens, keys[0])
+    x_BLD = self.decoder(body, x_BLD, keys[1], self.lenders())
     return layers.dropout(x_BLD, cfg.dropout_rate, keys[2])
 
   def lenders(self):
     """Returns the layers that own shared parameters, or None."""
     return self.encoder.layers if self.cfg.share_encoder_decoder else None
 
-  def head(self) -> tuple[jax.Array, float]:
+  def head(self) -> tuple[Array, float]:
     """Returns the projection [D, V] and the factor its input is scaled by."""
-    cfg = self.cfg
-    tied = cfg.logits_via_embedding
-    scaled = tied if cfg.scale_logits is None else cfg.scale_logits
-    scale = cfg.emb_dim**-0.5 if scaled else 1.0
+    tied, scaled = self.cfg.logits_via_embedding, self.cfg.scale_logits
+    scale = self.cfg.emb_dim**-0.5 if (tied if scaled is None else scaled) else 1.0
     if tied:
       return self.token_embedder.embedding[...].T, scale
     return self.decoder.logits_dense.kernel[...], scale
 
-  def project(self, hidden_BLD: jax.Array) -> jax.Array:
+  def project(self, hidden_BLD: Array) -> Array:
     """Returns logits_BLV in float32."""
     return _project(*self.head(), hidden_BLD)
 
-  def projection(self) -> Callable[[jax.Array], jax.Array]:
+  def projection(self) -> Callable[[Array], Array]:
     """Returns `project` for use in a loop: what it needs is gathered once.
 
-    A kernel cut over the fsdp axis would otherwise be gathered, and its
-    gradient reduced, in every iteration (docs/lab_notes.md).
+    A kernel cut over the fsdp axis would otherwise be gathered, and its gradient reduced, in every
+    iteration (docs/lab_notes.md).
     """
     kernel_DV, scale = self.head()
     return functools.partial(_project, constrain(kernel_DV, None, 'vocab'), scale)
 
-  def hidden(self, batch: Mapping[str, jax.Array], *, dropout_key=None):
+  def hidden(self, batch: Mapping[str, Array], *, dropout_key=None):
     """Returns hidden_BLD of a training batch, packed or not."""
     keys = layers.split_key(dropout_key, 2)
     encoded_BMD = None
+    inputs, segments = batch.get('encoder_input_tokens'), batch.get('encoder_segment_ids')
     if self.cfg.has_encoder:
-      encoded_BMD = self.encode(
-        batch['encoder_input_tokens'],
-        encoder_segment_ids=batch.get('encoder_segment_ids'),
-        dropout_key=keys[0],
-      )
-    return self.decode(
-      encoded_BMD,
-      batch.get('encoder_input_tokens'),
-      batch['decoder_input_tokens'],
-      encoder_segment_ids=batch.get('encoder_segment_ids'),
-      decoder_segment_ids=batch.get('decoder_segment_ids'),
-      decoder_causal_attention=batch.get('decoder_causal_attention'),
-      dropout_key=keys[1],
-    )
+      encoded_BMD = self.encode(inputs, encoder_segment_ids=segments, dropout_key=keys[0])
+    names = ('encoder_segment_ids', 'decoder_segment_ids', 'decoder_causal_attention')
+    more = {name: batch.get(name) for name in names}
+    tokens = batch['decoder_input_tokens']
+    return self.decode(encoded_BMD, inputs, tokens, **more, dropout_key=keys[1])
 
-  def __call__(self, batch: Mapping[str, jax.Array], *, dropout_key=None):
+  def __call__(self, batch: Mapping[str, Array], *, dropout_key=None):
     """Returns logits_BLV of a training batch."""
     return self.project(self.hidden(batch, dropout_key=dropout_key))
 
   def init_cache(
     self, encoded_BMD, encoder_input_tokens, *, batch_size: int, max_decode_length: int
   ) -> Cache:
-    """Returns an empty cache; cross-attention keys and values are made here.
+    """Returns an empty cache for max_decode_length positions; cross-attention keys are made here.
 
-    Args:
-      encoded_BMD: from `encode`; None when there is no encoder.
-      encoder_input_tokens: [B, M]; None likewise.
-      batch_size: rows; a multiple of B, where several rows share an input.
-      max_decode_length: T, positions that can be decoded.
+    encoded_BMD and inputs [B, M] are None without an encoder. batch_size is a multiple of B, where
+    several rows share an input.
     """
     cfg = self.cfg
     shape = (cfg.num_decoder_layers, batch_size, max_decode_length, cfg.num_heads, cfg.head_dim)
@@ -333,47 +269,32 @@ class T5(nnx.Module):
     cross_k = cross_v = cross_mask = None
     if cfg.has_encoder:
 
-      def cross(layer):
-        return layer.encoder_decoder_attention.keys_values(encoded_BMD)
+      def cross(_, xs):
+        return None, xs[0].encoder_decoder_attention.keys_values(encoded_BMD)
 
-      if cfg.scan_layers:
-        cross_k, cross_v = jax.lax.map(cross, self.decoder.layers)
-      else:
-        pairs = [cross(layer) for layer in self.decoder.layers]
-        cross_k, cross_v = (jnp.stack(x) for x in zip(*pairs, strict=True))
+      _, (cross_k, cross_v) = over_layers(cross, None, self.decoder.layers)
       cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
     return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask, jnp.zeros((), jnp.int32))
 
-  def decode_step(self, tokens_B, cache: Cache) -> tuple[jax.Array, Cache]:
+  def decode_step(self, tokens_B, cache: Cache) -> tuple[Array, Cache]:
     """Feeds one token a row; returns logits_BV of the next, and the cache."""
     cfg = self.cfg
     cache, mask = cache.next_slot()
-    bias = None
-    if not cfg.relpos_per_layer:
-      bias = cache.bias(self.decoder.relpos_bias)
-    x_B1D = self._embed(tokens_B[:, None], None)
-    step = functools.partial(_decode_layer, bias=bias, mask=mask)
+    bias = None if cfg.relpos_per_layer else cache.bias(self.decoder.relpos_bias)
+
+    def step(carry, xs):
+      (x_B1D, cache), (layer, i, cross_kv, lender) = carry, xs
+      return layer.step(x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
+
+    carry = self._embed(tokens_B[:, None], None), cache
     cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
-    lenders = self.lenders()
-    if cfg.scan_layers:
-      xs = (jnp.arange(cfg.num_decoder_layers), self.decoder.layers, cross, lenders)
-      (x_B1D, cache), _ = jax.lax.scan(step, (x_B1D, cache), xs)
-    else:
-      for i, layer in enumerate(self.decoder.layers):
-        lender = None if lenders is None else lenders[i]
-        cross_i = tuple(None if c is None else c[i] for c in cross)
-        (x_B1D, cache), _ = step((x_B1D, cache), (i, layer, cross_i, lender))
-    hidden_B1D = self.decoder.norm(x_B1D)
-    return self.project(hidden_B1D)[:, 0], cache.advanced()
+    numbers = np.arange(cfg.num_decoder_layers)
+    carry, _ = over_layers(step, carry, self.decoder.layers, numbers, cross, self.lenders())
+    x_B1D, cache = carry
+    return self.project(self.decoder.norm(x_B1D))[:, 0], cache.advanced()
 
 
-def _decode_layer(carry, xs, *, bias, mask):
-  x_B1D, cache = carry
-  i, layer, cross_kv, lender = xs
-  return layer.step(x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
-
-
-def _project(kernel_DV, scale: float, hidden_BLD) -> jax.Array:
+def _project(kernel_DV, scale: float, hidden_BLD) -> Array:
   # As T5X, in float32 whatever the dtype of the activations.
   logits_BLV = layers.matmul(hidden_BLD.astype(jnp.float32) * scale, kernel_DV.astype(jnp.float32))
   return constrain(logits_BLV, 'batch', 'length', 'vocab')
@@ -384,18 +305,11 @@ def _pair(queries_BL, keys_BM):
   return None if queries_BL is None or keys_BM is None else (queries_BL, keys_BM)
 
 
-def _layer_keys(key, num_layers: int):
-  return None if key is None else jax.random.split(key, num_layers)
-
-
 @functools.lru_cache(maxsize=64)
 def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
   """Returns (graphdef, shapes, axes) without allocating anything.
 
   The same objects for equal configs: leave them as they are.
-
-  Args:
-    cfg: the model's config.
 
   Returns:
     graphdef: what `nnx.merge(graphdef, params)` needs beside the parameters.
@@ -404,11 +318,10 @@ def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
   """
   model = nnx.eval_shape(lambda: T5(cfg, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model, graph=False)
-  axes = jax.tree.map(lambda p: p.replace(p.get_metadata('axes')), state, is_leaf=_is_variable)
+  axes = _with_axes(state, lambda p: p.replace(p.get_metadata('axes')))
   return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
-def init_params(cfg: T5Config, key: jax.Array) -> dict:
+def init_params(cfg: T5Config, key: Array) -> dict:
   """Draws parameters: a nested dict of arrays. Jit it with out_shardings."""
-  model = T5(cfg, rngs=nnx.Rngs(params=key))
-  return nnx.to_pure_dict(nnx.split(model, graph=False)[1])
+  return nnx.to_pure_dict(nnx.split(T5(cfg, rngs=nnx.Rngs(params=key)), graph=False)[1])

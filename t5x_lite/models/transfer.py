@@ -2,8 +2,8 @@
 
 T5Config says which methods a model has; layers.py makes their parameters.
 
-Sources: LoRA, Hu et al. 2021; adapters, Raffel et al. 2020, section 3.5.1, where
-the norms train too; prompt tuning, Lester et al. 2021.
+Sources: LoRA, Hu et al. 2021; adapters, Raffel et al. 2020, section 3.5.1, where the norms train
+too; prompt tuning, Lester et al. 2021.
 """
 
 import re
@@ -29,11 +29,7 @@ def is_added(name: str) -> bool:
 
 
 def trained_pattern(names: Iterable[str]) -> str | None:
-  """Returns a regular expression of what trains by default; None for all.
-
-  Args:
-    names: paths of all parameters, such as 'encoder/layers/mlp/wo/kernel'.
-  """
+  """Returns a regular expression of the paths that train by default; None for all."""
   names = list(names)
   found = [trains for added, trains in _METHODS if any(re.search(added, n) for n in names)]
   return '|'.join(found) or None
