@@ -87,13 +87,11 @@ class Predictor:
     seed: int = 0,
     scored: bool = True,
     extra: tuple[Processor, ...] = (),
-    continues: bool = False,
-    bidirectional: bool = False,
   ):
     """Compiles nothing yet.
 
     Args:
-      model: must have an encoder and a decoder, unless `continues`.
+      model: must have a decoder, which without an encoder reads the inputs first, and continues them.
       placement: where it runs.
       decoding: how tokens are chosen; ids, not texts: see its `resolved`.
       batch_size: inputs decoded at a time; raised to a multiple of the mesh's data axes.
@@ -101,23 +99,21 @@ class Predictor:
       seed: of sampling.
       scored: whether scores are wanted; without, some work less.
       extra: processors that are applied after those of `decoding`.
-      continues: inputs are what the decoder reads first, and is to continue.
-      bidirectional: these tokens see each other in both directions.
 
     Raises:
-      UsageError: if the model does not read inputs and write outputs.
+      UsageError: if the model does not write outputs.
     """
-    if not model.has_decoder or not (model.has_encoder or continues):
+    if not model.has_decoder:
       raise UsageError(
         f'architecture={model.architecture!r} cannot predict outputs from inputs; it takes '
-        "'encoder_decoder'"
+        "'encoder_decoder' or 'decoder'"
       )
     assert not (decoding.labels or decoding.forbidden_words), 'not resolved'
     self.model, self.placement, self.decoding = model, placement, decoding
     self.batch_size, self.max_input_length = placement.whole_batch(batch_size), max_input_length
-    self._continues, self._key = continues, jax.random.key(seed)
+    self._key = jax.random.key(seed)
     self._step = model_sharding.jit_step(
-      steps.make_predict_step, model, placement, decoding, scored, extra, bidirectional
+      steps.make_predict_step, model, placement, decoding, scored, extra
     )
 
   @property
@@ -160,11 +156,11 @@ class Predictor:
     missing = size - len(rows)
     padded = functools.partial(pad_rows, batch_size=size, pad_id=self.model.pad_id)
     batch: dict[str, np.ndarray] = {}
-    if self._continues:
-      prefixes = rows
-    else:
+    if self.model.has_encoder:
       length = padded_length(longest, self.max_input_length)
       batch['encoder_input_tokens'] = padded(rows, length=length)
+    else:
+      prefixes = rows
     if prefixes is not None:
       read = [[self.model.decoder_start_id, *prefix] for prefix in prefixes]
       read += read[:1] * missing

@@ -43,14 +43,14 @@ class Ensemble:
     """Returns what each model makes of the inputs."""
     return tuple(model.encode(tokens_BM) for model in self._models)
 
-  def init_cache(self, encoded: tuple[Array, ...], *args: Any, **sizes: Any) -> 'Caches':
+  def init_cache(self, encoded: tuple[Array, ...] | None, *args: Any, **sizes: Any) -> 'Caches':
     """Returns a cache for each model."""
-    pairs = zip(self._models, encoded, strict=True)
+    pairs = zip(self._models, encoded or [None] * len(self._models), strict=True)
     return Caches(tuple(model.init_cache(one, *args, **sizes) for model, one in pairs))
 
-  def prefill(self, cache: 'Caches', *args: Any, **kwargs: Any) -> tuple[Array, 'Caches']:
+  def prefill(self, cache: 'Caches', *args: Any) -> tuple[Array, 'Caches']:
     """Returns logits of the token after each prompt; see `prefill.prefill`."""
-    return self._each(cache, lambda model, one: prefill.prefill(model, one, *args, **kwargs))
+    return self._each(cache, lambda model, one: prefill.prefill(model, one, *args))
 
   def decode_step(self, tokens_B: Array, cache: 'Caches') -> tuple[Array, 'Caches']:
     """Returns logits_BV of the next token."""
@@ -85,11 +85,7 @@ def _merge(graphdef: Any, params: Any) -> Any:
 
 
 def make_predict_step(
-  graphdef: Any,
-  config: DecodingConfig,
-  scored: bool = True,
-  extra: tuple[Processor, ...] = (),
-  bidirectional: bool = False,
+  graphdef: Any, config: DecodingConfig, scored: bool = True, extra: tuple[Processor, ...] = ()
 ) -> Callable[..., Decoded]:
   """Returns predict_step(params, batch, key) -> Decoded.
 
@@ -101,8 +97,7 @@ def make_predict_step(
     seeds: of each row's sampling, folded into the key; its number by default.
     temperature: of each row, instead of the config's.
 
-  Beams have scores even if not asked for; extra processors come after the config's; see
-  `prefill.prefill` for bidirectional.
+  Beams have scores even if not asked for; extra processors come after the config's.
   """
 
   def predict_step(params, batch: Batch, key: Array | None = None) -> Decoded:
@@ -120,7 +115,7 @@ def make_predict_step(
     if prompts_BP is not None:
       lengths_B = batch['decoder_prompt_lengths']
       read = Ensemble.prefill if isinstance(model, Ensemble) else prefill.prefill
-      logits_RV, cache = read(model, cache, prompts_BP, lengths_B, bidirectional=bidirectional)
+      logits_RV, cache = read(model, cache, prompts_BP, lengths_B)
       prompt = loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
     common: dict[str, Any] = {
       'num_rows': B * n,

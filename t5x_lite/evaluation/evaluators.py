@@ -269,10 +269,13 @@ class Evaluators:
     ]
     self._decoded = []
     for config in infer_eval:
+      if 'inputs' not in config.lengths:
+        what = f'infer_eval has {config.mixture_or_task_name} without the length of inputs'
+        raise UsageError(f'{what}: there is nothing to decode from')
       encode = vocabularies.make_vocabulary(vocabulary).encode
       chosen = (decoding or DecodingConfig()).resolved(encode, config.lengths['targets'])
       predictor = prediction.Predictor(
-        model,
+        model.read_as(config.feature_converter),
         placement=placement,
         decoding=chosen,
         batch_size=config.batch_size,

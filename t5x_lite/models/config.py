@@ -6,6 +6,7 @@ Field names are T5X's (t5x/examples/t5/network.py).
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from t5x_lite.errors import UsageError
@@ -57,6 +58,8 @@ class T5Config:
       kernel for TPUs, 'cudnn' is cuDNN's dense kernel (half precision). All give the same result;
       'auto' is 'dense' below 2,048 x 2,048 pairs (on CPUs 1,024 x 1,024), else 'blocked'.
     architecture: 'encoder_decoder', 'encoder' (embeddings) or 'decoder' (a language model).
+    bidirectional_prefix: what a decoder continues is read in both directions (a prefix language
+      model); training sets it by DatasetConfig.feature_converter.
     share_encoder_decoder: layers share parameters (Raffel et al. 2020, Table 2, 'Enc-dec, shared').
     lora_rank: rank of what LoRA adds to matrices; None adds nothing. With this or one of the next
       two, the rest of the model is frozen, unless OptimizerConfig.trainable says otherwise.
@@ -91,6 +94,7 @@ class T5Config:
   remat_policy: str = 'none'
   attention: str = 'auto'
   architecture: str = 'encoder_decoder'
+  bidirectional_prefix: bool = False
   share_encoder_decoder: bool = False
   lora_rank: int | None = None
   adapter_dim: int | None = None
@@ -117,6 +121,8 @@ class T5Config:
     for part, there in (('encoder', self.has_encoder), ('decoder', self.has_decoder)):
       name = f'num_{part}_layers'
       self._check(not there or getattr(self, name) >= 1, name, 'it must be at least 1')
+    can_read = self.architecture == 'decoder' or not self.bidirectional_prefix
+    self._check(can_read, 'bidirectional_prefix', "it needs architecture 'decoder'")
     depths = self.num_encoder_layers, self.num_decoder_layers
     alike = self.architecture == 'encoder_decoder' and depths[0] == depths[1]
     self._check(
@@ -179,6 +185,14 @@ class T5Config:
   def has_decoder(self) -> bool:
     """Whether there is a decoder."""
     return self.architecture != 'encoder'
+
+  def ends_inputs(self, lengths: Mapping[str, int]) -> bool:
+    """Whether inputs end with EOS, by training's task features: a text that is continued does not."""
+    return self.has_encoder or 'inputs' in lengths
+
+  def read_as(self, feature_converter: str) -> 'T5Config':
+    """Returns it as data of this DatasetConfig.feature_converter makes it."""
+    return self.replace(bidirectional_prefix=feature_converter == 'prefix_lm')
 
   def replace(self, **changes: Any) -> 'T5Config':
     """Returns a copy with some fields changed.

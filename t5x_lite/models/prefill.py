@@ -17,20 +17,18 @@ from t5x_lite.models.attention_inputs import Visibility
 from t5x_lite.models.t5 import T5, Cache, over_layers
 
 
-def prefill(
-  model: T5, cache: Cache, tokens_BP: Array, lengths_B: Array, *, bidirectional: bool = False
-) -> tuple[Array, Cache]:
+def prefill(model: T5, cache: Cache, tokens_BP: Array, lengths_B: Array) -> tuple[Array, Cache]:
   """Returns logits_RV of the token after each prompt, and the cache.
 
   The cache is empty, of a multiple of B rows and at least P slots; decoder inputs are the start
-  token, the prompt, then padding, and lengths count what is not padding. If bidirectional, the
-  prompt's tokens and the start token see each other (T5X's inputs_bidirectional_attention).
+  token, the prompt, then padding, and lengths count what is not padding. With bidirectional_prefix
+  the prompt's tokens and the start token see each other (T5X's inputs_bidirectional_attention).
   """
   cfg = model.cfg
   B, P = tokens_BP.shape
   positions_P = jnp.arange(P)
   real_BP = positions_P[None, :] < lengths_B[:, None]
-  visibility = Visibility(prefix_BL=real_BP if bidirectional else None, causal=True)
+  visibility = Visibility(prefix_BL=real_BP if cfg.bidirectional_prefix else None, causal=True)
   mask = attention.mask(cfg.attention, visibility, P, P)
   bias = model.decoder.bias(P, P)
 

@@ -76,7 +76,7 @@ def evaluate(
       run.vocabulary,
       placement=placement,
       train_eval=[config] if teacher_forced and len(models) == 1 else [],
-      infer_eval=[config],
+      infer_eval=[config] if 'inputs' in config.lengths else [],
       eval_steps=None if num_examples is None else -(-num_examples // batch_size),
       infer_eval_examples=num_examples,
       decoding=decoding,

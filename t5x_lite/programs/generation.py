@@ -1,7 +1,8 @@
 """What a model in memory says: generated outputs, and scores of given ones; base of `api.Model`."""
 
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ class Generation:
   params: Any
   placement: Placement
   vocabulary: Vocabulary | None
+  lengths: Mapping[str, int] = types.MappingProxyType({})
 
   def generate(
     self,
@@ -43,7 +45,7 @@ class Generation:
     temperature: float | Sequence[float] = 0.0,
     prefix: Any = None,
     processors: Sequence[Processor] = (),
-    bidirectional_prefix: bool = False,
+    bidirectional_prefix: bool | None = None,
     return_scores: bool = False,
     return_log_probs: bool = False,
     **settings: Any,
@@ -51,7 +53,8 @@ class Generation:
     """Generates an output for each input, or several.
 
     Args:
-      inputs: texts (for an encoder EOS is added) or ids as they are; a decoder continues them.
+      inputs: texts (EOS is added for an encoder, or where `lengths` says that training had inputs)
+        or ids as they are; a decoder continues them.
       max_new_tokens: most tokens an output, EOS included.
       max_input_tokens: longer inputs are cut, and a warning counts them.
       batch_size: inputs decoded at a time.
@@ -61,7 +64,7 @@ class Generation:
         encoder. It is returned with them, and does not count for length and score.
       processors: functions (logits_RV, history) -> logits_RV, see decoding/processors.py; each must
         be one object from call to call, or everything is compiled again.
-      bidirectional_prefix: the input's tokens all see each other; for prefix language models.
+      bidirectional_prefix: a decoder's, instead of the config's.
       return_scores: return (outputs, scores); a score is the sum of the log-probabilities, of beams
         and best_of divided as `DecodingConfig.normalization` says.
       return_log_probs: also return, last, the log-probabilities of the tokens, EOS included.
@@ -79,7 +82,7 @@ class Generation:
     is_text = model_inputs.is_text(inputs)
     if batch_size < 1:
       raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
-    rows = self._rows(inputs, eos=self.config.has_encoder, limit=max_input_tokens)
+    rows = self._rows(inputs, eos=self.config.ends_inputs(self.lengths), limit=max_input_tokens)
     seeds = np.asarray(seed).tolist() if np.ndim(seed) else None
     prefixes = None if prefix is None else self._prefixes(prefix, len(rows))
     for name, given in (('seed', seeds), ('temperature', temperatures)):
@@ -87,8 +90,11 @@ class Generation:
         raise UsageError(f'generate got {len(rows)} inputs and {len(given)} of {name}')
     # Few sizes, so that what is compiled serves the next call too.
     size = min(batch_size, prediction.padded_length(len(rows), shortest=1))
+    model = self.config
+    if bidirectional_prefix is not None:
+      model = model.replace(bidirectional_prefix=bidirectional_prefix)
     predictor = prediction.Predictor(
-      self.config,
+      model,
       placement=self.placement,
       decoding=config,
       batch_size=size,
@@ -96,8 +102,6 @@ class Generation:
       seed=0 if isinstance(seed, Sequence | np.ndarray) else seed,
       scored=return_scores or return_log_probs,
       extra=tuple(processors),
-      continues=not self.config.has_encoder,
-      bidirectional=bidirectional_prefix,
     )
     each: dict[str, Any] = {'prefixes': prefixes, 'seeds': seeds, 'temperatures': temperatures}
     found: list[list[prediction.Output]] = []

@@ -109,6 +109,7 @@ def infer(
 
   # ---- Loop ----
   done, truncated = 0, 0
+  end = [vocabulary.eos_id] if run.config.ends_inputs(run.lengths) else []
   start = report = time.monotonic()
   of = '' if num_lines is None else f' of {num_lines}'
 
@@ -137,12 +138,12 @@ def infer(
     while batch := list(itertools.islice(lines, predictor.batch_size)):
       ids = [vocabulary.encode(prefix + text) for text in batch]
       # EOS takes the last place: the model saw no input without one.
-      rows = [[*row[: max_input_length - 1], vocabulary.eos_id] for row in ids]
+      rows = [[*row[: max_input_length - len(end)], *end] for row in ids]
       outputs = predictor.predict_all(params, rows, index=done // predictor.batch_size)
       for text, row, found in zip(batch, ids, outputs, strict=True):
         done += 1
         entry = entry_of(text, found)
-        if len(row) >= max_input_length:
+        if len(row) + len(end) > max_input_length:
           entry['truncated'] = True
           if not truncated:
             log.warning(

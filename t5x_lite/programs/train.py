@@ -132,10 +132,11 @@ def train(
     model, vocabulary, model_changes or {}, model_dir=model_dir, restore_path=path
   )
   trained_model.check_vocabulary(model, vocabulary)
-  record = {name: value for name, value in given.items() if name not in _NOT_RECORDED}
-  record |= {'model': model, 'vocabulary': vocabulary}
   wanted = (dataset, *train_eval, *infer_eval)
   dataset, *evals = [start_checks.resolve_dataset(one, model, vocabulary) for one in wanted]
+  model = model.read_as(dataset.feature_converter)
+  record = {name: value for name, value in given.items() if name not in _NOT_RECORDED}
+  record |= {'model': model, 'vocabulary': vocabulary}
   train_eval, infer_eval = evals[: len(train_eval)], evals[len(train_eval) :]
   start_checks.check_model_dir(model_dir, model, vocabulary)
   if not dry_run:

@@ -28,7 +28,7 @@ MODEL_FILE = 'model.json'
 CONFIG_FILE = 'config.json'
 
 # A run may be continued with these changed: no parameter depends on them.
-_FREE_FIELDS = ('attention', 'dropout_rate', 'dtype', 'remat_policy')
+_FREE_FIELDS = ('attention', 'bidirectional_prefix', 'dropout_rate', 'dtype', 'remat_policy')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -112,6 +112,6 @@ def test_sampling_differs_between_batches_and_not_between_runs():
   assert first == again != second
 
 
-def test_needs_an_encoder_and_a_decoder():
-  with pytest.raises(UsageError, match="architecture='decoder'"):
-    make_predictor(tiny.config(architecture='decoder'))
+def test_needs_a_decoder():
+  with pytest.raises(UsageError, match="architecture='encoder' cannot"):
+    make_predictor(tiny.config(architecture='encoder'))

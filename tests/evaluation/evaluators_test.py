@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from t5x_lite.data.rows import packing
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.tasks import catalog
 from t5x_lite.decoding import prediction
@@ -119,6 +120,43 @@ def test_decoded_gives_tasks_what_seqio_gives_them(setting):
   # Scores are the log-probabilities of the references.
   assert len(task.scores) == 11 and max(task.scores) < 0
   assert decoded.run(params).lines == result.lines
+
+
+@pytest.mark.parametrize('kind', ['lm', 'prefix_lm'])
+def test_a_decoder_writes_what_training_would_call_likeliest(kind):
+  """The prompt, read at once into a cache, is what the converter makes of inputs."""
+  cfg = tiny_run.model(architecture='decoder', num_decoder_layers=2)
+  one = config(feature_converter=kind, batch_size=8)
+  params = tiny.params(cfg)
+  where = dict(placement=model_sharding.place_model(cfg))
+  made = evaluators.Evaluators(cfg, tiny_run.VOCABULARY, **where, infer_eval=[one])
+  decoded = made._decoded[0]
+  assert decoded.predictor.model.bidirectional_prefix == (kind == 'prefix_lm')
+  _, examples = next(iter(decoded._batches))
+  rows = [example['inputs'][:32].tolist() for example in examples]
+  outputs, _ = decoded.predictor.predict(params, rows)
+  assert len({*map(tuple, outputs)}) > 1
+  # Each token is the likeliest after those before it, in one pass over the whole row.
+  ended = [[*output, 1][:16] for output in outputs]
+  ragged = {
+    name: packing.Ragged.from_arrays([np.asarray(x) for x in values], np.int32)
+    for name, values in (('inputs', rows), ('targets', ended))
+  }
+  converter = one.converter
+  packed = packing.pad(converter.prepare(ragged), converter.row_lengths, converter.aligned)
+  batch = converter.convert(packed)
+  likeliest = np.argmax(tiny.apply(cfg, params, '__call__', batch), -1)
+  for row, weights, output in zip(likeliest, batch['decoder_loss_weights'], ended, strict=True):
+    assert row[weights > 0].tolist() == output
+
+
+def test_without_inputs_there_is_nothing_to_decode_from():
+  cfg = tiny_run.model(architecture='decoder')
+  one = config('shakespeare_full_lm', task_feature_lengths={'targets': 16}, feature_converter='lm')
+  with pytest.raises(UsageError, match='shakespeare_full_lm without the length of inputs'):
+    evaluators.Evaluators(
+      cfg, tiny_run.VOCABULARY, placement=model_sharding.place_model(cfg), infer_eval=[one]
+    )
 
 
 def test_every_task_of_a_mixture_is_evaluated_by_itself(setting):

@@ -1,5 +1,6 @@
 """The architectures of the T5 paper's table 2, with both objectives."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,6 +11,7 @@ from t5x_lite.compiler import flops
 from t5x_lite.models import t5
 from t5x_lite.models.config import named_config
 from t5x_lite.programs.train import train
+from t5x_lite.runs import run_directory
 from tests import tiny_run
 
 # Row: changes to the model, how it reads examples, what it costs beside the
@@ -60,13 +62,20 @@ def test_every_architecture_trains_with_both_objectives(row, objective, tmp_path
     task, lengths = 'shakespeare_full_lm', {'targets': 32}
   if row == 'half the layers':
     changes = {}  # the model is tiny anyway
+  data = dict(feature_converter=converter, task_feature_lengths=lengths)
+  decoded = tiny_run.dataset('language_id', pack=False, split='validation')
   state = train(
     **tiny_run.arguments(
       tmp_path,
       model=tiny_run.model(**changes),
-      dataset=tiny_run.dataset(task, task_feature_lengths=lengths, feature_converter=converter),
+      dataset=tiny_run.dataset(task, **data),
+      infer_eval=[dataclasses.replace(decoded, feature_converter=converter)],
+      infer_eval_examples=3,
       total_steps=2,
     )
   )
+  saved = run_directory.load_run(str(tmp_path)).model
+  assert saved.bidirectional_prefix == (converter == 'prefix_lm')
+  assert (tmp_path / 'infer_eval/language_id/2.jsonl').exists()
   assert state is not None and int(state.step) == 2
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))

@@ -169,7 +169,7 @@ def test_8_devices_are_1():
 
 def test_encoding_and_prefill_take_blocks_too():
   """And a cache is read densely whatever the setting."""
-  cfg = tiny.config(architecture='decoder', attention='blocked')
+  cfg = tiny.config(architecture='decoder', bidirectional_prefix=True, attention='blocked')
   params, tokens = tiny.params(cfg), tiny.batch()['decoder_input_tokens']
   lengths = jnp.asarray([5, 4, 6, 3])
   results = []
@@ -180,7 +180,7 @@ def test_encoding_and_prefill_take_blocks_too():
     def run(params, tokens, graphdef=graphdef):
       model = nnx.merge(graphdef, params)
       cache = model.init_cache(None, None, batch_size=4, max_decode_length=8)
-      logits, cache = prefill.prefill(model, cache, tokens, lengths, bidirectional=True)
+      logits, cache = prefill.prefill(model, cache, tokens, lengths)
       return logits, model.decode_step(jnp.argmax(logits, -1), cache)[0]
 
     results.append(run(params, tokens))

@@ -19,7 +19,7 @@ P, NEW = 7, 4
   ids=['scanned', 'unrolled', 'bias per layer'],
 )
 def test_continuations_are_those_of_the_whole_sequence(fields, bidirectional):
-  cfg = tiny.config(architecture='decoder', **fields)
+  cfg = tiny.config(architecture='decoder', bidirectional_prefix=bidirectional, **fields)
   params = tiny.params(cfg.replace(scan_layers=True))
   if not cfg.scan_layers:
     params = tiny.unstack(params, cfg)
@@ -34,9 +34,7 @@ def test_continuations_are_those_of_the_whole_sequence(fields, bidirectional):
   def stepwise(params):
     model = nnx.merge(graphdef, params)
     cache = model.init_cache(None, None, batch_size=3, max_decode_length=P + NEW)
-    logits, cache = prefill.prefill(
-      model, cache, jnp.asarray(prompts), jnp.asarray(lengths), bidirectional=bidirectional
-    )
+    logits, cache = prefill.prefill(model, cache, jnp.asarray(prompts), jnp.asarray(lengths))
     result = [logits]
     for i in range(NEW):
       rows = np.arange(3)

@@ -44,6 +44,27 @@ def test_by_default_results_lie_in_the_run(run):
   assert (run / 'eval' / '1' / 'metrics.json').exists()
 
 
+def test_decoders_continue_the_input(tmp_path):
+  runs = [str(tmp_path / name) for name in 'ab']
+  for seed, run in enumerate(runs):
+    tiny_run.save_untrained(run, seed=seed, architecture='decoder', bidirectional_prefix=True)
+  read = dataset(feature_converter='prefix_lm')
+  one = evaluate(model_dir=runs[0], datasets=[read], num_examples=3)['language_id']
+  assert one['eval/loss'] > 0 and 0 <= one['accuracy'] <= 100
+  both = evaluate(
+    model_dir=runs, datasets=[read], num_examples=3, output=str(tmp_path / 'together')
+  )
+  assert both['language_id']['examples'] == 3
+  text = dataset(
+    'shakespeare_full_lm',
+    split='validation',
+    task_feature_lengths={'targets': 16},
+    feature_converter='lm',
+  )
+  [loss] = evaluate(model_dir=runs[0], datasets=[text], num_examples=3).values()
+  assert loss.keys() == {'eval/loss', 'eval/perplexity', 'eval/accuracy', 'eval/target_tokens'}
+
+
 @pytest.mark.parametrize(
   'overrides, message',
   [

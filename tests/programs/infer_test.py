@@ -6,11 +6,13 @@ import types
 
 import pytest
 
+import t5x_lite
 from t5x_lite import main
 from t5x_lite.data.pairs import Columns
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import infer as infer_lib
 from t5x_lite.programs.infer import infer
+from t5x_lite.runs import run_directory
 from tests import tiny_run
 
 WORDS = ['hello', 'a', '', 'pronounce', 'zebra', 'müßig', 'x' * 40]
@@ -46,6 +48,26 @@ def test_one_object_a_line_in_order(run, words, tmp_path):
   for entry in entries:
     assert isinstance(entry['prediction'], str)
     assert entry['score'] < 0
+
+
+@pytest.mark.parametrize('lengths', [tiny_run.LENGTHS, {'targets': 16}])
+def test_a_decoder_continues_the_line(words, tmp_path, lengths):
+  """After EOS, if it was trained on inputs and targets, and as it was trained to read them."""
+  run, output = tmp_path / 'run', tmp_path / 'out.jsonl'
+  changes = dict(architecture='decoder', bidirectional_prefix='inputs' in lengths)
+  tiny_run.save_untrained(run, **changes)
+  run_directory.write_run(
+    str(run), model=tiny_run.model(**changes), vocabulary=tiny_run.VOCABULARY, lengths=lengths
+  )
+  assert infer(model=str(run), input=str(words), output=str(output), batch_size=8) == len(WORDS)
+  model = t5x_lite.load(str(run))
+  found = [entry['prediction'] for entry in read(output)]
+  assert found == model.generate(WORDS, max_new_tokens=16)
+  end = [1] if 'inputs' in lengths else []
+  ids = model.generate(
+    [[*model.vocabulary.encode(word), *end] for word in WORDS], max_new_tokens=16
+  )
+  assert found == [model.vocabulary.decode(row) for row in ids]
 
 
 def test_settings_are_flags(run, words, tmp_path):

@@ -125,10 +125,11 @@ def _mc4(objective: str) -> MixtureRecipe:
 # ---- Texts -------------------------------------------------------------------
 
 _TEXT = re.compile(
-  r'c4(?P<c4>|_noclean|_realnewslike|_webtextlike)_v(020|220)'
+  r'(c4(?P<c4>|_noclean|_realnewslike|_webtextlike)_v(020|220)'
   r'|wikipedia_(?P<wikipedia>\d{8}\.[a-z-]+)_v003'
   r'|wiki40b\.(?P<wiki40b>[a-z-]+)'
-  r'|mc4\.(?P<mc4>[a-z]+(_Latn)?)'
+  r'|mc4\.(?P<mc4>[a-z]+(_Latn)?))'
+  r'(_first(?P<first>\d+))?'  # documents, to be repeated
 )
 
 
@@ -149,6 +150,8 @@ def _text_source(text: str) -> tuple[PreparedSource, Callable] | None:
     splits = {'train': language, 'validation': f'{language}-validation'}
   else:
     name = f'c4/en{match["c4"].replace("_", ".")}:2.2.0'
+  if match['first']:
+    splits['train'] += f'[:{match["first"]}]'
   return PreparedSource(name, splits, ('text',)), step
 
 

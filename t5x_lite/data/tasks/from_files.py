@@ -1,6 +1,7 @@
 """Tasks from files of the user's own, in a couple of lines."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import seqio
@@ -91,7 +92,7 @@ def register_text_task(
 
   For instance `register_text_task('books', train_file='books/*.txt.gz')`. With `objective='all'`
   there are `books_span_corruption`, `books_iid_denoising_rate0.25` and so on, and the mixture
-  `books_ul2`.
+  `books_ul2`; `books_first100_span_corruption` trains on the first 100 rows of each file alone.
 
   Args:
     name: of the task.
@@ -127,10 +128,13 @@ def register_text_task(
       file_format=file_format,
       lines_per_document=lines_per_document,
     )
-    make_source = functools.partial(
-      sources.RowsDataSource,
-      {split: functools.partial(read, pattern) for split, pattern in splits.items()},
-    )
+
+    def make_source(first: int | None = None) -> seqio.DataSource:
+      first_of = {'train': first}
+      return sources.RowsDataSource(
+        {k: functools.partial(read, v, first=first_of.get(k)) for k, v in splits.items()}
+      )
+
   if objective != 'all':
     catalog.add(name, unsupervised(make_source, objective), vocabulary)
     return
@@ -220,19 +224,20 @@ def ul2(text: str) -> catalog.MixtureRecipe:
   return catalog.MixtureRecipe(rates={f'{text}_{denoiser}': 1.0 for denoiser in UL2})
 
 
-# Sources of texts whose every objective is a task, TEXT_OBJECTIVE.
-_TEXTS: dict[str, Callable[[], seqio.DataSource]] = {}
+# Sources of texts whose every objective is a task, TEXT_OBJECTIVE or TEXT_first100_OBJECTIVE.
+_TEXTS: dict[str, Callable[..., seqio.DataSource]] = {}
 
 
 def _find_text(name: str) -> catalog.Recipe | None:
   for text in sorted(_TEXTS, key=len, reverse=True):
-    objective = name.removeprefix(f'{text}_')
-    if objective == name:
+    match = re.fullmatch(rf'{re.escape(text)}(_first(?P<first>\d+))?_(?P<objective>.+)', name)
+    if match is None:
       continue
-    if objective == 'ul2':
-      return ul2(text)
-    if find_objective(objective) is not None:
-      return unsupervised(_TEXTS[text], objective)
+    if match['objective'] == 'ul2':
+      return ul2(name.removesuffix('_ul2'))
+    if find_objective(match['objective']) is not None:
+      first = match['first'] and int(match['first'])
+      return unsupervised(functools.partial(_TEXTS[text], first), match['objective'])
   return None
 
 

@@ -5,6 +5,7 @@ a dictionary is) that gives correlated batches. Nor can they share one file amon
 host parsing all of it.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -112,30 +113,40 @@ def read_pairs(
 
 
 def read_documents(
-  pattern: str, *, field: str | int = 'text', file_format: str = '', lines_per_document: int = 1
+  pattern: str,
+  *,
+  field: str | int = 'text',
+  file_format: str = '',
+  lines_per_document: int = 1,
+  first: int | None = None,
 ) -> Columns:
   """Returns the documents of the files of a pattern as targets; TSV and JSONL hold them in `field`.
 
   `lines_per_document` neighbouring rows are joined, with line breaks: documents are shuffled, and
-  rows that continue each other should stay together.
+  rows that continue each other should stay together. Of each file the `first` rows count, or all.
 
   Raises:
     UsageError: if a file is missing, empty or malformed.
   """
   documents: list[str] = []
   for path in text_files.expand(pattern):
-    texts = [row[0] for row in records.rows(path, [field], file_format)]
+    rows = itertools.islice(records.rows(path, [field], file_format), first)
+    texts = [row[0] for row in rows]
     for start in range(0, len(texts), lines_per_document):
       documents.append('\n'.join(texts[start : start + lines_per_document]))
   return {'targets': _not_empty(documents, pattern)}
 
 
-def stream_text(split_to_pattern: Mapping[str, str]) -> seqio.FileDataSource:
+def stream_text(
+  split_to_pattern: Mapping[str, str], first: int | None = None
+) -> seqio.FileDataSource:
   """Returns a source for text too large for memory, one document a line.
 
   Hosts share by file when there are enough files, else by line (SeqIO). Only the order of files is
-  shuffled here; the task shuffles a window of examples.
+  shuffled here; the task shuffles a window of examples. UsageError if only the first are wanted.
   """
+  if first is not None:
+    raise UsageError(f'{split_to_pattern} is streamed: put its first {first} lines into a file')
 
   def read(path: tf.Tensor) -> tf.data.Dataset:
     # compression_type '' and 'GZIP' may be a tensor, one per file.

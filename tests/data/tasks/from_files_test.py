@@ -96,6 +96,25 @@ def test_pretraining_on_own_text(name, tmp_path):
   )
 
 
+def test_a_short_text_to_repeat(name, tmp_path, monkeypatch):
+  """Table 9: the first rows of the training split, and all of the others."""
+  lines = [f'{i:02} fox' for i in range(8)]
+  file = tmp_path / 'x.txt'
+  file.write_text('\n'.join(lines))
+  files = dict(train_file=str(file), validation_file=str(file))
+  from_files.register_text_task(name, **files, lines_per_document=2, objective='all')
+  text = seqio.ByteVocabulary()
+  for short, split, count in ((f'{name}_first3', 'train', 3), (f'{name}_first3', 'validation', 8)):
+    _, found = examples(f'{short}_full_lm', split, {'targets': 99})
+    [tokens] = [e['targets'].tolist() for e in found]
+    assert sum(line in text.decode(tokens) for line in lines) == count
+  assert len(catalog.leaves(f'{name}_first3_ul2')) == 7
+  monkeypatch.setattr(from_files, 'MAX_IN_MEMORY_BYTES', 10)
+  from_files.register_text_task(f'{name}_large', **files, objective='all')
+  with pytest.raises(UsageError, match='streamed: put its first 3 lines into a file'):
+    examples(f'{name}_large_first3_full_lm', lengths={'targets': 99})
+
+
 def test_an_objective_of_ones_own(name, tmp_path):
   def copy(dataset):
     return dataset.map(lambda e: {'inputs': e['targets'], **e})

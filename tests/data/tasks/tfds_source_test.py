@@ -148,6 +148,14 @@ def test_text_of_another_version_through_the_rows(data_dir):
   assert (batch['encoder_input_tokens'] > 0).mean() > 0.9
 
 
+def test_a_short_text_to_repeat(data_dir):
+  """Table 9: so many documents of the training split, and all of the others."""
+  name = catalog.resolve('c4_v220_first3_full_lm', BYTES)
+  task = seqio.get_mixture_or_task(name)
+  assert task.num_input_examples('train') == 3
+  assert task.num_input_examples('validation') == ROWS
+
+
 def test_examples_are_counted(data_dir):
   catalog.register_mixture('tfds_source_mixture', ['glue_cola_v002', 'wmt16_enro_v003'], limit=5)
   name = catalog.resolve('tfds_source_mixture', BYTES)
