@@ -91,7 +91,7 @@ class Predictor:
     """Compiles nothing yet.
 
     Args:
-      model: must have a decoder, which without an encoder reads the inputs first, and continues them.
+      model: must have a decoder, which continues the inputs where there is no encoder.
       placement: where it runs.
       decoding: how tokens are chosen; ids, not texts: see its `resolved`.
       batch_size: inputs decoded at a time; raised to a multiple of the mesh's data axes.

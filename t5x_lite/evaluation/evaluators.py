@@ -275,7 +275,7 @@ class Evaluators:
       encode = vocabularies.make_vocabulary(vocabulary).encode
       chosen = (decoding or DecodingConfig()).resolved(encode, config.lengths['targets'])
       predictor = prediction.Predictor(
-        model.read_as(config.feature_converter),
+        model.replace(bidirectional_prefix=config.feature_converter == 'prefix_lm'),
         placement=placement,
         decoding=chosen,
         batch_size=config.batch_size,

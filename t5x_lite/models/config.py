@@ -6,7 +6,6 @@ Field names are T5X's (t5x/examples/t5/network.py).
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
 from typing import Any
 
 from t5x_lite.errors import UsageError
@@ -185,14 +184,6 @@ class T5Config:
   def has_decoder(self) -> bool:
     """Whether there is a decoder."""
     return self.architecture != 'encoder'
-
-  def ends_inputs(self, lengths: Mapping[str, int]) -> bool:
-    """Whether inputs end with EOS, by training's task features: a text that is continued does not."""
-    return self.has_encoder or 'inputs' in lengths
-
-  def read_as(self, feature_converter: str) -> 'T5Config':
-    """Returns it as data of this DatasetConfig.feature_converter makes it."""
-    return self.replace(bidirectional_prefix=feature_converter == 'prefix_lm')
 
   def replace(self, **changes: Any) -> 'T5Config':
     """Returns a copy with some fields changed.

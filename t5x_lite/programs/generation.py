@@ -82,7 +82,8 @@ class Generation:
     is_text = model_inputs.is_text(inputs)
     if batch_size < 1:
       raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
-    rows = self._rows(inputs, eos=self.config.ends_inputs(self.lengths), limit=max_input_tokens)
+    eos = self.config.has_encoder or 'inputs' in self.lengths
+    rows = self._rows(inputs, eos=eos, limit=max_input_tokens)
     seeds = np.asarray(seed).tolist() if np.ndim(seed) else None
     prefixes = None if prefix is None else self._prefixes(prefix, len(rows))
     for name, given in (('seed', seeds), ('temperature', temperatures)):

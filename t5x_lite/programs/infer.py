@@ -109,7 +109,7 @@ def infer(
 
   # ---- Loop ----
   done, truncated = 0, 0
-  end = [vocabulary.eos_id] if run.config.ends_inputs(run.lengths) else []
+  end = [vocabulary.eos_id] if run.config.has_encoder or 'inputs' in run.lengths else []
   start = report = time.monotonic()
   of = '' if num_lines is None else f' of {num_lines}'
 

@@ -63,9 +63,9 @@ class Stage:
     gin_files: that it is given.
     bindings: gin name to value; a string is written as after --gin.NAME=.
     scores: column of the table to metrics, whose mean it is. Of a training run 'eval/TASK/loss' and
-      the like, at the step where it is best, as in the paper; of `eval` 'TASK/METRIC'. 'a + b' is
-      the mean of two of one step.
-    optional: only in rows that name it.
+      the like, at the step where it is best, as in the paper; of `eval` 'TASK/METRIC', with or
+      without that 'infer_eval/'. 'a + b' is the mean of two of one step.
+    optional: only in rows that name it, or for a stage that does.
   """
 
   name: str
@@ -88,6 +88,10 @@ class StageRun:
   def outcome(self) -> dict[str, Any]:
     """Returns what became of it; empty if it never ended."""
     return report_runs.read_json(epath.Path(self.directory) / OUTCOME_FILE)
+
+  def in_order(self) -> list['StageRun']:
+    """Returns what it stands on, and itself."""
+    return [*(one for need in self.needs for one in need.in_order()), self]
 
 
 class Grid:
@@ -201,7 +205,8 @@ def study(
   if cell is not None and not 0 <= cell < len(cells):
     raise UsageError(f'study.cell is {cell}; there are {len(cells)} cells, from 0')
   todo = list(cells) if cell is None else [list(cells)[cell]]
-  runs = {run.directory: run for key in todo for run in cells[key]}
+  listed = (one for key in todo for run in cells[key] for one in run.in_order())
+  runs = {run.directory: run for run in listed}
   if check is not None and not report:
     for run in runs.values():
       try:

@@ -42,7 +42,7 @@ def _score(run: study.StageRun, names: str) -> float:
   parts = names.split(' + ')
   if run.stage.command != 'train':
     tasks = report_runs.read_json(epath.Path(run.directory) / 'metrics.json').get('tasks', {})
-    named = [part.partition('/') for part in parts]
+    named = [part.removeprefix('infer_eval/').partition('/') for part in parts]
     found = [tasks.get(task, {}).get(metric) for task, _, metric in named]
     return math.nan if None in found else statistics.fmean(found)
   opened = _open(run.directory)

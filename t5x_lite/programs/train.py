@@ -134,7 +134,7 @@ def train(
   trained_model.check_vocabulary(model, vocabulary)
   wanted = (dataset, *train_eval, *infer_eval)
   dataset, *evals = [start_checks.resolve_dataset(one, model, vocabulary) for one in wanted]
-  model = model.read_as(dataset.feature_converter)
+  model = model.replace(bidirectional_prefix=dataset.feature_converter == 'prefix_lm')
   record = {name: value for name, value in given.items() if name not in _NOT_RECORDED}
   record |= {'model': model, 'vocabulary': vocabulary}
   train_eval, infer_eval = evals[: len(train_eval)], evals[len(train_eval) :]
