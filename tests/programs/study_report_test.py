@@ -17,7 +17,12 @@ SCORES = {
 }
 STAGES = [
   Stage(name='train', bindings={'SEED': '{seed}', 'ROW': 0}, scores=SCORES),
-  Stage(name='test', command='eval', bindings={'FROM': '{train}'}, scores={'EM': ['squad/em']}),
+  Stage(
+    name='test',
+    command='eval',
+    bindings={'FROM': '{train}'},
+    scores={'EM': ['infer_eval/squad/em + squad/em']},
+  ),
 ]
 ROWS = {'base': {}, 'good': {'train': {'ROW': 1}}, 'bad': {'train': {'ROW': 2}}}
 BLEU = {'base': [20.0, 20.2, 20.1], 'good': [21.0, 21.2, 21.1], 'bad': [19.95, 20.05, 20.0]}

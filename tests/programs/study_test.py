@@ -35,6 +35,9 @@ def test_placeholders_are_filled_in():
   vote = grid.cell('votes', 0)[-1]
   tuned = [grid.run('tune', 'base', seed).directory for seed in (0, 1)]
   assert vote.argv == ('eval', f'--gin.MODELS={tuned!r}')
+  # What it stands on, other seeds' too, is run and checked before it.
+  before = [run.directory for run in vote.in_order()[:-1]]
+  assert [one for one in before if 'tune' in one] == tuned and len(before) == 4
 
 
 def test_equal_stages_are_one_run():
