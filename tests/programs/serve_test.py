@@ -59,7 +59,9 @@ class Server:
     )
 
   def post(self, path, body):
-    return self.client.post(path, json=body)
+    # Not httpx's own JSON, which cannot send what is no Unicode.
+    headers = {'Content-Type': 'application/json'}
+    return self.client.post(path, content=json.dumps(body), headers=headers)
 
   def stop(self):
     self.client.close()
