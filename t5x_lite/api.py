@@ -156,6 +156,12 @@ class Model(Generation):
       'decoder_causal_attention': decoder_causal_attention,
     }
     arrays = {k: np.asarray(v, np.int32) for k, v in given.items() if v is not None}
+    for name, array in arrays.items():
+      if array.ndim != 2 or (
+        array.size and not 0 <= array.min() <= array.max() < self.config.vocab_size
+      ):
+        what = f'ids [B, L] below {self.config.vocab_size}'
+        raise UsageError(f'{name} of shape {array.shape} must be {what}')
     length = arrays['decoder_input_tokens'].shape[1]
     for name, array in arrays.items():
       missing = prediction.padded_length(array.shape[1]) - array.shape[1]

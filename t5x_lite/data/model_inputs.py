@@ -32,6 +32,11 @@ def is_text(inputs: Any) -> bool:
   return not others
 
 
+def is_unicode(text: str) -> bool:
+  """False for a text with half a surrogate pair, which no vocabulary can encode."""
+  return not any('\ud800' <= character <= '\udfff' for character in text)
+
+
 def token_rows(
   inputs: Any,
   vocabulary: Vocabulary | None,
@@ -57,6 +62,9 @@ def token_rows(
         'this model came without a vocabulary: give ids, or load it with vocabulary=...'
       )
     texts = [inputs] if isinstance(inputs, str) else inputs
+    for i, text in enumerate(texts):
+      if not is_unicode(text):
+        raise UsageError(f'text {i} has half a surrogate pair, which is no Unicode: {text!r:.60}')
     end = [vocabulary.eos_id] if eos else []
     rows = [[*vocabulary.encode(text), *end] for text in texts]
   else:

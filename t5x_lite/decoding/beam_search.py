@@ -126,7 +126,10 @@ def search(
     running = dataclasses.replace(_pick(candidates, at_BK), scores_Bk=running_BK)
 
     # Candidates after the best K are there to go on alone, not to finish.
-    finished_BC = ended_BC & (jnp.arange(2 * K) < K)[None, :] & s.open_B[:, None]
+    may_BC = (jnp.arange(2 * K) < K)[None, :]
+    if config.brevity_alpha is not None:  # T5X lets all that have ended in
+      may_BC |= token_BC == eos_id
+    finished_BC = ended_BC & may_BC & s.open_B[:, None]
     if stop is True:
       finished_BC &= ~jnp.all(s.full_BK, axis=1, keepdims=True)
     ranked_BC = jnp.where(finished_BC, config.normalized(sum_BC, length), WORST)

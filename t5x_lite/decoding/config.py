@@ -1,6 +1,7 @@
 """DecodingConfig: how output tokens are chosen, flat, so that gin and flags can set it."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
   'repetition_penalty': _POSITIVE,
 }
 _OF_SAMPLING = ('top_k', 'top_p', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff', 'best_of')
+_IDS = ('max_decode_length', 'forced_bos_id', 'forced_eos_id')
 _EARLY_STOPPING = {'false': False, 'true': True, 'never': 'never'}
 
 
@@ -91,13 +93,24 @@ class DecodingConfig:
     # gin and JSON hand over lists; the config must stay hashable.
     for name in ('forbidden_words', 'labels', 'stop_strings'):
       value = getattr(self, name)
-      texts = (value,) if isinstance(value, str) else tuple(value)
-      self._check('' not in texts, name, 'texts that are not empty')
+      listed = isinstance(value, Sequence)
+      texts = (value,) if isinstance(value, str) else tuple(value) if listed else ()
+      fine = listed and all(text and isinstance(text, str) for text in texts)
+      self._check(fine, name, 'texts that are not empty')
       object.__setattr__(self, name, texts)
     for name in ('forbidden_tokens', 'allowed_outputs'):
-      rows = tuple((i,) if isinstance(i, int) else tuple(i) for i in getattr(self, name))
-      self._check(all(rows), name, 'sequences of at least one id')
+      try:
+        rows = tuple((i,) if isinstance(i, int) else tuple(i) for i in getattr(self, name))
+      except TypeError:
+        rows = ((),)
+      ids = all(isinstance(i, numbers.Integral) for row in rows for i in row)
+      self._check(all(rows) and ids, name, 'sequences of at least one id')
       object.__setattr__(self, name, rows)
+    for name, field in self.__dataclass_fields__.items():
+      whole, value = type(field.default) is int or name in _IDS, getattr(self, name)
+      number = isinstance(value, numbers.Integral if whole else numbers.Real)
+      if whole or type(field.default) is float or name == 'brevity_alpha':
+        self._check(number or value is field.default, name, f'a {"whole " * whole}number')
     for name, (least, most, allowed) in _BOUNDS.items():
       value = getattr(self, name)
       self._check(value is None or least <= value <= most, name, allowed)
@@ -116,6 +129,13 @@ class DecodingConfig:
       self._refuse((*ranks, 'early_stopping'), 'but num_beams is 1: it ranks beams')
     if self.brevity_alpha is not None:
       self._refuse(['length_penalty'], 'but brevity_alpha is set too: choose one of them')
+    if rows := self.allowed_outputs:
+      most = max(map(len, rows))
+      fine = most < self.length and (
+        self.num_beams == 1 or self.num_return_sequences <= len({*rows})
+      )
+      what = f'as many as num_return_sequences, and with the end within {self.length} tokens'
+      self._check(fine, 'allowed_outputs', what)
     samples = self.num_beams == 1 and not self.best_of and self.temperature
     most = INF if samples else max(self.num_beams, self.best_of)
     fine = self.num_return_sequences <= most
@@ -183,7 +203,7 @@ class DecodingConfig:
     return text[: min((text.find(s) for s in self.stop_strings if s in text), default=len(text))]
 
 
-def decoding_config(max_new_tokens: int, **settings: Any) -> DecodingConfig:
+def decoding_config(max_new_tokens: int, /, **settings: Any) -> DecodingConfig:
   """Returns the config that the Python interface's arguments mean.
 
   Raises:

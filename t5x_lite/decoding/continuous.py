@@ -154,7 +154,7 @@ class ContinuousBatch:
     rows = [*requests, *[requests[0]] * missing]
     tokens, pad_id = [r.tokens for r in rows], self.model.pad_id
     tokens_BM = prediction.pad_rows(tokens, batch_size=size, length=width, pad_id=pad_id)
-    most = self.max_decode_length
+    most, V = self.max_decode_length, self.model.vocab_size
     with self.placement.active():
       self._slots = self._insert(
         self.params,
@@ -163,7 +163,7 @@ class ContinuousBatch:
         tokens_BM,
         limit_S=np.asarray([min(r.max_new_tokens or most, most) for r in rows], np.int32),
         temperature_S=np.asarray([r.temperature for r in rows], np.float32),
-        top_k_S=np.asarray([r.top_k or self.model.vocab_size for r in rows], np.int32),
+        top_k_S=np.asarray([min(r.top_k or V, V) for r in rows], np.int32),
         top_p_S=np.asarray([r.top_p for r in rows], np.float32),
         seed_S=np.asarray([r.seed % 2**32 for r in rows], np.uint32),
       )
@@ -193,6 +193,11 @@ class ContinuousBatch:
       if ended:
         self._rows[row] = None
     return outputs
+
+  def reset(self) -> None:
+    """Frees all slots, whatever state an error left them in."""
+    self._rows = [None]
+    self._slots = _empty(self.model, 1, self._width, self.max_decode_length)
 
   def drop(self, tickets: Iterable[int]) -> None:
     """Frees the slots of requests whose outputs nobody waits for any more."""

@@ -128,7 +128,7 @@ class TeacherForced:
       batch = partitioning.global_batch(batch, self._placement.mesh)
       for name, value in jax.device_get(self._step(params, batch)).items():
         totals[name] = totals.get(name, 0.0) + float(value)
-    loss = totals['loss'] / max(totals['weight'], 1.0)
+    loss = totals['loss'] / (totals['weight'] or 1.0)
     metrics = {
       'loss': loss,
       'perplexity': math.exp(min(loss, 700.0)),

@@ -27,7 +27,7 @@ _FILES = {'adapter': (CONFIG, WEIGHTS), 'peft': (PEFT_CONFIG, PEFT_WEIGHTS)}
 _HF_MATRICES = {**tensor_names.ATTENTION, **{name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')}}
 # What PEFT's LoRA can do and this one not.
 _PEFT_OTHER = 'bias fan_in_fan_out lora_bias use_dora rank_pattern alpha_pattern'.split()
-_PEFT_OTHER += ['layers_to_transform', 'modules_to_save']
+_PEFT_OTHER += ['layers_to_transform', 'modules_to_save', 'trainable_token_indices']
 
 
 def _is_lora(name: str) -> bool:
@@ -142,6 +142,10 @@ def put_on(source: Source, path: str) -> Source:
     raise UsageError(f'{folder / config} describes no adapter: {error}') from error
   if peft:
     names = {ours: _peft_name(name) for name, ours in _lora_names(cfg).items()}
+    if extra := sorted(stored.keys() - set(names.values())):
+      raise UsageError(
+        f'{folder} has {extra[0]}, which is no LoRA: merge it into its base with PEFT'
+      )
     stored = {ours: stored[n].transposed() for ours, n in names.items() if n in stored}
   shapes = tensor_names.shapes(cfg)
   for name in (*stored, *(n for n in shapes if transfer.is_added(n))):

@@ -58,8 +58,12 @@ def open_source(path: str) -> Source:
     place = epath.Path(_from_hub(path))
   if hf.is_hf(place):
     return _open_hf(place)
-  # A run of ours, or a step of one.
-  if any((folder / run_directory.MODEL_FILE).is_file() for folder in (place, *place.parents[:2])):
+  # A run of ours, or a step of one; what T5X wrote may lie below it.
+  if not any(
+    (folder / t5x.FILE).is_file() for folder in (place, *place.glob(f'{t5x.PREFIX}*'))
+  ) and any(
+    (folder / run_directory.MODEL_FILE).is_file() for folder in (place, *place.parents[:2])
+  ):
     return _open_run(run_directory.load_run(os.fspath(place)))
   if found := t5x.find(place):
     return _open_t5x(found)

@@ -6,6 +6,7 @@ SentencePiece file does, so one is made from it.
 
 import base64
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, sentencepiece_model
 from t5x_lite.interop.sentencepiece_model import Piece
 from t5x_lite.runs.files import write_json
+
+log = logging.getLogger(__name__)
 
 SPIECE = 'spiece.model'
 TOKENIZER, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
@@ -38,6 +41,7 @@ def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyCon
     extra_ids = config.get('extra_ids')
     if extra_ids is None:
       extra_ids = _sentinels(_read_json(tokenizer)) if tokenizer.is_file() else 100
+    _warn_of_added(directory)
     return VocabularyConfig(path=str(directory / SPIECE), extra_ids=_count(extra_ids))
   entry = _read_json(tokenizer)
   inner = entry.get('model')
@@ -47,9 +51,22 @@ def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyCon
     model, extra_ids = _model_of_tokenizer(entry)
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     raise UsageError(f'{tokenizer} is no tokenizer of a Unigram model: {error}') from error
+  _warn_of_added(directory)
   scratch.mkdir(parents=True, exist_ok=True)
   (scratch / SPIECE).write_bytes(model)
   return VocabularyConfig(path=str(scratch / SPIECE), extra_ids=extra_ids)
+
+
+def _warn_of_added(directory: epath.Path) -> None:
+  """Tells of tokens that somebody added to the tokenizer, which SentencePiece does not know."""
+  entry = _read_json(directory / TOKENIZER)
+  known = {pair[0] for pair in (entry.get('model') or {}).get('vocab', ())}
+  added = [token['content'] for token in entry.get('added_tokens', ())]
+  added += _read_json(directory / 'added_tokens.json')
+  lost = [x for x in dict.fromkeys(added) if x not in known and not x.startswith('<extra_id_')]
+  if lost:
+    some = ', '.join(map(repr, lost[:3]))
+    log.warning('%s adds %d tokens (%s): they are read as plain text', directory, len(lost), some)
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:

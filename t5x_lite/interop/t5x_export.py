@@ -27,6 +27,11 @@ def check(cfg: T5Config, dtype: str) -> None:
   if cfg.share_encoder_decoder or cfg.architecture == 'encoder':
     what = 'share_encoder_decoder=True' if cfg.share_encoder_decoder else "architecture='encoder'"
     raise UsageError(f'{what}: T5X has no such network; save it as t5x_lite')
+  for (
+    name
+  ) in 'scale_logits relpos_max_distance layer_norm_epsilon pad_id eos_id decoder_start_id'.split():
+    if (value := getattr(cfg, name)) != (fixed := T5Config.__dataclass_fields__[name].default):
+      raise UsageError(f'{name} is {value}: T5X has {fixed} alone; save it as t5x_lite')
   if dtype not in ('float32', 'bfloat16'):
     raise UsageError(f'dtype is {dtype!r}; T5X saves parameters in float32 or bfloat16')
 

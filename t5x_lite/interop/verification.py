@@ -5,6 +5,7 @@ the files, which the restore then finds in the page cache.
 """
 
 import concurrent.futures
+import errno
 import json
 import os
 from typing import Any
@@ -21,6 +22,8 @@ from t5x_lite.runs.files import retried
 _THREADS = 4
 _PART = 1 << 24  # elements that a thread has in memory at a time
 _ITEMS = '_CHECKPOINT_METADATA'
+# Errors that say nothing of what is in a file.
+_ELSEWHERE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def verify(step: str, prefix: str = '') -> None:
@@ -44,7 +47,11 @@ def verify(step: str, prefix: str = '') -> None:
     names = sorted(name for name in saved.keys() & stored.keys() if name.startswith(prefix))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
       sums = list(pool.map(lambda name: _checksum(stored[name]), names))
-  except (ValueError, OSError) as error:
+  except OSError as error:
+    if error.errno in _ELSEWHERE:
+      raise
+    raise DamagedError(f'{root} cannot be read: {first_line(error)}') from error
+  except ValueError as error:
     raise DamagedError(f'{root} cannot be read: {first_line(error)}') from error
   if lost := sorted(saved.keys() - stored.keys()):
     raise DamagedError(f'{root / "state"} has lost {lost[0]}')

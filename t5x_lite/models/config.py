@@ -111,6 +111,10 @@ class T5Config:
       object.__setattr__(self, name, tuple(getattr(self, name)))
     for name in _AT_LEAST_1:
       self._check(getattr(self, name) >= 1, name, 'it must be at least 1')
+    few = self.relpos_num_buckets >= 4
+    self._check(few, 'relpos_num_buckets', 'it must be at least 4')
+    far = self.relpos_max_distance > self.relpos_num_buckets // 2
+    self._check(far, 'relpos_max_distance', 'it must be above half of relpos_num_buckets')
     for name, allowed in _ALLOWED.items():
       self._check(getattr(self, name) in allowed, name, f'allowed are {", ".join(allowed)}')
     fits = self.attention != 'cudnn' or self.dtype != 'float32'

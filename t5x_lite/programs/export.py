@@ -24,6 +24,7 @@ from t5x_lite.interop import export as formats
 from t5x_lite.interop import trained_model
 from t5x_lite.interop.trained_model import TrainedModel
 from t5x_lite.models import t5
+from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.placement import single_device
 from t5x_lite.runs import files
@@ -87,7 +88,9 @@ def export(
   params = opened.load_params(single_device().specs(shapes, axes))
   encode = vocabularies.make_vocabulary(opened.vocabulary).encode
   decoding = (decoding or DecodingConfig()).resolved(encode, target_length)
-  made = {name: _function(name, graphdef, decoding, config.decoder_start_id) for name in functions}
+  if decoding.stop_strings or decoding.num_return_sequences > 1:
+    raise UsageError('an exported generate has no stop_strings and gives one output an input')
+  made = {name: _function(name, graphdef, decoding, config) for name in functions}
   work = target.parent / f'.{target.name}.tmp'
   work.rmtree(missing_ok=True)
   work.mkdir(parents=True)
@@ -102,7 +105,7 @@ def export(
   return destination
 
 
-def _function(name: str, graphdef: Any, decoding: DecodingConfig, start_id: int) -> Callable:
+def _function(name: str, graphdef: Any, decoding: DecodingConfig, config: T5Config) -> Callable:
   """Returns function(params, inputs[, targets]) of arrays of ids padded with pad_id."""
   if name == 'generate':
     predict = steps.make_predict_step(graphdef, decoding)
@@ -122,9 +125,9 @@ def _function(name: str, graphdef: Any, decoding: DecodingConfig, start_id: int)
   def score(params, inputs, targets):
     batch = {
       'encoder_input_tokens': inputs,
-      'decoder_input_tokens': jnp.roll(targets, 1, axis=1).at[:, 0].set(start_id),
+      'decoder_input_tokens': jnp.roll(targets, 1, axis=1).at[:, 0].set(config.decoder_start_id),
       'decoder_target_tokens': targets,
-      'decoder_loss_weights': (targets != 0).astype(jnp.float32),
+      'decoder_loss_weights': (targets != config.pad_id).astype(jnp.float32),
     }
     return score_step(params, batch)
 

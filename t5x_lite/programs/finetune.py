@@ -330,7 +330,8 @@ def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: 
   if before != prints:
     why = 'use another output, or the same rows in the same order'
     raise UsageError(f'the run in {output} was begun with other data: {why}')
-  names = ('batch_size', *_LENGTHS, 'row_lengths')
+  fields = (field.name for field in dataclasses.fields(Plan))
+  names = [name for name in fields if name != 'total_steps' or total_steps is None]
   if changed := [name for name in names if getattr(plan, name) != getattr(kept, name)]:
     log.warning('%s continues with its own %s', output, ', '.join(changed))
   return kept if total_steps is None else dataclasses.replace(kept, total_steps=total_steps)

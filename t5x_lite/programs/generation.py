@@ -173,6 +173,8 @@ class Generation:
       read = self._rows(inputs, limit=max_input_tokens)
       if len(read) != len(wanted):
         raise UsageError(f'score got {len(read)} inputs and {len(wanted)} targets')
+    elif inputs is not None:
+      raise UsageError('score of a model without an encoder takes no inputs: give None')
     scores = np.zeros(len(wanted), np.float32)
     order = sorted(range(len(wanted)), key=lambda i: (len(read[i]) if read else 0, len(wanted[i])))
     for start in range(0, len(order), batch_size):

@@ -27,6 +27,8 @@ from t5x_lite.parallel.placement import Placement
 from t5x_lite.programs.generation import Generation, Rows
 from t5x_lite.serving.worker import Worker
 
+_SCORED = 4  # rows of a call to /score that are scored at a time
+
 log = logging.getLogger(__name__)
 
 
@@ -105,7 +107,7 @@ def serve(
     vocabulary=vocabulary,
     worker=Worker(batch, max_queue=max_queue),
     encode=calls.encode_rows,
-    score=calls._score_rows,
+    score=calls.score_rows,
     decode=calls.decode_rows,
     describe={'num_parameters': model_sharding.count_params(params), **describe},
   )
@@ -176,6 +178,11 @@ class _Calls(Generation):
     batch = {'encoder_input_tokens': self._padded(rows, max(map(len, rows)))}
     return self._call(steps.make_encode_step, batch, 'mean')
 
+  def score_rows(self, rows: Rows, targets: Rows) -> np.ndarray:
+    # A few at a time: logits of a whole call may take gigabytes.
+    parts = [slice(i, i + _SCORED) for i in range(0, len(rows), _SCORED)]
+    return np.concatenate([self._score_rows(rows[part], targets[part]) for part in parts])
+
   def decode_rows(
     self, rows: Rows, max_new_tokens: int, seed: int, settings: dict[str, Any]
   ) -> tuple[list[list[int]], list[float]]:
@@ -189,6 +196,6 @@ class _Calls(Generation):
       decoding=config,
       batch_size=prediction.padded_length(len(rows), shortest=1),
       max_input_length=prediction.padded_length(max(map(len, rows))),
-      seed=seed,
+      seed=seed % 2**32,
     )
     return predictor.predict(self.params, rows)

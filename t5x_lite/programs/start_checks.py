@@ -108,7 +108,9 @@ def task_names(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> tuple[st
 def log_rates(dataset: DatasetConfig) -> None:
   """Says how often each task of a mixture is drawn."""
   table = mixing.table(catalog.task_provider(dataset), dataset.split)
-  if table:
+  if table and dataset.num_epochs is not None:
+    log.info('%s is read whole: its rates do not count', dataset.mixture_or_task_name)
+  elif table:
     log.info('examples of %s:\n%s', dataset.mixture_or_task_name, table)
 
 

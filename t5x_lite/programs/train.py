@@ -202,11 +202,6 @@ def train(
     primary, held = distributed.is_primary(), None
     if primary:
       held = stack.enter_context(lease.lock(model_dir))
-      texts = {memory_report.SHARDING_FILE: memory_report.sharding_table(spec)}
-      kept = {'model': model, 'vocabulary': vocabulary, 'lengths': dataset.lengths}
-      run_directory.write_run(model_dir, config=record, texts=texts, **kept)
-      if summarize_config_fn is not None:
-        summarize_config_fn(model_dir)
     distributed.barrier('run directory')
     checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint))
 
@@ -220,7 +215,14 @@ def train(
     else:
       assert new is not None
       state = new.make(tx, spec, key)
-    evaluated = meta.get('evaluated', -1)
+    if primary:  # now that nothing refuses to be continued, whose record this replaces
+      texts = {memory_report.SHARDING_FILE: memory_report.sharding_table(spec)}
+      kept = {'model': model, 'vocabulary': vocabulary, 'lengths': dataset.lengths}
+      run_directory.write_run(model_dir, config=record, texts=texts, **kept)
+      if summarize_config_fn is not None:
+        summarize_config_fn(model_dir)
+    distributed.barrier('record')
+    evaluated, found = meta.get('evaluated', -1), {}
     best = BestSoFar(checkpoint.best_metric, checkpoint.best_mode, meta)
     step = first_step = int(state.step)
     if first_step >= total_steps or best.worse_for(patience):
@@ -295,15 +297,15 @@ def train(
 
     def evaluate_and_save(*, last: bool = False, hurry: bool = False) -> None:
       """Does what is due at this step, before its update."""
-      nonlocal evaluated
+      nonlocal evaluated, found
       began = time.monotonic()
-      metrics = {}
+      metrics = found if step == evaluated else {}
       if held is not None:
         held.check()
       due = not hurry and (last or step % eval_period == 0)
       if due and step > max(evaluated, 0):
         show = functools.partial(writer.write_samples, step)
-        metrics = evaluation.run(state.params, step, model_dir, show=show)
+        metrics = found = evaluation.run(state.params, step, model_dir, show=show)
         writer.write(step, metrics)
         best.add(metrics)
         evaluated = step

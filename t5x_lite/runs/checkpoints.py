@@ -346,8 +346,8 @@ class Checkpointer(contextlib.AbstractContextManager):
       _check_names(root, saved, wanted)
       explain_mismatch(os.fspath(root), saved, wanted, 'model and optimizer')
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    except (UsageError, LostProcessError):
-      raise
+    except (UsageError, LostProcessError, MemoryError, jax.errors.JaxRuntimeError):
+      raise  # the device's or a peer's fault: the checkpoint is as it was
     except Exception as error:
       # The arrays were as they were written; it is what Orbax keeps beside them, for all processes.
       raise DamagedError(f'{root}: {files.cause(error)}') from error

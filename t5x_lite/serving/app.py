@@ -20,7 +20,9 @@ import prometheus_client
 import pydantic
 from fastapi import responses
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 
+from t5x_lite.data.model_inputs import is_unicode
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decoding.continuous import Output, Request
 from t5x_lite.serving import guard
@@ -90,6 +92,9 @@ class CompletionBody(pydantic.BaseModel):
   echo: bool = False
   best_of: int | None = None
   suffix: str | None = None
+  logit_bias: dict[str, float] | None = None
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
 
 
 class EmbeddingBody(pydantic.BaseModel):
@@ -98,6 +103,7 @@ class EmbeddingBody(pydantic.BaseModel):
   model: str = ''
   input: str | list[str] | list[int] | list[list[int]]
   encoding_format: str = 'float'
+  dimensions: int | None = None
 
 
 class _Text:
@@ -148,6 +154,8 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     most = limits.max_input_tokens
     rows = []
     for i, one in enumerate(inputs):
+      if isinstance(one, str) and not is_unicode(one):
+        raise RefusedError(400, f'input {i} has half a surrogate pair: it is no Unicode')
       row = vocabulary.encode(one) if isinstance(one, str) else list(one)
       if any(not 0 <= token < vocabulary.vocab_size for token in row):
         raise RefusedError(400, f'input {i} has ids outside 0 to {vocabulary.vocab_size - 1}')
@@ -166,10 +174,15 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
       raise RefusedError(400, f'{asked} new tokens; {limits.max_new_tokens} are allowed')
     return asked or limits.max_new_tokens
 
+  def check_count(outputs: int) -> None:
+    if outputs > limits.max_inputs:
+      raise RefusedError(400, f'{outputs} outputs; at most {limits.max_inputs} are allowed')
+
   def requests_of(
     rows: list[list[int]], length: int, seed: int, each: int, **settings: Any
   ) -> list[Request]:
     """Returns `each` requests of every row, of different seeds."""
+    check_count(len(rows) * each)
     return [
       Request(tokens=row, max_new_tokens=length, seed=seed + i, **settings)
       for row in rows
@@ -240,8 +253,6 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     return responses.StreamingResponse(events(), media_type='text/event-stream', headers=headers)
 
   async def all_of(requests: list[Request], stop: Sequence[str]) -> list[tuple[str, Output, str]]:
-    if len(requests) > limits.max_inputs:
-      raise RefusedError(400, f'{len(requests)} outputs; at most {limits.max_inputs} are allowed')
     tasks: list[asyncio.Task] = []
     try:
       async with asyncio.timeout(limits.request_seconds), asyncio.TaskGroup() as group:
@@ -257,6 +268,9 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     if body.decoding:
       if body.stream or body.stop or body.num_outputs > 1 or body.temperature:
         raise RefusedError(400, 'decoding replaces the other settings, and is not streamed')
+      names = ('num_beams', 'best_of', 'num_return_sequences')
+      numbers = [x for n in names if isinstance(x := body.decoding.get(n), int)]
+      check_count(len(rows) * max([1, *numbers]))
       tokens, scores = await on_device(served.decode, rows, length, body.seed, body.decoding)
       metrics.tokens.labels('output').inc(sum(map(len, tokens)))
       each = len(tokens) // len(rows)
@@ -291,9 +305,11 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
 
   @app.post('/v1/completions')
   async def completions(body: CompletionBody) -> Any:
-    for name, default in (('logprobs', None), ('echo', False), ('suffix', None)):
-      if getattr(body, name) not in (default, 0):
+    for name in 'logprobs echo suffix logit_bias presence_penalty frequency_penalty'.split():
+      if getattr(body, name):
         raise RefusedError(400, f'{name} is not supported')
+    if (body.stream_options or {}).get('include_usage'):
+      raise RefusedError(400, 'stream_options.include_usage is not supported')
     if body.best_of not in (None, body.n):
       raise RefusedError(400, 'best_of is not supported: ask for n and choose by score')
     rows = rows_of(body.prompt)
@@ -321,6 +337,8 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   async def embeddings(body: EmbeddingBody) -> Any:
     if body.encoding_format not in ('float', 'base64'):
       raise RefusedError(400, f'encoding_format is {body.encoding_format!r}; float or base64')
+    if body.dimensions is not None:
+      raise RefusedError(400, 'dimensions is not supported: vectors are as wide as the model')
     rows = rows_of(body.input)
 
     def shown(vector: Any) -> Any:
@@ -359,7 +377,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   async def explained(_: Any, error: Exception) -> responses.JSONResponse:
     return guard.error_response(*guard.explain(error))
 
-  for kind in (*guard.STATUS, RefusedError, RequestValidationError, Exception):
+  for kind in (*guard.STATUS, RefusedError, RequestValidationError, HTTPException, Exception):
     app.add_exception_handler(kind, explained)
   return Guard(app, limits=limits, token=token, metrics=metrics)
 

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import responses
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.exceptions import HTTPException
 
 from t5x_lite.errors import UsageError
 from t5x_lite.serving.worker import QueueFullError, StoppedError, Worker
@@ -142,6 +143,8 @@ def explain(error: Exception) -> tuple[int, str]:
   """Returns the status and one line."""
   if isinstance(error, RefusedError):
     return error.status, str(error)
+  if isinstance(error, HTTPException):
+    return error.status_code, str(error.detail)
   if isinstance(error, RequestValidationError):
     first = error.errors()[0]
     where = '.'.join(str(part) for part in first['loc'] if part != 'body')

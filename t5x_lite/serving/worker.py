@@ -45,6 +45,7 @@ class Worker:
     self._waiting: collections.deque[_Job] = collections.deque()
     self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
     self._running: dict[int, _Job] = {}  # by slot
+    self._starting: list[_Job] = []  # on their way into slots, which may compile for seconds
     self._cancelled: set[int] = set()
     self._tickets = itertools.count()
     self._changed = threading.Condition()
@@ -93,7 +94,8 @@ class Worker:
   def cancel(self, ticket: int) -> None:
     """Forgets a request; nothing is delivered for it any more. Once it has ended, does nothing."""
     with self._changed:
-      if any(job.ticket == ticket for job in (*self._waiting, *self._running.values())):
+      known = (*self._waiting, *self._starting, *self._running.values())
+      if any(job.ticket == ticket for job in known):
         self._cancelled.add(ticket)
         self._changed.notify()
 
@@ -125,12 +127,12 @@ class Worker:
       except Exception as error:  # a bug or a lost device: say so to all, and go on
         log.exception('decoding failed')
         with self._changed:
-          failed = [*self._running.values(), *self._waiting]
-          self._batch.drop(self._running)
-          self._running.clear()
+          failed = [*self._running.values(), *self._starting, *self._waiting]
+          self._running, self._starting = {}, []
           self._waiting.clear()
         for job in failed:
           job.deliver(error)
+        self._batch.reset()
 
   def _turn(self) -> None:
     """Fills free slots, decodes a chunk, delivers."""
@@ -141,17 +143,14 @@ class Worker:
       self._cancelled.clear()
       for slot in gone:
         del self._running[slot]
-      free = self._batch.num_free + len(gone)
-      jobs = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+      free = min(self._batch.num_free + len(gone), len(self._waiting))
+      jobs = self._starting = [self._waiting.popleft() for _ in range(free)]
     self._batch.drop(gone)
     if jobs:
-      try:
-        slots = self._batch.add([job.request for job in jobs])
-      except Exception:
-        self._waiting.extendleft(reversed(jobs))  # _loop tells them
-        raise
+      slots = self._batch.add([job.request for job in jobs])
       with self._changed:
         self._running.update(zip(slots, jobs, strict=True))
+        self._starting = []
     if not self._running:
       return
     for slot, output in self._batch.advance().items():

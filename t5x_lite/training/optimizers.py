@@ -28,7 +28,7 @@ from t5x_lite.training.schedules import ScheduleConfig, check_fields, unknown
 # "updates at learning rate 1" needs; a test checks each.
 _PROPORTIONAL = (
   'adabelief adadelta adagrad adam adamax adamaxw adamw adan amsgrad lamb lion nadam nadamw '
-  'noisy_sgd novograd optimistic_gradient_descent radam rmsprop sgd sign_sgd signum sm3 yogi'
+  'novograd optimistic_gradient_descent radam rmsprop sgd sign_sgd signum sm3 yogi'
 ).split()
 # Those that keep the learning rate inside, such as in their momentum.
 _RATE_INSIDE = ('fromage', 'lars')

@@ -48,6 +48,7 @@ def test_ids_of_any_form(ids):
     ([None], 'list is no input'),
     (b'bytes', 'outside 0 to'),
     ([], 'there is no input'),
+    (['ok', 'a\ud800'], 'text 1 has half a surrogate pair'),
     (['a', 5], 'texts and int are mixed'),
     (['a', None], 'texts and NoneType are mixed'),
     ([[5, 999]], 'the id 999 is outside 0 to 99'),

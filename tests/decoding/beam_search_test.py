@@ -78,3 +78,22 @@ def test_a_narrow_beam_is_not_better_than_the_best():
   for row in range(B):
     best, _ = exhaustive(row, lambda s, n: s)[0]
     assert float(found.scores_Bn[row, 0]) <= best + 1e-5
+
+
+def test_with_t5xs_penalty_all_candidates_may_finish():
+  # A .4, B .35, EOS .25 and then nothing but flat: EOS at once is the best by far.
+  first = jnp.log(jnp.asarray([1e-9, 0.25, 0.4, 0.35, 1e-9]))
+  flat = jnp.asarray([1.0, -50.0, 1.0, 1.0, 1.0])
+
+  def step(last_R, position):
+    logits_V = jnp.where(position == 0, first, flat)
+    return jnp.broadcast_to(logits_V, (len(last_R), V)), position + 1
+
+  def best(**settings):
+    config = DecodingConfig(max_decode_length=L, num_beams=2, early_stopping='never', **settings)
+    ids = {'start_id': 0, 'eos_id': 1, 'pad_id': 0}
+    still = {'num_rows': 2, 'config': config, 'reorder': lambda cache, _: cache}
+    return beam_search.search(step, jnp.zeros((), jnp.int32), **still, **ids).tokens_BnL[0, 0]
+
+  assert best(brevity_alpha=0.6).tolist() == [1, 0, 0, 0]  # t5x/decoding.py beam_search
+  assert best(length_penalty=0.6)[0] != 1  # transformers: only the first num_beams

@@ -36,6 +36,14 @@ def test_bad_values_are_named(field):
     ({'max_decode_length': 4, 'min_new_tokens': 5}, 'at most max_decode_length'),
     ({'labels': ['']}, 'not empty'),
     ({'forbidden_tokens': [[]]}, 'at least one id'),
+    ({'forbidden_tokens': [[[1]]]}, 'at least one id'),
+    ({'num_beams': '4'}, "'4'; it must be a whole number"),
+    ({'num_beams': 2.5}, 'whole number'),
+    ({'temperature': 'warm'}, 'a number'),
+    ({'forced_bos_id': 'a'}, 'whole number'),
+    ({'labels': 5}, 'texts that are not empty'),
+    ({'allowed_outputs': [[5, 6, 7]], 'max_decode_length': 3}, 'the end within 3 tokens'),
+    ({'allowed_outputs': [[5], [6]], 'num_beams': 4, 'num_return_sequences': 3}, 'as many as'),
   ],
 )
 def test_what_would_do_nothing_or_cannot_be_is_an_error(fields, message):

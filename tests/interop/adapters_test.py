@@ -172,3 +172,14 @@ def test_pefts_other_settings_are_refused(base, tmp_path, entry, message):
   (tmp_path / 'lora' / 'adapter_config.json').write_text(json.dumps(entry))
   with pytest.raises(UsageError, match=message):
     adapters.put_on(checkpoint_source.open_source(base), str(tmp_path / 'lora'))
+
+
+def test_what_peft_trained_beside_lora_is_not_dropped(base, tmp_path):
+  from safetensors import numpy
+
+  load(base, **LORA).save(str(tmp_path / 'lora'), format='peft')
+  file = tmp_path / 'lora' / 'adapter_model.safetensors'
+  embedding = {'base_model.model.shared.weight': np.ones((3, 2), np.float32)}
+  numpy.save_file(numpy.load_file(file) | embedding, file)
+  with pytest.raises(UsageError, match='which is no LoRA'):
+    adapters.put_on(checkpoint_source.open_source(base), str(tmp_path / 'lora'))

@@ -94,6 +94,18 @@ def test_what_was_written_is_read_again(tmp_path):
   assert found.extra_ids == 7
 
 
+def test_added_tokens_are_told_of(tmp_path, caplog):
+  written(VocabularyConfig(extra_ids=7), tmp_path / 'a')
+  file = tmp_path / 'a' / hf_tokenizer.TOKENIZER
+  hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
+  assert not caplog.records
+  entry = json.loads(file.read_text())
+  entry['added_tokens'].append({'id': 32007, 'content': '<sep>', 'special': False})
+  file.write_text(json.dumps(entry))
+  hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
+  assert "adds 1 tokens ('<sep>')" in caplog.text
+
+
 @pytest.mark.parametrize('kind', ['official', 'mt5'])
 def test_a_tokenizer_json_alone_gives_the_same_ids(kind, byte_fallback, tmp_path):
   vocabulary = VocabularyConfig() if kind == 'official' else byte_fallback

@@ -47,6 +47,9 @@ def test_specs_are_tensorstores_and_relative(tmp_path):
   [
     ({'architecture': 'encoder'}, "architecture='encoder'"),
     ({'share_encoder_decoder': True}, 'share_encoder_decoder=True'),
+    ({'relpos_max_distance': 40}, 'relpos_max_distance is 40: T5X has 128 alone'),
+    ({'scale_logits': True}, 'scale_logits is True'),
+    ({'eos_id': 5}, 'eos_id is 5'),
   ],
 )
 def test_models_that_t5x_does_not_have(fields, match):

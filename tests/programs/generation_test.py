@@ -128,6 +128,8 @@ def test_perplexity_and_bits_per_byte(model):
     (lambda m: m.generate(TEXTS, seed=[1]), '3 inputs and 1 of seed'),
     (lambda m: m.generate(TEXTS, prefix=['a']), '3 inputs and 1 prefixes'),
     (lambda m: m.classify(TEXTS, []), 'at least one label'),
+    (lambda m: m.logits([[5000, 1]], [[0, 5]]), 'ids .B, L. below'),
+    (lambda m: m.logits([5, 1], [0, 5]), 'must be ids'),
     (lambda m: m.score('a', 'b', batch_size=0), 'batch_size'),
     (lambda m: m.generate('a', num_beams=2, temperature=1.0), 'searched, not sampled'),
   ],

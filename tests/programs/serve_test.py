@@ -59,7 +59,9 @@ class Server:
     )
 
   def post(self, path, body):
-    return self.client.post(path, json=body)
+    # Not httpx's own JSON, which cannot send what is no Unicode.
+    headers = {'Content-Type': 'application/json'}
+    return self.client.post(path, content=json.dumps(body), headers=headers)
 
   def stop(self):
     self.client.close()
@@ -176,6 +178,11 @@ def test_openai_clients_work_unmodified(server, model):
     ({'inputs': 7}, 'inputs'),
     ({'inputs': 'a', 'top_p': 0}, 'top_p'),
     ({'inputs': ['a', 'b'], 'stream': True}, 'stream'),
+    ({'inputs': 'a', 'num_outputs': 10**9}, '1000000000 outputs; at most 64'),
+    ({'inputs': 'a', 'decoding': {'num_beams': 300}}, '300 outputs'),
+    ({'inputs': 'a', 'decoding': {'num_beams': '4'}}, 'whole number'),
+    ({'inputs': 'a', 'decoding': {'max_new_tokens': 5}}, 'no setting of decoding'),
+    ({'inputs': 'a\ud800'}, 'no Unicode'),
     ({}, 'inputs'),
   ],
 )
@@ -183,6 +190,14 @@ def test_what_makes_no_sense_is_refused_in_one_line(server, body, message):
   answer = server.post('/generate', body)
   assert answer.status_code == 400
   assert message in answer.json()['error']['message']
+
+
+def test_what_is_not_there_is_an_error_of_the_same_form(server):
+  answer = server.post('/nowhere', {})
+  assert (answer.status_code, answer.json()['error']['message']) == (404, 'Not Found')
+  body = {'model': 'x', 'prompt': 'a', 'logit_bias': {'5': 1.0}}
+  answer = server.post('/v1/completions', body)
+  assert answer.status_code == 400 and 'logit_bias' in answer.json()['error']['message']
 
 
 def test_long_inputs_are_cut_if_asked(server, model):

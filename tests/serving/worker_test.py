@@ -89,3 +89,31 @@ def test_a_failure_is_told_to_those_it_hits_and_the_next_is_served(worker):
   assert isinstance(last(broken), Exception)
   _, outputs = submit(worker, Request(tokens=[5, 1]))
   assert last(outputs).ended
+
+
+def test_who_leaves_while_slots_are_prepared_gives_them_back():
+  batch, hold = make_batch(num_slots=1), threading.Event()
+  add, entered = batch.add, threading.Event()
+
+  def slow(requests):
+    entered.set()
+    hold.wait()
+    return add(requests)
+
+  batch.add = slow
+  worker = Worker(batch)
+  try:
+    ticket, outputs = submit(worker, Request(tokens=[5, 1]))
+    assert entered.wait(60)
+    worker.cancel(ticket)
+    hold.set()
+    _, other = submit(worker, Request(tokens=[6, 1]))
+    assert last(other).ended and outputs.empty()
+  finally:
+    hold.set()
+    worker.stop()
+
+
+def test_a_large_top_k_is_all_of_the_vocabulary():
+  [(_, output)] = make_batch().run([Request(tokens=[5, 1], top_k=2**40, temperature=1.0)])
+  assert output.ended

@@ -276,8 +276,11 @@ def iid_denoising(
     raise UsageError(f'style is {style!r}; it must be one of {", ".join(_IID_STYLES)}')
   inputs_fn, targets_fn = _IID_STYLES[style]
   length = _length(sequence_length, 'inputs')
-  if targets_fn is None:
-    _check_targets(sequence_length, length)
+  needed = length
+  if targets_fn is not None:  # noise and, where each span has one, sentinels: as many as on average
+    marks = 1 - noise_density if style == 'replace_spans' else 0.0
+    needed = math.ceil(length * noise_density * (1 + marks))
+  _check_targets(sequence_length, min(needed, length))
   max_spans = None
   if style == 'replace_spans':
     # A span starts at a noise token after a token of text.
