@@ -207,7 +207,7 @@ def train(
       if summarize_config_fn is not None:
         summarize_config_fn(model_dir)
     distributed.barrier('run directory')
-    compilation_cache.keep_compiled_programs(model_dir)
+    compilation_cache.keep_compiled_programs()
     checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint))
 
     # ---- Start: 1. own checkpoint  2. checkpoint.restore_path  3. scratch ----

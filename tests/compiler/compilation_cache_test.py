@@ -35,25 +35,24 @@ def config(monkeypatch):
 
 
 def test_one_process_keeps_them_in_the_users_folder(config, tmp_path):
-  folder = compilation_cache.keep_compiled_programs('', {'XDG_CACHE_HOME': str(tmp_path)})
+  folder = compilation_cache.keep_compiled_programs({'XDG_CACHE_HOME': str(tmp_path)})
   assert folder.startswith(str(tmp_path / 't5x_lite'))
   assert os.stat(folder).st_mode & 0o777 == 0o700  # whoever writes there runs code
   assert config.jax_compilation_cache_dir == folder
 
 
-def test_several_processes_share_the_run_directorys(config, monkeypatch):
+def test_several_processes_have_none(config, monkeypatch):
   monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
-  assert compilation_cache.keep_compiled_programs('', {}) == ''
-  folder = compilation_cache.keep_compiled_programs('gs://bucket/run', {'JAX_PLATFORMS': 'tpu'})
-  assert folder == config.jax_compilation_cache_dir == 'gs://bucket/run/compiled/accelerator'
+  assert compilation_cache.keep_compiled_programs({}) == ''
+  assert config.jax_compilation_cache_dir is None
 
 
 def test_the_user_decides(config, tmp_path):
   keep = compilation_cache.keep_compiled_programs
   for value in ('', 'elsewhere'):  # an empty one switches it off
-    assert not keep('', {'XDG_CACHE_HOME': str(tmp_path), 'JAX_COMPILATION_CACHE_DIR': value})
+    assert not keep({'XDG_CACHE_HOME': str(tmp_path), 'JAX_COMPILATION_CACHE_DIR': value})
   jax.config.update('jax_enable_compilation_cache', False)
-  assert not keep('', {'XDG_CACHE_HOME': str(tmp_path)})
+  assert not keep({'XDG_CACHE_HOME': str(tmp_path)})
   assert config.jax_compilation_cache_dir is None
   assert not list(tmp_path.iterdir())
 
@@ -61,15 +60,15 @@ def test_the_user_decides(config, tmp_path):
 def test_a_folder_that_cannot_be_written_is_left_alone(config, tmp_path, monkeypatch):
   (tmp_path / 'file').touch()
   keep = compilation_cache.keep_compiled_programs
-  assert keep('', {'XDG_CACHE_HOME': str(tmp_path / 'file')}) == ''
+  assert keep({'XDG_CACHE_HOME': str(tmp_path / 'file')}) == ''
   monkeypatch.setattr(os, 'access', lambda path, mode: False)
-  assert keep('', {'XDG_CACHE_HOME': str(tmp_path)}) == ''
+  assert keep({'XDG_CACHE_HOME': str(tmp_path)}) == ''
   assert config.jax_compilation_cache_dir is None
 
 
 def test_the_oldest_programs_make_room(config, tmp_path, monkeypatch):
   environ = {'XDG_CACHE_HOME': str(tmp_path)}
-  folder = compilation_cache.keep_compiled_programs('', environ)
+  folder = compilation_cache.keep_compiled_programs(environ)
   for i in range(5):
     path = f'{folder}/{i}-cache'
     with open(path, 'wb') as file:
@@ -77,7 +76,7 @@ def test_the_oldest_programs_make_room(config, tmp_path, monkeypatch):
     os.utime(path, (i, i))
   monkeypatch.setattr(compilation_cache, 'MAX_BYTES', 30)
   jax.config.update('jax_compilation_cache_dir', None)
-  compilation_cache.keep_compiled_programs('', environ)
+  compilation_cache.keep_compiled_programs(environ)
   assert sorted(os.listdir(folder)) == ['2-cache', '3-cache', '4-cache']
 
 
