@@ -48,7 +48,7 @@ class Command:
   help: str  # for the list of commands
   positional: tuple[str, ...] = ()  # parameters that are given without their name
   inherits: str = ''  # dotted name of the function whose experiment files this one reads
-  computes: bool = False  # runs steps, whose temporaries are worth keeping; see host_memory.py
+  computes: bool = False  # runs steps: temporaries and compiled programs are worth keeping
   opened: str = ''  # a parameter that is an object, whose simple fields are flags too
   # Given gin files without their flag, checks and runs other commands, and is no process of theirs.
   runs_commands: bool = False
@@ -297,11 +297,14 @@ def _run(argv: Sequence[str]) -> int:
   if command.computes:
     host_memory.keep_freed_memory()  # before a thread is started
 
+  from t5x_lite.compiler import compilation_cache
   from t5x_lite.parallel import distributed
 
   if not command.runs_commands:
     group = {'process_count': args.process_count, 'process_index': args.process_index}
     distributed.initialize(coordinator_address=args.coordinator_address or '', **group)
+  if command.computes:
+    compilation_cache.keep_compiled_programs()
   _configure(args).call()
   return EXIT_STOPPED if distributed.stopped_by() else 0
 

@@ -75,16 +75,11 @@ class Memory:
     return self.state + self.gradients + self.saved + max(self.working, self.logits) + self.weights
 
 
-def _pairs_bytes(model: T5Config, q: int, m: int, itemsize: int) -> int:
-  """Returns what one head keeps of attention from q positions to m."""
-  if model.attention != 'cudnn' and attention.choose(model.attention, q, m, 'tpu') != 'dense':
-    return q * (4 + 4)  # the softmax's top and total
-  # Logits in float32, their softmax, and the weights in half precision.
-  return q * m * (4 + 4 + itemsize)
-
-
 def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
-  """Yields (layers, bytes of one layer's activations by kind) of each stack."""
+  """Yields (layers, bytes of one layer's activations by kind) of each stack.
+
+  All kinds but 'gradients' are the residuals of JAX's differentiation, which a test counts.
+  """
   model, b, s, tp = setup.model, setup.rows, setup.itemsize, setup.sizes['model']
   D, F, gates = model.emb_dim, model.mlp_dim / tp, len(model.mlp_activations)
   H = model.num_heads / (tp if model.num_heads % tp == 0 else 1)
@@ -93,22 +88,32 @@ def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
   for layers, q, cross in zip(setup.num_layers, (M, L), (0, M), strict=True):
     if not layers:
       continue
+    lengths, kind = (q, cross) if cross else (q,), model.attention
+    attentions = len(lengths)
+    forms = [kind if kind == 'cudnn' else attention.choose(kind, q, m, 'tpu') for m in lengths]
+    dense = [m for m, form in zip(lengths, forms, strict=True) if form in ('dense', 'cudnn')]
+    pairs = q * sum(dense)
+    sums = 2 * q * (attentions - len(dense))  # softmax's top and total, of the others
     kinds = {
       'input': b * q * D * s,
-      'outs': b * q * D * s * (3 if cross else 2),
-      # Results of weight matrices: q, k, v, out, wi, wo (and of the cross attention, whose keys and
-      # values have the encoder's length).
-      'dots': b * s * (q * (3 * J + gates * F + 2 * D) + (q * (J + D) + 2 * cross * J)),
-      'attention': b * H * (_pairs_bytes(model, q, q, s) + _pairs_bytes(model, q, cross, s)),
-      'rest': b * q * (3 * D * 4 + (gates + 1) * F * s),
+      # Of attentions; of the last block nothing depends on.
+      'outs': b * q * D * s * attentions,
+      # Other results of weight matrices: queries (the cross attention's keys and values have the
+      # encoder's length), and wi.
+      'dots': b * s * (q * ((2 + attentions) * J + gates * F) + 2 * cross * J),
+      'attention': b * H * (pairs * s + sums * 4),
+      # Normed inputs, twice, and what is read of the values.
+      'rest': b * q * s * ((1 + 2 * attentions) * D + attentions * J),
+      # The largest there is at a time: of float32 logits, or of wi.
+      'gradients': b * max(H * pairs * 4, q * gates * F * s),
     }
     yield layers, kinds
 
 
 # What each policy keeps of a layer, from the most memory to the least.
 _KEPT = {
-  'none': ('input', 'dots', 'attention', 'rest'),
-  'minimal': ('input', 'dots'),
+  'none': ('input', 'outs', 'dots', 'attention', 'rest'),
+  'minimal': ('input', 'outs', 'dots'),
   'save_names': ('input', 'outs'),
   'full': ('input',),
 }
@@ -118,9 +123,10 @@ def memory(setup: Setup) -> Memory:
   """Predicts the peak of a train step."""
   saved = working = 0.0
   for layers, kinds in _layer_activations(setup):
-    saved += layers * sum(kinds[kind] for kind in _KEPT[setup.model.remat_policy])
-    # One layer forward again, and the gradients of what it made.
-    working = max(working, 2 * (sum(kinds.values()) - kinds['outs']))
+    kept = sum(kinds[kind] for kind in _KEPT[setup.model.remat_policy])
+    saved += layers * kept
+    # What one layer makes again, and gradients.
+    working = max(working, sum(kinds.values()) - kept)
   model, tp = setup.model, setup.sizes['model']
   positions = min(setup.chunk or setup.targets, setup.targets)
   logits = 3 * 4 * setup.rows * positions * model.vocab_size / tp
@@ -168,7 +174,8 @@ def collective_bytes(setup: Setup) -> float:
   result += 2 * (data - 1) / data * setup.params_bytes * k
   for layers, kinds in _layer_activations(setup):
     # After each block one all-reduce forward, one backward (and again).
-    result += k * layers * kinds['outs'] * gathers * 2 * (tp - 1) / tp
+    outs = kinds['input'] + kinds['outs']
+    result += k * layers * outs * gathers * 2 * (tp - 1) / tp
   return result
 
 
@@ -182,9 +189,7 @@ def _hbm_bytes(setup: Setup) -> float:
   k = setup.num_microbatches
   weights = setup.params_bytes * setup.sizes['fsdp'] * setup.itemsize / 4
   update = 3 * setup.params_bytes + 2 * setup.state_bytes
-  moved, activations = ('input', 'dots', 'attention'), 0.0
-  for layers, kinds in _layer_activations(setup):
-    activations += layers * sum(kinds[kind] for kind in moved)
+  activations = sum(layers * sum(kinds.values()) for layers, kinds in _layer_activations(setup))
   return k * _passes(setup) * weights + update + 2 * k * setup.params_bytes + 4 * k * activations
 
 

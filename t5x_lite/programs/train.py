@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from t5x_lite.compiler import flops, profiling, step_programs
+from t5x_lite.compiler import compilation_cache, flops, profiling, step_programs
 from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.vocabularies import VocabularyConfig
@@ -203,6 +203,7 @@ def train(
     if primary:
       held = stack.enter_context(lease.lock(model_dir))
     distributed.barrier('run directory')
+    compilation_cache.keep_compiled_programs()
     checkpointer = stack.enter_context(checkpoints.Checkpointer(model_dir, checkpoint))
 
     # ---- Start: 1. own checkpoint  2. checkpoint.restore_path  3. scratch ----

@@ -2,13 +2,17 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from t5x_lite.compiler import cost_model, flops
 from t5x_lite.compiler.hlo import Collective
+from t5x_lite.models import t5
 from t5x_lite.models.config import named_config
 from t5x_lite.parallel.hardware import find_chip
+from tests.models import tiny
 
 V5P = find_chip('TPU v5')
 V5E = find_chip('TPU v5 lite')
@@ -43,6 +47,58 @@ def test_recomputing_more_saves_more():
   assert work == sorted(work)
   # A whole forward pass of the layers again, at most.
   assert 1.2 < work[-1] / work[0] < 4 / 3
+
+
+@pytest.mark.parametrize('policy', ['none', 'minimal', 'save_names', 'full'])
+@pytest.mark.parametrize(
+  'fields', [{}, {'mlp_activations': ('relu',)}, {'architecture': 'decoder'}]
+)
+def test_what_is_saved_is_what_jax_saves(policy, fields):
+  """JAX's residuals of the scans over layers, which have no TPU's fusion in them."""
+  sizes = {'emb_dim': 24, 'mlp_dim': 56, 'num_heads': 4, 'head_dim': 8}
+  depth = {'num_encoder_layers': 3, 'num_decoder_layers': 3, 'dtype': 'bfloat16'}
+  cfg = tiny.config(**sizes, **depth, remat_policy=policy, dropout_rate=0.0, **fields)
+  lengths = {'encoder_input_tokens': 40, 'decoder_target_tokens': 20, 'decoder_input_tokens': 20}
+  batch = {name: ((5, n), np.int32) for name, n in lengths.items()}
+  graphdef, shapes, _ = t5.abstract_params(cfg)
+
+  def residuals(params, batch):
+    return jax.vjp(lambda p: nnx.merge(graphdef, p).hidden(batch), params)[1]
+
+  arrays = {name: jax.ShapeDtypeStruct(*entry) for name, entry in batch.items()}
+  kept = jax.tree.leaves(jax.eval_shape(residuals, shapes, arrays))
+  found = sum(x.size * x.dtype.itemsize for x in kept if x.shape[:2] == (3, 5))
+  one = {name: 1 for name in ('data', 'fsdp', 'model')}
+  predicted = cost_model.memory(setup(model=cfg, batch=batch, sizes=one)).saved
+  np.testing.assert_allclose(found, predicted, rtol=0.1)
+
+
+# Peaks of XLA:TPU (docs/lab_notes.md), in GiB: Adafactor, dropout 0, loss in chunks of 64 in XXL.
+@pytest.mark.parametrize(
+  ('name', 'policy', 'rows', 'lengths', 'mesh', 'parts', 'compiled'),
+  [
+    ('t5_1_1_xxl', 'minimal', 2048, (512, 114), (1, 64, 8), 1, 13.61),
+    ('t5_1_1_xxl', 'none', 2048, (512, 114), (4, 32, 4), 1, 18.86),
+    ('t5_1_1_xxl', 'minimal', 64, (512, 114), (1, 2, 8), 1, 21.24),
+    ('mt5_xxl', 'full', 1024, (1024, 229), (1, 32, 8), 2, 5.93),
+    ('t5_1_1_large', 'minimal', 2048, (512, 114), (32, 16, 1), 1, 2.01),
+  ],
+)
+def test_peaks_are_the_compilers_within_a_fifth(name, policy, rows, lengths, mesh, parts, compiled):
+  model = named_config(name, remat_policy=policy)
+  names = ('encoder_input_tokens', 'decoder_target_tokens')
+  shapes = t5.abstract_params(model)[1]
+  params = sum(4 * x.size for x in jax.tree.leaves(shapes)) / mesh[1] / mesh[2]
+  given = setup(
+    model=model,
+    batch={name: ((rows, n), np.int32) for name, n in zip(names, lengths, strict=True)},
+    sizes=dict(zip(('data', 'fsdp', 'model'), mesh, strict=True)),
+    num_microbatches=parts,
+    chunk=64 if 'xxl' in name else None,
+    params_bytes=int(params),
+    state_bytes=int(1.01 * params),
+  )
+  assert abs(cost_model.memory(given).total / GIB / compiled - 1) < 0.2
 
 
 def test_blocked_attention_keeps_no_pairs():
