@@ -10,7 +10,7 @@
 #   ACCELERATOR     v4-1024, v5p-1024 (two cores a chip), v5litepod-256, v6e-256
 #   NUM_SLICES      slices joined by the data-center network (1)
 #   SPOT            1 for preemptible capacity, at about a third of the price
-#   PACKAGE         what pip installs (t5x_lite[tpu]): a wheel in gs://, a name
+#   PACKAGE         the wheel that install puts on the workers, in gs://
 #
 # docs/launch.md walks through it. --dry_run prints every command instead.
 set -euo pipefail
@@ -41,7 +41,7 @@ shift
 name=${NAME:-t5x-lite}
 accelerator=${ACCELERATOR:-v5litepod-16}
 num_slices=${NUM_SLICES:-1}
-package=${PACKAGE:-'t5x_lite[tpu]'}
+package=${PACKAGE:-}
 where=(--project="$PROJECT" --zone="$ZONE")
 
 case "$accelerator" in
@@ -92,16 +92,23 @@ case "$action" in
     fi
     ;;
   install)
-    everywhere "python3 -m venv ~/t5x && ~/t5x/bin/pip install --quiet --upgrade $(printf %q "$package")"
+    if [[ "$package" != *.whl ]]; then
+      echo "tpu_pod.sh: PACKAGE='$package': set it to a wheel in gs://, made by 'pip wheel --no-deps .'" >&2
+      exit 2
+    fi
+    # The workers' own Python is too old: uv brings one.
+    wheel="$(printf %q "$(basename "$package")")"
+    everywhere "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --allow-existing --python 3.12 ~/t5x && gcloud storage cp $(printf %q "$package") ~/ && ~/.local/bin/uv pip install --python ~/t5x/bin/python --reinstall-package t5x-lite ~/$wheel'[tpu]'"
     ;;
   run)
     [[ $# -gt 0 ]] || { echo 'tpu_pod.sh: run what? for example: run train --gin_file=...' >&2; exit 2; }
     # In the background of each worker, so that it outlives this connection. A
     # lost worker (exit code 5) or a crash starts again from the last checkpoint;
-    # a finished run (0), a mistake (2), a step that does not fit (3) and a
-    # diverged run (4) do not.
+    # a finished run (0), a mistake (2), a step that does not fit (3), a diverged
+    # run (4) and a missing program (126, 127) do not. JAX asks the slice itself
+    # who the other workers are: T5X_LITE_TPU_SLICE says that there is one.
     command="t5x-lite$(printf ' %q' "$@")"
-    loop="export LIBTPU_INIT_ARGS=--fibers_default_thread_stack_size=4194304 PATH=\$HOME/t5x/bin:\$PATH; while true; do $command; code=\$?; echo exit code \$code; case \$code in 0|2|3|4) break;; esac; sleep 30; done"
+    loop="export T5X_LITE_TPU_SLICE=1 LIBTPU_INIT_ARGS=--fibers_default_thread_stack_size=4194304 PATH=\$HOME/t5x/bin:\$PATH; while true; do $command; code=\$?; echo exit code \$code; case \$code in 0|2|3|4|126|127) break;; esac; sleep 30; done"
     everywhere "nohup setsid bash -c $(printf %q "$loop") > ~/t5x-lite.log 2>&1 & echo \$! > ~/t5x-lite.pid"
     ;;
   logs)

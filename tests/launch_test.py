@@ -108,7 +108,7 @@ def tpu(*arguments, **environ):
 
 def test_a_dry_run_prints_commands_and_runs_none(tmp_path):
   log = recorder(tmp_path, 'gcloud')
-  path = {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+  path = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'PACKAGE': 'gs://b/t.whl'}
   for action in ('create', 'wait', 'install', 'logs', 'status', 'stop'):
     assert tpu(action, **path).startswith('gcloud compute tpus')
   assert 'delete' in tpu('delete', **path)
@@ -143,6 +143,28 @@ def test_mistakes_end_with_2():
   run(script, 'fly', code=2, **CLOUD)
   run(script, 'create', code=2, ACCELERATOR='a100', **CLOUD)
   run(script, 'run', code=2, **CLOUD)
+  run(script, 'install', code=2, PACKAGE='', **CLOUD)  # of an index, anybody's
+  run(script, 'install', code=2, PACKAGE='t5x_lite[tpu]', **CLOUD)
+
+
+def test_the_wheel_is_fetched_and_installed_with_its_extra(tmp_path):
+  home = tmp_path / 'home'
+  (home / '.local' / 'bin').mkdir(parents=True)
+  wheel = 't5x_lite-0.1.0-py3-none-any.whl'
+  # gcloud compute ...: what ssh would run there, run here; gcloud storage: written down.
+  ssh = f'[[ $1 == storage ]] || HOME={home} bash -c "${{!##*=}}"'
+  gcloud = recorder(tmp_path, 'gcloud', ssh)
+  recorder(tmp_path, 'curl', 'echo true')
+  uv = recorder(home / '.local' / 'bin', 'uv')
+  path = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'PACKAGE': f'gs://my-bucket/{wheel}'}
+  run(LAUNCH / 'tpu_pod.sh', 'install', **CLOUD, **path)
+  assert gcloud.read_text().splitlines()[-4:] == [
+    'storage',
+    'cp',
+    f'gs://my-bucket/{wheel}',
+    f'{home}/',
+  ]
+  assert uv.read_text().splitlines()[-1] == f'{home}/{wheel}[tpu]'
 
 
 def test_arguments_survive_all_shells_and_a_crash_restarts(tmp_path):
@@ -152,7 +174,9 @@ def test_arguments_survive_all_shells_and_a_crash_restarts(tmp_path):
   # gcloud ... --command=COMMAND: what ssh would run there, run here.
   recorder(tmp_path, 'gcloud', 'HOME=' + str(home) + ' bash -c "${!##*=}"')
   log = recorder(
-    tmp_path, 't5x-lite', f'[[ -e {tmp_path}/once ]] && exit 0; touch {tmp_path}/once; exit 5'
+    tmp_path,
+    't5x-lite',
+    f'[[ -e {tmp_path}/once ]] && exit 0; touch {tmp_path}/once; exit $((5 * T5X_LITE_TPU_SLICE))',
   )
   recorder(tmp_path, 'sleep')
   path = {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
@@ -171,13 +195,16 @@ def test_arguments_survive_all_shells_and_a_crash_restarts(tmp_path):
 def test_slurm_starts_all_tasks_and_requeues_what_may_go_on(tmp_path):
   script = LAUNCH / 'slurm.sbatch'
   out = run('bash', script, 'train', *GIN, DRY_RUN='1')
-  assert out.startswith('srun --kill-on-bad-exit=1 ')
+  assert out.startswith('srun --kill-on-bad-exit=0 --wait=60 ')
   assert 't5x-lite train' in out
   scontrol = recorder(tmp_path, 'scontrol')
   environ = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '7'}
-  for code in (0, 2, 4):
+  for code in (0, 2, 4, 7):
     recorder(tmp_path, 'srun', f'exit {code}')
     run('bash', script, 'train', code=code, **environ)
+  assert not scontrol.exists()
+  recorder(tmp_path, 'srun', 'exit 1')
+  run('bash', script, 'train', code=1, SLURM_RESTART_COUNT='100', **environ)
   assert not scontrol.exists()
   recorder(tmp_path, 'srun', 'exit 5')
   run('bash', script, 'train', code=5, **environ)
@@ -204,6 +231,18 @@ def test_the_manifest_is_a_jobset_that_restarts():
       assert (ROOT / argument.removeprefix('--gin_file=')).is_file()
   rule = job['podFailurePolicy']['rules'][0]['onExitCodes']
   assert rule['containerName'] == container['name']
+
+
+def test_the_command_in_its_head_fills_in_the_manifest():
+  yaml = pytest.importorskip('yaml')
+  text = (LAUNCH / 'gke_jobset.yaml').read_text()
+  edits = re.findall(r'-e (\S+)', text)
+  assert len(edits) == 2
+  filled = run('sed', *(x for edit in edits for x in ('-e', edit)), LAUNCH / 'gke_jobset.yaml')
+  job = yaml.safe_load(filled)['spec']['replicatedJobs'][0]['template']['spec']
+  [container] = job['template']['spec']['containers']
+  assert container['image'] == 'us-docker.pkg.dev/P/R/t5x_lite:latest'
+  assert '--gin.MODEL_DIR=gs://BUCKET/run' in container['args']
 
 
 def test_the_image_copies_what_the_package_needs():

@@ -85,7 +85,7 @@ def _from_hub(name: str) -> str:
     import huggingface_hub as hub
     from huggingface_hub import constants
   except ImportError as error:
-    hint = 'huggingface_hub is not installed (pip install t5x_lite[hf])'
+    hint = "huggingface_hub is not installed (in a checkout: pip install '.[hf]')"
     raise UsageError(f'{missing}: {hint}') from error
   if not constants.ENDPOINT.startswith('https://'):
     raise UsageError(f'{missing}: HF_ENDPOINT is {constants.ENDPOINT}, not https')

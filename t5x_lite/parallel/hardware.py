@@ -173,7 +173,7 @@ def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device
     if isinstance(error, NotImplementedError):
       message = f'--topology={topology.name} is refused'
     elif 'libtpu' in text.lower() or 'tpu plugin' in text.lower():
-      message = "compiling for TPUs needs libtpu: pip install 't5x_lite[tpu]'"
+      message = "compiling for TPUs needs libtpu: in a checkout, pip install '.[tpu]'"
     else:
       message = f'XLA:TPU knows no topology {topology.name}'
     raise UsageError(f'{message}: {text.splitlines()[0]}') from error

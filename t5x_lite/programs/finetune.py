@@ -261,7 +261,9 @@ def finetune(
       results['adapter'] = _export(best, output, ADAPTER, to=finetune_plan.ALONE[method])
     files.write_json(epath.Path(output) / 'results.json', results)
     quickstart.show_predictions(place, [TASK], num_shown)
-    print(summary(results, output, best))
+    asked = {'prefix': prefix, 'template': template}
+    how_asked = ''.join(f' --{name} {shlex.quote(text)}' for name, text in asked.items() if text)
+    print(summary(results, output, best, how_asked))
   distributed.barrier('finetune')
   return results
 
@@ -363,8 +365,8 @@ def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> st
   return os.fspath(target)
 
 
-def summary(results: dict[str, Any], output: str, best: str) -> str:
-  """Returns the numbers and the commands to go on with."""
+def summary(results: dict[str, Any], output: str, best: str, asked: str = '') -> str:
+  """Returns the numbers and the commands to go on with; `asked` are infer's flags for the input."""
   shown = {name: value for name, value in results['metrics'].items() if '/' not in name}
   numbers = ', '.join(f'{name} {value:.5g}' for name, value in shown.items())
   run = quickstart.typed()
@@ -374,6 +376,7 @@ def summary(results: dict[str, Any], output: str, best: str) -> str:
   if 'adapter' in results:
     text += f'on any base:  t5x_lite.load(BASE, adapter={f"{output}/{ADAPTER}"!r})\n'
   return (
-    f'{text}predict:      {run} infer --model {shlex.quote(best)} --input FILE --output OUT.jsonl\n'
+    f'{text}predict:      {run} infer --model {shlex.quote(best)}{asked} '
+    '--input FILE --output OUT.jsonl\n'
     f'look at it:   {run} report {shlex.quote(output)}'
   )

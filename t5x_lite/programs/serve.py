@@ -90,7 +90,7 @@ def serve(
     from t5x_lite.serving import app as app_lib
     from t5x_lite.serving.guard import Limits
   except ImportError as error:
-    raise UsageError(f"{error.name} is missing: pip install 't5x_lite[serve]'") from error
+    raise UsageError(f"{error.name} is missing: in a checkout, pip install '.[serve]'") from error
   token = _read_token(token_file)
   listener = _listen(host, port)
   opened = trained_model.open_model(model, **({'dtype': dtype} if dtype else {}))

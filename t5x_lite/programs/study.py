@@ -178,7 +178,7 @@ def study(
     paper_columns: what those are.
     paper_deviations: their standard deviations, where they are published.
     cell: run this one alone, from 0, as a job of an array; see launch/study.sbatch.
-    launcher: words before every command, such as 'srun --kill-on-bad-exit=1'.
+    launcher: words before every command, such as 'srun --wait=60'.
     report: run nothing, and report on what is there.
     dry_run: print the commands, and run nothing.
     check: looks at every command before the first one runs.

@@ -79,7 +79,7 @@ def _wandb() -> Any:
   try:
     return importlib.import_module('wandb')
   except ImportError as error:
-    fix = "pip install 't5x_lite[wandb]'"
+    fix = "in a checkout, pip install '.[wandb]'"
     raise UsageError(f'report_to={WANDB} needs the package wandb ({error}): {fix}') from error
 
 

@@ -42,6 +42,7 @@ def test_an_indexed_kubernetes_job_gives_the_index():
     ({'OMPI_COMM_WORLD_SIZE': '2'}, 'Open MPI'),
     ({'TPU_WORKER_HOSTNAMES': 'a,b,c'}, 'Cloud TPU'),
     ({'MEGASCALE_NUM_SLICES': '2'}, 'Cloud TPU'),
+    ({'T5X_LITE_TPU_SLICE': '1'}, 'Cloud TPU'),  # of launch/tpu_pod.sh
   ],
 )
 def test_launchers_are_recognised(environ, source):

@@ -40,6 +40,13 @@ def finished(start, table, tmp_path_factory):
   return output, results
 
 
+def test_the_command_to_predict_makes_inputs_as_training_did():
+  text = finetune_lib.summary(
+    {'metrics': {}, 'step': 3}, 'out', 'out/checkpoints/3', " --prefix 'a: '"
+  )
+  assert "infer --model out/checkpoints/3 --prefix 'a: ' --input FILE" in text
+
+
 def test_everything_is_there(finished, start):
   output, results = finished
   names = {path.name for path in output.iterdir()}

@@ -35,7 +35,7 @@ def register_file_task(
   reference_separator: str = '',
   vocabulary: VocabularyConfig | None = None,
 ) -> None:
-  """Makes a text-to-text task of TSV or JSONL files, plain or gzip.
+  """Makes a text-to-text task of TSV, CSV, JSONL, JSON or Parquet files, plain or gzip.
 
   For instance `register_file_task('mine', train_file='mine.jsonl', prefix='mine: ')`.
 
@@ -44,8 +44,8 @@ def register_file_task(
     train_file: path or glob pattern; likewise the other two. At least one.
     validation_file: see train_file.
     test_file: see train_file.
-    file_format: 'tsv' or 'jsonl'; empty to tell from the name.
-    input_field: JSONL key, TSV column name (the file then has a header) or number from 0.
+    file_format: 'tsv', 'csv', 'jsonl', 'json' or 'parquet'; empty to tell from the name.
+    input_field: column, key (translation.en of an object) or, without a header, number from 0.
     target_field: likewise.
     prefix: put in front of every input, with its space: 'summarize: '.
     metrics: names from `data.metrics.METRICS`.
@@ -62,8 +62,8 @@ def register_file_task(
   for path in files:
     if records.format_of(path, file_format) == 'text':
       raise UsageError(
-        f"{path!r} of task {name!r} is neither .tsv nor .jsonl; say file_format='tsv' or 'jsonl', "
-        'or use register_text_task for text without targets'
+        f'{path!r} of task {name!r} has no ending that says its format; set file_format to tsv, '
+        'csv, jsonl, json or parquet, or use register_text_task for text without targets'
       )
   fields = (input_field, target_field)
   read = functools.partial(sources.read_pairs, fields=fields, file_format=file_format)

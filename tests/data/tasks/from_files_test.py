@@ -155,7 +155,7 @@ def test_errors_come_at_registration(name, tmp_path):
     register(name)
   with pytest.raises(UsageError, match=r'There is no file'):
     register(name, train_file=str(tmp_path / 'none.tsv'))
-  with pytest.raises(UsageError, match=r'neither .tsv nor .jsonl'):
+  with pytest.raises(UsageError, match='csv, jsonl, json or parquet'):
     register(name, train_file=text)
   with pytest.raises(UsageError, match=r'no metric .*blue'):
     register(name, train_file=tsv, metrics=('blue',))
