@@ -79,7 +79,7 @@ def export(
     raise UsageError('export needs a function, and lengths of at least 1')
   target = epath.Path(destination)
   formats.check_destination(target)
-  opened = trained_model.open_model(model, **({'dtype': dtype} if dtype else {}))
+  opened = trained_model.open_model(model, dtype=dtype)
   config = opened.config
   if config.architecture != 'encoder_decoder':
     raise UsageError(f'architecture={config.architecture!r} cannot be exported')
