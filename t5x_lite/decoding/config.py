@@ -1,9 +1,10 @@
 """DecodingConfig: how output tokens are chosen, flat, so that gin and flags can set it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from t5x_lite.decoding import automaton as automaton_lib
 from t5x_lite.errors import UsageError
 
 DEFAULT_LENGTH = 128
@@ -50,6 +51,9 @@ class DecodingConfig:
     forbidden_words: texts that may not be written, as the vocabulary encodes each.
     allowed_outputs: sequences of ids, without the end of sequence: the only outputs there can be.
     labels: texts, the only outputs there can be.
+    regex: what a whole output is to match, without ^, $, look-around and back-references.
+    json_schema: the same by a schema, as text: an output is JSON of this form.
+    automaton: of these two, by `resolved`.
     stop_strings: a text is cut before the first of these.
     num_beams: hypotheses of beam search; 1 is greedy or sampling.
     length_penalty: rank by log-probability / length**length_penalty; above 0 favours long outputs.
@@ -79,6 +83,9 @@ class DecodingConfig:
   forbidden_words: Sequence[str] = ()
   allowed_outputs: tuple[tuple[int, ...], ...] = ()
   labels: Sequence[str] = ()
+  regex: str = ''
+  json_schema: str = ''
+  automaton: automaton_lib.Automaton | None = None
   stop_strings: Sequence[str] = ()
   num_beams: int = 1
   length_penalty: float = 1.0
@@ -114,6 +121,8 @@ class DecodingConfig:
     if self.num_beams == 1:
       ranks = () if self.best_of else ('length_penalty', 'brevity_alpha')
       self._refuse((*ranks, 'early_stopping'), 'but num_beams is 1: it ranks beams')
+    if self.regex:
+      self._refuse(['json_schema'], 'but regex is set too: choose one of them')
     if self.brevity_alpha is not None:
       self._refuse(['length_penalty'], 'but brevity_alpha is set too: choose one of them')
     samples = self.num_beams == 1 and not self.best_of and self.temperature
@@ -158,25 +167,39 @@ class DecodingConfig:
       return total / ((5.0 + length) / 6.0) ** self.brevity_alpha
     return total / length**self.length_penalty
 
-  def resolved(
-    self, encode: Callable[[str], Sequence[int]] | None, max_decode_length: int | None = None
-  ) -> 'DecodingConfig':
-    """Returns the config with ids for texts, and a length where it names none."""
-    if encode is None and (self.labels or self.forbidden_words):
-      raise UsageError('DecodingConfig has labels or forbidden_words, and there is no vocabulary')
+  def resolved(self, vocabulary: Any, max_decode_length: int | None = None) -> 'DecodingConfig':
+    """Returns the config with ids for texts, and a length where it names none.
+
+    The vocabulary is a `data.vocabularies.Vocabulary` or None. Raises UsageError if the texts need
+    one, no output matches the regex or schema, or none is short enough.
+    """
+    texts = ('labels', 'forbidden_words', 'regex', 'json_schema')
+    given = [name for name in texts if getattr(self, name)]
+    if vocabulary is None and given:
+      raise UsageError(f'DecodingConfig has {given[0]}, and there is no vocabulary')
     words, labels = (
-      tuple(tuple(encode(text)) for text in texts) if encode is not None else ()
+      tuple(tuple(vocabulary.encode(text)) for text in texts) if vocabulary is not None else ()
       for texts in (self.forbidden_words, self.labels)
     )
+    automaton = self.automaton
+    if vocabulary is not None and (self.regex or self.json_schema):
+      automaton = automaton_lib.compiled(self.regex, self.json_schema, vocabulary)
     length = max_decode_length if self.max_decode_length is None else self.max_decode_length
-    return dataclasses.replace(
+    found = dataclasses.replace(
       self,
       max_decode_length=length,
       labels=(),
       forbidden_words=(),
+      regex='',
+      json_schema='',
+      automaton=automaton,
       allowed_outputs=self.allowed_outputs + labels,
       forbidden_tokens=self.forbidden_tokens + words,
     )
+    least = 0 if automaton is None else int(automaton.left_S[0]) + 1
+    fine = found.length >= least
+    found._check(fine, 'max_decode_length', f'at least {least}, the shortest that matches')
+    return found
 
   def cut(self, text: str) -> str:
     """Returns a text up to the first stop string."""
@@ -189,7 +212,10 @@ def decoding_config(max_new_tokens: int, **settings: Any) -> DecodingConfig:
   Raises:
     UsageError: if there is no such setting.
   """
-  known = {field.name for field in dataclasses.fields(DecodingConfig)} - {'max_decode_length'}
+  known = {field.name for field in dataclasses.fields(DecodingConfig)} - {
+    'max_decode_length',
+    'automaton',
+  }
   for name in settings:
     if name not in known:
       raise UsageError(f'{name!r} is no setting of decoding; there are {", ".join(sorted(known))}')

@@ -269,8 +269,8 @@ class Evaluators:
     ]
     self._decoded = []
     for config in infer_eval:
-      encode = vocabularies.make_vocabulary(vocabulary).encode
-      chosen = (decoding or DecodingConfig()).resolved(encode, config.lengths['targets'])
+      own = vocabularies.make_vocabulary(vocabulary)
+      chosen = (decoding or DecodingConfig()).resolved(own, config.lengths['targets'])
       predictor = prediction.Predictor(
         model,
         placement=placement,

@@ -85,8 +85,8 @@ def export(
     raise UsageError(f'architecture={config.architecture!r} cannot be exported')
   graphdef, shapes, axes = t5.abstract_params(config)
   params = opened.load_params(single_device().specs(shapes, axes))
-  encode = vocabularies.make_vocabulary(opened.vocabulary).encode
-  decoding = (decoding or DecodingConfig()).resolved(encode, target_length)
+  vocabulary = vocabularies.make_vocabulary(opened.vocabulary)
+  decoding = (decoding or DecodingConfig()).resolved(vocabulary, target_length)
   made = {name: _function(name, graphdef, decoding, config.decoder_start_id) for name in functions}
   work = target.parent / f'.{target.name}.tmp'
   work.rmtree(missing_ok=True)

@@ -98,7 +98,7 @@ def infer(
 
   # ---- Model ----
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
-  decoding = (decoding or DecodingConfig()).resolved(vocabulary.encode, run.lengths.get('targets'))
+  decoding = (decoding or DecodingConfig()).resolved(vocabulary, run.lengths.get('targets'))
   predictor = prediction.Predictor(
     run.config,
     placement=model_sharding.place_model(run.config, mesh),

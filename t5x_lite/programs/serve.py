@@ -185,5 +185,7 @@ class _Calls(Generation):
     config = decoding_config(max_new_tokens, **settings)
     if config.stop_strings or config.num_return_sequences > 1:
       raise UsageError('decoding takes no stop_strings and one output an input')
+    if config.regex or config.json_schema:  # a short one can be an automaton of millions of states
+      raise UsageError('decoding takes no regex and no json_schema from clients')
     sizes = {'max_new_tokens': max_new_tokens, 'max_input_tokens': max(map(len, rows))}
     return self.generate(rows, **sizes, batch_size=2**16, seed=seed, return_scores=True, **settings)
