@@ -158,9 +158,7 @@ class SentencePieceVocabulary(Vocabulary):
     model, texts = self._processor, []
     for token in range(self.vocab_size):
       piece = model.IdToPiece(token)
-      text = (
-        bytes([int(piece[3:5], 16)]) if model.IsByte(token) else piece.replace('▁', ' ').encode()
-      )
+      text = bytes.fromhex(piece[3:5]) if model.IsByte(token) else piece.replace('▁', ' ').encode()
       texts.append(b'' if model.IsControl(token) or model.IsUnknown(token) else text)
     return texts
 

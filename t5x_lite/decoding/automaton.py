@@ -29,12 +29,10 @@ class Automaton:
 
 @functools.lru_cache(maxsize=64)
 def compiled(pattern: str, schema: str, vocabulary: Any) -> Automaton:
-  """Returns the automaton of a regex, or of a JSON schema if there is none; one object per input.
+  """Returns the automaton of a regex, or of a JSON schema if it is ''; one object per input.
 
-  The vocabulary is a `data.vocabularies.Vocabulary`.
-
-  Raises:
-    UsageError: if it cannot be read, or no text of this vocabulary matches.
+  The vocabulary is a `data.vocabularies.Vocabulary`. Raises UsageError if the text cannot be read,
+  or the vocabulary can write nothing that matches.
   """
   given = repr(pattern or schema)
   try:

@@ -173,19 +173,20 @@ class DecodingConfig:
     The vocabulary is a `data.vocabularies.Vocabulary` or None. Raises UsageError if the texts need
     one, no output matches the regex or schema, or none is short enough.
     """
-    texts = ('labels', 'forbidden_words', 'regex', 'json_schema')
-    given = [name for name in texts if getattr(self, name)]
-    if vocabulary is None and given:
-      raise UsageError(f'DecodingConfig has {given[0]}, and there is no vocabulary')
+    if vocabulary is None:
+      for name in ('labels', 'forbidden_words', 'regex', 'json_schema'):
+        self._refuse([name], 'but there is no vocabulary')
     words, labels = (
-      tuple(tuple(vocabulary.encode(text)) for text in texts) if vocabulary is not None else ()
+      tuple(tuple(vocabulary.encode(text)) for text in texts)
       for texts in (self.forbidden_words, self.labels)
     )
-    automaton = self.automaton
-    if vocabulary is not None and (self.regex or self.json_schema):
+    automaton, length = self.automaton, self.max_decode_length or max_decode_length
+    if self.regex or self.json_schema:
       automaton = automaton_lib.compiled(self.regex, self.json_schema, vocabulary)
-    length = max_decode_length if self.max_decode_length is None else self.max_decode_length
-    found = dataclasses.replace(
+      fine = (length or DEFAULT_LENGTH) > automaton.left_S[0]
+      why = f'above the {automaton.left_S[0]} tokens of the shortest output that matches'
+      dataclasses.replace(self, max_decode_length=length)._check(fine, 'max_decode_length', why)
+    return dataclasses.replace(
       self,
       max_decode_length=length,
       labels=(),
@@ -196,10 +197,6 @@ class DecodingConfig:
       allowed_outputs=self.allowed_outputs + labels,
       forbidden_tokens=self.forbidden_tokens + words,
     )
-    least = 0 if automaton is None else int(automaton.left_S[0]) + 1
-    fine = found.length >= least
-    found._check(fine, 'max_decode_length', f'at least {least}, the shortest that matches')
-    return found
 
   def cut(self, text: str) -> str:
     """Returns a text up to the first stop string."""
@@ -212,10 +209,8 @@ def decoding_config(max_new_tokens: int, **settings: Any) -> DecodingConfig:
   Raises:
     UsageError: if there is no such setting.
   """
-  known = {field.name for field in dataclasses.fields(DecodingConfig)} - {
-    'max_decode_length',
-    'automaton',
-  }
+  known = {field.name for field in dataclasses.fields(DecodingConfig)}
+  known -= {'max_decode_length', 'automaton'}
   for name in settings:
     if name not in known:
       raise UsageError(f'{name!r} is no setting of decoding; there are {", ".join(sorted(known))}')

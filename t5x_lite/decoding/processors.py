@@ -178,19 +178,17 @@ def allow_only(logits_RV, history: History, *, outputs: tuple[tuple[int, ...], .
   return _hide(logits_RV, ~allowed_RV & jnp.any(open_RS, axis=1, keepdims=True))
 
 
-def follow(
-  logits_RV, history: History, *, automaton: Automaton, length: int, eos_id: int
-) -> jax.Array:
+def follow(logits_RV, history: History, *, automaton: Automaton, length: int, eos_id: int):
   """Leaves the tokens after which an automaton can still end within `length` new tokens, EOS too.
 
   The state is read anew from what was written: a few numbers a token, which no beam has to carry.
   """
   next_SC, left_S = jnp.asarray(automaton.next_SC), jnp.asarray(automaton.left_S)
   class_V = np.pad(automaton.class_V, (0, logits_RV.shape[1] - len(automaton.class_V)))
-  rows_R = jnp.arange(len(logits_RV))
 
   def read(i, state_R):
-    return next_SC[state_R, jnp.asarray(class_V)[history.tokens_RT[rows_R, history.given_R + i]]]
+    token_R1 = history.tokens_RT[_rows(logits_RV), (history.given_R + i)[:, None]]
+    return next_SC[state_R, jnp.asarray(class_V)[token_R1[:, 0]]]
 
   state_R = jax.lax.fori_loop(0, history.new, read, jnp.zeros_like(history.given_R))
   allowed_RC = left_S[next_SC[state_R]] + history.new + 2 <= length

@@ -106,7 +106,7 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = N
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: one, shapes)
 
-  def make(keys: Any, leaf: Any, sharding: Any) -> jax.Array:
+  def make(keys: Any, leaf: Any, sharding: Any) -> Any:
     path, rounded = pytrees.names_of(keys), leaf.dtype == np.int8
     leaf = leaf.update(dtype=np.float32) if rounded else leaf
     stacked = tensor_names.is_stacked(cfg, path)
