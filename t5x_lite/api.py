@@ -53,7 +53,7 @@ def load(
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on it.
     seed: of parameters that are drawn anew.
     **changes: fields of T5Config to change, such as dtype='bfloat16' to compute in,
-      param_dtype='bfloat16' to keep, or architecture='encoder'.
+      param_dtype='bfloat16' or 'int8' to keep, or architecture='encoder'.
 
   Raises:
     UsageError: if nothing there can be read, or it is another kind of model.

@@ -84,6 +84,7 @@ class Vocabulary:
   eos_id: int = EOS_ID
   unk_id: int | None = UNK_ID  # of what the vocabulary cannot say
   vocab_size: int  # sentinels included
+  drops_space: bool = True  # whether decoding drops the space that a text begins with
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""
@@ -92,6 +93,10 @@ class Vocabulary:
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids up to the first EOS."""
     raise NotImplementedError
+
+  def token_texts(self) -> list[bytes]:
+    """Returns what each id adds to a text, in UTF-8; b'' for ids that are none of it."""
+    raise UsageError('regex and json_schema need a vocabulary of texts')
 
 
 def _clean(ids: Iterable[int], base_size: int, unk_id: int | None) -> list[int]:
@@ -148,6 +153,15 @@ class SentencePieceVocabulary(Vocabulary):
     """Returns the text of ids up to the first EOS; unk shows as ' ⁇ '."""
     return self._processor.DecodeIds(_clean(ids, self.vocab_size, UNK_ID))
 
+  def token_texts(self) -> list[bytes]:
+    """Returns what each id adds to a text, in UTF-8; b'' for ids that are none of it."""
+    model, texts = self._processor, []
+    for token in range(self.vocab_size):
+      piece = model.IdToPiece(token)
+      text = bytes.fromhex(piece[3:5]) if model.IsByte(token) else piece.replace('▁', ' ').encode()
+      texts.append(b'' if model.IsControl(token) or model.IsUnknown(token) else text)
+    return texts
+
   def piece(self, token: int) -> str:
     """Returns the piece of one id, for display."""
     return self._processor.IdToPiece(token)
@@ -157,6 +171,7 @@ class ByteVocabulary(Vocabulary):
   """UTF-8 bytes plus three (Xue et al. 2022, ByT5); decoding drops the rest."""
 
   base_size = 3 + 256
+  drops_space = False
 
   def __init__(self, *, extra_ids: int):
     self.vocab_size = self.base_size + extra_ids
@@ -169,6 +184,10 @@ class ByteVocabulary(Vocabulary):
     """Returns the text of ids up to the first EOS, less invalid UTF-8."""
     clean = _clean(ids, self.base_size, UNK_ID)
     return bytes(i - 3 for i in clean if i >= 3).decode('utf-8', 'ignore')
+
+  def token_texts(self) -> list[bytes]:
+    """Returns what each id adds to a text; b'' for ids that are no byte."""
+    return [bytes([i - 3]) if 3 <= i < 259 else b'' for i in range(self.vocab_size)]
 
 
 class PassThroughVocabulary(Vocabulary):

@@ -2,9 +2,10 @@
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from t5x_lite.decoding import automaton as automaton_lib
 from t5x_lite.errors import UsageError
 
 DEFAULT_LENGTH = 128
@@ -52,6 +53,9 @@ class DecodingConfig:
     forbidden_words: texts that may not be written, as the vocabulary encodes each.
     allowed_outputs: sequences of ids, without the end of sequence: the only outputs there can be.
     labels: texts, the only outputs there can be.
+    regex: what a whole output is to match, without ^, $, look-around and back-references.
+    json_schema: the same by a schema, as text: an output is JSON of this form.
+    automaton: of these two, by `resolved`.
     stop_strings: a text is cut before the first of these.
     num_beams: hypotheses of beam search; 1 is greedy or sampling.
     length_penalty: rank by log-probability / length**length_penalty; above 0 favours long outputs.
@@ -81,6 +85,9 @@ class DecodingConfig:
   forbidden_words: Sequence[str] = ()
   allowed_outputs: tuple[tuple[int, ...], ...] = ()
   labels: Sequence[str] = ()
+  regex: str = ''
+  json_schema: str = ''
+  automaton: automaton_lib.Automaton | None = None
   stop_strings: Sequence[str] = ()
   num_beams: int = 1
   length_penalty: float = 1.0
@@ -127,6 +134,8 @@ class DecodingConfig:
     if self.num_beams == 1:
       ranks = () if self.best_of else ('length_penalty', 'brevity_alpha')
       self._refuse((*ranks, 'early_stopping'), 'but num_beams is 1: it ranks beams')
+    if self.regex:
+      self._refuse(['json_schema'], 'but regex is set too: choose one of them')
     if self.brevity_alpha is not None:
       self._refuse(['length_penalty'], 'but brevity_alpha is set too: choose one of them')
     if rows := self.allowed_outputs:
@@ -178,22 +187,33 @@ class DecodingConfig:
       return total / ((5.0 + length) / 6.0) ** self.brevity_alpha
     return total / length**self.length_penalty
 
-  def resolved(
-    self, encode: Callable[[str], Sequence[int]] | None, max_decode_length: int | None = None
-  ) -> 'DecodingConfig':
-    """Returns the config with ids for texts, and a length where it names none."""
-    if encode is None and (self.labels or self.forbidden_words):
-      raise UsageError('DecodingConfig has labels or forbidden_words, and there is no vocabulary')
+  def resolved(self, vocabulary: Any, max_decode_length: int | None = None) -> 'DecodingConfig':
+    """Returns the config with ids for texts, and a length where it names none.
+
+    The vocabulary is a `data.vocabularies.Vocabulary` or None. Raises UsageError if the texts need
+    one, no output matches the regex or schema, or none is short enough.
+    """
+    if vocabulary is None:
+      for name in ('labels', 'forbidden_words', 'regex', 'json_schema'):
+        self._refuse([name], 'but there is no vocabulary')
     words, labels = (
-      tuple(tuple(encode(text)) for text in texts) if encode is not None else ()
+      tuple(tuple(vocabulary.encode(text)) for text in texts)
       for texts in (self.forbidden_words, self.labels)
     )
-    length = max_decode_length if self.max_decode_length is None else self.max_decode_length
+    automaton, length = self.automaton, self.max_decode_length or max_decode_length
+    if self.regex or self.json_schema:
+      automaton = automaton_lib.compiled(self.regex, self.json_schema, vocabulary)
+      fine = (length or DEFAULT_LENGTH) > automaton.left_S[0]
+      why = f'above the {automaton.left_S[0]} tokens of the shortest output that matches'
+      dataclasses.replace(self, max_decode_length=length)._check(fine, 'max_decode_length', why)
     return dataclasses.replace(
       self,
       max_decode_length=length,
       labels=(),
       forbidden_words=(),
+      regex='',
+      json_schema='',
+      automaton=automaton,
       allowed_outputs=self.allowed_outputs + labels,
       forbidden_tokens=self.forbidden_tokens + words,
     )
@@ -209,7 +229,8 @@ def decoding_config(max_new_tokens: int, /, **settings: Any) -> DecodingConfig:
   Raises:
     UsageError: if there is no such setting.
   """
-  known = {field.name for field in dataclasses.fields(DecodingConfig)} - {'max_decode_length'}
+  known = {field.name for field in dataclasses.fields(DecodingConfig)}
+  known -= {'max_decode_length', 'automaton'}
   for name in settings:
     if name not in known:
       raise UsageError(f'{name!r} is no setting of decoding; there are {", ".join(sorted(known))}')

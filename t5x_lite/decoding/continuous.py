@@ -231,16 +231,11 @@ def _empty(cfg: T5Config, S: int, M: int, L: int) -> _Slots:
   # An empty slot decodes along, and needs a key to look at.
   cross_mask = jnp.broadcast_to(jnp.arange(M) == 0, (S, 1, 1, M))
   seen, index = jnp.zeros((S,), jnp.int32), jnp.zeros((), jnp.int32)
+  numbers = {'last': 0, 'length': 0, 'going': False, 'limit': 1, 'temperature': 0.0, 'top_k': 1}
   return _Slots(
-    last_S=jnp.zeros((S,), jnp.int32),
-    length_S=jnp.zeros((S,), jnp.int32),
+    **{f'{name}_S': jnp.full((S,), value) for name, value in (numbers | {'top_p': 1.0}).items()},
     tokens_SL=jnp.full((S, L), cfg.pad_id, jnp.int32),
     log_probs_SL=jnp.zeros((S, L), jnp.float32),
-    going_S=jnp.zeros((S,), bool),
-    limit_S=jnp.ones((S,), jnp.int32),
-    temperature_S=jnp.zeros((S,), jnp.float32),
-    top_k_S=jnp.ones((S,), jnp.int32),
-    top_p_S=jnp.ones((S,), jnp.float32),
     seed_S=jnp.zeros((S,), jnp.uint32),
     cache=Cache(k, v, cross_k, cross_v, cross_mask, index, seen_B=seen),
   )

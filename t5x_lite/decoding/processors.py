@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_lite.decoding.automaton import Automaton
 from t5x_lite.decoding.config import DecodingConfig
 
 
@@ -65,6 +66,8 @@ def make_processors(config: DecodingConfig, eos_id: int) -> list[Processor]:
     add(hide_before, token=eos_id, position=config.min_new_tokens)
   if config.allowed_outputs:
     add(allow_only, outputs=tuple((*row, eos_id) for row in config.allowed_outputs))
+  if config.automaton is not None:
+    add(follow, automaton=config.automaton, length=config.length, eos_id=eos_id)
   for token, position in ((config.forced_bos_id, 0), (config.forced_eos_id, config.length - 1)):
     if token is not None:
       add(force_at, token=token, position=position)
@@ -173,6 +176,25 @@ def allow_only(logits_RV, history: History, *, outputs: tuple[tuple[int, ...], .
   allowed_RV = jnp.zeros(logits_RV.shape, bool).at[:, next_S].max(open_RS)
   # Rows whose output is whole already are over; leave them finite.
   return _hide(logits_RV, ~allowed_RV & jnp.any(open_RS, axis=1, keepdims=True))
+
+
+def follow(logits_RV, history: History, *, automaton: Automaton, length: int, eos_id: int):
+  """Leaves the tokens after which an automaton can still end within `length` new tokens, EOS too.
+
+  The state is read anew from what was written: a few numbers a token, which no beam has to carry.
+  """
+  next_SC, left_S = jnp.asarray(automaton.next_SC), jnp.asarray(automaton.left_S)
+  class_V = np.pad(automaton.class_V, (0, logits_RV.shape[1] - len(automaton.class_V)))
+
+  def read(i, state_R):
+    token_R1 = history.tokens_RT[_rows(logits_RV), (history.given_R + i)[:, None]]
+    return next_SC[state_R, jnp.asarray(class_V)[token_R1[:, 0]]]
+
+  state_R = jax.lax.fori_loop(0, history.new, read, jnp.zeros_like(history.given_R))
+  allowed_RC = left_S[next_SC[state_R]] + history.new + 2 <= length
+  allowed_RV = allowed_RC[:, class_V].at[:, eos_id].set(left_S[state_R] == 0)
+  # Rows that have ended are over; leave them finite.
+  return _hide(logits_RV, ~allowed_RV & jnp.any(allowed_RV, axis=1, keepdims=True))
 
 
 # ---- By how likely it is: for sampling ---------------------------------------

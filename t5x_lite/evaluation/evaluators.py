@@ -272,8 +272,8 @@ class Evaluators:
       if 'inputs' not in config.lengths:
         what = f'infer_eval has {config.mixture_or_task_name} without the length of inputs'
         raise UsageError(f'{what}: there is nothing to decode from')
-      encode = vocabularies.make_vocabulary(vocabulary).encode
-      chosen = (decoding or DecodingConfig()).resolved(encode, config.lengths['targets'])
+      own = vocabularies.make_vocabulary(vocabulary)
+      chosen = (decoding or DecodingConfig()).resolved(own, config.lengths['targets'])
       predictor = prediction.Predictor(
         model.replace(bidirectional_prefix=config.feature_converter == 'prefix_lm'),
         placement=placement,

@@ -32,6 +32,7 @@ def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = N
   """Raises UsageError if there is no such format, or it has no such model or vocabulary."""
   if to not in TARGETS:
     raise UsageError(f'the format {to!r} cannot be written; allowed are {", ".join(TARGETS)}')
+  cfg.check_writable()
   check_methods(cfg, to)
   if to == 'hf':
     hf_export.model_config(cfg, cfg.param_dtype)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from t5x_lite.interop import tensor_names
-from t5x_lite.models import t5
+from t5x_lite.models import int8, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
@@ -67,6 +67,7 @@ def of_array(array: Any, origin: str = 'memory') -> Tensor:
 
 def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
   """Returns a model's parameters as tensors; nothing is copied yet."""
+  cfg.check_writable()
   result = {}
   for path, leaf in pytrees.leaves(params):
     result |= of_leaf(of_array(leaf, '/'.join(path)), cfg, path)
@@ -98,15 +99,16 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = N
 
   One leaf at a time; of a leaf that is cut over devices, one part at a time. No device ever holds
   more than its own share. They are cast to the model's param_dtype, or to the dtypes of specs, a
-  tree of ShapeDtypeStructs. Shardings of None are the first device.
+  tree of ShapeDtypeStructs; int8 makes an `Int8`. Shardings of None are the first device.
   """
   shapes = t5.abstract_params(cfg)[1] if specs is None else specs
   if shardings is None:
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: one, shapes)
 
-  def make(keys: Any, leaf: Any, sharding: Any) -> jax.Array:
-    path = pytrees.names_of(keys)
+  def make(keys: Any, leaf: Any, sharding: Any) -> Any:
+    path, rounded = pytrees.names_of(keys), leaf.dtype == np.int8
+    leaf = leaf.update(dtype=np.float32) if rounded else leaf
     stacked = tensor_names.is_stacked(cfg, path)
     parts = [tensors[name] for name in tensor_names.leaf_names(cfg, path)]
     done: dict[Any, np.ndarray] = {}
@@ -119,7 +121,8 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = N
         done[key] = _assemble(parts, index, leaf, stacked)
       return done[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, fetch).block_until_ready()
+    placed = jax.make_array_from_callback(leaf.shape, sharding, fetch).block_until_ready()
+    return int8.quantize(path, placed) if rounded else placed
 
   return jax.tree_util.tree_map_with_path(make, shapes, shardings)
 

@@ -42,8 +42,8 @@ def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
   """Opens a run of ours, a folder of transformers or T5X, or a hub id: `open_source`'s path.
 
   With an adapter, a folder for `adapters.put_on`. Changes are fields of T5Config, such as
-  dtype='bfloat16'. Raises UsageError if nothing there can be read, something is missing in it, or
-  it does not say what its vocabulary is.
+  dtype='bfloat16'; '' changes none. Raises UsageError if nothing there can be read, something is
+  missing in it, or it does not say what its vocabulary is.
   """
   source = checkpoint_source.open_source(path)
   if adapter:
@@ -52,7 +52,7 @@ def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
     first = 'convert it first with `t5x-lite convert --vocabulary=...`'
     raise UsageError(f'{path} does not say what its vocabulary is: {first}')
   check_vocabulary(source.config, source.vocabulary)
-  config = source.config.replace(**changes)
+  config = source.config.replace(**{k: v for k, v in changes.items() if v != ''})
   found, _ = assignment.assign(source, config)
   return TrainedModel(
     path=path,

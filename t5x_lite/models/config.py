@@ -19,7 +19,7 @@ ADAPTER_PLACES = ('attention', 'mlp')
 _ALLOWED = {
   'architecture': ARCHITECTURES,
   'dtype': DTYPES,
-  'param_dtype': DTYPES,
+  'param_dtype': (*DTYPES, 'int8'),
   'remat_policy': REMAT_POLICIES,
   'attention': ATTENTIONS,
 }
@@ -44,7 +44,8 @@ class T5Config:
     scale_logits: multiply the head's input by emb_dim**-0.5; None, T5's, only with a tied head.
     dropout_rate: probability of dropping, wherever T5X drops.
     dtype: of activations; norms, softmax and logits are float32 regardless.
-    param_dtype: of parameters at rest.
+    param_dtype: of parameters at rest; 'int8' is for trained ones that are only read, and keeps
+      matrices in 8 bits with a float32 scale for each output channel, the rest in float32.
     relpos_num_buckets: relative position buckets per head.
     relpos_max_distance: distance, in tokens, from which all share a bucket.
     relpos_per_layer: every layer owns a bias table (umT5) instead of one table a stack (T5).
@@ -178,6 +179,15 @@ class T5Config:
   def _check(self, fine: bool, name: str, why: str) -> None:
     if not fine:
       raise UsageError(f'T5Config.{name} is {getattr(self, name)!r}; {why}.')
+
+  def check_writable(self) -> None:
+    """Raises UsageError if parameters are only to be read: not drawn, trained or saved."""
+    self._check(self.param_dtype != 'int8', 'param_dtype', 'it is for load, infer, eval and serve')
+
+  @property
+  def vector_dtype(self) -> str:
+    """Dtype at rest of what is no matrix."""
+    return 'float32' if self.param_dtype == 'int8' else self.param_dtype
 
   @property
   def has_encoder(self) -> bool:

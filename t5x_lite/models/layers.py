@@ -129,7 +129,7 @@ class RMSNorm(nnx.Module):
   def __init__(self, cfg: T5Config, *, rngs):
     self.epsilon = cfg.layer_norm_epsilon
     self.dtype = cfg.dtype
-    self.scale = param(rngs, nnx.initializers.ones, (cfg.emb_dim,), ('embed',), cfg.param_dtype)
+    self.scale = param(rngs, nnx.initializers.ones, (cfg.emb_dim,), ('embed',), cfg.vector_dtype)
 
   def __call__(self, x_BLD: Array) -> Array:
     """Normalises the last dim."""
@@ -155,8 +155,9 @@ class Embedding(nnx.Module):
 
   def __call__(self, tokens_BL: Array) -> Array:
     """Returns x_BLD in the compute dtype."""
-    # A gather. T5X multiplies by a one-hot, V times the work.
-    return jnp.take(self.embedding[...], tokens_BL, axis=0).astype(self.dtype)
+    # A gather, before Int8 becomes float. T5X multiplies by a one-hot, V times the work.
+    table = self.embedding.get_value()
+    return jax.tree.map(lambda x: jnp.take(x, tokens_BL, axis=0), table)[...].astype(self.dtype)
 
 
 class Attention(nnx.Module):

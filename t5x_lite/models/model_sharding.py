@@ -19,7 +19,7 @@ from t5x_lite.parallel.placement import Placement, make_placement, single_device
 
 def count_params(params: Any) -> int:
   """Returns the number of parameters."""
-  return sum(int(x.size) for x in jax.tree.leaves(params))
+  return sum(int(x.size) for x in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, 'size')))
 
 
 def place_model(

@@ -46,7 +46,7 @@ class RelativePositionBias(nnx.Module):
   def __init__(self, cfg: T5Config, *, bidirectional: bool, rngs):
     self.cfg, self.bidirectional = cfg, bidirectional
     shape, axes = (cfg.num_heads, cfg.relpos_num_buckets), ('heads', 'relpos_buckets')
-    self.rel_embedding = layers.param(rngs, RELPOS_INIT, shape, axes, cfg.param_dtype)
+    self.rel_embedding = layers.param(rngs, RELPOS_INIT, shape, axes, cfg.vector_dtype)
 
   def by_distance(self, first: int, last: int) -> jax.Array:
     """Returns the bias [H, last - first + 1] of distances first..last."""

@@ -80,7 +80,7 @@ class Stack(nnx.Module):
     if bidirectional and cfg.prompt_length is not None:
       # On a trained base it begins as rows of the embedding: interop/assignment.py.
       shape, axes = (cfg.prompt_length, cfg.emb_dim), ('prompt', 'embed')
-      self.prompt = layers.param(rngs, layers.EMBEDDING_INIT, shape, axes, cfg.param_dtype)
+      self.prompt = layers.param(rngs, layers.EMBEDDING_INIT, shape, axes, cfg.vector_dtype)
     self.norm_name = norm_name
     setattr(self, norm_name, layers.RMSNorm(cfg, rngs=rngs))
     if not (bidirectional or cfg.logits_via_embedding):
@@ -324,4 +324,5 @@ def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
 
 def init_params(cfg: T5Config, key: Array) -> dict:
   """Draws parameters: a nested dict of arrays. Jit it with out_shardings."""
+  cfg.check_writable()
   return nnx.to_pure_dict(nnx.split(T5(cfg, rngs=nnx.Rngs(params=key)), graph=False)[1])

@@ -27,6 +27,7 @@ def evaluate(
   datasets: Sequence[DatasetConfig],
   output: str = '',
   last: int = 1,
+  param_dtype: str = '',
   mesh: MeshConfig | None = None,
   decoding: DecodingConfig | None = None,
   num_examples: int | None = None,
@@ -41,6 +42,8 @@ def evaluate(
     output: directory for metrics.json and TASK.jsonl (input, prediction and target of each
       example); by default MODEL_DIR/eval/STEP of a run; what is no run, or several, needs it.
     last: evaluate the mean of this many of the newest checkpoints.
+    param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
+      the checkpoint's own by default.
     mesh: how devices are arranged; decided by their number by default.
     decoding: how to decode; greedy, as long as the targets, by default.
     num_examples: of each task, the first this many; None for all.
@@ -56,7 +59,7 @@ def evaluate(
     start_checks.check_positive(f'evaluate.{name}', count)
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
-  models = trained_model.open_together(model_dir, last)
+  models = trained_model.open_together(model_dir, last, param_dtype=param_dtype)
   run = models[0]
   if not output:
     if run.format != 't5x_lite' or len(models) > 1:

@@ -80,14 +80,14 @@ def export(
     raise UsageError('export needs a function, and lengths of at least 1')
   target = epath.Path(destination)
   formats.check_destination(target)
-  opened = trained_model.open_model(model, **({'dtype': dtype} if dtype else {}))
+  opened = trained_model.open_model(model, dtype=dtype)
   config = opened.config
   if config.architecture != 'encoder_decoder':
     raise UsageError(f'architecture={config.architecture!r} cannot be exported')
   graphdef, shapes, axes = t5.abstract_params(config)
   params = opened.load_params(single_device().specs(shapes, axes))
-  encode = vocabularies.make_vocabulary(opened.vocabulary).encode
-  decoding = (decoding or DecodingConfig()).resolved(encode, target_length)
+  vocabulary = vocabularies.make_vocabulary(opened.vocabulary)
+  decoding = (decoding or DecodingConfig()).resolved(vocabulary, target_length)
   if decoding.stop_strings or decoding.num_return_sequences > 1:
     raise UsageError('an exported generate has no stop_strings and gives one output an input')
   made = {name: _function(name, graphdef, decoding, config) for name in functions}

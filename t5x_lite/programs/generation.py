@@ -78,7 +78,7 @@ class Generation:
     temperatures = np.asarray(temperature).tolist() if np.ndim(temperature) else None
     settings['temperature'] = temperature if temperatures is None else max(temperatures, default=0)
     config = decoding_config(max_new_tokens, **settings)
-    config = config.resolved(None if self.vocabulary is None else self.vocabulary.encode)
+    config = config.resolved(self.vocabulary)
     is_text = model_inputs.is_text(inputs)
     if batch_size < 1:
       raise UsageError(f'batch_size is {batch_size}; it must be at least 1')

@@ -38,6 +38,7 @@ def infer(
   input: str,
   output: str,
   adapter: str = '',
+  param_dtype: str = '',
   input_format: str = 'auto',
   field: str = '',
   template: str = '',
@@ -61,6 +62,8 @@ def infer(
       num_return_sequences, best first; '-' is standard output. A file that is there already is
       refused, unless one of the last two arguments says what to do with it.
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
+    param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
+      the checkpoint's own by default.
     input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet' or
       'datasets'; 'auto' goes by the file's ending.
     field: the input's, or number from 0 without a header; a usual name or the only one by default.
@@ -90,12 +93,12 @@ def infer(
   num_lines = None
   if input != '-':
     num_lines = sum(1 for _ in read_inputs(input, input_format, columns))
-  models = trained_model.open_together(model, adapter=adapter)
+  models = trained_model.open_together(model, adapter=adapter, param_dtype=param_dtype)
   run = models[0]
 
   # ---- Model ----
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
-  decoding = (decoding or DecodingConfig()).resolved(vocabulary.encode, run.lengths.get('targets'))
+  decoding = (decoding or DecodingConfig()).resolved(vocabulary, run.lengths.get('targets'))
   predictor = prediction.Predictor(
     run.config,
     placement=model_sharding.place_model(run.config, mesh),

@@ -15,7 +15,7 @@ from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import Vocabulary
-from t5x_lite.decoding import prediction, steps
+from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import decoding_config
 from t5x_lite.decoding.continuous import ContinuousBatch, Request
 from t5x_lite.errors import UsageError
@@ -49,6 +49,7 @@ def serve(
   request_seconds: float = 120.0,
   token_file: str = '',
   dtype: str = '',
+  param_dtype: str = '',
   mesh: MeshConfig | None = None,
 ) -> None:
   """Serves a model over HTTP until SIGTERM or Ctrl-C; what was accepted is answered before it ends.
@@ -73,6 +74,8 @@ def serve(
     token_file: file with the token that clients must send as 'Authorization: Bearer TOKEN'; the
       environment's T5X_LITE_TOKEN by default; none, if that is empty.
     dtype: to compute in; the checkpoint's own by default.
+    param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
+      the checkpoint's own by default.
     mesh: how devices are arranged; decided by their number by default.
 
   Raises:
@@ -93,7 +96,7 @@ def serve(
     raise UsageError(f"{error.name} is missing: in a checkout, pip install '.[serve]'") from error
   token = _read_token(token_file)
   listener = _listen(host, port)
-  opened = trained_model.open_model(model, **({'dtype': dtype} if dtype else {}))
+  opened = trained_model.open_model(model, dtype=dtype, param_dtype=param_dtype)
   placement = model_sharding.place_model(opened.config, mesh)
   params = opened.load_params(model_sharding.inference_params(opened.config, placement))
   vocabulary = vocabularies.make_vocabulary(opened.vocabulary)
@@ -186,16 +189,11 @@ class _Calls(Generation):
   def decode_rows(
     self, rows: Rows, max_new_tokens: int, seed: int, settings: dict[str, Any]
   ) -> tuple[list[list[int]], list[float]]:
-    assert self.vocabulary is not None
-    config = decoding_config(max_new_tokens, **settings).resolved(self.vocabulary.encode)
+    config = decoding_config(max_new_tokens, **settings)
     if config.stop_strings or config.num_return_sequences > 1:
       raise UsageError('decoding takes no stop_strings and one output an input')
-    predictor = prediction.Predictor(
-      self.config,
-      placement=self.placement,
-      decoding=config,
-      batch_size=prediction.padded_length(len(rows), shortest=1),
-      max_input_length=prediction.padded_length(max(map(len, rows))),
-      seed=seed % 2**32,
-    )
-    return predictor.predict(self.params, rows)
+    if config.regex or config.json_schema:  # a short one can be an automaton of millions of states
+      raise UsageError('decoding takes no regex and no json_schema from clients')
+    sizes = {'max_new_tokens': max_new_tokens, 'max_input_tokens': max(map(len, rows))}
+    sizes |= {'batch_size': 2**16, 'seed': seed % 2**32}
+    return self.generate(rows, **sizes, return_scores=True, **settings)

@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import pytest
 
@@ -58,7 +59,8 @@ def test_settings_as_gin_and_flags_give_them():
   assert config.early_stopping is True and config.labels == ('yes',)
   assert config.forbidden_tokens == ((3, 4), (5,))
   assert hash(config) == hash(dataclasses.replace(config))
-  resolved = config.resolved(lambda text: [len(text)], 9)
+  vocabulary = types.SimpleNamespace(encode=lambda text: [len(text)])
+  resolved = config.resolved(vocabulary, 9)
   assert resolved.allowed_outputs == ((3,),) and resolved.labels == () and resolved.length == 9
   assert DecodingConfig().length == 128
 

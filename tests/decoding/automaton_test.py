@@ -1,0 +1,118 @@
+"""What is decoded under a regex or a JSON schema matches it, whatever the model would say."""
+
+import functools
+import json
+import re
+
+import numpy as np
+import pytest
+
+import t5x_lite
+from t5x_lite.data.vocabularies import VocabularyConfig, make_vocabulary
+from t5x_lite.decoding import automaton
+from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.errors import UsageError
+from tests.models import tiny
+
+pytest.importorskip('outlines_core')
+
+VOCABULARIES = {
+  'byte': VocabularyConfig(kind='byte'),
+  't5': VocabularyConfig(),
+  'quickstart': VocabularyConfig(path='package:quickstart', extra_ids=8),
+}
+# Spaces at all places, ends that are begun again, letters of two bytes, a number of repetitions.
+PATTERNS = [
+  r'(yes|no), (it|he) is( not){0,3} (nice|new)\.?',
+  r'-?[0-9]+(\.[0-9]{2})?',
+  r'( ?(ü|bé)[a-c]*){1,3}',
+]
+
+
+def accepts(found, vocabulary, tokens):
+  """Walks the automaton in Python; returns whether a text may end there."""
+  state = 0
+  for token in tokens:
+    state = found.next_SC[state, found.class_V[token]]
+  return found.left_S[state] == 0
+
+
+@pytest.mark.parametrize('name', VOCABULARIES)
+def test_the_automaton_takes_what_the_regex_does(name):
+  vocabulary = make_vocabulary(VOCABULARIES[name])
+  rng = np.random.default_rng(0)
+  for pattern in (*PATTERNS, '(ab|c*)', 'a(bc)?', '[a-d ]*'):
+    found = automaton.compiled(pattern, '', vocabulary)
+    for _ in range(200):
+      text = ''.join(rng.choice(list('abcdé .1'), rng.integers(0, 6)))
+      tokens = vocabulary.encode(text)
+      if vocabulary.decode(tokens) == text and vocabulary.unk_id not in tokens:
+        assert accepts(found, vocabulary, tokens) == bool(re.fullmatch(pattern, text)), text
+
+
+@functools.cache
+def model_of(name):
+  config = VOCABULARIES[name]
+  # An embedding has more rows than the vocabulary ids.
+  size = make_vocabulary(config).vocab_size + 28
+  cfg = tiny.config(vocab_size=size, emb_dim=8, num_encoder_layers=1, num_decoder_layers=1)
+  return t5x_lite.Model(cfg, tiny.params(cfg), config)
+
+
+HOW = {
+  'greedy': {},
+  'sampling': {'temperature': 3.0, 'seed': range(50)},
+  'beams': {'num_beams': 3, 'num_return_sequences': 2, 'max_new_tokens': 24},
+}
+
+
+@pytest.mark.parametrize('how', HOW)
+@pytest.mark.parametrize(
+  ('name', 'pattern'), zip(('t5', 'byte', 'quickstart'), PATTERNS, strict=True)
+)
+def test_texts_match(name, pattern, how):
+  rows = np.random.default_rng(0).integers(3, 200, (50, 4)).tolist()
+  model = model_of(name)
+  settings = {'max_new_tokens': 40, 'batch_size': 64, **HOW[how]}
+  found = model.generate(rows, regex=pattern, **settings)
+  found = [one for each in found for one in (each if how == 'beams' else [each])]
+  texts = [model.vocabulary.decode(tokens) for tokens in found]
+  assert [text for text in texts if not re.fullmatch(pattern, text)] == []
+  assert len(set(texts)) > 2 or how == 'greedy'
+
+
+def test_json_is_whole_however_short_the_output():
+  schema = {
+    'type': 'object',
+    'properties': {'name': {'type': 'string'}, 'age': {'type': 'integer'}},
+    'required': ['name', 'age'],
+  }
+  texts = model_of('byte').generate(
+    ['x'] * 50,
+    json_schema=json.dumps(schema),
+    temperature=1.0,
+    seed=range(50),
+    max_new_tokens=28,
+    batch_size=64,
+  )
+  for text in texts:
+    read = json.loads(text)
+    assert isinstance(read['name'], str) and isinstance(read['age'], int)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'regex': '(a'}, r"'\(a' is no regex"),
+    ({'regex': '(?=a)a'}, 'is no regex'),
+    ({'json_schema': '{"type": "thing"}'}, 'is no regex or JSON schema'),
+    ({'json_schema': 'no'}, 'is no regex or JSON schema'),
+    # T5's vocabulary has no braces.
+    ({'regex': r'\{\}'}, 'nothing that this vocabulary can write'),
+    ({'regex': '[0-9]{60}', 'max_decode_length': 10}, r'max_decode_length is 10; .* above the '),
+    ({'regex': 'a', 'json_schema': '{}'}, 'choose one'),
+  ],
+)
+def test_what_cannot_be_followed_is_an_error(settings, message):
+  with pytest.raises(UsageError, match=message):
+    DecodingConfig(**settings).resolved(make_vocabulary(VOCABULARIES['t5']))
