@@ -44,7 +44,8 @@ def compiled(pattern: str, schema: str, vocabulary: Any) -> Automaton:
     byte_tokens = outlines_core.Vocabulary(256, {bytes([i]): [i] for i in range(256)})
     index = outlines_core.Index(f'(?:{pattern})\\x00', byte_tokens)
   except ImportError as error:
-    raise UsageError("outlines-core is missing: pip install 't5x_lite[constrain]'") from error
+    why = "outlines-core is missing: in a checkout, pip install '.[constrain]'"
+    raise UsageError(why) from error
   except (TypeError, ValueError) as error:
     raise UsageError(f'{given} is no regex or JSON schema that can be followed: {error}') from error
   moves, first, ends = index.get_transitions(), index.get_initial_state(), index.get_final_states()

@@ -142,7 +142,7 @@ def test_reporters_are_a_list_or_a_text():
 
 def test_wandb_that_is_missing_is_one_line(monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(UsageError, match=r"pip install 't5x_lite\[wandb\]'"):
+  with pytest.raises(UsageError, match=r"pip install '.\[wandb\]'"):
     metric_writers.reporters('tensorboard,wandb')
 
 
