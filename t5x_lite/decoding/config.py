@@ -5,7 +5,6 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-from t5x_lite.decoding import automaton as automaton_lib
 from t5x_lite.errors import UsageError
 
 DEFAULT_LENGTH = 128
@@ -55,7 +54,7 @@ class DecodingConfig:
     labels: texts, the only outputs there can be.
     regex: what a whole output is to match, without ^, $, look-around and back-references.
     json_schema: the same by a schema, as text: an output is JSON of this form.
-    automaton: of these two, by `resolved`.
+    automaton: the `automaton.Automaton` of these two, by `resolved`.
     stop_strings: a text is cut before the first of these.
     num_beams: hypotheses of beam search; 1 is greedy or sampling.
     length_penalty: rank by log-probability / length**length_penalty; above 0 favours long outputs.
@@ -87,7 +86,7 @@ class DecodingConfig:
   labels: Sequence[str] = ()
   regex: str = ''
   json_schema: str = ''
-  automaton: automaton_lib.Automaton | None = None
+  automaton: Any = None
   stop_strings: Sequence[str] = ()
   num_beams: int = 1
   length_penalty: float = 1.0
@@ -202,7 +201,9 @@ class DecodingConfig:
     )
     automaton, length = self.automaton, self.max_decode_length or max_decode_length
     if self.regex or self.json_schema:
-      automaton = automaton_lib.compiled(self.regex, self.json_schema, vocabulary)
+      from t5x_lite.decoding.automaton import compiled  # `--help` shall not wait for numpy
+
+      automaton = compiled(self.regex, self.json_schema, vocabulary)
       fine = (length or DEFAULT_LENGTH) > automaton.left_S[0]
       why = f'above the {automaton.left_S[0]} tokens of the shortest output that matches'
       dataclasses.replace(self, max_decode_length=length)._check(fine, 'max_decode_length', why)

@@ -60,10 +60,13 @@ def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyCon
 def _warn_of_added(directory: epath.Path) -> None:
   """Tells of tokens that somebody added to the tokenizer, which SentencePiece does not know."""
   entry = _read_json(directory / TOKENIZER)
-  known = {pair[0] for pair in (entry.get('model') or {}).get('vocab', ())}
-  added = [token['content'] for token in entry.get('added_tokens', ())]
-  added += _read_json(directory / 'added_tokens.json')
-  lost = [x for x in dict.fromkeys(added) if x not in known and not x.startswith('<extra_id_')]
+  try:
+    known = {pair[0] for pair in (entry.get('model') or {}).get('vocab', ())}
+    added = [token['content'] for token in entry.get('added_tokens', ())]
+    added += _read_json(directory / 'added_tokens.json')
+    lost = [x for x in dict.fromkeys(added) if x not in known and not x.startswith('<extra_id_')]
+  except (AttributeError, IndexError, KeyError, TypeError) as error:
+    raise UsageError(f'{directory / TOKENIZER} has added_tokens that are none: {error}') from error
   if lost:
     some = ', '.join(map(repr, lost[:3]))
     log.warning('%s adds %d tokens (%s): they are read as plain text', directory, len(lost), some)
