@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import io
 import json
-import re
 import threading
 import uuid
 from typing import Any, Self
@@ -213,12 +212,14 @@ class DatasetIterator:
     """
     directory = epath.Path(directory)
     path = directory / f'{self._stem}.json'
-    same_count = path.exists()
-    if not same_count:
-      path = directory / f'process_0-of-{_saved_process_count(directory)}.json'
+    if not path.exists():
+      saved = list(directory.glob('process_0-of-*.json'))
+      if len(saved) != 1:
+        raise DamagedError(f'{directory} holds {len(saved)} saved data positions, expected one')
+      [path] = saved
     meta = _read_position(path)
     _check_same_stream(self._cfg, meta['config'])
-    if not (same_count or self._cfg.replicated):
+    if meta['process_count'] != self._count and not self._cfg.replicated:
       self._restart(meta)
       return
     files = meta['files']
@@ -267,15 +268,6 @@ def _read_position(path: epath.Path) -> dict[str, Any]:
     checksums.check_signed(meta, str(path))
     checksums.check_files(path.parent, meta['digests'])
   return meta
-
-
-def _saved_process_count(directory: epath.Path) -> int:
-  """Returns the process count of the position saved in a directory."""
-  matches = [re.fullmatch(r'process_0-of-(\d+)\.json', path.name) for path in directory.iterdir()]
-  counts = [int(match[1]) for match in matches if match]
-  if len(counts) != 1:
-    raise DamagedError(f'{directory} holds {len(counts)} saved data positions, expected one')
-  return counts[0]
 
 
 def _stream_config(cfg: DatasetConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import packing, row_buffer, row_stream
+from t5x_lite.data.tasks import catalog
 
 
 class EvalDataset:
@@ -33,11 +34,14 @@ class EvalDataset:
       cfg, pack=False, shuffle=False, num_epochs=1, per_task_loss=False
     )
     self._index, self._count = process_index, process_count
-    self._examples = row_stream.RawExamples(self._cfg)
+    self._vocab_sizes = row_stream.vocab_sizes(self._cfg)
+    provider = catalog.task_provider(self._cfg)
+    self._datasets = row_stream.read_examples(self._cfg, provider, seed=cfg.seed, trim=False)
 
   def __iter__(self) -> Iterator[tuple[packing.Rows, list[dict[str, Any]]]]:
     converter = row_stream.make_converter(self._cfg)
-    all_examples = iter(self._examples)
+    passes = (dataset.as_numpy_iterator() for dataset in self._datasets)
+    all_examples = itertools.chain.from_iterable(passes)
     while examples := list(itertools.islice(all_examples, self._cfg.batch_size)):
       ragged = {
         name: packing.Ragged.from_arrays([example[name][:length] for example in examples], np.int64)
@@ -46,7 +50,7 @@ class EvalDataset:
       for name in converter.extra_features:
         values = [example[name] for example in examples]
         ragged[name] = packing.Ragged.from_arrays(values, np.float32)
-      self._examples.check_ids(ragged)
+      row_stream.check_ids(self._cfg, self._vocab_sizes, ragged)
       rows = packing.pad(converter.prepare(ragged), converter.row_lengths, converter.aligned)
       rows = row_buffer.fill(converter.convert(rows), self._cfg.batch_size)
       yield row_buffer.host_rows(rows, self._index, self._count), examples

@@ -1,7 +1,5 @@
 """A queue of rows between packing and batches, and how batches are shared."""
 
-import collections
-
 import numpy as np
 
 from t5x_lite.data.config import DatasetConfig
@@ -13,37 +11,29 @@ class RowBuffer:
   """Rows in order, pushed in chunks and popped in batches."""
 
   def __init__(self):
-    self._chunks: collections.deque[packing.Rows] = collections.deque()
-    self.num_rows = 0
+    self._chunks: list[packing.Rows] = []
+
+  @property
+  def num_rows(self) -> int:
+    """Rows that are there."""
+    return sum(map(_count, self._chunks))
 
   def push(self, rows: packing.Rows) -> None:
     """Adds rows at the end; {} adds none."""
-    if num := _count(rows):
+    if _count(rows):
       self._chunks.append(rows)
-      self.num_rows += num
-
-  def pop(self, num: int) -> packing.Rows:
-    """Removes and returns the first `num` rows (or all, if fewer)."""
-    parts = []
-    while num and self._chunks:
-      rows = self._chunks.popleft()
-      size = _count(rows)
-      if size > num:
-        self._chunks.appendleft({k: v[num:] for k, v in rows.items()})
-        rows = {k: v[:num] for k, v in rows.items()}
-        size = num
-      parts.append(rows)
-      num -= size
-      self.num_rows -= size
-    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
   def peek(self) -> packing.Rows:
     """Returns all rows and keeps them."""
-    if not self._chunks:
-      return {}
-    rows = self.pop(self.num_rows)
-    self.push(rows)
-    return rows
+    names = self._chunks[0] if self._chunks else ()
+    return {name: np.concatenate([rows[name] for rows in self._chunks]) for name in names}
+
+  def pop(self, num: int) -> packing.Rows:
+    """Removes and returns the first `num` rows (or all, if fewer)."""
+    rows = self.peek()
+    self._chunks = []
+    self.push({name: values[num:] for name, values in rows.items()})
+    return {name: values[:num] for name, values in rows.items()}
 
 
 def _count(rows: packing.Rows) -> int:

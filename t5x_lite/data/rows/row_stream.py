@@ -1,8 +1,7 @@
 """A SeqIO task or mixture read as finished rows, with a savable position.
 
-SeqIO reads, preprocesses and trims the examples; they cross from TensorFlow to
-numpy as ragged windows, cheaply, and are packed (or padded) and converted
-there.
+SeqIO reads, preprocesses and trims the examples; they cross from TensorFlow to numpy as ragged
+windows, cheaply, and are packed (or padded) and converted there.
 """
 
 import contextlib
@@ -46,9 +45,8 @@ def read_examples(
 ) -> list[tf.data.Dataset]:
   """Returns SeqIO's examples in a repeatable order, read on few threads.
 
-  One dataset, or for a finite pass over a mixture one for each task: SeqIO
-  ends a finite mixture when the first of its tasks runs out, which would leave
-  most of the others out of an evaluation.
+  One dataset, or for a finite pass over a mixture one for each task: SeqIO ends a finite mixture
+  when the first of its tasks runs out, which would leave most of the others out of an evaluation.
   """
   tasks: list[Any] = [provider]
   if isinstance(provider, seqio.Mixture):
@@ -60,8 +58,8 @@ def read_examples(
   half_the_cores = max((os.cpu_count() or 1) // 2, 1)
   options = tf.data.Options()
   options.deterministic = True
-  # Its thread sleeps for up to a minute between two looks at the pipeline, and
-  # whoever drops the iterator waits for it. It makes nothing here any faster.
+  # Its thread sleeps for up to a minute between two looks at the pipeline, and whoever drops the
+  # iterator waits for it. It makes nothing here any faster.
   options.autotune.enabled = False
   options.threading.private_threadpool_size = cfg.num_threads or min(half_the_cores, 16)
   try:
@@ -75,8 +73,8 @@ def read_examples(
         shard_info=shard,
         num_epochs=cfg.num_epochs,
         trim_output_features=trim,
-        # SeqIO would hold the raw examples of small tasks in memory, and every
-        # checkpoint of the iterator with them; it saves no preprocessing.
+        # SeqIO would hold the raw examples of small tasks in memory, and every checkpoint of the
+        # iterator with them; it saves no preprocessing.
         try_in_mem_cache=False,
       ).with_options(options)
       for task in tasks
@@ -141,13 +139,13 @@ def check_ids(cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Ex
     low, high = values.min(initial=0), values.max(initial=0)
     if low < 0 or high >= size:
       raise UsageError(
-        f'id {low if low < 0 else high} in {name!r} of {task} is outside '
-        f'[0, {size}): the task and the model need the same vocabulary'
+        f'id {low if low < 0 else high} in {name!r} of {task} is outside [0, {size}): the task and '
+        'the model need the same vocabulary'
       )
     if not cfg.has_segment_ids and not values.all():
       raise UsageError(
-        f'id 0 occurs inside {name!r} of {task}, where it would be read as '
-        'padding: set segment_ids=True'
+        f'id 0 occurs inside {name!r} of {task}, where it would be read as padding: set '
+        'segment_ids=True'
       )
 
 
@@ -161,31 +159,12 @@ def _to_numpy(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:
   return packing.Ragged(values.reshape(-1), lengths)
 
 
-class RawExamples:
-  """Ordered passes over the examples of a split, untrimmed, as numpy."""
-
-  def __init__(self, cfg: DatasetConfig):
-    self._cfg = cfg
-    self._sizes = vocab_sizes(cfg)
-    provider = catalog.task_provider(cfg)
-    self._datasets = read_examples(cfg, provider, seed=cfg.seed, trim=False)
-
-  def __iter__(self) -> Iterator[dict[str, Any]]:
-    for dataset in self._datasets:
-      yield from dataset.as_numpy_iterator()
-
-  def check_ids(self, examples: packing.Examples) -> None:
-    """See check_ids."""
-    check_ids(self._cfg, self._sizes, examples)
-
-
 class RowStream:
   """Finished rows, a window of examples at a time, with a savable position.
 
-  The position is the tf.data iterator's own checkpoint, which holds shuffle
-  buffers, caches and seeds. Pipelines that run Python (tf.py_function,
-  Dataset.from_generator) have none: for those it is the number of examples
-  read, and `read` skips as many, which is exact if the Python code is
+  The position is the tf.data iterator's own checkpoint, which holds shuffle buffers, caches and
+  seeds. Pipelines that run Python (tf.py_function, Dataset.from_generator) have none: for those it
+  is the number of examples read, and `read` skips as many, which is exact if the Python code is
   deterministic.
   """
 
@@ -198,9 +177,7 @@ class RowStream:
     )
     self._num_examples = 0
     self.ended = False
-    shard = None
-    if not cfg.replicated:
-      shard = seqio.ShardInfo(index=index, num_shards=count)
+    shard = None if cfg.replicated else seqio.ShardInfo(index=index, num_shards=count)
     self._dataset = _token_dataset(cfg, seed, shard)
     # Made once: a second iterator over a shuffled dataset has another order.
     self._iterator: Iterator[dict[str, Any]] | None = None
@@ -215,8 +192,8 @@ class RowStream:
   def _can_checkpoint(self) -> bool:
     """Tries it: a run must not learn it at its first checkpoint.
 
-    Only once a window was read, because tf.data makes the inner iterators,
-    whose state is the question, when they are first asked for an element.
+    Only once a window was read, because tf.data makes the inner iterators, whose state is the
+    question, when they are first asked for an element.
     """
     task = self._cfg.mixture_or_task_name
     with tempfile.TemporaryDirectory() as directory:
@@ -228,17 +205,14 @@ class RowStream:
     op = match[1] if match else 'an op'
     if 'PyFunc' not in op and not self._cfg.allow_stateful_ops:
       raise UsageError(
-        f'{task} uses {op}, a TensorFlow op with hidden state that no '
-        'checkpoint can hold: use stateless random ops (SeqIO: '
-        'map_over_dataset(num_seeds=1)), or set allow_stateful_ops=True and '
-        'do without exact resumption'
+        f'{task} uses {op}, a TensorFlow op with hidden state that no checkpoint can hold: use '
+        'stateless random ops (SeqIO: map_over_dataset(num_seeds=1)), or set '
+        'allow_stateful_ops=True and do without exact resumption'
       )
     logging.warning(
-      '%s runs Python or keeps hidden state in its input pipeline (%s): a '
-      'resumed run reads it again from the start up to where it was, which '
-      'takes time and is exact only if that code is deterministic.',
-      task,
-      op,
+      f'{task} runs Python or keeps hidden state in its input pipeline ({op}): a resumed run reads '
+      'it again from the start up to where it was, which takes time and is exact only if that code '
+      'is deterministic.'
     )
     return False
 
@@ -270,9 +244,9 @@ class RowStream:
   def _end(self) -> packing.Rows:
     if not self._num_examples:
       raise UsageError(
-        f'{self._cfg.mixture_or_task_name} has no examples in split '
-        f'{self._cfg.split!r} for this host: check its preprocessors, or set '
-        "host_sharding='replicated' if there are more hosts than examples"
+        f'{self._cfg.mixture_or_task_name} has no examples in split {self._cfg.split!r} for this '
+        "host: check its preprocessors, or set host_sharding='replicated' if there are more hosts "
+        'than examples'
       )
     self.ended = True
     rows = self._packer.flush()
@@ -296,11 +270,7 @@ class RowStream:
     self._num_examples = int(state['num_examples'])
     self.ended = bool(state['ended'])
     self._packer.set_state(
-      {
-        name.removeprefix('packer/'): value
-        for name, value in state.items()
-        if name.startswith('packer/')
-      }
+      {k.removeprefix('packer/'): v for k, v in state.items() if k.startswith('packer/')}
     )
     self._counted = bool(state['counted'])
     self._iterator = self._iterate(skip=self._num_examples * self._counted)
