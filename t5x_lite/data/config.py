@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.data.rows import feature_converters
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,24 +16,22 @@ class DatasetConfig:
 
   Attributes:
     mixture_or_task_name: a name in SeqIO's registries.
-    task_feature_lengths: tokens per row for each task feature, a dict or pairs;
-      longer examples are trimmed.
+    task_feature_lengths: tokens per row by task feature; longer examples are trimmed.
     batch_size: rows per step over all hosts.
     split: the split to read.
     shuffle: whether files and examples are shuffled (by `seed`).
     seed: same seed, same stream.
     pack: several examples share a row.
-    num_epochs: passes over the data; None repeats for ever. A finite stream
-      ends with a batch filled up with rows of zero weight.
+    num_epochs: passes over the data; None repeats for ever. A finite stream ends with a batch
+      filled up with rows of zero weight.
     drop_remainder: leave out that last batch if it is not full.
     module: Python module(s), comma-separated, whose import registers tasks.
     use_cached: read what seqio_cache_tasks wrote.
     feature_converter: 'enc_dec', 'lm' or 'prefix_lm'.
     loss_on_targets_only: see FeatureConverter.
     decoder_start_id: first decoder input of every example.
-    segment_ids: give segment ids and positions; None means when packing.
-      Without them padding is where the token is 0, which is cheaper in the
-      model and right as long as no example contains id 0 (this is checked).
+    segment_ids: give segment ids and positions; None means when packing. Without them padding is
+      where the token is 0: cheaper, and right if no example contains id 0 (this is checked).
     per_task_loss: of a mixture, log the loss of each task while training.
     vocab_size: ids must be below; 0 takes the size of the task's vocabulary.
     host_sharding: 'source', each host reads its own part of the examples; or 'replicated', each
@@ -86,26 +84,19 @@ class DatasetConfig:
         "for example {'inputs': 512, 'targets': 114}"
       ) from None
     object.__setattr__(self, 'task_feature_lengths', pairs)
-    for name, allowed in (
-      ('feature_converter', feature_converters.CONVERTERS),
-      ('host_sharding', ('source', 'replicated')),
-    ):
-      if getattr(self, name) not in allowed:
-        raise UsageError(f'{name} is {getattr(self, name)!r}, must be one of {allowed}')
-    for name in ('targets',) if self.feature_converter == 'lm' else ('inputs', 'targets'):
-      if name not in self.lengths:
-        raise UsageError(
-          f'task_feature_lengths {self.lengths} lacks {name!r}, which '
-          f'feature_converter={self.feature_converter!r} needs'
-        )
+    kinds, needed = feature_converters.CONVERTERS, {'targets'}
+    needed |= {'inputs'} if self.feature_converter != 'lm' else set()
     names = ('batch_size', 'window', 'num_open_rows', 'prefetch_batches', 'num_epochs')
     numbers = {name: getattr(self, name) for name in names}
-    numbers |= {f'task_feature_lengths[{name!r}]': length for name, length in pairs}
-    for name, value in numbers.items():
-      if value is not None and value < 1:
-        raise UsageError(f'{name} is {value}, must be at least 1')
-    if self.pack and not self.has_segment_ids:
-      raise UsageError('pack=True needs segment_ids; leave segment_ids unset')
+    whole = needed <= self.lengths.keys() and min(self.lengths.values()) >= 1
+    check_fields(
+      self,
+      feature_converter=(self.feature_converter in kinds, f'one of {", ".join(kinds)}'),
+      host_sharding=(self.host_sharding in ('source', 'replicated'), 'source or replicated'),
+      task_feature_lengths=(whole, f'at least 1 each, with {" and ".join(sorted(needed))}'),
+      pack=(not self.pack or self.has_segment_ids, 'False without segment_ids; leave those unset'),
+      **{name: (x is None or x >= 1, 'at least 1') for name, x in numbers.items()},
+    )
 
   @property
   def lengths(self) -> dict[str, int]:

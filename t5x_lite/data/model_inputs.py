@@ -17,11 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def is_text(inputs: Any) -> bool:
-  """True for a text or a list of texts.
-
-  Raises:
-    UsageError: if a list mixes texts with something else.
-  """
+  """True for a text or a list of texts; UsageError if it mixes them with something else."""
   if isinstance(inputs, str):
     return True
   if not isinstance(inputs, Sequence) or not inputs:
@@ -50,10 +46,8 @@ def token_rows(
 
   Inputs are a text, a list of texts, or ids below `num_ids`: a list of integers, a list of such
   lists or an array [B, L], whose padding at the end is dropped. Without a vocabulary only ids will
-  do. What is longer than `limit` is cut, EOS kept, and a warning counts it.
-
-  Raises:
-    UsageError: if the inputs are neither, or there are none.
+  do. What is longer than `limit` is cut, EOS kept, and a warning counts it. UsageError if the
+  inputs are neither, or there are none.
   """
   end: list[int] = []
   if is_text(inputs):

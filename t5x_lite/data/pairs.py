@@ -1,7 +1,7 @@
 """Pairs of input and target text from what a user has: files, rows, frames.
 
-Columns are found by their names, or named, or put into a template. Every row
-is checked when it is read, and a bad one is told with its file and line.
+Columns are found by their names, or named, or put into a template. Every row is checked when it is
+read, and a bad one is told with its file and line.
 """
 
 import dataclasses
@@ -134,8 +134,7 @@ def read(
     targets: text files beside `source`, line by line; that has inputs alone.
     what: name of the data in messages.
 
-  Raises:
-    UsageError: naming file and line, for the first thing that is wrong.
+  UsageError names file and line of the first thing that is wrong.
   """
   columns = columns or Columns()
   if targets and not is_paths(source):
@@ -174,8 +173,7 @@ def read_inputs(
     columns: which field is meant; found by its name, or the only one.
     file_format: one of records.FORMATS; empty to tell from the name.
 
-  Raises:
-    UsageError: naming file and line, for what cannot be read.
+  UsageError names file and line of what cannot be read.
   """
   columns = columns or Columns()
   if records.format_of(path, file_format) == 'text':

@@ -1,7 +1,4 @@
-"""Finds text files and reads their lines, plain or gzip.
-
-No TensorFlow here. records.py makes rows with fields of the lines.
-"""
+"""Finds text files and reads their lines, plain or gzip, of which records.py makes rows."""
 
 import glob
 import gzip
@@ -27,9 +24,7 @@ def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
   """Returns the files of a path, of a glob pattern or of several, sorted.
 
   What exists is never a pattern, whatever its name. A folder counts if `datasets` wrote it.
-
-  Raises:
-    UsageError: if a path or pattern names no file.
+  UsageError if a path or pattern names no file.
   """
   if isinstance(patterns, str | os.PathLike):
     patterns = [os.fspath(patterns)]
@@ -68,9 +63,7 @@ def lines(path: str, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
 
   Only `\n` and `\r\n` end a line: str.splitlines would also cut at U+2028 and other characters that
   occur inside text. With `keep_ends` the end is left on, for formats in which it may be text.
-
-  Raises:
-    UsageError: if the file is missing, or not UTF-8, or not whole gzip.
+  UsageError if the file is missing, or not UTF-8, or not whole gzip.
   """
   number = 0
   try:

@@ -120,11 +120,7 @@ class SentencePieceVocabulary(Vocabulary):
   """A SentencePiece model, with sentinels as user-defined pieces at its end."""
 
   def __init__(self, path: str, *, extra_ids: int):
-    """Reads the model, from any file system epath knows.
-
-    Raises:
-      UsageError: if it is not there, or no SentencePiece model with pad, eos, unk = 0, 1, 2.
-    """
+    """Reads the model, from any file system epath knows; UsageError if it is none of T5's."""
     # The last one first, as seqio/vocabularies.py _load_model_internal has them.
     sentinels = (f'▁<extra_id_{index}>' for index in reversed(range(extra_ids)))
     model = _read_model(path) + user_defined(sentinels)
@@ -222,11 +218,7 @@ class PassThroughVocabulary(Vocabulary):
 
 @functools.lru_cache(maxsize=16)
 def make_vocabulary(config: VocabularyConfig) -> Vocabulary:
-  """Returns the vocabulary a config names; one object per equal config.
-
-  Raises:
-    UsageError: if the model file is missing or not usable.
-  """
+  """Returns the vocabulary of a config, one object for equal ones; UsageError for a bad file."""
   if config.kind == 'byte':
     return ByteVocabulary(extra_ids=config.extra_ids)
   if config.kind == 'passthrough':
@@ -255,13 +247,7 @@ def fingerprint(config: VocabularyConfig) -> str:
 
 
 def save_vocabulary(config: VocabularyConfig, directory: str | os.PathLike) -> None:
-  """Writes vocabulary.json and the model file, so the directory stands alone.
-
-  Only one process of a run may call this.
-
-  Raises:
-    UsageError: if the config's model file cannot be read.
-  """
+  """Writes vocabulary.json and the model file, so the directory stands alone; on one process."""
   entry = dataclasses.asdict(config)
   model = None
   if config.kind == 'sentencepiece':
@@ -278,9 +264,7 @@ def save_vocabulary(config: VocabularyConfig, directory: str | os.PathLike) -> N
 def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
   """Reads the config that `save_vocabulary` wrote; its path is in `directory`.
 
-  Raises:
-    UsageError: if it holds no vocabulary, or the model file is not the one that was saved (a
-      changed file would shift every id).
+  UsageError if there is none, or the model file is another: a changed one would shift every id.
   """
   directory = epath.Path(directory)
   file = directory / VOCABULARY_FILE

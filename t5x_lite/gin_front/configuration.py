@@ -20,7 +20,7 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, suggest
 from t5x_lite.gin_front import validation
 
 SUMMARIZE = 'summarize_config_fn'
@@ -86,10 +86,8 @@ def configure(
   `programs` dotted names of functions that gin files may configure, called in this run or not.
   Bindings of the function named by `inherits` also count for the program's parameters of the same
   name, where it has none of its own. write_config writes `text` into a `model_dir`; it is given to
-  everything here that has a parameter `summarize_config_fn` (T5X's name).
-
-  Raises:
-    UsageError: for anything that cannot work or would do nothing.
+  everything here that has a parameter `summarize_config_fn` (T5X's name). UsageError for anything
+  that cannot work or would do nothing.
   """
   given = dict(given or {})
   prefixes = ['', *search_paths, str(shipped_root())]
@@ -166,7 +164,7 @@ def _read(
   if path is None:
     root = shipped_root()
     known = [str(f.relative_to(root)) for f in root.glob('configs/**/*.gin')]
-    hint = validation.suggest(name, known, cutoff=0.5)
+    hint = suggest(name, known, cutoff=0.5)
     what = f'{name!r} (included by {included_by[-1]})' if included_by else repr(name)
     where = 'in the working directory, --gin_search_paths or the package'
     raise UsageError(f'no gin file {what} {where}{hint}')

@@ -6,7 +6,6 @@ binding that nobody reads, and a value of the wrong type.
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import re
 import tokenize
@@ -18,7 +17,7 @@ from typing import Any
 import gin
 from gin import config as gin_config
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, suggest
 
 MACRO = 'gin.macro'
 _STRING_OR_COMMENT = re.compile(
@@ -221,12 +220,6 @@ def dotted_name(configurable: Any) -> str:
   """Where a configurable is defined: 't5x_lite.programs.train.train'."""
   wrapped = configurable.wrapped
   return f'{wrapped.__module__}.{wrapped.__qualname__}'
-
-
-def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-  """Returns '; did you mean ...?', or nothing."""
-  close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
-  return f'; did you mean {" or ".join(close)}?' if close else ''
 
 
 @contextlib.contextmanager

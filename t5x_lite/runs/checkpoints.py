@@ -102,26 +102,21 @@ class SavableIterator(Protocol):
 class DataHandler(ocp.CheckpointHandler):
   """Lets the iterator write before the step commits, and before it moves on: not async."""
 
-  def save(self, directory: epath.Path, args: DataSave) -> None:
+  def save(self, directory: epath.Path, args: DataArgs) -> None:
     """Writes the position into the item's directory."""
     files.retried(directory, args.iterator.save, os.fspath(directory))
 
-  def restore(self, directory: epath.Path, args: DataRestore) -> None:
+  def restore(self, directory: epath.Path, args: DataArgs) -> None:
     """Goes to the position."""
     files.retried(directory, args.iterator.restore, os.fspath(directory))
 
 
-@ocp.args.register_with_handler(DataHandler, for_save=True)
+@ocp.args.register_with_handler(DataHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class DataSave(ocp.args.CheckpointArgs):
-  """What is saved."""
+class DataArgs(ocp.args.CheckpointArgs):
+  """What is saved, or moved."""
 
   iterator: SavableIterator
-
-
-@ocp.args.register_with_handler(DataHandler, for_restore=True)
-class DataRestore(DataSave):
-  """What is moved."""
 
 
 def explain_mismatch(
@@ -244,7 +239,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     items: dict[str, Any] = {'state': ocp.args.StandardSave(plain)}
     items['meta'] = ocp.args.JsonSave(facts)
     if iterator is not None:
-      items['data'] = DataSave(iterator)
+      items['data'] = DataArgs(iterator)
     with self._told_in_one_line(step):
       files.check_space(self.directory, plain)
       arguments = ocp.args.Composite(**items)
@@ -288,10 +283,8 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     A damaged one is set aside as STEP.damaged, and the one before is used. The abstract state is of
     ShapeDtypeStructs with shardings, on any mesh; the first process calls `verify` with a step's
-    directory, which raises DamagedError.
-
-    Raises:
-      UsageError: if the checkpoint is another model's or optimizer's, or none is whole.
+    directory, which raises DamagedError. UsageError if the checkpoint is another model's or
+    optimizer's, or none is whole.
     """
     while (step := self.latest_step) is not None:
       try:

@@ -93,11 +93,8 @@ def factoring(
 
   T5X itself takes the second road for every stacked parameter, and so factors small ones, which it
   does not for the same layers unstacked. Here both forms give the same update. Axes of None mean no
-  BATCH dims and no roles; the rest is as in `adafactor`.
-
-  Raises:
-    UsageError: if an axis has no role, or a parameter of three or more dims mixes ROW and COLUMN
-      with NONE, or has no axes.
+  BATCH dims and no roles; the rest is as in `adafactor`. UsageError if an axis has no role, or a
+  parameter of three or more dims mixes ROW and COLUMN with NONE, or has no axes.
   """
   rules = standard_logical_factor_rules() if rules is None else rules
   names = (None,) * len(shape) if axes is None else axes

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t5x_lite.training.schedules import check_fields
+from t5x_lite.errors import check_fields
 
 NORMALIZING_RULES = ('NUM_REAL_TARGET_TOKENS', 'NUM_TOTAL_TARGET_TOKENS', 'AVERAGE_PER_SEQUENCE')
 

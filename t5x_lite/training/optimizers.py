@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_fields, unknown
 from t5x_lite.models import transfer
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
 from t5x_lite.training.adafactor import Axes
-from t5x_lite.training.schedules import ScheduleConfig, check_fields, unknown
+from t5x_lite.training.schedules import ScheduleConfig
 
 # Optax's optimizers whose step is proportional to the learning rate of the same step alone, as
 # "updates at learning rate 1" needs; a test checks each.

@@ -1,36 +1,18 @@
 """Learning-rate schedules: T5X's product of factors, and the modern shapes."""
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_fields, unknown
 
 _WARMED_UP = ('linear_warmup', 'linear_decay', 'rsqrt_decay', 'rsqrt_normalized_decay')
 FACTORS = ('constant', *_WARMED_UP, 'decay_every', 'cosine_decay')
 SHAPES = ('factors', 'constant', 'linear', 'cosine', 'wsd')
-
-
-def unknown(name: str, value: str, allowed: Iterable[str]) -> UsageError:
-  """Returns the error for a misspelt choice, with the closest one there is."""
-  allowed = sorted(allowed)
-  close = difflib.get_close_matches(value.lower(), allowed, n=1)
-  hint = f' Did you mean {close[0]!r}?' if close else ''
-  return UsageError(f'{name} is {value!r}; allowed: {", ".join(allowed)}.{hint}')
-
-
-def check_fields(config: Any, **rules: tuple[bool, str]) -> None:
-  """Raises UsageError for the first field that is wrong: (is it right, what it must be) by name."""
-  for name, (right, allowed) in rules.items():
-    if not right:
-      field = f'{type(config).__name__}.{name}'
-      raise UsageError(f'{field} is {getattr(config, name)!r}; it must be {allowed}.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,14 +20,14 @@ def config(**kwargs):
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [
-    ({'batch_size': 0}, 'batch_size is 0, must be at least 1'),
-    ({'feature_converter': 'encdec'}, "is 'encdec', must be one of"),
-    ({'host_sharding': 'no'}, "host_sharding is 'no', must be one of"),
-    ({'task_feature_lengths': {'inputs': 3}}, "lacks 'targets'"),
+    ({'batch_size': 0}, 'batch_size is 0; it must be at least 1'),
+    ({'feature_converter': 'encdec'}, "is 'encdec'; it must be one of"),
+    ({'host_sharding': 'no'}, "host_sharding is 'no'; it must be source or"),
+    ({'task_feature_lengths': {'inputs': 3}}, 'must be .*with inputs and targets'),
     ({'task_feature_lengths': 5}, 'must map names to lengths'),
-    ({'task_feature_lengths': LENGTHS | {'inputs': 0}}, "'inputs'.* is 0"),
+    ({'task_feature_lengths': LENGTHS | {'inputs': 0}}, "'inputs', 0.*at least 1 each"),
     ({'num_epochs': 0}, 'num_epochs is 0'),
-    ({'segment_ids': False}, 'pack=True needs segment_ids'),
+    ({'segment_ids': False}, 'pack is True; it must be False without segment_ids'),
   ],
 )
 def test_config_checks_itself(kwargs, message):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from t5x_lite import errors
 from t5x_lite.errors import UsageError
-from t5x_lite.gin_front import validation
 from tests.gin_front.configuration_test import configure, toy  # noqa: F401
 
 
@@ -86,5 +86,5 @@ def test_mistakes_in_files_name_the_place(toy, tmp_path, line, message):  # noqa
 
 
 def test_suggest():
-  assert validation.suggest('trian', ['train', 'eval']) == ('; did you mean train?')
-  assert validation.suggest('zzz', ['train']) == ''
+  assert errors.suggest('trian', ['train', 'eval']) == ('; did you mean train?')
+  assert errors.suggest('zzz', ['train']) == ''

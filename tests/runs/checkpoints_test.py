@@ -279,8 +279,8 @@ class Position:
 def test_the_iterator_writes_and_reads_its_own_directory(tmp_path):
   position, handler = Position(), checkpoints.DataHandler()
   directory = epath.Path(tmp_path)
-  handler.save(directory, checkpoints.DataSave(position))
-  handler.restore(directory, checkpoints.DataRestore(position))
+  handler.save(directory, checkpoints.DataArgs(position))
+  handler.restore(directory, checkpoints.DataArgs(position))
   assert position.calls == [
     ('save', str(tmp_path)), ('restore', str(tmp_path)),
   ]  # fmt: skip

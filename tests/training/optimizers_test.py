@@ -294,7 +294,7 @@ def test_8_devices_are_1(config):
 @pytest.mark.parametrize(
   ('kwargs', 'match'),
   [
-    ({'name': 'adamW'}, "Did you mean 'adamw'"),
+    ({'name': 'adamW'}, 'did you mean adamw'),
     ({'name': 'lbfgs'}, 'allowed: adabelief'),
     ({'weight_decay': -0.1}, 'weight_decay is -0.1'),
     ({'global_norm_clip': 0}, 'global_norm_clip is 0'),
@@ -302,7 +302,7 @@ def test_8_devices_are_1(config):
     ({'name': 'sgd', 'b2': 0.9}, 'sgd has no such argument'),
     ({'name': 'adamw', 'b1': 1.5}, 'less than 1'),
     ({'name': 'adamw', 'eps': -1}, 'eps is -1'),
-    ({'kwargs': {'decay_rat': 0.8}}, "Did you mean 'decay_rate'"),
+    ({'kwargs': {'decay_rat': 0.8}}, 'did you mean decay_rate'),
     ({'name': 'adamw', 'kwargs': {'learning_rate': 1}}, 'learning_rate'),
   ],
 )

@@ -97,8 +97,8 @@ def test_runs_under_jit_in_float32():
 @pytest.mark.parametrize(
   ('kwargs', 'match'),
   [
-    ({'shape': 'cosin'}, "Did you mean 'cosine'"),
-    ({'factors': 'constant * rsqt_decay'}, "Did you mean 'rsqrt_decay'"),
+    ({'shape': 'cosin'}, 'did you mean cosine'),
+    ({'factors': 'constant * rsqt_decay'}, 'did you mean rsqrt_decay'),
     ({'base_learning_rate': -1.0}, 'base_learning_rate is -1.0'),
     ({'base_learning_rate': math.nan}, 'base_learning_rate is nan'),
     ({'warmup_steps': 0}, 'need at least 1'),

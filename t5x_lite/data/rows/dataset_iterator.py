@@ -43,12 +43,7 @@ class DatasetIterator:
   """
 
   def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
-    """Reads nothing before `start`.
-
-    Raises:
-      UsageError: the config does not fit the task or the hosts that share each batch, or the task
-        cannot be read.
-    """
+    """Reads nothing before `start`; UsageError if the config fits not the task or the hosts."""
     row_buffer.check_processes(cfg, process_index, process_count)
     self._cfg, self._index, self._count = cfg, process_index, process_count
     self._rows_per_batch = cfg.batch_size // (1 if cfg.replicated else process_count)
@@ -204,11 +199,8 @@ class DatasetIterator:
     With the process count of the save the continuation is exact, bit for bit; so it is with any
     count if the hosts are replicated. Otherwise, if cfg.allow_process_count_change, all hosts begin
     a new stream whose seed is folded from the old seed and the number of batches seen:
-    deterministic, but examples of the current epoch may come again or later.
-
-    Raises:
-      UsageError: nothing saved there, or by a different config, or by another number of processes
-        without leave to change it.
+    deterministic, but examples of the current epoch may come again or later. UsageError without
+    that leave, if another config saved it, or nothing.
     """
     directory = epath.Path(directory)
     path = directory / f'{self._stem}.json'

@@ -23,11 +23,9 @@ class EvalDataset:
   """
 
   def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
-    """Takes what to read; its `pack`, `shuffle` and `num_epochs` are ignored.
+    """Takes what to read, whose `pack`, `shuffle` and `num_epochs` are ignored.
 
-    Raises:
-      UsageError: the config does not fit the task or the hosts that share each batch, or the task
-        cannot be read.
+    UsageError if it does not fit the task or the hosts that share each batch.
     """
     row_buffer.check_processes(cfg, process_index, process_count)
     self._cfg = dataclasses.replace(

@@ -108,19 +108,15 @@ def _check(examples: Examples, lengths: Mapping[str, int]) -> None:
     longest = examples[name].lengths.max(initial=0)
     if longest > length:
       raise UsageError(
-        f'an example has {longest} values in {name!r}, a row holds {length}: '
-        f'trim it first or raise task_feature_lengths[{name!r}]'
+        f'an example has {longest} values in {name!r}, a row holds {length}: trim it first or '
+        f'raise task_feature_lengths[{name!r}]'
       )
 
 
 def pad(
   examples: Examples, lengths: Mapping[str, int], aligned: Mapping[str, str] | None = None
 ) -> Rows:
-  """Returns one example a row, with the arrays that packed rows have; see `Packer`.
-
-  Raises:
-    UsageError: an example is longer than its row.
-  """
+  """Returns one example a row, with the arrays of packed rows; UsageError if one is longer."""
   _check(examples, lengths)
   num_rows = len(examples[next(iter(lengths))].lengths)
   return _scatter(examples, np.arange(num_rows), num_rows, lengths, aligned or {})
@@ -157,11 +153,7 @@ class Packer:
     self._next_row = 0
 
   def add(self, examples: Examples) -> Rows:
-    """Takes more examples and returns the rows that they closed (maybe none).
-
-    Raises:
-      UsageError: an example is longer than a row.
-    """
+    """Returns the rows that more examples closed (maybe none); UsageError if one is longer."""
     _check(examples, self.lengths)
     row = np.concatenate([self._pending_row, self._assign(examples)])
     for name, pending in self._pending.items():

@@ -179,11 +179,7 @@ def names() -> tuple[str, ...]:
 
 @functools.cache
 def find(name: str) -> Recipe | None:
-  """Returns the recipe of a task or mixture, or None if there is none.
-
-  Raises:
-    UsageError: if an objective's rate or span has no meaning.
-  """
+  """Returns the recipe of a task or mixture, or None; UsageError for an objective's bad rate."""
   if name in _tables()['tasks']:
     return _task(**_tables()['tasks'][name])
   if name in _tables()['mixtures']:

@@ -54,9 +54,8 @@ def register_file_task(
     vocabulary: if given, registers `name` with it; else `name` joins the catalog, for whatever
       vocabulary the model has.
 
-  Raises:
-    UsageError: if the name is taken, a file is missing, or a metric unknown. Rows are read, and
-      checked, when first used.
+  UsageError if the name is taken, a file is missing or a metric unknown. Rows are read, and
+  checked, when first used.
   """
   splits, files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
   for path in files:
@@ -107,8 +106,7 @@ def register_text_task(
       SeqIO preprocessor of tokens, or 'all' for a task NAME_OBJECTIVE of each.
     vocabulary: as in `register_file_task`; not with 'all'.
 
-  Raises:
-    UsageError: if the name is taken, a file is missing or the objective unknown.
+  UsageError if the name is taken, a file is missing or the objective unknown.
   """
   splits, files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
   if lines_per_document < 1:
@@ -148,8 +146,9 @@ def _split_files(name: str, **split_to_file: str) -> tuple[dict[str, str], list[
   """Returns the pattern of each split that has one, and the files of all."""
   found = {split: file for split, file in split_to_file.items() if file}
   if not found:
-    problem = 'has no files; give train_file, validation_file or test_file'
-    raise UsageError(f'The task {name!r} {problem}')
+    raise UsageError(
+      f'The task {name!r} has no files; give train_file, validation_file or test_file'
+    )
   return found, [path for pattern in found.values() for path in text_files.expand(pattern)]
 
 

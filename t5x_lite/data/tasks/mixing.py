@@ -18,11 +18,7 @@ _ENDING = re.compile(rf'(?P<equal>_equal)?(_limit(?P<limit>\d+))?(_temperature(?
 
 
 def find(name: str) -> MixtureRecipe | None:
-  """Returns the mixture of a name such as the module's, or None.
-
-  Raises:
-    UsageError: if a task of it is not there or a rate has no meaning.
-  """
+  """Returns the mixture of a name such as the module's, or None; UsageError for a bad part."""
   ending = _ENDING.search(name)
   assert ending is not None  # it may be empty
   base = name[: ending.start()]
@@ -55,8 +51,7 @@ def _weight(mixture: str, text: str) -> float:
 def shares(provider: seqio.Task | seqio.Mixture, split: str) -> dict[str, float]:
   """Returns how often each task of a split is drawn, of 1; {} for a task.
 
-  Raises:
-    UsageError: if the number of examples is needed and cannot be told.
+  UsageError if the number of examples is needed and cannot be told.
   """
   if not isinstance(provider, seqio.Mixture):
     return {}

@@ -9,11 +9,7 @@ from t5x_lite.data import vocabularies
 
 @functools.lru_cache(maxsize=16)
 def to_seqio(config: vocabularies.VocabularyConfig) -> seqio.Vocabulary:
-  """Returns SeqIO's vocabulary with the same ids; one object per equal config.
-
-  Raises:
-    UsageError: if the model file is missing or not usable.
-  """
+  """Returns SeqIO's vocabulary with the same ids; one object per equal config."""
   # Fails with our message now, not with TensorFlow's in a pipeline thread.
   vocabularies.make_vocabulary(config)
   if config.kind == 'byte':

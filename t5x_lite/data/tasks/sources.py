@@ -101,11 +101,7 @@ class RowsDataSource(seqio.DataSource):
 def read_pairs(
   pattern: str, *, fields: Sequence[str | int] = (0, 1), file_format: str = ''
 ) -> Columns:
-  """Returns the inputs and targets of all rows of the files of a pattern.
-
-  Raises:
-    UsageError: if a file is missing, empty or malformed.
-  """
+  """Returns inputs and targets of all rows of a pattern's files; UsageError if a file is bad."""
   paths = text_files.expand(pattern)
   rows = [row for path in paths for row in records.rows(path, fields, file_format)]
   _not_empty(rows, pattern)
@@ -124,9 +120,7 @@ def read_documents(
 
   `lines_per_document` neighbouring rows are joined, with line breaks: documents are shuffled, and
   rows that continue each other should stay together. Of each file the `first` rows count, or all.
-
-  Raises:
-    UsageError: if a file is missing, empty or malformed.
+  UsageError if a file is missing, empty or malformed.
   """
   documents: list[str] = []
   for path in text_files.expand(pattern):

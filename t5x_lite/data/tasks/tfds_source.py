@@ -26,10 +26,7 @@ def data_dir() -> str:
 def find_prepared(name: str, directory: str) -> epath.Path:
   """Returns the folder of a prepared dataset such as 'glue/cola:1.0.0' in a data directory.
 
-  If that version is not there, the newest will do.
-
-  Raises:
-    UsageError: if no version of it is there.
+  If that version is not there, the newest will do; UsageError if there is none.
   """
   dataset, _, version = name.partition(':')
   root = epath.Path(directory).expanduser()
@@ -79,11 +76,7 @@ class PreparedSource(seqio.TfdsDataSource):
     self._parts = dict(splits)
 
   def get_dataset(self, split: str | None = None, *args, **kwargs) -> tf.data.Dataset:
-    """See seqio.TfdsDataSource.
-
-    Raises:
-      UsageError: if it is not prepared, or lacks the split or a column.
-    """
+    """See seqio.TfdsDataSource; UsageError if it, its split or a column is not there."""
     name, info = self.tfds_dataset.name, self.tfds_dataset.info
     for column in self._columns:
       if column not in info.features:

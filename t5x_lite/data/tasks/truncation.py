@@ -1,7 +1,7 @@
 """How much of a task's text its lengths cut off, told before hours of training.
 
-Only tasks whose text is tokenized as it is: denoising objectives cut documents
-into pieces of the lengths and lose nothing.
+Only tasks whose text is tokenized as it is: denoising objectives cut documents into pieces of the
+lengths and lose nothing.
 """
 
 import dataclasses
