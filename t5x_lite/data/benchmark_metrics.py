@@ -24,13 +24,11 @@ Grouped = Sequence[Mapping[str, Any]]
 
 def class_number(text: str, *, labels: Sequence[str], **unused) -> int:
   """Returns which label a text is, or -1."""
-  del unused
   return labels.index(text) if text in labels else -1
 
 
 def number(text: str, **unused) -> float:
   """Returns the number that a text is, or -1."""
-  del unused
   try:
     return float(text)
   except ValueError:

@@ -24,21 +24,13 @@ Placed = Iterator[tuple[str, records.Row]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Columns:
-  """Which fields of a row are the input and the target.
+  """Which fields of a row are the input and the target."""
 
-  Attributes:
-    input: name, or number from 0 where there is no header; '' to find it.
-    target: likewise.
-    template: makes the input of several fields, 'summarize: {article}'; instead of `input`.
-    prefix: put before every input, with its space.
-    skip_bad_rows: leave out rows without input or target, instead of refusing them.
-  """
-
-  input: str = ''
-  target: str = ''
-  template: str = ''
-  prefix: str = ''
-  skip_bad_rows: bool = False
+  input: str = ''  # name, or number from 0 where there is no header; '' to find it
+  target: str = ''  # likewise
+  template: str = ''  # instead makes the input of several fields, 'summarize: {article}'
+  prefix: str = ''  # put before every input, with its space
+  skip_bad_rows: bool = False  # leave out rows without input or target, do not refuse them
 
   def __post_init__(self):
     if self.template and self.input:
@@ -68,21 +60,13 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairs:
-  """Inputs and targets, as many of one as of the other.
+  """Inputs and targets, as many of one as of the other."""
 
-  Attributes:
-    inputs: texts, prefix and template applied.
-    targets: texts.
-    places: where each stands, as FILE:LINE.
-    fields: names of the input's and the target's columns, for the record.
-    skipped: bad rows that were left out.
-  """
-
-  inputs: list[str]
+  inputs: list[str]  # prefix and template applied
   targets: list[str]
-  places: list[str]
-  fields: tuple[str, str]
-  skipped: int = 0
+  places: list[str]  # where each stands, as FILE:LINE
+  fields: tuple[str, str]  # names of the input's and the target's columns, for the record
+  skipped: int = 0  # bad rows that were left out
 
   def __len__(self) -> int:
     return len(self.inputs)
@@ -126,15 +110,11 @@ def read(
 ) -> Pairs:
   """Reads pairs from files, or takes them from memory.
 
-  Args:
-    source: a path or glob pattern or several: JSONL, JSON, CSV, TSV, Parquet, plain or gzip text of
-      input TAB target, or a folder that `datasets.save_to_disk` wrote. Or what is in memory: a list
-      of pairs or of dicts, a dict of lists, a pandas DataFrame, a `datasets.Dataset`.
-    columns: which fields are meant; found by their names by default.
-    targets: text files beside `source`, line by line; that has inputs alone.
-    what: name of the data in messages.
-
-  UsageError names file and line of the first thing that is wrong.
+  The source is a path or glob pattern or several: JSONL, JSON, CSV, TSV, Parquet, plain or gzip
+  text of input TAB target, or a folder that `datasets.save_to_disk` wrote. Or what is in memory: a
+  list of pairs or of dicts, a dict of lists, a pandas DataFrame, a `datasets.Dataset`. Targets may
+  be text files beside it, line by line; then it has inputs alone. Columns are found by their names
+  by default. UsageError names file and line of the first thing that is wrong, or `what` it is in.
   """
   columns = columns or Columns()
   if targets and not is_paths(source):
@@ -154,26 +134,17 @@ def read(
       skipped += 1
   if names is None or not found:
     raise UsageError(f'{repr(source) if is_paths(source) else what} holds no rows')
-  return Pairs(
-    inputs=[text for text, _, _ in found],
-    targets=[text for _, text, _ in found],
-    places=[place for _, _, place in found],
-    fields=names,
-    skipped=skipped,
-  )
+  inputs, targets, places = map(list, zip(*found, strict=True))
+  return Pairs(inputs=inputs, targets=targets, places=places, fields=names, skipped=skipped)
 
 
 def read_inputs(
   path: str, columns: Columns | None = None, *, file_format: str = ''
 ) -> Iterator[str]:
-  """Yields the input of every row of a file; a line is one in a text file.
+  """Yields the input of every row of a file; of a text file every line is one, blank ones too.
 
-  Args:
-    path: the file; of text, blank lines are inputs too.
-    columns: which field is meant; found by its name, or the only one.
-    file_format: one of records.FORMATS; empty to tell from the name.
-
-  UsageError names file and line of what cannot be read.
+  The column is found by its name by default, or the only one; the format, of records.FORMATS, by
+  the file's name. UsageError names file and line of what cannot be read.
   """
   columns = columns or Columns()
   if records.format_of(path, file_format) == 'text':

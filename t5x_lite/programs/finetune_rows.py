@@ -25,12 +25,8 @@ def finetune(
 ) -> str:
   """Runs `finetune.finetune` and returns the best checkpoint's directory.
 
-  Args:
-    data: files or rows; see `pairs.read`.
-    validation: likewise, or empty.
-    output: the run's directory.
-    save: writes the model to start from into a directory.
-    **arguments: of `finetune.finetune`; UsageError names one that it has not.
+  Data and validation, which may be empty, are files or rows; see `pairs.read`. `save` writes the
+  model to start from into a directory. UsageError names an argument that the program has not.
   """
   known = inspect.signature(program.finetune).parameters
   for name in arguments:

@@ -288,28 +288,13 @@ class Checkpointer(contextlib.AbstractContextManager):
     """
     while (step := self.latest_step) is not None:
       try:
-        if verify is not None:
-          self._verify(step, verify)
-        return self._restore(step, abstract_state, iterator)
+        return self._restore(step, abstract_state, iterator, verify)
       except DamagedError as error:
         self._set_aside(step, error)
     raise UsageError(
       f'no checkpoint in {self.directory} is whole; the damaged ones are there as STEP.damaged: '
       'use another model_dir to begin anew'
     )
-
-  def _verify(self, step: int, verify: Callable[[str], None]) -> None:
-    problem: list[DamagedError] = []
-
-    def look() -> int:
-      try:
-        verify(os.fspath(self.directory / str(step)))
-      except DamagedError as error:
-        problem.append(error)
-      return len(problem)
-
-    if distributed.from_primary(look):  # all processes must take the same checkpoint
-      raise problem[0] if problem else DamagedError('process 0 says why')
 
   def _set_aside(self, step: int, error: DamagedError) -> None:
     """Gives a damaged checkpoint a name that says so."""
@@ -325,10 +310,16 @@ class Checkpointer(contextlib.AbstractContextManager):
     self._manager.reload()
 
   def _restore(
-    self, step: int, abstract_state: Any, iterator: SavableIterator | None
+    self,
+    step: int,
+    abstract_state: Any,
+    iterator: SavableIterator | None,
+    verify: Callable[[str], None] | None,
   ) -> tuple[Any, dict[str, Any]]:
     wanted = pytrees.to_plain(abstract_state)
     root = self.directory / str(step)
+    if verify is not None:
+      _all_alike(root, lambda: distributed.is_primary() and verify(os.fspath(root)))
     # What was converted from another format may lack the last two.
     items: dict[str, Any] = {'state': ocp.args.StandardRestore(wanted)}
     if (root / 'meta').is_dir():
@@ -344,8 +335,11 @@ class Checkpointer(contextlib.AbstractContextManager):
     except Exception as error:
       # The arrays were as they were written; it is what Orbax keeps beside them, for all processes.
       raise DamagedError(f'{root}: {files.cause(error)}') from error
-    if iterator is not None:
-      _restore_position(root / 'data', iterator)
+    data = root / 'data'
+    if iterator is not None and data.is_dir():
+      _all_alike(data, lambda: files.retried(data, iterator.restore, os.fspath(data)))
+    elif iterator is not None:
+      log.warning('%s is not there: the data is read from its beginning', data)
     return pytrees.from_plain(restored['state'], abstract_state), restored.get('meta') or {}
 
   def wait(self) -> None:
@@ -377,20 +371,18 @@ def _check_names(root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str
     raise DamagedError(f'{root} has lost the metadata of its arrays')
 
 
-def _restore_position(directory: epath.Path, iterator: SavableIterator) -> None:
-  """Moves the iterator, or raises DamagedError on all processes alike."""
-  if not directory.is_dir():
-    log.warning('%s is not there: the data is read from its beginning', directory)
-    return
+def _all_alike(directory: epath.Path, call: Callable[[], Any]) -> None:
+  """Calls on all processes; they must take the same checkpoint, so an error of one is all's."""
   problem: Exception | None = None
   try:
-    files.retried(directory, iterator.restore, os.fspath(directory))
+    call()
   except Exception as error:
     problem = error
+  failed = distributed.anywhere(problem is not None)
   if distributed.anywhere(isinstance(problem, DamagedError)):
     raise problem or DamagedError(f'{directory}: another process says why')
-  if problem is not None:
-    raise problem
+  if failed:
+    raise problem or UsageError(f'{directory}: another process says why')
 
 
 def _preservation_policy(config: CheckpointConfig) -> Any:

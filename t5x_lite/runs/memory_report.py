@@ -1,11 +1,13 @@
 """Reports of a run's size: what `--dry_run` prints, is logged at the start and kept in the run."""
 
 import collections
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import humanize
 import jax
 from etils import epath
 
@@ -16,15 +18,8 @@ from t5x_lite.runs import run_directory
 from t5x_lite.training import train_state
 
 SHARDING_FILE = 'sharding.txt'
-
-
-def format_bytes(size: float) -> str:
-  """Returns a size such as '1.5 GiB'."""
-  for unit in ('B', 'KiB', 'MiB', 'GiB', 'TiB'):
-    if abs(size) < 1024 or unit == 'TiB':
-      return f'{size:.0f} B' if unit == 'B' else f'{size:.2f} {unit}'
-    size /= 1024
-  raise AssertionError
+# '1.50 GiB' for instance.
+format_bytes = functools.partial(humanize.naturalsize, binary=True, format='%.2f')
 
 
 def bytes_per_device(leaf: Any) -> int:

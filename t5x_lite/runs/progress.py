@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import importlib
 import logging
 import math
@@ -13,11 +14,14 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
+import humanize
+
 from t5x_lite.errors import UsageError
 from t5x_lite.training.steps import TASK_LOSS, TASK_WEIGHT
 
 log = logging.getLogger(__name__)
 
+format_count = humanize.metric  # in three digits: 950, 12.3 k, 4.56 M
 _CLEAR_LINE = '\r\x1b[K'
 
 
@@ -79,24 +83,8 @@ class Window:
 
 
 def format_duration(seconds: float) -> str:
-  """Returns seconds as 0:42, 12:05, 3:07:21 or 4d 03:10."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  days, hours = divmod(hours, 24)
-  if days:
-    return f'{days}d {hours:02}:{minutes:02}'
-  if hours:
-    return f'{hours}:{minutes:02}:{seconds:02}'
-  return f'{minutes}:{seconds:02}'
-
-
-def format_count(value: float) -> str:
-  """Returns a count in three digits: 950, 12.3k, 4.56M."""
-  for unit in ('', 'k', 'M', 'G', 'T', 'P'):
-    if abs(value) < 999.5:
-      return f'{value:.3g}{unit}'
-    value /= 1000
-  return f'{value:.3g}E'
+  """Returns seconds as 0:00:42 or 4 days, 3:10:00."""
+  return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def in_notebook() -> bool:

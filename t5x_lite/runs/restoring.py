@@ -15,35 +15,28 @@ from t5x_lite.parallel import pytrees
 from t5x_lite.runs import checkpoints
 
 
-def _step_directory(path: str) -> epath.Path:
+def _state_directory(path: str) -> epath.Path:
   directory, step = checkpoints.find_checkpoint(path)
-  return epath.Path(directory).absolute() / str(step)
+  return epath.Path(directory).absolute() / str(step) / 'state'
 
 
 def _restore_items(source: str, wanted: Any, what: str) -> Any:
   """Restores the part of {step, params, opt_state} that `wanted` names."""
-  path = _step_directory(source)
+  item = _state_directory(source)
   plain = pytrees.to_plain(wanted)
-  # Items that stay unread are named too: Orbax warns of those it cannot read.
-  handler = ocp.CompositeCheckpointHandler(
-    state=ocp.PyTreeCheckpointHandler(),
-    data=checkpoints.DataHandler(),
-    meta=ocp.JsonCheckpointHandler(),
-    metrics=ocp.JsonCheckpointHandler(),
-  )
-  with ocp.Checkpointer(handler) as checkpointer:
-    saved = checkpointer.metadata(path).item_metadata['state'].tree
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    saved = checkpointer.metadata(item).item_metadata.tree
     part = {name: saved[name] for name in plain if name in saved}
-    checkpoints.explain_mismatch(os.fspath(path), part, plain, what)
+    checkpoints.explain_mismatch(os.fspath(item.parent), part, plain, what)
     how = ocp.checkpoint_utils.construct_restore_args(plain)
     arguments = ocp.args.PyTreeRestore(plain, restore_args=how, partial_restore=True)
-    restored = checkpointer.restore(path, args=ocp.args.Composite(state=arguments))
-  return pytrees.from_plain(restored['state'], wanted)
+    restored = checkpointer.restore(item, args=arguments)
+  return pytrees.from_plain(restored, wanted)
 
 
 def load_arrays(path: str) -> dict[str, Any]:
   """Returns a checkpoint's state as numpy arrays by name, all in memory; needs no model."""
-  item = _step_directory(path) / 'state'
+  item = _state_directory(path)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     tree = checkpointer.metadata(item).item_metadata.tree
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

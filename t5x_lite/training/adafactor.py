@@ -207,7 +207,6 @@ def adafactor(
     return _state(jnp.zeros((), jnp.int32), moments)
 
   def update(updates, state, params=None, *, learning_rate=None, **extra_args):
-    del extra_args
     if params is None or (needs_rate and learning_rate is None):
       extra = ', with momentum or weight decay update(..., learning_rate=...)'
       raise ValueError(f'Adafactor needs update(grads, state, params){extra}.')

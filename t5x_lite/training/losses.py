@@ -158,11 +158,9 @@ def chunked_cross_entropy(
   targets_BL: Array,
   weights_BL: Array,
   *,
-  z_loss: float = 0.0,
-  label_smoothing: float = 0.0,
-  task_ids_BL: Array | None = None,
-  num_tasks: int = 0,
   chunk: int,
+  task_ids_BL: Array | None = None,
+  **settings: Any,
 ) -> dict[str, Array]:
   """Returns loss_sums of project_fn(hidden), `chunk` positions at a time.
 
@@ -170,7 +168,7 @@ def chunked_cross_entropy(
   while its logits are at hand, so that they are computed once, as in the unchunked loss. Chunks cut
   L, which they need not divide, never B, so a batch stays sharded over its devices. From [B, l, D]
   project_fn makes logits [B, l, V], each position on its own. It may close over traced parameters;
-  their gradients are right. No gradient flows to the weights.
+  their gradients are right. No gradient flows to the weights. The settings are those of loss_sums.
 
   Source: the gradient in the forward pass is the idea of Liger Kernel's fused linear cross entropy
   (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
@@ -184,18 +182,12 @@ def chunked_cross_entropy(
     x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
-  sums = functools.partial(
-    loss_sums, z_loss=z_loss, label_smoothing=label_smoothing, num_tasks=num_tasks
-  )
+  def sums(head, h, targets, weights, ids):
+    return loss_sums(project(h, *head), targets, weights, task_ids_BL=ids, **settings)
+
   # Without task ids they are not read.
   ids_BL = targets_BL if task_ids_BL is None else task_ids_BL
-  rest = tuple(map(cut, (targets_BL, weights_BL, ids_BL)))
-  return _scan_sums(
-    lambda head, h, t, w, ids: sums(project(h, *head), t, w, task_ids_BL=ids),
-    head,
-    cut(hidden_BLD),
-    rest,
-  )
+  return _scan_sums(sums, head, cut(hidden_BLD), tuple(map(cut, (targets_BL, weights_BL, ids_BL))))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -236,7 +228,6 @@ def _scan_sums_fwd(sums_fn, head, hidden, rest):
 
 
 def _scan_sums_bwd(sums_fn, residuals, cotangents):
-  del sums_fn
   head, head_grad, hidden_grad = residuals
   g = cotangents['loss']
   head_grad = jax.tree.map(lambda x, grad: (g * grad).astype(x.dtype), head, head_grad)

@@ -178,7 +178,6 @@ def _per_unit_rate(
   """Returns make(learning_rate=...) as updates divided by the learning rate."""
 
   def update(updates, state, params=None, *, learning_rate=None, **extra_args):
-    del extra_args
     if learning_rate is None:
       raise ValueError('This optimizer needs update(..., learning_rate=...).')
     # A rate of 0 must not divide 0 by 0: the caller multiplies by it again.

@@ -35,16 +35,6 @@ def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key, num_ta
   )
 
 
-def _microbatches(batch: Any, num: int) -> Any:
-  """Cuts [B, ...] into [num, B / num, ...], of every num-th row, to be spread over all devices."""
-
-  def cut(x):
-    assert x.shape[0] % num == 0, (x.shape, num)
-    return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
-
-  return jax.tree.map(cut, batch)
-
-
 def _filled(part: Any, whole: Any) -> Any:
   """Returns a tree with what it has None for taken from another one."""
   return jax.tree.map(lambda p, w: w if p is None else p, part, whole, is_leaf=lambda x: x is None)
@@ -99,6 +89,9 @@ def make_train_step(
       grads, sums = grad_fn(trained, batch, weights, key)
     else:
 
+      def cut(x):  # every n-th row, so that each part is spread over all devices
+        return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
+
       def add(total, xs):
         part, weights, i = xs
         new = grad_fn(trained, part, weights, jax.random.fold_in(key, i))
@@ -106,7 +99,7 @@ def make_train_step(
 
       shapes = jax.eval_shape(grad_fn, trained, batch, weights, key)
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-      parts = _microbatches((dict(batch), weights), num_microbatches)
+      parts = jax.tree.map(cut, (dict(batch), weights))
       (grads, sums), _ = jax.lax.scan(add, zeros, (*parts, jnp.arange(num_microbatches)))
 
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)

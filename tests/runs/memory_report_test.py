@@ -58,6 +58,6 @@ def test_summaries(spec):
   assert '16.00 KiB' in memory_report.compiled_memory(compiled)
 
 
-@pytest.mark.parametrize('size, text', [(5, '5 B'), (2048, '2.00 KiB'), (3 * 2**30, '3.00 GiB')])
+@pytest.mark.parametrize('size, text', [(5, '5 Bytes'), (2048, '2.00 KiB'), (3 << 30, '3.00 GiB')])
 def test_format_bytes(size, text):
   assert memory_report.format_bytes(size) == text

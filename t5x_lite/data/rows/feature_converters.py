@@ -30,26 +30,19 @@ TASK_ID = 'task_id'
 class FeatureConverter:
   """How one architecture reads `inputs` and `targets`.
 
-  Attributes:
-    kind: 'enc_dec' (encoder reads inputs, decoder writes targets), 'lm' (one causal sequence:
-      inputs, if the task has them, then targets) or 'prefix_lm' (the same, inputs fully visible:
-      decoder_causal_attention is 1 on them and on the position that predicts the first target).
-    lengths: task feature -> length.
-    decoder_start_id: first decoder input of every example.
-    loss_on_targets_only: no loss on the inputs of 'lm' and 'prefix_lm'.
-    segment_ids: give *_segment_ids and *_positions too.
-    loss_weights: examples have `targets_loss_weights`, what their tokens weigh
-      in the loss; the inputs of 'lm' and 'prefix_lm' weigh 1.
-    task_ids: examples have `task_id`; gives decoder_task_ids, 0 on padding.
+  Kinds are 'enc_dec' (encoder reads inputs, decoder writes targets), 'lm' (one causal sequence:
+  inputs, if the task has them, then targets) or 'prefix_lm' (the same, inputs fully visible:
+  decoder_causal_attention is 1 on them and on the position that predicts the first target).
   """
 
   kind: str
-  lengths: Mapping[str, int]
-  decoder_start_id: int = 0
-  loss_on_targets_only: bool = True
-  segment_ids: bool = True
+  lengths: Mapping[str, int]  # of task features
+  decoder_start_id: int = 0  # first decoder input of every example
+  loss_on_targets_only: bool = True  # no loss on the inputs of 'lm' and 'prefix_lm'
+  segment_ids: bool = True  # give *_segment_ids and *_positions too
+  # Examples have `targets_loss_weights`; the inputs of 'lm' and 'prefix_lm' weigh 1.
   loss_weights: bool = False
-  task_ids: bool = False
+  task_ids: bool = False  # examples have `task_id`; gives decoder_task_ids, 0 on padding
 
   @property
   def extra_features(self) -> tuple[str, ...]:

@@ -20,15 +20,10 @@ from t5x_lite.errors import UsageError
 
 
 class Ragged(NamedTuple):
-  """Sequences of different lengths, end to end.
+  """Sequences of different lengths, end to end."""
 
-  Attributes:
-    values: all elements, example after example, [total].
-    lengths: elements of each example, [num_examples].
-  """
-
-  values: np.ndarray
-  lengths: np.ndarray
+  values: np.ndarray  # all elements, example after example, [total]
+  lengths: np.ndarray  # elements of each example, [num_examples]
 
   @classmethod
   def from_arrays(cls, arrays, dtype=None) -> 'Ragged':
@@ -133,17 +128,13 @@ class Packer:
 
   The choice is a loop over examples with a vectorised test of the open rows (3-5 microseconds an
   example), the writing is one scatter per feature.
-
-  Attributes:
-    lengths: feature -> row length.
-    aligned: feature -> the feature of `lengths` that it follows value by value (a weight per token,
-      say); it gets no segment ids of its own.
-    num_open_rows: how many rows are filled at a time.
   """
 
-  lengths: Mapping[str, int]
+  lengths: Mapping[str, int]  # feature -> row length
+  # Feature -> the feature of `lengths` that it follows value by value (a weight per token, say); it
+  # gets no segment ids of its own.
   aligned: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  num_open_rows: int = 64
+  num_open_rows: int = 64  # how many rows are filled at a time
 
   def __post_init__(self):
     if self.num_open_rows < 1:

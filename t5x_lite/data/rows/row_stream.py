@@ -151,12 +151,10 @@ def check_ids(cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Ex
 
 def _to_numpy(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:
   if isinstance(tensor, tf.RaggedTensor):
-    lengths = tensor.row_lengths().numpy()
-    return packing.Ragged(tensor.flat_values.numpy(), lengths)
+    return packing.Ragged(tensor.flat_values.numpy(), tensor.row_lengths().numpy())
   # tf.data batches features of one known length densely.
   values = tensor.numpy()
-  lengths = np.full(values.shape[0], values.shape[1], np.int64)
-  return packing.Ragged(values.reshape(-1), lengths)
+  return packing.Ragged(values.reshape(-1), np.full(len(values), values.shape[1], np.int64))
 
 
 class RowStream:

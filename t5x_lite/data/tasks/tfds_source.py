@@ -18,11 +18,6 @@ from etils import epath
 from t5x_lite.errors import UsageError
 
 
-def data_dir() -> str:
-  """Returns the directory in which prepared datasets are looked for."""
-  return os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
-
-
 def find_prepared(name: str, directory: str) -> epath.Path:
   """Returns the folder of a prepared dataset such as 'glue/cola:1.0.0' in a data directory.
 
@@ -51,10 +46,10 @@ class _Loader(seqio.utils.LazyTfdsLoader):
   """Finds the builder by its folder, so that no network is asked."""
 
   def _get_builder_key(self, dataset: str, directory: str | None) -> tuple[str, str]:
-    return dataset, directory or data_dir()
+    default = os.path.join('~', 'tensorflow_datasets')
+    return dataset, directory or os.environ.get('TFDS_DATA_DIR') or default
 
   def _get_builder(self, split: str | None = None):
-    del split
     key = self._get_builder_key(self.name, self.data_dir)
     if key not in self._MEMOIZED_BUILDERS:
       self._MEMOIZED_BUILDERS[key] = tfds.builder_from_directory(find_prepared(*key))
