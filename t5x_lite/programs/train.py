@@ -224,9 +224,11 @@ def train(
         summarize_config_fn(model_dir)
     distributed.barrier('record')
     evaluated, found = meta.get('evaluated', -1), {}
-    best = BestSoFar(checkpoint.best_metric, checkpoint.best_mode, meta)
+    best: dict[str, Any] = {'best': None, 'evaluations_since_best': 0}
+    best |= {name: meta[name] for name in best if name in meta}
+    bound = math.inf if patience is None else patience
     step = first_step = int(state.step)
-    if first_step >= total_steps or best.worse_for(patience):
+    if first_step >= total_steps or best['evaluations_since_best'] >= bound:
       log.info('already at step %d of %d: done', first_step, total_steps)
       return state
     iterator.start()
@@ -308,10 +310,10 @@ def train(
         show = functools.partial(writer.write_samples, step)
         metrics = found = evaluation.run(state.params, step, model_dir, show=show)
         writer.write(step, metrics)
-        best.add(metrics)
+        count_evaluation(best, metrics.get(checkpoint.best_metric), checkpoint.best_mode)
         evaluated = step
       if last or checkpointer.should_save(step):
-        meta = {'seed': seed, 'evaluated': evaluated, **best.meta()}
+        meta = {'seed': seed, 'evaluated': evaluated, **best}
         checkpointer.save(step, state, iterator, metrics=metrics, meta=meta)
       window.pause(time.monotonic() - began)
       progress.pause(time.monotonic() - began)
@@ -326,7 +328,7 @@ def train(
         pending = None
         with profiling.part('evaluate and save'):
           evaluate_and_save()
-        if best.worse_for(patience):
+        if best['evaluations_since_best'] >= bound:
           why = f'{checkpoint.best_metric} has not improved for {patience} evaluations'
           log.info('%s: training ends at step %d', why, step)
           break
@@ -363,28 +365,12 @@ def train(
     return state
 
 
-class BestSoFar:
-  """The best evaluation, and how many came since that were no better."""
-
-  def __init__(self, metric: str, mode: str, meta: Mapping[str, Any]):
-    """Continues from what a checkpoint kept, if there is one."""
-    self._metric, self._sign = metric, 1.0 if mode == 'max' else -1.0
-    self._best, self._since = meta.get('best'), meta.get('evaluations_since_best', 0)
-
-  def add(self, metrics: Mapping[str, float]) -> None:
-    """Counts an evaluation."""
-    value = metrics.get(self._metric, math.nan)
-    if math.isnan(value):
-      return
-    if self._best is None or self._sign * (value - self._best) > 0:
-      self._best, self._since = value, 0
-    else:
-      self._since += 1
-
-  def worse_for(self, patience: int | None) -> bool:
-    """Whether so many evaluations in a row were no better."""
-    return patience is not None and self._since >= patience
-
-  def meta(self) -> dict[str, Any]:
-    """What a checkpoint keeps."""
-    return {'best': self._best, 'evaluations_since_best': self._since}
+def count_evaluation(best: dict[str, Any], value: float | None, mode: str) -> None:
+  """Keeps the best value of an evaluation, and how many came since that were no better."""
+  sign = 1.0 if mode == 'max' else -1.0
+  if value is None or math.isnan(value):
+    return
+  if best['best'] is None or sign * (value - best['best']) > 0:
+    best |= {'best': value, 'evaluations_since_best': 0}
+  else:
+    best['evaluations_since_best'] += 1

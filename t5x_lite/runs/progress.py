@@ -179,17 +179,14 @@ class Progress:
     if not self._active:
       return
     forms = {
-      'loss': 'loss {:.4f}',
-      'accuracy': 'accuracy {:.3f}',
-      'learning_rate': 'lr {:.3g}',
-      'seconds_per_step': 's/step {:.3g}',
-      'target_tokens_per_second': '{} target tokens/s',
-      'mfu': 'MFU {:.1%}',
+      'loss': 'loss {:.4f}'.format,
+      'accuracy': 'accuracy {:.3f}'.format,
+      'learning_rate': 'lr {:.3g}'.format,
+      'seconds_per_step': 's/step {:.3g}'.format,
+      'target_tokens_per_second': lambda speed: f'{format_count(speed)} target tokens/s',
+      'mfu': 'MFU {:.1%}'.format,
     }
-    found: dict[str, Any] = dict(metrics)
-    if 'target_tokens_per_second' in found:
-      found['target_tokens_per_second'] = format_count(found['target_tokens_per_second'])
-    parts = [form.format(found[name]) for name, form in forms.items() if name in found]
+    parts = [form(metrics[name]) for name, form in forms.items() if name in metrics]
     eta = f'ETA {format_duration(self.eta(step))}'
     line = '  '.join([f'step {step}/{self._total_steps}', *parts, eta])
     if self._notebook:  # no terminal: every line would stay, and be cut at 80 columns

@@ -193,23 +193,12 @@ def chunked_cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan_sums(sums_fn, head, hidden, rest):
   """Adds up sums_fn over the leading dim of hidden, and of what goes with it."""
-
-  def body(total, xs):
-    h, one = xs
-    return jax.tree.map(jnp.add, total, sums_fn(head, h, *one)), None
-
-  return jax.lax.scan(body, _zero_sums(sums_fn, head, hidden, rest), (hidden, rest))[0]
-
-
-def _zero_sums(sums_fn, head, hidden, rest) -> dict[str, Array]:
-  first = jax.tree.map(lambda x: x[0], (hidden, rest))
-  shapes = jax.eval_shape(lambda h, one: sums_fn(head, h, *one), *first)
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  sums = jax.lax.map(lambda xs: sums_fn(head, xs[0], *xs[1]), (hidden, rest))
+  return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
 
 def _scan_sums_fwd(sums_fn, head, hidden, rest):
-  def body(carry, xs):
-    total, head_grad = carry
+  def body(head_grad, xs):
     h, one = xs
 
     def loss_fn(head, h):
@@ -218,12 +207,11 @@ def _scan_sums_fwd(sums_fn, head, hidden, rest):
 
     (g_head, g_h), sums = jax.grad(loss_fn, (0, 1), has_aux=True)(head, h)
     head_grad = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), head_grad, g_head)
-    return (jax.tree.map(jnp.add, total, sums), head_grad), g_h
+    return head_grad, (sums, g_h)
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
-  (total, head_grad), hidden_grad = jax.lax.scan(
-    body, (_zero_sums(sums_fn, head, hidden, rest), zeros), (hidden, rest)
-  )
+  head_grad, (sums, hidden_grad) = jax.lax.scan(body, zeros, (hidden, rest))
+  total = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
   return total, (head, head_grad, hidden_grad)
 
 

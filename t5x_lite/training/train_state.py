@@ -5,6 +5,7 @@ allocated, so init, restore, ahead-of-time compilation and memory reports share 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -66,12 +67,8 @@ def init_state(
   cfg: T5Config, tx: optax.GradientTransformation, spec: StateSpec, key: jax.Array
 ) -> TrainState:
   """Draws a new state, each array made where it will live."""
-
-  def init(key):
-    params = t5.init_params(cfg, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
-  return jax.jit(init, out_shardings=spec.shardings)(key)
+  init = functools.partial(t5.init_params, cfg)
+  return start_from(jax.jit(init, out_shardings=spec.shardings.params)(key), tx, spec)
 
 
 def start_from(

@@ -5,8 +5,8 @@ a dictionary is) that gives correlated batches. Nor can they share one file amon
 host parsing all of it.
 """
 
+import functools
 import itertools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import seqio
@@ -34,10 +34,12 @@ class RowsDataSource(seqio.DataSource):
     With `rows_per_element` an element of the data set is not a row but vectors of this many.
     """
     super().__init__(splits=split_to_rows.keys(), performs_internal_shuffling=True)
-    self._read = dict(split_to_rows)
     self._rows_per_element = rows_per_element
-    self._columns: dict[str, dict[str, tf.Tensor]] = {}
-    self._lock = threading.Lock()
+
+    def rows(split: str) -> dict[str, tf.Tensor]:
+      return {k: tf.constant(v, tf.string) for k, v in split_to_rows[split]().items()}
+
+    self._rows = functools.cache(rows)
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -89,13 +91,6 @@ class RowsDataSource(seqio.DataSource):
     # A new pair of numbers at every iteration, that is, every epoch.
     seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True)
     return seeds.batch(2, drop_remainder=True).take(1).flat_map(epoch)
-
-  def _rows(self, split: str) -> dict[str, tf.Tensor]:
-    with self._lock:
-      if split not in self._columns:
-        columns = self._read[split]()
-        self._columns[split] = {k: tf.constant(v, tf.string) for k, v in columns.items()}
-      return self._columns[split]
 
 
 def read_pairs(
