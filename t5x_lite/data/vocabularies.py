@@ -18,7 +18,7 @@ import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_fields, unknown
 
 # Made when imported: a type checker finds no names in it.
 _proto: Any = sentencepiece_model_pb2
@@ -41,11 +41,10 @@ class VocabularyConfig:
   """Names a vocabulary. Two equal configs give the same ids for every text.
 
   Attributes:
-    kind: 'sentencepiece'; 'byte' (UTF-8 bytes plus three, as in ByT5); or
-      'passthrough' (the data already holds ids).
-    path: a SentencePiece model file; 'package:NAME' is one that ships with the
-      package (`t5`, `quickstart`), and empty means 'package:t5', the official
-      vocabulary. Only for 'sentencepiece'.
+    kind: 'sentencepiece'; 'byte' (UTF-8 bytes plus three, as in ByT5); or 'passthrough' (the data
+      already holds ids).
+    path: a SentencePiece model file; 'package:NAME' is one that ships with the package (`t5`,
+      `quickstart`), and empty means 'package:t5', the official one. Only for 'sentencepiece'.
     extra_ids: number of sentinel ids after the ordinary ones; -1 takes the kind's own: 100, 125 for
       bytes, 0 for passthrough.
     size: number of ids. Only for 'passthrough'.
@@ -59,22 +58,21 @@ class VocabularyConfig:
   def __post_init__(self):
     kind, ids = self.kind, self.extra_ids
     if kind not in _DEFAULT_EXTRA_IDS:
-      allowed = ', '.join(map(repr, _DEFAULT_EXTRA_IDS))
-      raise UsageError(f'VocabularyConfig.kind is {kind!r}; it must be one of {allowed}')
+      raise unknown('VocabularyConfig.kind', kind, _DEFAULT_EXTRA_IDS)
     if ids == -1:
       # Resolved here, so that equal vocabularies compare equal.
       object.__setattr__(self, 'extra_ids', _DEFAULT_EXTRA_IDS[kind])
     reads, passes = kind == 'sentencepiece', kind == 'passthrough'
-    for name, is_wrong, problem in (
-      ('extra_ids', ids < -1, 'it must be 0 or more, or -1 for the default of the kind'),
-      ('path', self.path and not reads, "only kind='sentencepiece' reads a model file"),
-      ('size', passes and self.size < 1, "kind='passthrough' needs the number of ids"),
-      ('extra_ids', passes and ids > 0, "with kind='passthrough' count the sentinels in size"),
-      ('size', self.size and not passes, "only kind='passthrough' takes a size"),
-    ):
-      if is_wrong:
-        value = getattr(self, name)
-        raise UsageError(f'VocabularyConfig.{name} is {value!r} with kind {kind!r}; {problem}')
+    counted = "0 with kind='passthrough', where size counts the sentinels; else 0 or more, or -1"
+    check_fields(
+      self,
+      path=(reads or not self.path, "'': only kind='sentencepiece' reads a model file"),
+      extra_ids=(ids in (-1, 0) or (ids > 0 and not passes), counted),
+      size=(
+        self.size >= 1 if passes else self.size == 0,
+        "the number of ids with kind='passthrough', which needs it, and else 0",
+      ),
+    )
 
 
 class Vocabulary:
@@ -124,9 +122,8 @@ class SentencePieceVocabulary(Vocabulary):
     # The last one first, as seqio/vocabularies.py _load_model_internal has them.
     sentinels = (f'▁<extra_id_{index}>' for index in reversed(range(extra_ids)))
     model = _read_model(path) + user_defined(sentinels)
-    self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor.LoadFromSerializedProto(model)
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
       raise UsageError(
         f'{path} is not a SentencePiece model ({error}); train one with '
@@ -138,7 +135,6 @@ class SentencePieceVocabulary(Vocabulary):
         f'{path} has pad, eos, unk = {ids}; T5 needs (0, 1, 2): train with --pad_id=0 --eos_id=1 '
         '--unk_id=2 --bos_id=-1, or with `t5x-lite vocab`'
       )
-
     self.vocab_size = self._processor.GetPieceSize()
 
   def encode(self, text: str) -> list[int]:

@@ -29,8 +29,8 @@ _LOCATION = re.compile(r'In (?:file "([^"]+)", )?[a-z ]*line (\d+)')
 class Walk:
   """All that gin evaluates or may hand over when it calls a configurable.
 
-  Scopes follow gin's rules: a reference with a scope replaces the current one,
-  a reference without inherits it, a macro is evaluated in a scope of its name.
+  Scopes follow gin's rules: a reference with a scope replaces the current one, a reference without
+  inherits it, a macro is evaluated in a scope of its name.
   """
 
   def __init__(self):

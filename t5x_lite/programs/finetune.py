@@ -53,8 +53,8 @@ _LENGTHS = ('input_length', 'target_length')
 _BOUNDS = ('max_input_tokens', 'max_target_tokens')
 _COUNTS = (*_LENGTHS, *_BOUNDS, 'steps', 'batch_tokens', 'patience', 'eval_examples')
 _FILES = ('train', 'validation', 'train_targets', 'validation_targets')
-# What a plan says of a setting's own name, beside dtype, and what it is made from, beside the data.
-_CHOSEN = (*_LENGTHS, 'learning_rate', 'pack', 'metrics')
+# What a plan says of a setting's own name, and what it is made from, beside the data.
+_CHOSEN = (*_LENGTHS, 'learning_rate', 'pack', 'dtype', 'metrics')
 _PLANNED = (*_CHOSEN, *_BOUNDS, 'method', 'batch_tokens', 'epochs', 'steps')
 # Of no use to a run that is made again, or replaced by what was chosen.
 _DROPPED = (*_BOUNDS, 'epochs', 'num_shown', 'export_hf', 'profile_steps', 'mesh')
@@ -178,8 +178,6 @@ def finetune(
   lengths = finetune_plan.measure(parts['train'], vocabulary)
   planned = {name: given[name] for name in _PLANNED}
   plan = finetune_plan.make_plan(lengths, parts['train'].targets, **planned)
-  if dtype:
-    plan = dataclasses.replace(plan, dtype=dtype)
   prints = {name: part.fingerprint() for name, part in parts.items()}
   plan = _same_plan(output, plan, prints, total_steps=steps)
   if export_hf:
@@ -195,7 +193,7 @@ def finetune(
     finetune_plan.show_examples(parts['train'], plan, vocabulary)
   settings = {name: value for name, value in given.items() if name not in _DROPPED}
   settings |= {name: _listed(settings[name]) for name in _FILES}
-  settings |= {**changes, **{name: getattr(plan, name) for name in (*_CHOSEN, 'dtype')}}
+  settings |= {**changes, **{name: getattr(plan, name) for name in _CHOSEN}}
   settings['steps'] = plan.total_steps
   settings['batch_tokens'] = plan.batch_size * sum(plan.row_lengths.values())
   settings = {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()}

@@ -123,6 +123,7 @@ def make_plan(
   epochs: float | None = None,
   steps: int | None = None,
   learning_rate: float | None = None,
+  dtype: str = '',
   metrics: Sequence[str] = (),
 ) -> Plan:
   """Returns the plan; what is None follows from the data. UsageError if that makes no sense."""
@@ -174,7 +175,7 @@ def make_plan(
     steps_per_epoch=steps_per_epoch,
     total_steps=steps,
     learning_rate=learning_rate or METHODS[method],
-    dtype='float32' if backend == 'cpu' else 'bfloat16',
+    dtype=dtype or ('float32' if backend == 'cpu' else 'bfloat16'),
     metrics=tuple(metrics) or choose_metrics(targets),
   )
 

@@ -24,7 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from t5x_lite.errors import DamagedError, UsageError
+from t5x_lite.errors import DamagedError, UsageError, check_fields
 from t5x_lite.parallel import checksums, distributed, pytrees
 from t5x_lite.parallel.distributed import LostProcessError
 from t5x_lite.runs import files
@@ -70,23 +70,18 @@ class CheckpointConfig:
   def __post_init__(self):
     pairs = tuple(tuple(pair) for pair in self.assignment_map)
     object.__setattr__(self, 'assignment_map', pairs)
-    problem = ''
-    if any(len(pair) != 2 for pair in pairs):
-      example = "('decoder.*', None)"
-      problem = f'assignment_map={pairs!r} must be pairs (pattern, replacement), such as {example}'
-    elif self.restore_optimizer and (pairs or not self.strict):
-      problem = 'restore_optimizer takes a state as it is: leave out assignment_map and strict'
-    elif self.period < 1:
-      problem = f'period={self.period} must be at least 1 step'
-    elif self.keep < 0 or self.keep_best < 0:
-      problem = f'keep={self.keep} and keep_best={self.keep_best} count checkpoints: use 0 or more'
-    elif self.best_mode not in ('min', 'max'):
-      problem = f'best_mode={self.best_mode!r} is not one of min, max'
-    elif self.keep_best and not self.best_metric:
-      example = "a name as in metrics.jsonl such as 'eval/cmudict/loss'"
-      problem = f'keep_best={self.keep_best} needs best_metric, {example}'
-    if problem:
-      raise UsageError(f'CheckpointConfig.{problem}')
+    are_pairs = all(len(pair) == 2 for pair in pairs)
+    plain, has_metric = self.strict and not pairs, self.best_metric or not self.keep_best
+    check_fields(
+      self,
+      assignment_map=(are_pairs, "pairs (pattern, replacement), such as ('decoder.*', None)"),
+      restore_optimizer=(plain or not self.restore_optimizer, 'without assignment_map, and strict'),
+      period=(self.period >= 1, 'at least 1 step'),
+      keep=(self.keep >= 0, 'a number of checkpoints, or 0 for all'),
+      keep_best=(self.keep_best >= 0, 'a number of checkpoints'),
+      best_mode=(self.best_mode in ('min', 'max'), 'min or max'),
+      best_metric=(has_metric, "a name as in metrics.jsonl, 'eval/cmudict/loss', for keep_best"),
+    )
 
 
 class SavableIterator(Protocol):

@@ -140,18 +140,16 @@ class Progress:
     self._first_step, self._total_steps = first_step, total_steps
     self._start = time.monotonic()  # later by what was paused
     self._shown = False
-    self._filters: list[logging.Handler] = []
 
   def __enter__(self) -> 'Progress':
     """Makes log lines start on a clean line while the progress line shows."""
-    self._filters = list(logging.getLogger().handlers) if self._tty else []
-    for handler in self._filters:
+    for handler in logging.getLogger().handlers if self._tty else ():
       handler.addFilter(self._clean_line)
     return self
 
   def __exit__(self, *exc: object) -> None:
     """Leaves the terminal as it was."""
-    for handler in self._filters:
+    for handler in logging.getLogger().handlers:
       handler.removeFilter(self._clean_line)
     self.clear()
 

@@ -26,8 +26,7 @@ def _sums(model: T5, batch: Batch, weights, loss: losses.LossConfig, key, num_ta
   hidden_BLD = model.hidden(batch, dropout_key=key)
   targets_BL = batch['decoder_target_tokens']
   kwargs: dict[str, Any] = {'z_loss': loss.z_loss, 'label_smoothing': loss.label_smoothing}
-  if num_tasks:
-    kwargs |= {'task_ids_BL': batch['decoder_task_ids'], 'num_tasks': num_tasks}
+  kwargs |= {'task_ids_BL': batch.get('decoder_task_ids'), 'num_tasks': num_tasks}
   if loss.chunk is None:
     return losses.loss_sums(model.project(hidden_BLD), targets_BL, weights, **kwargs)
   return losses.chunked_cross_entropy(

@@ -110,7 +110,7 @@ def test_parts_can_be_drawn_anew(run):
     (dict(cfg=tiny_run.model(mlp_dim=48)), 'the model needs'),
     (dict(assignment_map=[('nothing', None)]), 'matches nothing'),
     (dict(assignment_map=[('a', 'b', 'c')]), 'must be pairs'),
-    (dict(restore_optimizer=True, strict=False), 'takes a state as it is'),
+    (dict(restore_optimizer=True, strict=False), 'must be without assignment_map, and strict'),
   ],
 )
 def test_what_does_not_fit_is_one_clear_line(run, fields, message):

@@ -251,10 +251,10 @@ def test_a_checkpoint_of_another_model_is_one_clear_line(run):
 @pytest.mark.parametrize(
   'fields, message',
   [
-    (dict(period=0), 'period=0'),
-    (dict(keep=-1), 'keep=-1'),
-    (dict(best_mode='least'), "best_mode='least'"),
-    (dict(keep_best=1), 'needs best_metric'),
+    (dict(period=0), 'period is 0'),
+    (dict(keep=-1), 'keep is -1'),
+    (dict(best_mode='least'), "best_mode is 'least'"),
+    (dict(keep_best=1), 'best_metric is .*for keep_best'),
   ],
 )
 def test_config_is_validated(fields, message):

@@ -8,6 +8,7 @@ Source: Raffel et al. 2020, Appendix D; t5/data/preprocessors.py; multilingual_t
 (XNLI); t5_closed_book_qa/t5_cbqa/preprocessors.py.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -207,26 +208,9 @@ def cloze(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 # ---- Translation, summaries, plain text --------------------------------------
 
-_LANGUAGES = {'en': 'English', 'de': 'German', 'fr': 'French', 'ro': 'Romanian'}
-
-
-@seqio.map_over_dataset
-def translation(row: Row, *, source: str, target: str) -> Row:
-  """'translate English to German: ...' to the translation."""
-  prefix = f'translate {_LANGUAGES[source]} to {_LANGUAGES[target]}:'
-  return {'inputs': _words(prefix, row[source]), 'targets': row[target]}
-
-
-@seqio.map_over_dataset
-def summary(row: Row, *, article: str, highlights: str) -> Row:
-  """'summarize: ...' to the summary."""
-  return {'inputs': _words('summarize:', row[article]), 'targets': row[highlights]}
-
-
-@seqio.map_over_dataset
-def plain_text(row: Row) -> Row:
-  """Documents for the objectives, as they are."""
-  return {'targets': row['text']}
+template = seqio.preprocessors.preprocess_tensorflow_examples
+# Documents for the objectives, as they are.
+plain_text = functools.partial(seqio.preprocessors.rekey, key_map={'targets': 'text'})
 
 
 @seqio.map_over_dataset
