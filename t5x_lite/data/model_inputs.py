@@ -1,7 +1,4 @@
-"""What a user gives a model, texts or ids of any form, as lists of token ids.
-
-No TensorFlow: this is the Python interface's way in.
-"""
+"""What a user gives a model, texts or ids of any form, as lists of ids; without TensorFlow."""
 
 import logging
 import operator

@@ -106,7 +106,9 @@ def finetune(
 ) -> dict[str, Any] | None:
   """Fine-tunes a checkpoint on pairs of text and exports the result.
 
-  Started again with the same output it continues what was interrupted.
+  Started again with the same output it continues what was interrupted. Returns metrics, and where
+  things are; None if a signal ended it early. UsageError if the data or the model cannot be read;
+  nothing is written then.
 
   Args:
     model: where to start: a folder of transformers or T5X, a run of ours, NAME@REVISION of the hub.
@@ -149,12 +151,6 @@ def finetune(
     profile_steps: steps to trace into OUTPUT/profile; see `train`.
     seed: of dropout and the order of the data.
     mesh: how devices are arranged; decided by their number by default.
-
-  Returns:
-    Metrics, and where things are; None if a signal ended it early.
-
-  Raises:
-    UsageError: if the data or the model cannot be read; nothing is written then.
   """
   # ---- What must fit together; nothing is written here ----
   given = dict(locals())

@@ -80,6 +80,8 @@ def train(
   """Trains a model and returns its last state.
 
   Continues the run in `model_dir`, if there is one. SIGTERM ends it at the next step, saved.
+  UsageError if the configuration cannot work, and nothing is written then; NonFiniteError if it
+  diverges: the last good checkpoint stays; LostProcessError if another process of the run died.
 
   Args:
     dataset: the training data; its batch size is global.
@@ -109,11 +111,6 @@ def train(
     dry_run: print parameters, mesh and memory, begin nothing and return None.
     dry_run_file: where a dry run writes the configuration, and how every array is cut.
     summarize_config_fn: writes the resolved configuration into model_dir.
-
-  Raises:
-    UsageError: if the configuration cannot work; nothing is written then.
-    NonFiniteError: if training diverges; the last good checkpoint stays.
-    LostProcessError: if another process of the run has died.
   """
   loss, mesh = loss or LossConfig(), mesh or MeshConfig()
   checkpoint = checkpoint or CheckpointConfig()

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,17 +43,12 @@ _SAMPLE_COLUMNS = ('input', 'prediction', 'target')
 
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
   """Returns the lines of MODEL_DIR/metrics.jsonl, oldest first; less what a kill cut short."""
-  return [entry for _, entry in _lines(epath.Path(model_dir) / METRICS_FILE) if entry is not None]
-
-
-def _lines(path: epath.Path) -> Iterator[tuple[str, Any]]:
-  """Yields every line of a file, if there is one, and what it holds; None if that is no JSON."""
+  path, found = epath.Path(model_dir) / METRICS_FILE, []
   text = retried(path, path.read_bytes).decode('utf-8', 'replace') if path.exists() else ''
   for line in text.splitlines():
-    try:
-      yield line, json.loads(line)
-    except json.JSONDecodeError:
-      yield line, None
+    with contextlib.suppress(json.JSONDecodeError):
+      found.append(json.loads(line))
+  return [entry for entry in found if isinstance(entry, dict)]
 
 
 def reporters(report_to: str | Sequence[str]) -> tuple[str, ...]:
@@ -105,7 +100,8 @@ class MetricWriter(contextlib.AbstractContextManager):
     if not active:
       return
     root = epath.Path(model_dir)
-    _drop_later(root / METRICS_FILE, first_step)
+    kept = [entry for entry in read_metrics(model_dir) if entry.get('step', 0) <= first_step]
+    files.write_text(root / METRICS_FILE, ''.join(json.dumps(entry) + '\n' for entry in kept))
     self._jsonl = _opened(root / METRICS_FILE, 'a', self._files)
     if TENSORBOARD in report_to:
       self._sinks.append(_TensorBoard(root / TENSORBOARD, first_step, self._files))
@@ -224,11 +220,3 @@ class _Wandb:
     draw = self._wandb.Histogram
     drawn = {name: draw(np_histogram=(x, HISTOGRAM_BOUNDS)) for name, x in counts.items()}
     self._run.log({'step': step, **drawn})
-
-
-def _drop_later(path: epath.Path, step: int) -> None:
-  """Rewrites a metrics file without lines past `step` or cut short."""
-  lines = list(_lines(path))
-  kept = [line for line, x in lines if isinstance(x, dict) and x.get('step', 0) <= step]
-  if len(kept) < len(lines):
-    files.write_text(path, ''.join(line + '\n' for line in kept))

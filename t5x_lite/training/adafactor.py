@@ -187,9 +187,8 @@ def adafactor(
     return factoring(shape, axes_of.get(path), factored=factored, **how)
 
   def has_scale(path) -> bool:
-    if isinstance(multiply_by_parameter_scale, bool):
-      return multiply_by_parameter_scale
-    for pattern, value in multiply_by_parameter_scale:
+    whole = multiply_by_parameter_scale
+    for pattern, value in [('', whole)] if isinstance(whole, bool) else whole:
       if re.search(pattern, '/'.join(path)):
         return value
     name = f'{"/".join(path)}; end with a (".*", True).'

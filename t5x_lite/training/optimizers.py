@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,13 +188,6 @@ def _per_unit_rate(
   return optax.GradientTransformationExtraArgs(make(learning_rate=1.0).init, update)
 
 
-class MasterWeightsState(NamedTuple):
-  """The parameters in float32, and the state of the optimizer that updates them."""
-
-  master: Any
-  inner: Any
-
-
 def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """Returns `inner` applied to float32 copies of parameters, of which bfloat16 ones lose no update.
 
@@ -205,7 +198,7 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
   def init(params):
     master = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    return MasterWeightsState(master, inner.init(master))
+    return {'master': master, 'inner': inner.init(master)}
 
   def update(updates, state, params=None, *, learning_rate=None, **extra_args):
     if params is None or learning_rate is None:
@@ -213,13 +206,14 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
     rate = jnp.float32(learning_rate)
     safe_rate = jnp.maximum(rate, jnp.finfo(jnp.float32).tiny)
     updates = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
-    steps, new = inner.update(updates, state.inner, state.master, learning_rate=rate, **extra_args)
-    master = jax.tree.map(lambda m, u: m + rate * u, state.master, steps)
+    old = state['master']
+    steps, new = inner.update(updates, state['inner'], old, learning_rate=rate, **extra_args)
+    master = jax.tree.map(lambda m, u: m + rate * u, old, steps)
     # From each parameter to its copy: added, it rounds as the copy does. At rate 0 nothing moved.
     result = jax.tree.map(
       lambda m, p: jnp.where(rate > 0, (m - p.astype(jnp.float32)) / safe_rate, 0.0), master, params
     )
-    return result, MasterWeightsState(master, new)
+    return result, {'master': master, 'inner': new}
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -301,14 +295,6 @@ def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> 
   return jax.tree_util.tree_map_with_path(find, jax.eval_shape(tx.init, params))
 
 
-class UnfreezingState(NamedTuple):
-  """State of `unfreeze_gradually`."""
-
-  count: jax.Array  # updates made
-  # made for all parameters at the start: a frozen layer's stays so; that of none, a count, goes on
-  inner: Any
-
-
 def unfreeze_gradually(
   tx: optax.GradientTransformation, every: int, params: Any, axes: Any, state_axes: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -326,10 +312,10 @@ def unfreeze_gradually(
   depths = _stack_depths(params, axes)
 
   def init(params):
-    return UnfreezingState(jnp.zeros((), jnp.int32), tx.init(params))
+    return {'count': jnp.zeros((), jnp.int32), 'inner': tx.init(params)}
 
   def update(updates, state, params=None, **extra_args):
-    opened = state.count // every + 1
+    opened = state['count'] // every + 1
 
     def choose(path, new, old, names):
       needed = _layers_needed(pytrees.names_of(path), names, depths)
@@ -339,9 +325,11 @@ def unfreeze_gradually(
       zeros = jax.tree.map(jnp.zeros_like, tree)
       return jax.tree_util.tree_map_with_path(choose, tree, zeros, axes)
 
-    updates, inner = tx.update(masked(updates), state.inner, params, **extra_args)
-    inner = jax.tree_util.tree_map_with_path(choose, inner, state.inner, state_axes)
-    return masked(updates), UnfreezingState(state.count + 1, inner)
+    old = state['inner']
+    updates, inner = tx.update(masked(updates), old, params, **extra_args)
+    # Made for all at the start: a frozen layer's stays so; that of none, a count, goes on.
+    inner = jax.tree_util.tree_map_with_path(choose, inner, old, state_axes)
+    return masked(updates), {'count': state['count'] + 1, 'inner': inner}
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -30,7 +30,7 @@ def test_parameters_are_the_rounded_copies(name):
   tx = optimizers.make_optimizer(config, AXES, shapes)
   kernel, state = run(tx, jnp.bfloat16, [1e-3] * 5)
   assert kernel.dtype == jnp.bfloat16
-  master = state.master['a']['kernel']
+  master = state['master']['a']['kernel']
   assert master.dtype == jnp.float32
   np.testing.assert_array_equal(kernel, master.astype(jnp.bfloat16))
 
@@ -56,8 +56,8 @@ def test_copies_are_cut_like_their_parameters():
   shapes = {'a': {'kernel': jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)}}
   tx = optimizers.make_optimizer(config, AXES, shapes)
   axes = optimizers.opt_state_axes(tx, shapes, AXES)
-  assert axes.master == AXES
-  inner = jax.tree.leaves(axes.inner, is_leaf=lambda x: x in (('embed',), ('mlp',)))
+  assert axes['master'] == AXES
+  inner = jax.tree.leaves(axes['inner'], is_leaf=lambda x: x in (('embed',), ('mlp',)))
   assert ('embed',) in inner and ('mlp',) in inner
 
 
