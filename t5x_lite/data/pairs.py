@@ -6,6 +6,7 @@ read, and a bad one is told with its file and line.
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import string
@@ -204,16 +205,13 @@ def _parallel(paths: Sequence[str], others: Sequence[str]) -> Placed:
   if len(paths) != len(others):
     raise UsageError(f'there are {len(paths)} files of inputs and {len(others)} of targets')
   for path, other in zip(paths, others, strict=True):
-    right = text_files.lines(other)
-    number = 0
-    for number, line in text_files.lines(path):
-      found = next(right, None)
-      if found is None:
-        raise UsageError(f'{other} has {number - 1} lines, {path} has more')
-      if line.strip() or found[1].strip():
-        yield f'{path}:{number}', {'input': line, 'target': found[1]}
-    if next(right, None) is not None:
-      raise UsageError(f'{path} has {number} lines, {other} has more')
+    both = itertools.zip_longest(text_files.lines(path), text_files.lines(other))
+    for count, (one, two) in enumerate(both):
+      if one is None or two is None:
+        short, long = (path, other) if one is None else (other, path)
+        raise UsageError(f'{short} has {count} lines, {long} has more')
+      if one[1].strip() or two[1].strip():
+        yield f'{path}:{one[0]}', {'input': one[1], 'target': two[1]}
 
 
 def _of_memory(source: Any, what: str) -> Placed:

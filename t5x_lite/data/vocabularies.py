@@ -63,15 +63,13 @@ class VocabularyConfig:
       # Resolved here, so that equal vocabularies compare equal.
       object.__setattr__(self, 'extra_ids', _DEFAULT_EXTRA_IDS[kind])
     reads, passes = kind == 'sentencepiece', kind == 'passthrough'
+    right_size = self.size >= 1 if passes else self.size == 0
     counted = "0 with kind='passthrough', where size counts the sentinels; else 0 or more, or -1"
     check_fields(
       self,
       path=(reads or not self.path, "'': only kind='sentencepiece' reads a model file"),
       extra_ids=(ids in (-1, 0) or (ids > 0 and not passes), counted),
-      size=(
-        self.size >= 1 if passes else self.size == 0,
-        "the number of ids with kind='passthrough', which needs it, and else 0",
-      ),
+      size=(right_size, "the number of ids with kind='passthrough', else 0"),
     )
 
 

@@ -1,4 +1,1 @@
-"""gin as a thin front over keyword-only functions and frozen dataclasses.
-
-The only folder that knows gin: files and bindings in, a checked call out.
-"""
+"""gin as a thin front: files and bindings in, a checked call out. Only this folder knows gin."""

@@ -101,11 +101,9 @@ def configure(
   # Without gin's reader of package data: it fails on what could be a namespace package: configs/.
   gin_config._LOCATION_PREFIXES[:] = prefixes
   gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
-  try:
-    selector = gin_config._as_scope_and_selector(program)[1]
-  except ValueError:
+  if gin_config._inverse_lookup(program) is None:
     gin.external_configurable(program, module=program.__module__)
-    selector = gin_config._as_scope_and_selector(program)[1]
+  selector = gin_config._as_scope_and_selector(program)[1]
   gin.parse_config('from __gin__ import dynamic_registration\n')
   for name in _MODEL_FILE_MACROS:
     if f'%{name}' in text and not re.search(rf'(?m)^{name}\s*=', text):

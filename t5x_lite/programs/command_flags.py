@@ -6,9 +6,7 @@ Importing some programs takes TensorFlow's fifteen seconds, which `--help` shoul
 import ast
 import contextlib
 import dataclasses
-import importlib
 import importlib.util
-import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -41,67 +39,58 @@ class Parameter:
 def read_fields(function: str, parent: str) -> list[Parameter]:
   """Returns the fields of the dataclass of `parent`, whose annotation is in NESTED, as flags."""
   [owner] = [p.owner for p in read_parameters(function) if p.name == parent]
-  cls = getattr(importlib.import_module(NESTED[owner]), owner)
-  entries = _args_section(inspect.getdoc(cls) or '', 'Attributes')
-  found = []
-  for field in dataclasses.fields(cls):
-    annotation = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
-    name = annotation.replace('collections.abc.', '').removesuffix(' | None')
-    if name in _SIMPLE:
-      how = (entries.get(field.name, ''), *_SIMPLE[name], _shown(field.default))
-      found.append(Parameter(field.name, *how, parent, owner))
-  return found
+  found = read_parameters(f'{NESTED[owner]}.{owner}')
+  return [dataclasses.replace(p, parent=parent, owner=owner) for p in found if p.type is not None]
 
 
 def read_parameters(function: str) -> list[Parameter]:
-  """Returns the parameters of a function, 't5x_lite.programs.train.train', without importing it."""
+  """Returns the parameters of a function, 't5x_lite.programs.train.train', or a dataclass's fields.
+
+  Without importing it.
+  """
   module, _, name = function.rpartition('.')
   spec = importlib.util.find_spec(module)
   if spec is None or spec.origin is None:
     raise ModuleNotFoundError(module)
   with open(spec.origin, encoding='utf-8') as file:
     tree = ast.parse(file.read())
-  [node] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-  entries = _args_section(ast.get_docstring(node) or '')
-  constants = _constants(tree)
-  parameters = []
-  for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
-    annotation = ast.unparse(argument.annotation) if argument.annotation else ''
-    annotation = annotation.removesuffix(' | None')
-    owner = annotation if annotation in NESTED else ''
-    kind, many = _SIMPLE.get(annotation, (None, False))
-    text, shown = entries.get(argument.arg, ''), _default(default, constants)
-    parameters.append(Parameter(argument.arg, text, kind, many, shown, owner=owner))
-  return parameters
-
-
-def _args_section(docstring: str, section: str = 'Args') -> dict[str, str]:
-  """Returns {name: text} of a section of a Google-style docstring."""
-  match = re.search(rf'^{section}:\n((?:[ ]+.*\n?|\n)+)', inspect.cleandoc(docstring), re.MULTILINE)
-  if match is None:
-    return {}
-  found = re.findall(r'^  (\w+): (.*(?:\n    .*)*)', match[1], flags=re.MULTILINE)
-  return {name: ' '.join(text.split()) for name, text in found}
-
-
-def _constants(tree: ast.Module) -> dict[str, Any]:
-  """Returns the module's own constants, for defaults that name one."""
-  constants = {}
+  constants: dict[str, Any] = {}  # for defaults that name one
+  variables: list[tuple[str, ast.expr | None, ast.expr | None]] = []
+  docstring = ''
   for node in tree.body:
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
       with contextlib.suppress(ValueError):
         constants[node.targets[0].id] = ast.literal_eval(node.value)
-  return constants
+    elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+      docstring = ast.get_docstring(node) or ''
+      if isinstance(node, ast.FunctionDef):
+        pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        variables = [(x.arg, x.annotation, default) for x, default in pairs]
+      else:
+        found = [x for x in node.body if isinstance(x, ast.AnnAssign)]
+        variables = [(ast.unparse(x.target), x.annotation, x.value) for x in found]
+  entries, parameters = _described(docstring), []
+  for name, hint, default in variables:
+    annotation = ast.unparse(hint).removesuffix(' | None') if hint else ''
+    owner = annotation if annotation in NESTED else ''
+    kind, many = _SIMPLE.get(annotation, (None, False))
+    text, shown = entries.get(name, ''), _default(default, constants)
+    parameters.append(Parameter(name, text, kind, many, shown, owner=owner))
+  return parameters
+
+
+def _described(docstring: str) -> dict[str, str]:
+  """Returns {name: text} of a Google-style docstring's arguments or attributes."""
+  match = re.search(r'^(?:Args|Attributes):\n((?:[ ]+.*\n?|\n)+)', docstring, re.MULTILINE)
+  found = re.findall(r'^  (\w+): (.*(?:\n    .*)*)', match[1] if match else '', flags=re.MULTILINE)
+  return {name: ' '.join(text.split()) for name, text in found}
 
 
 def _default(node: ast.expr | None, constants: Mapping[str, Any]) -> str:
   if isinstance(node, ast.Name) and node.id in constants:
     return str(constants[node.id])
   try:
-    return _shown(ast.literal_eval(node) if node else None)
+    value = ast.literal_eval(node) if node else None
   except ValueError:
     return ''
-
-
-def _shown(value: Any) -> str:
   return '' if value in (None, '', (), False) else str(value)

@@ -85,18 +85,15 @@ class Lengths:
 
 def measure(pairs: Pairs, vocabulary: Vocabulary) -> Lengths:
   """Tokenizes everything once."""
-  unknown = 0
+  unk_id: Any = vocabulary.unk_id  # None is in no text
 
-  def count(text: str) -> int:
-    nonlocal unknown
-    ids = vocabulary.encode(text)
-    if vocabulary.unk_id is not None:
-      unknown += ids.count(vocabulary.unk_id)
-    return len(ids) + 1
+  def count(texts: Sequence[str]) -> np.ndarray:
+    ids = map(vocabulary.encode, texts)
+    return np.array([(len(x) + 1, x.count(unk_id)) for x in ids], np.int64).T
 
-  inputs, targets = (np.array([*map(count, x)], np.int64) for x in (pairs.inputs, pairs.targets))
+  (inputs, unknown), (targets, more) = count(pairs.inputs), count(pairs.targets)
   total = int(inputs.sum() + targets.sum()) - len(inputs) - len(targets)
-  return Lengths(inputs, targets, unknown / max(1, total))
+  return Lengths(inputs, targets, int(unknown.sum() + more.sum()) / max(1, total))
 
 
 def choose_length(lengths: np.ndarray, limit: int) -> int:

@@ -1,4 +1,1 @@
-"""The pure parts of training: loss, optimizer, schedule, state and step.
-
-Arrays in, arrays out: no files, no SeqIO, no logging, no loop.
-"""
+"""Loss, optimizer, schedule, state and step: arrays in, arrays out; no files, SeqIO, logs or loop."""

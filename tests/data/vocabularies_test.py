@@ -76,9 +76,9 @@ def test_negative_ids_are_an_error(config):
     ({'kind': 'spm'}, "kind is 'spm'.*byte"),
     ({'extra_ids': -2}, 'extra_ids is -2'),
     ({'kind': 'byte', 'path': 'x'}, 'only kind=.sentencepiece. reads'),
-    ({'kind': 'passthrough'}, 'needs the number of ids'),
+    ({'kind': 'passthrough'}, 'the number of ids with kind'),
     ({'kind': 'passthrough', 'size': 9, 'extra_ids': 3}, 'counts the sentinels'),
-    ({'size': 9}, 'and else 0'),
+    ({'size': 9}, 'else 0'),
   ],
 )
 def test_config_errors(settings, message):

@@ -181,7 +181,6 @@ class RowStream:
     self._iterator: Iterator[dict[str, Any]] | None = None
     # Whether the position is a count; at the beginning it is, 0.
     self._counted = True
-    self._tried = False
 
   def _iterate(self, skip: int = 0) -> Iterator[dict[str, Any]]:
     rest = self._dataset.skip(skip) if skip else self._dataset
@@ -222,8 +221,7 @@ class RowStream:
       window = next(self._iterator)
     except StopIteration:
       return self._end()
-    if not self._tried:
-      self._tried = True
+    if not self._num_examples:
       self._counted = not self._can_checkpoint()
     examples = {name: _to_numpy(tensor) for name, tensor in window.items()}
     check_ids(self._cfg, self._vocab_sizes, examples)
