@@ -66,10 +66,8 @@ _DETERMINERS = frozenset(
 def names_referent(text: str, *, example: Mapping[str, Any], is_target: bool = False) -> int:
   """Returns whether a prediction names the example's noun; for a target its label.
 
-  One may be part of the other ('rabbit', 'the fluffy rabbit'), but Bob is not
-  Bob's hat. An empty prediction is -1, which no label equals.
-
-  Source: t5's wsc_simple.
+  One may be part of the other ('rabbit', 'the fluffy rabbit'), but Bob is not Bob's hat. An empty
+  prediction is -1, which no label equals. Source: t5's wsc_simple.
   """
   if is_target:
     return int(example['label'])

@@ -86,8 +86,7 @@ class DatasetConfig:
     object.__setattr__(self, 'task_feature_lengths', pairs)
     kinds, needed = feature_converters.CONVERTERS, {'targets'}
     needed |= {'inputs'} if self.feature_converter != 'lm' else set()
-    names = ('batch_size', 'window', 'num_open_rows', 'prefetch_batches', 'num_epochs')
-    numbers = {name: getattr(self, name) for name in names}
+    counts = ('batch_size', 'window', 'num_open_rows', 'prefetch_batches', 'num_epochs')
     whole = needed <= self.lengths.keys() and min(self.lengths.values()) >= 1
     check_fields(
       self,
@@ -95,7 +94,7 @@ class DatasetConfig:
       host_sharding=(self.host_sharding in ('source', 'replicated'), 'source or replicated'),
       task_feature_lengths=(whole, f'at least 1 each, with {" and ".join(sorted(needed))}'),
       pack=(not self.pack or self.has_segment_ids, 'False without segment_ids; leave those unset'),
-      **{name: (x is None or x >= 1, 'at least 1') for name, x in numbers.items()},
+      **{x: (getattr(self, x) is None or getattr(self, x) >= 1, 'at least 1') for x in counts},
     )
 
   @property

@@ -1,1 +1,1 @@
-"""Loss, optimizer, schedule, state and step: arrays in, arrays out; no files, SeqIO, logs or loop."""
+"""Loss, optimizer, schedule, state and step: arrays in, arrays out; no files, SeqIO or loop."""

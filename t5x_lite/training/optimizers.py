@@ -106,22 +106,14 @@ def _arguments(config: OptimizerConfig) -> dict[str, Any]:
   accepted -= {'axes', 'learning_rate', 'mask', 'weight_decay', 'weight_decay_mask'}
   arguments = {}
   for field in ('b1', 'b2', 'eps'):
-    value = getattr(config, field)
-    name = 'beta1' if (config.name, field) == ('adafactor', 'b1') else field
-    if value is None:
-      continue
+    if (value := getattr(config, field)) is not None:
+      most, allowed = (math.inf, 'at least 0') if field == 'eps' else (1, 'at least 0, less than 1')
+      check_fields(config, **{field: (0 <= value < most, allowed)})
+      arguments['beta1' if (config.name, field) == ('adafactor', 'b1') else field] = value
+  arguments |= config.kwargs
+  for name in arguments:
     if name not in accepted:
-      raise UsageError(
-        f'OptimizerConfig.{field} is {value}, but {config.name} has no such argument; its own are '
-        f'{", ".join(sorted(accepted))}.'
-      )
-    most, allowed = (math.inf, 'at least 0') if field == 'eps' else (1, 'at least 0, less than 1')
-    check_fields(config, **{field: (0 <= value < most, allowed)})
-    arguments[name] = value
-  for name, value in config.kwargs.items():
-    if name not in accepted:
-      raise unknown(f'An argument of {config.name} in OptimizerConfig.kwargs', name, accepted)
-    arguments[name] = value
+      raise unknown(f'An argument of {config.name} in OptimizerConfig', name, accepted)
   return arguments
 
 

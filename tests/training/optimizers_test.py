@@ -299,7 +299,7 @@ def test_8_devices_are_1(config):
     ({'weight_decay': -0.1}, 'weight_decay is -0.1'),
     ({'global_norm_clip': 0}, 'global_norm_clip is 0'),
     ({'trainable': '('}, 'no regular expression'),
-    ({'name': 'sgd', 'b2': 0.9}, 'sgd has no such argument'),
+    ({'name': 'sgd', 'b2': 0.9}, "of sgd in OptimizerConfig is 'b2'"),
     ({'name': 'adamw', 'b1': 1.5}, 'less than 1'),
     ({'name': 'adamw', 'eps': -1}, 'eps is -1'),
     ({'kwargs': {'decay_rat': 0.8}}, 'did you mean decay_rate'),

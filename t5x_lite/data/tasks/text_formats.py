@@ -9,7 +9,7 @@ Source: Raffel et al. 2020, Appendix D; t5/data/preprocessors.py; multilingual_t
 """
 
 import functools
-import itertools
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -125,7 +125,8 @@ def find_pronoun(premise: str, hypothesis: str) -> tuple[str, str]:
   Source: t5's wnli_simple; the rule, not its special cases.
   """
   words = premise.split(' ')
-  plain, goal = [_plain(word) for word in words], [_plain(word) for word in hypothesis.split()]
+  both = words, hypothesis.split()
+  plain, goal = ([word.lower().rstrip('.,!?') for word in text] for text in both)
   best, found = (False, -1), (0, 0, len(goal))
   for at in (i for i, word in enumerate(plain) if word in _PRONOUNS):
     for start in range(len(goal)):
@@ -146,14 +147,9 @@ def _find_pronoun_bytes(premise: bytes, hypothesis: bytes):
   return np.array([text.encode() for text in both], object)
 
 
-def _plain(word: str) -> str:
-  return word.lower().rstrip('.,!?')
-
-
 def _agreement(first: Sequence[str], second: Sequence[str]) -> int:
   """Returns how many words are the same from the beginning."""
-  same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-  return sum(1 for _ in same)
+  return [*map(operator.eq, first, second), False].index(False)
 
 
 # ---- Questions ---------------------------------------------------------------
