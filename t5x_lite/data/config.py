@@ -1,7 +1,6 @@
 """DatasetConfig, apart from the iterator: made and checked without TensorFlow's 15 seconds."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -75,9 +74,8 @@ class DatasetConfig:
 
   def __post_init__(self):
     lengths = self.task_feature_lengths
-    pairs = lengths.items() if isinstance(lengths, Mapping) else lengths
     try:
-      pairs = tuple((str(name), int(length)) for name, length in pairs)
+      pairs = tuple((str(name), int(length)) for name, length in dict(lengths).items())
     except (TypeError, ValueError):
       raise UsageError(
         f'task_feature_lengths is {lengths!r}, must map names to lengths, '

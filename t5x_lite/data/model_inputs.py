@@ -60,8 +60,18 @@ def token_rows(
     rows = [[*vocabulary.encode(text), *end] for text in texts]
   else:
     rows = _id_rows(inputs, num_ids, pad_id)
-  if limit is not None:
-    _cut(rows, limit, len(end))
+  if limit is None:
+    return rows
+  if limit < 1:
+    raise UsageError(f'max_input_tokens is {limit}; it must be at least 1')
+  long = [row for row in rows if len(row) > limit]
+  if long:
+    log.warning(
+      f'{len(long)} of {len(rows)} inputs are longer than max_input_tokens={limit} and were cut; '
+      f'the longest has {max(map(len, long))} tokens'
+    )
+  for row in long:
+    del row[limit - len(end) : len(row) - len(end)]
   return rows
 
 
@@ -85,17 +95,3 @@ def _id_rows(inputs: Any, num_ids: int, pad_id: int) -> list[list[int]]:
       if not 0 <= i < num_ids:
         raise UsageError(f'the id {i} is outside 0 to {num_ids - 1}')
   return rows
-
-
-def _cut(rows: list[list[int]], limit: int, kept: int) -> None:
-  """Cuts rows in place; `kept` ids at their ends stay."""
-  if limit < 1:
-    raise UsageError(f'max_input_tokens is {limit}; it must be at least 1')
-  long = [row for row in rows if len(row) > limit]
-  if long:
-    log.warning(
-      f'{len(long)} of {len(rows)} inputs are longer than max_input_tokens={limit} and were cut; '
-      f'the longest has {max(map(len, long))} tokens'
-    )
-  for row in long:
-    del row[limit - kept : len(row) - kept]

@@ -69,8 +69,8 @@ class Walk:
 
   def takers(self, parameter: str) -> set[str]:
     """Returns the selectors of all that have a parameter of this name."""
-    wrapped = {selector: gin_config._REGISTRY[selector].wrapped for _, selector in self.bound}
-    return {selector for selector, one in wrapped.items() if parameter in _signature(one)}
+    registry = gin_config._REGISTRY
+    return {name for _, name in self.bound if parameter in _signature(registry[name].wrapped)}
 
 
 def _signature(wrapped: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

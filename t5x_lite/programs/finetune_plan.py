@@ -138,8 +138,7 @@ def make_plan(
   target_length = target_length or choose_length(lengths.targets, max_target_tokens)
   count = len(lengths.inputs)
   rows = {'inputs': input_length, 'targets': target_length}
-  sums = {name: float(np.minimum(getattr(lengths, name), n).sum()) for name, n in rows.items()}
-  means = {name: total / count for name, total in sums.items()}
+  means = {name: float(np.minimum(getattr(lengths, name), n).mean()) for name, n in rows.items()}
   if pack is None:
     # Segment ids cost a little; half empty rows cost half of everything.
     pack = sum(means.values()) < 0.7 * sum(rows.values())

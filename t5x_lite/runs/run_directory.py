@@ -124,10 +124,8 @@ def same_vocabulary(a: VocabularyConfig, b: VocabularyConfig) -> bool:
   """True if two configs give the same ids, wherever their files lie."""
   if dataclasses.replace(a, path='') != dataclasses.replace(b, path=''):
     return False
-  if a.kind != 'sentencepiece':
-    return True
-  one, other = (epath.Path(vocabularies.model_path(config)).read_bytes() for config in (a, b))
-  return one == other
+  one, other = (epath.Path(vocabularies.model_path(config)) for config in (a, b))
+  return a.kind != 'sentencepiece' or one.read_bytes() == other.read_bytes()
 
 
 def to_json(value: Any) -> Any:

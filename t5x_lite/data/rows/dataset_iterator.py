@@ -73,15 +73,14 @@ class DatasetIterator:
       atexit.register(self.close)
       self._thread.start()
 
-  def _wants_rows(self) -> bool:
-    # A window's worth more than the batches asked for, to draw on while the next one is being made.
-    enough = self._cfg.prefetch_batches * self._rows_per_batch
-    return self._buffer.num_rows < enough + self._window_rows
-
   def _produce(self) -> None:
+    enough = self._cfg.prefetch_batches * self._rows_per_batch
     while self._error is None:
       with self._condition:
-        self._condition.wait_for(lambda: self._closed or self._wants_rows())
+        # A window's worth more, to draw on while the next one is being made.
+        self._condition.wait_for(
+          lambda: self._closed or self._buffer.num_rows < enough + self._window_rows
+        )
         if self._closed or self._ended:
           return
       with self._reading:
