@@ -373,10 +373,9 @@ def _all_alike(directory: epath.Path, call: Callable[[], Any]) -> None:
     call()
   except Exception as error:
     problem = error
-  failed = distributed.anywhere(problem is not None)
   if distributed.anywhere(isinstance(problem, DamagedError)):
     raise problem or DamagedError(f'{directory}: another process says why')
-  if failed:
+  if distributed.anywhere(problem is not None):
     raise problem or UsageError(f'{directory}: another process says why')
 
 

@@ -68,11 +68,10 @@ register_text_task(
 )
 
 # Every row as often as any other.
-_BY_EXAMPLES: dict[str, tuple[str, ...]] = {
-  'translate': ('translate_en_de', 'translate_en_fr'),
-  'embedded_tasks': ('pronounce', 'language_id', 'translate_en_de', 'translate_en_fr'),
-}
-for _name, _tasks in _BY_EXAMPLES.items():
+for _name, _tasks in (
+  ('translate', ('translate_en_de', 'translate_en_fr')),
+  ('embedded_tasks', ('pronounce', 'language_id', 'translate_en_de', 'translate_en_fr')),
+):
   catalog.add(_name, MixtureRecipe(rates=dict.fromkeys(_tasks, seqio.mixing_rate_num_examples)))
 # What ten minutes can learn; translation is not among it (docs/lab_notes.md).
 catalog.add(
