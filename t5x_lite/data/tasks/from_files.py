@@ -37,7 +37,8 @@ def register_file_task(
 ) -> None:
   """Makes a text-to-text task of TSV, CSV, JSONL, JSON or Parquet files, plain or gzip.
 
-  For instance `register_file_task('mine', train_file='mine.jsonl', prefix='mine: ')`.
+  For instance `register_file_task('mine', train_file='mine.jsonl', prefix='mine: ')`. UsageError if
+  the name is taken, a file is missing or a metric unknown. Rows are read, and checked, when used.
 
   Args:
     name: of the task.
@@ -53,9 +54,6 @@ def register_file_task(
       training takes the first, metrics the best.
     vocabulary: if given, registers `name` with it; else `name` joins the catalog, for whatever
       vocabulary the model has.
-
-  UsageError if the name is taken, a file is missing or a metric unknown. Rows are read, and
-  checked, when first used.
   """
   splits, files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
   for path in files:
@@ -92,6 +90,7 @@ def register_text_task(
   For instance `register_text_task('books', train_file='books/*.txt.gz')`. With `objective='all'`
   there are `books_span_corruption`, `books_iid_denoising_rate0.25` and so on, and the mixture
   `books_ul2`; `books_first100_span_corruption` trains on the first 100 rows of each file alone.
+  UsageError if the name is taken, a file is missing or the objective unknown.
 
   Args:
     name: of the task.
@@ -105,8 +104,6 @@ def register_text_task(
     objective: name from OBJECTIVES, one with settings such as 'span_corruption_rate0.25_span5', a
       SeqIO preprocessor of tokens, or 'all' for a task NAME_OBJECTIVE of each.
     vocabulary: as in `register_file_task`; not with 'all'.
-
-  UsageError if the name is taken, a file is missing or the objective unknown.
   """
   splits, files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
   if lines_per_document < 1:
