@@ -15,7 +15,7 @@ class DatasetConfig:
 
   Attributes:
     mixture_or_task_name: a name in SeqIO's registries.
-    task_feature_lengths: tokens per row by task feature; longer examples are trimmed.
+    task_feature_lengths: tokens per row by task feature, a dict or pairs; what is longer is cut.
     batch_size: rows per step over all hosts.
     split: the split to read.
     shuffle: whether files and examples are shuffled (by `seed`).

@@ -120,8 +120,9 @@ class SentencePieceVocabulary(Vocabulary):
     # The last one first, as seqio/vocabularies.py _load_model_internal has them.
     sentinels = (f'▁<extra_id_{index}>' for index in reversed(range(extra_ids)))
     model = _read_model(path) + user_defined(sentinels)
+    self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+      self._processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
       raise UsageError(
         f'{path} is not a SentencePiece model ({error}); train one with '

@@ -42,7 +42,7 @@ class DatasetIterator:
   """
 
   def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
-    """Reads nothing before `start`; UsageError if the config fits not the task or the hosts."""
+    """Reads nothing before `start`; UsageError if the config does not fit task or hosts."""
     row_buffer.check_processes(cfg, process_index, process_count)
     self._cfg, self._index, self._count = cfg, process_index, process_count
     self._rows_per_batch = cfg.batch_size // (1 if cfg.replicated else process_count)

@@ -23,10 +23,7 @@ class EvalDataset:
   """
 
   def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
-    """Takes what to read, whose `pack`, `shuffle` and `num_epochs` are ignored.
-
-    UsageError if it does not fit the task or the hosts that share each batch.
-    """
+    """Takes what to read, but for pack, shuffle, num_epochs; UsageError if it does not fit."""
     row_buffer.check_processes(cfg, process_index, process_count)
     self._cfg = dataclasses.replace(
       cfg, pack=False, shuffle=False, num_epochs=1, per_task_loss=False

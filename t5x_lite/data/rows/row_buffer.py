@@ -1,5 +1,7 @@
 """A queue of rows between packing and batches, and how batches are shared."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from t5x_lite.data.config import DatasetConfig
@@ -25,15 +27,20 @@ class RowBuffer:
 
   def peek(self) -> packing.Rows:
     """Returns all rows and keeps them."""
-    names = self._chunks[0] if self._chunks else ()
-    return {name: np.concatenate([rows[name] for rows in self._chunks]) for name in names}
+    return _joined(self._chunks)
 
   def pop(self, num: int) -> packing.Rows:
     """Removes and returns the first `num` rows (or all, if fewer)."""
-    rows = self.peek()
-    self._chunks = []
-    self.push({name: values[num:] for name, values in rows.items()})
+    chunks = int(np.searchsorted(np.cumsum([*map(_count, self._chunks)]), num)) + 1
+    rows = _joined(self._chunks[:chunks])
+    rest = {name: values[num:] for name, values in rows.items()}
+    self._chunks[:chunks] = [rest] if _count(rest) else []
     return {name: values[:num] for name, values in rows.items()}
+
+
+def _joined(chunks: Sequence[packing.Rows]) -> packing.Rows:
+  names = chunks[0] if chunks else ()
+  return {name: np.concatenate([rows[name] for rows in chunks]) for name in names}
 
 
 def _count(rows: packing.Rows) -> int:

@@ -143,9 +143,7 @@ def _split_files(name: str, **split_to_file: str) -> tuple[dict[str, str], list[
   """Returns the pattern of each split that has one, and the files of all."""
   found = {split: file for split, file in split_to_file.items() if file}
   if not found:
-    raise UsageError(
-      f'The task {name!r} has no files; give train_file, validation_file or test_file'
-    )
+    raise UsageError(f'The task {name!r} has no files; give train_, validation_ or test_file')
   return found, [path for pattern in found.values() for path in text_files.expand(pattern)]
 
 

@@ -49,10 +49,7 @@ def _weight(mixture: str, text: str) -> float:
 
 
 def shares(provider: seqio.Task | seqio.Mixture, split: str) -> dict[str, float]:
-  """Returns how often each task of a split is drawn, of 1; {} for a task.
-
-  UsageError if the number of examples is needed and cannot be told.
-  """
+  """Returns each task's share of a split, {} for a task; UsageError if its size cannot be told."""
   if not isinstance(provider, seqio.Mixture):
     return {}
   tasks = [task for task in provider.tasks if split in task.splits]

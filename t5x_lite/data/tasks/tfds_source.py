@@ -46,8 +46,7 @@ class _Loader(seqio.utils.LazyTfdsLoader):
   """Finds the builder by its folder, so that no network is asked."""
 
   def _get_builder_key(self, dataset: str, directory: str | None) -> tuple[str, str]:
-    default = os.path.join('~', 'tensorflow_datasets')
-    return dataset, directory or os.environ.get('TFDS_DATA_DIR') or default
+    return dataset, directory or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
 
   def _get_builder(self, split: str | None = None):
     key = self._get_builder_key(self.name, self.data_dir)
