@@ -24,6 +24,10 @@ from t5x_lite.parallel.placement import Placement
 from t5x_lite.training import losses, optimizers, schedules, steps, train_state
 from t5x_lite.training.optimizers import OptimizerConfig
 
+# From how many parameters on the loop over layers is unrolled in training on CPUs: a fifth faster,
+# with 26% more memory and a longer compile, which small models do not earn back.
+UNROLLED_ON_CPU = 10**7
+
 BatchSpec = Mapping[str, tuple[tuple[int, ...], Any]]
 
 
@@ -97,11 +101,12 @@ def train_program(
       f'the batch size {batch_size} does not divide into num_microbatches={num_microbatches} on '
       f'{ways} data shards: use a multiple of {num_microbatches * ways}'
     )
+  on_cpu = placement.mesh.devices.flat[0].platform == 'cpu'
   _, shapes, axes = t5.abstract_params(model)
   tx = optimizers.make_optimizer(optimizer, axes, shapes)
   spec = train_state.make_spec(model, tx, placement)
   if mesh.offload_optimizer:
-    if placement.mesh.devices.flat[0].platform == 'cpu':
+    if on_cpu:
       cpus = 'CPUs have no memory of their own to save'
       raise UsageError(f'MeshConfig.offload_optimizer is True, but {cpus}; set it to False')
     tx = _offloaded(tx, spec.shardings.opt_state)
@@ -112,6 +117,7 @@ def train_program(
     schedules.make_schedule(optimizer.schedule, total_steps),
     loss,
     num_microbatches=num_microbatches,
+    unroll=on_cpu and model_sharding.count_params(shapes) >= UNROLLED_ON_CPU,
     skip_nonfinite=skip_nonfinite,
     histograms=histograms,
     task_names=task_names,

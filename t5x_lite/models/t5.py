@@ -68,6 +68,21 @@ def over_layers(step, carry, stack, *others):
   return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
+def unroll(model: 'T5') -> None:
+  """Splits the stacks of a model that was just merged: the same sums without a loop.
+
+  Parameters, gradients and checkpoints stay stacked: the gradient of a split is one concatenation,
+  where that of an index would be a padded array of the stack's size for every layer.
+  """
+  for name in ('encoder', 'decoder'):
+    stack = getattr(model, name, None)
+    if stack is not None and not isinstance(stack.layers, nnx.List):
+      leaves, tree = jax.tree.flatten(stack.layers)
+      split = [jax.lax.split(leaf, [1] * stack.num_layers) for leaf in leaves]
+      parts = zip(*split, strict=True)
+      stack.layers = nnx.List([tree.unflatten([x[0] for x in part]) for part in parts])
+
+
 class Stack(nnx.Module):
   """Layers, the bias they share, and the final norm."""
 

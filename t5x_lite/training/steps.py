@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from t5x_lite.models import t5
 from t5x_lite.models.t5 import T5
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import losses
@@ -47,6 +48,7 @@ def make_train_step(
   *,
   num_microbatches: int = 1,
   trainable: Any = None,
+  unroll: bool = False,
   skip_nonfinite: bool = False,
   histograms: bool = False,
   task_names: Sequence[str] = (),
@@ -57,13 +59,13 @@ def make_train_step(
   their number changes nothing but memory (T5X normalises each by itself; t5x/trainer.py:704).
 
   Graphdef, tx and schedule are those of `make_spec`, `make_optimizer` and `make_schedule`. What is
-  logged as the learning rate is what is used. Parameters that are not trainable (`trainable_mask`;
-  None: all are) have no gradient, and come out as they went in. skip_nonfinite leaves parameters
-  and optimizer as they are where loss or gradient are not finite, and says so in the metric
-  `skipped`. The number of microbatches must divide the batch size. With task_names the batch has
-  `decoder_task_ids`, which number them, and the metrics TASK_LOSS and TASK_WEIGHT with each name:
-  its tokens' summed cross entropy in nats and weight. With histograms the metrics have
-  `group_histograms` of the gradient.
+  logged as the learning rate is what is used. With unroll, stacked layers run one by one.
+  Parameters that are not trainable (`trainable_mask`; None: all are) have no gradient, and come out
+  as they went in. skip_nonfinite leaves parameters and optimizer as they are where loss or gradient
+  are not finite, and says so in the metric `skipped`. The number of microbatches must divide the
+  batch size. With task_names the batch has `decoder_task_ids`, which number them, and the metrics
+  TASK_LOSS and TASK_WEIGHT with each name: its tokens' summed cross entropy in nats and weight.
+  With histograms the metrics have `group_histograms` of the gradient.
 
   The key is the run's; the step folds in its number. Metrics are float32 scalars: loss (as
   minimised), cross_entropy and z_loss (nats per unit of loss weight), accuracy, target_tokens,
@@ -77,6 +79,8 @@ def make_train_step(
 
     def loss_fn(trained, batch, weights, key):
       model = nnx.merge(graphdef, _filled(trained, state.params))
+      if unroll:
+        t5.unroll(model)
       sums = _sums(model, batch, weights, loss, key, len(task_names))
       return sums['loss'] / normalizer, sums
 

@@ -52,6 +52,16 @@ def test_a_compiled_step_runs_in_place():
     assert x.sharding.is_equivalent_to(s, x.ndim)
 
 
+def test_large_models_are_unrolled_on_cpus(monkeypatch):
+  def loops(model):
+    return train_program(model=model).lower().as_text().count('stablehlo.while')
+
+  model = tiny.config(num_encoder_layers=2, num_decoder_layers=2)
+  before = loops(model)
+  monkeypatch.setattr(step_programs, 'UNROLLED_ON_CPU', 0)
+  assert loops(model) == loops(model.replace(scan_layers=False)) < before
+
+
 def test_a_decode_step_compiles_with_parameters_cut():
   program = step_programs.decode_program(
     model=tiny.config(num_encoder_layers=1, num_decoder_layers=1),

@@ -70,6 +70,21 @@ def test_scanned_update_is_unrolled_update():
     assert_same(tiny.unstack(a.params, cfg), b.params)
 
 
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'relpos_per_layer': True, 'dropout_rate': 0.1, 'remat_policy': 'minimal'},
+    {'share_encoder_decoder': True, 'num_decoder_layers': 2},
+  ],
+)
+def test_a_stack_unrolled_in_the_step_is_the_scanned_one(change):
+  cfg, batch = tiny.config(**change), tiny.batch()
+  a, metrics_a = train(cfg, batch)
+  b, metrics_b = train(cfg, batch, unroll=True)
+  assert_same(a.params, b.params)
+  assert_same(metrics_a, metrics_b, 1e-4)
+
+
 def test_chunked_loss_is_the_loss():
   cfg, batch = tiny.config(), tiny.batch()
   a, _ = train(cfg, batch)
