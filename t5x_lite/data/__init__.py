@@ -1,4 +1,1 @@
-"""Corpora, objectives, tasks and metrics: the only package that knows SeqIO.
-
-Each module is imported by name, so that `packing` (numpy only) does not pay for TensorFlow.
-"""
+"""All that knows SeqIO; modules are imported by name: `packing` does not pay for TensorFlow."""

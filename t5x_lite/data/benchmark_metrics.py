@@ -45,13 +45,10 @@ def grouped(
   *,
   example: Mapping[str, Any],
   is_target: bool = False,
-  group: Sequence[str],
+  group: Sequence[str],  # features that tell one question or query from another
   value_fn: Callable[..., Any],
 ) -> dict[str, Any]:
-  """Returns what `value_fn`, a postprocessor, makes of a text, and the group it belongs to.
-
-  `group` names the features that tell one question or query from another.
-  """
+  """Returns what `value_fn`, a postprocessor, makes of a text, and the group it belongs to."""
   value = value_fn(text, example=example, is_target=is_target)
   return {'value': value, 'group': tuple(int(example[key]) for key in group)}
 

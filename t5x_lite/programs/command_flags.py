@@ -44,10 +44,7 @@ def read_fields(function: str, parent: str) -> list[Parameter]:
 
 
 def read_parameters(function: str) -> list[Parameter]:
-  """Returns the parameters of a function, 't5x_lite.programs.train.train', or a dataclass's fields.
-
-  Without importing it.
-  """
+  """Returns the parameters of a function, or the fields of a dataclass, without importing it."""
   module, _, name = function.rpartition('.')
   spec = importlib.util.find_spec(module)
   if spec is None or spec.origin is None:

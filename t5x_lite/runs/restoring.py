@@ -1,7 +1,4 @@
-"""Reads checkpoints of ours without a run around them: arrays, params, a state.
-
-A run's own checkpoints are restored by its Checkpointer.
-"""
+"""Reads checkpoints of ours without a run, which has its Checkpointer: arrays, params, a state."""
 
 import os
 from typing import Any
