@@ -135,15 +135,12 @@ def _print_mapping(
   source: Source, tensors: Tensors, cfg: T5Config, to: str, report: assignment.Report
 ) -> None:
   """Prints one line a tensor: from where, its shape, to where."""
-
-  def t5x_place(name: str) -> str:
-    scanned = cfg.relpos_per_layer
-    found = tensor_names.t5x_scanned_name(name)[0] if scanned else tensor_names.t5x_name(name, cfg)
-    return f'target/{found}'
-
-  place = {'hf': tensor_names.hf_name, 't5x': t5x_place}.get(to, str)
+  places = {name: tensor_names.hf_name(name) for name in tensors if to == 'hf'}
+  for place, names in tensor_names.t5x_arrays(cfg).items() if to == 't5x' else ():
+    places |= dict.fromkeys(names, f'target/{place}')
   for name, tensor in tensors.items():
-    print(f'{tensor.origin} -> {place(name)} [{"x".join(map(str, tensor.shape))}]')
+    shape = 'x'.join(map(str, tensor.shape))
+    print(f'{tensor.origin} -> {places.get(name, name)} [{shape}]')
   for name in report.skipped:
     print(f'{name} -> skipped')
   count = sum(tensor.size for tensor in tensors.values())

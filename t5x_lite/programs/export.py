@@ -143,8 +143,7 @@ def _write_stablehlo(
   target_length: int,
   platforms: Sequence[str],
 ) -> None:
-  flat = jax.tree_util.tree_leaves_with_path(params)
-  leaves = {pytrees.path_name(path): leaf for path, leaf in flat}
+  leaves = pytrees.flatten_names(params)
   (work / 'params.safetensors').write_bytes(safetensors.flax.save(leaves))
   structure = jax.tree.structure(params)
   shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]

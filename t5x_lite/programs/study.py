@@ -225,7 +225,9 @@ def study(
       for run in cells[row, seed]:
         _run(run, launcher, where, tried)
   finally:
-    table = study_report.Table(cells, baseline, paper or {}, paper_columns, paper_deviations)
+    published = {row: dict(zip(paper_columns, x, strict=True)) for row, x in (paper or {}).items()}
+    deviations = dict(zip(paper_columns, paper_deviations, strict=False))
+    table = study_report.Table(cells, baseline, published, deviations)
     path = study_report.write(table, os.path.join(output_dir, name), title or name)
     print(path)
   return path
