@@ -200,11 +200,7 @@ class T5Config:
     return self.architecture != 'encoder'
 
   def replace(self, **changes: Any) -> 'T5Config':
-    """Returns a copy with some fields changed.
-
-    Raises:
-      UsageError: if there is no such field.
-    """
+    """Returns a copy with some fields changed; UsageError if there is no such field."""
     known = sorted(field.name for field in dataclasses.fields(self))
     for name in changes:
       if name not in known:
@@ -265,11 +261,7 @@ NAMED_CONFIGS: dict[str, T5Config] = {
 
 
 def named_config(name: str, **overrides: Any) -> T5Config:
-  """Returns a published size, for example 't5_1_1_small'.
-
-  Raises:
-    UsageError: if there is no such size; the message lists close matches.
-  """
+  """Returns a published size, for example 't5_1_1_small'; UsageError if there is no such."""
   if name not in NAMED_CONFIGS:
     close = ' or '.join(difflib.get_close_matches(name, NAMED_CONFIGS, n=3))
     hint = f'did you mean {close}?' if close else f'allowed are {", ".join(NAMED_CONFIGS)}.'

@@ -61,10 +61,7 @@ def attention(
   """Returns y_BLHK; see `blocked_attention.attention` for the other arguments.
 
   A block has `block` rows and columns, 128 times a power of 2; the interpreter is for tests without
-  a TPU.
-
-  Raises:
-    UsageError: if the queries of a head do not fit into the chip's own memory.
+  a TPU. Raises UsageError if the queries of a head do not fit into the chip's own memory.
   """
   B, L, H, K = q_BLHK.shape
   M = k_BMHK.shape[1]

@@ -21,7 +21,7 @@ from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import hardware
-from t5x_lite.parallel.hardware import Chip, find_chip, parse_topology
+from t5x_lite.parallel.hardware import Chip, find_chip
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
 from t5x_lite.runs import memory_report
 from t5x_lite.training.losses import LossConfig
@@ -104,10 +104,7 @@ def find_devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
   """Returns the devices that a --topology means."""
   if topology == 'local':
     return jax.devices()
-  parsed = parse_topology(topology)
-  # Nothing runs; JAX must not wait for a TPU.
-  jax.config.update('jax_platforms', 'cpu')
-  return hardware.topology_devices(parsed, num_slices)
+  return hardware.topology_devices(topology, num_slices)
 
 
 def compile_step(

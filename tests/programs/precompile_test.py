@@ -12,7 +12,6 @@ from t5x_lite.data.config import batch_spec
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.parallel import hardware
-from t5x_lite.parallel.hardware import parse_topology
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import precompile
 from t5x_lite.training import train_state
@@ -202,7 +201,7 @@ def test_mistakes_are_told():
 @needs_libtpu
 def test_a_topology_that_cannot_be_is_told():
   with pytest.raises(UsageError, match='v5e:3x5'):
-    hardware.topology_devices(parse_topology('v5e:3x5'))
+    hardware.topology_devices('v5e:3x5')
 
 
 def test_the_command_line_reads_an_experiment_of_training(capsys):
