@@ -1,4 +1,6 @@
-"""Exceptions that stand for what a user can mend, not for bugs."""
+"""Exceptions that stand for what a user can mend, not for bugs, and the commonest checks."""
+
+from collections.abc import Iterable
 
 
 class UsageError(ValueError):
@@ -11,3 +13,15 @@ class UsageError(ValueError):
 
 class DamagedError(UsageError):
   """What is read is not what was written."""
+
+
+def check_one_of(name: str, value: object, allowed: Iterable[object]) -> None:
+  """Refuses a setting that is none of those that there are."""
+  if value not in allowed:
+    raise UsageError(f'{name} is {value!r}; allowed are {", ".join(map(str, allowed))}')
+
+
+def check_positive(name: str, value: int | None) -> None:
+  """Refuses a count or period below 1; None stands for no bound."""
+  if value is not None and value < 1:
+    raise UsageError(f'{name} is {value}; it must be at least 1')

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.parallel.hardware import find_chip
 from t5x_lite.parallel.logical_axes import LogicalAxisRules
 
@@ -77,8 +77,7 @@ class MeshConfig:
   def __post_init__(self):
     for name in ('additional_rules', 'parameter_rules'):
       object.__setattr__(self, name, _as_tuples(getattr(self, name)))
-    if self.preset not in PRESETS:
-      raise UsageError(f'MeshConfig.preset is {self.preset!r}; allowed are {", ".join(PRESETS)}.')
+    check_one_of('MeshConfig.preset', self.preset, PRESETS)
     sizes = {name: getattr(self, name) for name in MESH_AXES}
     for name in (*MESH_AXES, 'num_partitions', 'num_slices'):
       size = getattr(self, name)

@@ -16,7 +16,7 @@ from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.interop import assignment, export, sentencepiece_model
 from t5x_lite.interop.checkpoint_source import FORMATS, open_source
 from t5x_lite.interop.tensors import Tensor, Tensors
@@ -59,8 +59,7 @@ def grow_vocabulary(
   Raises:
     UsageError: if a token is there already, or the model has no vocabulary.
   """
-  if to not in FORMATS:
-    raise UsageError(f'to is {to!r}; allowed are {", ".join(FORMATS)}')
+  check_one_of('grow_vocabulary.to', to, FORMATS)
   target = epath.Path(destination)
   export.check_destination(target)
   if tokens_file:

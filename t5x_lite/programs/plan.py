@@ -18,7 +18,7 @@ from t5x_lite.compiler import cost_model
 from t5x_lite.compiler.cost_model import Setup
 from t5x_lite.compiler.step_programs import BatchSpec
 from t5x_lite.data.config import DatasetConfig, batch_spec
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_positive
 from t5x_lite.models import t5
 from t5x_lite.models.config import REMAT_POLICIES, T5Config
 from t5x_lite.parallel import partitioning
@@ -110,8 +110,7 @@ def plan(
     UsageError: if the topology is not known.
     DoesNotFitError: if nothing was found that fits.
   """
-  if num_compiles < 1:
-    raise UsageError(f'--num_compiles={num_compiles} must be at least 1')
+  check_positive('plan.num_compiles', num_compiles)
   devices = precompile.find_devices(topology, num_slices)
   chip = find_chip(devices[0].device_kind)
   if chip is None:

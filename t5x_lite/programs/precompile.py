@@ -18,7 +18,7 @@ from etils import epath
 from t5x_lite.compiler import cost_model, flops, hlo, step_programs
 from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.decoding.config import DecodingConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import check_one_of
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import hardware
 from t5x_lite.parallel.hardware import Chip, find_chip
@@ -83,8 +83,7 @@ def precompile(
     DoesNotFitError: if the compiler runs out of memory; reported like all else.
   """
   given = dict(locals())
-  if step not in STEPS:
-    raise UsageError(f'--step={step} is not one of {", ".join(STEPS)}')
+  check_one_of('precompile.step', step, STEPS)
   report, _ = compile_step(
     batch=batch_spec(dataset),
     loss=loss or LossConfig(),
