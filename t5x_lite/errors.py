@@ -1,6 +1,8 @@
-"""Exceptions that stand for what a user can mend, not for bugs, and the commonest checks."""
+"""Exceptions that stand for what a user can mend, not for bugs; and how settings are checked."""
 
+import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -15,10 +17,30 @@ class DamagedError(UsageError):
   """What is read is not what was written."""
 
 
-def check_one_of(name: str, value: object, allowed: Iterable[object]) -> None:
-  """Refuses a setting that is none of those that there are."""
+def check_fields(config: Any, **rules: tuple[Any, str]) -> None:
+  """Raises UsageError for the first field that is wrong: (is it right, what it must be) by name."""
+  for name, (right, allowed) in rules.items():
+    if not right:
+      field = f'{type(config).__name__}.{name}'
+      raise UsageError(f'{field} is {getattr(config, name)!r}; it must be {allowed}')
+
+
+def unknown(name: str, value: str, allowed: Iterable[str]) -> UsageError:
+  """Returns the error for a misspelt choice, with the closest ones there are."""
+  hint = suggest(value.lower(), allowed)
+  return UsageError(f'{name} is {value!r}; allowed: {", ".join(sorted(allowed))}{hint}')
+
+
+def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+  """Returns '; did you mean ...?', or nothing."""
+  close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
+  return f'; did you mean {" or ".join(close)}?' if close else ''
+
+
+def check_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+  """Refuses a choice that there is not; see `unknown`."""
   if value not in allowed:
-    raise UsageError(f'{name} is {value!r}; allowed are {", ".join(map(str, allowed))}')
+    raise unknown(name, value, allowed)
 
 
 def check_positive(name: str, value: int | None) -> None:

@@ -241,7 +241,7 @@ def model_config(entry: Mapping[str, Any], tensors: Tensors) -> T5Config:
 
 def check_model_type(entry: Mapping[str, Any]) -> None:
   """Raises UsageError unless config.json is of the T5 family."""
-  check_one_of("config.json's model_type", entry.get('model_type'), MODEL_TYPES)
+  check_one_of("config.json's model_type", str(entry.get('model_type')), MODEL_TYPES)
 
 
 def is_per_layer(entry: Mapping[str, Any]) -> bool:

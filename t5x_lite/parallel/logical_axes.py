@@ -7,17 +7,16 @@ names to mesh axes. Words: an `axis` belongs to the mesh or is a logical name, a
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, suggest
 from t5x_lite.parallel import pytrees
 
 Rule = tuple[str, str | tuple[str, ...] | None]
@@ -115,7 +114,7 @@ def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> 
     _check_names(rule, known, mesh.shape)
   for pattern, _ in rules.by_parameter:
     if not any(re.search(pattern, path) for path in arrays):
-      hint = _did_you_mean(pattern, arrays, cutoff=0.3)
+      hint = suggest(pattern, arrays, cutoff=0.3)
       raise UsageError(f'parameter_rules: no parameter matches {pattern!r}{hint}')
   for path, (shape, names) in arrays.items():
     _check_array(path, shape, names, mesh.shape, rules, (*rules.own(path), *strict))
@@ -139,15 +138,10 @@ def check_axis_cuts(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules,
       )
 
 
-def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-  close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-  return f'; did you mean {close[0]!r}?' if close else ''
-
-
 def _check_names(rule: Rule, names: set[str], sizes: Mapping[str, int]) -> None:
   name, target = rule
   if name not in names:
-    there = ', '.join(sorted(names)) + _did_you_mean(name, names)
+    there = ', '.join(sorted(names)) + suggest(name, names)
     raise UsageError(f'the rule {rule} names the logical axis {name!r}; there are {there}')
   for axis in _mesh_axes(target):
     if axis not in sizes:

@@ -194,7 +194,7 @@ def test_other_errors_are_not_about_memory():
 def test_mistakes_are_told():
   with pytest.raises(UsageError, match='example v5e:16x16'):
     precompile.precompile(**arguments(), topology='v5p-1024')
-  with pytest.raises(UsageError, match='train, decode'):
+  with pytest.raises(UsageError, match='decode, train'):
     precompile.precompile(**arguments(), step='eval')
 
 
