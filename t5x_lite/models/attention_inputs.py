@@ -96,6 +96,13 @@ class Blocks:
     return logits, seen
 
 
+def dot(a: Array, b: Array, a_dim: int, b_dim: int, dtype=None) -> Array:
+  """Contracts a dim of each of the matrices in the last two; what is left of a comes first."""
+  batch = tuple(range(a.ndim - 2))
+  dims = (((a_dim,), (b_dim,)), (batch, batch))
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+
+
 def mean_gradient(g, y, dim: int) -> Array:
   """Returns the sum of weights times their gradients (Dao et al. 2022, appendix B.2)."""
   return jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=dim, keepdims=True)
