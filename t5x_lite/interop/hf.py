@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from t5x_lite.errors import UsageError, check_one_of
+from t5x_lite.errors import UsageError
 from t5x_lite.interop import tensor_names
 from t5x_lite.interop.tensors import Index, Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
@@ -237,11 +237,6 @@ def model_config(entry: Mapping[str, Any], tensors: Tensors) -> T5Config:
     **fields,
     **ids,
   )
-
-
-def check_model_type(entry: Mapping[str, Any]) -> None:
-  """Raises UsageError unless config.json is of the T5 family."""
-  check_one_of("config.json's model_type", str(entry.get('model_type')), MODEL_TYPES)
 
 
 def is_per_layer(entry: Mapping[str, Any]) -> bool:

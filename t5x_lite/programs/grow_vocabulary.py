@@ -136,7 +136,8 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
   scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
   _SCRATCH.append(scratch)
   grown = epath.Path(scratch.name) / vocabularies.MODEL_FILE
-  grown.write_bytes(sentencepiece_model.insert_pieces(data, texts))
+  # Messages that are joined are merged and their lists joined, so the file's own bytes stay.
+  grown.write_bytes(data + vocabularies.user_defined(texts))
   return os.fspath(grown)
 
 
