@@ -21,19 +21,15 @@ SCOPE = 'attention'
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visibility:
-  """Which keys a query sees: those that no field hides.
+  """Which keys a query sees: those that no field hides."""
 
-  Attributes:
-    key_seen_BM: False where a key is padding, which nobody sees.
-    segments: of packed rows, (query_segments_BL, key_segments_BM); queries see keys of their own
-      segment.
-    prefix_BL: with `causal`, True at positions that see each other all the same.
-    causal: queries see no later key; L is M.
-  """
-
-  key_seen_BM: Array | None = None
+  key_seen_BM: Array | None = None  # False where a key is padding, which nobody sees
+  # Of packed rows, (query_segments_BL, key_segments_BM): queries see keys of their own segment.
   segments: tuple[Array, Array] | None = None
-  prefix_BL: Array | None = None
+  prefix_BL: Array | None = (
+    None  # with `causal`, True at positions that see each other all the same
+  )
+  # Queries see no later key; L is M.
   causal: bool = dataclasses.field(default=False, metadata={'static': True})
 
   def dense(self, L: int) -> Array:
