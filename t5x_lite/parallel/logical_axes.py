@@ -111,7 +111,14 @@ def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> 
   strict = rules.rules[: rules.strict]
   known = {name for name, _ in rules.rules[rules.strict :]}
   for rule in itertools.chain(strict, *(own for _, own in rules.by_parameter)):
-    _check_names(rule, known, mesh.shape)
+    name, target = rule
+    if name not in known:
+      there = ', '.join(sorted(known)) + suggest(name, known)
+      raise UsageError(f'the rule {rule} names the logical axis {name!r}; there are {there}')
+    for axis in _mesh_axes(target):
+      if axis not in mesh.shape:
+        there = ', '.join(mesh.shape)
+        raise UsageError(f'the rule {rule} names the mesh axis {axis!r}; the mesh has {there}')
   for pattern, _ in rules.by_parameter:
     if not any(re.search(pattern, path) for path in arrays):
       hint = suggest(pattern, arrays, cutoff=0.3)
@@ -136,17 +143,6 @@ def check_axis_cuts(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules,
         f'{mesh.shape[cut]} devices along the mesh axis {cut!r} do not divide {name}, whose dim '
         f'{names[dims[0]]!r} is {leaf.shape[dims[0]]}: choose a MeshConfig.{cut} that does'
       )
-
-
-def _check_names(rule: Rule, names: set[str], sizes: Mapping[str, int]) -> None:
-  name, target = rule
-  if name not in names:
-    there = ', '.join(sorted(names)) + suggest(name, names)
-    raise UsageError(f'the rule {rule} names the logical axis {name!r}; there are {there}')
-  for axis in _mesh_axes(target):
-    if axis not in sizes:
-      there = ', '.join(sizes)
-      raise UsageError(f'the rule {rule} names the mesh axis {axis!r}; the mesh has {there}')
 
 
 def _check_array(
