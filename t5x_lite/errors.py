@@ -35,3 +35,15 @@ def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
   """Returns '; did you mean ...?', or nothing."""
   close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
   return f'; did you mean {" or ".join(close)}?' if close else ''
+
+
+def check_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+  """Refuses a choice that there is not; see `unknown`."""
+  if value not in allowed:
+    raise unknown(name, value, allowed)
+
+
+def check_positive(name: str, value: int | None) -> None:
+  """Refuses a count or period below 1; None stands for no bound."""
+  if value is not None and value < 1:
+    raise UsageError(f'{name} is {value}; it must be at least 1')

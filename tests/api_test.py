@@ -155,7 +155,7 @@ def test_what_a_model_cannot_do(model, language_model):
     model.generate([[400]])
   with pytest.raises(errors.UsageError, match='no input'):
     model.generate([])
-  with pytest.raises(errors.UsageError, match="format 'onnx'"):
+  with pytest.raises(errors.UsageError, match="format to write is 'onnx'"):
     model.save('/nowhere', format='onnx')
   mute = api.Model(model.config, model.params)
   with pytest.raises(errors.UsageError, match='without a vocabulary'):

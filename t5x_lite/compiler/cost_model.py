@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from t5x_lite.compiler import flops
 from t5x_lite.compiler.hlo import Collective
@@ -138,16 +138,12 @@ def memory(setup: Setup) -> Memory:
   return Memory(float(setup.state_bytes), gradients, saved, working, logits, weights)
 
 
-def forward_flops(setup: Setup) -> float:
-  """Returns the FLOPs of a forward pass over the whole batch."""
-  (rows, targets), _ = setup.batch['decoder_target_tokens']
-  return flops.forward_flops(setup.model, batch_size=rows, inputs=setup.inputs, targets=targets)
-
-
 def hardware_flops(setup: Setup) -> float:
   """Returns the FLOPs of a train step, recomputation included."""
   (rows, targets), _ = setup.batch['decoder_target_tokens']
-  total, head = forward_flops(setup), 2 * setup.model.emb_dim * setup.model.vocab_size
+  size = {'batch_size': rows, 'inputs': setup.inputs, 'targets': targets}
+  total = flops.forward_flops(setup.model, **size)
+  head = 2 * setup.model.emb_dim * setup.model.vocab_size
   return 3 * total + (_passes(setup) - 3) * (total - rows * targets * head)
 
 
@@ -223,21 +219,14 @@ def network_seconds(
   return dict(times)
 
 
-class Lever(NamedTuple):
-  """A change, and the predicted peak with it."""
-
-  text: str
-  bytes: float
-
-
-def levers(setup: Setup) -> list[Lever]:
-  """Returns changes that would lower the peak, cheapest first."""
-  found = []
+def levers(setup: Setup) -> dict[str, float]:
+  """Returns changes that would lower the peak, cheapest first, and the predicted peak with each."""
+  found = {}
 
   def consider(text: str, **changes: Any) -> None:
     new = memory(dataclasses.replace(setup, **changes)).total
     if new < 0.99 * memory(setup).total:
-      found.append(Lever(text, new))
+      found[text] = new
 
   replace, rows = setup.model.replace, setup.rows
   if setup.chunk is None:

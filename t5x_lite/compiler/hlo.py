@@ -1,9 +1,9 @@
 """Reads what a compiled program does out of its HLO text.
 
 XLA's own cost analysis counts the body of a loop once, and a scan over layers is a loop. Here a
-loop counts as often as it runs: collectives with their bytes and device groups, traffic to device
-memory, and the cycles that XLA:TPU itself estimates. The text is read by hand: jaxlib's parser of
-it is private and gives a protobuf without the Python classes to read that.
+loop counts as often as it runs: collectives with their bytes and device groups, and traffic to
+device memory. The text is read by hand: jaxlib's parser of it is private and gives a protobuf
+without the Python classes to read that.
 """
 
 import collections
@@ -21,7 +21,6 @@ _CALLS = re.compile(
   r'(?:calls|called_computations|branch_computations|body|true_computation|false_computation)='
   r'(?:\{([^}]*)\}|(%[\w.\-]+))'
 )
-_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 
 _DTYPES = 's4 u4 s8 u8 s16 u16 bf16 f16 s32 u32 f32 s64 u64 f64'.split()
 _ITEM_BITS = {'pred': 8, **{dtype: int(dtype.lstrip('bfsu')) for dtype in _DTYPES}}
@@ -182,15 +181,6 @@ class HloModule:
       types = {op.name: op.type for op in ops}
       total += times * sum(self._traffic(op, types) for op in ops)
     return total
-
-  def estimated_cycles(self) -> int:
-    """Returns XLA:TPU's own estimate, loops multiplied out; 0 elsewhere."""
-    return sum(
-      times * int(match[1])
-      for name, times in self._counts().items()
-      for op in self.computations[name]
-      if (match := _CYCLES.search(op.rest))
-    )
 
   def _counts(self) -> Mapping[str, int]:
     """Returns how often each computation that is not fused runs."""

@@ -101,8 +101,7 @@ def write_alone(
       'fan_in_fan_out': False,
     }
   config, file = _FILES[to]
-  shard = hf_export.Shard(file, list(found.items()))
-  hf_export.write_shard(directory / file, shard, np.dtype(cfg.param_dtype), progress)
+  hf_export.write_shard(directory / file, found, np.dtype(cfg.param_dtype), progress)
   write_json(directory / config, entry)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import DamagedError, UsageError
+from t5x_lite.errors import DamagedError, UsageError, check_one_of
 from t5x_lite.interop import adafactor_moments, hf, hf_tokenizer, t5x, tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, of_leaf
 from t5x_lite.interop.verification import verify
@@ -100,7 +100,7 @@ def _from_hub(name: str) -> str:
 
 def _open_hf(path: epath.Path) -> Source:
   entry = hf.read_json(path / hf.CONFIG)
-  hf.check_model_type(entry)
+  check_one_of("config.json's model_type", str(entry.get('model_type')), hf.MODEL_TYPES)
   found, unknown = hf.canonical(hf.read_tensors(path), per_layer=hf.is_per_layer(entry))
   config = hf.model_config(entry, found)
   scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.interop import adafactor_moments, hf_export, hf_tokenizer, run_export, t5x_export
 from t5x_lite.interop.adapters import FORMATS as ADAPTERS
 from t5x_lite.interop.adapters import check_methods, merge_lora, write_alone
@@ -30,8 +30,7 @@ def check_destination(target: epath.Path) -> None:
 
 def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = None) -> None:
   """Raises UsageError if there is no such format, or it has no such model or vocabulary."""
-  if to not in TARGETS:
-    raise UsageError(f'the format {to!r} cannot be written; allowed are {", ".join(TARGETS)}')
+  check_one_of('the format to write', to, TARGETS)
   cfg.check_writable()
   check_methods(cfg, to)
   if to == 'hf':

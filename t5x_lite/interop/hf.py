@@ -239,13 +239,6 @@ def model_config(entry: Mapping[str, Any], tensors: Tensors) -> T5Config:
   )
 
 
-def check_model_type(entry: Mapping[str, Any]) -> None:
-  """Raises UsageError unless config.json is of the T5 family."""
-  kind = entry.get('model_type')
-  if kind not in MODEL_TYPES:
-    raise UsageError(f'config.json has model_type={kind!r}; supported are {", ".join(MODEL_TYPES)}')
-
-
 def is_per_layer(entry: Mapping[str, Any]) -> bool:
   """True if every layer has its own table of relative positions (umT5)."""
   return entry.get('model_type') == 'umt5'

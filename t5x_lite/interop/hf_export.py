@@ -4,10 +4,8 @@ A shard's header says where every tensor goes before the first is read, so the n
 through memory one tensor at a time.
 """
 
-import dataclasses
 import json
 import struct
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,34 +78,28 @@ def by_hf_name(tensors: Tensors, cfg: T5Config) -> dict[str, Tensor]:
   return result
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-  """One file to write: its name, and its tensors in order."""
-
-  file: str
-  tensors: Sequence[tuple[str, Tensor]]
-
-
-def plan_shards(tensors: Tensors, itemsize: int, limit: int = SHARD_BYTES) -> list[Shard]:
-  """Cuts tensors by Hugging Face's name, in order, into files of at most limit bytes.
+def plan_shards(
+  tensors: Tensors, itemsize: int, limit: int = SHARD_BYTES
+) -> dict[str, dict[str, Tensor]]:
+  """Cuts tensors by Hugging Face's name, in order, into files, by name, of at most limit bytes.
 
   The itemsize is that of what is written; a tensor larger than the limit gets a file of its own.
   """
-  groups, filled = [[]], 0
+  groups, filled = [{}], 0
   for name, tensor in tensors.items():
     size = tensor.size * itemsize
     if groups[-1] and filled + size > limit:
-      groups.append([])
+      groups.append({})
       filled = 0
-    groups[-1].append((name, tensor))
+    groups[-1][name] = tensor
     filled += size
   if len(groups) == 1:
-    return [Shard(hf.WEIGHTS, groups[0])]
-  files = [f'model-{i + 1:05}-of-{len(groups):05}.safetensors' for i in range(len(groups))]
-  return list(map(Shard, files, groups))
+    return {hf.WEIGHTS: groups[0]}
+  end = f'-of-{len(groups):05}.safetensors'
+  return {f'model-{i:05}{end}': group for i, group in enumerate(groups, 1)}
 
 
-def write_shard(path: epath.Path, shard: Shard, dtype: np.dtype, progress: Progress) -> None:
+def write_shard(path: epath.Path, shard: Tensors, dtype: np.dtype, progress: Progress) -> None:
   """Writes one safetensors file.
 
   Format: 8 bytes of header length, the header as JSON, then the tensors one after the other,
@@ -115,7 +107,7 @@ def write_shard(path: epath.Path, shard: Shard, dtype: np.dtype, progress: Progr
   """
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   at = 0
-  for name, tensor in shard.tensors:
+  for name, tensor in shard.items():
     end = at + tensor.size * dtype.itemsize
     entry = {'dtype': _HF_DTYPES[dtype], 'shape': list(tensor.shape), 'data_offsets': [at, end]}
     header[name], at = entry, end
@@ -123,7 +115,7 @@ def write_shard(path: epath.Path, shard: Shard, dtype: np.dtype, progress: Progr
   text += b' ' * (-len(text) % 8)  # tensors begin at a multiple of 8
   with path.open('wb') as file:
     file.write(struct.pack('<Q', len(text)) + text)
-    for name, tensor in shard.tensors:
+    for name, tensor in shard.items():
       for index in blocks(tensor.shape, _PART):
         part = tensor.read(index).astype(dtype, order='C', copy=False)
         file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
@@ -147,12 +139,12 @@ def write(
   dtype = np.dtype(cfg.param_dtype)
   turned = by_hf_name(tensors, cfg)
   shards = plan_shards(turned, dtype.itemsize, shard_bytes)
-  for shard in shards:
-    write_shard(directory / shard.file, shard, dtype, progress)
+  for file, shard in shards.items():
+    write_shard(directory / file, shard, dtype, progress)
   if len(shards) > 1:
     index = {
       'metadata': {'total_size': sum(t.size for t in turned.values()) * dtype.itemsize},
-      'weight_map': {name: shard.file for shard in shards for name, _ in shard.tensors},
+      'weight_map': {name: file for file, shard in shards.items() for name in shard},
     }
     write_json(directory / hf.WEIGHTS_INDEX, index)
   if vocabulary is not None:

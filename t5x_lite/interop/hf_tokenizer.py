@@ -37,13 +37,13 @@ def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyCon
   if str(config.get('tokenizer_class', '')).startswith('ByT5'):
     return VocabularyConfig(kind='byte', extra_ids=_byte_extra_ids(config))
   tokenizer = directory / TOKENIZER
+  entry = _read_json(tokenizer)
   if (directory / SPIECE).is_file():
     extra_ids = config.get('extra_ids')
     if extra_ids is None:
-      extra_ids = _sentinels(_read_json(tokenizer)) if tokenizer.is_file() else 100
-    _warn_of_added(directory)
+      extra_ids = _sentinels(entry) if tokenizer.is_file() else 100
+    _warn_of_added(directory, entry)
     return VocabularyConfig(path=str(directory / SPIECE), extra_ids=_count(extra_ids))
-  entry = _read_json(tokenizer)
   inner = entry.get('model')
   if not isinstance(inner, dict) or inner.get('type') != 'Unigram':
     return None
@@ -51,15 +51,14 @@ def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyCon
     model, extra_ids = _model_of_tokenizer(entry)
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     raise UsageError(f'{tokenizer} is no tokenizer of a Unigram model: {error}') from error
-  _warn_of_added(directory)
+  _warn_of_added(directory, entry)
   scratch.mkdir(parents=True, exist_ok=True)
   (scratch / SPIECE).write_bytes(model)
   return VocabularyConfig(path=str(scratch / SPIECE), extra_ids=extra_ids)
 
 
-def _warn_of_added(directory: epath.Path) -> None:
+def _warn_of_added(directory: epath.Path, entry: Mapping[str, Any]) -> None:
   """Tells of tokens that somebody added to the tokenizer, which SentencePiece does not know."""
-  entry = _read_json(directory / TOKENIZER)
   try:
     known = {pair[0] for pair in (entry.get('model') or {}).get('vocab', ())}
     added = [token['content'] for token in entry.get('added_tokens', ())]

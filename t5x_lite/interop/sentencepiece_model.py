@@ -1,6 +1,6 @@
-"""SentencePiece model files: parsed, made and grown with the sentencepiece package's protobufs."""
+"""SentencePiece model files: parsed and made with the sentencepiece package's protobufs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -40,11 +40,3 @@ def make(pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = 
   normalizer = {'name': name, 'precompiled_charsmap': charsmap}
   model = _proto.ModelProto(pieces=pieces, trainer_spec=trainer, normalizer_spec=normalizer)
   return model.SerializeToString()
-
-
-def insert_pieces(data: bytes, texts: Sequence[str]) -> bytes:
-  """Returns a model file with user-defined pieces after the last one.
-
-  Messages that are joined are merged and their lists joined, so the file's own bytes stay.
-  """
-  return data + vocabularies.user_defined(texts)

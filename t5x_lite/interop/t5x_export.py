@@ -20,6 +20,10 @@ from t5x_lite.parallel import pytrees
 
 VERSION, SCAN_AXIS = 3, 1
 _COMPRESSOR = {'id': 'gzip', 'level': 1}
+# Fields of T5Config that T5X has no name for.
+_FIXED = (
+  'scale_logits relpos_max_distance layer_norm_epsilon pad_id eos_id decoder_start_id'.split()
+)
 
 
 def check(cfg: T5Config, dtype: str) -> None:
@@ -27,9 +31,7 @@ def check(cfg: T5Config, dtype: str) -> None:
   if cfg.share_encoder_decoder or cfg.architecture == 'encoder':
     what = 'share_encoder_decoder=True' if cfg.share_encoder_decoder else "architecture='encoder'"
     raise UsageError(f'{what}: T5X has no such network; save it as t5x_lite')
-  for (
-    name
-  ) in 'scale_logits relpos_max_distance layer_norm_epsilon pad_id eos_id decoder_start_id'.split():
+  for name in _FIXED:
     if (value := getattr(cfg, name)) != (fixed := T5Config.__dataclass_fields__[name].default):
       raise UsageError(f'{name} is {value}: T5X has {fixed} alone; save it as t5x_lite')
   if dtype not in ('float32', 'bfloat16'):

@@ -47,11 +47,9 @@ def verify(step: str, prefix: str = '') -> None:
     names = sorted(name for name in saved.keys() & stored.keys() if name.startswith(prefix))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
       sums = list(pool.map(lambda name: _checksum(stored[name]), names))
-  except OSError as error:
-    if error.errno in _ELSEWHERE:
+  except (OSError, ValueError) as error:
+    if getattr(error, 'errno', None) in _ELSEWHERE:
       raise
-    raise DamagedError(f'{root} cannot be read: {first_line(error)}') from error
-  except ValueError as error:
     raise DamagedError(f'{root} cannot be read: {first_line(error)}') from error
   if lost := sorted(saved.keys() - stored.keys()):
     raise DamagedError(f'{root / "state"} has lost {lost[0]}')

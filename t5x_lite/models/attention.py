@@ -13,7 +13,7 @@ from jax import Array
 
 from t5x_lite.errors import UsageError
 from t5x_lite.models import blocked_attention
-from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility, mean_gradient
+from t5x_lite.models.attention_inputs import MASK_VALUE, SCOPE, Visibility, dot, mean_gradient
 from t5x_lite.parallel import logical_axes
 
 # From this many pairs on, 'auto' takes 'blocked': measured on CPUs, where it is faster from there
@@ -25,17 +25,13 @@ _LONG_ELSEWHERE = 2048 * 2048
 _DENSE = ('dense', 'cudnn')
 _PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'pallas_tpu': ('tpu',)}
 
-_HEADS = ((0, 1), (0, 1))
-
 
 def choose(implementation: str, L: int, M: int, platform: str | None = None) -> str:
   """Returns the implementation that a setting means for L queries and M keys.
 
   One query alone, as in decoding, is always 'dense': its arrays are no larger than the keys. The
-  platform is that of the mesh being traced, or JAX's own, by default.
-
-  Raises:
-    UsageError: if the platform does not have it.
+  platform is that of the mesh being traced, or JAX's own, by default; UsageError if it does not
+  have the implementation.
   """
   if platform is None:
     mesh = logical_axes.active_mesh()
@@ -124,13 +120,13 @@ def _dense(*inputs):
 def _dense_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
   # Heads become a batch dim of every product, once, in the small arrays.
   q_BHLK, k_BHMK, v_BHMK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
-  logits_BHLM = _dot(q_BHLK, k_BHMK, 3, 3, jnp.float32)
+  logits_BHLM = dot(q_BHLK, k_BHMK, 3, 3, jnp.float32)
   if bias_1HLM is not None:
     logits_BHLM += jnp.broadcast_to(bias_1HLM, logits_BHLM.shape)
   if mask_B1LM is not None:
     logits_BHLM = jnp.where(mask_B1LM, logits_BHLM, MASK_VALUE)
   weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMHK.dtype)
-  y_BHLK = _dot(weights_BHLM, v_BHMK, 3, 2)
+  y_BHLK = dot(weights_BHLM, v_BHMK, 3, 2)
   return y_BHLK.swapaxes(1, 2), (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK)
 
 
@@ -138,7 +134,7 @@ def _dense_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
 def _dense_bwd(residuals, g_BLHK):
   (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK) = residuals
   g_BHLK = g_BLHK.swapaxes(1, 2)
-  dweights_BHLM = _dot(g_BHLK, v_BHMK, 3, 3, jnp.float32)
+  dweights_BHLM = dot(g_BHLK, v_BHMK, 3, 3, jnp.float32)
   mean_BHL1 = mean_gradient(g_BHLK, y_BHLK, -1)
   dlogits_BHLM = weights_BHLM.astype(jnp.float32) * (dweights_BHLM - mean_BHL1)
   if mask_B1LM is not None:
@@ -147,20 +143,15 @@ def _dense_bwd(residuals, g_BLHK):
   if bias_1HLM is not None:
     dbias_1HLM = _sum_to(dlogits_BHLM, bias_1HLM.shape).astype(bias_1HLM.dtype)
   dlogits_BHLM = dlogits_BHLM.astype(q_BHLK.dtype)
-  dq_BHLK = _dot(dlogits_BHLM, k_BHMK, 3, 2)
+  dq_BHLK = dot(dlogits_BHLM, k_BHMK, 3, 2)
   # The large operand second, as it is: the transposed result is small.
-  dk_BHKM = _dot(q_BHLK, dlogits_BHLM, 2, 2)
-  dv_BHKM = _dot(g_BHLK, weights_BHLM, 2, 2)
+  dk_BHKM = dot(q_BHLK, dlogits_BHLM, 2, 2)
+  dv_BHKM = dot(g_BHLK, weights_BHLM, 2, 2)
   dk_BMHK, dv_BMHK = (x.transpose(0, 3, 1, 2) for x in (dk_BHKM, dv_BHKM))
   return dq_BHLK.swapaxes(1, 2), dk_BMHK, dv_BMHK, dbias_1HLM, None
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)
-
-
-def _dot(a: Array, b: Array, a_dim: int, b_dim: int, dtype=None) -> Array:
-  """Contracts a dim of each [B, H, ., .]; what is left of a comes first."""
-  return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), _HEADS), preferred_element_type=dtype)
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:

@@ -21,19 +21,15 @@ SCOPE = 'attention'
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visibility:
-  """Which keys a query sees: those that no field hides.
+  """Which keys a query sees: those that no field hides."""
 
-  Attributes:
-    key_seen_BM: False where a key is padding, which nobody sees.
-    segments: of packed rows, (query_segments_BL, key_segments_BM); queries see keys of their own
-      segment.
-    prefix_BL: with `causal`, True at positions that see each other all the same.
-    causal: queries see no later key; L is M.
-  """
-
-  key_seen_BM: Array | None = None
+  key_seen_BM: Array | None = None  # False where a key is padding, which nobody sees
+  # Of packed rows, (query_segments_BL, key_segments_BM): queries see keys of their own segment.
   segments: tuple[Array, Array] | None = None
-  prefix_BL: Array | None = None
+  prefix_BL: Array | None = (
+    None  # with `causal`, True at positions that see each other all the same
+  )
+  # Queries see no later key; L is M.
   causal: bool = dataclasses.field(default=False, metadata={'static': True})
 
   def dense(self, L: int) -> Array:
@@ -94,6 +90,13 @@ class Blocks:
     if self.M % self.m:  # padding does not even count for a query that sees nothing
       logits = jnp.where(columns < self.M, logits, -jnp.inf)
     return logits, seen
+
+
+def dot(a: Array, b: Array, a_dim: int, b_dim: int, dtype=None) -> Array:
+  """Contracts a dim of each of the matrices in the last two; what is left of a comes first."""
+  batch = tuple(range(a.ndim - 2))
+  dims = (((a_dim,), (b_dim,)), (batch, batch))
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
 
 
 def mean_gradient(g, y, dim: int) -> Array:

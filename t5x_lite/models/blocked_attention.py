@@ -19,7 +19,7 @@ from t5x_lite.models.attention_inputs import SCOPE, Blocks, Visibility, skew, un
 
 # Entries of a block, whichever way; see docs/lab_notes.md.
 BLOCK = 512
-_HEADS = ((0, 1), (0, 1))
+_dot = functools.partial(attention_inputs.dot, dtype=jnp.float32)
 
 
 def cut(length: int, block: int, multiple: int = 8) -> int:
@@ -64,12 +64,6 @@ def attention(
     pad(codes_BM, 1, m),
   )
   return y_BHLK.swapaxes(1, 2)[:, :L]
-
-
-def _dot(a: Array, b: Array, a_dim: int, b_dim: int) -> Array:
-  """Contracts a dim of each [B, H, ., .], in float32; what is left of a comes first."""
-  dims = (((a_dim,), (b_dim,)), _HEADS)
-  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def _split(size: int, *arrays: Array) -> tuple[Array, ...]:

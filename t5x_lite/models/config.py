@@ -5,10 +5,9 @@ Field names are T5X's (t5x/examples/t5/network.py).
 """
 
 import dataclasses
-import difflib
 from typing import Any
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_fields, unknown
 
 ARCHITECTURES = ('encoder_decoder', 'encoder', 'decoder')
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -24,7 +23,7 @@ _ALLOWED = {
   'attention': ATTENTIONS,
 }
 _SHAPE = 'emb_dim num_heads head_dim mlp_dim num_encoder_layers num_decoder_layers'.split()
-_AT_LEAST_1 = ('vocab_size', *_SHAPE[:4], 'relpos_num_buckets', 'relpos_max_distance')
+_AT_LEAST_1 = ('vocab_size', *_SHAPE[:4])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,31 +109,27 @@ class T5Config:
     # gin and JSON hand over lists; the config must stay hashable.
     for name in ('mlp_activations', 'lora_targets', 'adapter_places'):
       object.__setattr__(self, name, tuple(getattr(self, name)))
-    for name in _AT_LEAST_1:
-      self._check(getattr(self, name) >= 1, name, 'it must be at least 1')
-    few = self.relpos_num_buckets >= 4
-    self._check(few, 'relpos_num_buckets', 'it must be at least 4')
-    far = self.relpos_max_distance > self.relpos_num_buckets // 2
-    self._check(far, 'relpos_max_distance', 'it must be above half of relpos_num_buckets')
-    for name, allowed in _ALLOWED.items():
-      self._check(getattr(self, name) in allowed, name, f'allowed are {", ".join(allowed)}')
-    fits = self.attention != 'cudnn' or self.dtype != 'float32'
-    self._check(fits, 'attention', "it computes in half precision, but dtype is 'float32'")
-    in_range = 0.0 <= self.dropout_rate < 1.0
-    self._check(in_range, 'dropout_rate', 'it must be at least 0 and below 1')
-    for part, there in (('encoder', self.has_encoder), ('decoder', self.has_decoder)):
-      name = f'num_{part}_layers'
-      self._check(not there or getattr(self, name) >= 1, name, 'it must be at least 1')
-    can_read = self.architecture == 'decoder' or not self.bidirectional_prefix
-    self._check(can_read, 'bidirectional_prefix', "it needs architecture 'decoder'")
-    depths = self.num_encoder_layers, self.num_decoder_layers
-    alike = self.architecture == 'encoder_decoder' and depths[0] == depths[1]
-    self._check(
-      alike or not self.share_encoder_decoder,
-      'share_encoder_decoder',
-      "it needs architecture 'encoder_decoder' with as many encoder as decoder layers; got "
-      f'{self.architecture!r} with {depths[0]} and {depths[1]}',
+    stacks = {'num_encoder_layers': self.has_encoder, 'num_decoder_layers': self.has_decoder}
+    positive = (*_AT_LEAST_1, *(name for name, there in stacks.items() if there))
+    half_buckets = self.relpos_num_buckets // 2
+    continues = self.architecture == 'decoder'
+    alike = self.architecture == 'encoder_decoder'
+    alike &= self.num_encoder_layers == self.num_decoder_layers
+    check_fields(
+      self,
+      **{k: (getattr(self, k) in x, f'one of {", ".join(x)}') for k, x in _ALLOWED.items()},
+      **{name: (getattr(self, name) >= 1, 'at least 1') for name in positive},
+      relpos_num_buckets=(self.relpos_num_buckets >= 4, 'at least 4'),
+      relpos_max_distance=(self.relpos_max_distance > half_buckets, 'above half of the buckets'),
+      dropout_rate=(0.0 <= self.dropout_rate < 1.0, 'at least 0 and below 1'),
+      bidirectional_prefix=(continues or not self.bidirectional_prefix, 'False but in a decoder'),
+      share_encoder_decoder=(
+        alike or not self.share_encoder_decoder,
+        "False but in an 'encoder_decoder' with as many encoder as decoder layers",
+      ),
     )
+    if self.attention == 'cudnn' and self.dtype == 'float32':
+      raise UsageError("T5Config.attention is 'cudnn', of half precision alone, dtype 'float32'")
     self._check_transfer()
 
   def _check_transfer(self) -> None:
@@ -145,44 +140,35 @@ class T5Config:
       ('prompt_length', ()),
     ):
       value = getattr(self, size)
-      fine = value is None or value >= 1
-      self._check(fine, size, 'it must be at least 1, or None for none')
       if value is None and (alone := [name for name in more if getattr(self, name)]):
-        raise UsageError(f'T5Config.{alone[0]} is set, but {size} is None: set it too.')
+        raise UsageError(f'T5Config.{alone[0]} is set, but {size} is None: set it too')
+      check_fields(self, **{size: (value is None or value >= 1, 'at least 1, or None for none')})
     gated = len(self.mlp_activations) > 1
     mlp = [f'wi_{i}' for i in range(len(self.mlp_activations))] if gated else ['wi']
-    for field, allowed, what in (
-      ('mlp_activations', ACTIVATIONS, 'allowed are'),
-      (
-        'lora_targets',
-        ('query', 'key', 'value', 'out', *mlp, 'wo'),
-        'the matrices of this model are',
-      ),
-      ('adapter_places', ADAPTER_PLACES, 'the blocks of this model are'),
+    for field, allowed in (
+      ('mlp_activations', ACTIVATIONS),
+      ('lora_targets', ('query', 'key', 'value', 'out', *mlp, 'wo')),
+      ('adapter_places', ADAPTER_PLACES),
     ):
-      for name in getattr(self, field):
-        if name not in allowed:
-          raise UsageError(f'T5Config.{field} has {name!r}; {what} {", ".join(allowed)}.')
+      known = set(getattr(self, field)) <= set(allowed)
+      check_fields(self, **{field: (known, f'of {", ".join(allowed)}')})
     if self.lora_rank is not None:
       object.__setattr__(self, 'lora_targets', self.lora_targets or ('query', 'value'))
       if self.lora_alpha is None:
         object.__setattr__(self, 'lora_alpha', float(self.lora_rank))
-      self._check((self.lora_alpha or 0) > 0, 'lora_alpha', 'it must be positive')
     if self.adapter_dim is not None:
       object.__setattr__(self, 'adapter_places', self.adapter_places or ADAPTER_PLACES)
-    self._check(
-      self.prompt_length is None or self.has_encoder,
-      'prompt_length',
-      f'the architecture {self.architecture!r} has no encoder, whose input a prompt stands before',
+    reads = self.prompt_length is None or self.has_encoder
+    check_fields(
+      self,
+      lora_alpha=(self.lora_alpha is None or self.lora_alpha > 0, 'positive'),
+      prompt_length=(reads, 'None: there is no encoder, whose input a prompt stands before'),
     )
-
-  def _check(self, fine: bool, name: str, why: str) -> None:
-    if not fine:
-      raise UsageError(f'T5Config.{name} is {getattr(self, name)!r}; {why}.')
 
   def check_writable(self) -> None:
     """Raises UsageError if parameters are only to be read: not drawn, trained or saved."""
-    self._check(self.param_dtype != 'int8', 'param_dtype', 'it is for load, infer, eval and serve')
+    another = "another: 'int8' is for load, infer, eval and serve"
+    check_fields(self, param_dtype=(self.param_dtype != 'int8', another))
 
   @property
   def vector_dtype(self) -> str:
@@ -200,11 +186,7 @@ class T5Config:
     return self.architecture != 'encoder'
 
   def replace(self, **changes: Any) -> 'T5Config':
-    """Returns a copy with some fields changed.
-
-    Raises:
-      UsageError: if there is no such field.
-    """
+    """Returns a copy with some fields changed; UsageError if there is no such field."""
     known = sorted(field.name for field in dataclasses.fields(self))
     for name in changes:
       if name not in known:
@@ -265,13 +247,7 @@ NAMED_CONFIGS: dict[str, T5Config] = {
 
 
 def named_config(name: str, **overrides: Any) -> T5Config:
-  """Returns a published size, for example 't5_1_1_small'.
-
-  Raises:
-    UsageError: if there is no such size; the message lists close matches.
-  """
+  """Returns a published size, for example 't5_1_1_small'; UsageError if there is no such."""
   if name not in NAMED_CONFIGS:
-    close = ' or '.join(difflib.get_close_matches(name, NAMED_CONFIGS, n=3))
-    hint = f'did you mean {close}?' if close else f'allowed are {", ".join(NAMED_CONFIGS)}.'
-    raise UsageError(f'No model size is named {name!r}; {hint}')
+    raise unknown('the name of a size', name, NAMED_CONFIGS)
   return dataclasses.replace(NAMED_CONFIGS[name], **overrides)

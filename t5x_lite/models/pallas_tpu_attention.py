@@ -20,12 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5x_lite.errors import UsageError
-from t5x_lite.models.attention_inputs import SCOPE, Blocks, Visibility, mean_gradient
+from t5x_lite.models.attention_inputs import SCOPE, Blocks, Visibility, dot, mean_gradient
 from t5x_lite.models.blocked_attention import pad
 
 BLOCK = 512
 _LANES = 128
 _Shape = jax.ShapeDtypeStruct
+_dot = functools.partial(dot, dtype=jnp.float32)
 _VMEM_BYTES = 16 * 2**20  # for blocks and scratch; what a kernel has by default
 _MAX_QUERIES_BYTES = 48 * 2**20
 
@@ -61,10 +62,7 @@ def attention(
   """Returns y_BLHK; see `blocked_attention.attention` for the other arguments.
 
   A block has `block` rows and columns, 128 times a power of 2; the interpreter is for tests without
-  a TPU.
-
-  Raises:
-    UsageError: if the queries of a head do not fit into the chip's own memory.
+  a TPU. Raises UsageError if the queries of a head do not fit into the chip's own memory.
   """
   B, L, H, K = q_BLHK.shape
   M = k_BMHK.shape[1]
@@ -91,11 +89,6 @@ def attention(
     pad(keys_BM, 1, b)[:, :, None],
   )
   return y_BHKL.transpose(0, 3, 1, 2)[:, :L]
-
-
-def _dot(x: Array, y: Array, x_dim: int, y_dim: int) -> Array:
-  dims = (((x_dim,), (y_dim,)), ((), ()))
-  return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
 def _logits(blocks, i, j, q, k, near, far, queries, keys):

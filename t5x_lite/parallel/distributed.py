@@ -24,7 +24,7 @@ from t5x_lite.errors import UsageError
 log = logging.getLogger(__name__)
 
 HEARTBEAT_TIMEOUT_SECONDS = 60  # until a lost process is noticed; JAX's own default is 100
-BARRIER_TIMEOUT_SECONDS = 300  # that `barrier` and a run's end wait for the slowest process
+BARRIER_TIMEOUT_SECONDS = 300  # that a start, `barrier` and an end wait for the slowest process
 
 
 class LostProcessError(RuntimeError):
@@ -83,15 +83,13 @@ def initialize(
   coordinator_address: str = '',
   process_count: int | None = None,
   process_index: int | None = None,
-  initialization_timeout: int = 300,
   heartbeat_timeout: int = HEARTBEAT_TIMEOUT_SECONDS,
 ) -> None:
   """Joins the other processes of this run; does nothing for a single process.
 
   Call it before anything touches a JAX device. An empty coordinator_address (`host:port` of process
-  0) asks the environment. Timeouts are seconds: to wait for every process to appear, and of silence
-  after which a process counts as lost. Raises UsageError if only some of the three addresses are
-  given, or they contradict each other.
+  0) asks the environment. After heartbeat_timeout seconds of silence a process counts as lost.
+  Raises UsageError if only some of the three addresses are given, or they contradict each other.
   """
   given = (coordinator_address, process_count, process_index)
   group = detect(os.environ) if given == ('', None, None) else _checked_group(*given)
@@ -104,13 +102,13 @@ def initialize(
       coordinator_address=group.coordinator_address or None,
       num_processes=group.process_count,
       process_id=group.process_index,
-      initialization_timeout=initialization_timeout,
+      initialization_timeout=BARRIER_TIMEOUT_SECONDS,
       heartbeat_timeout_seconds=heartbeat_timeout,
       shutdown_timeout_seconds=BARRIER_TIMEOUT_SECONDS,
     )
   except RuntimeError as error:
     others = f'the other processes (found through {group.source})'
-    message = f'could not join {others} within {initialization_timeout} s'
+    message = f'could not join {others} within {BARRIER_TIMEOUT_SECONDS} s'
     raise LostProcessError(f'{message}: {first_line(error)}') from error
   index, count = jax.process_index(), jax.process_count()
   log.info('process %d of %d, found through %s', index, count, group.source)

@@ -109,35 +109,24 @@ def find_chip(device_kind: str) -> Chip | None:
   return max(found, key=lambda chip: len(chip.kind)) if found else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Topology:
-  """A TPU slice by name, such as 'v5p:8x8x8': chips along each torus dim."""
+def parse_topology(text: str) -> Chip:
+  """Returns the chip of a TPU slice: its name, and how many there are along each torus dim.
 
-  chip: Chip
-  shape: tuple[int, ...]
-
-  @property
-  def name(self) -> str:
-    """As JAX wants it."""
-    return f'{self.chip.name}:{"x".join(map(str, self.shape))}'
-
-
-def parse_topology(text: str) -> Topology:
-  """Returns the topology that 'v5e:16x16' names; UsageError if there is or can be none."""
+  Such as 'v5e:16x16'; UsageError if there is or can be none.
+  """
   tpus = {chip.name: chip for chip in CHIPS if chip.torus_dims}
-  match = re.fullmatch(r'(\w+):(\d+(?:x\d+){1,2})', text)
+  match = re.fullmatch(r'(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})', text)
   if match is None or match[1] not in tpus:
     raise UsageError(
       f'--topology={text} is none; write CHIP:AxB for v5e and v6e and CHIP:AxBxC for v4 and v5p, '
       f'with CHIP one of {", ".join(tpus)}, for example v5e:16x16'
     )
   chip = tpus[match[1]]
-  shape = tuple(map(int, match[2].split('x')))
-  if len(shape) != chip.torus_dims or min(shape) < 1:
+  if match[2].count('x') + 1 != chip.torus_dims:
     example = '8' + 'x8' * (chip.torus_dims - 1)
     dims = f'a {chip.name} slice has {chip.torus_dims} dimensions'
     raise UsageError(f'--topology={text}: {dims}, for example {chip.name}:{example}')
-  return Topology(chip, shape)
+  return chip
 
 
 # XLA:TPU estimates fused convolutions recursively and runs out of its threads' 64 kB stacks where
@@ -158,23 +147,26 @@ def prepare_libtpu() -> None:
     os.environ.setdefault(name, '3')
 
 
-def topology_devices(topology: Topology, num_slices: int = 1) -> list[jax.Device]:
+def topology_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
   """Returns the devices of TPU slices that need not exist; UsageError if libtpu knows none such."""
   from jax.experimental import topologies
 
+  chip = parse_topology(topology)
   prepare_libtpu()
+  # Nothing runs; JAX must not wait for a TPU.
+  jax.config.update('jax_platforms', 'cpu')
   options: dict[str, Any] = {'num_slices': num_slices} if num_slices > 1 else {}
-  if topology.chip.name == 'v4':  # one device a chip, as v4 is used
+  if chip.name == 'v4':  # one device a chip, as v4 is used
     options['chip_config_name'] = 'megacore'
   try:
-    found = topologies.get_topology_desc(topology.name, platform='tpu', **options)
+    found = topologies.get_topology_desc(topology, platform='tpu', **options)
   except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
     text = str(error)
     if isinstance(error, NotImplementedError):
-      message = f'--topology={topology.name} is refused'
+      message = f'--topology={topology} is refused'
     elif 'libtpu' in text.lower() or 'tpu plugin' in text.lower():
       message = "compiling for TPUs needs libtpu: in a checkout, pip install '.[tpu]'"
     else:
-      message = f'XLA:TPU knows no topology {topology.name}'
+      message = f'XLA:TPU knows no topology {topology}'
     raise UsageError(f'{message}: {text.splitlines()[0]}') from error
   return list(found.devices)

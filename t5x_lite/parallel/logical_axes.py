@@ -7,17 +7,16 @@ names to mesh axes. Words: an `axis` belongs to the mesh or is a logical name, a
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, suggest
 from t5x_lite.parallel import pytrees
 
 Rule = tuple[str, str | tuple[str, ...] | None]
@@ -112,10 +111,17 @@ def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> 
   strict = rules.rules[: rules.strict]
   known = {name for name, _ in rules.rules[rules.strict :]}
   for rule in itertools.chain(strict, *(own for _, own in rules.by_parameter)):
-    _check_names(rule, known, mesh.shape)
+    name, target = rule
+    if name not in known:
+      there = ', '.join(sorted(known)) + suggest(name, known)
+      raise UsageError(f'the rule {rule} names the logical axis {name!r}; there are {there}')
+    for axis in _mesh_axes(target):
+      if axis not in mesh.shape:
+        there = ', '.join(mesh.shape)
+        raise UsageError(f'the rule {rule} names the mesh axis {axis!r}; the mesh has {there}')
   for pattern, _ in rules.by_parameter:
     if not any(re.search(pattern, path) for path in arrays):
-      hint = _did_you_mean(pattern, arrays, cutoff=0.3)
+      hint = suggest(pattern, arrays, cutoff=0.3)
       raise UsageError(f'parameter_rules: no parameter matches {pattern!r}{hint}')
   for path, (shape, names) in arrays.items():
     _check_array(path, shape, names, mesh.shape, rules, (*rules.own(path), *strict))
@@ -137,22 +143,6 @@ def check_axis_cuts(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules,
         f'{mesh.shape[cut]} devices along the mesh axis {cut!r} do not divide {name}, whose dim '
         f'{names[dims[0]]!r} is {leaf.shape[dims[0]]}: choose a MeshConfig.{cut} that does'
       )
-
-
-def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-  close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-  return f'; did you mean {close[0]!r}?' if close else ''
-
-
-def _check_names(rule: Rule, names: set[str], sizes: Mapping[str, int]) -> None:
-  name, target = rule
-  if name not in names:
-    there = ', '.join(sorted(names)) + _did_you_mean(name, names)
-    raise UsageError(f'the rule {rule} names the logical axis {name!r}; there are {there}')
-  for axis in _mesh_axes(target):
-    if axis not in sizes:
-      there = ', '.join(sizes)
-      raise UsageError(f'the rule {rule} names the mesh axis {axis!r}; the mesh has {there}')
 
 
 def _check_array(

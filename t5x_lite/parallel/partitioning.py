@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_fields, check_one_of
 from t5x_lite.parallel.hardware import find_chip
 from t5x_lite.parallel.logical_axes import LogicalAxisRules
 
@@ -77,19 +77,19 @@ class MeshConfig:
   def __post_init__(self):
     for name in ('additional_rules', 'parameter_rules'):
       object.__setattr__(self, name, _as_tuples(getattr(self, name)))
-    if self.preset not in PRESETS:
-      raise UsageError(f'MeshConfig.preset is {self.preset!r}; allowed are {", ".join(PRESETS)}.')
+    check_one_of('MeshConfig.preset', self.preset, PRESETS)
     sizes = {name: getattr(self, name) for name in MESH_AXES}
-    for name in (*MESH_AXES, 'num_partitions', 'num_slices'):
-      size = getattr(self, name)
-      left = ', or -1 for the devices that are left' if name in sizes else ''
-      if size is not None and size < 1 and not (left and size == -1):
-        raise UsageError(f'MeshConfig.{name} is {size}; it must be positive{left}.')
+    counts = {name: getattr(self, name) for name in ('num_partitions', 'num_slices')}
+    left = 'positive, or -1 for the devices that are left'
+    check_fields(
+      self,
+      **{name: (n in (None, -1) or n > 0, left) for name, n in sizes.items()},
+      **{name: (n is None or n > 0, 'positive') for name, n in counts.items()},
+      activation_dims=(self.activation_dims in (1, 2, None), '1 or 2'),
+      parameter_dims=(self.parameter_dims in (1, 2, None), '1 or 2'),
+    )
     if list(sizes.values()).count(-1) > 1:
       raise UsageError('At most one of MeshConfig data, fsdp, model can be -1.')
-    for name in ('activation_dims', 'parameter_dims'):
-      if getattr(self, name) not in (1, 2, None):
-        raise UsageError(f'MeshConfig.{name} is {getattr(self, name)}; allowed are 1 and 2.')
     given = ', '.join(name for name, size in sizes.items() if size is not None)
     if self.num_partitions is not None and (given or self.preset != 'auto'):
       beside = f'{self.num_partitions} beside {given or "preset"}'

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 
 def names_of(path: Sequence[Any]) -> tuple[str, ...]:
@@ -39,13 +40,7 @@ def to_plain(tree: Any) -> dict[str, Any]:
 
 def nested(found: Iterable[tuple[Sequence[str], Any]]) -> dict[str, Any]:
   """Returns (names along the path, leaf) pairs as nested dicts."""
-  result: dict[str, Any] = {}
-  for (*parents, last), leaf in found:
-    node = result
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[last] = leaf
-  return result
+  return traverse_util.unflatten_dict({tuple(path): leaf for path, leaf in found})
 
 
 def leaves_with_axes(tree: Any, axes: Any) -> list[tuple[tuple[str, ...], Any, Any]]:

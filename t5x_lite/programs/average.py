@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import check_positive
 from t5x_lite.interop import export, trained_model
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,7 @@ def average(*, sources: Sequence[str], destination: str, last: int = 5) -> str:
   Raises:
     UsageError: if there are fewer, or they are not of one architecture.
   """
-  if last < 1:
-    raise UsageError(f'average.last is {last}; it must be at least 1')
+  check_positive('average.last', last)
   target = epath.Path(destination)
   export.check_destination(target)
   mean = trained_model.open_mean(sources, last)

@@ -8,7 +8,7 @@ from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of, check_positive
 from t5x_lite.interop import assignment, export, hf, hf_export, tensor_names
 from t5x_lite.interop.adapters import merge_lora
 from t5x_lite.interop.checkpoint_source import Source, open_source
@@ -59,17 +59,14 @@ def convert(
   Raises:
     UsageError: if the source cannot be read or misses a tensor, or `to` has no such model.
   """
-  if to not in export.TARGETS:
-    raise UsageError(f'convert.to is {to!r}; allowed are {", ".join(export.TARGETS)}')
-  if shard_bytes < 1:
-    raise UsageError(f'convert.shard_bytes is {shard_bytes}; it counts bytes')
+  check_one_of('convert.to', to, export.TARGETS)
+  check_positive('convert.shard_bytes', shard_bytes)
   opened = open_source(source)
   target = epath.Path(destination)
   export.check_destination(target)
   cfg = opened.config.replace(scan_layers=scan_layers)
   dtype = dtype or _stored_dtype(opened)
-  if dtype not in hf.SHORT_DTYPES:
-    raise UsageError(f'convert.dtype is {dtype!r}; allowed are {", ".join(hf.SHORT_DTYPES)}')
+  check_one_of('convert.dtype', dtype, hf.SHORT_DTYPES)
   cfg = cfg.replace(param_dtype=dtype)
   tensors, report = assignment.assign(opened, cfg, assignment_map=assignment_map, strict=strict)
   opened = dataclasses.replace(opened, vocabulary=_vocabulary(vocabulary, opened))
@@ -135,15 +132,12 @@ def _print_mapping(
   source: Source, tensors: Tensors, cfg: T5Config, to: str, report: assignment.Report
 ) -> None:
   """Prints one line a tensor: from where, its shape, to where."""
-
-  def t5x_place(name: str) -> str:
-    scanned = cfg.relpos_per_layer
-    found = tensor_names.t5x_scanned_name(name)[0] if scanned else tensor_names.t5x_name(name, cfg)
-    return f'target/{found}'
-
-  place = {'hf': tensor_names.hf_name, 't5x': t5x_place}.get(to, str)
+  places = {name: tensor_names.hf_name(name) for name in tensors if to == 'hf'}
+  for place, names in tensor_names.t5x_arrays(cfg).items() if to == 't5x' else ():
+    places |= dict.fromkeys(names, f'target/{place}')
   for name, tensor in tensors.items():
-    print(f'{tensor.origin} -> {place(name)} [{"x".join(map(str, tensor.shape))}]')
+    shape = 'x'.join(map(str, tensor.shape))
+    print(f'{tensor.origin} -> {places.get(name, name)} [{shape}]')
   for name in report.skipped:
     print(f'{name} -> skipped')
   count = sum(tensor.size for tensor in tensors.values())

@@ -19,7 +19,7 @@ from etils import epath
 from t5x_lite.data import vocabularies
 from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import DecodingConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.interop import export as formats
 from t5x_lite.interop import trained_model
 from t5x_lite.interop.trained_model import TrainedModel
@@ -71,11 +71,11 @@ def export(
   Raises:
     UsageError: if the model cannot be read or has no such function.
   """
-  allowed = {'to': FORMATS, 'functions': FUNCTIONS, 'platforms': PLATFORMS}
-  for name, given in (('to', [to]), ('functions', functions), ('platforms', platforms)):
-    for one in given:
-      if one not in allowed[name]:
-        raise UsageError(f'export.{name} is {one!r}; there are {", ".join(allowed[name])}')
+  check_one_of('export.to', to, FORMATS)
+  for function in functions:
+    check_one_of('export.functions', function, FUNCTIONS)
+  for platform in platforms:
+    check_one_of('export.platforms', platform, PLATFORMS)
   if not functions or not input_lengths or min(*input_lengths, target_length) < 1:
     raise UsageError('export needs a function, and lengths of at least 1')
   target = epath.Path(destination)
@@ -143,8 +143,7 @@ def _write_stablehlo(
   target_length: int,
   platforms: Sequence[str],
 ) -> None:
-  flat = jax.tree_util.tree_leaves_with_path(params)
-  leaves = {pytrees.path_name(path): leaf for path, leaf in flat}
+  leaves = pytrees.flatten_names(params)
   (work / 'params.safetensors').write_bytes(safetensors.flax.save(leaves))
   structure = jax.tree.structure(params)
   shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]

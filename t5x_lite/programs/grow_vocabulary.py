@@ -16,7 +16,7 @@ from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.interop import assignment, export, sentencepiece_model
 from t5x_lite.interop.checkpoint_source import FORMATS, open_source
 from t5x_lite.interop.tensors import Tensor, Tensors
@@ -59,8 +59,7 @@ def grow_vocabulary(
   Raises:
     UsageError: if a token is there already, or the model has no vocabulary.
   """
-  if to not in FORMATS:
-    raise UsageError(f'to is {to!r}; allowed are {", ".join(FORMATS)}')
+  check_one_of('grow_vocabulary.to', to, FORMATS)
   target = epath.Path(destination)
   export.check_destination(target)
   if tokens_file:
@@ -83,25 +82,6 @@ def grow_vocabulary(
   return destination
 
 
-@dataclasses.dataclass(frozen=True)
-class Changes:
-  """What growing does: the new id of each old one, ids of the vocabularies, rows of the tables."""
-
-  new_id: np.ndarray
-  size: int
-  rows: int
-  old_size: int
-  old_rows: int
-
-  def __str__(self) -> str:
-    moved = np.flatnonzero(self.new_id != np.arange(self.old_size))
-    text = f'{self.old_size} ids become {self.size}, {self.old_rows} rows {self.rows}'
-    if not len(moved):
-      return text
-    last = f'<extra_id_0> from {moved[-1]} to {self.new_id[moved[-1]]}'
-    return f'{text}; {len(moved)} sentinels move with their rows, {last}'
-
-
 def grow(
   tensors: Tensors,
   cfg: T5Config,
@@ -109,8 +89,8 @@ def grow(
   *,
   tokens: Sequence[str] = (),
   extra_ids: int | None = None,
-) -> tuple[dict[str, Tensor], T5Config, VocabularyConfig, Changes]:
-  """Returns the grown tensors, config, vocabulary, and changes; UsageError if nothing can grow."""
+) -> tuple[dict[str, Tensor], T5Config, VocabularyConfig, str]:
+  """Returns the grown tensors, config, vocabulary, and what changed; UsageError if nothing can."""
   extra_ids = vocabulary.extra_ids if extra_ids is None else extra_ids
   if extra_ids < vocabulary.extra_ids:
     there = f'extra_ids is {extra_ids}, the vocabulary has {vocabulary.extra_ids} already'
@@ -128,11 +108,14 @@ def grow(
   first_sentinel = old.vocab_size - vocabulary.extra_ids
   new_id[first_sentinel:] += size - old.vocab_size
   rows = -(-max(size, cfg.vocab_size) // MULTIPLE) * MULTIPLE
-  changes = Changes(new_id, size, rows, old.vocab_size, cfg.vocab_size)
+  changes = f'{old.vocab_size} ids become {size}, {cfg.vocab_size} rows {rows}'
+  if size > old.vocab_size and vocabulary.extra_ids:
+    last = f'<extra_id_0> from {old.vocab_size - 1} to {size - 1}'
+    changes += f'; {vocabulary.extra_ids} sentinels move with their rows, {last}'
   grown = dict(tensors)
-  grown[_EMBEDDING] = _grown(tensors[_EMBEDDING], changes)
+  grown[_EMBEDDING] = _grown(tensors[_EMBEDDING], new_id, size, rows)
   if _HEAD in tensors:
-    grown[_HEAD] = _grown(tensors[_HEAD].transposed(), changes).transposed()
+    grown[_HEAD] = _grown(tensors[_HEAD].transposed(), new_id, size, rows).transposed()
   return grown, cfg.replace(vocab_size=rows), new, changes
 
 
@@ -153,23 +136,24 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
   scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
   _SCRATCH.append(scratch)
   grown = epath.Path(scratch.name) / vocabularies.MODEL_FILE
-  grown.write_bytes(sentencepiece_model.insert_pieces(data, texts))
+  # Messages that are joined are merged and their lists joined, so the file's own bytes stay.
+  grown.write_bytes(data + vocabularies.user_defined(texts))
   return os.fspath(grown)
 
 
-def _grown(table: Tensor, changes: Changes) -> Tensor:
-  """Returns a table [rows, D] with the old rows at their new ids."""
-  shape = (changes.rows, table.shape[1])
+def _grown(table: Tensor, new_id: np.ndarray, size: int, rows: int) -> Tensor:
+  """Returns a table [rows, D] with the old rows at their new ids; `size` ids are used."""
+  shape = (rows, table.shape[1])
 
   @functools.cache
   def whole() -> np.ndarray:
     old = table.read()
-    used = old[: changes.old_size]
+    used = old[: len(new_id)]
     mean = used.astype(np.float64).mean(0).astype(old.dtype)
     new = np.broadcast_to(mean, shape).copy()
-    new[changes.new_id] = used
+    new[new_id] = used
     # Rows that no id names, before and after, stay as they are.
-    spare = slice(changes.size, changes.old_rows)
+    spare = slice(size, len(old))
     new[spare] = old[spare]
     return new
 

@@ -26,18 +26,11 @@ def card(
   max_new_tokens: int,
   settings: Mapping[str, Any],
 ) -> str:
-  """Returns the text of the card.
+  """Returns the text of the card of a checkpoint that was fine-tuned from a base.
 
-  Args:
-    base: the checkpoint that was fine-tuned.
-    config: its architecture.
-    parts: number of examples of each split.
-    columns: names of the input's and the target's column.
-    table: (what, how much) of the training.
-    results: 'step' and 'metrics'.
-    example: an input to try.
-    max_new_tokens: most tokens of an output.
-    settings: what the command was given and chose.
+  The config is the base's; parts are numbers of examples by split, columns the names of the input's
+  and the target's; the table is (what, how much) of the training, the example an input to try, and
+  settings are what the command was given and chose. Results have 'step' and 'metrics'.
   """
   _, shapes, _ = t5.abstract_params(config)
   files = ', '.join(f'`{name}`' for name in settings['train'])
@@ -63,9 +56,7 @@ def card(
 def command(settings: Mapping[str, Any]) -> str:
   """Returns the command line of a fine-tuning."""
   words = ['t5x-lite', 'finetune']
-  for name, value in settings.items():
-    if value in ('', [], None):
-      continue
+  for name, value in _given(settings).items():
     if isinstance(value, bool):
       words.append(f'--{name}' if value else f'--no-{name}')
     else:
@@ -73,10 +64,13 @@ def command(settings: Mapping[str, Any]) -> str:
   return shlex.join(words)
 
 
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in settings.items() if value not in ('', [], None)}
+
+
 def gin_text(settings: Mapping[str, Any], file: str) -> str:
   """Returns the gin file that runs a fine-tuning again."""
-  given = {name: value for name, value in settings.items() if value not in ('', [], None)}
-  bindings = ''.join(f'  {name} = {value!r}\n' for name, value in given.items())
+  bindings = ''.join(f'  {name} = {value!r}\n' for name, value in _given(settings).items())
   return f"""# Written by `t5x-lite finetune`; every choice it made is here. Again:
 #   t5x-lite finetune --gin_file={file} --output ANOTHER_DIRECTORY
 from __gin__ import dynamic_registration

@@ -8,8 +8,6 @@ import functools
 import itertools
 import json as json_lib
 import logging
-import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +18,13 @@ from t5x_lite.compiler import cost_model
 from t5x_lite.compiler.cost_model import Setup
 from t5x_lite.compiler.step_programs import BatchSpec
 from t5x_lite.data.config import DatasetConfig, batch_spec
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_positive
 from t5x_lite.models import t5
 from t5x_lite.models.config import REMAT_POLICIES, T5Config
-from t5x_lite.parallel import logical_axes, partitioning, pytrees
+from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.hardware import Chip, find_chip
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
+from t5x_lite.parallel.placement import Placement
 from t5x_lite.programs import precompile
 from t5x_lite.runs import memory_report
 from t5x_lite.training import optimizers
@@ -40,21 +39,27 @@ _MOST_MICROBATCHES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
+class Candidate(Setup):
   """One way to run the experiment, and what is predicted of it."""
 
-  sizes: Mapping[str, int]  # of the mesh axes
-  remat_policy: str
-  num_microbatches: int
-  peak_bytes: float  # per device
-  seconds: Mapping[str, float]  # of a step, by what takes them
+  chip: Chip
   written: bool = False  # it is what the experiment itself says
 
   @property
   def setting(self) -> tuple[Any, ...]:
     """What distinguishes it."""
     sizes = tuple(self.sizes[name] for name in MESH_AXES)
-    return (*sizes, self.remat_policy, self.num_microbatches)
+    return (*sizes, self.model.remat_policy, self.num_microbatches)
+
+  @functools.cached_property
+  def peak_bytes(self) -> float:
+    """Per device."""
+    return cost_model.memory(self).total
+
+  @functools.cached_property
+  def seconds(self) -> dict[str, float]:
+    """Of a step, by what takes them."""
+    return cost_model.seconds(self, self.chip)
 
   @property
   def rank(self) -> tuple[float, float]:
@@ -105,8 +110,7 @@ def plan(
     UsageError: if the topology is not known.
     DoesNotFitError: if nothing was found that fits.
   """
-  if num_compiles < 1:
-    raise UsageError(f'--num_compiles={num_compiles} must be at least 1')
+  check_positive('plan.num_compiles', num_compiles)
   devices = precompile.find_devices(topology, num_slices)
   chip = find_chip(devices[0].device_kind)
   if chip is None:
@@ -131,7 +135,7 @@ def plan(
   rows = []
   for i, candidate in enumerate(chosen):
     log.info('compiling %d of %d: %s', i + 1, len(chosen), candidate.setting)
-    experiment['model'] = model.replace(remat_policy=candidate.remat_policy)
+    experiment['model'] = candidate.model
     experiment['mesh'] = with_sizes(mesh, candidate.sizes)
     experiment['num_microbatches'] = candidate.num_microbatches
     report, _ = precompile.compile_step(**experiment, total_steps=total_steps, topology=topology)
@@ -188,11 +192,12 @@ class Search:
     """Returns all candidates, the best predicted first."""
     found = []
     for sizes in self._meshes(num_devices):
-      held = self._state_bytes(sizes)
       rows = self.batch_size // (sizes['data'] * sizes['fsdp'])
       divisors = [n for n in _divisors(rows) if n <= _MOST_MICROBATCHES]
-      settings = itertools.product(REMAT_POLICIES, divisors)
-      found += [self._predict(sizes, policy, parts, *held) for policy, parts in settings]
+      first = self._candidate(sizes)
+      for policy, parts in itertools.product(REMAT_POLICIES, divisors):
+        model = self.model.replace(remat_policy=policy)
+        found.append(dataclasses.replace(first, model=model, num_microbatches=parts))
     return sorted(found, key=lambda candidate: candidate.rank)
 
   def written(self, devices: Sequence[jax.Device], num_microbatches: int) -> Candidate | None:
@@ -201,10 +206,8 @@ class Search:
     if self.mesh.preset == 'auto' and not any(given):
       return None
     resolved = partitioning.resolve(self.mesh, devices, num_heads=self.model.num_heads)
-    sizes = {name: getattr(resolved, name) for name in MESH_AXES}
-    policy = self.model.remat_policy
-    candidate = self._predict(sizes, policy, num_microbatches, *self._state_bytes(sizes))
-    return dataclasses.replace(candidate, written=True)
+    found = self._candidate({name: getattr(resolved, name) for name in MESH_AXES})
+    return dataclasses.replace(found, num_microbatches=num_microbatches, written=True)
 
   def _meshes(self, num_devices: int) -> Iterator[dict[str, int]]:
     """Yields meshes on which the batch divides and heads are not cut."""
@@ -219,35 +222,26 @@ class Search:
 
   def _state_bytes(self, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Returns bytes per device of all of the state, and of parameters."""
-    rules = partitioning.logical_axis_rules(with_sizes(self.mesh, sizes))
-
-    def shard_bytes(path: Any, leaf: Any, names: Any) -> int:
-      cut = logical_axes.spec(names, leaf.shape, sizes, rules, pytrees.path_name(path))
-      axes = [(one,) if isinstance(one, str) else one or () for one in cut]
-      parts = [math.prod(sizes[axis] for axis in one) for one in axes]
-      return math.prod(map(operator.floordiv, leaf.shape, parts)) * leaf.dtype.itemsize
-
-    params, opt_state = (
-      sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(shard_bytes, shapes, axes)))
-      for shapes, axes in self._trees
-    )
+    config = with_sizes(self.mesh, sizes)
+    mesh: Any = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    placement = Placement(mesh, partitioning.logical_axis_rules(config), config)
+    trees = (placement.specs(*tree) for tree in self._trees)
+    params, opt_state = map(memory_report.tree_bytes_per_device, trees)
     return params + (0 if self.mesh.offload_optimizer else opt_state), params
 
-  def _predict(
-    self, sizes: Mapping[str, int], policy: str, parts: int, state_bytes: int, params_bytes: int
-  ) -> Candidate:
-    how: dict[str, Any] = {'sizes': sizes, 'num_microbatches': parts}
-    setup = Setup(
-      model=self.model.replace(remat_policy=policy),
+  def _candidate(self, sizes: Mapping[str, int]) -> Candidate:
+    state_bytes, params_bytes = self._state_bytes(sizes)
+    return Candidate(
+      model=self.model,
       batch=self.batch,
+      sizes=sizes,
+      num_microbatches=1,
       chunk=self.loss.chunk,
       state_bytes=state_bytes,
       params_bytes=params_bytes,
       num_slices=self.num_slices,
-      **how,
+      chip=self.chip,
     )
-    peak, seconds = cost_model.memory(setup).total, cost_model.seconds(setup, self.chip)
-    return Candidate(remat_policy=policy, peak_bytes=peak, seconds=seconds, **how)
 
 
 def _divisors(number: int) -> list[int]:
@@ -258,7 +252,7 @@ def _row(candidate: Candidate, report: Mapping[str, Any]) -> dict[str, Any]:
   same = ('fits', 'roofline_step_seconds', 'bound', 'compile_seconds')
   return {
     'mesh': dict(candidate.sizes),
-    'remat_policy': candidate.remat_policy,
+    'remat_policy': candidate.model.remat_policy,
     'num_microbatches': candidate.num_microbatches,
     'written': candidate.written,
     'predicted_peak_bytes': int(candidate.peak_bytes),

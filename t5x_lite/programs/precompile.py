@@ -9,8 +9,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -18,10 +18,10 @@ from etils import epath
 from t5x_lite.compiler import cost_model, flops, hlo, step_programs
 from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.decoding.config import DecodingConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import check_one_of
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import hardware
-from t5x_lite.parallel.hardware import Chip, find_chip, parse_topology
+from t5x_lite.parallel.hardware import Chip, find_chip
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
 from t5x_lite.runs import memory_report
 from t5x_lite.training.losses import LossConfig
@@ -41,13 +41,6 @@ class DoesNotFitError(RuntimeError):
   """The step needs more memory than the device has; already reported."""
 
   exit_code = 3
-
-
-class OutOfMemory(NamedTuple):
-  """What the compiler says when a program does not fit, in bytes; 0 if it was not said."""
-
-  used: int
-  available: int
 
 
 def precompile(
@@ -90,8 +83,7 @@ def precompile(
     DoesNotFitError: if the compiler runs out of memory; reported like all else.
   """
   given = dict(locals())
-  if step not in STEPS:
-    raise UsageError(f'--step={step} is not one of {", ".join(STEPS)}')
+  check_one_of('precompile.step', step, STEPS)
   report, _ = compile_step(
     batch=batch_spec(dataset),
     loss=loss or LossConfig(),
@@ -111,10 +103,7 @@ def find_devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
   """Returns the devices that a --topology means."""
   if topology == 'local':
     return jax.devices()
-  parsed = parse_topology(topology)
-  # Nothing runs; JAX must not wait for a TPU.
-  jax.config.update('jax_platforms', 'cpu')
-  return hardware.topology_devices(parsed, num_slices)
+  return hardware.topology_devices(topology, num_slices)
 
 
 def compile_step(
@@ -140,8 +129,12 @@ def compile_step(
   how: dict[str, Any] = {'num_slices': num_slices, 'num_microbatches': num_microbatches}
   if decoding is not None:
     program = step_programs.decode_program(config=decoding, **both)
+    (rows, inputs), _ = batch['encoder_input_tokens']
+    size = {'batch_size': rows, 'inputs': inputs, 'targets': decoding.length}
+    needed = flops.forward_flops(model, **size)
   else:
     program = step_programs.train_program(num_microbatches=num_microbatches, **training, **both)
+    needed = flops.batch_train_flops(model, program.arguments[1])
   chip = find_chip(devices[0].device_kind)
   sizes = {name: program.mesh.shape[name] for name in MESH_AXES}
   shapes = {name: shape for name, (shape, _) in batch.items()}
@@ -155,7 +148,7 @@ def compile_step(
     'batch_size': next(iter(shapes.values()))[0],
     'remat_policy': model.remat_policy,
     'attention': memory_report.attention_summary(model, shapes, devices[0].platform),
-    'model_flops_per_step': _model_flops(model, shapes, decoding),
+    'model_flops_per_step': needed,
     **how,
     **held,
   }
@@ -179,15 +172,15 @@ def compile_step(
     if out_of_memory is None:
       raise
     log.info('%s', str(error)[:4000])
-    report |= _does_not_fit(setup, chip, out_of_memory)
+    report |= _does_not_fit(setup, chip, *out_of_memory)
     return report, program
   finally:
     report['compile_seconds'] = round(time.monotonic() - start, 1)
   text = compiled.as_text() or ''
   if hlo_file:
     epath.Path(hlo_file).write_text(text)
-  count = cost_model.hardware_flops if decoding is None else cost_model.forward_flops
-  costs = _costs(chip, list(program.mesh.devices.flat), text, count(setup))
+  done = needed if decoding is not None else cost_model.hardware_flops(setup)
+  costs = _costs(chip, list(program.mesh.devices.flat), text, done)
   return report | _memory(compiled, chip) | costs, program
 
 
@@ -212,17 +205,6 @@ def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
   if stats is not None:
     found |= {f'{x}_bytes': getattr(stats, f'{name}_in_bytes') for x, name in names.items()}
   return found
-
-
-def _model_flops(
-  model: T5Config, shapes: Mapping[str, tuple[int, ...]], decoding: DecodingConfig | None
-) -> float:
-  rows, targets = shapes['decoder_target_tokens']
-  inputs = shapes['encoder_input_tokens'][1] if model.has_encoder else 0
-  count, length = flops.train_step_flops, targets
-  if decoding is not None:
-    count, length = flops.forward_flops, decoding.length
-  return count(model, batch_size=rows, inputs=inputs, targets=length)
 
 
 def _costs(
@@ -256,26 +238,31 @@ def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
-def parse_out_of_memory(text: str, argument_bytes: int = 0) -> OutOfMemory | None:
-  """Returns what XLA's error says of a program that does not fit; None if it is another error."""
+def parse_out_of_memory(text: str, argument_bytes: int = 0) -> tuple[int, int] | None:
+  """Returns (used, available) of XLA's error about a program that does not fit, else None.
+
+  In bytes; 0 if it was not said.
+  """
   if 'RESOURCE_EXHAUSTED' not in text and 'Ran out of memory' not in text:
     return None
   size = r'([\d.]+)([KMGT]?)'
   forms = (rf'Used {size} of {size}', rf'\({size}\) exceeds available HBM \({size}\)')
   match = re.search(forms[0], text) or re.search(forms[1], text)
   if match is None:
-    return OutOfMemory(0, 0)
+    return 0, 0
   used, available = (int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
   if 'HLO temporaries' in text:  # which leaves out what goes in
     used += argument_bytes
-  return OutOfMemory(used, available)
+  return used, available
 
 
-def _does_not_fit(setup: cost_model.Setup, chip: Chip | None, found: OutOfMemory) -> dict[str, Any]:
-  available = found.available or (chip.hbm_bytes if chip else 0)
+def _does_not_fit(
+  setup: cost_model.Setup, chip: Chip | None, used: int, available: int
+) -> dict[str, Any]:
+  available = available or (chip.hbm_bytes if chip else 0)
   predicted = cost_model.memory(setup).total
-  peak = found.used or predicted
-  sizes = {lever.text: lever.bytes * peak / predicted for lever in cost_model.levers(setup)}
+  peak = used or predicted
+  sizes = {lever: size * peak / predicted for lever, size in cost_model.levers(setup).items()}
   device = {'peak': peak, 'hbm': available, 'missing': max(0, peak - available)}
   device['collective'] = cost_model.collective_bytes(setup)
   return {

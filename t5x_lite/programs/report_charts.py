@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 # Told apart by people who do not see all colours (Okabe and Ito 2008).
 COLORS = '#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #808080'.split()
 
@@ -43,7 +45,7 @@ def line_chart(
   A value that is not finite is a gap; a line keeps its colour whichever others have points. The
   axis `may_be_log` if the values span a factor of 50.
   """
-  segments = {name: _segments(_thin(points)) for name, points in lines.items()}
+  segments = {name: _segments(points) for name, points in lines.items()}
   flat = [point for parts in segments.values() for part in parts for point in part]
   if not flat:
     return ''
@@ -199,25 +201,13 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
   return low - pad, high + pad
 
 
-def _thin(points: Points) -> Points:
-  """Returns means of neighbours, as many as can be seen; gaps stay gaps."""
-  points = sorted(points, key=lambda point: point[0])
-  size = -(-len(points) // _MAX_POINTS)
-  if size <= 1:
-    return points
-  thinned = []
-  for start in range(0, len(points), size):
-    group = points[start : start + size]
-    drawn = [(x, y) for x, y in group if math.isfinite(y)]
-    if drawn:
-      xs, ys = zip(*drawn, strict=True)
-      thinned.append((sum(xs) / len(xs), sum(ys) / len(ys)))
-    if len(drawn) < len(group):
-      thinned.append((group[-1][0], math.nan))
-  return thinned
-
-
 def _segments(points: Points) -> list[list[tuple[float, float]]]:
-  """Cuts a line at its gaps."""
+  """Cuts a line at its gaps, into means of neighbours: as many as can be seen."""
+  points = sorted(points, key=lambda point: point[0])
+  size = max(1, -(-len(points) // _MAX_POINTS))
   groups = itertools.groupby(points, key=lambda point: math.isfinite(point[1]))
-  return [list(group) for is_drawn, group in groups if is_drawn]
+  found = []
+  for segment in (list(group) for is_drawn, group in groups if is_drawn):
+    parts = (segment[i : i + size] for i in range(0, len(segment), size))
+    found.append([tuple(np.mean(part, axis=0).tolist()) for part in parts])
+  return found

@@ -12,6 +12,7 @@ from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.tasks import catalog, mixing, truncation
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
+from t5x_lite.errors import check_positive as check_positive
 from t5x_lite.interop import checkpoint_source
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import checkpoints, run_directory
@@ -39,12 +40,6 @@ def check_writable(directory: str) -> None:
       pass
   except OSError as error:
     raise UsageError(f'cannot write into {directory}: {error.strerror}') from error
-
-
-def check_positive(name: str, value: int | None) -> None:
-  """Refuses a count or period below 1; None stands for no bound."""
-  if value is not None and value < 1:
-    raise UsageError(f'{name} is {value}; it must be at least 1')
 
 
 def resolve_model(

@@ -56,24 +56,18 @@ class Stage:
 
   In strings of `bindings`, {seed} is the cell's seed, {run} the directory of this run, {NAME} that
   of an earlier stage and {NAME/3} the same of seed 3.
-
-  Attributes:
-    name: of letters, digits and underscores.
-    command: 'train', 'eval' or another command.
-    gin_files: that it is given.
-    bindings: gin name to value; a string is written as after --gin.NAME=.
-    scores: column of the table to metrics, whose mean it is. Of a training run 'eval/TASK/loss' and
-      the like, at the step where it is best, as in the paper; of `eval` 'TASK/METRIC', with or
-      without that 'infer_eval/'. 'a + b' is the mean of two of one step.
-    optional: only in rows that name it, or for a stage that does.
   """
 
-  name: str
-  command: str = 'train'
-  gin_files: Sequence[str] = ()
+  name: str  # of letters, digits and underscores
+  command: str = 'train'  # or 'eval', or another command
+  gin_files: Sequence[str] = ()  # that it is given
+  # Gin name to value; a string is written as after --gin.NAME=.
   bindings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # Column of the table to metrics, whose mean it is. Of a training run 'eval/TASK/loss' and the
+  # like, at the step where it is best, as in the paper; of `eval` 'TASK/METRIC', with or without
+  # that 'infer_eval/'. 'a + b' is the mean of two of one step.
   scores: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-  optional: bool = False
+  optional: bool = False  # only in rows that name it, or for a stage that does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +219,9 @@ def study(
       for run in cells[row, seed]:
         _run(run, launcher, where, tried)
   finally:
-    table = study_report.Table(cells, baseline, paper or {}, paper_columns, paper_deviations)
+    published = {row: dict(zip(paper_columns, x, strict=True)) for row, x in (paper or {}).items()}
+    deviations = dict(zip(paper_columns, paper_deviations, strict=False))
+    table = study_report.Table(cells, baseline, published, deviations)
     path = study_report.write(table, os.path.join(output_dir, name), title or name)
     print(path)
   return path

@@ -73,9 +73,8 @@ class Table:
 
   cells: Mapping[tuple[str, int], Sequence[study.StageRun]]  # by row and seed
   baseline: str
-  paper: Mapping[str, Sequence[float]]
-  paper_columns: Sequence[str]
-  paper_deviations: Sequence[float]
+  paper: Mapping[str, Mapping[str, float]]  # published numbers by row and column
+  paper_deviations: Mapping[str, float]  # of those, by column
 
   @functools.cached_property
   def rows(self) -> dict[str, list[Sequence[study.StageRun]]]:
@@ -98,21 +97,13 @@ class Table:
           values.append(value)
     return found
 
-  def published(self, column: str, row: str) -> float | None:
-    """Returns the paper's number, if it has a column of this name."""
-    if column not in self.paper_columns or row not in self.paper:
-      return None
-    return self.paper[row][list(self.paper_columns).index(column)]
-
   def deviation(self, column: str) -> float | None:
     """Returns the standard deviation of one run in a column."""
     several = [one for one in self.values[column].values() if len(one) > 1]
     if several:
       squares = sum(statistics.variance(one) * (len(one) - 1) for one in several)
       return math.sqrt(squares / sum(len(one) - 1 for one in several))
-    if column in self.paper_columns and self.paper_deviations:
-      return self.paper_deviations[list(self.paper_columns).index(column)]
-    return None
+    return self.paper_deviations.get(column)
 
   def lower_is_better(self, column: str) -> bool:
     """True if the column's metrics are losses or error rates."""
@@ -140,15 +131,14 @@ class Table:
 
   def lines(self) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of the whole table."""
-    lines = []
+    lines, published = [], list(dict.fromkeys(itertools.chain(*self.paper.values())))
     for row, cells in self.rows.items():
       line = {'row': f'★ {row}' if row == self.baseline else row}
-      for column in dict.fromkeys((*self.values, *self.paper_columns)):
+      for column in dict.fromkeys((*self.values, *published)):
         if column in self.values:
           line[column] = self.cell(column, row)
-        if self.paper and column in self.paper_columns:
-          number = self.published(column, row)
-          line[f'{column}, paper'] = '' if number is None else str(number)
+        if column in published:
+          line[f'{column}, paper'] = str(self.paper.get(row, {}).get(column, ''))
       runs = list(itertools.chain(*cells))
       ran = max(1, sum(bool(one[0].outcome()) for one in cells if one))
       seconds = sum(run.outcome().get('seconds', 0.0) for run in runs) / ran
@@ -198,7 +188,7 @@ def write(table: Table, stem: str, title: str) -> str:
     '<h2>Every seed</h2><div class="charts">',
   ]
   for column, found in table.values.items():
-    published = {row: table.published(column, row) for row in found}
+    published = {row: table.paper.get(row, {}).get(column) for row in found}
     body.append(report_charts.dot_chart(column, found, published))
   body.append('</div><h2>Curves of the first seed</h2><div class="charts">')
   page = report.whole_page(title, [*body, *_curves(table), '</div>'])

@@ -13,9 +13,10 @@ from etils import epath
 
 from t5x_lite.data import records, text_files, vocabularies
 from t5x_lite.data.vocabularies import EOS_ID, PAD_ID, UNK_ID, VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of, check_positive
 
 MODEL_TYPES = ('unigram', 'bpe', 'char')
+NORMALIZATIONS = ('nmt_nfkc', 'nfkc', 'nmt_nfkc_cf', 'identity')
 
 # SentencePiece skips longer sentences (its default limit is 4,192 bytes), so longer lines are cut.
 _MAX_SENTENCE_BYTES = 4096
@@ -94,15 +95,11 @@ def train_vocabulary(
     raise UsageError('Give either input or task: the text to learn from')
   if vocab_size < 4:
     raise UsageError(f'vocab_size is {vocab_size}; it must be 4 or more, special pieces included')
-  if model_type not in MODEL_TYPES:
-    raise UsageError(f'model_type is {model_type!r}; it must be one of {", ".join(MODEL_TYPES)}')
+  check_one_of('model_type', model_type, MODEL_TYPES)
+  check_one_of('normalization', normalization, NORMALIZATIONS)
+  check_positive('max_sentences', max_sentences)
   if not 0.9 <= character_coverage <= 1.0:
     raise UsageError(f'character_coverage is {character_coverage}; it must lie between 0.9 and 1.0')
-  if normalization not in ('nmt_nfkc', 'nfkc', 'nmt_nfkc_cf', 'identity'):
-    allowed = "'nmt_nfkc', 'nfkc', 'nmt_nfkc_cf' or 'identity'"
-    raise UsageError(f'normalization is {normalization!r}; it must be {allowed}')
-  if max_sentences < 1:
-    raise UsageError(f'max_sentences is {max_sentences}; it must be 1 or more')
   for symbol in user_defined_symbols:
     if not symbol or re.fullmatch(r'<pad>|</s>|<unk>|▁?<extra_id_\d+>', symbol):
       why = 'which T5 defines itself; leave it out'

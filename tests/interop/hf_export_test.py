@@ -18,12 +18,11 @@ def array(*shape, dtype=np.float32):
 def test_shards_keep_the_order_and_the_limit():
   found = {name: array(size) for name, size in (('a', 3), ('b', 3), ('c', 9), ('d', 1), ('e', 2))}
   shards = hf_export.plan_shards(found, itemsize=4, limit=24)
-  assert [[name for name, _ in s.tensors] for s in shards] == [
+  assert [list(shard) for shard in shards.values()] == [
     ['a', 'b'], ['c'], ['d', 'e'],
   ]  # fmt: skip
-  assert shards[0].file == 'model-00001-of-00003.safetensors'
-  (only,) = hf_export.plan_shards(found, itemsize=2)
-  assert only.file == hf.WEIGHTS
+  assert next(iter(shards)) == 'model-00001-of-00003.safetensors'
+  assert list(hf_export.plan_shards(found, itemsize=2)) == [hf.WEIGHTS]
 
 
 @pytest.mark.parametrize('dtype', list(hf.DTYPES.values()), ids=str)
@@ -32,7 +31,7 @@ def test_files_are_safetensors(dtype, tmp_path, monkeypatch):
 
   monkeypatch.setattr(hf_export, '_PART', 5)  # several parts a tensor
   found = {'x.weight': array(7, 3), 'turned': array(4, 6).transposed()}
-  (shard,) = hf_export.plan_shards(found, dtype.itemsize)
+  (shard,) = hf_export.plan_shards(found, dtype.itemsize).values()
   written = []
   path = epath.Path(tmp_path / 'm.safetensors')
   hf_export.write_shard(path, shard, dtype, written.append)

@@ -235,7 +235,7 @@ def test_a_config_that_does_not_fit(damaged, tmp_path):
 @pytest.mark.parametrize(
   ('change', 'match'),
   [
-    ({'model_type': 'llama'}, "model_type='llama'; supported"),
+    ({'model_type': 'llama'}, "model_type is 'llama'; allowed: mt5, t5, umt5"),
     ({'feed_forward_proj': 'gated-tanh', 'dense_act_fn': None}, 'gated-tanh'),
     ({'feed_forward_proj': 'gelu', 'dense_act_fn': 'gelu'}, "'gelu'"),
     ({'d_ff': 'many'}, "d_ff='many'"),

@@ -48,7 +48,9 @@ def test_logits_lose_little(tmp_path):
   outputs = eight.generate([[5, 6, 7, 1], [9, 1]], max_new_tokens=4, num_beams=2)
   assert len(outputs) == 2 and all(map(len, outputs))
   for dtype in (None, 'float32'):
-    with pytest.raises(UsageError, match=r"param_dtype is 'int8'; it is for load"):
+    with pytest.raises(
+      UsageError, match=r"param_dtype is 'int8'; it must be another: 'int8' is for load"
+    ):
       eight.save(f'{tmp_path}/again', dtype=dtype)
   with pytest.raises(UsageError, match=r"param_dtype is 'int8'"):
     t5x_lite.new(eight.config)

@@ -161,7 +161,7 @@ def test_fields_make_the_same_model():
   [
     ({'lora_rank': 0}, 'lora_rank is 0; it must be at least 1'),
     ({'lora_rank': 4, 'lora_alpha': -1.0}, 'lora_alpha is -1.0'),
-    ({'lora_rank': 4, 'lora_targets': ('queri',)}, "'queri'; the matrices of this model are query"),
+    ({'lora_rank': 4, 'lora_targets': ('queri',)}, "'queri',\\); it must be of query"),
     ({'lora_rank': 4, 'lora_targets': ('wi',)}, 'wi_0, wi_1, wo'),
     ({'lora_targets': ('wo',)}, 'lora_rank is None'),
     ({'adapter_dim': -1}, 'adapter_dim is -1'),

@@ -91,7 +91,7 @@ def test_standard_rules_pass_the_check():
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [
-    ({'additional_rules': [('embbed', 'fsdp')]}, "did you mean 'embed'"),
+    ({'additional_rules': [('embbed', 'fsdp')]}, 'did you mean embed'),
     ({'additional_rules': [('embed', 'tensor')]}, "mesh axis 'tensor'"),
     ({'parameter_rules': [('embeder', [('vocab', None)])]}, 'no parameter'),
     ({'parameter_rules': [('mlp/wo', [('mlp', 'fsdp'), ('embed', 'fsdp')])]}, 'collides'),

@@ -102,12 +102,12 @@ def test_a_resolved_config_resolves_to_itself():
 @pytest.mark.parametrize(
   ('make', 'message'),
   [
-    (lambda: MeshConfig(preset='zero'), 'allowed are auto, dp'),
+    (lambda: MeshConfig(preset='zero'), 'allowed: auto, dp'),
     (lambda: MeshConfig(preset='dp', fsdp=4), 'sizes or a preset'),
     (lambda: MeshConfig(num_partitions=2, model=2), 'one or the other'),
     (lambda: MeshConfig(data=0), 'must be positive'),
     (lambda: MeshConfig(data=-1, fsdp=-1), 'At most one'),
-    (lambda: MeshConfig(parameter_dims=3), 'allowed are 1 and 2'),
+    (lambda: MeshConfig(parameter_dims=3), 'must be 1 or 2'),
     (lambda: MeshConfig(additional_rules=('embed', 'model')), 'a rule is'),
     (lambda: MeshConfig(additional_rules=[('mlp', ('model', 'model'))]), 'different'),
     (lambda: MeshConfig(parameter_rules=['wo']), 'regular expression'),

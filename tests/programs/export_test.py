@@ -110,7 +110,7 @@ def test_a_saved_model_takes_text(model, model_dir, tmp_path):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    ({'to': 'onnx'}, "export.to is 'onnx'; there are jax, saved_model"),
+    ({'to': 'onnx'}, "export.to is 'onnx'; allowed: jax, saved_model"),
     ({'functions': ['decode']}, "export.functions is 'decode'"),
     ({'platforms': ['gpu']}, "export.platforms is 'gpu'"),
     ({'input_lengths': [0]}, 'lengths of at least 1'),

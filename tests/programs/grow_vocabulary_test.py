@@ -85,7 +85,7 @@ def test_a_multiple_of_128_is_filled_before_it_grows(vocabulary):
   found = tensors.of_params(tiny.params(cfg), cfg)
   grown, new, _, changes = grow_vocabulary.grow(found, cfg, vocabulary, tokens=['{'])
   assert new.vocab_size == 128
-  assert changes.size == 66
+  assert 'become 66, ' in changes
   before = found['token_embedder/embedding'].read()
   after = grown['token_embedder/embedding'].read()
   np.testing.assert_array_equal(after[66:], before[66:])  # spare rows

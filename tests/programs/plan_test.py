@@ -47,7 +47,7 @@ def test_candidates_are_legal_and_the_best_comes_first():
     assert 4 % sizes['model'] == 0
   assert [c.rank for c in found] == sorted(c.rank for c in found)
   # With room for everything nothing is recomputed.
-  assert found[0].remat_policy in ('none', 'minimal')
+  assert found[0].model.remat_policy in ('none', 'minimal')
 
 
 def test_replicas_span_slices():

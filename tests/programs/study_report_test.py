@@ -55,8 +55,8 @@ def written(tmp_path):
     for one in (train, test):
       with open(f'{one.directory}/outcome.json', 'w') as file:
         json.dump({'exit_code': 0, 'seconds': 30.0}, file)
-  paper = {'base': [27.0], 'good': [28.0]}
-  return study_report.Table(cells, 'base', paper, ['BLEU'], [0.1])
+  paper = {'base': {'BLEU': 27.0}, 'good': {'BLEU': 28.0}}
+  return study_report.Table(cells, 'base', paper, {'BLEU': 0.1})
 
 
 def test_scores_are_the_best_of_a_run_as_in_the_paper(table):
@@ -81,7 +81,7 @@ def test_differences_of_two_deviations_are_marked(table):
 
 def test_one_seed_is_compared_by_the_published_deviation(table):
   cells = {key: runs for key, runs in table.cells.items() if key[1] == 0}
-  one = study_report.Table(cells, 'base', table.paper, ['BLEU'], [0.1])
+  one = study_report.Table(cells, 'base', table.paper, {'BLEU': 0.1})
   assert one.deviation('BLEU') == 0.1 and one.deviation('EM') is None
   assert one.cell('BLEU', 'good') == '**21.00** ↑'
   assert one.cell('BLEU', 'bad') == '19.95' and one.cell('EM', 'bad') == '50.00'

@@ -130,7 +130,7 @@ def test_text_of_a_registered_task(tmp_path):
     ({'vocab_size': 3}, 'vocab_size is 3'),
     ({'vocab_size': 20_000}, r'gives no more than \d+ pieces; set it to'),
     ({'vocab_size': 9}, r'characters of this text alone need \d+'),
-    ({'model_type': 'word'}, "is 'word'; it must be one of unigram"),
+    ({'model_type': 'word'}, "is 'word'; allowed: bpe, char, unigram"),
     ({'character_coverage': 0.5}, 'character_coverage is 0.5'),
     ({'normalization': 'nfd'}, "normalization is 'nfd'"),
     ({'max_sentences': 0}, 'max_sentences is 0'),

@@ -1,4 +1,6 @@
-"""Makes the vocabulary of the quickstart: `python -m THIS OUTPUT.model`.
+"""Made the vocabulary of the quickstart: `python -m tests.data.quickstart_vocabulary OUTPUT.model`.
+
+The test makes it again, byte for byte.
 
 Phonemes, prefixes and each language's most frequent words are one piece each, for short sequences;
 all else is characters. Prefixes swallow the space behind them and frequent words begin with one, so

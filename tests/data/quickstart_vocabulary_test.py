@@ -5,7 +5,7 @@ import pathlib
 import sentencepiece
 
 from t5x_lite.data import vocabularies
-from t5x_lite.programs import quickstart_vocabulary
+from tests.data import quickstart_vocabulary
 
 CONFIG = vocabularies.VocabularyConfig(path='package:quickstart')
 
