@@ -105,6 +105,8 @@ class DatasetIterator:
       self._condition.notify_all()
     if self._thread is not None:
       self._thread.join(timeout)
+      if not self._thread.is_alive():
+        self._stream.close()
       self._thread = None
       atexit.unregister(self.close)
 

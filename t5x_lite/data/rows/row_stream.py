@@ -21,7 +21,7 @@ from etils import epath
 
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import feature_converters, packing
-from t5x_lite.data.tasks import catalog
+from t5x_lite.data.tasks import catalog, text_preprocessors
 from t5x_lite.errors import UsageError
 
 # TensorFlow only reads text here; it must not reserve an accelerator's memory.
@@ -176,11 +176,16 @@ class RowStream:
     self._num_examples = 0
     self.ended = False
     shard = None if cfg.replicated else seqio.ShardInfo(index=index, num_shards=count)
-    self._dataset = _token_dataset(cfg, seed, shard)
+    with text_preprocessors.in_python():
+      self._dataset = _token_dataset(cfg, seed, shard)
     # Made once: a second iterator over a shuffled dataset has another order.
     self._iterator: Iterator[dict[str, Any]] | None = None
     # Whether the position is a count; at the beginning it is, 0.
     self._counted = True
+
+  def close(self) -> None:
+    """Ends tf.data's threads; nothing can be read afterwards."""
+    self._iterator = None
 
   def _iterate(self, skip: int = 0) -> Iterator[dict[str, Any]]:
     rest = self._dataset.skip(skip) if skip else self._dataset

@@ -1,8 +1,10 @@
 """Text to tokens: vectors of rows give what SeqIO gives row by row."""
 
+import hypothesis
 import pytest
 import seqio
 import tensorflow as tf
+from hypothesis import strategies as st
 
 from t5x_lite.data.tasks import text_preprocessors
 from t5x_lite.data.tasks.seqio_vocabulary import to_seqio
@@ -48,11 +50,38 @@ def test_tokenize_rows_is_seqios_tokenization(kind, lengths):
 
 
 @pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
-def test_tokenize_documents(kind):
-  vocabulary = to_seqio(VocabularyConfig(kind=kind))
-  dataset = tf.data.Dataset.from_tensor_slices({'targets': TEXTS})
+@pytest.mark.parametrize('extra_ids', [0, 7, 100])
+def test_tokenize_documents(kind, extra_ids):
+  vocabulary = to_seqio(VocabularyConfig(kind=kind, extra_ids=extra_ids))
+  dataset = tf.data.Dataset.from_tensor_slices({'targets': TEXTS * 7})  # of several calls
   found = plain(text_preprocessors.tokenize_documents(dataset, features(vocabulary)))
-  assert found == [{'targets': list(vocabulary.encode(t))} for t in TEXTS]
+  assert found == [{'targets': list(vocabulary.encode(t))} for t in TEXTS * 7]
+  with text_preprocessors.in_python():
+    other = text_preprocessors.tokenize_documents(dataset, features(vocabulary))
+  assert plain(other) == found
+
+
+@pytest.mark.parametrize('path', ['package:t5', 'package:quickstart'])
+def test_ids_in_python_are_tensorflows(path):
+  vocabulary = to_seqio(VocabularyConfig(path=path))
+
+  def ids(texts):
+    dataset = tf.data.Dataset.from_tensor_slices({'targets': list(texts)})
+    examples = text_preprocessors.tokenize_documents(dataset, features(vocabulary))
+    return [example['targets'].tolist() for example in examples.as_numpy_iterator()]
+
+  # Any bytes: TensorFlow's strings need not be UTF-8.
+  pieces = st.one_of(st.text().map(str.encode), st.binary(), st.just(b' <extra_id_0> '))
+  texts = st.lists(st.lists(pieces, max_size=4).map(b''.join), min_size=1, max_size=40)
+
+  @hypothesis.settings(max_examples=15, deadline=None)
+  @hypothesis.given(texts)
+  def check(texts):
+    wanted = ids(texts)
+    with text_preprocessors.in_python():
+      assert ids(texts) == wanted
+
+  check()
 
 
 def test_rows_of_ids():
