@@ -142,9 +142,19 @@ class Progress:
   """
 
   def __init__(
-    self, *, first_step: int, total_steps: int, stream: TextIO | None = None, active: bool = True
+    self,
+    *,
+    first_step: int,
+    total_steps: int | None,
+    stream: TextIO | None = None,
+    active: bool = True,
+    unit: str = 'step',
   ):
-    """Starts the clock; all processes but one are not active. The stream is stderr by default."""
+    """Starts the clock; all processes but one are not active. The stream is stderr by default.
+
+    `unit` is what is counted; without their total there is no ETA.
+    """
+    self._unit = unit
     self._stream = stream if stream is not None else sys.stderr
     self._active, self._tty = active, active and self._stream.isatty()
     self._notebook = active and in_notebook()
@@ -184,7 +194,7 @@ class Progress:
   def eta(self, step: int) -> float:
     """Seconds of training left, from the average so far."""
     per_step = (time.monotonic() - self._start) / max(1, step - self._first_step)
-    return max(0.0, per_step * (self._total_steps - step))
+    return max(0.0, per_step * ((self._total_steps or 0) - step))
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
     """Shows where the run is."""
@@ -195,6 +205,7 @@ class Progress:
       'accuracy': 'accuracy {:.3f}',
       'learning_rate': 'lr {:.3g}',
       'seconds_per_step': 's/step {:.3g}',
+      'lines_per_second': '{:.3g} lines/s',
       'target_tokens_per_second': '{} target tokens/s',
       'mfu': 'MFU {:.1%}',
     }
@@ -202,8 +213,11 @@ class Progress:
     if 'target_tokens_per_second' in found:
       found['target_tokens_per_second'] = format_count(found['target_tokens_per_second'])
     parts = [form.format(found[name]) for name, form in forms.items() if name in found]
-    eta = f'ETA {format_duration(self.eta(step))}'
-    line = '  '.join([f'step {step}/{self._total_steps}', *parts, eta])
+    of = ''
+    if self._total_steps is not None:
+      of = f'/{self._total_steps}'
+      parts.append(f'ETA {format_duration(self.eta(step))}')
+    line = '  '.join([f'{self._unit} {step}{of}', *parts])
     if self._notebook:  # no terminal: every line would stay, and be cut at 80 columns
       if self._shown_cell is None:
         display = importlib.import_module('IPython.display').display
