@@ -310,12 +310,7 @@ def _json(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
       '.jsonl file'
     )
   for number, item in enumerate(listed, start=1):
-    try:
-      row = _object(item, path, number)
-    except UsageError as error:
-      bad(error)
-    else:
-      yield number, row
+    yield number, _object(item, path, number)
 
 
 def _list_in(entry: Any) -> list[Any] | None:

@@ -3,10 +3,12 @@
 No TensorFlow here. records.py makes rows with fields of the lines.
 """
 
+import contextlib
 import glob
 import gzip
 import io
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -80,14 +82,15 @@ def lines(path: str, *, keep_ends: bool = False, bad: Bad = refuse) -> Iterator[
   Only `\n` and `\r\n` end a line: str.splitlines would also cut at U+2028 and other characters that
   occur inside text. With `keep_ends` the end is left on, for formats in which it may be text, and
   `bad` hears of no line, since that may be part of a row: bytes that are not UTF-8 become halves of
-  surrogate pairs, which records.as_text refuses.
+  surrogate pairs, which records.as_text refuses. The path '-' is standard input.
 
   Raises:
     UsageError: if the file is missing, or not UTF-8, or not whole gzip or zstd.
   """
   number = 0
   try:
-    with epath.Path(path).open('rb') as raw:
+    stdin = contextlib.nullcontext(sys.stdin.buffer) if path == '-' else None
+    with stdin or epath.Path(path).open('rb') as raw:
       # Binary files split at b'\n' alone.
       for number, line in enumerate(_decompressed(raw, path), start=1):
         if number == 1:

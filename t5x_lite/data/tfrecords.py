@@ -16,42 +16,25 @@ with contextlib.suppress(RuntimeError):  # already initialised by the caller
 
 
 def read(path: str, bad: Bad) -> Iterator[tuple[int, dict[str | int, Any]]]:
-  """Yields (number of the record from 1, its features by name), plain or gzip; see `records.read`.
-
-  A feature of one value is that value, of several their list. Bytes are text if they are UTF-8.
-  """
-  if path.endswith('.zst'):
-    raise UsageError(f'{path}: TensorFlow reads TFRecords plain or as .gz; decompress it with zstd')
-  packed = 'GZIP' if path.endswith('.gz') else ''
-  records = iter(tf.data.TFRecordDataset(path, compression_type=packed).as_numpy_iterator())
-  number = 0
-  while True:
-    try:
-      record = next(records, None)
-    except tf.errors.OpError as error:
-      why = f'is not a whole TFRecord file after record {number}: {error.message}'
-      raise UsageError(f'{path} {why}') from error
-    if record is None:
-      return
-    number += 1
-    try:
-      features = tf.train.Example.FromString(record).features.feature
-    except DecodeError as error:
-      bad(UsageError(f'{path}:{number} is not a tf.train.Example: {error}'))
-      continue
-    yield number, {name: _value(features[name]) for name in sorted(features)}
+  """Yields (number from 1, features by name) of plain or gzip records; see `records.read`."""
+  number, packed = 0, 'GZIP' if path.endswith('.gz') else ''
+  records = tf.data.TFRecordDataset(path, packed).as_numpy_iterator()
+  try:
+    for number, record in enumerate(records, start=1):
+      try:
+        features = tf.train.Example.FromString(record).features.feature
+      except DecodeError as error:
+        bad(UsageError(f'{path}:{number} is not a tf.train.Example: {error}'))
+      else:
+        yield number, {name: _value(features[name]) for name in sorted(features)}
+  except tf.errors.OpError as error:
+    what = 'is no TFRecord file, plain or .gz, that is whole'
+    raise UsageError(f'{path} {what}; after record {number}: {error.message}') from error
 
 
 def _value(feature: Any) -> Any:
-  kind = feature.WhichOneof('kind')
-  values = list(getattr(feature, kind).value) if kind else []
-  if kind == 'bytes_list':
-    values = [_text(value) for value in values]
+  """Returns the only value of a feature, or the list; bytes as text, if they are UTF-8."""
+  values = list(getattr(feature, feature.WhichOneof('kind') or 'bytes_list').value)
+  with contextlib.suppress(UnicodeDecodeError, AttributeError):
+    values = [value.decode('utf-8') for value in values]
   return values[0] if len(values) == 1 else values
-
-
-def _text(value: bytes) -> str | bytes:
-  try:
-    return value.decode('utf-8')
-  except UnicodeDecodeError:
-    return value

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,6 @@ from etils import epath
 
 from t5x_lite.data import pairs, records, text_files, vocabularies
 from t5x_lite.data.pairs import Columns
-from t5x_lite.data.text_files import Bad
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
@@ -34,12 +33,7 @@ FORMATS = ('auto', *records.FORMATS)
 # Relative positions reach as far as one likes, memory does not.
 MAX_INPUT_LENGTH = 1024
 REPORT_SECONDS = 10.0
-REPORTED_BAD_ROWS = 10
-OUTPUT_KINDS = ('predictions', 'embeddings')
-
-Rows = Sequence[Sequence[int]]
-# Parameters, the token ids of some lines and the lines' numbers; returns what is written of each.
-Predict = Callable[[Any, Rows, Sequence[int]], list[dict[str, Any]]]
+WINDOW = 8  # batches that are sorted by length together, and written at once
 
 
 def infer(
@@ -54,10 +48,8 @@ def infer(
   template: str = '',
   prefix: str = '',
   skip_bad_rows: bool = False,
-  output_kind: str = 'predictions',
-  pooling: str = 'mean',
+  embeddings: str = '',
   batch_size: int = 32,
-  window: int = 8,
   max_input_length: int = MAX_INPUT_LENGTH,
   decoding: DecodingConfig | None = None,
   mesh: MeshConfig | None = None,
@@ -85,10 +77,9 @@ def infer(
     template: makes the input of several fields, 'summarize: {article}'.
     prefix: put before every input, such as 'pronounce: '.
     skip_bad_rows: leave out rows that cannot be read, and say which, instead of refusing the file.
-    output_kind: 'predictions', or 'embeddings': what the encoder makes of each input.
-    pooling: of embeddings: 'mean' over the input's tokens, 'first' token, or 'none' for all.
+    embeddings: write what the encoder makes of each input instead, as 'embedding': the 'mean' over
+      its tokens, that of the 'first', or 'none' for one of each.
     batch_size: lines decoded at a time.
-    window: batches that are sorted by length together, and written at once.
     max_input_length: tokens; what is longer is truncated and says so.
     decoding: how tokens are chosen; greedy, as long as the training targets, by default.
     mesh: how devices are arranged; decided by their number by default.
@@ -100,61 +91,52 @@ def infer(
     UsageError: if the model or a line of the input cannot be read; files are read through first.
   """
   # ---- Check everything that can be checked before any work ----
-  counts = {'batch_size': batch_size, 'window': window, 'max_input_length': max_input_length}
-  for name, value in counts.items():
+  for name, value in (('batch_size', batch_size), ('max_input_length', max_input_length)):
     if value < 1:
       raise UsageError(f'infer.{name} is {value}; it must be at least 1')
   for name, one, allowed in (
     ('input_format', input_format, FORMATS),
-    ('output_kind', output_kind, OUTPUT_KINDS),
-    ('pooling', pooling, [one or 'none' for one in steps.POOLINGS]),
+    ('embeddings', embeddings or 'none', [pooling or 'none' for pooling in steps.POOLINGS]),
   ):
     if one not in allowed:
       raise UsageError(f'{name}={one!r} is not one of {", ".join(allowed)}')
   if input == '-' and input_format not in ('auto', 'text'):
     raise UsageError('standard input is text, an input a line; name a file')
-  columns = Columns(input=field, template=template)
   _check_paths(input, output, resume, overwrite)
-  skipped = 0
-
-  def bad(error: UsageError) -> None:
-    nonlocal skipped
-    skipped += 1
-    if skipped <= REPORTED_BAD_ROWS:
-      log.warning('%s (left out)', error)
-
-  read = functools.partial(read_inputs, input, input_format, columns)
-  tell, known = (bad, lambda error: None) if skip_bad_rows else (text_files.refuse,) * 2
-  num_lines = None
+  columns = Columns(input=field, template=template)
+  file_format = '' if input_format == 'auto' else input_format
+  read = functools.partial(pairs.read_inputs, input, columns, file_format=file_format)
+  tell, known = text_files.refuse, text_files.refuse
+  if skip_bad_rows:
+    tell, known = functools.partial(log.warning, 'left out: %s'), lambda error: None
+  num_lines = 0
   if input != '-':
-    num_lines = sum(1 for _ in read(tell))
-    tell = known
-    if skipped:
-      log.warning('%d rows of %s cannot be read and are left out', skipped, input)
-  embeds = output_kind == 'embeddings'
+    num_lines = sum(1 for _ in read(bad=tell))
+    tell = known  # each is told once
   models = trained_model.open_together(model, adapter=adapter, param_dtype=param_dtype)
-  run = models[0]
-  if embeds and (len(models) > 1 or not run.config.has_encoder):
-    raise UsageError('output_kind=embeddings takes one model, with an encoder')
-  width = run.config.emb_dim if embeds and pooling != 'none' else 0
-  file = OutputFile(output, key=output_kind.removesuffix('s'), width=width)
+  run, cfg = models[0], models[0].config
+  if embeddings and (len(models) > 1 or not cfg.has_encoder):
+    raise UsageError('embeddings are of one model, which has an encoder')
+  width = cfg.emb_dim if embeddings in ('mean', 'first') else 0
+  file = OutputFile(output, key='embedding' if embeddings else 'prediction', width=width)
   if not (resume or overwrite) and file.holds_something():
     raise UsageError(
-      f'{output} holds {output_kind} already: continue it with --resume, replace it with '
+      f'{output} holds predictions already: continue it with --resume, replace it with '
       '--overwrite, or name another file'
     )
 
   # ---- Model ----
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
-  placement = model_sharding.place_model(run.config, mesh)
+  placement = model_sharding.place_model(cfg, mesh)
   batch_size = placement.whole_batch(batch_size)
-  predict: Predict
-  if embeds:
-    predict = functools.partial(_embed, run.config, placement, pooling)
+  predict: Callable[[Any, list[list[int]], list[int]], list[dict[str, Any]]]
+  if embeddings:
+    pooling = None if embeddings == 'none' else embeddings
+    predict = functools.partial(_embed, cfg, placement, pooling)
   else:
     decoding = (decoding or DecodingConfig()).resolved(vocabulary, run.lengths.get('targets'))
     predictor = prediction.Predictor(
-      run.config,
+      cfg,
       placement=placement,
       decoding=decoding,
       batch_size=batch_size,
@@ -162,30 +144,30 @@ def infer(
       seed=seed,
     )
     predict = functools.partial(_decode, predictor, vocabulary)
-  specs = model_sharding.inference_params(run.config, placement)
-  params = trained_model.load_together(models, specs)
+  params = trained_model.load_together(models, model_sharding.inference_params(cfg, placement))
   log.info('predicting with %s', ', '.join(one.checkpoint for one in models))
 
   # ---- Loop ----
   done, truncated = 0, 0
-  end = [vocabulary.eos_id] if run.config.has_encoder or 'inputs' in run.lengths else []
-  window *= 1 if input == '-' else batch_size
+  end = [vocabulary.eos_id] if cfg.has_encoder or 'inputs' in run.lengths else []
+  window = batch_size if input == '-' else WINDOW * batch_size
   with contextlib.ExitStack() as stack:
     write = None
     if resume:
       # Only the first process is sure to see the output; all must skip alike.
-      if distributed.from_primary(lambda: int(file.is_whole(read(known)))):
+      if distributed.from_primary(lambda: int(file.is_whole(read(bad=known)))):
         log.info('%s is whole already', output)
-        return num_lines or 0
-      done = distributed.from_primary(lambda: file.resume(read(known), window))
+        return num_lines
+      done = distributed.from_primary(lambda: file.resume(read(bad=known), window))
       log.info('continues %s after line %d', file.lines, done)
     if primary := distributed.is_primary():
       write = stack.enter_context(file.open(append=bool(done)))
-    shown = progress.Progress(first_step=done, total_steps=num_lines, active=primary, unit='line')
+    shown = progress.Progress(first_step=done, total_steps=num_lines, active=primary)
+    shown.unit = 'line'
     stack.enter_context(shown)
     first, begin = done, time.monotonic()
     report = begin
-    lines = itertools.islice(read(tell), done, None)
+    lines = itertools.islice(read(bad=tell), done, None)
     while texts := list(itertools.islice(lines, window)):
       ids = [vocabulary.encode(prefix + text) for text in texts]
       # EOS takes the last place: the model saw no input without one.
@@ -217,8 +199,8 @@ def infer(
   if primary:
     file.finish(done)
   cut = f', {truncated} of them cut at max_input_length' if truncated else ''
-  seconds = max(time.monotonic() - begin, 1e-9)
-  took = f'{progress.format_duration(seconds)} ({(done - first) / seconds:.3g} lines/s)'
+  seconds = time.monotonic() - begin
+  took = f'{progress.format_duration(seconds)}, {(done - first) / max(seconds, 1e-9):.3g} lines/s'
   log.info('%d lines in %s%s', done, took, cut)
   return done
 
@@ -227,55 +209,30 @@ def _decode(
   predictor: prediction.Predictor,
   vocabulary: vocabularies.Vocabulary,
   params: Any,
-  rows: Rows,
-  numbers: Sequence[int],
+  rows: list[list[int]],
+  numbers: list[int],
 ) -> list[dict[str, Any]]:
-  """Returns the outputs of a batch; a line's number tells what is drawn for it."""
-  decoding = predictor.decoding
-
-  def entry_of(outputs: Sequence[prediction.Output]) -> dict[str, Any]:
+  """Returns what is written of each line; its number decides what is drawn for it."""
+  decoding, entries = predictor.decoding, []
+  for outputs in predictor.predict_all(params, rows, seeds=numbers):
     texts = [decoding.cut(vocabulary.decode(one.tokens)) for one in outputs]
     scores = [round(one.score or 0.0, 6) for one in outputs]
     n_best = [{'prediction': x, 'score': y} for x, y in zip(texts, scores, strict=True)]
-    entry: dict[str, Any] = dict(n_best[0])
-    if len(n_best) > 1:
-      entry['n_best'] = n_best
+    entries.append({**n_best[0], **({'n_best': n_best} if len(n_best) > 1 else {})})
     if decoding.num_beams > 1 or decoding.best_of:
-      entry['normalization'] = decoding.normalization
-    return entry
-
-  return [entry_of(outputs) for outputs in predictor.predict_all(params, rows, seeds=numbers)]
+      entries[-1]['normalization'] = decoding.normalization
+  return entries
 
 
 def _embed(
-  model: T5Config, placement: Placement, pooling: str, params: Any, rows: Rows, _: Sequence[int]
+  cfg: T5Config, placement: Placement, pooling: str | None, params: Any, rows: Any, _: Any
 ) -> list[dict[str, Any]]:
-  """Returns the embeddings of a batch, in the fewest digits that are the same float32."""
+  """Returns what is written of each line, in the fewest digits that are the same float32."""
   size = {'batch_size': len(rows), 'length': prediction.padded_length(max(map(len, rows)))}
-  batch = {'encoder_input_tokens': prediction.pad_rows(rows, pad_id=model.pad_id, **size)}
-  how = None if pooling == 'none' else pooling
-  found = prediction.call_step(steps.make_encode_step, model, params, placement, batch, how)
-  return [
-    {'embedding': (one if how else one[: len(row)]).astype(str).astype(float).tolist()}
-    for row, one in zip(rows, found, strict=True)
-  ]
-
-
-def read_inputs(
-  path: str, input_format: str, columns: Columns, bad: Bad = text_files.refuse
-) -> Iterator[str]:
-  """Yields the input of every line or row ('-': of standard input); UsageErrors name theirs."""
-  kind = '' if input_format == 'auto' else input_format
-  if path != '-':
-    yield from pairs.read_inputs(path, columns, file_format=kind, bad=bad)
-    return
-  for number, line in enumerate(sys.stdin.buffer, start=1):
-    try:
-      text = line.decode('utf-8')
-    except UnicodeDecodeError as error:
-      bad(UsageError(f'standard input:{number} is not UTF-8 text ({error.reason})'))
-    else:
-      yield text.removesuffix('\n').removesuffix('\r')
+  batch = {'encoder_input_tokens': prediction.pad_rows(rows, pad_id=cfg.pad_id, **size)}
+  found = prediction.call_step(steps.make_encode_step, cfg, params, placement, batch, pooling)
+  found = [one if pooling else one[: len(row)] for one, row in zip(found, rows, strict=True)]
+  return [{'embedding': one.astype(str).astype(float).tolist()} for one in found]
 
 
 def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:

@@ -141,20 +141,12 @@ class Progress:
   Not tqdm or rich: the time left is without pauses for evaluation, means as in metrics.jsonl.
   """
 
-  def __init__(
-    self,
-    *,
-    first_step: int,
-    total_steps: int | None,
-    stream: TextIO | None = None,
-    active: bool = True,
-    unit: str = 'step',
-  ):
-    """Starts the clock; all processes but one are not active. The stream is stderr by default.
+  unit = 'step'  # what is counted
 
-    `unit` is what is counted; without their total there is no ETA.
-    """
-    self._unit = unit
+  def __init__(
+    self, *, first_step: int, total_steps: int, stream: TextIO | None = None, active: bool = True
+  ):
+    """Starts the clock; all processes but one are not active. The stream is stderr by default."""
     self._stream = stream if stream is not None else sys.stderr
     self._active, self._tty = active, active and self._stream.isatty()
     self._notebook = active and in_notebook()
@@ -194,7 +186,7 @@ class Progress:
   def eta(self, step: int) -> float:
     """Seconds of training left, from the average so far."""
     per_step = (time.monotonic() - self._start) / max(1, step - self._first_step)
-    return max(0.0, per_step * ((self._total_steps or 0) - step))
+    return max(0.0, per_step * (self._total_steps - step))
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
     """Shows where the run is."""
@@ -213,11 +205,10 @@ class Progress:
     if 'target_tokens_per_second' in found:
       found['target_tokens_per_second'] = format_count(found['target_tokens_per_second'])
     parts = [form.format(found[name]) for name, form in forms.items() if name in found]
-    of = ''
-    if self._total_steps is not None:
-      of = f'/{self._total_steps}'
+    if self._total_steps:  # else it is not known
       parts.append(f'ETA {format_duration(self.eta(step))}')
-    line = '  '.join([f'{self._unit} {step}{of}', *parts])
+    of = f'/{self._total_steps}' if self._total_steps else ''
+    line = '  '.join([f'{self.unit} {step}{of}', *parts])
     if self._notebook:  # no terminal: every line would stay, and be cut at 80 columns
       if self._shown_cell is None:
         display = importlib.import_module('IPython.display').display

@@ -8,9 +8,8 @@ import pytest
 
 import t5x_lite
 from t5x_lite import main
-from t5x_lite.data.pairs import Columns
+from t5x_lite.data import pairs
 from t5x_lite.errors import UsageError
-from t5x_lite.programs import infer as infer_lib
 from t5x_lite.programs.infer import infer
 from t5x_lite.runs import run_directory
 from tests import tiny_run
@@ -267,4 +266,4 @@ def test_the_input_is_not_overwritten(run, words):
 def test_lines_end_where_the_file_says(tmp_path):
   path = tmp_path / 'in.txt'
   path.write_bytes('\ufeffa\u2028b\r\nc\n\nd'.encode())
-  assert list(infer_lib.read_inputs(str(path), 'auto', Columns())) == ['a\u2028b', 'c', '', 'd']
+  assert list(pairs.read_inputs(str(path))) == ['a\u2028b', 'c', '', 'd']
