@@ -184,11 +184,7 @@ def get_metrics(names: Sequence[str]) -> list[MetricFn]:
 
 
 def with_inputs(name: str) -> Callable[[Targets, Texts, Texts], Scores]:
-  """Returns a metric of METRICS, or a user's 'module:function', as one that is given inputs too.
-
-  Raises:
-    UsageError: if there is none of that name.
-  """
+  """Returns a metric of METRICS, or a user's 'module:function', as one that is given inputs too."""
   module, _, function = name.partition(':')
   try:
     metric: Any = getattr(importlib.import_module(module), function) if function else METRICS[name]

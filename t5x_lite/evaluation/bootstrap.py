@@ -34,17 +34,14 @@ def measured(
     return [found.get(name, np.nan) for name in whole]
 
   each_NM = np.asarray([values([i]) for i in range(num)])
-  is_mean_M = np.isclose(each_NM.mean(axis=0), list(whole.values()), rtol=1e-9, atol=1e-9)
+  is_mean_M = np.isclose(each_NM.mean(axis=0), [*whole.values()], rtol=1e-9, atol=1e-9)
   rng, sets = np.random.default_rng(SEED), []
   for _ in range(num_sets):
     chosen = rng.integers(num, size=num)
-    rest = values(chosen.tolist()) if not is_mean_M.all() else np.nan
+    rest = np.nan if is_mean_M.all() else values(chosen.tolist())
     sets.append(np.where(is_mean_M, each_NM[chosen].mean(axis=0), rest))
-  low_M, high_M = np.quantile(np.asarray(sets), [0.025, 0.975], axis=0)
-  ends = zip(whole, low_M.tolist(), high_M.tolist(), strict=True)
-  return whole | {
-    f'{name}_{end}': bound
-    for name, *both in ends
-    for end, bound in zip(('low', 'high'), both, strict=True)
-    if np.isfinite(bound)
-  }
+  bounds_2M = np.quantile(sets, [0.025, 0.975], axis=0).tolist()
+  found = dict(whole)
+  for end, bounds in zip(('low', 'high'), bounds_2M, strict=True):
+    found |= {f'{k}_{end}': x for k, x in zip(whole, bounds, strict=True) if np.isfinite(x)}
+  return found

@@ -175,7 +175,7 @@ class Decoded:
     """Returns the metrics of these parameters, and the predictions."""
     task = self._task
     vocabulary = task.output_features['targets'].vocabulary
-    targets, predictions, inputs, scores, lines = [], [], [], [], []
+    targets, predictions, scores, lines = [], [], [], []
     left = sys.maxsize if self._num_examples is None else self._num_examples
     for i, (batch, examples) in enumerate(self._batches):
       examples, left = examples[:left], left - len(examples)
@@ -189,7 +189,6 @@ class Decoded:
         predictions.append(task.postprocess_fn(text, example=example, is_target=False))
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
         source = _text(example, 'inputs', vocabulary)
-        inputs.append(source)
         lines.append({'input': source, 'prediction': text, 'target': target})
       if left <= 0:
         break
@@ -197,6 +196,7 @@ class Decoded:
       raise UsageError(f'the task {self.name} has no examples to evaluate')
     measured: list[Any] = [(fn, (targets, predictions)) for fn in task.predict_metric_fns]
     measured += [(fn, (targets, scores)) for fn in task.score_metric_fns]
+    inputs = [line['input'] for line in lines]
     measured += [(fn, (targets, predictions, inputs)) for fn in self._metric_fns]
     metrics: Metrics = {}
     for fn, columns in measured:

@@ -30,6 +30,7 @@ from t5x_lite.runs import progress
 log = logging.getLogger(__name__)
 
 FORMATS = ('auto', *records.FORMATS)
+EMBEDDINGS = {'none': None, 'mean': 'mean', 'first': 'first'}  # flags to poolings
 # Relative positions reach as far as one likes, memory does not.
 MAX_INPUT_LENGTH = 1024
 REPORT_SECONDS = 10.0
@@ -96,7 +97,7 @@ def infer(
       raise UsageError(f'infer.{name} is {value}; it must be at least 1')
   for name, one, allowed in (
     ('input_format', input_format, FORMATS),
-    ('embeddings', embeddings or 'none', [pooling or 'none' for pooling in steps.POOLINGS]),
+    ('embeddings', embeddings or 'none', EMBEDDINGS),
   ):
     if one not in allowed:
       raise UsageError(f'{name}={one!r} is not one of {", ".join(allowed)}')
@@ -117,7 +118,7 @@ def infer(
   run, cfg = models[0], models[0].config
   if embeddings and (len(models) > 1 or not cfg.has_encoder):
     raise UsageError('embeddings are of one model, which has an encoder')
-  width = cfg.emb_dim if embeddings in ('mean', 'first') else 0
+  width = cfg.emb_dim if EMBEDDINGS.get(embeddings) else 0
   file = OutputFile(output, key='embedding' if embeddings else 'prediction', width=width)
   if not (resume or overwrite) and file.holds_something():
     raise UsageError(
@@ -131,8 +132,7 @@ def infer(
   batch_size = placement.whole_batch(batch_size)
   predict: Callable[[Any, list[list[int]], list[int]], list[dict[str, Any]]]
   if embeddings:
-    pooling = None if embeddings == 'none' else embeddings
-    predict = functools.partial(_embed, cfg, placement, pooling)
+    predict = functools.partial(_embed, cfg, placement, EMBEDDINGS[embeddings])
   else:
     decoding = (decoding or DecodingConfig()).resolved(vocabulary, run.lengths.get('targets'))
     predictor = prediction.Predictor(
@@ -206,11 +206,7 @@ def infer(
 
 
 def _decode(
-  predictor: prediction.Predictor,
-  vocabulary: vocabularies.Vocabulary,
-  params: Any,
-  rows: list[list[int]],
-  numbers: list[int],
+  predictor: prediction.Predictor, vocabulary: Any, params: Any, rows: Any, numbers: list[int]
 ) -> list[dict[str, Any]]:
   """Returns what is written of each line; its number decides what is drawn for it."""
   decoding, entries = predictor.decoding, []

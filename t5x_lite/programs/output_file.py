@@ -20,6 +20,8 @@ from t5x_lite.errors import UsageError
 from t5x_lite.runs import files
 
 Entry = dict[str, Any]
+# The columns of a table that there is no row for.
+_COLUMNS = {'prediction': ('input', 'prediction', 'score'), 'embedding': ('input', 'embedding')}
 
 
 class OutputFile:
@@ -29,9 +31,9 @@ class OutputFile:
     """Checks that the file can hold it; `key` is 'prediction' or 'embedding'."""
     self.path, self._key, self._width = path, key, width
     self._ending = os.path.splitext(path)[1].lower()
-    is_table = self._ending in ('.csv', '.parquet', '.npy')
-    self.lines = f'{path}.partial.jsonl' if is_table else path
-    if self._ending in ('.gz', '.zst', '.npy' if not width else '', '.csv' if width else ''):
+    self.lines = f'{path}.partial.jsonl' if self._ending in ('.csv', '.parquet', '.npy') else path
+    cannot = {'.gz': True, '.zst': True, '.csv': key == 'embedding', '.npy': not width}
+    if cannot.get(self._ending):
       can = '.jsonl and .parquet can, .csv predictions, .npy embeddings that are pooled'
       raise UsageError(f'{path} cannot hold {key}s: {can}')
 
@@ -58,29 +60,24 @@ class OutputFile:
 
     Returns the number of lines that stay. Raises UsageError if they are of another input.
     """
-    if not epath.Path(self.lines).exists():
+    path, ends = epath.Path(self.lines), [0]  # byte offset after each good line
+    if not path.exists():
       return 0
-    over = 'give --overwrite instead of --resume to start over'
-    ends = [0]  # byte offset after each good line
-    with epath.Path(self.lines).open('rb') as file:
-      for line in file:
+    with path.open('rb') as file:
+      for number, line in enumerate(file, start=1):
         try:
           entry = json.loads(line) if line.endswith(b'\n') else {}
           written = entry['input']
         except (ValueError, KeyError, TypeError):  # no JSON, no UTF-8
           break
-        text, number = next(inputs, None), len(ends)
-        if text is None:
-          raise UsageError(f'{self.lines} goes on where this input ends, at {number - 1}: {over}')
-        if written != text or self._key not in entry:
-          what = f'{self.lines}:{number} is not the {self._key} of line {number} of this input'
-          raise UsageError(f'{what}: {over}')
+        if written != next(inputs, None) or self._key not in entry:
+          what = f'{path}:{number} is not the {self._key} of line {number} of this input'
+          raise UsageError(f'{what}: give --overwrite instead of --resume to start over')
         ends.append(ends[-1] + len(line))
     kept = len(ends) - 1
     if next(inputs, None) is not None:
       kept = kept // window * window
     if '://' in self.lines:
-      path = epath.Path(self.lines)
       path.write_bytes(path.read_bytes()[: ends[kept]])
     else:
       os.truncate(self.lines, ends[kept])
@@ -90,11 +87,11 @@ class OutputFile:
   def open(self, *, append: bool) -> Iterator[Callable[[Entry], None]]:
     """Yields a function that writes one object, at once."""
     path, opened = epath.Path(self.lines), contextlib.nullcontext(sys.stdout)
-    if self.path != '-':
-      try:
+    try:
+      if self.path != '-':
         opened = files.retried(path, lambda: path.open('a' if append else 'w'))
-      except OSError as error:
-        raise UsageError(f'cannot write {path}: {error.strerror}') from error
+    except OSError as error:
+      raise UsageError(f'cannot write {path}: {error.strerror}') from error
     with opened as file:
 
       def write(entry: Entry) -> None:
@@ -130,20 +127,18 @@ class OutputFile:
     from pyarrow import csv, parquet
 
     is_csv = self._ending == '.csv'
+    best = {'prediction': pa.string(), 'score': pa.float64()}
     vector = pa.list_(pa.float32(), self._width or -1)
-    best = [('prediction', pa.string()), ('score', pa.float64())]
-    columns = [*best, ('n_best', pa.string() if is_csv else pa.list_(pa.struct(best)))]
-    columns.append(('normalization', pa.string()))
-    if self._key == 'embedding':
-      columns = [('embedding', vector if self._width else pa.list_(vector))]
-    head = next(entries, dict.fromkeys([self._key, 'score']))
-    columns = [('input', pa.string()), *(c for c in columns if c[0] in head)]
-    schema = pa.schema([*columns, ('truncated', pa.bool_())])
-    rows = itertools.chain([head] if 'input' in head else [], entries)
+    kinds = {**best, 'input': pa.string(), 'normalization': pa.string(), 'truncated': pa.bool_()}
+    kinds['n_best'] = pa.string() if is_csv else pa.list_(pa.struct(best.items()))
+    kinds['embedding'] = vector if self._width else pa.list_(vector)
+    first = next(entries, None)
+    names = [name for name in first or _COLUMNS[self._key] if name != 'truncated']
+    schema = pa.schema([(name, kinds[name]) for name in (*names, 'truncated')])
+    rows = itertools.chain([first] if first else [], entries)
     with (csv.CSVWriter if is_csv else parquet.ParquetWriter)(target, schema) as writer:
-      while chunk := list(itertools.islice(rows, 1024)):
+      while chunk := [{'truncated': False, **row} for row in itertools.islice(rows, 1024)]:
         for row in chunk:
-          row.setdefault('truncated', False)
-          if is_csv and 'n_best' in row:
+          if is_csv and 'n_best' in row:  # as text, which CSV has alone
             row['n_best'] = json.dumps(row['n_best'], ensure_ascii=False)
         writer.write_table(pa.Table.from_pylist(chunk, schema))
