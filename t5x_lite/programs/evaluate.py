@@ -25,7 +25,7 @@ from t5x_lite.runs import checkpoints, files, run_directory
 
 log = logging.getLogger(__name__)
 
-FOLLOW_SECONDS = 10  # between two looks for new checkpoints
+FOLLOW_SECONDS = 5  # between two looks for new checkpoints
 
 
 def evaluate(
