@@ -23,7 +23,7 @@ def directly(measure, name, num_sets):
   'metric, name',
   [
     (metrics.accuracy, 'accuracy'),
-    (metrics.rouge, 'rouge2'),
+    (metrics.squad, 'f1'),
     (metrics.bleu, 'bleu'),
     (metrics.f1, 'f1_macro'),
   ],
