@@ -95,12 +95,10 @@ def infer(
   for name, value in (('batch_size', batch_size), ('max_input_length', max_input_length)):
     if value < 1:
       raise UsageError(f'infer.{name} is {value}; it must be at least 1')
-  for name, one, allowed in (
-    ('input_format', input_format, FORMATS),
-    ('embeddings', embeddings or 'none', EMBEDDINGS),
-  ):
-    if one not in allowed:
-      raise UsageError(f'{name}={one!r} is not one of {", ".join(allowed)}')
+  if input_format not in FORMATS:
+    raise UsageError(f'input_format={input_format!r} is not one of {", ".join(FORMATS)}')
+  if embeddings and embeddings not in EMBEDDINGS:
+    raise UsageError(f'embeddings={embeddings!r} is not one of {", ".join(EMBEDDINGS)}')
   if input == '-' and input_format not in ('auto', 'text'):
     raise UsageError('standard input is text, an input a line; name a file')
   _check_paths(input, output, resume, overwrite)

@@ -48,4 +48,4 @@ def test_bad_records_have_their_number(tmp_path):
   with open(path, 'rb') as file:
     (tmp_path / 'cut.tfrecord').write_bytes(file.read()[:-5])
   with pytest.raises(UsageError, match='after record 3'):
-    list(records.read(str(tmp_path / 'cut.tfrecord')))
+    list(records.read(str(tmp_path / 'cut.tfrecord'), bad=told.append))
