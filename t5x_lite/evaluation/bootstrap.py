@@ -40,7 +40,7 @@ def measured(
   for s in range(num_sets):
     chosen = rng.integers(num, size=num)
     mean_M = each_NM[chosen].mean(axis=0)
-    measured_M = values(chosen) if s < CHECKED or not is_mean_M.all() else mean_M
+    measured_M = values(chosen.tolist()) if s < CHECKED or not is_mean_M.all() else mean_M
     # Of all examples, or a set, macro F1 may happen to be the mean too.
     is_mean_M &= np.isclose(mean_M, measured_M, rtol=1e-9, atol=1e-9)
     found_SM.append(np.where(is_mean_M, mean_M, measured_M))
