@@ -47,7 +47,8 @@ class OutputFile:
     if self.path == self.lines or epath.Path(self.lines).exists() or not self.holds_something():
       return False
     if self._ending == '.npy':
-      same = len(np.load(self.path, mmap_mode='r')) == sum(1 for _ in inputs)
+      with epath.Path(self.path).open('rb') as file:
+        same = len(np.load(file)) == sum(1 for _ in inputs)
     else:
       written = pairs.read_inputs(self.path, pairs.Columns(input='input'))
       same = all(a == b for a, b in itertools.zip_longest(written, inputs))
