@@ -42,7 +42,7 @@ def evaluate(
   num_examples: int | None = None,
   teacher_forced: bool = True,
   metrics: Sequence[str] = (),
-  bootstrap: int = 0,
+  bootstrap: int | None = None,
 ) -> dict[str, Metrics]:
   """Evaluates a run's newest checkpoint, the given one, or several, on tasks.
 
@@ -73,11 +73,7 @@ def evaluate(
   Raises:
     UsageError: if there is no run, or a dataset does not fit it.
   """
-  for name, count in (
-    ('num_examples', num_examples),
-    ('last', last),
-    ('bootstrap', bootstrap or 1),
-  ):
+  for name, count in (('num_examples', num_examples), ('last', last), ('bootstrap', bootstrap)):
     start_checks.check_positive(f'evaluate.{name}', count)
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
@@ -118,7 +114,7 @@ def evaluate(
         infer_eval_examples=num_examples,
         decoding=decoding,
         metric_fns=metric_fns,
-        num_bootstrap=bootstrap,
+        num_bootstrap=bootstrap or 0,
       )
       evaluators.append(one)
     evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
