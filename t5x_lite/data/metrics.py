@@ -5,9 +5,12 @@ where several references are right; a prediction is judged against the one it co
 """
 
 import collections
+import importlib
+import inspect
 import re
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import sacrebleu
 from rapidfuzz.distance import Levenshtein
@@ -178,6 +181,18 @@ def get_metrics(names: Sequence[str]) -> list[MetricFn]:
     if name not in METRICS:
       raise UsageError(f'There is no metric {name!r}; there are {", ".join(METRICS)}')
   return [METRICS[name] for name in names]
+
+
+def with_inputs(name: str) -> Callable[[Targets, Texts, Texts], Scores]:
+  """Returns a metric of METRICS, or a user's 'module:function', as one that is given inputs too."""
+  module, _, function = name.partition(':')
+  try:
+    metric: Any = getattr(importlib.import_module(module), function) if function else METRICS[name]
+    takes_inputs = 'inputs' in inspect.signature(metric).parameters
+  except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+    known = f'{", ".join(METRICS)}, or your own as module:function'
+    raise UsageError(f'There is no metric {name!r} ({error}); there are {known}') from error
+  return metric if takes_inputs else lambda targets, predictions, _: metric(targets, predictions)
 
 
 # ---- Parts -------------------------------------------------------------------

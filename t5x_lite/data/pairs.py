@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from t5x_lite.data import records, text_files
+from t5x_lite.data.text_files import Bad
 from t5x_lite.errors import UsageError
 
 # Pairs are held in memory, several times over while they are read.
@@ -111,57 +112,62 @@ def read(
 ) -> Pairs:
   """Reads pairs from files, or takes them from memory.
 
-  The source is a path or glob pattern or several: JSONL, JSON, CSV, TSV, Parquet, plain or gzip
-  text of input TAB target, or a folder that `datasets.save_to_disk` wrote. Or what is in memory: a
-  list of pairs or of dicts, a dict of lists, a pandas DataFrame, a `datasets.Dataset`. Targets may
-  be text files beside it, line by line; then it has inputs alone. Columns are found by their names
-  by default. UsageError names file and line of the first thing that is wrong, or `what` it is in.
+  The source is a path or glob pattern or several: JSONL, JSON, CSV, TSV, Parquet, TFRecord, text of
+  input TAB target, plain or compressed, or a folder that `datasets.save_to_disk` wrote. Or what is
+  in memory: a list of pairs or of dicts, a dict of lists, a pandas DataFrame, a `datasets.Dataset`.
+  Targets may be text files beside it, line by line; then it has inputs alone. Columns are found by
+  their names by default. UsageError names file and line of the first thing that is wrong, or `what`
+  it is in.
   """
   columns = columns or Columns()
   if targets and not is_paths(source):
     raise UsageError('targets in files beside need inputs in files')
-  rows = _of_files(source, columns, targets) if is_paths(source) else _of_memory(source, what)
+  skipped: list[UsageError] = []
+  bad = skipped.append if columns.skip_bad_rows else text_files.refuse
+  rows = _of_files(source, columns, targets, bad) if is_paths(source) else _of_memory(source, what)
   found: list[tuple[str, str, str]] = []
-  skipped = 0
   names: tuple[str, str] | None = None
   for place, row in rows:
     names = names or _choose(row, columns, place)
     try:
       one = _input(row, columns, names[0], place)
       found.append((columns.prefix + one, _filled(row, names[1], place), place))
-    except UsageError:
-      if not columns.skip_bad_rows:
-        raise
-      skipped += 1
+    except UsageError as error:
+      bad(error)
   if names is None or not found:
     raise UsageError(f'{repr(source) if is_paths(source) else what} holds no rows')
   inputs, targets, places = map(list, zip(*found, strict=True))
-  return Pairs(inputs=inputs, targets=targets, places=places, fields=names, skipped=skipped)
+  return Pairs(inputs=inputs, targets=targets, places=places, fields=names, skipped=len(skipped))
 
 
 def read_inputs(
-  path: str, columns: Columns | None = None, *, file_format: str = ''
+  path: str, columns: Columns | None = None, *, file_format: str = '', bad: Bad = text_files.refuse
 ) -> Iterator[str]:
   """Yields the input of every row of a file; of a text file every line is one, blank ones too.
 
   The column is found by its name by default, or the only one; the format, of records.FORMATS, by
-  the file's name. UsageError names file and line of what cannot be read.
+  the file's name. UsageError names file and line of what cannot be read; rows of which `bad` is
+  told instead are left out.
   """
   columns = columns or Columns()
   if records.format_of(path, file_format) == 'text':
-    for _, line in text_files.lines(path):
+    for _, line in text_files.lines(path, bad=bad):
       yield columns.prefix + line
     return
   name = ''
-  for number, row in records.read(path, columns.named, file_format):
+  for number, row in records.read(path, columns.named, file_format, bad=bad):
     place = f'{path}:{number}'
     if not (name or columns.template):
       alone = str(next(iter(row))) if len(row) == 1 else ''
       name = columns.input or alone or _known(row, records.INPUT_NAMES, '')
       if not name:
         raise _unclear('input', row, place)
-    # An empty input has an output too.
-    yield columns.prefix + _input(row, columns, name, place, empty=True)
+    try:
+      text = _input(row, columns, name, place, empty=True)  # an empty input has an output too
+    except UsageError as error:
+      bad(error)
+    else:
+      yield columns.prefix + text
 
 
 def split_of(source: Any, split: str) -> str:
@@ -181,7 +187,7 @@ def is_paths(source: Any) -> bool:
 # ---- Rows of files and of memory ---------------------------------------------
 
 
-def _of_files(source: Any, columns: Columns, targets: Paths) -> Placed:
+def _of_files(source: Any, columns: Columns, targets: Paths, bad: Bad) -> Placed:
   paths = text_files.expand(source)
   files = [path for path in paths if not text_files.is_dataset_folder(path)]
   if (size := text_files.total_bytes(files)) > MAX_BYTES:
@@ -196,7 +202,7 @@ def _of_files(source: Any, columns: Columns, targets: Paths) -> Placed:
   for path in paths:
     parts = records.dataset_splits(path) or {'': path}
     part = parts.get('train', next(iter(parts.values())))
-    for number, row in records.read(part, columns.named):
+    for number, row in records.read(part, columns.named, bad=bad):
       yield f'{path}:{number}', row
 
 

@@ -1,7 +1,7 @@
-"""Reads rows with named fields from any file: JSONL, CSV, Parquet, and others.
+"""Reads rows with named fields from any file: JSONL, CSV, Parquet, TFRecord, and others.
 
 A row comes with the line that it stands on, so that every mistake in a file can
-be told with its place. No row is lost in silence, and no TensorFlow loads.
+be told with its place. No row is lost in silence, and TensorFlow loads for TFRecords alone.
 """
 
 import collections
@@ -15,9 +15,10 @@ from typing import Any, Literal, get_args
 from etils import epath
 
 from t5x_lite.data import text_files
+from t5x_lite.data.text_files import Bad, refuse
 from t5x_lite.errors import UsageError
 
-Format = Literal['text', 'tsv', 'csv', 'jsonl', 'json', 'parquet', 'datasets']
+Format = Literal['text', 'tsv', 'csv', 'jsonl', 'json', 'parquet', 'tfrecord', 'datasets']
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 # Columns that are found by themselves, the likeliest first.
@@ -49,8 +50,10 @@ def format_of(path: str, file_format: str = '') -> Format:
     raise UsageError(f'The file format is {file_format!r}; it must be one of {", ".join(FORMATS)}')
   if text_files.is_dataset_folder(path):
     return 'datasets'
-  ending = os.path.splitext(path.removesuffix('.gz').lower())[1].removeprefix('.')
+  bare = path.removesuffix('.gz').removesuffix('.zst').lower()
+  ending = os.path.splitext(bare)[1].removeprefix('.')
   ending = 'jsonl' if ending == 'ndjson' else ending
+  ending = 'tfrecord' if ending.startswith('tfrecord') else ending  # .tfrecord-00000-of-00008
   return next((f for f in FORMATS if f == ending and f != 'datasets'), 'text')
 
 
@@ -100,7 +103,9 @@ def texts(path: str, fields: Fields = (), file_format: str = '') -> Iterator[str
           yield as_text(row, name, f'{path}:{number}')
 
 
-def read(path: str, fields: Fields = (), file_format: str = '') -> Iterator[tuple[int, Row]]:
+def read(
+  path: str, fields: Fields = (), file_format: str = '', *, bad: Bad = refuse
+) -> Iterator[tuple[int, Row]]:
   """Yields (line, or number of the row, from 1; the row by its fields' names).
 
   Args:
@@ -108,16 +113,23 @@ def read(path: str, fields: Fields = (), file_format: str = '') -> Iterator[tupl
     fields: those that will be asked for: names; or, of TSV and CSV, columns by number from 0. There
       the first line is a header with names, none with numbers, and without either its looks decide.
     file_format: one of FORMATS but 'text'; empty to tell from the name.
+    bad: is told of a row that cannot be read, where those after it can.
 
   Raises:
     UsageError: naming file and line, if something cannot be read.
   """
   kind = format_of(path, file_format)
   if kind in ('tsv', 'csv', 'text'):
-    return _delimited(path, 'csv' if kind == 'csv' else 'tsv', fields)
-  if kind == 'parquet':
-    return _arrow([epath.Path(path)], is_parquet=True)
-  return {'jsonl': _jsonl, 'json': _json, 'datasets': _dataset}[kind](path)
+    return _delimited(path, 'csv' if kind == 'csv' else 'tsv', fields, bad)
+  if kind in ('parquet', 'datasets'):
+    return _arrow([epath.Path(path)], is_parquet=True) if kind == 'parquet' else _dataset(path)
+  if kind == 'tfrecord':
+    try:
+      from t5x_lite.data import tfrecords
+    except ImportError as error:
+      raise UsageError(f'{path}: TFRecords need TensorFlow, which is missing: {error}') from error
+    return tfrecords.read(path, bad)
+  return (_jsonl if kind == 'jsonl' else _json)(path, bad)
 
 
 def as_text(row: Row, field: str | int, place: str) -> str:
@@ -151,34 +163,42 @@ def as_text(row: Row, field: str | int, place: str) -> str:
 # ---- TSV and CSV -------------------------------------------------------------
 
 
-def _cells(path: str, kind: str) -> Iterator[tuple[int, list[str]]]:
+def _cells(path: str, kind: str, bad: Bad = refuse) -> Iterator[tuple[int, list[str]]]:
   """Yields the cells of every line that is not blank, and its number."""
   if kind == 'tsv':
     # Quotes are characters like any other, not CSV.
-    for number, line in text_files.lines(path):
+    for number, line in text_files.lines(path, bad=bad):
       if line.strip(' '):
         yield number, line.split('\t')
     return
   # With their ends: between quotes these are part of the text.
-  lines = (line for _, line in text_files.lines(path, keep_ends=True))
+  lines = (line for _, line in text_files.lines(path, keep_ends=True, bad=bad))
   first = next(lines, '')
   # What spreadsheets write where the comma is in the numbers.
   delimiter = next((one for one in ',;\t' if one in first), ',')
   csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
   reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
   start = 1
-  try:
-    for cells in reader:
+  while True:
+    try:
+      cells = next(reader, None)
+    except csv.Error as error:
+      to = f' (to line {reader.line_num})' if reader.line_num > start else ''
+      wrong = UsageError(f'{path}:{start} is not CSV: {error}{to}')
+      if 'end of data' in str(error):  # a quote was left open, and all that follows is in it
+        raise wrong from error
+      bad(wrong)
+    else:
+      if cells is None:
+        return
       if any(map(str.strip, cells)):
         yield start, cells
-      start = reader.line_num + 1
-  except csv.Error as error:
-    raise UsageError(f'{path}:{start} is not CSV: {error}') from error
+    start = reader.line_num + 1
 
 
-def _delimited(path: str, kind: str, fields: Fields) -> Iterator[tuple[int, Row]]:
+def _delimited(path: str, kind: str, fields: Fields, bad: Bad) -> Iterator[tuple[int, Row]]:
   names: Fields = ()
-  for number, cells in _cells(path, kind):
+  for number, cells in _cells(path, kind, bad):
     if not names:
       names = _column_names(path, cells, fields)
       if isinstance(names[0], str):
@@ -187,9 +207,9 @@ def _delimited(path: str, kind: str, fields: Fields) -> Iterator[tuple[int, Row]
       mend = 'put a field that holds a comma in double quotes'
       if kind == 'tsv':
         mend = 'write a tab inside a field as a space'
-      raise UsageError(
-        f'{path}:{number} has {len(cells)} columns, the first line {len(names)}; {mend}'
-      )
+      what = f'{path}:{number} has {len(cells)} columns, the first line {len(names)}; {mend}'
+      bad(UsageError(what))
+      continue
     yield number, dict(zip(names, cells, strict=True))
 
 
@@ -252,10 +272,15 @@ def _loads(text: str, place: str) -> Any:
     raise UsageError(f'{place} is JSON nested too deeply') from None
 
 
-def _jsonl(path: str) -> Iterator[tuple[int, Row]]:
-  for number, line in text_files.lines(path):
+def _jsonl(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
+  for number, line in text_files.lines(path, bad=bad):
     if line.strip():
-      yield number, _object(_loads(line, f'{path}:{number}'), path, number)
+      try:
+        row = _object(_loads(line, f'{path}:{number}'), path, number)
+      except UsageError as error:
+        bad(error)
+      else:
+        yield number, row
 
 
 def _object(entry: Any, path: str, number: int) -> Row:
@@ -264,7 +289,7 @@ def _object(entry: Any, path: str, number: int) -> Row:
   return entry
 
 
-def _json(path: str) -> Iterator[tuple[int, Row]]:
+def _json(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
   """Yields rows of a list of objects, alone or in an object, or of lines."""
   lines = text_files.lines(path)
   first = next((line.strip() for _, line in lines if line.strip()), '')
@@ -274,7 +299,7 @@ def _json(path: str) -> Iterator[tuple[int, Row]]:
     except (ValueError, RecursionError):
       alone = {}
     if alone and _list_in(alone) is None:
-      yield from _jsonl(path)
+      yield from _jsonl(path, bad)
       return
   text = '\n'.join(line for _, line in text_files.lines(path))
   entry = _loads(text, path) if text.strip() else []

@@ -1,10 +1,14 @@
-"""Finds text files and reads their lines, plain or gzip, of which records.py makes rows."""
+"""Finds text files and reads their lines, plain, gzip or zstd, of which records.py makes rows."""
 
+import contextlib
 import glob
 import gzip
+import io
 import os
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -13,6 +17,14 @@ from t5x_lite.errors import UsageError
 # A Hugging Face `datasets` folder of one split, and of several, holds these.
 DATASET_FILE = 'state.json'
 DATASET_SPLITS_FILE = 'dataset_dict.json'
+
+COMPRESSED = ('.gz', '.zst')
+Bad = Callable[[UsageError], None]  # told of each row that cannot be read, which is then left out
+
+
+def refuse(error: UsageError) -> None:
+  """The `Bad` of every reader that is given none: a row that cannot be read is an error."""
+  raise error
 
 
 def is_dataset_folder(path: str | os.PathLike) -> bool:
@@ -48,29 +60,32 @@ def expand(patterns: str | os.PathLike | Sequence[str]) -> list[str]:
 
 
 def total_bytes(files: Sequence[str]) -> int:
-  """Returns the size of files in memory: of gzip four times that on disk, near enough."""
-  return sum(epath.Path(file).stat().length * (4 if file.endswith('.gz') else 1) for file in files)
+  """Returns the size of files in memory: compressed, four times that on disk, near enough."""
+  return sum(epath.Path(f).stat().length * (4 if f.endswith(COMPRESSED) else 1) for f in files)
 
 
 _ARCHIVES = {
   b'PK\x03\x04': 'a spreadsheet or a zip archive; save it as CSV',
   b'\x1f\x8b': 'a gzip file; give it a name that ends in .gz',
+  b'\x28\xb5\x2f\xfd': 'a zstd file; give it a name that ends in .zst',
 }
 
 
-def lines(path: str, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
+def lines(path: str, *, keep_ends: bool = False, bad: Bad = refuse) -> Iterator[tuple[int, str]]:
   r"""Yields (line number from 1, line without its end), blank lines too.
 
   Only `\n` and `\r\n` end a line: str.splitlines would also cut at U+2028 and other characters that
-  occur inside text. With `keep_ends` the end is left on, for formats in which it may be text.
-  UsageError if the file is missing, or not UTF-8, or not whole gzip.
+  occur inside text. With `keep_ends` the end is left on, for formats in which it may be text, and
+  `bad` hears of no line, since that may be part of a row: bytes that are not UTF-8 become halves of
+  surrogate pairs, which records.as_text refuses. The path '-' is standard input. UsageError if the
+  file is missing, or not UTF-8, or not whole gzip or zstd.
   """
   number = 0
   try:
-    with epath.Path(path).open('rb') as raw:
-      binary = gzip.open(raw) if path.endswith('.gz') else raw
+    stdin = contextlib.nullcontext(sys.stdin.buffer) if path == '-' else None
+    with stdin or epath.Path(path).open('rb') as raw:
       # Binary files split at b'\n' alone.
-      for number, line in enumerate(binary, start=1):
+      for number, line in enumerate(_decompressed(raw, path), start=1):
         if number == 1:
           line = line.removeprefix(b'\xef\xbb\xbf')
           for magic, what in _ARCHIVES.items():
@@ -78,13 +93,27 @@ def lines(path: str, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
               raise UsageError(f'{path} is {what}')
         if not keep_ends:
           line = line.removesuffix(b'\n').removesuffix(b'\r')
-        yield number, line.decode('utf-8')
-  except UnicodeDecodeError as error:
-    raise UsageError(
-      f'{path}:{number} is not UTF-8 ({error.reason} at byte {error.start}); '
-      'convert the file with iconv'
-    ) from error
-  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-    raise UsageError(f'{path} is not a whole gzip file after line {number}: {error}') from error
-  except OSError as error:
-    raise UsageError(f'Cannot read {path!r}: {error.strerror}') from error
+        try:
+          text = line.decode('utf-8')
+        except UnicodeDecodeError as error:
+          if not keep_ends or bad is refuse:
+            why = f'{error.reason} at byte {error.start}'
+            bad(UsageError(f'{path}:{number} is not UTF-8 ({why}); convert the file with iconv'))
+            continue
+          text = line.decode('utf-8', 'surrogateescape')
+        yield number, text
+  except (OSError, EOFError, zlib.error) as error:
+    if getattr(error, 'errno', None):
+      raise UsageError(f'Cannot read {path!r}: {os.strerror(error.errno)}') from error
+    kind = 'zstd' if path.endswith('.zst') else 'gzip'
+    raise UsageError(f'{path} is not a whole {kind} file after line {number}: {error}') from error
+
+
+def _decompressed(raw: Any, path: str) -> Any:
+  """Returns the binary file that a name's ending says is in another; Arrow brings zstd along."""
+  if path.endswith('.zst'):
+    import pyarrow
+
+    stream: Any = pyarrow.CompressedInputStream(raw, 'zstd')
+    return io.BufferedReader(stream)
+  return gzip.open(raw) if path.endswith('.gz') else raw

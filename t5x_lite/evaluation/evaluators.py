@@ -29,6 +29,7 @@ from t5x_lite.decoding import prediction
 from t5x_lite.decoding import steps as decoding_steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
+from t5x_lite.evaluation import bootstrap
 from t5x_lite.models import model_sharding
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, partitioning
@@ -149,14 +150,17 @@ class Decoded:
     predictor: prediction.Predictor,
     *,
     num_examples: int | None = None,
+    metric_fns: Sequence[Callable[..., Any]] = (),
+    num_bootstrap: int = 0,
   ):
     """Reads nothing yet.
 
     Of `config`, the task's, `pack`, `shuffle` and `num_epochs` are ignored. Tasks may share a
-    predictor. `num_examples` are the first ones; None is all.
+    predictor. `num_examples` are the first ones; None is all. The rest is of `Evaluators`.
     """
     self.name = name
     self._task = task
+    self._metric_fns, self._num_bootstrap = metric_fns, num_bootstrap
     self.predictor = predictor
     self._num_examples = num_examples
     self._length = config.lengths['inputs']
@@ -190,11 +194,15 @@ class Decoded:
         break
     if not lines:
       raise UsageError(f'the task {self.name} has no examples to evaluate')
+    measured: list[Any] = [(fn, (targets, predictions)) for fn in task.predict_metric_fns]
+    measured += [(fn, (targets, scores)) for fn in task.score_metric_fns]
+    inputs = [line['input'] for line in lines]
+    measured += [(fn, (targets, predictions, inputs)) for fn in self._metric_fns]
     metrics: Metrics = {}
-    for metric_fn in task.predict_metric_fns:
-      metrics |= _scalars(metric_fn(targets, predictions))
-    for metric_fn in task.score_metric_fns:
-      metrics |= _scalars(metric_fn(targets, scores))
+    for fn, columns in measured:
+      metrics |= bootstrap.measured(
+        lambda *drawn, fn=fn: _scalars(fn(*drawn)), columns, self._num_bootstrap
+      )
     return Result('infer_eval', self.name, metrics, lines)
 
   def _target_scores(self, params: Any, batch: Any) -> list[float]:
@@ -247,6 +255,7 @@ class Evaluators:
     eval_steps: int | None = None,
     infer_eval_examples: int | None = None,
     decoding: DecodingConfig | None = None,
+    **more: Any,
   ):
     """Checks the datasets; compiles and reads nothing yet.
 
@@ -259,6 +268,8 @@ class Evaluators:
       eval_steps: batches of each teacher-forced task; None for all.
       infer_eval_examples: examples of each decoded task; None for all.
       decoding: greedy, as long as the targets, by default.
+      **more: metric_fns, of (targets, predictions, inputs), beside the tasks' own; num_bootstrap,
+        sets of examples that intervals of a decoded task's metrics are measured on.
     """
     # A mixture task by task, as T5X does: one number for all of them would be
     # that of whichever comes first within eval_steps.
@@ -283,7 +294,7 @@ class Evaluators:
         scored=False,
       )
       self._decoded += [
-        Decoded(name, task, one, predictor, num_examples=infer_eval_examples)
+        Decoded(name, task, one, predictor, num_examples=infer_eval_examples, **more)
         for name, task, one in _by_task(config, vocabulary)
       ]
     check_distinct([one.name for one in self._forced])
@@ -331,8 +342,12 @@ def check_distinct(names: Sequence[str]) -> None:
 
 
 def format_metrics(metrics: Metrics) -> str:
-  """Returns metrics as 'name value' pairs on one line."""
-  return ', '.join(f'{name} {value:.5g}' for name, value in metrics.items())
+  """Returns metrics as 'name value [low, high]' on one line."""
+  shown = {name: f'{value:.5g}' for name, value in metrics.items()}
+  for name in metrics:
+    if f'{name}_low' in shown and f'{name}_high' in shown:
+      shown[name] += f' [{shown.pop(f"{name}_low")}, {shown.pop(f"{name}_high")}]'
+  return ', '.join(f'{name} {value}' for name, value in shown.items())
 
 
 def write_lines(path: epath.Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -1,11 +1,16 @@
 """The eval program: a trained run on tasks, by their own metrics; see evaluators.py."""
 
 import dataclasses
+import itertools
+import json
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from etils import epath
 
+from t5x_lite.data import metrics as metrics_lib
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
@@ -16,9 +21,11 @@ from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
-from t5x_lite.runs import files
+from t5x_lite.runs import checkpoints, files, run_directory
 
 log = logging.getLogger(__name__)
+
+FOLLOW_SECONDS = 5  # between two looks for new checkpoints
 
 
 def evaluate(
@@ -27,13 +34,17 @@ def evaluate(
   datasets: Sequence[DatasetConfig],
   output: str = '',
   last: int = 1,
+  steps: Sequence[str] = (),
+  follow: bool = False,
   param_dtype: str = '',
   mesh: MeshConfig | None = None,
   decoding: DecodingConfig | None = None,
   num_examples: int | None = None,
   teacher_forced: bool = True,
+  metrics: Sequence[str] = (),
+  bootstrap: int | None = None,
 ) -> dict[str, Metrics]:
-  """Evaluates a run's newest checkpoint, or the given one, on tasks.
+  """Evaluates a run's newest checkpoint, the given one, or several, on tasks.
 
   Args:
     model_dir: a run directory or one STEP directory of its checkpoints, a folder of transformers or
@@ -42,66 +53,124 @@ def evaluate(
     output: directory for metrics.json and TASK.jsonl (input, prediction and target of each
       example); by default MODEL_DIR/eval/STEP of a run; what is no run, or several, needs it.
     last: evaluate the mean of this many of the newest checkpoints.
+    steps: evaluate these checkpoints of a run, or 'all', each into a folder STEP of the output,
+      except those that were evaluated with the same settings before.
+    follow: do so as checkpoints appear: the given steps, else all until SIGTERM or Ctrl-C.
     param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
       the checkpoint's own by default.
     mesh: how devices are arranged; decided by their number by default.
     decoding: how to decode; greedy, as long as the targets, by default.
     num_examples: of each task, the first this many; None for all.
     teacher_forced: also measure loss and token accuracy, of a single model.
+    metrics: beside the tasks' own: names, such as 'rouge', or 'module:function' for a function of
+      (targets, predictions), or (targets, predictions, inputs), that returns {name: number}.
+    bootstrap: test sets to draw, such as 1000, for the 95% interval of each metric of decoded text,
+      NAME_low and NAME_high.
 
   Returns:
-    Metrics by task.
+    Metrics by task, of the last checkpoint.
 
   Raises:
     UsageError: if there is no run, or a dataset does not fit it.
   """
-  for name, count in (('num_examples', num_examples), ('last', last)):
+  for name, count in (('num_examples', num_examples), ('last', last), ('bootstrap', bootstrap)):
     start_checks.check_positive(f'evaluate.{name}', count)
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
-  models = trained_model.open_together(model_dir, last, param_dtype=param_dtype)
-  run = models[0]
-  if not output:
-    if run.format != 't5x_lite' or len(models) > 1:
-      why = f'{model_dir} is no run to write into: name a directory with --output'
-      raise UsageError(f'evaluate.output is empty, and {why}')
-    output = f'{run.directory}/eval/{run.step}' + (f'-mean-of-{last}' if last > 1 else '')
-  start_checks.check_writable(output)
-  root = epath.Path(output)
-  placement = model_sharding.place_model(run.config, mesh)
-  evaluators = []
-  for config in datasets:
-    config = start_checks.resolve_dataset(config, run.config, run.vocabulary)
-    batch_size = placement.whole_batch(config.batch_size)
-    config = dataclasses.replace(config, batch_size=batch_size, shuffle=False)
-    one = evaluators_lib.Evaluators(
-      run.config,
-      run.vocabulary,
-      placement=placement,
-      train_eval=[config] if teacher_forced and len(models) == 1 else [],
-      infer_eval=[config] if 'inputs' in config.lengths else [],
-      eval_steps=None if num_examples is None else -(-num_examples // batch_size),
-      infer_eval_examples=num_examples,
-      decoding=decoding,
-    )
-    evaluators.append(one)
-  evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
-  specs = model_sharding.inference_params(run.config, placement)
-  params = trained_model.load_together(models, specs)
+  metric_fns = [metrics_lib.with_inputs(name) for name in metrics]
+  several = bool(steps) or follow
+  settings = {'decoding': decoding, 'num_examples': num_examples, 'teacher_forced': teacher_forced}
+  settings |= {'metrics': metrics, 'bootstrap': bootstrap, 'param_dtype': param_dtype}
+  settings = run_directory.to_json({'datasets': datasets, **settings})
+  evaluators: list[evaluators_lib.Evaluators] = []
   results: dict[str, Metrics] = {}
-  for one in evaluators:
-    for result in one.results(params):
-      metrics = results.setdefault(result.task, {})
+  for path in _checkpoints(model_dir, last, steps, follow) if several else [model_dir]:
+    models = trained_model.open_together(path, last, param_dtype=param_dtype)
+    run = models[0]
+    root = epath.Path(output) / (str(run.step) if several else '')
+    if not output:
+      if run.format != 't5x_lite' or len(models) > 1:
+        why = f'{model_dir} is no run to write into: name a directory with --output'
+        raise UsageError(f'evaluate.output is empty, and {why}')
+      mean = f'-mean-of-{last}' if last > 1 else ''
+      root = epath.Path(run.directory) / 'eval' / f'{run.step}{mean}'
+    results = _measured(root, settings) if several else {}
+    if results:
+      log.info('%s is evaluated already, in %s', path, root)
+      continue
+    start_checks.check_writable(str(root))
+    placement = model_sharding.place_model(run.config, mesh)
+    for config in () if evaluators else datasets:
+      config = start_checks.resolve_dataset(config, run.config, run.vocabulary)
+      batch_size = placement.whole_batch(config.batch_size)
+      config = dataclasses.replace(config, batch_size=batch_size, shuffle=False)
+      one = evaluators_lib.Evaluators(
+        run.config,
+        run.vocabulary,
+        placement=placement,
+        train_eval=[config] if teacher_forced and len(models) == 1 else [],
+        infer_eval=[config] if 'inputs' in config.lengths else [],
+        eval_steps=None if num_examples is None else -(-num_examples // batch_size),
+        infer_eval_examples=num_examples,
+        decoding=decoding,
+        metric_fns=metric_fns,
+        num_bootstrap=bootstrap or 0,
+      )
+      evaluators.append(one)
+    evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
+    specs = model_sharding.inference_params(run.config, placement)
+    params = trained_model.load_together(models, specs)
+    for result in itertools.chain.from_iterable(one.results(params) for one in evaluators):
+      found = results.setdefault(result.task, {})
       if result.kind == 'eval':
-        metrics |= {f'eval/{k}': v for k, v in result.metrics.items()}
+        found |= {f'eval/{k}': v for k, v in result.metrics.items()}
         continue
-      metrics |= result.metrics
-      metrics['examples'] = float(len(result.lines))
+      found |= result.metrics
+      found['examples'] = float(len(result.lines))
       if distributed.is_primary():
         evaluators_lib.write_lines(root / f'{result.task}.jsonl', result.lines)
-  if distributed.is_primary():
-    checkpoint = ', '.join(one.checkpoint for one in models)
-    summary = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results}
-    files.write_json(root / 'metrics.json', summary)
-    log.info('metrics and predictions are in %s', root)
+    if distributed.is_primary():
+      checkpoint = ', '.join(one.checkpoint for one in models)
+      summary = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results, 'settings': settings}
+      files.write_json(root / 'metrics.json', summary)
+      log.info('metrics and predictions are in %s', root)
   return results
+
+
+def _measured(root: epath.Path, settings: Any) -> dict[str, Metrics]:
+  """Returns what was measured with these settings before; empty if it was not."""
+  try:
+    found = json.loads((root / 'metrics.json').read_text())
+    return found['tasks'] if found['settings'] == settings else {}
+  except (OSError, ValueError, KeyError, TypeError):  # there is none, or not of this version
+    return {}
+
+
+def _checkpoints(model_dir: Any, last: int, steps: Sequence[str], follow: bool) -> Iterator[str]:
+  """Yields the folders of a run's steps; followed, also of those to come."""
+  [path, *more] = [model_dir] if isinstance(model_dir, str) else model_dir
+  root = epath.Path(path) / checkpoints.CHECKPOINTS
+  if more or last > 1:
+    raise UsageError('evaluate.steps and follow are of one run, and of no mean of checkpoints')
+  if wrong := [step for step in steps if not step.isdigit() and [*steps] != ['all']]:
+    raise UsageError(f"evaluate.steps has {wrong[0]!r}; give numbers, or 'all' alone")
+  wanted, seen = {int(step) for step in steps if step.isdigit()}, set[int]()
+  there = checkpoints.steps_in(root)
+  if not follow and (not there or wanted - {*there}):
+    what = f'has checkpoints of the steps {there}, not {sorted(wanted) or "any"}'
+    raise UsageError(f'{path} {what}: name others, or wait for them with --follow')
+
+  def next_step() -> int:
+    left = {*checkpoints.steps_in(root)} - seen  # training may have deleted some
+    return min(left & wanted if wanted else left, default=0)
+
+  with distributed.stop_signal() as stop:
+    for look in itertools.count():
+      step = distributed.from_primary(next_step)
+      if stop.requested(look) or not (step or follow) or (wanted and wanted <= seen):
+        return
+      if step:
+        seen.add(step)
+        yield f'{root}/{step}'
+      else:
+        time.sleep(FOLLOW_SECONDS)

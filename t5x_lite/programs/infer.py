@@ -1,35 +1,40 @@
-"""The infer program: a prediction for every line of a file, one JSON object each, as it goes."""
+"""The infer program: a prediction, or an embedding, for every line of a file, in their order."""
 
 import contextlib
+import functools
 import itertools
-import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from t5x_lite.data import pairs, records, vocabularies
+from t5x_lite.data import pairs, records, text_files, vocabularies
 from t5x_lite.data.pairs import Columns
-from t5x_lite.decoding import prediction
+from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
+from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.runs import files, progress
+from t5x_lite.parallel.placement import Placement
+from t5x_lite.programs.output_file import OutputFile
+from t5x_lite.runs import progress
 
 log = logging.getLogger(__name__)
 
 FORMATS = ('auto', *records.FORMATS)
+EMBEDDINGS = {'none': None, 'mean': 'mean', 'first': 'first'}  # flags to poolings
 # Relative positions reach as far as one likes, memory does not.
 MAX_INPUT_LENGTH = 1024
 REPORT_SECONDS = 10.0
+WINDOW = 8  # batches that are sorted by length together, and written at once
 
 
 def infer(
@@ -43,6 +48,8 @@ def infer(
   field: str = '',
   template: str = '',
   prefix: str = '',
+  skip_bad_rows: bool = False,
+  embeddings: str = '',
   batch_size: int = 32,
   max_input_length: int = MAX_INPUT_LENGTH,
   decoding: DecodingConfig | None = None,
@@ -57,18 +64,22 @@ def infer(
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
       T5X, or NAME@REVISION of the hub; several decode together, by their mean log-probability.
     input: the file to read; '-' is standard input.
-    output: the JSONL file to write, {'input', 'prediction', 'score'} a line, the score being the
-      prediction's log-probability, or of beams what 'normalization' says; 'n_best' holds all of
-      num_return_sequences, best first; '-' is standard output. A file that is there already is
-      refused, unless one of the last two arguments says what to do with it.
+    output: the file to write, JSONL, or CSV, Parquet or .npy by its ending: {'input', 'prediction',
+      'score'} a line, the score being the prediction's log-probability, or of beams what
+      'normalization' says; 'n_best' holds all of num_return_sequences, best first; '-' is standard
+      output. A file that is there already is refused, unless one of the last two arguments says
+      what to do with it.
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
     param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
       the checkpoint's own by default.
-    input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet' or
-      'datasets'; 'auto' goes by the file's ending.
+    input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet', 'tfrecord'
+      or 'datasets'; 'auto' goes by the file's ending, before .gz or .zst.
     field: the input's, or number from 0 without a header; a usual name or the only one by default.
     template: makes the input of several fields, 'summarize: {article}'.
     prefix: put before every input, such as 'pronounce: '.
+    skip_bad_rows: leave out rows that cannot be read, and say which, instead of refusing the file.
+    embeddings: write what the encoder makes of each input instead, as 'embedding': the 'mean' over
+      its tokens, that of the 'first', or 'none' for one of each.
     batch_size: lines decoded at a time.
     max_input_length: tokens; what is longer is truncated and says so.
     decoding: how tokens are chosen; greedy, as long as the training targets, by default.
@@ -86,67 +97,94 @@ def infer(
       raise UsageError(f'infer.{name} is {value}; it must be at least 1')
   if input_format not in FORMATS:
     raise UsageError(f'input_format={input_format!r} is not one of {", ".join(FORMATS)}')
+  if embeddings and embeddings not in EMBEDDINGS:
+    raise UsageError(f'embeddings={embeddings!r} is not one of {", ".join(EMBEDDINGS)}')
   if input == '-' and input_format not in ('auto', 'text'):
     raise UsageError('standard input is text, an input a line; name a file')
-  columns = Columns(input=field, template=template)
   _check_paths(input, output, resume, overwrite)
-  num_lines = None
+  columns = Columns(input=field, template=template)
+  file_format = '' if input_format == 'auto' else input_format
+  read = functools.partial(pairs.read_inputs, input, columns, file_format=file_format)
+  tell, known = text_files.refuse, text_files.refuse
+  if skip_bad_rows:
+    tell, known = functools.partial(log.warning, 'left out: %s'), lambda error: None
+  num_lines = 0
   if input != '-':
-    num_lines = sum(1 for _ in read_inputs(input, input_format, columns))
+    num_lines = sum(1 for _ in read(bad=tell))
+    tell = known  # each is told once
   models = trained_model.open_together(model, adapter=adapter, param_dtype=param_dtype)
-  run = models[0]
+  run, cfg = models[0], models[0].config
+  if embeddings and (len(models) > 1 or not cfg.has_encoder):
+    raise UsageError('embeddings are of one model, which has an encoder')
+  width = cfg.emb_dim if EMBEDDINGS.get(embeddings) else 0
+  file = OutputFile(output, key='embedding' if embeddings else 'prediction', width=width)
+  if not (resume or overwrite) and file.holds_something():
+    raise UsageError(
+      f'{output} holds predictions already: continue it with --resume, replace it with '
+      '--overwrite, or name another file'
+    )
 
   # ---- Model ----
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
-  decoding = (decoding or DecodingConfig()).resolved(vocabulary, run.lengths.get('targets'))
-  predictor = prediction.Predictor(
-    run.config,
-    placement=model_sharding.place_model(run.config, mesh),
-    decoding=decoding,
-    batch_size=batch_size,
-    max_input_length=max_input_length,
-    seed=seed,
-  )
-  params = trained_model.load_together(models, predictor.abstract_params)
+  placement = model_sharding.place_model(cfg, mesh)
+  batch_size = placement.whole_batch(batch_size)
+  predict: Callable[[Any, list[list[int]], list[int]], list[dict[str, Any]]]
+  if embeddings:
+    predict = functools.partial(_embed, cfg, placement, EMBEDDINGS[embeddings])
+  else:
+    decoding = (decoding or DecodingConfig()).resolved(vocabulary, run.lengths.get('targets'))
+    predictor = prediction.Predictor(
+      cfg,
+      placement=placement,
+      decoding=decoding,
+      batch_size=batch_size,
+      max_input_length=max_input_length,
+      seed=seed,
+    )
+    predict = functools.partial(_decode, predictor, vocabulary)
+  params = trained_model.load_together(models, model_sharding.inference_params(cfg, placement))
   log.info('predicting with %s', ', '.join(one.checkpoint for one in models))
 
   # ---- Loop ----
   done, truncated = 0, 0
-  end = [vocabulary.eos_id] if run.config.has_encoder or 'inputs' in run.lengths else []
-  start = report = time.monotonic()
-  of = '' if num_lines is None else f' of {num_lines}'
-
-  def entry_of(text: str, found: Sequence[prediction.Output]) -> dict[str, Any]:
-    texts = [decoding.cut(vocabulary.decode(one.tokens)) for one in found]
-    scores = [round(one.score or 0.0, 6) for one in found]
-    n_best = [{'prediction': x, 'score': y} for x, y in zip(texts, scores, strict=True)]
-    entry: dict[str, Any] = {'input': text, **n_best[0]}
-    if len(n_best) > 1:
-      entry['n_best'] = n_best
-    if decoding.num_beams > 1 or decoding.best_of:
-      entry['normalization'] = decoding.normalization
-    return entry
-
+  end = [vocabulary.eos_id] if cfg.has_encoder or 'inputs' in run.lengths else []
+  window = batch_size if input == '-' else WINDOW * batch_size
   with contextlib.ExitStack() as stack:
     write = None
     if resume:
       # Only the first process is sure to see the output; all must skip alike.
-      done = distributed.from_primary(
-        lambda: _resume(output, read_inputs(input, input_format, columns), predictor.batch_size)
-      )
-      log.info('continues %s after line %d', output, done)
-    if distributed.is_primary():
-      write = stack.enter_context(_open_output(output, append=bool(done)))
-    lines = itertools.islice(read_inputs(input, input_format, columns), done, None)
-    while batch := list(itertools.islice(lines, predictor.batch_size)):
-      ids = [vocabulary.encode(prefix + text) for text in batch]
+      if distributed.from_primary(lambda: int(file.is_whole(read(bad=known)))):
+        log.info('%s is whole already', output)
+        return num_lines
+      done = distributed.from_primary(lambda: file.resume(read(bad=known), window))
+      log.info('continues %s after line %d', file.lines, done)
+    if primary := distributed.is_primary():
+      write = stack.enter_context(file.open(append=bool(done)))
+    shown = progress.Progress(first_step=done, total_steps=num_lines, active=primary)
+    shown.unit = 'line'
+    stack.enter_context(shown)
+    first, begin = done, time.monotonic()
+    report = begin
+    lines = itertools.islice(read(bad=tell), done, None)
+    while texts := list(itertools.islice(lines, window)):
+      ids = [vocabulary.encode(prefix + text) for text in texts]
       # EOS takes the last place: the model saw no input without one.
       rows = [[*row[: max_input_length - len(end)], *end] for row in ids]
-      outputs = predictor.predict_all(params, rows, index=done // predictor.batch_size)
-      for text, row, found in zip(batch, ids, outputs, strict=True):
+      # Among rows of its length, a row is padded little; the longest first, if memory is short.
+      order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+      entries: dict[int, dict[str, Any]] = {}
+      for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        found = predict(params, [rows[i] for i in part], [done + i for i in part])
+        entries.update(zip(part, found, strict=True))
+        if (now := time.monotonic()) > report:
+          at = done + len(entries)
+          shown.update(at, {'lines_per_second': (at - first) / (now - begin)})
+          report = now + (0.5 if sys.stderr.isatty() else REPORT_SECONDS)
+      for i, text in enumerate(texts):
         done += 1
-        entry = entry_of(text, found)
-        if len(row) + len(end) > max_input_length:
+        entry = {'input': text, **entries[i]}
+        if len(ids[i]) + len(end) > max_input_length:
           entry['truncated'] = True
           if not truncated:
             log.warning(
@@ -156,25 +194,39 @@ def infer(
           truncated += 1
         if write is not None:
           write(entry)
-      if time.monotonic() > report:
-        log.info('line %d%s', done, of)
-        report = time.monotonic() + REPORT_SECONDS
+  if primary:
+    file.finish(done)
   cut = f', {truncated} of them cut at max_input_length' if truncated else ''
-  log.info('%d lines in %s%s', done, progress.format_duration(time.monotonic() - start), cut)
+  seconds = time.monotonic() - begin
+  took = f'{progress.format_duration(seconds)}, {(done - first) / max(seconds, 1e-9):.3g} lines/s'
+  log.info('%d lines in %s%s', done, took, cut)
   return done
 
 
-def read_inputs(path: str, input_format: str, columns: Columns) -> Iterator[str]:
-  """Yields the input of every line or row ('-': of standard input); UsageErrors name theirs."""
-  kind = '' if input_format == 'auto' else input_format
-  if path != '-':
-    yield from pairs.read_inputs(path, columns, file_format=kind)
-    return
-  for number, line in enumerate(sys.stdin.buffer, start=1):
-    try:
-      yield line.decode('utf-8').removesuffix('\n').removesuffix('\r')
-    except UnicodeDecodeError as error:
-      raise UsageError(f'standard input:{number} is not UTF-8 text ({error.reason})') from error
+def _decode(
+  predictor: prediction.Predictor, vocabulary: Any, params: Any, rows: Any, numbers: list[int]
+) -> list[dict[str, Any]]:
+  """Returns what is written of each line; its number decides what is drawn for it."""
+  decoding, entries = predictor.decoding, []
+  for outputs in predictor.predict_all(params, rows, seeds=numbers):
+    texts = [decoding.cut(vocabulary.decode(one.tokens)) for one in outputs]
+    scores = [round(one.score or 0.0, 6) for one in outputs]
+    n_best = [{'prediction': x, 'score': y} for x, y in zip(texts, scores, strict=True)]
+    entries.append({**n_best[0], **({'n_best': n_best} if len(n_best) > 1 else {})})
+    if decoding.num_beams > 1 or decoding.best_of:
+      entries[-1]['normalization'] = decoding.normalization
+  return entries
+
+
+def _embed(
+  cfg: T5Config, placement: Placement, pooling: str | None, params: Any, rows: Any, _: Any
+) -> list[dict[str, Any]]:
+  """Returns what is written of each line, in the fewest digits that are the same float32."""
+  size = {'batch_size': len(rows), 'length': prediction.padded_length(max(map(len, rows)))}
+  batch = {'encoder_input_tokens': prediction.pad_rows(rows, pad_id=cfg.pad_id, **size)}
+  found = prediction.call_step(steps.make_encode_step, cfg, params, placement, batch, pooling)
+  found = [one if pooling else one[: len(row)] for one, row in zip(found, rows, strict=True)]
+  return [{'embedding': one.astype(str).astype(float).tolist()} for one in found]
 
 
 def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
@@ -200,55 +252,3 @@ def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
     raise UsageError(f'input and output are the same file: {path}')
   if resume and overwrite:
     raise UsageError('resume and overwrite contradict each other')
-  if not (resume or overwrite) and place.exists() and place.stat().length:
-    raise UsageError(
-      f'{output} holds predictions already: continue it with --resume, replace it with '
-      '--overwrite, or name another file'
-    )
-
-
-@contextlib.contextmanager
-def _open_output(path: str, *, append: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-  """Yields a function that writes one object, at once."""
-  opened: Any = contextlib.nullcontext(sys.stdout)
-  if path != '-':
-    try:
-      opened = files.retried(path, lambda: epath.Path(path).open('a' if append else 'w'))
-    except OSError as error:
-      raise UsageError(f'cannot write {path}: {error.strerror}') from error
-  with opened as file:
-
-    def write(entry: dict[str, Any]) -> None:
-      try:
-        file.write(json.dumps(entry, ensure_ascii=False) + '\n')
-        files.retried(path, file.flush)
-      except OSError as error:
-        why = f'{error.strerror}; make room, and continue with --resume'
-        raise UsageError(f'cannot write {path}: {why}') from error
-
-    yield write
-
-
-def _resume(path: str, inputs: Iterator[str], batch_size: int) -> int:
-  """Cuts an output to whole batches, so that the rest is decoded as ever; returns its lines."""
-  if not epath.Path(path).exists():
-    return 0
-  ends = [0]  # byte offset after each good line
-  with epath.Path(path).open('rb') as file:
-    for line, text in zip(file, inputs, strict=False):
-      try:
-        written = json.loads(line)['input'] if line.endswith(b'\n') else None
-      except (ValueError, KeyError, TypeError):  # no JSON, no UTF-8
-        written = None
-      if written is None:
-        break
-      if written != text:
-        where = f'{path}:{len(ends)} is not the prediction of line {len(ends)} of this input'
-        raise UsageError(f'{where}: give --overwrite instead of --resume to start over')
-      ends.append(ends[-1] + len(line))
-  kept = (len(ends) - 1) // batch_size * batch_size
-  if '://' in path:
-    epath.Path(path).write_bytes(epath.Path(path).read_bytes()[: ends[kept]])
-  else:
-    os.truncate(path, ends[kept])
-  return kept

@@ -129,6 +129,8 @@ class Progress:
   Not tqdm or rich: the time left is without pauses for evaluation, means as in metrics.jsonl.
   """
 
+  unit = 'step'  # what is counted
+
   def __init__(
     self, *, first_step: int, total_steps: int, stream: TextIO | None = None, active: bool = True
   ):
@@ -181,12 +183,15 @@ class Progress:
       'accuracy': 'accuracy {:.3f}'.format,
       'learning_rate': 'lr {:.3g}'.format,
       'seconds_per_step': 's/step {:.3g}'.format,
+      'lines_per_second': '{:.3g} lines/s'.format,
       'target_tokens_per_second': lambda speed: f'{format_count(speed)} target tokens/s',
       'mfu': 'MFU {:.1%}'.format,
     }
     parts = [form(metrics[name]) for name, form in forms.items() if name in metrics]
-    eta = f'ETA {format_duration(self.eta(step))}'
-    line = '  '.join([f'step {step}/{self._total_steps}', *parts, eta])
+    if self._total_steps:  # else it is not known
+      parts.append(f'ETA {format_duration(self.eta(step))}')
+    of = f'/{self._total_steps}' if self._total_steps else ''
+    line = '  '.join([f'{self.unit} {step}{of}', *parts])
     if self._notebook:  # no terminal: every line would stay, and be cut at 80 columns
       if self._shown_cell is None:
         display = importlib.import_module('IPython.display').display

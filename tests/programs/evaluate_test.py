@@ -1,4 +1,6 @@
 import json
+import shutil
+import threading
 
 import pytest
 
@@ -32,6 +34,7 @@ def test_metrics_by_task_and_predictions_beside_references(run, tmp_path):
     assert metrics['examples'] == 9
     assert metrics['eval/loss'] > 0
   saved = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+  assert saved.pop('settings')['num_examples'] == 9
   assert saved == {'checkpoint': str(run / 'checkpoints' / '1'), 'step': 1, 'tasks': results}
   for task in results:
     lines = (tmp_path / 'out' / f'{task}.jsonl').read_text().splitlines()
@@ -42,6 +45,46 @@ def test_metrics_by_task_and_predictions_beside_references(run, tmp_path):
 def test_by_default_results_lie_in_the_run(run):
   evaluate(model_dir=str(run), datasets=[dataset()], num_examples=1, teacher_forced=False)
   assert (run / 'eval' / '1' / 'metrics.json').exists()
+
+
+def longest(targets, predictions, inputs):
+  assert len(targets) == len(predictions)
+  return {'longest': float(max(map(len, inputs)))}
+
+
+def test_steps_are_evaluated_once(tmp_path, caplog):
+  """Those that are there, those that come while it follows, and none twice."""
+  run = tmp_path / 'run'
+  tiny_run.save_untrained(run)
+  shutil.copytree(run / 'checkpoints' / '1', run / 'checkpoints' / '2')
+  arguments = dict(model_dir=str(run), datasets=[dataset()], num_examples=2, teacher_forced=False)
+  with pytest.raises(UsageError, match=r'steps \[1, 2\], not \[2, 3\]'):
+    evaluate(**arguments, steps=['2', '3'])
+  with pytest.raises(UsageError, match="has '1x'; give numbers, or 'all' alone"):
+    evaluate(**arguments, steps=['1x'])
+  with pytest.raises(UsageError, match='of no mean'):
+    evaluate(**arguments, steps=['all'], last=2)
+  evaluate(**arguments, steps=['2'])
+  first = (run / 'eval' / '2' / 'metrics.json').read_bytes()
+
+  def train(path=run / 'checkpoints'):
+    shutil.copytree(path / '1', path / 'new')
+    (path / 'new').rename(path / '3')
+
+  caplog.set_level('INFO', 't5x_lite')
+  trainer = threading.Timer(0.5, train)
+  trainer.start()
+  evaluate(**arguments, steps=['2', '3'], follow=True)
+  trainer.join()
+  assert sorted(path.name for path in (run / 'eval').iterdir()) == ['2', '3']
+  assert (run / 'eval' / '2' / 'metrics.json').read_bytes() == first
+  assert 'checkpoints/2 is evaluated already' in caplog.text
+  more = dict(bootstrap=20, metrics=['tests.programs.evaluate_test:longest', 'rouge'])
+  found = evaluate(**arguments, steps=['all'], **more)['language_id']
+  assert sorted(path.name for path in (run / 'eval').iterdir()) == ['1', '2', '3']
+  assert found['longest_low'] <= found['longest_high'] == found['longest']
+  assert found['rouge1_low'] <= found['rouge1'] <= found['rouge1_high']
+  assert found == evaluate(**arguments, steps=['all'], **more)['language_id']
 
 
 def test_decoders_continue_the_input(tmp_path):
@@ -75,6 +118,9 @@ def test_decoders_continue_the_input(tmp_path):
     (dict(datasets=[dataset(split='dev')]), "no split 'dev'"),
     (dict(datasets=[dataset('language_id_t5')]), 'vocabulary'),
     (dict(datasets=[dataset(), dataset()]), 'evaluated twice'),
+    (dict(metrics=['rogue']), "no metric 'rogue'.* or your own as module:function"),
+    (dict(metrics=['json:nothing']), "no metric 'json:nothing'"),
+    (dict(bootstrap=-1), 'bootstrap is -1'),
   ],
 )
 def test_mistakes_are_one_clear_line(run, tmp_path, overrides, message):

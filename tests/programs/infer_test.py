@@ -1,14 +1,21 @@
+import gzip
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import types
 
+import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import t5x_lite
 from t5x_lite import main
-from t5x_lite.data.pairs import Columns
+from t5x_lite.data import pairs
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import infer as infer_lib
 from t5x_lite.programs.infer import infer
@@ -93,18 +100,89 @@ def test_settings_are_flags(run, words, tmp_path):
 
 
 def test_formats_agree(run, words, tmp_path):
-  tsv, jsonl = tmp_path / 'a.tsv', tmp_path / 'a.jsonl'
-  table = tmp_path / 'a.csv'
-  table.write_text('id,word\n' + ''.join(f'1,"{w}"\n' for w in WORDS))
-  tsv.write_text(''.join(f'{i}\t{w}\n' for i, w in enumerate(WORDS)))
+  data = words.read_bytes()
+  (tmp_path / 'a.txt.gz').write_bytes(gzip.compress(data))
   lines = [json.dumps({'id': 3, 'word': word}) for word in WORDS]
-  jsonl.write_text('\n'.join(lines))
+  for name, text in (('a.txt.zst', data), ('a.jsonl.zst', '\n'.join(lines).encode())):
+    with pyarrow.CompressedOutputStream(str(tmp_path / name), 'zstd') as file:
+      file.write(text)
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+  (tmp_path / 'a.csv').write_text('id,word\n' + ''.join(f'1,"{w}"\n' for w in WORDS))
+  (tmp_path / 'a.tsv').write_text(''.join(f'{i}\t{w}\n' for i, w in enumerate(WORDS)))
+  parquet.write_table(pyarrow.table({'word': WORDS}), tmp_path / 'a.parquet')
+  fields = {'a.tsv': '1', 'a.txt.gz': '', 'a.txt.zst': '', 'words.txt': ''}
   outputs = []
-  for path, field in ((words, ''), (tsv, '1'), (jsonl, 'word'), (table, 'word')):
-    output = tmp_path / 'out.jsonl'
+  for path in sorted(tmp_path.glob('[aw]*')):
+    output, field = tmp_path / 'out.jsonl', fields.get(path.name, 'word')
     infer(model=run, input=str(path), output=str(output), field=field, batch_size=8, overwrite=True)
     outputs.append(output.read_text())
-  assert len(set(outputs)) == 1
+  assert len(outputs) == 8 and len(set(outputs)) == 1
+
+
+def test_lines_are_sorted_by_length_and_written_in_order(run, tmp_path, monkeypatch):
+  """Each line is predicted as if it were alone, whatever lengths its neighbours have."""
+  texts = ['x' * (7 * i % 31) for i in range(40)]
+  path, output = tmp_path / 'in.txt', tmp_path / 'out.jsonl'
+  path.write_text(''.join(text + '\n' for text in texts))
+  lengths = []
+  decode = infer_lib._decode
+
+  def spy(predictor, vocabulary, params, rows, numbers):
+    lengths.append([len(row) for row in rows])
+    return decode(predictor, vocabulary, params, rows, numbers)
+
+  monkeypatch.setattr(infer_lib, '_decode', spy)
+  monkeypatch.setattr(infer_lib, 'WINDOW', 4)
+  infer(model=run, input=str(path), output=str(output), batch_size=8)
+  assert [sum(batch) for batch in lengths] != [sum(map(len, texts[i : i + 8])) for i in range(5)]
+  first = [length for batch in lengths[:4] for length in batch]
+  assert first == sorted(first, reverse=True)
+  entries = read(output)
+  assert [entry['input'] for entry in entries] == texts
+  model = t5x_lite.load(run)
+  alone = [model.generate(text, max_new_tokens=16) for text in texts[::9]]
+  assert [entry['prediction'] for entry in entries[::9]] == alone
+
+
+@pytest.mark.parametrize('pooling', ['mean', 'first', 'none'])
+def test_embeddings_are_those_of_transformers(run, words, tmp_path, pooling):
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  output = tmp_path / 'out.parquet'
+  infer(model=run, input=str(words), output=str(output), batch_size=8, embeddings=pooling)
+  found = parquet.read_table(output)
+  assert found['input'].to_pylist() == WORDS
+  model = t5x_lite.load(run)
+  model.save(str(tmp_path / 'hf'), format='hf')
+  oracle = transformers.T5EncoderModel.from_pretrained(str(tmp_path / 'hf')).eval()
+  for text, one in zip(WORDS, found['embedding'].to_pylist(), strict=True):
+    ids = torch.tensor([[*model.vocabulary.encode(text), 1]])
+    with torch.no_grad():
+      states = oracle(input_ids=ids).last_hidden_state[0].numpy()
+    wanted = {'mean': states.mean(axis=0), 'first': states[0], 'none': states}[pooling]
+    np.testing.assert_allclose(np.asarray(one), wanted, atol=2e-5)
+
+
+def test_bad_rows_are_told_and_left_out(run, tmp_path, caplog):
+  huge = b'{"text": ' + b'9' * 5000 + b'}\n'
+  rows = b'{"text": "a"}\nnonsense\n{"x": 1}\n{"text": []}\n{"text": "\xff"}\n' + huge
+  (tmp_path / 'in.jsonl').write_bytes(rows + b'[]\n{"text": "b"}\n')
+  # A quoted field that goes wrong on its second line, too few columns, no UTF-8.
+  table = b'text,n\na,1\n"x\ny" z,2\nx\n\xff,3\nb,\xff\n'
+  (tmp_path / 'in.csv').write_bytes(table)
+  for name, lines in (('in.jsonl', [2, 3, 4, 5, 6, 7]), ('in.csv', [3, 5, 6])):
+    caplog.clear()
+    output = tmp_path / 'out.jsonl'
+    arguments = dict(model=run, input=str(tmp_path / name), output=str(output), field='text')
+    with pytest.raises(UsageError, match=f'{name}:{lines[0]}'):
+      infer(**arguments, overwrite=True)
+    assert infer(**arguments, batch_size=8, skip_bad_rows=True, overwrite=True) == 2
+    assert [entry['input'] for entry in read(output)] == ['a', 'b']
+    told = [r.getMessage() for r in caplog.records if 'left out' in r.getMessage()]
+    assert [int(one.split(f'{name}:')[1].split(':')[0].split()[0]) for one in told] == lines
+    assert infer(**arguments, batch_size=8, skip_bad_rows=True, resume=True) == 2
+  (tmp_path / 'in.csv').write_text('text,n\na,1\n"open,2\nb,3\n')
+  with pytest.raises(UsageError, match=r'in\.csv:3 is not CSV'):
+    infer(**arguments, skip_bad_rows=True, overwrite=True)
 
 
 def test_standard_streams(run, words, monkeypatch, capsys):
@@ -201,6 +279,44 @@ def test_an_interrupted_output_is_continued(run, tmp_path, kept):
   assert output.read_bytes() == whole
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('ending', ['csv', 'parquet'])
+def test_a_killed_table_is_made_all_the_same(run, tmp_path, ending):
+  path, output, whole = (tmp_path / name for name in ('in.txt', f'out.{ending}', f'whole.{ending}'))
+  path.write_text(''.join(f'word {i}\n' for i in range(400)))
+  partial = tmp_path / f'out.{ending}.partial.jsonl'
+  arguments = dict(model=run, input=str(path), batch_size=8)
+  code = f'from t5x_lite.programs.infer import infer; infer(output={str(output)!r}, **{arguments})'
+  process = subprocess.Popen([sys.executable, '-c', code])
+  while not (partial.exists() and partial.stat().st_size) and process.poll() is None:
+    time.sleep(0.002)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  assert partial.exists() and not output.exists()
+  # As if it had come in the middle of a line.
+  partial.write_bytes(partial.read_bytes()[:-20])
+  with pytest.raises(UsageError, match='holds predictions already'):
+    infer(**arguments, output=str(output))
+  assert infer(**arguments, output=str(output), resume=True) == 400
+  infer(**arguments, output=str(whole))
+  assert output.read_bytes() == whole.read_bytes() and not partial.exists()
+  assert infer(**arguments, output=str(output), resume=True) == 400
+  assert output.read_bytes() == whole.read_bytes() and not partial.exists()
+
+
+def test_a_shorter_input_deletes_nothing(run, words, tmp_path):
+  output = tmp_path / 'out.jsonl'
+  arguments = dict(model=run, output=str(output), batch_size=8)
+  infer(**arguments, input=str(words))
+  before = output.read_bytes()
+  (tmp_path / 'short.txt').write_text(WORDS[0] + '\n')
+  with pytest.raises(
+    UsageError, match=r'out\.jsonl:2 is not the prediction of line 2 of this input'
+  ):
+    infer(**arguments, input=str(tmp_path / 'short.txt'), resume=True)
+  assert output.read_bytes() == before
+
+
 def test_resuming_checks_that_the_input_is_the_same(run, words, tmp_path):
   output = tmp_path / 'out.jsonl'
   output.write_text('{"input": "other", "prediction": ""}\n')
@@ -251,6 +367,8 @@ def test_an_unreadable_line_is_named_before_anything_is_written(
     (dict(field='x', template='{x}'), 'not both'),
     (dict(batch_size=0), 'batch_size is 0'),
     (dict(output='-', resume=True), 'cannot be resumed'),
+    (dict(embeddings='max'), "embeddings='max' is not one of none, mean, first"),
+    (dict(output='x.jsonl.gz'), 'cannot hold'),
   ],
 )
 def test_mistakes_are_one_clear_line(run, words, tmp_path, overrides, message):
@@ -267,4 +385,4 @@ def test_the_input_is_not_overwritten(run, words):
 def test_lines_end_where_the_file_says(tmp_path):
   path = tmp_path / 'in.txt'
   path.write_bytes('\ufeffa\u2028b\r\nc\n\nd'.encode())
-  assert list(infer_lib.read_inputs(str(path), 'auto', Columns())) == ['a\u2028b', 'c', '', 'd']
+  assert list(pairs.read_inputs(str(path))) == ['a\u2028b', 'c', '', 'd']

@@ -136,6 +136,9 @@ def stream_text(
   """
   if first is not None:
     raise UsageError(f'{split_to_pattern} is streamed: put its first {first} lines into a file')
+  paths = {split: text_files.expand(pattern) for split, pattern in split_to_pattern.items()}
+  if any(path.endswith('.zst') for found in paths.values() for path in found):
+    raise UsageError(f'{split_to_pattern} is streamed, plain or as .gz: pack .zst anew with gzip')
 
   def read(path: tf.Tensor) -> tf.data.Dataset:
     # compression_type '' and 'GZIP' may be a tensor, one per file.
@@ -143,7 +146,7 @@ def stream_text(
     dataset = tf.data.TextLineDataset(path, compression_type=compression)
     return dataset.map(lambda line: {'targets': line})
 
-  return seqio.FileDataSource(read, {k: text_files.expand(v) for k, v in split_to_pattern.items()})
+  return seqio.FileDataSource(read, paths)
 
 
 def _not_empty(values: list, pattern: str) -> list:

@@ -1,0 +1,145 @@
+"""The file that infer writes: whole after a kill, continued, and made a table at the end.
+
+A line of JSON is appended for each input. Of JSONL that is the output itself; CSV, Parquet and .npy
+are made of OUTPUT.partial.jsonl once every line is there, and appear by one rename.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from t5x_lite.data import pairs
+from t5x_lite.errors import UsageError
+from t5x_lite.runs import files
+
+Entry = dict[str, Any]
+# The columns of a table that there is no row for.
+_COLUMNS = {'prediction': ('input', 'prediction', 'score'), 'embedding': ('input', 'embedding')}
+
+
+class OutputFile:
+  """Of predictions, or of embeddings of `width` numbers, 0 where each position has its own."""
+
+  def __init__(self, path: str, *, key: str, width: int = 0):
+    """Checks that the file can hold it; `key` is 'prediction' or 'embedding'."""
+    self.path, self._key, self._width = path, key, width
+    self._ending = os.path.splitext(path)[1].lower()
+    self.lines = f'{path}.partial.jsonl' if self._ending in ('.csv', '.parquet', '.npy') else path
+    cannot = {'.gz': True, '.zst': True, '.csv': key == 'embedding', '.npy': not width}
+    if cannot.get(self._ending):
+      can = '.jsonl and .parquet can, .csv predictions, .npy embeddings that are pooled'
+      raise UsageError(f'{path} cannot hold {key}s: {can}')
+
+  def holds_something(self) -> bool:
+    """Whether there are predictions already."""
+    places = map(epath.Path, (self.path, self.lines))
+    return any(place.exists() and place.stat().length for place in places)
+
+  def is_whole(self, inputs: Iterator[str]) -> bool:
+    """Whether a table was made; UsageError if it is not of these inputs."""
+    if self.path == self.lines or epath.Path(self.lines).exists() or not self.holds_something():
+      return False
+    if self._ending == '.npy':
+      with epath.Path(self.path).open('rb') as file:
+        same = len(np.load(file)) == sum(1 for _ in inputs)
+    else:
+      written = pairs.read_inputs(self.path, pairs.Columns(input='input'))
+      same = all(a == b for a, b in itertools.zip_longest(written, inputs))
+    if not same:
+      raise UsageError(f'{self.path} is whole, but of another input: start over with --overwrite')
+    return True
+
+  def resume(self, inputs: Iterator[str], window: int) -> int:
+    """Cuts what is written to whole windows, so that the rest is decoded as ever.
+
+    Returns the number of lines that stay. Raises UsageError if they are of another input.
+    """
+    path, ends = epath.Path(self.lines), [0]  # byte offset after each good line
+    if not path.exists():
+      return 0
+    with path.open('rb') as file:
+      for number, line in enumerate(file, start=1):
+        try:
+          entry = json.loads(line) if line.endswith(b'\n') else {}
+          written = entry['input']
+        except (ValueError, KeyError, TypeError):  # no JSON, no UTF-8
+          break
+        if written != next(inputs, None) or self._key not in entry:
+          what = f'{path}:{number} is not the {self._key} of line {number} of this input'
+          raise UsageError(f'{what}: give --overwrite instead of --resume to start over')
+        ends.append(ends[-1] + len(line))
+    kept = len(ends) - 1
+    if next(inputs, None) is not None:
+      kept = kept // window * window
+    if '://' in self.lines:
+      path.write_bytes(path.read_bytes()[: ends[kept]])
+    else:
+      os.truncate(self.lines, ends[kept])
+    return kept
+
+  @contextlib.contextmanager
+  def open(self, *, append: bool) -> Iterator[Callable[[Entry], None]]:
+    """Yields a function that writes one object, at once."""
+    path, opened = epath.Path(self.lines), contextlib.nullcontext(sys.stdout)
+    try:
+      if self.path != '-':
+        opened = files.retried(path, lambda: path.open('a' if append else 'w'))
+    except OSError as error:
+      raise UsageError(f'cannot write {path}: {error.strerror}') from error
+    with opened as file:
+
+      def write(entry: Entry) -> None:
+        try:
+          file.write(json.dumps(entry, ensure_ascii=False) + '\n')
+          files.retried(path, file.flush)
+        except OSError as error:
+          why = f'{error.strerror}; make room, and continue with --resume'
+          raise UsageError(f'cannot write {path}: {why}') from error
+
+      yield write
+
+  def finish(self, num_lines: int) -> None:
+    """Makes the table of all lines, if the output is one."""
+    if self.path == self.lines:
+      return
+    path, lines = epath.Path(self.path), epath.Path(self.lines)
+    temporary = path.parent / f'{path.name}.tmp'
+    with lines.open('rb') as source, temporary.open('wb') as target:
+      entries: Iterator[Entry] = map(json.loads, source)
+      if self._ending == '.npy':
+        header = {'descr': '<f4', 'fortran_order': False, 'shape': (num_lines, self._width)}
+        np.lib.format.write_array_header_1_0(target, header)
+        for entry in entries:
+          target.write(np.asarray(entry[self._key], '<f4').tobytes())
+      else:
+        self._write_table(target, entries)
+    temporary.replace(path)
+    lines.unlink()
+
+  def _write_table(self, target: Any, entries: Iterator[Entry]) -> None:
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    is_csv = self._ending == '.csv'
+    best = {'prediction': pa.string(), 'score': pa.float64()}
+    vector = pa.list_(pa.float32(), self._width or -1)
+    kinds = {**best, 'input': pa.string(), 'normalization': pa.string(), 'truncated': pa.bool_()}
+    kinds['n_best'] = pa.string() if is_csv else pa.list_(pa.struct(best.items()))
+    kinds['embedding'] = vector if self._width else pa.list_(vector)
+    first = next(entries, None)
+    names = [name for name in first or _COLUMNS[self._key] if name != 'truncated']
+    schema = pa.schema([(name, kinds[name]) for name in (*names, 'truncated')])
+    rows = itertools.chain([first] if first else [], entries)
+    with (csv.CSVWriter if is_csv else parquet.ParquetWriter)(target, schema) as writer:
+      while chunk := [{'truncated': False, **row} for row in itertools.islice(rows, 1024)]:
+        for row in chunk:
+          if is_csv and 'n_best' in row:  # as text, which CSV has alone
+            row['n_best'] = json.dumps(row['n_best'], ensure_ascii=False)
+        writer.write_table(pa.Table.from_pylist(chunk, schema))

@@ -1,0 +1,86 @@
+import json
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from t5x_lite.data import pairs
+from t5x_lite.errors import UsageError
+from t5x_lite.programs.output_file import OutputFile
+
+# What a table must quote, and rows that only differ in what is not there.
+TEXTS = ['a, "b"', 'two\nlines\rand\ttabs', '', 'müßig \u2028 x', "'", 'NULL', '=1+1']
+BEST = [{'prediction': 'x', 'score': 0.5}]
+ROWS = [
+  {'input': text, 'prediction': text[::-1], 'score': -0.1 * i, 'n_best': BEST}
+  for i, text in enumerate(TEXTS)
+]
+ROWS[3]['truncated'] = True
+
+
+def fill(file, rows, *, append=False):
+  with file.open(append=append) as write:
+    for row in rows:
+      write(row)
+
+
+@pytest.mark.parametrize('ending', ['csv', 'parquet'])
+def test_a_table_holds_what_the_lines_held(tmp_path, ending):
+  path = str(tmp_path / f'out.{ending}')
+  file = OutputFile(path, key='prediction')
+  fill(file, ROWS)
+  assert not (tmp_path / f'out.{ending}').exists()
+  file.finish(len(ROWS))
+  assert [p.name for p in tmp_path.iterdir()] == [f'out.{ending}']
+  for name, wanted in (('input', TEXTS), ('prediction', [text[::-1] for text in TEXTS])):
+    assert list(pairs.read_inputs(path, pairs.Columns(input=name))) == wanted
+  if ending == 'parquet':
+    rows = parquet.read_table(path).to_pylist()
+    assert rows == [{'truncated': False, **row} for row in ROWS]
+  assert file.is_whole(iter(TEXTS))
+  for other in (TEXTS[:-1], [*TEXTS, 'more'], [*TEXTS[:-1], 'x']):
+    with pytest.raises(UsageError, match='of another input'):
+      file.is_whole(iter(other))
+
+
+@pytest.mark.parametrize('ending', ['npy', 'parquet', 'jsonl'])
+def test_embeddings_keep_every_bit(tmp_path, ending):
+  vectors = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+  file = OutputFile(str(tmp_path / f'out.{ending}'), key='embedding', width=3)
+  numbers = vectors.astype(str).astype(float).tolist()
+  fill(file, [{'input': str(i), 'embedding': row} for i, row in enumerate(numbers)])
+  file.finish(5)
+  path = tmp_path / f'out.{ending}'
+  if ending == 'npy':
+    found = np.load(path)
+  elif ending == 'parquet':
+    found = np.asarray(parquet.read_table(path)['embedding'].to_pylist(), np.float32)
+  else:
+    found = np.asarray([json.loads(x)['embedding'] for x in path.open()], np.float32)
+  np.testing.assert_array_equal(found, vectors)
+  if ending == 'npy':
+    assert found.dtype == np.float32 and file.is_whole(iter('01234'))
+    with pytest.raises(UsageError, match='of another input'):
+      file.is_whole(iter('0123'))
+
+
+@pytest.mark.parametrize('ending', ['jsonl', 'csv', 'parquet'])
+def test_no_predictions_are_lost_to_another_input(tmp_path, ending):
+  file = OutputFile(str(tmp_path / f'out.{ending}'), key='prediction')
+  fill(file, ROWS)
+  before = (tmp_path / file.lines).read_bytes()
+  for other in (TEXTS[:4], [], ['x', *TEXTS]):
+    with pytest.raises(UsageError, match=r'is not the prediction of line .* --overwrite'):
+      file.resume(iter(other), 2)
+  if ending != 'csv':
+    with pytest.raises(UsageError, match='is not the embedding of line 1'):
+      OutputFile(file.path, key='embedding').resume(iter(TEXTS), 2)
+  assert (tmp_path / file.lines).read_bytes() == before
+  assert file.resume(iter(TEXTS), 4) == len(TEXTS)
+  assert file.resume(iter([*TEXTS, 'more']), 4) == 4
+
+
+@pytest.mark.parametrize('name', ['x.csv', 'x.npy', 'x.jsonl.gz', 'x.parquet.zst'])
+def test_endings_that_cannot_hold_it(tmp_path, name):
+  with pytest.raises(UsageError, match='cannot hold embeddings'):
+    OutputFile(str(tmp_path / name), key='embedding')
