@@ -44,14 +44,29 @@ def log_prob(logits_RV, tokens_R) -> jax.Array:
   return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
 
 
-def _sample(logits_RV, keys_R, temperature_R, config: DecodingConfig) -> jax.Array:
-  """Returns tokens_R; a row of temperature 0 is greedy."""
-  greedy_R = likeliest(logits_RV)
+def _filtered(logits_RV, temperature_R, config: DecodingConfig) -> jax.Array:
+  """Returns the logits that a row is sampled by, if its temperature is not 0."""
   logits_RV = logits_RV / jnp.where(temperature_R > 0, temperature_R, 1.0)[:, None]
   for hide in processors.make_filters(config):
     logits_RV = hide(logits_RV)
+  return logits_RV
+
+
+def _sample(logits_RV, keys_R, temperature_R, config: DecodingConfig) -> jax.Array:
+  """Returns tokens_R; a row of temperature 0 is greedy."""
+  greedy_R = likeliest(logits_RV)
+  logits_RV = _filtered(logits_RV, temperature_R, config)
   drawn_R = jax.vmap(jax.random.categorical)(keys_R, logits_RV)
   return jnp.where(temperature_R > 0, drawn_R, greedy_R)
+
+
+def probabilities(logits_RV, temperature_R, config: DecodingConfig) -> jax.Array:
+  """Returns what a token is drawn with; 1 for the likeliest without a temperature, or at 0."""
+  greedy_RV = jax.nn.one_hot(likeliest(logits_RV), logits_RV.shape[-1])
+  if temperature_R is None:
+    return greedy_RV
+  probs_RV = jax.nn.softmax(_filtered(logits_RV, temperature_R, config), axis=-1)
+  return jnp.where(temperature_R[:, None] > 0, probs_RV, greedy_RV)
 
 
 def decode(
@@ -87,7 +102,7 @@ def decode(
     scored: whether scores and log-probabilities are wanted.
     grow: see `loop.run`.
   """
-  L, n = config.length, config.rows_per_input
+  L = config.length
   sampled = config.temperature != 0.0 or temperature_R is not None
   if sampled and keys_R is None:
     raise ValueError('Sampling needs keys.')
@@ -131,6 +146,12 @@ def decode(
     going=lambda s: ~jnp.all(s.ended_R),
     result=lambda s: (s.tokens_RL, s.log_probs_RL),
   )
+  return ranked(tokens_RL, log_probs_RL, config, eos_id)
+
+
+def ranked(tokens_RL, log_probs_RL, config: DecodingConfig, eos_id: int) -> Decoded:
+  """Returns the outputs of each input: all, or the best of `best_of`."""
+  L, n = config.length, config.rows_per_input
   tokens_BnL = tokens_RL.reshape(-1, n, L)
   if log_probs_RL is None:
     return Decoded(tokens_BnL, None, None)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t5x_lite.decoding import beam_search, loop, sampling
+from t5x_lite.decoding import beam_search, loop, sampling, speculative
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.decoding.loop import Decoded
 from t5x_lite.decoding.processors import Processor
-from t5x_lite.models import prefill
+from t5x_lite.models import prefill, t5
+from t5x_lite.models.config import T5Config
 from t5x_lite.training import losses
 
 Batch = Mapping[str, Array]
@@ -56,6 +57,10 @@ class Ensemble:
     """Returns logits_BV of the next token."""
     return self._each(cache, lambda model, one: model.decode_step(tokens_B, one))
 
+  def decode_steps(self, tokens_BL: Array, cache: 'Caches') -> tuple[Array, 'Caches']:
+    """Returns logits_BLV of what follows each token."""
+    return self._each(cache, lambda model, one: model.decode_steps(tokens_BL, one))
+
   def _each(self, cache: 'Caches', read: Callable[..., Any]) -> tuple[Array, 'Caches']:
     pairs = zip(self._models, cache.parts, strict=True)
     logits, caches = zip(*(read(model, one) for model, one in pairs), strict=True)
@@ -85,9 +90,14 @@ def _merge(graphdef: Any, params: Any) -> Any:
 
 
 def make_predict_step(
-  graphdef: Any, config: DecodingConfig, scored: bool = True, extra: tuple[Processor, ...] = ()
+  graphdef: Any,
+  config: DecodingConfig,
+  scored: bool = True,
+  extra: tuple[Processor, ...] = (),
+  draft: T5Config | None = None,
+  draft_tokens: int = 4,
 ) -> Callable[..., Decoded]:
-  """Returns predict_step(params, batch, key) -> Decoded.
+  """Returns predict_step(params, batch, key, draft_params) -> Decoded.
 
   The batch has, unpacked and of B rows each:
     encoder_input_tokens: of a model with an encoder.
@@ -97,10 +107,11 @@ def make_predict_step(
     seeds: of each row's sampling, folded into the key; its number by default.
     temperature: of each row, instead of the config's.
 
-  Beams have scores even if not asked for; extra processors come after the config's.
+  Beams have scores even if not asked for; extra processors come after the config's. A draft is a
+  smaller model that proposes draft_tokens at a time: see `speculative`.
   """
 
-  def predict_step(params, batch: Batch, key: Array | None = None) -> Decoded:
+  def predict_step(params, batch: Batch, key: Array | None = None, draft_params=None) -> Decoded:
     model = _merge(graphdef, params)
     cfg = model.cfg
     inputs = batch.get('encoder_input_tokens')
@@ -108,15 +119,20 @@ def make_predict_step(
     B = next(iter(batch.values())).shape[0]
     P = 0 if prompts_BP is None else prompts_BP.shape[1]
     n = config.rows_per_input
-    encoded = None if inputs is None else model.encode(inputs)
-    T = P + min(config.length, loop.FIRST_STAGE)
-    cache = model.init_cache(encoded, inputs, batch_size=B * n, max_decode_length=T)
-    prompt = None
-    if prompts_BP is not None:
+
+    def begin(model: Any, length: int) -> tuple[Any, loop.Prompt | None]:
+      """Returns a cache for so many new tokens, and the prompt that it holds."""
+      encoded = None if inputs is None else model.encode(inputs)
+      cache = model.init_cache(encoded, inputs, batch_size=B * n, max_decode_length=P + length)
+      if prompts_BP is None:
+        return cache, None
       lengths_B = batch['decoder_prompt_lengths']
       read = Ensemble.prefill if isinstance(model, Ensemble) else prefill.prefill
       logits_RV, cache = read(model, cache, prompts_BP, lengths_B)
-      prompt = loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
+      return cache, loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
+
+    # A cache grows, unless its rows have positions of their own.
+    cache, prompt = begin(model, config.length if draft else min(config.length, loop.FIRST_STAGE))
     common: dict[str, Any] = {
       'num_rows': B * n,
       'config': config,
@@ -136,8 +152,16 @@ def make_predict_step(
       row_of = jax.vmap(jax.random.fold_in, (None, 0))
       keys_B = row_of(key, batch.get('seeds', jnp.arange(B)))
       keys_R = jax.vmap(row_of, (0, None))(keys_B, jnp.arange(n)).reshape(-1)
-    return sampling.decode(
-      model.decode_step, cache, keys_R=keys_R, temperature_R=temperature_R, scored=scored, **common
+    common |= {'keys_R': keys_R, 'temperature_R': temperature_R, 'scored': scored}
+    if draft is None:
+      return sampling.decode(model.decode_step, cache, **common)
+    del common['grow']
+    small = _merge(t5.abstract_params(draft)[0], draft_params)
+    return speculative.decode(
+      *(model.decode_steps, cache, small.decode_step, begin(small, config.length)[0]),
+      draft_tokens=draft_tokens,
+      rewind=lambda cache, index_R: cache.rewound(index_R),
+      **common,
     )
 
   return predict_step

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from t5x_lite.data import model_inputs
-from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.data.vocabularies import Vocabulary, VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import decoding_config
 from t5x_lite.decoding.processors import Processor
 from t5x_lite.errors import UsageError
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.placement import Placement
+from t5x_lite.runs import run_directory
 
 # Relative positions reach as far as one likes, memory does not.
 MAX_INPUT_TOKENS = 1024
@@ -32,6 +33,7 @@ class Generation:
   params: Any
   placement: Placement
   vocabulary: Vocabulary | None
+  vocabulary_config: VocabularyConfig | None = None
   lengths: Mapping[str, int] = types.MappingProxyType({})
 
   def generate(
@@ -46,6 +48,8 @@ class Generation:
     prefix: Any = None,
     processors: Sequence[Processor] = (),
     bidirectional_prefix: bool | None = None,
+    draft: 'Generation | None' = None,
+    draft_tokens: int = 4,
     return_scores: bool = False,
     return_log_probs: bool = False,
     **settings: Any,
@@ -65,6 +69,9 @@ class Generation:
       processors: functions (logits_RV, history) -> logits_RV, see decoding/processors.py; each must
         be one object from call to call, or everything is compiled again.
       bidirectional_prefix: a decoder's, instead of the config's.
+      draft: a smaller model of the same vocabulary, which proposes draft_tokens at a time that this
+        one reads at once; greedily with the same outputs, sampled from the same distribution.
+      draft_tokens: how many; more pay where the two agree more often.
       return_scores: return (outputs, scores); a score is the sum of the log-probabilities, of beams
         and best_of divided as `DecodingConfig.normalization` says.
       return_log_probs: also return, last, the log-probabilities of the tokens, EOS included.
@@ -91,11 +98,14 @@ class Generation:
         raise UsageError(f'generate got {len(rows)} inputs and {len(given)} of {name}')
     # Few sizes, so that what is compiled serves the next call too.
     size = min(batch_size, prediction.padded_length(len(rows), shortest=1))
-    model = self.config
+    models = [self.config, *([] if draft is None else [draft.config])]
     if bidirectional_prefix is not None:
-      model = model.replace(bidirectional_prefix=bidirectional_prefix)
+      models = [one.replace(bidirectional_prefix=bidirectional_prefix) for one in models]
+    pair: Any = self.vocabulary_config, draft and draft.vocabulary_config
+    if None not in pair and not run_directory.same_vocabulary(*pair):
+      raise UsageError('the draft has another vocabulary: its tokens mean something else')
     predictor = prediction.Predictor(
-      model,
+      models[0],
       placement=self.placement,
       decoding=config,
       batch_size=size,
@@ -103,13 +113,18 @@ class Generation:
       seed=0 if isinstance(seed, Sequence | np.ndarray) else seed,
       scored=return_scores or return_log_probs,
       extra=tuple(processors),
+      draft=models[1] if draft else None,
+      draft_tokens=draft_tokens,
     )
+    draft_params = draft and draft.params
     each: dict[str, Any] = {'prefixes': prefixes, 'seeds': seeds, 'temperatures': temperatures}
     found: list[list[prediction.Output]] = []
     for index, start in enumerate(range(0, len(rows), size)):
       part = slice(start, start + size)
       given = {name: values and values[part] for name, values in each.items()}
-      found += predictor.predict_all(self.params, rows[part], index=index, **given)
+      found += predictor.predict_all(
+        self.params, rows[part], index=index, draft_params=draft_params, **given
+      )
 
     def read(row: int, output: prediction.Output) -> Any:
       tokens = [*(prefixes[row] if prefixes else ()), *output.tokens]

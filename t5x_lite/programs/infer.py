@@ -22,7 +22,7 @@ from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.runs import files, progress
+from t5x_lite.runs import files, progress, run_directory
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ def infer(
   output: str,
   adapter: str = '',
   param_dtype: str = '',
+  draft_model: str = '',
+  draft_tokens: int = 4,
   input_format: str = 'auto',
   field: str = '',
   template: str = '',
@@ -64,6 +66,9 @@ def infer(
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
     param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
       the checkpoint's own by default.
+    draft_model: a smaller model of the same vocabulary, whose proposals the model reads several at
+      once: the same outputs sooner, see docs/generation.md.
+    draft_tokens: how many it proposes at a time.
     input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet' or
       'datasets'; 'auto' goes by the file's ending.
     field: the input's, or number from 0 without a header; a usual name or the only one by default.
@@ -95,6 +100,9 @@ def infer(
     num_lines = sum(1 for _ in read_inputs(input, input_format, columns))
   models = trained_model.open_together(model, adapter=adapter, param_dtype=param_dtype)
   run = models[0]
+  draft = trained_model.open_model(draft_model, param_dtype=param_dtype) if draft_model else None
+  if draft and not run_directory.same_vocabulary(draft.vocabulary, run.vocabulary):
+    raise UsageError(f'{draft_model} has another vocabulary than {run.path}: it cannot draft')
 
   # ---- Model ----
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
@@ -106,8 +114,13 @@ def infer(
     batch_size=batch_size,
     max_input_length=max_input_length,
     seed=seed,
+    draft=draft and draft.config,
+    draft_tokens=draft_tokens,
   )
   params = trained_model.load_together(models, predictor.abstract_params)
+  draft_params = draft and draft.load_params(
+    model_sharding.inference_params(draft.config, predictor.placement)
+  )
   log.info('predicting with %s', ', '.join(one.checkpoint for one in models))
 
   # ---- Loop ----
@@ -142,7 +155,8 @@ def infer(
       ids = [vocabulary.encode(prefix + text) for text in batch]
       # EOS takes the last place: the model saw no input without one.
       rows = [[*row[: max_input_length - len(end)], *end] for row in ids]
-      outputs = predictor.predict_all(params, rows, index=done // predictor.batch_size)
+      index = done // predictor.batch_size
+      outputs = predictor.predict_all(params, rows, index=index, draft_params=draft_params)
       for text, row, found in zip(batch, ids, outputs, strict=True):
         done += 1
         entry = entry_of(text, found)
