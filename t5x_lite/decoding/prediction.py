@@ -89,7 +89,6 @@ class Predictor:
     scored: bool = True,
     extra: tuple[Processor, ...] = (),
     draft: T5Config | None = None,
-    draft_tokens: int = 4,
   ):
     """Compiles nothing yet.
 
@@ -103,11 +102,10 @@ class Predictor:
       scored: whether scores are wanted; without, some work less.
       extra: processors that are applied after those of `decoding`.
       draft: a smaller model that proposes tokens, see `speculative`.
-      draft_tokens: how many at a time.
 
     Raises:
-      UsageError: if the model does not write outputs, has no such ids as `decoding` names, or the
-        draft cannot propose what it reads.
+      UsageError: if the model does not write outputs, or its ids are not those of `decoding` or the
+        draft.
     """
     if not model.has_decoder:
       raise UsageError(
@@ -115,14 +113,12 @@ class Predictor:
         "'encoder_decoder' or 'decoder'"
       )
     assert not (decoding.labels or decoding.forbidden_words), 'not resolved'
-    _check_ids(decoding, model.vocab_size)
-    if draft is not None:
-      _check_draft(draft, draft_tokens, model, decoding)
+    _check(model, decoding, draft)
     self.model, self.placement, self.decoding = model, placement, decoding
     self.batch_size, self.max_input_length = placement.whole_batch(batch_size), max_input_length
     self._key = jax.random.key(seed)
     self._step = model_sharding.jit_step(
-      steps.make_predict_step, model, placement, decoding, scored, extra, draft, draft_tokens
+      steps.make_predict_step, model, placement, decoding, scored, extra, draft
     )
 
   @property
@@ -146,19 +142,17 @@ class Predictor:
     prefixes: Sequence[Sequence[int]] | None = None,
     seeds: Sequence[int] | None = None,
     temperatures: Sequence[float] | None = None,
-    draft_params: Any = None,
   ) -> list[list[Output]]:
     """Decodes at most `batch_size` inputs; returns the outputs of each.
 
     Args:
-      params: as `abstract_params` describes, or in any other float dtype.
+      params: as `abstract_params` describes, or in any other float dtype; a pair with a draft's.
       rows: token ids of each input, EOS included if the model expects it.
       index: of this batch; sampling differs from one to the next.
       prefixes: ids that each output is to begin with; they are read in one pass, are no part of the
         output, and do not count.
       seeds: of each row's sampling, whatever batch it is in.
       temperatures: of each row, instead of the config's; 0 is greedy.
-      draft_params: of the draft, if there is one.
     """
     assert 0 < len(rows) <= self.batch_size, len(rows)
     longest = max(map(len, rows))
@@ -187,30 +181,23 @@ class Predictor:
     # Every process holds all rows.
     put = jax.make_array_from_callback
     on_mesh = {name: put(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
-    decoded = self._step(params, on_mesh, self._key, draft_params)
-    return _outputs(self.model, decoded, len(rows))
+    return _outputs(self.model, self._step(params, on_mesh, self._key), len(rows))
 
 
-def _check_ids(decoding: DecodingConfig, vocab_size: int) -> None:
-  """Refuses ids that the model has no logit for."""
-  rows = {name: getattr(decoding, name) for name in ('forbidden_tokens', 'allowed_outputs')}
-  rows |= {name: [(getattr(decoding, name) or 0,)] for name in ('forced_bos_id', 'forced_eos_id')}
-  for name, sequences in rows.items():
-    for token in itertools.chain(*sequences):
-      if not 0 <= token < vocab_size:
-        raise UsageError(f'{name} has the id {token}; the model has 0 to {vocab_size - 1}')
-
-
-def _check_draft(draft: T5Config, tokens: int, model: T5Config, decoding: DecodingConfig) -> None:
-  """Refuses a draft whose tokens mean something else, and a search that draws none."""
+def _check(model: T5Config, decoding: DecodingConfig, draft: T5Config | None) -> None:
+  """Refuses ids that the model has no logit for, and a draft that is of no use to it."""
+  ids = {name: getattr(decoding, name) for name in ('forbidden_tokens', 'allowed_outputs')}
+  ids |= {name: [[getattr(decoding, name) or 0]] for name in ('forced_bos_id', 'forced_eos_id')}
+  for name, rows in ids.items():
+    for token in itertools.chain(*rows):
+      if not 0 <= token < model.vocab_size:
+        raise UsageError(f'{name} has the id {token}; the model has 0 to {model.vocab_size - 1}')
   for name in ('architecture', 'vocab_size', 'decoder_start_id', 'eos_id', 'pad_id'):
-    ours, theirs = getattr(model, name), getattr(draft, name)
+    ours, theirs = getattr(model, name), getattr(draft or model, name)
     if ours != theirs:
-      raise UsageError(f'the draft has {name}={theirs!r}, the model {ours!r}: it needs the same')
-  if decoding.num_beams > 1:
+      raise UsageError(f'the draft has {name}={theirs!r}, the model {ours!r}: take one of its kind')
+  if draft and decoding.num_beams > 1:
     raise UsageError(f'num_beams is {decoding.num_beams}: a draft is for greedy search and samples')
-  if tokens < 1:
-    raise UsageError(f'draft_tokens is {tokens}; it must be at least 1')
 
 
 def call_step(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t5x_lite.decoding import beam_search, loop, sampling, speculative
+from t5x_lite.decoding import beam_search, loop, sampling
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.decoding.loop import Decoded
 from t5x_lite.decoding.processors import Processor
@@ -95,9 +95,8 @@ def make_predict_step(
   scored: bool = True,
   extra: tuple[Processor, ...] = (),
   draft: T5Config | None = None,
-  draft_tokens: int = 4,
 ) -> Callable[..., Decoded]:
-  """Returns predict_step(params, batch, key, draft_params) -> Decoded.
+  """Returns predict_step(params, batch, key) -> Decoded.
 
   The batch has, unpacked and of B rows each:
     encoder_input_tokens: of a model with an encoder.
@@ -107,11 +106,12 @@ def make_predict_step(
     seeds: of each row's sampling, folded into the key; its number by default.
     temperature: of each row, instead of the config's.
 
-  Beams have scores even if not asked for; extra processors come after the config's. A draft is a
-  smaller model that proposes draft_tokens at a time: see `speculative`.
+  Beams have scores even if not asked for; extra processors come after the config's. With a draft, a
+  smaller model (see `speculative`), params are a pair, its own last.
   """
 
-  def predict_step(params, batch: Batch, key: Array | None = None, draft_params=None) -> Decoded:
+  def predict_step(params, batch: Batch, key: Array | None = None) -> Decoded:
+    params, small_params = params if draft else (params, None)
     model = _merge(graphdef, params)
     cfg = model.cfg
     inputs = batch.get('encoder_input_tokens')
@@ -131,7 +131,7 @@ def make_predict_step(
       logits_RV, cache = read(model, cache, prompts_BP, lengths_B)
       return cache, loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
 
-    # A cache grows, unless its rows have positions of their own.
+    # Caches of drafts do not grow.
     cache, prompt = begin(model, config.length if draft else min(config.length, loop.FIRST_STAGE))
     common: dict[str, Any] = {
       'num_rows': B * n,
@@ -145,36 +145,42 @@ def make_predict_step(
     }
     if config.num_beams > 1:
       common['reorder'] = lambda cache, parents_BK: cache.reordered(parents_BK)
-      return beam_search.search(model.decode_step, cache.for_beams(n), **common)
+      cache = cache.for_beams(n // config.num_beam_groups)
+      return beam_search.search(model.decode_step, cache, **common)
     keys_R, temperature_B = None, batch.get('temperature')
     temperature_R = None if temperature_B is None else jnp.repeat(temperature_B, n)
     if key is not None:
       row_of = jax.vmap(jax.random.fold_in, (None, 0))
       keys_B = row_of(key, batch.get('seeds', jnp.arange(B)))
       keys_R = jax.vmap(row_of, (0, None))(keys_B, jnp.arange(n)).reshape(-1)
-    common |= {'keys_R': keys_R, 'temperature_R': temperature_R, 'scored': scored}
-    if draft is None:
-      return sampling.decode(model.decode_step, cache, **common)
-    del common['grow']
-    small = _merge(t5.abstract_params(draft)[0], draft_params)
-    return speculative.decode(
-      *(model.decode_steps, cache, small.decode_step, begin(small, config.length)[0]),
-      draft_tokens=draft_tokens,
-      rewind=lambda cache, index_R: cache.rewound(index_R),
-      **common,
+    step = model.decode_step
+    if draft is not None:
+      small = nnx.merge(t5.abstract_params(draft)[0], small_params)
+      step, cache = small.decode_step, (cache, begin(small, config.length)[0])
+      common['read'] = model.decode_steps
+    return sampling.decode(
+      step, cache, keys_R=keys_R, temperature_R=temperature_R, scored=scored, **common
     )
 
   return predict_step
 
 
-def make_score_step(graphdef: Any) -> Callable[[Any, Batch], Array]:
-  """Returns score_step(params, batch) -> natural log-probability of each row's weighted targets."""
+def make_score_step(graphdef: Any, matches: bool = False) -> Callable[[Any, Batch], Array]:
+  """Returns score_step(params, batch) -> natural log-probability of each row's weighted targets.
+
+  With matches, [B, 2]: also 1 where each of them is the likeliest token, else 0.
+  """
 
   def score_step(params, batch: Batch) -> Array:
     weights, _ = losses.loss_weights_and_normalizer(batch, None)
     logits_BLV = _merge(graphdef, params)(batch)
-    loss_BL, _ = losses.cross_entropy_with_logits(logits_BLV, batch['decoder_target_tokens'])
-    return -jnp.sum(loss_BL * weights, axis=-1)
+    targets_BL = batch['decoder_target_tokens']
+    loss_BL, _ = losses.cross_entropy_with_logits(logits_BLV, targets_BL)
+    score_B = -jnp.sum(loss_BL * weights, axis=-1)
+    if not matches:
+      return score_B
+    matches_BL = (jnp.argmax(logits_BLV, axis=-1) == targets_BL) | (weights == 0)
+    return jnp.stack([score_B, jnp.all(matches_BL, axis=-1)], axis=-1)
 
   return score_step
 

@@ -49,7 +49,6 @@ class Generation:
     processors: Sequence[Processor] = (),
     bidirectional_prefix: bool | None = None,
     draft: 'Generation | None' = None,
-    draft_tokens: int = 4,
     return_scores: bool = False,
     return_log_probs: bool = False,
     **settings: Any,
@@ -69,9 +68,8 @@ class Generation:
       processors: functions (logits_RV, history) -> logits_RV, see decoding/processors.py; each must
         be one object from call to call, or everything is compiled again.
       bidirectional_prefix: a decoder's, instead of the config's.
-      draft: a smaller model of the same vocabulary, which proposes draft_tokens at a time that this
-        one reads at once; greedily with the same outputs, sampled from the same distribution.
-      draft_tokens: how many; more pay where the two agree more often.
+      draft: a smaller model of the same vocabulary, which proposes a few tokens that this one reads
+        at once; greedily with the same outputs, sampled from the same distribution.
       return_scores: return (outputs, scores); a score is the sum of the log-probabilities, of beams
         and best_of divided as `DecodingConfig.normalization` says.
       return_log_probs: also return, last, the log-probabilities of the tokens, EOS included.
@@ -98,14 +96,14 @@ class Generation:
         raise UsageError(f'generate got {len(rows)} inputs and {len(given)} of {name}')
     # Few sizes, so that what is compiled serves the next call too.
     size = min(batch_size, prediction.padded_length(len(rows), shortest=1))
-    models = [self.config, *([] if draft is None else [draft.config])]
+    model = self.config
     if bidirectional_prefix is not None:
-      models = [one.replace(bidirectional_prefix=bidirectional_prefix) for one in models]
+      model = model.replace(bidirectional_prefix=bidirectional_prefix)
     pair: Any = self.vocabulary_config, draft and draft.vocabulary_config
     if None not in pair and not run_directory.same_vocabulary(*pair):
       raise UsageError('the draft has another vocabulary: its tokens mean something else')
     predictor = prediction.Predictor(
-      models[0],
+      model,
       placement=self.placement,
       decoding=config,
       batch_size=size,
@@ -113,18 +111,15 @@ class Generation:
       seed=0 if isinstance(seed, Sequence | np.ndarray) else seed,
       scored=return_scores or return_log_probs,
       extra=tuple(processors),
-      draft=models[1] if draft else None,
-      draft_tokens=draft_tokens,
+      draft=draft.config if draft else None,
     )
-    draft_params = draft and draft.params
+    params = (self.params, draft.params) if draft else self.params
     each: dict[str, Any] = {'prefixes': prefixes, 'seeds': seeds, 'temperatures': temperatures}
     found: list[list[prediction.Output]] = []
     for index, start in enumerate(range(0, len(rows), size)):
       part = slice(start, start + size)
       given = {name: values and values[part] for name, values in each.items()}
-      found += predictor.predict_all(
-        self.params, rows[part], index=index, draft_params=draft_params, **given
-      )
+      found += predictor.predict_all(params, rows[part], index=index, **given)
 
     def read(row: int, output: prediction.Output) -> Any:
       tokens = [*(prefixes[row] if prefixes else ()), *output.tokens]
@@ -200,8 +195,8 @@ class Generation:
       scores /= np.maximum([len(row) for row in wanted], 1)
     return scores
 
-  def _score_rows(self, rows: Rows | None, targets: Rows) -> np.ndarray:
-    """Returns the log-probability of each row of targets, all in one batch."""
+  def _score_rows(self, rows: Rows | None, targets: Rows, matches: bool = False) -> np.ndarray:
+    """Returns what `steps.make_score_step` does of each row of targets, all in one batch."""
     tokens = self._padded(targets, max(map(len, targets)))
     lengths = np.asarray([[len(row)] for row in targets])
     shifted = np.roll(tokens, 1, axis=1)
@@ -213,7 +208,7 @@ class Generation:
     }
     if rows is not None:
       batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
-    return self._call(steps.make_score_step, batch)
+    return self._call(steps.make_score_step, batch, matches)
 
   def classify(
     self,

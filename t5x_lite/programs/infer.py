@@ -40,7 +40,6 @@ def infer(
   adapter: str = '',
   param_dtype: str = '',
   draft_model: str = '',
-  draft_tokens: int = 4,
   input_format: str = 'auto',
   field: str = '',
   template: str = '',
@@ -68,7 +67,6 @@ def infer(
       the checkpoint's own by default.
     draft_model: a smaller model of the same vocabulary, whose proposals the model reads several at
       once: the same outputs sooner, see docs/generation.md.
-    draft_tokens: how many it proposes at a time.
     input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet' or
       'datasets'; 'auto' goes by the file's ending.
     field: the input's, or number from 0 without a header; a usual name or the only one by default.
@@ -114,13 +112,12 @@ def infer(
     batch_size=batch_size,
     max_input_length=max_input_length,
     seed=seed,
-    draft=draft and draft.config,
-    draft_tokens=draft_tokens,
+    draft=draft.config if draft else None,
   )
   params = trained_model.load_together(models, predictor.abstract_params)
-  draft_params = draft and draft.load_params(
-    model_sharding.inference_params(draft.config, predictor.placement)
-  )
+  if draft:
+    specs = model_sharding.inference_params(draft.config, predictor.placement)
+    params = params, draft.load_params(specs)
   log.info('predicting with %s', ', '.join(one.checkpoint for one in models))
 
   # ---- Loop ----
@@ -155,8 +152,7 @@ def infer(
       ids = [vocabulary.encode(prefix + text) for text in batch]
       # EOS takes the last place: the model saw no input without one.
       rows = [[*row[: max_input_length - len(end)], *end] for row in ids]
-      index = done // predictor.batch_size
-      outputs = predictor.predict_all(params, rows, index=index, draft_params=draft_params)
+      outputs = predictor.predict_all(params, rows, index=done // predictor.batch_size)
       for text, row, found in zip(batch, ids, outputs, strict=True):
         done += 1
         entry = entry_of(text, found)

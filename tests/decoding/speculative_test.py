@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import t5x_lite
-from t5x_lite.decoding import loop, speculative
+from t5x_lite.decoding import loop, sampling
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from tests.models import tiny
@@ -18,14 +18,22 @@ V, L = 5, 3
 LARGE, SMALL = (2.0 * jax.random.normal(jax.random.key(seed), (V, V)) for seed in (0, 1))
 
 
-def decode(config, keys_R, *, draft_tokens=2, small=SMALL, **arguments):
-  return speculative.decode(
-    lambda tokens, cache: (LARGE[tokens], cache),
-    (),
+@jax.tree_util.register_static
+class Cache:
+  """Remembers nothing: the next token depends on the last alone."""
+
+  def rewound(self, _):
+    return self
+
+
+CACHE = Cache()
+
+
+def decode(config, keys_R, *, small=SMALL, **arguments):
+  return sampling.decode(
     lambda tokens, cache: (small[tokens], cache),
-    (),
-    draft_tokens=draft_tokens,
-    rewind=lambda cache, _: cache,
+    (CACHE, CACHE),
+    read=lambda tokens, cache: (LARGE[tokens], cache),
     num_rows=len(keys_R) * config.rows_per_input,
     config=config,
     start_id=0,
@@ -55,9 +63,10 @@ def outcomes(table):
 )
 def test_samples_are_distributed_as_the_large_models(settings, draft_tokens, small):
   n, temperature = 40_000, 0.8
+  settings = {**settings, 'draft_tokens': draft_tokens}
   config = DecodingConfig(max_decode_length=L, temperature=temperature, **settings)
   keys_R = jax.random.split(jax.random.key(7), n)
-  run = jax.jit(lambda keys: decode(config, keys, draft_tokens=draft_tokens, small=small))
+  run = jax.jit(lambda keys: decode(config, keys, small=small))
   found = run(keys_R)
   table = LARGE / temperature
   if 'top_k' in settings:
