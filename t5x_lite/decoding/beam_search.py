@@ -9,8 +9,7 @@ moved: `reorder` is told which row each beam continues.
 Groups of beams (Vijayakumar et al. 2016) are searches of their own, but for a penalty on what the
 groups before wrote at this position (transformers' HammingDiversityLogitsProcessor).
 
-Legend: G groups, I inputs, B = I G, K beams of a group, C = 2 K candidates, R = B K rows,
-L new tokens, V vocabulary.
+Legend: I inputs of G groups, B = I G, K beams, C = 2 K candidates, R = B K rows, L tokens, V ids.
 """
 
 import dataclasses

@@ -302,10 +302,8 @@ def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
       cache=cache,
     )
 
-  def unfinished(carry):
-    return (carry[0] < chunk) & jnp.any(carry[1].going_S)
-
-  return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), slots))[1]
+  first = (jnp.zeros((), jnp.int32), slots)
+  return jax.lax.while_loop(lambda c: (c[0] < chunk) & jnp.any(c[1].going_S), body, first)[1]
 
 
 def _choose(logits_SV, s: _Slots) -> jax.Array:

@@ -104,8 +104,7 @@ class Predictor:
       draft: a smaller model that proposes tokens, see `speculative`.
 
     Raises:
-      UsageError: if the model does not write outputs, or its ids are not those of `decoding` or the
-        draft.
+      UsageError: if the model does not write outputs, or `decoding` or the draft do not fit it.
     """
     if not model.has_decoder:
       raise UsageError(

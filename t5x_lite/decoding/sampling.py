@@ -71,8 +71,7 @@ def decode(
     extra: processors that are applied after the config's.
     scored: whether scores and log-probabilities are wanted.
     grow: see `loop.run`.
-    read: feeds several tokens a row; `step` is then that of a draft, and the cache a pair: see
-      `speculative.run`.
+    read: feeds several tokens a row, where `step` is a draft's and the cache a pair: `speculative`.
   """
   L, n = config.length, config.rows_per_input
   sampled = config.temperature != 0.0 or temperature_R is not None

@@ -68,8 +68,7 @@ class Generation:
       processors: functions (logits_RV, history) -> logits_RV, see decoding/processors.py; each must
         be one object from call to call, or everything is compiled again.
       bidirectional_prefix: a decoder's, instead of the config's.
-      draft: a smaller model of the same vocabulary, which proposes a few tokens that this one reads
-        at once; greedily with the same outputs, sampled from the same distribution.
+      draft: a smaller model of the same vocabulary that proposes tokens: see docs/generation.md.
       return_scores: return (outputs, scores); a score is the sum of the log-probabilities, of beams
         and best_of divided as `DecodingConfig.normalization` says.
       return_log_probs: also return, last, the log-probabilities of the tokens, EOS included.
