@@ -129,4 +129,4 @@ def test_needs_a_decoder():
 def test_ids_that_the_model_has_not_are_refused(settings):
   name, config = next(iter(settings)), DecodingConfig(**settings)
   with pytest.raises(UsageError, match=rf'{name} has the id (64|-1|-2); the model has 0 to 63'):
-    make_predictor(tiny.config(), MeshConfig(data=1), decoding=config)
+    make_predictor(tiny.config(), decoding=config)
