@@ -6,7 +6,10 @@ early_stopping='never' the rule to stop is T5X's (t5x/decoding.py:1131), which a
 it returns a hypothesis cut at the length limit only where none has ended. Nothing of the cache is
 moved: `reorder` is told which row each beam continues.
 
-Legend: B inputs, K beams, C = 2 K candidates, R = B K rows, L new tokens, V vocabulary.
+Groups of beams (Vijayakumar et al. 2016) are searches of their own, but for a penalty on what the
+groups before wrote at this position (transformers' HammingDiversityLogitsProcessor).
+
+Legend: I inputs of G groups, B = I G, K beams, C = 2 K candidates, R = B K rows, L tokens, V ids.
 """
 
 import dataclasses
@@ -98,16 +101,31 @@ def search(
   """Returns the num_return_sequences best hypotheses, best first.
 
   Arguments are those of `sampling.decode`, and reorder: (cache, parents_BK) -> cache, where beam k
-  of an input goes on from what its row parents_BK[k] has read.
+  of a group goes on from what its row parents_BK[k] has read.
   """
-  L, K = config.length, config.num_beams
+  L, G = config.length, config.num_beam_groups
+  K = config.num_beams // G
   B = num_rows // K
   chain = [*processors.make_processors(config, eos_id), *extra]
   stop = config.early_stopping
   alpha = config.length_penalty if config.brevity_alpha is None else config.brevity_alpha
 
   def choose(s: _State, logits_RV) -> _State:
+    V, used_BV, new = logits_RV.shape[-1], None, s
+    # Each pass makes one group more right, since it depends on those before alone.
+    for _ in range(G):
+      new = extend(s, logits_RV, used_BV)
+      over_B = ~s.open_B | (jnp.all(s.full_BK, axis=1) & (stop is True))  # and pads from now on
+      written_BK = jnp.where(over_B[:, None], pad_id, new.last_R.reshape(B, K))
+      counts_IGV = jnp.sum(jax.nn.one_hot(written_BK, V), axis=1).reshape(-1, G, V)
+      used_BV = (jnp.cumsum(counts_IGV, axis=1) - counts_IGV).reshape(B, V)
+    return new
+
+  def extend(s: _State, logits_RV, used_BV) -> _State:
+    """Writes a position, where groups before have used tokens so often."""
     new_RV = jax.nn.log_softmax(logits_RV, axis=-1)
+    if used_BV is not None:
+      new_RV -= config.diversity_penalty * jnp.repeat(used_BV, K, axis=0)
     tokens_RL = s.running.tokens_BkL.reshape(num_rows, L)
     new_RV = loop.processed(chain, new_RV, prompt, start_id, tokens_RL, s.position)
     sums_BKV = new_RV.reshape(B, K, -1) + s.running.scores_Bk[:, :, None]
@@ -140,7 +158,8 @@ def search(
     full_BK = _pick(jnp.concatenate([s.full_BK, finished_BC], axis=1), best_BK)
 
     best_length = float(L) if stop == 'never' and alpha > 0.0 else length
-    hope_BK = config.normalized(running_BK[:, :1], best_length)
+    # The rule of groups is that of transformers' older searches: an end is a hope too.
+    hope_BK = config.normalized((running_BK if G == 1 else sum_BC)[:, :1], best_length)
     worst_BK = jnp.where(full_BK, jnp.min(finished.scores_Bk, axis=1, keepdims=True), WORST)
     open_B = s.open_B & jnp.any(hope_BK > worst_BK, axis=1)
     last_R = _pick(token_BC, at_BK).reshape(num_rows)
@@ -167,5 +186,6 @@ def search(
     cache=cache,
   )
   found = loop.run(state, choose, step, L, prompt, grow, going=going, result=lambda s: s.finished)
-  best = jax.tree.map(lambda x: x[:, : config.num_return_sequences], found)
+  found = jax.tree.map(lambda x: x.reshape(-1, G * K, *x.shape[2:]), found)
+  best = _pick(found, jax.lax.top_k(found.scores_Bk, config.num_return_sequences)[1])
   return Decoded(best.tokens_BkL, best.scores_Bk, best.log_probs_BkL)

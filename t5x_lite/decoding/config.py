@@ -18,11 +18,13 @@ _POSITIVE, _FROM_0, _FROM_1, _UP_TO_1, _WITHIN_1 = (
 )
 _BOUNDS: dict[str, tuple[float, float, str]] = {
   **dict.fromkeys(('max_decode_length', 'num_beams', 'num_return_sequences'), _FROM_1),
+  **dict.fromkeys(('num_beam_groups', 'draft_tokens'), _FROM_1),
   **dict.fromkeys(('min_new_tokens', 'top_k', 'no_repeat_ngram_size', 'best_of'), _FROM_0),
   **dict.fromkeys(('min_p', 'epsilon_cutoff', 'eta_cutoff'), _WITHIN_1),
   **dict.fromkeys(('top_p', 'typical_p'), _UP_TO_1),
   'temperature': (0.0, INF, '0 (greedy) or positive'),
   'repetition_penalty': _POSITIVE,
+  'diversity_penalty': _FROM_0,
 }
 _OF_SAMPLING = ('top_k', 'top_p', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff', 'best_of')
 _IDS = ('max_decode_length', 'forced_bos_id', 'forced_eos_id')
@@ -62,6 +64,9 @@ class DecodingConfig:
       paper: 0.6); None for length_penalty.
     early_stopping: True stops an input's search at num_beams finished hypotheses; False when no
       running one is better now; 'never' when none can become better.
+    draft_tokens: what a draft proposes at a time, where there is one.
+    num_beam_groups: parts that the beams are searched in, each unlike those before it.
+    diversity_penalty: taken from a log-probability as often as groups before write its token there.
     num_return_sequences: outputs for each input: the best beams, or samples.
     best_of: draw this many samples and return the best by length-normalised score.
   """
@@ -92,6 +97,9 @@ class DecodingConfig:
   length_penalty: float = 1.0
   brevity_alpha: float | None = None
   early_stopping: bool | str = False
+  draft_tokens: int = 4
+  num_beam_groups: int = 1
+  diversity_penalty: float = 0.0
   num_return_sequences: int = 1
   best_of: int = 0
 
@@ -133,6 +141,10 @@ class DecodingConfig:
     if self.num_beams == 1:
       ranks = () if self.best_of else ('length_penalty', 'brevity_alpha')
       self._refuse((*ranks, 'early_stopping'), 'but num_beams is 1: it ranks beams')
+    fine = self.num_beams % self.num_beam_groups == 0
+    self._check(fine, 'num_beam_groups', f'a divisor of num_beams, {self.num_beams}')
+    fine = (self.num_beam_groups > 1) == (self.diversity_penalty > 0)
+    self._check(fine, 'diversity_penalty', 'above 0 with num_beam_groups above 1, and else 0')
     if self.regex:
       self._refuse(['json_schema'], 'but regex is set too: choose one of them')
     if self.brevity_alpha is not None:
@@ -173,7 +185,8 @@ class DecodingConfig:
   @property
   def normalization(self) -> str:
     """Says what a score is, for whoever reads it."""
-    total = 'sum of log-probabilities'
+    less = ' less penalties' if self.diversity_penalty else ''
+    total = f'sum of log-probabilities{less}'
     if self.num_beams == 1 and not self.best_of:
       return total
     if self.brevity_alpha is not None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from t5x_lite.decoding import prediction, sampling
+from t5x_lite.decoding import loop, prediction
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.models.blocks import Cache
@@ -288,7 +288,7 @@ def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
     i, s = carry
     logits_SV, cache = model.decode_step(s.last_S, s.cache)
     next_S = _choose(logits_SV, s)
-    log_prob_S = sampling.log_prob(logits_SV, next_S)
+    log_prob_S = loop.log_prob(logits_SV, next_S)
     length_S = jnp.where(s.going_S, s.length_S + 1, s.length_S)
     # Out of bounds for slots that have ended, which drops the write.
     at_S = jnp.where(s.going_S, s.length_S, s.tokens_SL.shape[1])
@@ -302,11 +302,8 @@ def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
       cache=cache,
     )
 
-  def unfinished(carry):
-    i, s = carry
-    return (i < chunk) & jnp.any(s.going_S)
-
-  return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), slots))[1]
+  first = (jnp.zeros((), jnp.int32), slots)
+  return jax.lax.while_loop(lambda c: (c[0] < chunk) & jnp.any(c[1].going_S), body, first)[1]
 
 
 def _choose(logits_SV, s: _Slots) -> jax.Array:

@@ -6,6 +6,7 @@ sizes, so that the number of compilations does not depend on the data.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,6 +88,7 @@ class Predictor:
     seed: int = 0,
     scored: bool = True,
     extra: tuple[Processor, ...] = (),
+    draft: T5Config | None = None,
   ):
     """Compiles nothing yet.
 
@@ -99,9 +101,10 @@ class Predictor:
       seed: of sampling.
       scored: whether scores are wanted; without, some work less.
       extra: processors that are applied after those of `decoding`.
+      draft: a smaller model that proposes tokens, see `speculative`.
 
     Raises:
-      UsageError: if the model does not write outputs.
+      UsageError: if the model does not write outputs, or `decoding` or the draft do not fit it.
     """
     if not model.has_decoder:
       raise UsageError(
@@ -109,11 +112,12 @@ class Predictor:
         "'encoder_decoder' or 'decoder'"
       )
     assert not (decoding.labels or decoding.forbidden_words), 'not resolved'
+    _check(model, decoding, draft)
     self.model, self.placement, self.decoding = model, placement, decoding
     self.batch_size, self.max_input_length = placement.whole_batch(batch_size), max_input_length
     self._key = jax.random.key(seed)
     self._step = model_sharding.jit_step(
-      steps.make_predict_step, model, placement, decoding, scored, extra
+      steps.make_predict_step, model, placement, decoding, scored, extra, draft
     )
 
   @property
@@ -141,7 +145,7 @@ class Predictor:
     """Decodes at most `batch_size` inputs; returns the outputs of each.
 
     Args:
-      params: as `abstract_params` describes, or in any other float dtype.
+      params: as `abstract_params` describes, or in any other float dtype; a pair with a draft's.
       rows: token ids of each input, EOS included if the model expects it.
       index: of this batch; sampling differs from one to the next.
       prefixes: ids that each output is to begin with; they are read in one pass, are no part of the
@@ -177,6 +181,22 @@ class Predictor:
     put = jax.make_array_from_callback
     on_mesh = {name: put(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
     return _outputs(self.model, self._step(params, on_mesh, self._key), len(rows))
+
+
+def _check(model: T5Config, decoding: DecodingConfig, draft: T5Config | None) -> None:
+  """Refuses ids that the model has no logit for, and a draft that is of no use to it."""
+  ids = {name: getattr(decoding, name) for name in ('forbidden_tokens', 'allowed_outputs')}
+  ids |= {name: [[getattr(decoding, name) or 0]] for name in ('forced_bos_id', 'forced_eos_id')}
+  for name, rows in ids.items():
+    for token in itertools.chain(*rows):
+      if not 0 <= token < model.vocab_size:
+        raise UsageError(f'{name} has the id {token}; the model has 0 to {model.vocab_size - 1}')
+  for name in ('architecture', 'vocab_size', 'decoder_start_id', 'eos_id', 'pad_id'):
+    ours, theirs = getattr(model, name), getattr(draft or model, name)
+    if ours != theirs:
+      raise UsageError(f'the draft has {name}={theirs!r}, the model {ours!r}: take one of its kind')
+  if draft and decoding.num_beams > 1:
+    raise UsageError(f'num_beams is {decoding.num_beams}: a draft is for greedy search and samples')
 
 
 def call_step(

@@ -11,6 +11,7 @@ tokens of a sequence.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +79,10 @@ def _hide(logits, hidden) -> jax.Array:
   return jnp.where(hidden, -jnp.inf, logits)
 
 
-def make_filters(config: DecodingConfig) -> list[Callable[[jax.Array], jax.Array]]:
-  """Returns what hides tokens from sampling, after the temperature, in order."""
-  filters = (
+def filtered(logits_RV, temperature_R, config: DecodingConfig) -> jax.Array:
+  """Returns what rows are sampled by, if their temperature is not 0: what no filter hides."""
+  logits_RV = logits_RV / jnp.where(temperature_R > 0, temperature_R, 1.0)[:, None]
+  filters: tuple[Any, ...] = (
     (top_k, config.top_k, 0),
     (top_p, config.top_p, 1.0),
     (min_p, config.min_p, 0.0),
@@ -88,7 +90,9 @@ def make_filters(config: DecodingConfig) -> list[Callable[[jax.Array], jax.Array
     (epsilon, config.epsilon_cutoff, 0.0),
     (eta, config.eta_cutoff, 0.0),
   )
-  return [functools.partial(hide, value=value) for hide, value, off in filters if value != off]
+  for keep, value, off in filters:
+    logits_RV = logits_RV if value == off else keep(logits_RV, value=value)
+  return logits_RV
 
 
 # ---- By what has been written ------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.decoding import loop, processors
+from t5x_lite.decoding import loop, processors, speculative
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.decoding.loop import Decoded, Prompt, StepFn
 
@@ -30,26 +30,10 @@ class _State:
   cache: Any
 
 
-def likeliest(logits_RV) -> jax.Array:
-  """Returns the first of the largest, as argmax, which XLA:CPU is six times slower at."""
-  V = logits_RV.shape[-1]
-  is_max_RV = logits_RV == jnp.max(logits_RV, axis=-1, keepdims=True)
-  first_R = jnp.min(jnp.where(is_max_RV, jnp.arange(V, dtype=jnp.int32)[None, :], V), axis=-1)
-  return jnp.minimum(first_R, V - 1)  # not a number is no maximum
-
-
-def log_prob(logits_RV, tokens_R) -> jax.Array:
-  """Returns the natural logarithm of each row's token's probability."""
-  chosen_R = jnp.take_along_axis(logits_RV, tokens_R[:, None], axis=1)[:, 0]
-  return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
-
-
 def _sample(logits_RV, keys_R, temperature_R, config: DecodingConfig) -> jax.Array:
   """Returns tokens_R; a row of temperature 0 is greedy."""
-  greedy_R = likeliest(logits_RV)
-  logits_RV = logits_RV / jnp.where(temperature_R > 0, temperature_R, 1.0)[:, None]
-  for hide in processors.make_filters(config):
-    logits_RV = hide(logits_RV)
+  greedy_R = loop.likeliest(logits_RV)
+  logits_RV = processors.filtered(logits_RV, temperature_R, config)
   drawn_R = jax.vmap(jax.random.categorical)(keys_R, logits_RV)
   return jnp.where(temperature_R > 0, drawn_R, greedy_R)
 
@@ -69,6 +53,7 @@ def decode(
   extra: Sequence[processors.Processor] = (),
   scored: bool = True,
   grow: Callable[[Any, int], Any] | None = None,
+  read: StepFn | None = None,
 ) -> Decoded:
   """Decodes greedily or by sampling.
 
@@ -86,6 +71,7 @@ def decode(
     extra: processors that are applied after the config's.
     scored: whether scores and log-probabilities are wanted.
     grow: see `loop.run`.
+    read: feeds several tokens a row, where `step` is a draft's and the cache a pair: `speculative`.
   """
   L, n = config.length, config.rows_per_input
   sampled = config.temperature != 0.0 or temperature_R is not None
@@ -102,11 +88,11 @@ def decode(
       keys = jax.vmap(jax.random.fold_in, (0, None))(keys_R, s.position)
       next_R = _sample(seen_RV, keys, temperature_R, config)
     else:
-      next_R = likeliest(seen_RV)
+      next_R = loop.likeliest(seen_RV)
     next_R = jnp.where(s.ended_R, pad_id, next_R.astype(jnp.int32))
     log_probs_RL = s.log_probs_RL
     if log_probs_RL is not None:
-      log_prob_R = jnp.where(s.ended_R, 0.0, log_prob(logits_RV, next_R))
+      log_prob_R = jnp.where(s.ended_R, 0.0, loop.log_prob(logits_RV, next_R))
       at = (0, s.position)
       log_probs_RL = jax.lax.dynamic_update_slice(log_probs_RL, log_prob_R[:, None], at)
     return dataclasses.replace(
@@ -126,11 +112,17 @@ def decode(
     ended_R=jnp.zeros((num_rows,), bool),
     cache=cache,
   )
-  tokens_RL, log_probs_RL = loop.run(
-    *(state, choose, step, L, prompt, grow),
-    going=lambda s: ~jnp.all(s.ended_R),
-    result=lambda s: (s.tokens_RL, s.log_probs_RL),
-  )
+  if read is None:
+    tokens_RL, log_probs_RL = loop.run(
+      *(state, choose, step, L, prompt, grow),
+      going=lambda s: ~jnp.all(s.ended_R),
+      result=lambda s: (s.tokens_RL, s.log_probs_RL),
+    )
+  else:
+    random = {'keys_R': keys_R, 'temperature_R': temperature_R} if sampled else {}
+    ids = {'start_id': start_id, 'eos_id': eos_id}
+    state = speculative.run(read, step, state, chain, prompt, config, **ids, **random)
+    tokens_RL, log_probs_RL = state.tokens_RL, state.log_probs_RL
   tokens_BnL = tokens_RL.reshape(-1, n, L)
   if log_probs_RL is None:
     return Decoded(tokens_BnL, None, None)

@@ -16,7 +16,8 @@ from t5x_lite.decoding import beam_search, loop, sampling
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.decoding.loop import Decoded
 from t5x_lite.decoding.processors import Processor
-from t5x_lite.models import prefill
+from t5x_lite.models import prefill, t5
+from t5x_lite.models.config import T5Config
 from t5x_lite.training import losses
 
 Batch = Mapping[str, Array]
@@ -56,6 +57,10 @@ class Ensemble:
     """Returns logits_BV of the next token."""
     return self._each(cache, lambda model, one: model.decode_step(tokens_B, one))
 
+  def decode_steps(self, tokens_BL: Array, cache: 'Caches') -> tuple[Array, 'Caches']:
+    """Returns logits_BLV of what follows each token."""
+    return self._each(cache, lambda model, one: model.decode_steps(tokens_BL, one))
+
   def _each(self, cache: 'Caches', read: Callable[..., Any]) -> tuple[Array, 'Caches']:
     pairs = zip(self._models, cache.parts, strict=True)
     logits, caches = zip(*(read(model, one) for model, one in pairs), strict=True)
@@ -85,7 +90,11 @@ def _merge(graphdef: Any, params: Any) -> Any:
 
 
 def make_predict_step(
-  graphdef: Any, config: DecodingConfig, scored: bool = True, extra: tuple[Processor, ...] = ()
+  graphdef: Any,
+  config: DecodingConfig,
+  scored: bool = True,
+  extra: tuple[Processor, ...] = (),
+  draft: T5Config | None = None,
 ) -> Callable[..., Decoded]:
   """Returns predict_step(params, batch, key) -> Decoded.
 
@@ -97,10 +106,12 @@ def make_predict_step(
     seeds: of each row's sampling, folded into the key; its number by default.
     temperature: of each row, instead of the config's.
 
-  Beams have scores even if not asked for; extra processors come after the config's.
+  Beams have scores even if not asked for; extra processors come after the config's. With a draft, a
+  smaller model (see `speculative`), params are a pair, its own last.
   """
 
   def predict_step(params, batch: Batch, key: Array | None = None) -> Decoded:
+    params, small_params = params if draft else (params, None)
     model = _merge(graphdef, params)
     cfg = model.cfg
     inputs = batch.get('encoder_input_tokens')
@@ -108,15 +119,20 @@ def make_predict_step(
     B = next(iter(batch.values())).shape[0]
     P = 0 if prompts_BP is None else prompts_BP.shape[1]
     n = config.rows_per_input
-    encoded = None if inputs is None else model.encode(inputs)
-    T = P + min(config.length, loop.FIRST_STAGE)
-    cache = model.init_cache(encoded, inputs, batch_size=B * n, max_decode_length=T)
-    prompt = None
-    if prompts_BP is not None:
+
+    def begin(model: Any, length: int) -> tuple[Any, loop.Prompt | None]:
+      """Returns a cache for so many new tokens, and the prompt that it holds."""
+      encoded = None if inputs is None else model.encode(inputs)
+      cache = model.init_cache(encoded, inputs, batch_size=B * n, max_decode_length=P + length)
+      if prompts_BP is None:
+        return cache, None
       lengths_B = batch['decoder_prompt_lengths']
       read = Ensemble.prefill if isinstance(model, Ensemble) else prefill.prefill
       logits_RV, cache = read(model, cache, prompts_BP, lengths_B)
-      prompt = loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
+      return cache, loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
+
+    # Caches of drafts do not grow.
+    cache, prompt = begin(model, config.length if draft else min(config.length, loop.FIRST_STAGE))
     common: dict[str, Any] = {
       'num_rows': B * n,
       'config': config,
@@ -129,28 +145,42 @@ def make_predict_step(
     }
     if config.num_beams > 1:
       common['reorder'] = lambda cache, parents_BK: cache.reordered(parents_BK)
-      return beam_search.search(model.decode_step, cache.for_beams(n), **common)
+      cache = cache.for_beams(n // config.num_beam_groups)
+      return beam_search.search(model.decode_step, cache, **common)
     keys_R, temperature_B = None, batch.get('temperature')
     temperature_R = None if temperature_B is None else jnp.repeat(temperature_B, n)
     if key is not None:
       row_of = jax.vmap(jax.random.fold_in, (None, 0))
       keys_B = row_of(key, batch.get('seeds', jnp.arange(B)))
       keys_R = jax.vmap(row_of, (0, None))(keys_B, jnp.arange(n)).reshape(-1)
+    step = model.decode_step
+    if draft is not None:
+      small = nnx.merge(t5.abstract_params(draft)[0], small_params)
+      step, cache = small.decode_step, (cache, begin(small, config.length)[0])
+      common['read'] = model.decode_steps
     return sampling.decode(
-      model.decode_step, cache, keys_R=keys_R, temperature_R=temperature_R, scored=scored, **common
+      step, cache, keys_R=keys_R, temperature_R=temperature_R, scored=scored, **common
     )
 
   return predict_step
 
 
-def make_score_step(graphdef: Any) -> Callable[[Any, Batch], Array]:
-  """Returns score_step(params, batch) -> natural log-probability of each row's weighted targets."""
+def make_score_step(graphdef: Any, matches: bool = False) -> Callable[[Any, Batch], Array]:
+  """Returns score_step(params, batch) -> natural log-probability of each row's weighted targets.
+
+  With matches, [B, 2]: also 1 where each of them is the likeliest token, else 0.
+  """
 
   def score_step(params, batch: Batch) -> Array:
     weights, _ = losses.loss_weights_and_normalizer(batch, None)
     logits_BLV = _merge(graphdef, params)(batch)
-    loss_BL, _ = losses.cross_entropy_with_logits(logits_BLV, batch['decoder_target_tokens'])
-    return -jnp.sum(loss_BL * weights, axis=-1)
+    targets_BL = batch['decoder_target_tokens']
+    loss_BL, _ = losses.cross_entropy_with_logits(logits_BLV, targets_BL)
+    score_B = -jnp.sum(loss_BL * weights, axis=-1)
+    if not matches:
+      return score_B
+    matches_BL = (jnp.argmax(logits_BLV, axis=-1) == targets_BL) | (weights == 0)
+    return jnp.stack([score_B, jnp.all(matches_BL, axis=-1)], axis=-1)
 
   return score_step
 

@@ -78,18 +78,20 @@ class Cache:
     owner_BnT = jnp.take_along_axis(self.owner_BnT, parents_Bn[:, :, None], axis=1)
     return dataclasses.replace(self, owner_BnT=owner_BnT)
 
-  def next_slot(self) -> tuple['Cache', jax.Array]:
-    """Returns it with the next slot owned by the row that writes it, and the mask.
+  def next_slots(self, L: int) -> tuple['Cache', jax.Array]:
+    """Returns it with the next slot owned by the row that writes it, and the mask of L queries.
 
-    The mask is [R or 1, 1, 1, T]; with beams [B, 1, n, n T]: the beams of an input see each other's
+    The mask is [R or 1, 1, L, T]; with beams [B, 1, n, n T]: the beams of an input see each other's
     rows, and of these what they have read.
     """
+    assert L == 1 or (self.seen_B is None and self.owner_BnT is None)
     T = self.key_NBTHK.shape[2]
     slots_11T = jnp.arange(T)[None, None, :]
     if self.seen_B is not None:
       return self, ((self.index - slots_11T) % T <= self.seen_B[:, None, None])[:, None]
     if self.owner_BnT is None:
-      return self, (slots_11T <= jnp.atleast_1d(self.index)[:, None, None])[:, None]
+      at_RL = jnp.atleast_1d(self.index)[:, None] + jnp.arange(L)[None, :]
+      return self, (slots_11T <= at_RL[:, :, None])[:, None]
     B, n, _ = self.owner_BnT.shape
     beams_1n1 = jnp.arange(n)[None, :, None]
     index_Bn1 = jnp.broadcast_to(self.index, (B * n,)).reshape(B, n, 1)
@@ -98,26 +100,30 @@ class Cache:
     mine_BnmT &= (slots_11T <= index_Bn1)[:, :, None, :]
     return dataclasses.replace(self, owner_BnT=owner_BnT), mine_BnmT.reshape(B, 1, n, n * T)
 
-  def advanced(self) -> 'Cache':
-    """Returns it for the next position."""
+  def advanced(self, L: int) -> 'Cache':
+    """Returns it for the position after the next L."""
     if self.seen_B is None:
-      return dataclasses.replace(self, index=self.index + 1)
+      return dataclasses.replace(self, index=self.index + L)
     T = self.key_NBTHK.shape[2]
     seen_B = jnp.minimum(self.seen_B + 1, T - 1)
     return dataclasses.replace(self, index=(self.index + 1) % T, seen_B=seen_B)
 
-  def bias(self, relpos_bias: RelativePositionBias) -> jax.Array:
-    """Returns the bias of the next position for the mask of `next_slot`."""
+  def rewound(self, index: jax.Array) -> 'Cache':
+    """Returns it for the position `index`; what was read from there on is never seen."""
+    return dataclasses.replace(self, index=index)
+
+  def bias(self, relpos_bias: RelativePositionBias, L: int) -> jax.Array:
+    """Returns the bias of the next L positions for the mask of `next_slots`."""
     T = self.key_NBTHK.shape[2]
     if self.seen_B is not None:
       return relpos_bias.around(self.index, T)
-    bias_RH1T = relpos_bias.at(self.index, T)
+    bias_RHLT = relpos_bias.at(self.index, T, L)
     if self.owner_BnT is None:
-      return bias_RH1T
+      return bias_RHLT
     B, n, _ = self.owner_BnT.shape
-    if bias_RH1T.shape[0] == B * n and B * n > 1:  # a position for each row
-      bias_RH1T = bias_RH1T.reshape(B, n, -1, T).swapaxes(1, 2)
-    return jnp.tile(bias_RH1T, (1, 1, 1, n))
+    if bias_RHLT.shape[0] == B * n and B * n > 1:  # a position for each row
+      bias_RHLT = bias_RHLT.reshape(B, n, -1, T).swapaxes(1, 2)
+    return jnp.tile(bias_RHLT, (1, 1, 1, n))
 
 
 class _Layer(nnx.Module):
@@ -226,29 +232,30 @@ class DecoderLayer(_Layer):
     y_BLD = attention.attend(y_BLD, *kv, bias=bias, mask=mask, key=keys[0])
     return self._rest(x_BLD, y_BLD, cross_kv, cross_mask, lender, keys[1:]), kv
 
-  def step(self, x_B1D, i, cache: Cache, cross_kv, lender, *, bias, mask):
-    """One position; returns x_B1D and the cache with layer i written."""
+  def step(self, x_BLD, i, cache: Cache, cross_kv, lender, *, bias, mask):
+    """The next positions; returns x_BLD and the cache with layer i written."""
     norm, attention = self.self_block(lender)
     if self.cfg.relpos_per_layer:
-      bias = cache.bias(self.relpos_bias)
-    y_B1D = norm(x_B1D)
-    q_B1HK, (k_B1HK, v_B1HK) = attention.queries(y_B1D), attention.keys_values(y_B1D)
-    key_NBTHK = _write(cache.key_NBTHK, k_B1HK, i, cache.index)
-    value_NBTHK = _write(cache.value_NBTHK, v_B1HK, i, cache.index)
+      bias = cache.bias(self.relpos_bias, x_BLD.shape[1])
+    y_BLD = norm(x_BLD)
+    q_BLHK, (k_BLHK, v_BLHK) = attention.queries(y_BLD), attention.keys_values(y_BLD)
+    key_NBTHK = _write(cache.key_NBTHK, k_BLHK, i, cache.index)
+    value_NBTHK = _write(cache.value_NBTHK, v_BLHK, i, cache.index)
     k_BTHK, v_BTHK = key_NBTHK[i], value_NBTHK[i]
     if cache.owner_BnT is not None:
       # The rows of an input's beams side by side, and the beams as queries.
       B = cache.owner_BnT.shape[0]
-      q_B1HK, k_BTHK, v_BTHK = (x.reshape(B, -1, *x.shape[2:]) for x in (q_B1HK, k_BTHK, v_BTHK))
-    y_B1D = attention.attend(q_B1HK, k_BTHK, v_BTHK, bias=bias, mask=mask).reshape(x_B1D.shape)
-    x_B1D = self._rest(x_B1D, y_B1D, cross_kv, cache.cross_mask_B11M, lender, [None] * 5)
-    return x_B1D, dataclasses.replace(cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
+      q_BLHK, k_BTHK, v_BTHK = (x.reshape(B, -1, *x.shape[2:]) for x in (q_BLHK, k_BTHK, v_BTHK))
+    y_BLD = attention.attend(q_BLHK, k_BTHK, v_BTHK, bias=bias, mask=mask).reshape(x_BLD.shape)
+    x_BLD = self._rest(x_BLD, y_BLD, cross_kv, cache.cross_mask_B11M, lender, [None] * 5)
+    return x_BLD, dataclasses.replace(cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
 
 
-def _write(cache_NBTHK, new_B1HK, i, index):
-  """Writes one position of layer i in place, instead of copying the cache."""
-  new_B1HK = new_B1HK.astype(cache_NBTHK.dtype)
+def _write(cache_NBTHK, new_BLHK, i, index):
+  """Writes positions of layer i in place, instead of copying the cache."""
+  new_BLHK = new_BLHK.astype(cache_NBTHK.dtype)
   if index.ndim == 0:
-    return jax.lax.dynamic_update_slice(cache_NBTHK, new_B1HK[None], (i, 0, index, 0, 0))
-  rows_B = jnp.arange(new_B1HK.shape[0])
-  return cache_NBTHK.at[i, rows_B, index].set(new_B1HK[:, 0])
+    return jax.lax.dynamic_update_slice(cache_NBTHK, new_BLHK[None], (i, 0, index, 0, 0))
+  B, L = new_BLHK.shape[:2]
+  at_BL = index[:, None] + jnp.arange(L)[None, :]
+  return cache_NBTHK.at[i, jnp.arange(B)[:, None], at_BL].set(new_BLHK, mode='drop')

@@ -68,11 +68,13 @@ class RelativePositionBias(nnx.Module):
     arrays = attention.takes_arrays(self.cfg.attention, L, M)
     return self(L, M) if arrays else self.by_distance(-(L - 1), M - 1)
 
-  def at(self, index: jax.Array, T: int) -> jax.Array:
-    """Returns the bias [B or 1, H, 1, T] of queries at index, a scalar or [B], to keys 0..T-1."""
+  def at(self, index: jax.Array, T: int, L: int = 1) -> jax.Array:
+    """Returns the bias [B or 1, H, L, T] of queries from index on, a scalar or [B], to T keys."""
     values_HT = self.by_distance(-(T - 1), T - 1)
-    row_of = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1))
-    return row_of(jnp.atleast_1d(index))[:, :, None, :]
+    row_of = jax.vmap(
+      lambda i: jax.lax.dynamic_slice_in_dim(values_HT, T - 1 - i, T, axis=1), out_axes=1
+    )
+    return jax.vmap(row_of)(jnp.atleast_1d(index)[:, None] + jnp.arange(L)[None, :])
 
   def around(self, index: jax.Array, T: int) -> jax.Array:
     """Returns the bias [1, H, 1, T] of the newest in a ring of slots, which is at index."""

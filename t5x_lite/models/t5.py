@@ -293,20 +293,28 @@ class T5(nnx.Module):
 
   def decode_step(self, tokens_B, cache: Cache) -> tuple[Array, Cache]:
     """Feeds one token a row; returns logits_BV of the next, and the cache."""
-    cfg = self.cfg
-    cache, mask = cache.next_slot()
-    bias = None if cfg.relpos_per_layer else cache.bias(self.decoder.relpos_bias)
+    logits_B1V, cache = self.decode_steps(tokens_B[:, None], cache)
+    return logits_B1V[:, 0], cache
+
+  def decode_steps(self, tokens_BL, cache: Cache) -> tuple[Array, Cache]:
+    """Feeds L tokens a row in one pass; returns logits_BLV of what follows each, and the cache.
+
+    Several only where no row is a beam and slots are no ring.
+    """
+    cfg, L = self.cfg, tokens_BL.shape[1]
+    cache, mask = cache.next_slots(L)
+    bias = None if cfg.relpos_per_layer else cache.bias(self.decoder.relpos_bias, L)
 
     def step(carry, xs):
-      (x_B1D, cache), (layer, i, cross_kv, lender) = carry, xs
-      return layer.step(x_B1D, i, cache, cross_kv, lender, bias=bias, mask=mask), None
+      (x_BLD, cache), (layer, i, cross_kv, lender) = carry, xs
+      return layer.step(x_BLD, i, cache, cross_kv, lender, bias=bias, mask=mask), None
 
-    carry = self._embed(tokens_B[:, None], None), cache
+    carry = self._embed(tokens_BL, None), cache
     cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
     numbers = np.arange(cfg.num_decoder_layers)
     carry, _ = over_layers(step, carry, self.decoder.layers, numbers, cross, self.lenders())
-    x_B1D, cache = carry
-    return self.project(self.decoder.norm(x_B1D))[:, 0], cache.advanced()
+    x_BLD, cache = carry
+    return self.project(self.decoder.norm(x_BLD)), cache.advanced(L)
 
 
 def _project(kernel_DV, scale: float, hidden_BLD) -> Array:

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from t5x_lite.data import model_inputs
-from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.data.vocabularies import Vocabulary, VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import decoding_config
 from t5x_lite.decoding.processors import Processor
 from t5x_lite.errors import UsageError
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.placement import Placement
+from t5x_lite.runs import run_directory
 
 # Relative positions reach as far as one likes, memory does not.
 MAX_INPUT_TOKENS = 1024
@@ -32,6 +33,7 @@ class Generation:
   params: Any
   placement: Placement
   vocabulary: Vocabulary | None
+  vocabulary_config: VocabularyConfig | None = None
   lengths: Mapping[str, int] = types.MappingProxyType({})
 
   def generate(
@@ -46,6 +48,7 @@ class Generation:
     prefix: Any = None,
     processors: Sequence[Processor] = (),
     bidirectional_prefix: bool | None = None,
+    draft: 'Generation | None' = None,
     return_scores: bool = False,
     return_log_probs: bool = False,
     **settings: Any,
@@ -65,6 +68,7 @@ class Generation:
       processors: functions (logits_RV, history) -> logits_RV, see decoding/processors.py; each must
         be one object from call to call, or everything is compiled again.
       bidirectional_prefix: a decoder's, instead of the config's.
+      draft: a smaller model of the same vocabulary that proposes tokens: see docs/generation.md.
       return_scores: return (outputs, scores); a score is the sum of the log-probabilities, of beams
         and best_of divided as `DecodingConfig.normalization` says.
       return_log_probs: also return, last, the log-probabilities of the tokens, EOS included.
@@ -94,6 +98,9 @@ class Generation:
     model = self.config
     if bidirectional_prefix is not None:
       model = model.replace(bidirectional_prefix=bidirectional_prefix)
+    pair: Any = self.vocabulary_config, draft and draft.vocabulary_config
+    if None not in pair and not run_directory.same_vocabulary(*pair):
+      raise UsageError('the draft has another vocabulary: its tokens mean something else')
     predictor = prediction.Predictor(
       model,
       placement=self.placement,
@@ -103,13 +110,15 @@ class Generation:
       seed=0 if isinstance(seed, Sequence | np.ndarray) else seed,
       scored=return_scores or return_log_probs,
       extra=tuple(processors),
+      draft=draft.config if draft else None,
     )
+    params = (self.params, draft.params) if draft else self.params
     each: dict[str, Any] = {'prefixes': prefixes, 'seeds': seeds, 'temperatures': temperatures}
     found: list[list[prediction.Output]] = []
     for index, start in enumerate(range(0, len(rows), size)):
       part = slice(start, start + size)
       given = {name: values and values[part] for name, values in each.items()}
-      found += predictor.predict_all(self.params, rows[part], index=index, **given)
+      found += predictor.predict_all(params, rows[part], index=index, **given)
 
     def read(row: int, output: prediction.Output) -> Any:
       tokens = [*(prefixes[row] if prefixes else ()), *output.tokens]
@@ -185,8 +194,8 @@ class Generation:
       scores /= np.maximum([len(row) for row in wanted], 1)
     return scores
 
-  def _score_rows(self, rows: Rows | None, targets: Rows) -> np.ndarray:
-    """Returns the log-probability of each row of targets, all in one batch."""
+  def _score_rows(self, rows: Rows | None, targets: Rows, matches: bool = False) -> np.ndarray:
+    """Returns what `steps.make_score_step` does of each row of targets, all in one batch."""
     tokens = self._padded(targets, max(map(len, targets)))
     lengths = np.asarray([[len(row)] for row in targets])
     shifted = np.roll(tokens, 1, axis=1)
@@ -198,7 +207,7 @@ class Generation:
     }
     if rows is not None:
       batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
-    return self._call(steps.make_score_step, batch)
+    return self._call(steps.make_score_step, batch, matches)
 
   def classify(
     self,

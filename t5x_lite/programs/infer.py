@@ -25,7 +25,7 @@ from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement
 from t5x_lite.programs.output_file import OutputFile
-from t5x_lite.runs import progress
+from t5x_lite.runs import progress, run_directory
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def infer(
   output: str,
   adapter: str = '',
   param_dtype: str = '',
+  draft_model: str = '',
   input_format: str = 'auto',
   field: str = '',
   template: str = '',
@@ -72,6 +73,8 @@ def infer(
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
     param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
       the checkpoint's own by default.
+    draft_model: a smaller model of the same vocabulary, whose proposals the model reads several at
+      once: the same outputs sooner, see docs/generation.md.
     input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet', 'tfrecord'
       or 'datasets'; 'auto' goes by the file's ending, before .gz or .zst.
     field: the input's, or number from 0 without a header; a usual name or the only one by default.
@@ -114,7 +117,10 @@ def infer(
     tell = known  # each is told once
   models = trained_model.open_together(model, adapter=adapter, param_dtype=param_dtype)
   run, cfg = models[0], models[0].config
-  if embeddings and (len(models) > 1 or not cfg.has_encoder):
+  draft = trained_model.open_model(draft_model, param_dtype=param_dtype) if draft_model else None
+  if draft and not run_directory.same_vocabulary(draft.vocabulary, run.vocabulary):
+    raise UsageError(f'{draft_model} has another vocabulary than {run.path}: it cannot draft')
+  if embeddings and (draft or len(models) > 1 or not cfg.has_encoder):
     raise UsageError('embeddings are of one model, which has an encoder')
   width = cfg.emb_dim if EMBEDDINGS.get(embeddings) else 0
   file = OutputFile(output, key='embedding' if embeddings else 'prediction', width=width)
@@ -140,9 +146,12 @@ def infer(
       batch_size=batch_size,
       max_input_length=max_input_length,
       seed=seed,
+      draft=draft.config if draft else None,
     )
     predict = functools.partial(_decode, predictor, vocabulary)
   params = trained_model.load_together(models, model_sharding.inference_params(cfg, placement))
+  if draft:
+    params = params, draft.load_params(model_sharding.inference_params(draft.config, placement))
   log.info('predicting with %s', ', '.join(one.checkpoint for one in models))
 
   # ---- Loop ----

@@ -194,9 +194,6 @@ class _Calls(Generation):
       raise UsageError('decoding takes no stop_strings and one output an input')
     if config.regex or config.json_schema:  # a short one can be an automaton of millions of states
       raise UsageError('decoding takes no regex and no json_schema from clients')
-    sizes: dict[str, Any] = {
-      'max_new_tokens': max_new_tokens,
-      'max_input_tokens': max(map(len, rows)),
-    }
-    sizes |= {'batch_size': 2**16, 'seed': seed % 2**32}
-    return self.generate(rows, **sizes, return_scores=True, **settings)
+    settings |= {'max_new_tokens': max_new_tokens, 'max_input_tokens': max(map(len, rows))}
+    settings |= {'batch_size': 2**16, 'seed': seed % 2**32, 'return_scores': True}
+    return self.generate(rows, **settings)

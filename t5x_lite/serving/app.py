@@ -175,8 +175,9 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     return asked or limits.max_new_tokens
 
   def check_count(outputs: int) -> None:
-    if outputs > limits.max_inputs:
-      raise RefusedError(400, f'{outputs} outputs; at most {limits.max_inputs} are allowed')
+    most = min(limits.max_inputs, worker.max_queue)  # more would never find room to wait
+    if outputs > most:
+      raise RefusedError(400, f'{outputs} outputs; at most {most} are allowed')
 
   def requests_of(
     rows: list[list[int]], length: int, seed: int, each: int, **settings: Any

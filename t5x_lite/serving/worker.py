@@ -41,7 +41,7 @@ class Worker:
 
   def __init__(self, batch: ContinuousBatch, *, max_queue: int = 256):
     """Starts the thread, which alone uses the batch; max_queue requests may wait, as many calls."""
-    self._batch, self._max_queue = batch, max_queue
+    self._batch, self.max_queue = batch, max_queue
     self._waiting: collections.deque[_Job] = collections.deque()
     self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
     self._running: dict[int, _Job] = {}  # by slot
@@ -109,7 +109,7 @@ class Worker:
   def _check(self, waiting: int) -> None:
     if self._stopping or not self._thread.is_alive():
       raise StoppedError('the server is stopping')
-    if waiting >= self._max_queue:
+    if waiting >= self.max_queue:
       raise QueueFullError(f'{waiting} requests are waiting already; try again later')
 
   def _loop(self) -> None:

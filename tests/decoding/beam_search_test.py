@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import t5x_lite
 from t5x_lite.decoding import beam_search
 from t5x_lite.decoding.config import DecodingConfig
+from tests.models import tiny
 
 V, L, B = 5, 4, 3
 # Logits of the next token by input, position and the last token; 1 ends.
@@ -97,3 +99,43 @@ def test_with_t5xs_penalty_all_candidates_may_finish():
 
   assert best(brevity_alpha=0.6).tolist() == [1, 0, 0, 0]  # t5x/decoding.py beam_search
   assert best(length_penalty=0.6)[0] != 1  # transformers: only the first num_beams
+
+
+# What transformers 4.55.4 (the last with group beam search of its own) returns of this model,
+# exported: the three best outputs of each input up to EOS, and their scores.
+GROUPS = [
+  (
+    {'num_beams': 4, 'num_beam_groups': 2, 'diversity_penalty': 0.5},
+    [[10, 7, 0, 5, 7, 12, 2, 29], [10, 7, 0, 5, 7, 0, 5, 7], [46, 46, 7, 7, 0, 46, 7, 0]],
+    [-2.3608, -2.3874, -2.5763, -2.3856, -2.4085, -2.4245, -2.5164, -2.5463, -2.5591],
+  ),
+  (
+    {
+      'num_beams': 6,
+      'num_beam_groups': 3,
+      'diversity_penalty': 2.0,
+      'length_penalty': 0.5,
+      'early_stopping': 'never',
+      'no_repeat_ngram_size': 2,
+    },
+    [[], [], [34, 21]],
+    [-3.0029, -3.0029, -4.8515, -6.7067, -6.7814, -6.8357, -6.9629, -7.0348, -7.1602],
+  ),
+  (
+    {'num_beams': 3, 'num_beam_groups': 3, 'diversity_penalty': 1.0, 'early_stopping': True},
+    [[10, 7, 0, 17, 22, 62, 10, 29], [46, 46, 7, 7, 0, 5, 7, 0], [17, 10, 21, 26, 21, 26, 21, 26]],
+    [-2.5439, -2.5979, -2.6033, -2.2521, -2.4539, -2.5226, -2.3928, -2.4993, -2.8116],
+  ),
+]
+
+
+@pytest.mark.parametrize(('settings', 'first', 'scores'), GROUPS)
+def test_groups_of_beams_are_those_of_transformers(settings, first, scores):
+  cfg = tiny.config()
+  model = t5x_lite.Model(cfg, tiny.params(cfg))
+  rows = [[5, 9, 11, 1], [7, 1], [33, 34, 35, 1]]
+  settings = {**settings, 'num_return_sequences': 3, 'return_scores': True}
+  found, ours = model.generate(rows, max_new_tokens=8, **settings)
+  strip = [np.trim_zeros(row, 'b') for row in first]  # padding at the end is none of an output
+  assert found[0] == [list(row) for row in strip]
+  np.testing.assert_allclose(np.ravel(ours), scores, atol=2e-4)

@@ -115,3 +115,18 @@ def test_sampling_differs_between_batches_and_not_between_runs():
 def test_needs_a_decoder():
   with pytest.raises(UsageError, match="architecture='encoder' cannot"):
     make_predictor(tiny.config(architecture='encoder'))
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {'forced_bos_id': 64},
+    {'forced_eos_id': -1},
+    {'forbidden_tokens': [[5, 64]]},
+    {'allowed_outputs': [[7], [-2]]},
+  ],
+)
+def test_ids_that_the_model_has_not_are_refused(settings):
+  name, config = next(iter(settings)), DecodingConfig(**settings)
+  with pytest.raises(UsageError, match=rf'{name} has the id (64|-1|-2); the model has 0 to 63'):
+    make_predictor(tiny.config(), decoding=config)

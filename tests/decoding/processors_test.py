@@ -88,7 +88,9 @@ def test_allowed_outputs_are_a_trie():
 
 def test_off_by_default():
   assert processors.make_processors(DecodingConfig(), 1) == []
-  assert processors.make_filters(DecodingConfig(temperature=1.0)) == []
+  logits = jnp.asarray([[1.0, 2.0]])
+  found = processors.filtered(logits, jnp.ones(1), DecodingConfig(temperature=1.0))
+  assert (found == logits).all()
 
 
 @pytest.mark.parametrize('seed', range(3))

@@ -57,6 +57,17 @@ def test_one_object_a_line_in_order(run, words, tmp_path):
     assert entry['score'] < 0
 
 
+def test_a_draft_changes_nothing(run, words, tmp_path):
+  small, alone, drafted = (tmp_path / name for name in ('small', 'alone.jsonl', 'drafted.jsonl'))
+  tiny_run.save_untrained(small, seed=1, emb_dim=8)
+  infer(model=run, input=str(words), output=str(alone), batch_size=8)
+  argv = ['infer', f'--model={run}', f'--input={words}', f'--output={drafted}', '--batch_size=8']
+  assert main.main([*argv, f'--draft_model={small}', '--draft_tokens=2']) == 0
+  for one, other in zip(read(alone), read(drafted), strict=True):
+    assert one['prediction'] == other['prediction']
+    assert one['score'] == pytest.approx(other['score'], abs=1e-3)
+
+
 @pytest.mark.parametrize('lengths', [tiny_run.LENGTHS, {'targets': 16}])
 def test_a_decoder_continues_the_line(words, tmp_path, lengths):
   """After EOS, if it was trained on inputs and targets, and as it was trained to read them."""

@@ -1,10 +1,14 @@
 """Text as it is streamed; the endpoints are met over HTTP in tests/programs/serve_test.py."""
 
+import types
+from typing import Any
+
 import pytest
 
 from t5x_lite.data.vocabularies import VocabularyConfig, make_vocabulary
 from t5x_lite.decoding.continuous import Output
-from t5x_lite.serving.app import _Text
+from t5x_lite.serving.app import Served, _Text, make_app
+from t5x_lite.serving.guard import Limits
 
 
 def stream(vocabulary, text, stop=(), step=1):
@@ -35,3 +39,17 @@ def test_nothing_of_a_stop_string_is_ever_sent(stop):
   vocabulary = make_vocabulary(VocabularyConfig(kind='byte'))
   parts, ended = stream(vocabulary, 'one two STOP three', stop)
   assert (''.join(parts), ended) == ('one two ', 'stop')
+
+
+def test_a_call_for_more_than_may_ever_wait_is_told_so():
+  """It would get 429 however often it came again."""
+  testclient = pytest.importorskip('starlette.testclient')
+  vocabulary = make_vocabulary(VocabularyConfig(kind='byte'))
+  worker: Any = types.SimpleNamespace(max_queue=3, num_waiting=0, num_running=0, stop=lambda: None)
+  never: Any = None
+  served = Served('name', vocabulary, worker, never, never, never, {})
+  client = testclient.TestClient(make_app(served, Limits(max_inputs=8)))
+  for body in ({'inputs': ['a'] * 4}, {'inputs': ['a', 'b'], 'num_outputs': 2}):
+    answer = client.post('/generate', json=body)
+    assert answer.status_code == 400
+    assert '4 outputs; at most 3 are allowed' in answer.json()['error']['message']
