@@ -3,10 +3,9 @@
 Names are imported when first used: `import t5x_lite` alone costs nothing, and
 neither it nor the model, the steps and the decoding ever import TensorFlow.
 
-Folders, from the top floor down; imports only go down (docs/architecture.md):
-gin_front, programs, evaluation, interop, runs, compiler, decoding, training,
-models, data, parallel. Beside them main.py is the command line, api.py the
-Python interface.
+Folders, from the top floor down; imports only go down (docs/architecture.md): gin_front, programs,
+evaluation, interop, runs, compiler, decoding, training, models, data, parallel. Beside them main.py
+is the command line, api.py the Python interface.
 """
 
 import importlib

@@ -174,8 +174,7 @@ METRICS: dict[str, MetricFn] = {
 def get_metrics(names: Sequence[str]) -> list[MetricFn]:
   """Returns metric functions by name.
 
-  Raises:
-    UsageError: if a name is not in METRICS.
+  UsageError if a name is not in METRICS.
   """
   for name in names:
     if name not in METRICS:

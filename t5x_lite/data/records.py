@@ -41,8 +41,7 @@ _MISSING = object()
 def format_of(path: str, file_format: str = '') -> Format:
   """Returns the format of a file or folder: as said, else from its name.
 
-  Raises:
-    UsageError: if `file_format` is unknown.
+  UsageError if `file_format` is unknown.
   """
   if file_format in FORMATS:
     return file_format
@@ -71,10 +70,8 @@ def dataset_splits(path: str) -> dict[str, str]:
 def rows(path: str, fields: Fields, file_format: str = '') -> Iterator[tuple[str, ...]]:
   """Yields the named fields (see `read`) of every row that is not blank, as text.
 
-  Of text a row is a line, whatever the fields.
-
-  Raises:
-    UsageError: naming file and line, if a row lacks a field.
+  Of text a row is a line, whatever the fields. UsageError naming file and line, if a row lacks a
+  field.
   """
   if format_of(path, file_format) == 'text':
     yield from ((line,) for _, line in text_files.lines(path) if line.strip())
@@ -115,8 +112,7 @@ def read(
     file_format: one of FORMATS but 'text'; empty to tell from the name.
     bad: is told of a row that cannot be read, where those after it can.
 
-  Raises:
-    UsageError: naming file and line, if something cannot be read.
+  UsageError naming file and line, if something cannot be read.
   """
   kind = format_of(path, file_format)
   if kind in ('tsv', 'csv', 'text'):
@@ -135,8 +131,7 @@ def read(
 def as_text(row: Row, field: str | int, place: str) -> str:
   """Returns a field as text; 'a.b' is b of the object a, '' is not a number.
 
-  Raises:
-    UsageError: if it is not there, neither text nor a number, or no Unicode.
+  UsageError if it is not there, neither text nor a number, or no Unicode.
   """
   value: Any = row
   for part in field.split('.') if isinstance(field, str) and field not in row else [field]:

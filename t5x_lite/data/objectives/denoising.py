@@ -123,9 +123,8 @@ def sentinel_capacity(vocabulary: seqio.Vocabulary, num_sentinels: int | None = 
 
   Args:
     vocabulary: its extra ids are the sentinels.
-    num_sentinels: ids to take instead, counted from the end of the vocabulary;
-      more than the extra ids means reusing ordinary ids, as t5 does silently
-      and ByT5 by design.
+    num_sentinels: ids to take instead, counted from the end of the vocabulary; more than the extra
+      ids means reusing ordinary ids, as t5 does silently and ByT5 by design.
   """
   if num_sentinels is not None:
     if not 0 < num_sentinels <= vocabulary.vocab_size - 3:

@@ -76,8 +76,7 @@ def find_objective(name: str) -> Preprocessor | None:
       `span_corruption_rate0.25_span5`: the share of tokens that is noise (for
       prefix_lm the mean share of the targets), and the mean length of a span.
 
-  Raises:
-    UsageError: if a rate or span has no meaning.
+  UsageError if a rate or span has no meaning.
   """
   if name in OBJECTIVES:
     return OBJECTIVES[name]

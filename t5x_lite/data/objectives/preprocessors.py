@@ -1,8 +1,7 @@
 """SeqIO preprocessors of tokens: sequence shaping and the objectives.
 
-Every random choice comes from a stateless seed that SeqIO hands out
-(`seqio.map_over_dataset`), so a seeded pipeline repeats itself exactly and an
-iterator checkpoint continues it exactly.
+Every random choice comes from a stateless seed that SeqIO hands out (`seqio.map_over_dataset`), so
+a seeded pipeline repeats itself exactly and an iterator checkpoint continues it exactly.
 
 Source: t5/data/preprocessors.py at fce4b1a (`span_corruption` 1931,
 `select_random_chunk` 2183, `reduce_concat_tokens` 2216, `split_tokens` 2433,
@@ -259,11 +258,10 @@ def iid_denoising(
     sequence_length: inputs and targets, EOS included.
     output_features: give the vocabulary.
     noise_density: probability of a token to be noise.
-    style: 'replace_spans' (the paper's baseline: each span becomes a sentinel,
-      the targets hold the noise), 'drop' (no sentinels; the targets hold the
-      noise), 'mass' (each noise token becomes <extra_id_0>, the targets are the
-      whole text) or 'bert' (as 'mass', but one noise token in ten becomes a
-      random one).
+    style: 'replace_spans' (the paper's baseline: each span becomes a sentinel, the targets hold the
+      noise), 'drop' (no sentinels; the targets hold the noise), 'mass' (each noise token becomes
+      <extra_id_0>, the targets are the whole text) or 'bert' (as 'mass', but one noise token in ten
+      becomes a random one).
     num_sentinels: see `objectives.sentinel_capacity`. The rare sequence with
       more spans keeps its later tokens uncorrupted.
 

@@ -120,10 +120,8 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
   """Returns the SeqIO name of a task or mixture with the model's vocabulary.
 
   A name of the catalog (`pronounce`) is registered now if need be; SeqIO may know a name already
-  (`pronounce_byte`, a user's own).
-
-  Raises:
-    UsageError: if there is no such name, or its task has another vocabulary.
+  (`pronounce_byte`, a user's own). UsageError if there is no such name, or its task has another
+  vocabulary.
   """
   # A user's own task goes before one of ours.
   is_users = is_registered(name) and name not in _RESOLVED.get(name, ())
@@ -168,8 +166,7 @@ def register_mixture(
     temperature: the paper's T, likewise: rates to the power of 1 / T.
     vocabulary: if given, registers `name` with it; else `name` joins the catalog.
 
-  Raises:
-    UsageError: if a task is not there or a rate has no meaning.
+  UsageError if a task is not there or a rate has no meaning.
   """
   import_modules()
   if isinstance(rates, Mapping):
@@ -199,8 +196,7 @@ def check_known(mixture: str, task: str) -> None:
 def proportional(*, limit: int | None = None, temperature: float = 1.0) -> Rate:
   """Returns the paper's examples-proportional rate: min(examples, K) ** (1 / T).
 
-  Raises:
-    UsageError: if the limit or temperature is not more than 0.
+  UsageError if the limit or temperature is not more than 0.
   """
   for key, value in (('limit', limit), ('temperature', temperature)):
     if value is not None and not value > 0:
@@ -222,8 +218,7 @@ def leaves(name: str) -> list[str]:
 def texts(name: str, split: str = 'train') -> Iterator[str]:
   """Yields the text of a task or mixture as it is before the tokenization.
 
-  Raises:
-    UsageError: if there is no such name or split.
+  UsageError if there is no such name or split.
   """
   import_modules()
   provider = find_provider(name if is_registered(name) else resolve(name, VOCABULARIES['byte']))
@@ -265,8 +260,7 @@ def is_registered(name: str) -> bool:
 def find_provider(name: str) -> seqio.Task | seqio.Mixture:
   """Returns the task or mixture that SeqIO knows under this full name.
 
-  Raises:
-    UsageError: if there is none; the message lists close matches.
+  UsageError if there is none; the message lists close matches.
   """
   if not is_registered(name):
     if name in catalog():
@@ -287,8 +281,7 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
 def add(name: str, recipe: Recipe, vocabulary: VocabularyConfig | None = None) -> None:
   """Adds a recipe to the catalog, or registers it for one vocabulary alone.
 
-  Raises:
-    UsageError: if the name is taken.
+  UsageError if the name is taken.
   """
   if name in _CATALOG or is_registered(name):
     raise UsageError(f'There is a task or mixture {name!r} already; choose another name')
@@ -314,8 +307,7 @@ def _same(a: seqio.Vocabulary, b: seqio.Vocabulary) -> bool:
 def import_modules(modules: str = '') -> None:
   """Imports what registers tasks: the embedded ones, and the user's own, separated by commas.
 
-  Raises:
-    UsageError: a module that cannot be imported.
+  UsageError for a module that cannot be imported.
   """
   cached = os.environ.get('SEQIO_CACHE_DIRS', '')  # --seqio_additional_cache_dirs
   seqio.add_global_cache_dirs([path for path in cached.split(',') if path])
@@ -332,8 +324,7 @@ def import_modules(modules: str = '') -> None:
 def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
   """Returns the registered task or mixture, checked against the config.
 
-  Raises:
-    UsageError: no such name, split, feature or module.
+  UsageError for no such name, split, feature or module.
   """
   import_modules(cfg.module)
   name = cfg.mixture_or_task_name
