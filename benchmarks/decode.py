@@ -6,8 +6,8 @@ All run the encoder once and then decode exactly `targets` tokens for each row
 with key and value caches, from the same weights; no row ends early. Ours is the
 jitted step of `t5x_lite.decoding.steps`, with layers scanned and unrolled;
 transformers is PyTorch's eager `generate`, or with its forward pass compiled;
-CTranslate2 reads the same weights, converted. Read train_step.py for how they
-are measured.
+CTranslate2 reads the same weights, converted. Weights are float32, or int8
+where the name says so. Read train_step.py for how they are measured.
 """
 
 import argparse
@@ -24,7 +24,8 @@ import train_step
 def arguments() -> argparse.Namespace:
   """Returns the parsed command line."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--versus', default='', help='of hf, hf-compile, ctranslate2; commas between')
+  peers = 'hf, hf-compile, ctranslate2, ctranslate2-int8'
+  parser.add_argument('--versus', default='', help=f'of {peers}; commas between')
   parser.add_argument('--model', default='t5_1_1_small', help='a named size')
   parser.add_argument('--num_layers', type=int)
   parser.add_argument('--batch_size', type=int, default=8)
@@ -32,7 +33,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument('--targets', type=int, default=114)
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--num_beams', type=int, default=1)
-  parser.add_argument('--layers', default='scanned,unrolled', help='which of ours')
+  parser.add_argument('--layers', default='scanned,unrolled', help='which of ours; int8 needs hf')
   parser.add_argument('--huge_pages', action='store_true')
   parser.add_argument('--weights', help=argparse.SUPPRESS)
   parser.add_argument('--worker', help=argparse.SUPPRESS)
@@ -41,7 +42,7 @@ def arguments() -> argparse.Namespace:
   return args
 
 
-def run_ours(args: argparse.Namespace, scan_layers: bool) -> None:
+def run_ours(args: argparse.Namespace, scan_layers: bool, dtype: str = 'float32') -> None:
   """The jitted predict step."""
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   import jax
@@ -52,7 +53,7 @@ def run_ours(args: argparse.Namespace, scan_layers: bool) -> None:
 
   # No token has the id -1, so no row ends.
   args.scan_layers = scan_layers
-  cfg = train_step.model_config(args).replace(eos_id=-1)
+  cfg = train_step.model_config(args).replace(eos_id=-1, param_dtype=dtype)
   graphdef, _, _ = t5.abstract_params(cfg)
   if (Path(args.weights) / 'config.json').exists():
     from t5x_lite.interop import checkpoint_source, tensors
@@ -104,13 +105,13 @@ def run_hf(args: argparse.Namespace, compiled: bool) -> None:
   side_by_side.work(step, warm_up=1)
 
 
-def run_ctranslate2(args: argparse.Namespace) -> None:
+def run_ctranslate2(args: argparse.Namespace, dtype: str = 'float32') -> None:
   """CTranslate2's translate_batch, of the weights that run_hf has saved."""
   import ctranslate2
   import transformers
 
   vocab_size = transformers.AutoConfig.from_pretrained(args.weights).vocab_size
-  folder = Path(args.weights) / 'ctranslate2'
+  folder = Path(args.weights) / f'ctranslate2-{dtype}'
   # Its converter wants a tokenizer; ids have names here, no text.
   spec_loader = ctranslate2.converters.transformers._MODEL_LOADERS['T5Config']
   model = transformers.AutoModelForSeq2SeqLM.from_pretrained(args.weights)
@@ -127,7 +128,7 @@ def run_ctranslate2(args: argparse.Namespace) -> None:
   folder.mkdir()
   spec.save(str(folder))
   translator = ctranslate2.Translator(
-    str(folder), device='cpu', compute_type='float32', intra_threads=os.cpu_count()
+    str(folder), device='cpu', compute_type=dtype, intra_threads=os.cpu_count()
   )
   inputs = train_step.make_batch(args, vocab_size)['inputs']
   rows = [[names[i] for i in row] for row in inputs.tolist()]
@@ -152,8 +153,10 @@ WORKERS = {
   'hf': lambda args: run_hf(args, compiled=False),
   'hf-compile': lambda args: run_hf(args, compiled=True),
   'ctranslate2': run_ctranslate2,
+  'ctranslate2-int8': lambda args: run_ctranslate2(args, 'int8'),
   'scanned': lambda args: run_ours(args, scan_layers=True),
   'unrolled': lambda args: run_ours(args, scan_layers=False),
+  'int8': lambda args: run_ours(args, scan_layers=True, dtype='int8'),
 }
 
 
@@ -172,7 +175,7 @@ def main() -> None:
   tokens = args.batch_size * args.targets
   print(
     f'{args.model}, batch {args.batch_size}, {args.num_beams} beams, {args.inputs} inputs, '
-    f'{args.targets} tokens decoded, float32, huge pages {args.huge_pages}, '
+    f'{args.targets} tokens decoded, huge pages {args.huge_pages}, '
     f'{os.cpu_count()} cores'
   )
   print(
