@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from t5x_lite.decoding import loop, prediction
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_positive
 from t5x_lite.models import t5
 from t5x_lite.models.blocks import Cache
 from t5x_lite.models.config import T5Config
@@ -105,9 +105,8 @@ class ContinuousBatch:
         f'architecture={model.architecture!r} cannot be decoded continuously; it takes '
         "'encoder_decoder'"
       )
-    for name, value in (('num_slots', num_slots), ('max_decode_length', max_decode_length)):
-      if value < 1:
-        raise UsageError(f'{name} is {value}; it must be at least 1')
+    check_positive('num_slots', num_slots)
+    check_positive('max_decode_length', max_decode_length)
     self.model, self.params, self.placement = model, params, placement
     self.max_decode_length, self._num_slots = max_decode_length, num_slots
     self._width = prediction.SHORTEST

@@ -67,6 +67,16 @@ def log_prob(logits_RV, tokens_R) -> jax.Array:
   return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
 
 
+def pick(tree: Any, at_Bk: jax.Array) -> Any:
+  """Returns what arrays [B, ., ...] have at given places of each input."""
+
+  def pick_one(x):
+    index = at_Bk.reshape(at_Bk.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
+
+  return jax.tree.map(pick_one, tree)
+
+
 def processed(
   chain: Sequence[Processor], logits_RV, prompt: Prompt | None, start_id: int, tokens_RL, new
 ) -> jax.Array:
@@ -109,17 +119,12 @@ def run(
   going: Callable[[Any], jax.Array],
   result: Callable[[Any], Any],
 ) -> Any:
-  """Advances a state while it is going; returns its result.
+  """Advances a state while it is going and below `length`; returns its result, without the cache.
 
-  Args:
-    state: with position (how many tokens are written), last_R (the token fed next) and cache.
-    choose: (state, logits_RV) -> the state with one position more written.
-    step: feeds one token a row; returns float32 logits of the next.
-    length: no position is written at or after this one.
-    prompt: what the cache holds already.
-    grow: returns the cache with room for so many new tokens; None if it has room.
-    going: whether there is anything left to do.
-    result: what is wanted of the last state, without the cache.
+  A state has position (how many tokens are written), last_R (the token fed next) and cache, which
+  holds the prompt already. step feeds one token a row and returns float32 logits of the next;
+  choose(state, logits_RV) returns the state with one position more written; grow returns the cache
+  with room for so many new tokens, and is None if it has room.
   """
   ends = [length] if grow is None else stages(length)
   if prompt is not None:

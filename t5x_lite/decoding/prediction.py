@@ -120,11 +120,6 @@ class Predictor:
       steps.make_predict_step, model, placement, decoding, scored, extra, draft
     )
 
-  @property
-  def abstract_params(self) -> Any:
-    """Shapes, dtypes and shardings that parameters should be loaded with."""
-    return model_sharding.inference_params(self.model, self.placement)
-
   def predict(
     self, params: Any, rows: Sequence[Sequence[int]], *, index: int = 0
   ) -> tuple[list[list[int]], list[float]]:
@@ -145,7 +140,7 @@ class Predictor:
     """Decodes at most `batch_size` inputs; returns the outputs of each.
 
     Args:
-      params: as `abstract_params` describes, or in any other float dtype; a pair with a draft's.
+      params: as `model_sharding.inference_params` says, of any float dtype; a pair with a draft's.
       rows: token ids of each input, EOS included if the model expects it.
       index: of this batch; sampling differs from one to the next.
       prefixes: ids that each output is to begin with; they are read in one pass, are no part of the

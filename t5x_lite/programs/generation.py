@@ -1,7 +1,7 @@
 """What a model in memory says: generated outputs, and scores of given ones; base of `api.Model`."""
 
+import dataclasses
 import math
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ from t5x_lite.data.vocabularies import Vocabulary, VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import decoding_config
 from t5x_lite.decoding.processors import Processor
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_positive
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.placement import Placement
 from t5x_lite.runs import run_directory
@@ -26,15 +26,16 @@ Rows = Sequence[Sequence[int]]
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Generation:
   """Needs a config, parameters, a placement, and a vocabulary for texts."""
 
   config: T5Config
   params: Any
   placement: Placement
-  vocabulary: Vocabulary | None
+  vocabulary: Vocabulary | None = None
   vocabulary_config: VocabularyConfig | None = None
-  lengths: Mapping[str, int] = types.MappingProxyType({})
+  lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def generate(
     self,
@@ -84,8 +85,7 @@ class Generation:
     config = decoding_config(max_new_tokens, **settings)
     config = config.resolved(self.vocabulary)
     is_text = model_inputs.is_text(inputs)
-    if batch_size < 1:
-      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
+    check_positive('batch_size', batch_size)
     eos = self.config.has_encoder or 'inputs' in self.lengths
     rows = self._rows(inputs, eos=eos, limit=max_input_tokens)
     seeds = np.asarray(seed).tolist() if np.ndim(seed) else None
@@ -149,6 +149,31 @@ class Generation:
       raise UsageError(f'generate got {count} inputs and {len(rows)} prefixes')
     return rows
 
+  def encode(
+    self,
+    inputs: Texts | Ids,
+    *,
+    pooling: str | None = None,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
+  ) -> np.ndarray:
+    """Returns the encoder's output for texts (EOS is added), or ids as they are.
+
+    Pooling None returns every position, [B, M, D]; 'mean' the mean over real positions, [B, D]
+    (Sentence-T5's choice); 'first' the first position. Inputs of more than max_input_tokens are
+    cut, and a warning counts them.
+    """
+    if not self.config.has_encoder:
+      raise UsageError("architecture='decoder' has no encoder")
+    if pooling not in steps.POOLINGS:
+      raise UsageError(f"pooling is {pooling!r}; allowed are None, 'mean', 'first'")
+    rows = self._rows(inputs, limit=max_input_tokens)
+    shape = np.shape(inputs) if isinstance(inputs, np.ndarray) else ()
+    length = shape[1] if len(shape) == 2 else max(map(len, rows))
+    length = min(length, max_input_tokens)
+    batch = {'encoder_input_tokens': self._padded(rows, length)}
+    encoded = self._call(steps.make_encode_step, batch, pooling)
+    return encoded[:, :length] if pooling is None else encoded
+
   def score(
     self,
     inputs: Texts | Ids | None,
@@ -173,8 +198,7 @@ class Generation:
     longest = max(map(len, wanted))
     if longest > max_input_tokens:
       raise UsageError(f'a target has {longest} tokens; max_input_tokens is {max_input_tokens}')
-    if batch_size < 1:
-      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
+    check_positive('batch_size', batch_size)
     read: list[list[int]] = []
     if self.config.has_encoder:
       if inputs is None:
@@ -247,14 +271,9 @@ class Generation:
   ) -> dict[str, float]:
     """Returns how well the targets are predicted, over all of them together.
 
-    Args:
-      inputs: as of `score`.
-      targets: likewise.
-      **arguments: of `score`.
-
-    Returns:
-      loss (natural logarithm, a token, EOS of texts included), perplexity (its exponential),
-      tokens; of texts also bits_per_byte (UTF-8 bytes of the targets, of any vocabulary), bytes.
+    The arguments are those of `score`. What comes back is loss (natural logarithm, a token, EOS of
+    texts included), perplexity (its exponential), tokens; of texts also bits_per_byte (UTF-8 bytes
+    of the targets, of any vocabulary), bytes.
     """
     total = -float(self.score(inputs, targets, **arguments).sum(dtype=np.float64))
     tokens = sum(map(len, self._rows(targets)))

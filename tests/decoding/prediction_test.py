@@ -22,7 +22,8 @@ def make_predictor(cfg, mesh=MESH, **overrides):
 
 
 def place(predictor, params):
-  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, predictor.abstract_params)
+  specs = model_sharding.inference_params(predictor.model, predictor.placement)
+  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, specs)
 
 
 @pytest.mark.parametrize(
