@@ -40,7 +40,7 @@ def load(
   seed: int = 0,
   **changes: Any,
 ) -> 'Model':
-  """Loads a model of any format.
+  """Loads a model of any format; UsageError if nothing can be read, or it is no such model.
 
   Args:
     path: a folder of t5x_lite, transformers or T5X, one of its steps, or the name of a model on the
@@ -54,9 +54,6 @@ def load(
     seed: of parameters that are drawn anew.
     **changes: fields of T5Config to change, such as dtype='bfloat16' to compute in,
       param_dtype='bfloat16' or 'int8' to keep, or architecture='encoder'.
-
-  Raises:
-    UsageError: if nothing there can be read, or it is another kind of model.
   """
   opened = checkpoint_source.open_source(path)
   if adapter:

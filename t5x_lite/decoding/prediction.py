@@ -90,21 +90,12 @@ class Predictor:
     extra: tuple[Processor, ...] = (),
     draft: T5Config | None = None,
   ):
-    """Compiles nothing yet.
+    """Compiles nothing yet; UsageError if `decoding`, which holds no texts, or the draft cannot be.
 
-    Args:
-      model: must have a decoder, which continues the inputs where there is no encoder.
-      placement: where it runs.
-      decoding: how tokens are chosen; ids, not texts: see its `resolved`.
-      batch_size: inputs decoded at a time; raised to a multiple of the mesh's data axes.
-      max_input_length: longest input, in tokens; the caller truncates.
-      seed: of sampling.
-      scored: whether scores are wanted; without, some work less.
-      extra: processors that are applied after those of `decoding`.
-      draft: a smaller model that proposes tokens, see `speculative`.
-
-    Raises:
-      UsageError: if the model does not write outputs, or `decoding` or the draft do not fit it.
+    The model must have a decoder, which continues the inputs where there is no encoder. batch_size
+    inputs are decoded at a time, or the next multiple of the mesh's data axes; none has more than
+    max_input_length tokens: the caller truncates. Without scores there is some work less. The extra
+    processors come after those of `decoding`; a draft is a smaller model, see `speculative`.
     """
     if not model.has_decoder:
       raise UsageError(
@@ -119,13 +110,6 @@ class Predictor:
     self._step = model_sharding.jit_step(
       steps.make_predict_step, model, placement, decoding, scored, extra, draft
     )
-
-  def predict(
-    self, params: Any, rows: Sequence[Sequence[int]], *, index: int = 0
-  ) -> tuple[list[list[int]], list[float]]:
-    """Returns the ids of each input's best output, and its score; see `predict_all`."""
-    best = [outputs[0] for outputs in self.predict_all(params, rows, index=index)]
-    return [output.tokens for output in best], [output.score or 0.0 for output in best]
 
   def predict_all(
     self,

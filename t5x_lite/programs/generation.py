@@ -185,14 +185,9 @@ class Generation:
   ) -> np.ndarray:
     """Returns the log-probability of each target, EOS of texts included.
 
-    Rows go in batches of about one length, whatever order they come in.
-
-    Args:
-      inputs: texts or ids; None for a model without an encoder.
-      targets: texts or ids, as many as inputs.
-      max_input_tokens: longer inputs are cut with a warning, targets refused.
-      batch_size: rows scored at a time.
-      length_normalized: divide by the number of a target's tokens.
+    Rows, of texts or ids, go in batches of about one length, whatever order they come in; a model
+    without an encoder has no inputs, but None. Inputs of more than max_input_tokens are cut with a
+    warning, targets refused. length_normalized divides by the number of a target's tokens.
     """
     wanted = self._rows(targets)
     longest = max(map(len, wanted))
@@ -244,14 +239,10 @@ class Generation:
   ) -> Any:
     """Returns the label that the model finds likeliest for each input.
 
-    Every label is scored (Brown et al. 2020; t5.evaluation.metrics' rank_classification).
-
-    Args:
-      inputs: texts or ids.
-      labels: texts, or lists of ids with EOS.
-      length_normalized: by the log-probability a token, which favours longer labels.
-      return_scores: return (labels, scores [inputs, labels]).
-      **arguments: of `score`.
+    Every label, a text or a list of ids with EOS, is scored (Brown et al. 2020; rank_classification
+    of t5.evaluation.metrics); length_normalized by the log-probability a token, which favours
+    longer ones. With return_scores it is (labels, scores [inputs, labels]). More arguments are of
+    `score`.
     """
     if not len(labels) or isinstance(labels, str):
       raise UsageError(f'labels is {labels!r}; give a list of at least one label')

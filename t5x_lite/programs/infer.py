@@ -60,6 +60,8 @@ def infer(
 ) -> int:
   """Predicts for every line of a file and returns how many were written.
 
+  UsageError if the model or a line of the input cannot be read; files are read through first.
+
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
       T5X, or NAME@REVISION of the hub; several decode together, by their mean log-probability.
@@ -89,9 +91,6 @@ def infer(
     seed: of sampling.
     resume: continue an output that was interrupted.
     overwrite: replace an output that is there.
-
-  Raises:
-    UsageError: if the model or a line of the input cannot be read; files are read through first.
   """
   # ---- Check everything that can be checked before any work ----
   check_positive('infer.batch_size', batch_size)

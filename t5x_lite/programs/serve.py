@@ -50,6 +50,7 @@ def serve(
   """Serves a model over HTTP until SIGTERM or Ctrl-C; what was accepted is answered before it ends.
 
   GET / is a page to try it, /openapi.json describes it, OpenAI's clients take http://HOST:PORT/v1.
+  UsageError if the model cannot be read, the address is taken, or a package is missing.
 
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
@@ -72,9 +73,6 @@ def serve(
     param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
       the checkpoint's own by default.
     mesh: how devices are arranged; decided by their number by default.
-
-  Raises:
-    UsageError: if the model cannot be read, the address is taken, or a package is missing.
   """
   given = dict(locals())
   for what, value in given.items():

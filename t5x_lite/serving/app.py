@@ -207,10 +207,8 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   async def finish(request: Request, stop: Sequence[str]) -> tuple[str, Output, str]:
     """Returns text, output and why it ended."""
     async with contextlib.aclosing(outputs(request, stop)) as growing:
-      async for text, output, ended in growing:
-        if ended:
-          return text.text, output, ended
-    raise AssertionError('an output always ends')
+      *_, (text, output, ended) = [one async for one in growing]
+    return text.text, output, ended
 
   async def on_device(function: Callable[..., Any], *args: Any) -> Any:
     async with asyncio.timeout(limits.request_seconds):

@@ -63,10 +63,8 @@ class Metrics:
     self.tokens = make(Counter, 'tokens', 'Tokens.', ['kind'])
     self.seconds = make(Histogram, 'request_seconds', 'From request to its last byte.', ['path'])
     self.first = make(Histogram, 'first_token_seconds', 'From request to its first tokens.')
-    waiting = make(Gauge, 'waiting', 'Requests without a slot.')
-    waiting.set_function(lambda: worker.num_waiting)
-    running = make(Gauge, 'running', 'Requests being decoded.')
-    running.set_function(lambda: worker.num_running)
+    make(Gauge, 'waiting', 'Requests without a slot.').set_function(lambda: worker.num_waiting)
+    make(Gauge, 'running', 'Requests being decoded.').set_function(lambda: worker.num_running)
 
 
 class Guard:
