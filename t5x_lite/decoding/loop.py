@@ -23,34 +23,23 @@ StepFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class Decoded(NamedTuple):
-  """What was decoded: n outputs for each input, best first where they are ranked.
+  """What was decoded: n outputs for each input, best first where they are ranked."""
 
-  Attributes:
-    tokens_BnL: ids, eos_id included; pad_id after it.
-    scores_Bn: as `DecodingConfig.normalization` says; None if not asked for.
-    log_probs_BnL: of each token, 0 after the end; None likewise. What the model gives without
-      processors and temperature, but with beams after processors.
-  """
-
-  tokens_BnL: jax.Array
-  scores_Bn: jax.Array | None
+  tokens_BnL: jax.Array  # ids, eos_id included; pad_id after it
+  scores_Bn: jax.Array | None  # as `DecodingConfig.normalization` says; None if not asked for
+  # Of each token, 0 after the end; None likewise. What the model gives without processors and
+  # temperature, but with beams after processors.
   log_probs_BnL: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What the decoder has read before the first new token, in one pass.
+  """What the decoder has read before the first new token, in one pass."""
 
-  Attributes:
-    tokens_RP: the start token, then the prefix, then padding.
-    lengths_R: how many of them are not padding.
-    logits_RV: of the first new token.
-  """
-
-  tokens_RP: jax.Array
-  lengths_R: jax.Array
-  logits_RV: jax.Array
+  tokens_RP: jax.Array  # the start token, then the prefix, then padding
+  lengths_R: jax.Array  # how many of them are not padding
+  logits_RV: jax.Array  # of the first new token
 
 
 def likeliest(logits_RV) -> jax.Array:

@@ -41,10 +41,9 @@ def padded_length(length: int, longest: int | None = None, shortest: int = SHORT
 def pad_rows(
   rows: Sequence[Sequence[int]], *, batch_size: int, length: int, pad_id: int
 ) -> np.ndarray:
-  """Returns rows as one [batch_size, length] array; missing rows repeat one.
+  """Returns rows as one [batch_size, length] array; rows past the last are copies of the first.
 
-  A row of nothing but padding would send NaN through an attention without a single key, so rows
-  past the last are copies of the first.
+  A row of nothing but padding would send NaN through an attention without a single key.
   """
   array = np.full((batch_size, length), pad_id, np.int32)
   for i, row in enumerate([*rows, *[rows[0]] * (batch_size - len(rows))]):
@@ -61,17 +60,11 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """One output of an input.
+  """One output of an input."""
 
-  Attributes:
-    tokens: its ids, without EOS and padding.
-    score: as `DecodingConfig.normalization` says; None if not asked for.
-    log_probs: of each token, EOS included; None likewise.
-  """
-
-  tokens: list[int]
-  score: float | None
-  log_probs: list[float] | None
+  tokens: list[int]  # its ids, without EOS and padding
+  score: float | None  # as `DecodingConfig.normalization` says; None if not asked for
+  log_probs: list[float] | None  # of each token, EOS included; None likewise
 
 
 class Predictor:
@@ -123,14 +116,11 @@ class Predictor:
   ) -> list[list[Output]]:
     """Decodes at most `batch_size` inputs; returns the outputs of each.
 
-    Args:
-      params: as `model_sharding.inference_params` says, of any float dtype; a pair with a draft's.
-      rows: token ids of each input, EOS included if the model expects it.
-      index: of this batch; sampling differs from one to the next.
-      prefixes: ids that each output is to begin with; they are read in one pass, are no part of the
-        output, and do not count.
-      seeds: of each row's sampling, whatever batch it is in.
-      temperatures: of each row, instead of the config's; 0 is greedy.
+    The params are as `model_sharding.inference_params` says, of any float dtype, and a pair with a
+    draft's; rows are token ids, EOS included if the model expects it. Sampling differs from one
+    index of a batch to the next, unless seeds of each row are given. Prefixes are what outputs are
+    to begin with: ids that are read in one pass, are no part of the output, and do not count.
+    Temperatures of each row, 0 for greedy, are instead of the config's.
     """
     assert 0 < len(rows) <= self.batch_size, len(rows)
     longest = max(map(len, rows))

@@ -76,17 +76,13 @@ def _shard(placement: Placement, batch_size: int) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What one evaluator measured.
+  """What one evaluator measured."""
 
-  Attributes:
-    kind: 'eval' for teacher-forced losses, 'infer_eval' for the task's own metrics: T5X's names.
-    task: its name, without the vocabulary's.
-    lines: {'input', 'prediction', 'target'} of each decoded example.
-  """
-
+  # 'eval' for teacher-forced losses, 'infer_eval' for the task's own metrics: T5X's names.
   kind: str
-  task: str
+  task: str  # its name, without the vocabulary's
   metrics: Metrics
+  # {'input', 'prediction', 'target'} of each decoded example.
   lines: Lines = dataclasses.field(default_factory=list)
 
 

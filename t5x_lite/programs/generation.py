@@ -203,30 +203,34 @@ class Generation:
         raise UsageError(f'score got {len(read)} inputs and {len(wanted)} targets')
     elif inputs is not None:
       raise UsageError('score of a model without an encoder takes no inputs: give None')
-    scores = np.zeros(len(wanted), np.float32)
-    order = sorted(range(len(wanted)), key=lambda i: (len(read[i]) if read else 0, len(wanted[i])))
-    for start in range(0, len(order), batch_size):
-      part = order[start : start + batch_size]
-      rows = [read[i] for i in part] if read else None
-      scores[part] = self._score_rows(rows, [wanted[i] for i in part])
+    scores = self._score_rows(read or None, wanted, batch_size)
     if length_normalized:
       scores /= np.maximum([len(row) for row in wanted], 1)
     return scores
 
-  def _score_rows(self, rows: Rows | None, targets: Rows, matches: bool = False) -> np.ndarray:
-    """Returns what `steps.make_score_step` does of each row of targets, all in one batch."""
-    tokens = self._padded(targets, max(map(len, targets)))
-    lengths = np.asarray([[len(row)] for row in targets])
-    shifted = np.roll(tokens, 1, axis=1)
-    shifted[:, 0] = self.config.decoder_start_id
-    batch = {
-      'decoder_target_tokens': tokens,
-      'decoder_loss_weights': (np.arange(tokens.shape[1]) < lengths).astype(np.float32),
-      'decoder_input_tokens': shifted,
-    }
-    if rows is not None:
-      batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
-    return self._call(steps.make_score_step, batch, matches)
+  def _score_rows(
+    self, rows: Rows | None, targets: Rows, batch_size: int, matches: bool = False
+  ) -> np.ndarray:
+    """Returns what `steps.make_score_step` does of each row of targets."""
+    lengths = [(len(rows[i]) if rows else 0, len(row)) for i, row in enumerate(targets)]
+    order = sorted(range(len(targets)), key=lengths.__getitem__)
+    scores = np.zeros((len(targets), 2) if matches else len(targets), np.float32)
+    for start in range(0, len(order), batch_size):
+      part = order[start : start + batch_size]
+      tokens = self._padded([targets[i] for i in part], max(lengths[i][1] for i in part))
+      shifted = np.roll(tokens, 1, axis=1)
+      shifted[:, 0] = self.config.decoder_start_id
+      real = np.arange(tokens.shape[1]) < np.asarray([[lengths[i][1]] for i in part])
+      batch = {
+        'decoder_target_tokens': tokens,
+        'decoder_loss_weights': real.astype(np.float32),
+        'decoder_input_tokens': shifted,
+      }
+      if rows:
+        read = [rows[i] for i in part]
+        batch['encoder_input_tokens'] = self._padded(read, max(map(len, read)))
+      scores[part] = self._call(steps.make_score_step, batch, matches)
+    return scores
 
   def classify(
     self,
