@@ -25,7 +25,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement, single_device
 from t5x_lite.programs import grow_vocabulary
-from t5x_lite.programs.generation import MAX_INPUT_TOKENS, Generation, Ids, Texts
+from t5x_lite.programs.generation import Generation, Ids
 from t5x_lite.runs import progress
 
 
@@ -40,7 +40,7 @@ def load(
   seed: int = 0,
   **changes: Any,
 ) -> 'Model':
-  """Loads a model of any format.
+  """Loads a model of any format; UsageError if nothing can be read, or it is no such model.
 
   Args:
     path: a folder of t5x_lite, transformers or T5X, one of its steps, or the name of a model on the
@@ -54,9 +54,6 @@ def load(
     seed: of parameters that are drawn anew.
     **changes: fields of T5Config to change, such as dtype='bfloat16' to compute in,
       param_dtype='bfloat16' or 'int8' to keep, or architecture='encoder'.
-
-  Raises:
-    UsageError: if nothing there can be read, or it is another kind of model.
   """
   opened = checkpoint_source.open_source(path)
   if adapter:
@@ -155,45 +152,17 @@ class Model(Generation):
       'decoder_input_tokens': decoder_input_tokens,
       'decoder_causal_attention': decoder_causal_attention,
     }
-    arrays = {k: np.asarray(v, np.int32) for k, v in given.items() if v is not None}
-    for name, array in arrays.items():
-      if array.ndim != 2 or (
-        array.size and not 0 <= array.min() <= array.max() < self.config.vocab_size
-      ):
-        what = f'ids [B, L] below {self.config.vocab_size}'
-        raise UsageError(f'{name} of shape {array.shape} must be {what}')
-    length = arrays['decoder_input_tokens'].shape[1]
-    for name, array in arrays.items():
+    arrays, size = {}, self.config.vocab_size
+    for name, ids in given.items():
+      if ids is None:
+        continue
+      array = np.asarray(ids, np.int32)
+      if array.ndim != 2 or (array.size and not 0 <= array.min() <= array.max() < size):
+        raise UsageError(f'{name} of shape {array.shape} must be ids [B, L] below {size}')
       missing = prediction.padded_length(array.shape[1]) - array.shape[1]
       fill = 0 if name == 'decoder_causal_attention' else self.config.pad_id
       arrays[name] = np.pad(array, ((0, 0), (0, missing)), constant_values=fill)
-    return self._call(steps.make_logits_step, arrays)[:, :length]
-
-  def encode(
-    self,
-    inputs: Texts | Ids,
-    *,
-    pooling: str | None = None,
-    max_input_tokens: int = MAX_INPUT_TOKENS,
-  ) -> np.ndarray:
-    """Returns the encoder's output for texts (EOS is added), or ids as they are.
-
-    Pooling None returns every position, [B, M, D]; 'mean' the mean over real positions, [B, D]
-    (Sentence-T5's choice); 'first' the first position. Inputs of more than max_input_tokens are
-    cut, and a warning counts them.
-    """
-    if not self.config.has_encoder:
-      raise UsageError("architecture='decoder' has no encoder")
-    if pooling not in steps.POOLINGS:
-      allowed = ', '.join(map(repr, steps.POOLINGS))
-      raise UsageError(f'pooling is {pooling!r}; allowed are {allowed}')
-    rows = self._rows(inputs, limit=max_input_tokens)
-    shape = np.shape(inputs) if isinstance(inputs, np.ndarray) else ()
-    length = shape[1] if len(shape) == 2 else max(map(len, rows))
-    length = min(length, max_input_tokens)
-    batch = {'encoder_input_tokens': self._padded(rows, length)}
-    encoded = self._call(steps.make_encode_step, batch, pooling)
-    return encoded[:, :length] if pooling is None else encoded
+    return self._call(steps.make_logits_step, arrays)[:, : np.shape(decoder_input_tokens)[1]]
 
   def save(self, directory: str, *, format: str = 't5x_lite', dtype: str | None = None) -> None:
     """Writes the model into a directory, which must not exist yet, or be empty.

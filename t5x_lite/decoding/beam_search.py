@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from t5x_lite.decoding import loop, processors
 from t5x_lite.decoding.config import DecodingConfig
-from t5x_lite.decoding.loop import Decoded, Prompt, StepFn
+from t5x_lite.decoding.loop import Decoded, Prompt, StepFn, pick
 
 # Of what is no candidate; finite, so that sums and comparisons stay defined.
 WORST = -1e9
@@ -53,16 +53,6 @@ class _State:
   cache: Any
 
 
-def _pick(tree, at_Bk):
-  """Returns what arrays [B, ., ...] have at given places of each input."""
-
-  def pick(x):
-    index = at_Bk.reshape(at_Bk.shape + (1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1)
-
-  return jax.tree.map(pick, tree)
-
-
 def _best(scores_BKV, count: int):
   """Returns the largest of all K V scores of an input: scores, beams, tokens.
 
@@ -77,10 +67,9 @@ def _best(scores_BKV, count: int):
   else:
     segments_BGS = flat_BF.reshape(B, num, SEGMENT)
     _, which_BC = jax.lax.top_k(jnp.max(segments_BGS, axis=-1), count)
-    few_BF = _pick(segments_BGS, which_BC).reshape(B, count * SEGMENT)
+    few_BF = pick(segments_BGS, which_BC).reshape(B, count * SEGMENT)
     best_BC, at_BC = jax.lax.top_k(few_BF, count)
-    segment_BC = jnp.take_along_axis(which_BC, at_BC // SEGMENT, axis=1)
-    at_BC = segment_BC * SEGMENT + at_BC % SEGMENT
+    at_BC = pick(which_BC, at_BC // SEGMENT) * SEGMENT + at_BC % SEGMENT
   return best_BC, at_BC // V, at_BC % V
 
 
@@ -130,7 +119,7 @@ def search(
     new_RV = loop.processed(chain, new_RV, prompt, start_id, tokens_RL, s.position)
     sums_BKV = new_RV.reshape(B, K, -1) + s.running.scores_Bk[:, :, None]
     sum_BC, beam_BC, token_BC = _best(sums_BKV, 2 * K)
-    parents = _pick(s.running, beam_BC)
+    parents = pick(s.running, beam_BC)
     candidates = _Hypotheses(
       parents.tokens_BkL.at[:, :, s.position].set(token_BC),
       parents.log_probs_BkL.at[:, :, s.position].set(sum_BC - parents.scores_Bk),
@@ -141,7 +130,7 @@ def search(
 
     running_BC = jnp.where(ended_BC, sum_BC + WORST, sum_BC)
     running_BK, at_BK = jax.lax.top_k(running_BC, K)
-    running = dataclasses.replace(_pick(candidates, at_BK), scores_Bk=running_BK)
+    running = dataclasses.replace(pick(candidates, at_BK), scores_Bk=running_BK)
 
     # Candidates after the best K are there to go on alone, not to finish.
     may_BC = (jnp.arange(2 * K) < K)[None, :]
@@ -154,16 +143,16 @@ def search(
     ranked = dataclasses.replace(candidates, scores_Bk=ranked_BC)
     merged = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), s.finished, ranked)
     _, best_BK = jax.lax.top_k(merged.scores_Bk, K)
-    finished = _pick(merged, best_BK)
-    full_BK = _pick(jnp.concatenate([s.full_BK, finished_BC], axis=1), best_BK)
+    finished = pick(merged, best_BK)
+    full_BK = pick(jnp.concatenate([s.full_BK, finished_BC], axis=1), best_BK)
 
     best_length = float(L) if stop == 'never' and alpha > 0.0 else length
     # The rule of groups is that of transformers' older searches: an end is a hope too.
     hope_BK = config.normalized((running_BK if G == 1 else sum_BC)[:, :1], best_length)
     worst_BK = jnp.where(full_BK, jnp.min(finished.scores_Bk, axis=1, keepdims=True), WORST)
     open_B = s.open_B & jnp.any(hope_BK > worst_BK, axis=1)
-    last_R = _pick(token_BC, at_BK).reshape(num_rows)
-    cache = reorder(s.cache, _pick(beam_BC, at_BK))
+    last_R = pick(token_BC, at_BK).reshape(num_rows)
+    cache = reorder(s.cache, pick(beam_BC, at_BK))
     return _State(s.position + 1, last_R, running, finished, full_BK, open_B, cache)
 
   def going(s: _State) -> jax.Array:
@@ -187,5 +176,5 @@ def search(
   )
   found = loop.run(state, choose, step, L, prompt, grow, going=going, result=lambda s: s.finished)
   found = jax.tree.map(lambda x: x.reshape(-1, G * K, *x.shape[2:]), found)
-  best = _pick(found, jax.lax.top_k(found.scores_Bk, config.num_return_sequences)[1])
+  best = pick(found, jax.lax.top_k(found.scores_Bk, config.num_return_sequences)[1])
   return Decoded(best.tokens_BkL, best.scores_Bk, best.log_probs_BkL)

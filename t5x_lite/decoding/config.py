@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_fields
 
 DEFAULT_LENGTH = 128
 INF = float('inf')
@@ -110,7 +110,7 @@ class DecodingConfig:
       listed = isinstance(value, Sequence)
       texts = (value,) if isinstance(value, str) else tuple(value) if listed else ()
       fine = listed and all(text and isinstance(text, str) for text in texts)
-      self._check(fine, name, 'texts that are not empty')
+      check_fields(self, **{name: (fine, 'texts that are not empty')})
       object.__setattr__(self, name, texts)
     for name in ('forbidden_tokens', 'allowed_outputs'):
       try:
@@ -118,21 +118,23 @@ class DecodingConfig:
       except TypeError:
         rows = ((),)
       ids = all(isinstance(i, numbers.Integral) for row in rows for i in row)
-      self._check(all(rows) and ids, name, 'sequences of at least one id')
+      check_fields(self, **{name: (all(rows) and ids, 'sequences of at least one id')})
       object.__setattr__(self, name, rows)
     for name, field in self.__dataclass_fields__.items():
       whole, value = type(field.default) is int or name in _IDS, getattr(self, name)
       number = isinstance(value, numbers.Integral if whole else numbers.Real)
       if whole or type(field.default) is float or name == 'brevity_alpha':
-        self._check(number or value is field.default, name, f'a {"whole " * whole}number')
+        check_fields(
+          self, **{name: (number or value is field.default, f'a {"whole " * whole}number')}
+        )
     for name, (least, most, allowed) in _BOUNDS.items():
       value = getattr(self, name)
-      self._check(value is None or least <= value <= most, name, allowed)
+      check_fields(self, **{name: (value is None or least <= value <= most, allowed)})
     stop = _EARLY_STOPPING.get(str(self.early_stopping).lower())
-    self._check(stop is not None, 'early_stopping', "True, False or 'never'")
+    check_fields(self, early_stopping=(stop is not None, "True, False or 'never'"))
     object.__setattr__(self, 'early_stopping', stop)
     fine = self.min_new_tokens <= self.length
-    self._check(fine, 'min_new_tokens', f'at most max_decode_length, {self.length}')
+    check_fields(self, min_new_tokens=(fine, f'at most max_decode_length, {self.length}'))
     if self.temperature == 0.0:
       why = 'but temperature is 0, which is greedy and draws nothing: set temperature=1.0 to sample'
       self._refuse(_OF_SAMPLING, why)
@@ -142,9 +144,9 @@ class DecodingConfig:
       ranks = () if self.best_of else ('length_penalty', 'brevity_alpha')
       self._refuse((*ranks, 'early_stopping'), 'but num_beams is 1: it ranks beams')
     fine = self.num_beams % self.num_beam_groups == 0
-    self._check(fine, 'num_beam_groups', f'a divisor of num_beams, {self.num_beams}')
+    check_fields(self, num_beam_groups=(fine, f'a divisor of num_beams, {self.num_beams}'))
     fine = (self.num_beam_groups > 1) == (self.diversity_penalty > 0)
-    self._check(fine, 'diversity_penalty', 'above 0 with num_beam_groups above 1, and else 0')
+    check_fields(self, diversity_penalty=(fine, 'above 0 with num_beam_groups above 1, and else 0'))
     if self.regex:
       self._refuse(['json_schema'], 'but regex is set too: choose one of them')
     if self.brevity_alpha is not None:
@@ -155,16 +157,11 @@ class DecodingConfig:
         self.num_beams == 1 or self.num_return_sequences <= len({*rows})
       )
       what = f'as many as num_return_sequences, and with the end within {self.length} tokens'
-      self._check(fine, 'allowed_outputs', what)
+      check_fields(self, allowed_outputs=(fine, what))
     samples = self.num_beams == 1 and not self.best_of and self.temperature
     most = INF if samples else max(self.num_beams, self.best_of)
     fine = self.num_return_sequences <= most
-    self._check(fine, 'num_return_sequences', f'at most {most}, as many as there are')
-
-  def _check(self, fine: bool, name: str, allowed: str) -> None:
-    if not fine:
-      value = getattr(self, name)
-      raise UsageError(f'DecodingConfig.{name} is {value!r}; it must be {allowed}.')
+    check_fields(self, num_return_sequences=(fine, f'at most {most}, as many as there are'))
 
   def _refuse(self, names: Sequence[str], why: str) -> None:
     """Refuses a field that has been changed."""
@@ -219,7 +216,8 @@ class DecodingConfig:
       automaton = compiled(self.regex, self.json_schema, vocabulary)
       fine = (length or DEFAULT_LENGTH) > automaton.left_S[0]
       why = f'above the {automaton.left_S[0]} tokens of the shortest output that matches'
-      dataclasses.replace(self, max_decode_length=length)._check(fine, 'max_decode_length', why)
+      given = dataclasses.replace(self, max_decode_length=length)
+      check_fields(given, max_decode_length=(fine, why))
     return dataclasses.replace(
       self,
       max_decode_length=length,
@@ -238,11 +236,7 @@ class DecodingConfig:
 
 
 def decoding_config(max_new_tokens: int, /, **settings: Any) -> DecodingConfig:
-  """Returns the config that the Python interface's arguments mean.
-
-  Raises:
-    UsageError: if there is no such setting.
-  """
+  """Returns the config that the Python interface's arguments mean; UsageError for others."""
   known = {field.name for field in dataclasses.fields(DecodingConfig)}
   known -= {'max_decode_length', 'automaton'}
   for name in settings:

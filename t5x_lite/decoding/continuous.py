@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from t5x_lite.decoding import loop, prediction
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_positive
 from t5x_lite.models import t5
 from t5x_lite.models.blocks import Cache
 from t5x_lite.models.config import T5Config
@@ -29,38 +29,24 @@ from t5x_lite.parallel.placement import Placement
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """One input, and how its output is chosen.
+  """One input, and how its output is chosen."""
 
-  Attributes:
-    tokens: of the input, EOS included if the model expects it.
-    max_new_tokens: EOS included; None for as many as there is room for.
-    temperature: 0 is greedy.
-    top_k: sample among the k likeliest tokens; 0 means all.
-    top_p: sample among the fewest tokens whose probability reaches p, after top_k; 1 means all.
-    seed: of this row's sampling.
-  """
-
-  tokens: Sequence[int]
-  max_new_tokens: int | None = None
-  temperature: float = 0.0
-  top_k: int = 0
+  tokens: Sequence[int]  # of the input, EOS included if the model expects it
+  max_new_tokens: int | None = None  # EOS included; None for as many as there is room for
+  temperature: float = 0.0  # 0 is greedy
+  top_k: int = 0  # sample among the k likeliest tokens; 0 means all
+  # Sample among the fewest tokens whose probability reaches p, after top_k; 1 means all.
   top_p: float = 1.0
-  seed: int = 0
+  seed: int = 0  # of this row's sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """What a slot has decoded so far.
+  """What a slot has decoded so far."""
 
-  Attributes:
-    tokens: ids, without EOS.
-    log_probs: natural, of each token, that of EOS last if the row ended with it.
-    ended: 'eos', 'length', or '' while it goes on.
-  """
-
-  tokens: list[int]
-  log_probs: list[float]
-  ended: str = ''
+  tokens: list[int]  # ids, without EOS
+  log_probs: list[float]  # natural, of each token, that of EOS last if the row ended with it
+  ended: str = ''  # 'eos', 'length', or '' while it goes on
 
 
 @jax.tree_util.register_dataclass
@@ -105,9 +91,8 @@ class ContinuousBatch:
         f'architecture={model.architecture!r} cannot be decoded continuously; it takes '
         "'encoder_decoder'"
       )
-    for name, value in (('num_slots', num_slots), ('max_decode_length', max_decode_length)):
-      if value < 1:
-        raise UsageError(f'{name} is {value}; it must be at least 1')
+    check_positive('num_slots', num_slots)
+    check_positive('max_decode_length', max_decode_length)
     self.model, self.params, self.placement = model, params, placement
     self.max_decode_length, self._num_slots = max_decode_length, num_slots
     self._width = prediction.SHORTEST

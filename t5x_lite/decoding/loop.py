@@ -23,34 +23,23 @@ StepFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class Decoded(NamedTuple):
-  """What was decoded: n outputs for each input, best first where they are ranked.
+  """What was decoded: n outputs for each input, best first where they are ranked."""
 
-  Attributes:
-    tokens_BnL: ids, eos_id included; pad_id after it.
-    scores_Bn: as `DecodingConfig.normalization` says; None if not asked for.
-    log_probs_BnL: of each token, 0 after the end; None likewise. What the model gives without
-      processors and temperature, but with beams after processors.
-  """
-
-  tokens_BnL: jax.Array
-  scores_Bn: jax.Array | None
+  tokens_BnL: jax.Array  # ids, eos_id included; pad_id after it
+  scores_Bn: jax.Array | None  # as `DecodingConfig.normalization` says; None if not asked for
+  # Of each token, 0 after the end; None likewise. What the model gives without processors and
+  # temperature, but with beams after processors.
   log_probs_BnL: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What the decoder has read before the first new token, in one pass.
+  """What the decoder has read before the first new token, in one pass."""
 
-  Attributes:
-    tokens_RP: the start token, then the prefix, then padding.
-    lengths_R: how many of them are not padding.
-    logits_RV: of the first new token.
-  """
-
-  tokens_RP: jax.Array
-  lengths_R: jax.Array
-  logits_RV: jax.Array
+  tokens_RP: jax.Array  # the start token, then the prefix, then padding
+  lengths_R: jax.Array  # how many of them are not padding
+  logits_RV: jax.Array  # of the first new token
 
 
 def likeliest(logits_RV) -> jax.Array:
@@ -65,6 +54,16 @@ def log_prob(logits_RV, tokens_R) -> jax.Array:
   """Returns the natural logarithm of each row's token's probability."""
   chosen_R = jnp.take_along_axis(logits_RV, tokens_R[:, None], axis=1)[:, 0]
   return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
+
+
+def pick(tree: Any, at_Bk: jax.Array) -> Any:
+  """Returns what arrays [B, ., ...] have at given places of each input."""
+
+  def pick_one(x):
+    index = at_Bk.reshape(at_Bk.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
+
+  return jax.tree.map(pick_one, tree)
 
 
 def processed(
@@ -109,17 +108,12 @@ def run(
   going: Callable[[Any], jax.Array],
   result: Callable[[Any], Any],
 ) -> Any:
-  """Advances a state while it is going; returns its result.
+  """Advances a state while it is going and below `length`; returns its result, without the cache.
 
-  Args:
-    state: with position (how many tokens are written), last_R (the token fed next) and cache.
-    choose: (state, logits_RV) -> the state with one position more written.
-    step: feeds one token a row; returns float32 logits of the next.
-    length: no position is written at or after this one.
-    prompt: what the cache holds already.
-    grow: returns the cache with room for so many new tokens; None if it has room.
-    going: whether there is anything left to do.
-    result: what is wanted of the last state, without the cache.
+  A state has position (how many tokens are written), last_R (the token fed next) and cache, which
+  holds the prompt already. step feeds one token a row and returns float32 logits of the next;
+  choose(state, logits_RV) returns the state with one position more written; grow returns the cache
+  with room for so many new tokens, and is None if it has room.
   """
   ends = [length] if grow is None else stages(length)
   if prompt is not None:

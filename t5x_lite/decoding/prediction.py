@@ -41,10 +41,9 @@ def padded_length(length: int, longest: int | None = None, shortest: int = SHORT
 def pad_rows(
   rows: Sequence[Sequence[int]], *, batch_size: int, length: int, pad_id: int
 ) -> np.ndarray:
-  """Returns rows as one [batch_size, length] array; missing rows repeat one.
+  """Returns rows as one [batch_size, length] array; rows past the last are copies of the first.
 
-  A row of nothing but padding would send NaN through an attention without a single key, so rows
-  past the last are copies of the first.
+  A row of nothing but padding would send NaN through an attention without a single key.
   """
   array = np.full((batch_size, length), pad_id, np.int32)
   for i, row in enumerate([*rows, *[rows[0]] * (batch_size - len(rows))]):
@@ -61,17 +60,11 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """One output of an input.
+  """One output of an input."""
 
-  Attributes:
-    tokens: its ids, without EOS and padding.
-    score: as `DecodingConfig.normalization` says; None if not asked for.
-    log_probs: of each token, EOS included; None likewise.
-  """
-
-  tokens: list[int]
-  score: float | None
-  log_probs: list[float] | None
+  tokens: list[int]  # its ids, without EOS and padding
+  score: float | None  # as `DecodingConfig.normalization` says; None if not asked for
+  log_probs: list[float] | None  # of each token, EOS included; None likewise
 
 
 class Predictor:
@@ -90,21 +83,12 @@ class Predictor:
     extra: tuple[Processor, ...] = (),
     draft: T5Config | None = None,
   ):
-    """Compiles nothing yet.
+    """Compiles nothing yet; UsageError if `decoding`, which holds no texts, or the draft cannot be.
 
-    Args:
-      model: must have a decoder, which continues the inputs where there is no encoder.
-      placement: where it runs.
-      decoding: how tokens are chosen; ids, not texts: see its `resolved`.
-      batch_size: inputs decoded at a time; raised to a multiple of the mesh's data axes.
-      max_input_length: longest input, in tokens; the caller truncates.
-      seed: of sampling.
-      scored: whether scores are wanted; without, some work less.
-      extra: processors that are applied after those of `decoding`.
-      draft: a smaller model that proposes tokens, see `speculative`.
-
-    Raises:
-      UsageError: if the model does not write outputs, or `decoding` or the draft do not fit it.
+    The model must have a decoder, which continues the inputs where there is no encoder. batch_size
+    inputs are decoded at a time, or the next multiple of the mesh's data axes; none has more than
+    max_input_length tokens: the caller truncates. Without scores there is some work less. The extra
+    processors come after those of `decoding`; a draft is a smaller model, see `speculative`.
     """
     if not model.has_decoder:
       raise UsageError(
@@ -120,18 +104,6 @@ class Predictor:
       steps.make_predict_step, model, placement, decoding, scored, extra, draft
     )
 
-  @property
-  def abstract_params(self) -> Any:
-    """Shapes, dtypes and shardings that parameters should be loaded with."""
-    return model_sharding.inference_params(self.model, self.placement)
-
-  def predict(
-    self, params: Any, rows: Sequence[Sequence[int]], *, index: int = 0
-  ) -> tuple[list[list[int]], list[float]]:
-    """Returns the ids of each input's best output, and its score; see `predict_all`."""
-    best = [outputs[0] for outputs in self.predict_all(params, rows, index=index)]
-    return [output.tokens for output in best], [output.score or 0.0 for output in best]
-
   def predict_all(
     self,
     params: Any,
@@ -144,14 +116,11 @@ class Predictor:
   ) -> list[list[Output]]:
     """Decodes at most `batch_size` inputs; returns the outputs of each.
 
-    Args:
-      params: as `abstract_params` describes, or in any other float dtype; a pair with a draft's.
-      rows: token ids of each input, EOS included if the model expects it.
-      index: of this batch; sampling differs from one to the next.
-      prefixes: ids that each output is to begin with; they are read in one pass, are no part of the
-        output, and do not count.
-      seeds: of each row's sampling, whatever batch it is in.
-      temperatures: of each row, instead of the config's; 0 is greedy.
+    The params are as `model_sharding.inference_params` says, of any float dtype, and a pair with a
+    draft's; rows are token ids, EOS included if the model expects it. Sampling differs from one
+    index of a batch to the next, unless seeds of each row are given. Prefixes are what outputs are
+    to begin with: ids that are read in one pass, are no part of the output, and do not count.
+    Temperatures of each row, 0 for greedy, are instead of the config's.
     """
     assert 0 < len(rows) <= self.batch_size, len(rows)
     longest = max(map(len, rows))

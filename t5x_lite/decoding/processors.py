@@ -24,17 +24,11 @@ from t5x_lite.decoding.config import DecodingConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-  """What the decoder has read so far.
+  """What the decoder has read so far."""
 
-  Attributes:
-    tokens_RT: the start token, the prefix, the new tokens, then anything.
-    given_R: how many of them were given: the start token and the prefix.
-    new: how many tokens have been written after these, a scalar.
-  """
-
-  tokens_RT: jax.Array
-  given_R: jax.Array
-  new: jax.Array
+  tokens_RT: jax.Array  # the start token, the prefix, the new tokens, then anything
+  given_R: jax.Array  # how many of them were given: the start token and the prefix
+  new: jax.Array  # how many tokens have been written after these, a scalar
 
   @property
   def length_R(self) -> jax.Array:  # noqa: N802

@@ -30,14 +30,6 @@ class _State:
   cache: Any
 
 
-def _sample(logits_RV, keys_R, temperature_R, config: DecodingConfig) -> jax.Array:
-  """Returns tokens_R; a row of temperature 0 is greedy."""
-  greedy_R = loop.likeliest(logits_RV)
-  logits_RV = processors.filtered(logits_RV, temperature_R, config)
-  drawn_R = jax.vmap(jax.random.categorical)(keys_R, logits_RV)
-  return jnp.where(temperature_R > 0, drawn_R, greedy_R)
-
-
 def decode(
   step: StepFn,
   cache: Any,
@@ -55,23 +47,13 @@ def decode(
   grow: Callable[[Any, int], Any] | None = None,
   read: StepFn | None = None,
 ) -> Decoded:
-  """Decodes greedily or by sampling.
+  """Decodes greedily or by sampling, from start_id on, or after the prompt that the cache holds.
 
-  Args:
-    step: feeds one token a row; returns float32 logits of the next.
-    cache: what step needs.
-    num_rows: R: inputs times config.rows_per_input, the rows of an input together.
-    config: how tokens are chosen.
-    start_id: fed first.
-    eos_id: ends a row; it is part of the output.
-    pad_id: fills a row after its end.
-    keys_R: random keys; needed when the temperature is not 0.
-    temperature_R: of each row, instead of the config's.
-    prompt: what the cache holds already.
-    extra: processors that are applied after the config's.
-    scored: whether scores and log-probabilities are wanted.
-    grow: see `loop.run`.
-    read: feeds several tokens a row, where `step` is a draft's and the cache a pair: `speculative`.
+  R = num_rows is inputs times config.rows_per_input, the rows of an input together. step and grow
+  are those of `loop.run`; read feeds several tokens a row, where step is a draft's and the cache a
+  pair (see `speculative`). The random keys are needed when the temperature is not 0; temperature_R
+  goes before the config's. Extra processors come after the config's. scored says whether scores and
+  log-probabilities are wanted. Of a row, eos_id is a part, and pad_id fills what is after it.
   """
   L, n = config.length, config.rows_per_input
   sampled = config.temperature != 0.0 or temperature_R is not None
@@ -84,11 +66,12 @@ def decode(
 
   def choose(s: _State, logits_RV) -> _State:
     seen_RV = loop.processed(chain, logits_RV, prompt, start_id, s.tokens_RL, s.position)
+    next_R = loop.likeliest(seen_RV)
     if sampled and keys_R is not None:
       keys = jax.vmap(jax.random.fold_in, (0, None))(keys_R, s.position)
-      next_R = _sample(seen_RV, keys, temperature_R, config)
-    else:
-      next_R = loop.likeliest(seen_RV)
+      filtered_RV = processors.filtered(seen_RV, temperature_R, config)
+      drawn_R = jax.vmap(jax.random.categorical)(keys, filtered_RV)
+      next_R = jnp.where(temperature_R > 0, drawn_R, next_R)
     next_R = jnp.where(s.ended_R, pad_id, next_R.astype(jnp.int32))
     log_probs_RL = s.log_probs_RL
     if log_probs_RL is not None:
@@ -133,7 +116,5 @@ def decode(
   is_end_BnL = tokens_BnL == eos_id
   length_Bn = jnp.where(jnp.any(is_end_BnL, -1), jnp.argmax(is_end_BnL, -1) + 1, L)
   scores_Bn = config.normalized(scores_Bn, length_Bn.astype(jnp.float32))
-  scores_Bn, best_Bn = jax.lax.top_k(scores_Bn, config.num_return_sequences)
-  best_Bn1 = best_Bn[:, :, None]
-  tokens_BnL = jnp.take_along_axis(tokens_BnL, best_Bn1, axis=1)
-  return Decoded(tokens_BnL, scores_Bn, jnp.take_along_axis(log_probs_BnL, best_Bn1, axis=1))
+  _, best_Bn = jax.lax.top_k(scores_Bn, config.num_return_sequences)
+  return loop.pick(Decoded(tokens_BnL, scores_Bn, log_probs_BnL), best_Bn)

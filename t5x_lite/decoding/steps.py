@@ -196,7 +196,6 @@ def make_encode_step(graphdef: Any, pooling: str | None = None) -> Callable[[Any
   Without pooling encoded_BMD; else [B, D], the 'mean' over positions that are not padding or the
   'first' position (Ni et al. 2021, Sentence-T5, section 3.1).
   """
-  assert pooling in POOLINGS, pooling
 
   def encode_step(params, batch: Batch) -> Array:
     model = nnx.merge(graphdef, params)

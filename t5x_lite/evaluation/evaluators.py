@@ -76,17 +76,13 @@ def _shard(placement: Placement, batch_size: int) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What one evaluator measured.
+  """What one evaluator measured."""
 
-  Attributes:
-    kind: 'eval' for teacher-forced losses, 'infer_eval' for the task's own metrics: T5X's names.
-    task: its name, without the vocabulary's.
-    lines: {'input', 'prediction', 'target'} of each decoded example.
-  """
-
+  # 'eval' for teacher-forced losses, 'infer_eval' for the task's own metrics: T5X's names.
   kind: str
-  task: str
+  task: str  # its name, without the vocabulary's
   metrics: Metrics
+  # {'input', 'prediction', 'target'} of each decoded example.
   lines: Lines = dataclasses.field(default_factory=list)
 
 
@@ -180,11 +176,12 @@ class Decoded:
     for i, (batch, examples) in enumerate(self._batches):
       examples, left = examples[:left], left - len(examples)
       rows = [example['inputs'][: self._length].tolist() for example in examples]
-      outputs, _ = self.predictor.predict(params, rows, index=i)
+      outputs = self.predictor.predict_all(params, rows, index=i)
       if task.score_metric_fns:
-        scores.extend(self._target_scores(params, batch)[: len(examples)])
-      for example, output in zip(examples, outputs, strict=True):
-        text = self.predictor.decoding.cut(vocabulary.decode(output))
+        on_mesh = partitioning.global_batch(batch, self.predictor.placement.mesh)
+        scores += prediction.to_host(self._score(params, on_mesh)).tolist()[: len(examples)]
+      for example, (output, *_) in zip(examples, outputs, strict=True):
+        text = self.predictor.decoding.cut(vocabulary.decode(output.tokens))
         target = _text(example, 'targets', vocabulary)
         predictions.append(task.postprocess_fn(text, example=example, is_target=False))
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
@@ -204,10 +201,6 @@ class Decoded:
         lambda *drawn, fn=fn: _scalars(fn(*drawn)), columns, self._num_bootstrap
       )
     return Result('infer_eval', self.name, metrics, lines)
-
-  def _target_scores(self, params: Any, batch: Any) -> list[float]:
-    batch = partitioning.global_batch(batch, self.predictor.placement.mesh)
-    return prediction.to_host(self._score(params, batch)).tolist()
 
 
 def _text(example: dict[str, Any], feature: str, vocabulary: Any) -> str:
@@ -259,17 +252,11 @@ class Evaluators:
   ):
     """Checks the datasets; compiles and reads nothing yet.
 
-    Args:
-      model: the architecture.
-      vocabulary: of the tasks.
-      placement: where it runs.
-      train_eval: data of teacher-forced losses, a mixture's task by task.
-      infer_eval: data that is decoded and measured by the tasks' metrics.
-      eval_steps: batches of each teacher-forced task; None for all.
-      infer_eval_examples: examples of each decoded task; None for all.
-      decoding: greedy, as long as the targets, by default.
-      **more: metric_fns, of (targets, predictions, inputs), beside the tasks' own; num_bootstrap,
-        sets of examples that intervals of a decoded task's metrics are measured on.
+    train_eval is data of teacher-forced losses, eval_steps batches of each task; infer_eval is
+    decoded (greedily, as long as the targets, by default) and measured by the tasks' metrics, on
+    infer_eval_examples of each; None is all. More are metric_fns, of (targets, predictions,
+    inputs), beside the tasks' own, and num_bootstrap, sets of examples that intervals of a decoded
+    task's metrics are measured on.
     """
     # A mixture task by task, as T5X does: one number for all of them would be
     # that of whichever comes first within eval_steps.

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 
@@ -39,12 +38,8 @@ class LanguageModel(TemplateLM):
     return ids if add_special_tokens is False else [*ids, self.eot_token_id]
 
   def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-    found = np.zeros((len(requests), 2))
-    order = sorted(range(len(requests)), key=lambda i: [len(ids) for ids in requests[i][1:]])
-    for start in range(0, len(order), self.batch_size):
-      part = order[start : start + self.batch_size]
-      read, wanted = ([requests[i][k][-self.max_length :] for i in part] for k in (1, 2))
-      found[part] = self.model._score_rows(read, wanted, matches=True)
+    read, wanted = ([one[k][-self.max_length :] for one in requests] for k in (1, 2))
+    found = self.model._score_rows(read, wanted, self.batch_size, matches=True)
     return [(float(score), bool(match)) for score, match in found]
 
   def loglikelihood_rolling(

@@ -14,15 +14,13 @@ log = logging.getLogger(__name__)
 def average(*, sources: Sequence[str], destination: str, last: int = 5) -> str:
   """Averages parameters and writes a run that `infer`, `eval` and `convert` take.
 
-  Optimizer states are not carried over. Memory holds one tensor at a time.
+  Optimizer states are not carried over. Memory holds one tensor at a time. UsageError if there are
+  fewer checkpoints, or they are not of one architecture.
 
   Args:
     sources: run directories, whose last checkpoints count, or STEP directories, which count alone.
     destination: the run to write; it must not exist yet.
     last: how many checkpoints of each run.
-
-  Raises:
-    UsageError: if there are fewer, or they are not of one architecture.
   """
   check_positive('average.last', last)
   target = epath.Path(destination)

@@ -46,6 +46,8 @@ def evaluate(
 ) -> dict[str, Metrics]:
   """Evaluates a run's newest checkpoint, the given one, or several, on tasks.
 
+  Returns metrics by task, of the last. UsageError if there is no run, or a dataset does not fit it.
+
   Args:
     model_dir: a run directory or one STEP directory of its checkpoints, a folder of transformers or
       T5X, or NAME@REVISION of the hub; several decode together, by their mean log-probability.
@@ -66,12 +68,6 @@ def evaluate(
       (targets, predictions), or (targets, predictions, inputs), that returns {name: number}.
     bootstrap: test sets to draw, such as 1000, for the 95% interval of each metric of decoded text,
       NAME_low and NAME_high.
-
-  Returns:
-    Metrics by task, of the last checkpoint.
-
-  Raises:
-    UsageError: if there is no run, or a dataset does not fit it.
   """
   for name, count in (('num_examples', num_examples), ('last', last), ('bootstrap', bootstrap)):
     start_checks.check_positive(f'evaluate.{name}', count)

@@ -1,7 +1,7 @@
 """What a model in memory says: generated outputs, and scores of given ones; base of `api.Model`."""
 
+import dataclasses
 import math
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ from t5x_lite.data.vocabularies import Vocabulary, VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import decoding_config
 from t5x_lite.decoding.processors import Processor
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_positive
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.placement import Placement
 from t5x_lite.runs import run_directory
@@ -26,15 +26,16 @@ Rows = Sequence[Sequence[int]]
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Generation:
   """Needs a config, parameters, a placement, and a vocabulary for texts."""
 
   config: T5Config
   params: Any
   placement: Placement
-  vocabulary: Vocabulary | None
+  vocabulary: Vocabulary | None = None
   vocabulary_config: VocabularyConfig | None = None
-  lengths: Mapping[str, int] = types.MappingProxyType({})
+  lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def generate(
     self,
@@ -84,8 +85,7 @@ class Generation:
     config = decoding_config(max_new_tokens, **settings)
     config = config.resolved(self.vocabulary)
     is_text = model_inputs.is_text(inputs)
-    if batch_size < 1:
-      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
+    check_positive('batch_size', batch_size)
     eos = self.config.has_encoder or 'inputs' in self.lengths
     rows = self._rows(inputs, eos=eos, limit=max_input_tokens)
     seeds = np.asarray(seed).tolist() if np.ndim(seed) else None
@@ -149,6 +149,31 @@ class Generation:
       raise UsageError(f'generate got {count} inputs and {len(rows)} prefixes')
     return rows
 
+  def encode(
+    self,
+    inputs: Texts | Ids,
+    *,
+    pooling: str | None = None,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
+  ) -> np.ndarray:
+    """Returns the encoder's output for texts (EOS is added), or ids as they are.
+
+    Pooling None returns every position, [B, M, D]; 'mean' the mean over real positions, [B, D]
+    (Sentence-T5's choice); 'first' the first position. Inputs of more than max_input_tokens are
+    cut, and a warning counts them.
+    """
+    if not self.config.has_encoder:
+      raise UsageError("architecture='decoder' has no encoder")
+    if pooling not in steps.POOLINGS:
+      raise UsageError(f"pooling is {pooling!r}; allowed are None, 'mean', 'first'")
+    rows = self._rows(inputs, limit=max_input_tokens)
+    shape = np.shape(inputs) if isinstance(inputs, np.ndarray) else ()
+    length = shape[1] if len(shape) == 2 else max(map(len, rows))
+    length = min(length, max_input_tokens)
+    batch = {'encoder_input_tokens': self._padded(rows, length)}
+    encoded = self._call(steps.make_encode_step, batch, pooling)
+    return encoded[:, :length] if pooling is None else encoded
+
   def score(
     self,
     inputs: Texts | Ids | None,
@@ -160,21 +185,15 @@ class Generation:
   ) -> np.ndarray:
     """Returns the log-probability of each target, EOS of texts included.
 
-    Rows go in batches of about one length, whatever order they come in.
-
-    Args:
-      inputs: texts or ids; None for a model without an encoder.
-      targets: texts or ids, as many as inputs.
-      max_input_tokens: longer inputs are cut with a warning, targets refused.
-      batch_size: rows scored at a time.
-      length_normalized: divide by the number of a target's tokens.
+    Rows, of texts or ids, go in batches of about one length, whatever order they come in; a model
+    without an encoder has no inputs, but None. Inputs of more than max_input_tokens are cut with a
+    warning, targets refused. length_normalized divides by the number of a target's tokens.
     """
     wanted = self._rows(targets)
     longest = max(map(len, wanted))
     if longest > max_input_tokens:
       raise UsageError(f'a target has {longest} tokens; max_input_tokens is {max_input_tokens}')
-    if batch_size < 1:
-      raise UsageError(f'batch_size is {batch_size}; it must be at least 1')
+    check_positive('batch_size', batch_size)
     read: list[list[int]] = []
     if self.config.has_encoder:
       if inputs is None:
@@ -184,30 +203,34 @@ class Generation:
         raise UsageError(f'score got {len(read)} inputs and {len(wanted)} targets')
     elif inputs is not None:
       raise UsageError('score of a model without an encoder takes no inputs: give None')
-    scores = np.zeros(len(wanted), np.float32)
-    order = sorted(range(len(wanted)), key=lambda i: (len(read[i]) if read else 0, len(wanted[i])))
-    for start in range(0, len(order), batch_size):
-      part = order[start : start + batch_size]
-      rows = [read[i] for i in part] if read else None
-      scores[part] = self._score_rows(rows, [wanted[i] for i in part])
+    scores = self._score_rows(read or None, wanted, batch_size)
     if length_normalized:
       scores /= np.maximum([len(row) for row in wanted], 1)
     return scores
 
-  def _score_rows(self, rows: Rows | None, targets: Rows, matches: bool = False) -> np.ndarray:
-    """Returns what `steps.make_score_step` does of each row of targets, all in one batch."""
-    tokens = self._padded(targets, max(map(len, targets)))
-    lengths = np.asarray([[len(row)] for row in targets])
-    shifted = np.roll(tokens, 1, axis=1)
-    shifted[:, 0] = self.config.decoder_start_id
-    batch = {
-      'decoder_target_tokens': tokens,
-      'decoder_loss_weights': (np.arange(tokens.shape[1]) < lengths).astype(np.float32),
-      'decoder_input_tokens': shifted,
-    }
-    if rows is not None:
-      batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
-    return self._call(steps.make_score_step, batch, matches)
+  def _score_rows(
+    self, rows: Rows | None, targets: Rows, batch_size: int, matches: bool = False
+  ) -> np.ndarray:
+    """Returns what `steps.make_score_step` does of each row of targets."""
+    lengths = [(len(rows[i]) if rows else 0, len(row)) for i, row in enumerate(targets)]
+    order = sorted(range(len(targets)), key=lengths.__getitem__)
+    scores = np.zeros((len(targets), 2) if matches else len(targets), np.float32)
+    for start in range(0, len(order), batch_size):
+      part = order[start : start + batch_size]
+      tokens = self._padded([targets[i] for i in part], max(lengths[i][1] for i in part))
+      shifted = np.roll(tokens, 1, axis=1)
+      shifted[:, 0] = self.config.decoder_start_id
+      real = np.arange(tokens.shape[1]) < np.asarray([[lengths[i][1]] for i in part])
+      batch = {
+        'decoder_target_tokens': tokens,
+        'decoder_loss_weights': real.astype(np.float32),
+        'decoder_input_tokens': shifted,
+      }
+      if rows:
+        read = [rows[i] for i in part]
+        batch['encoder_input_tokens'] = self._padded(read, max(map(len, read)))
+      scores[part] = self._call(steps.make_score_step, batch, matches)
+    return scores
 
   def classify(
     self,
@@ -220,14 +243,10 @@ class Generation:
   ) -> Any:
     """Returns the label that the model finds likeliest for each input.
 
-    Every label is scored (Brown et al. 2020; t5.evaluation.metrics' rank_classification).
-
-    Args:
-      inputs: texts or ids.
-      labels: texts, or lists of ids with EOS.
-      length_normalized: by the log-probability a token, which favours longer labels.
-      return_scores: return (labels, scores [inputs, labels]).
-      **arguments: of `score`.
+    Every label, a text or a list of ids with EOS, is scored (Brown et al. 2020; rank_classification
+    of t5.evaluation.metrics); length_normalized by the log-probability a token, which favours
+    longer ones. With return_scores it is (labels, scores [inputs, labels]). More arguments are of
+    `score`.
     """
     if not len(labels) or isinstance(labels, str):
       raise UsageError(f'labels is {labels!r}; give a list of at least one label')
@@ -247,14 +266,9 @@ class Generation:
   ) -> dict[str, float]:
     """Returns how well the targets are predicted, over all of them together.
 
-    Args:
-      inputs: as of `score`.
-      targets: likewise.
-      **arguments: of `score`.
-
-    Returns:
-      loss (natural logarithm, a token, EOS of texts included), perplexity (its exponential),
-      tokens; of texts also bits_per_byte (UTF-8 bytes of the targets, of any vocabulary), bytes.
+    The arguments are those of `score`. What comes back is loss (natural logarithm, a token, EOS of
+    texts included), perplexity (its exponential), tokens; of texts also bits_per_byte (UTF-8 bytes
+    of the targets, of any vocabulary), bytes.
     """
     total = -float(self.score(inputs, targets, **arguments).sum(dtype=np.float64))
     tokens = sum(map(len, self._rows(targets)))

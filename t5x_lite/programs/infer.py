@@ -15,15 +15,16 @@ from etils import epath
 
 from t5x_lite.data import pairs, records, text_files, vocabularies
 from t5x_lite.data.pairs import Columns
-from t5x_lite.decoding import prediction, steps
+from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of, check_positive
 from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement
+from t5x_lite.programs.generation import MAX_INPUT_TOKENS, Generation
 from t5x_lite.programs.output_file import OutputFile
 from t5x_lite.runs import progress, run_directory
 
@@ -31,8 +32,6 @@ log = logging.getLogger(__name__)
 
 FORMATS = ('auto', *records.FORMATS)
 EMBEDDINGS = {'none': None, 'mean': 'mean', 'first': 'first'}  # flags to poolings
-# Relative positions reach as far as one likes, memory does not.
-MAX_INPUT_LENGTH = 1024
 REPORT_SECONDS = 10.0
 WINDOW = 8  # batches that are sorted by length together, and written at once
 
@@ -52,7 +51,7 @@ def infer(
   skip_bad_rows: bool = False,
   embeddings: str = '',
   batch_size: int = 32,
-  max_input_length: int = MAX_INPUT_LENGTH,
+  max_input_length: int = MAX_INPUT_TOKENS,
   decoding: DecodingConfig | None = None,
   mesh: MeshConfig | None = None,
   seed: int = 0,
@@ -60,6 +59,8 @@ def infer(
   overwrite: bool = False,
 ) -> int:
   """Predicts for every line of a file and returns how many were written.
+
+  UsageError if the model or a line of the input cannot be read; files are read through first.
 
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
@@ -90,18 +91,12 @@ def infer(
     seed: of sampling.
     resume: continue an output that was interrupted.
     overwrite: replace an output that is there.
-
-  Raises:
-    UsageError: if the model or a line of the input cannot be read; files are read through first.
   """
   # ---- Check everything that can be checked before any work ----
-  for name, value in (('batch_size', batch_size), ('max_input_length', max_input_length)):
-    if value < 1:
-      raise UsageError(f'infer.{name} is {value}; it must be at least 1')
-  if input_format not in FORMATS:
-    raise UsageError(f'input_format={input_format!r} is not one of {", ".join(FORMATS)}')
-  if embeddings and embeddings not in EMBEDDINGS:
-    raise UsageError(f'embeddings={embeddings!r} is not one of {", ".join(EMBEDDINGS)}')
+  check_positive('infer.batch_size', batch_size)
+  check_positive('infer.max_input_length', max_input_length)
+  check_one_of('input_format', input_format, FORMATS)
+  check_one_of('embeddings', embeddings or 'none', EMBEDDINGS)
   if input == '-' and input_format not in ('auto', 'text'):
     raise UsageError('standard input is text, an input a line; name a file')
   _check_paths(input, output, resume, overwrite)
@@ -231,9 +226,8 @@ def _embed(
   cfg: T5Config, placement: Placement, pooling: str | None, params: Any, rows: Any, _: Any
 ) -> list[dict[str, Any]]:
   """Returns what is written of each line, in the fewest digits that are the same float32."""
-  size = {'batch_size': len(rows), 'length': prediction.padded_length(max(map(len, rows)))}
-  batch = {'encoder_input_tokens': prediction.pad_rows(rows, pad_id=cfg.pad_id, **size)}
-  found = prediction.call_step(steps.make_encode_step, cfg, params, placement, batch, pooling)
+  model, longest = Generation(cfg, params, placement), max(map(len, rows))
+  found = model.encode(rows, pooling=pooling, max_input_tokens=longest)
   found = [one if pooling else one[: len(row)] for one, row in zip(found, rows, strict=True)]
   return [{'embedding': one.astype(str).astype(float).tolist()} for one in found]
 

@@ -1,6 +1,7 @@
 """The serve program: a model behind HTTP, until SIGTERM; no TensorFlow, so it starts quickly."""
 
 import dataclasses
+import functools
 import ipaddress
 import logging
 import os
@@ -10,24 +11,18 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import Vocabulary
-from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import decoding_config
 from t5x_lite.decoding.continuous import ContinuousBatch, Request
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
-from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.parallel.placement import Placement
 from t5x_lite.programs.generation import Generation, Rows
 from t5x_lite.serving.worker import Worker
-
-_SCORED = 4  # rows of a call to /score that are scored at a time
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +50,7 @@ def serve(
   """Serves a model over HTTP until SIGTERM or Ctrl-C; what was accepted is answered before it ends.
 
   GET / is a page to try it, /openapi.json describes it, OpenAI's clients take http://HOST:PORT/v1.
+  UsageError if the model cannot be read, the address is taken, or a package is missing.
 
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
@@ -77,9 +73,6 @@ def serve(
     param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
       the checkpoint's own by default.
     mesh: how devices are arranged; decided by their number by default.
-
-  Raises:
-    UsageError: if the model cannot be read, the address is taken, or a package is missing.
   """
   given = dict(locals())
   for what, value in given.items():
@@ -109,13 +102,14 @@ def serve(
     name=name or os.path.basename(os.path.normpath(model)),
     vocabulary=vocabulary,
     worker=Worker(batch, max_queue=max_queue),
-    encode=calls.encode_rows,
-    score=calls.score_rows,
+    encode=functools.partial(calls.encode, pooling='mean', max_input_tokens=max_input_tokens),
+    # A few at a time: logits of a whole call may take gigabytes.
+    score=functools.partial(calls.score, batch_size=4, max_input_tokens=max_input_tokens),
     decode=calls.decode_rows,
     describe={'num_parameters': model_sharding.count_params(params), **describe},
   )
   limits = Limits(**{field.name: given[field.name] for field in dataclasses.fields(Limits)})
-  if not token and not _is_loopback(host):
+  if not token and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
     log.warning('everybody who reaches %s can use it: --token_file asks for a token', host)
   app = app_lib.make_app(served, limits, token=token)
   patience = {'timeout_keep_alive': 5, 'timeout_graceful_shutdown': int(request_seconds) + 1}
@@ -154,13 +148,6 @@ def _listen(host: str, port: int) -> socket.socket:
   return listener
 
 
-def _is_loopback(host: str) -> bool:
-  try:
-    return ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return host == 'localhost'
-
-
 def _warm_up(batch: ContinuousBatch, vocabulary: Vocabulary) -> None:
   """Compiles what the first clients would wait for: a program for every number of rows."""
   began, most = time.monotonic(), batch.num_free
@@ -172,19 +159,6 @@ def _warm_up(batch: ContinuousBatch, vocabulary: Vocabulary) -> None:
 
 class _Calls(Generation):
   """What runs in the worker beside the continuous batch, of rows of tokens; see `app.Served`."""
-
-  def __init__(self, config: T5Config, params: Any, placement: Placement, vocabulary: Vocabulary):
-    self.config, self.params = config, params
-    self.placement, self.vocabulary = placement, vocabulary
-
-  def encode_rows(self, rows: Rows) -> np.ndarray:
-    batch = {'encoder_input_tokens': self._padded(rows, max(map(len, rows)))}
-    return self._call(steps.make_encode_step, batch, 'mean')
-
-  def score_rows(self, rows: Rows, targets: Rows) -> np.ndarray:
-    # A few at a time: logits of a whole call may take gigabytes.
-    parts = [slice(i, i + _SCORED) for i in range(0, len(rows), _SCORED)]
-    return np.concatenate([self._score_rows(rows[part], targets[part]) for part in parts])
 
   def decode_rows(
     self, rows: Rows, max_new_tokens: int, seed: int, settings: dict[str, Any]

@@ -26,7 +26,7 @@ from t5x_lite.data.model_inputs import is_unicode
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decoding.continuous import Output, Request
 from t5x_lite.serving import guard
-from t5x_lite.serving.guard import Guard, Limits, Metrics, RefusedError
+from t5x_lite.serving.guard import Guard, Limits, Metrics
 from t5x_lite.serving.worker import Worker
 
 
@@ -46,11 +46,7 @@ class Served:
   describe: dict[str, Any]  # what /v1/models says of it
 
 
-class _Strict(pydantic.BaseModel):
-  model_config = pydantic.ConfigDict(extra='forbid')
-
-
-class GenerateBody(_Strict):
+class GenerateBody(pydantic.BaseModel, extra='forbid'):
   """Texts in, texts out; greedy unless a temperature is given."""
 
   inputs: str | list[str]
@@ -68,14 +64,14 @@ class GenerateBody(_Strict):
   )
 
 
-class ScoreBody(_Strict):
+class ScoreBody(pydantic.BaseModel, extra='forbid'):
   """Log-probabilities of given targets, EOS included, natural logarithm."""
 
   inputs: list[str]
   targets: list[str]
 
 
-class CompletionBody(pydantic.BaseModel):
+class CompletionBody(pydantic.BaseModel, extra='allow'):
   """OpenAI's /v1/completions, as far as it makes sense for an encoder-decoder."""
 
   model: str = ''
@@ -88,13 +84,7 @@ class CompletionBody(pydantic.BaseModel):
   stop: str | list[str] | None = None
   stream: bool = False
   stream_options: dict[str, Any] | None = None
-  logprobs: int | None = None
-  echo: bool = False
   best_of: int | None = None
-  suffix: str | None = None
-  logit_bias: dict[str, float] | None = None
-  presence_penalty: float = 0.0
-  frequency_penalty: float = 0.0
 
 
 class EmbeddingBody(pydantic.BaseModel):
@@ -150,20 +140,20 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     if isinstance(inputs, str) or (inputs and isinstance(inputs[0], int)):
       inputs = [inputs]
     if not inputs or len(inputs) > limits.max_inputs:
-      raise RefusedError(400, f'{len(inputs)} inputs; 1 to {limits.max_inputs} are allowed')
+      raise HTTPException(400, f'{len(inputs)} inputs; 1 to {limits.max_inputs} are allowed')
     most = limits.max_input_tokens
     rows = []
     for i, one in enumerate(inputs):
       if isinstance(one, str) and not is_unicode(one):
-        raise RefusedError(400, f'input {i} has half a surrogate pair: it is no Unicode')
+        raise HTTPException(400, f'input {i} has half a surrogate pair: it is no Unicode')
       row = vocabulary.encode(one) if isinstance(one, str) else list(one)
       if any(not 0 <= token < vocabulary.vocab_size for token in row):
-        raise RefusedError(400, f'input {i} has ids outside 0 to {vocabulary.vocab_size - 1}')
+        raise HTTPException(400, f'input {i} has ids outside 0 to {vocabulary.vocab_size - 1}')
       if not row or row[-1] != vocabulary.eos_id:
         row.append(vocabulary.eos_id)
       if len(row) > most:
         if not truncate:
-          raise RefusedError(400, f'input {i} has {len(row)} tokens; {most} are allowed')
+          raise HTTPException(400, f'input {i} has {len(row)} tokens; {most} are allowed')
         row[most - 1 :] = [vocabulary.eos_id]
       rows.append(row)
     metrics.tokens.labels('input').inc(sum(map(len, rows)))
@@ -171,13 +161,13 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
 
   def check_length(asked: int | None) -> int:
     if asked is not None and asked > limits.max_new_tokens:
-      raise RefusedError(400, f'{asked} new tokens; {limits.max_new_tokens} are allowed')
+      raise HTTPException(400, f'{asked} new tokens; {limits.max_new_tokens} are allowed')
     return asked or limits.max_new_tokens
 
   def check_count(outputs: int) -> None:
     most = min(limits.max_inputs, worker.max_queue)  # more would never find room to wait
     if outputs > most:
-      raise RefusedError(400, f'{outputs} outputs; at most {most} are allowed')
+      raise HTTPException(400, f'{outputs} outputs; at most {most} are allowed')
 
   def requests_of(
     rows: list[list[int]], length: int, seed: int, each: int, **settings: Any
@@ -217,10 +207,8 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   async def finish(request: Request, stop: Sequence[str]) -> tuple[str, Output, str]:
     """Returns text, output and why it ended."""
     async with contextlib.aclosing(outputs(request, stop)) as growing:
-      async for text, output, ended in growing:
-        if ended:
-          return text.text, output, ended
-    raise AssertionError('an output always ends')
+      *_, (text, output, ended) = [one async for one in growing]
+    return text.text, output, ended
 
   async def on_device(function: Callable[..., Any], *args: Any) -> Any:
     async with asyncio.timeout(limits.request_seconds):
@@ -231,7 +219,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   ) -> responses.StreamingResponse:
     """Answers with server-sent events; what is refused is refused before the first."""
     if len(requests) > 1:
-      raise RefusedError(400, 'stream takes one input and one output of it: num_outputs or n is 1')
+      raise HTTPException(400, 'stream takes one input and one output of it: num_outputs or n is 1')
     growing = outputs(requests[0], stop)
     async with asyncio.timeout(limits.request_seconds):
       first = await anext(growing)
@@ -268,7 +256,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     length = check_length(body.max_new_tokens)
     if body.decoding:
       if body.stream or body.stop or body.num_outputs > 1 or body.temperature:
-        raise RefusedError(400, 'decoding replaces the other settings, and is not streamed')
+        raise HTTPException(400, 'decoding replaces the other settings, and is not streamed')
       names = ('num_beams', 'best_of', 'num_return_sequences')
       numbers = [x for n in names if isinstance(x := body.decoding.get(n), int)]
       check_count(len(rows) * max([1, *numbers]))
@@ -298,7 +286,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   @app.post('/score')
   async def score(body: ScoreBody) -> Any:
     if len(body.inputs) != len(body.targets):
-      raise RefusedError(400, f'{len(body.inputs)} inputs and {len(body.targets)} targets')
+      raise HTTPException(400, f'{len(body.inputs)} inputs and {len(body.targets)} targets')
     rows, targets = rows_of(body.inputs), rows_of(body.targets)
     scores = await on_device(served.score, rows, targets)
     pairs = zip(scores, targets, strict=True)
@@ -307,12 +295,12 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   @app.post('/v1/completions')
   async def completions(body: CompletionBody) -> Any:
     for name in 'logprobs echo suffix logit_bias presence_penalty frequency_penalty'.split():
-      if getattr(body, name):
-        raise RefusedError(400, f'{name} is not supported')
+      if getattr(body, name, None):
+        raise HTTPException(400, f'{name} is not supported')
     if (body.stream_options or {}).get('include_usage'):
-      raise RefusedError(400, 'stream_options.include_usage is not supported')
+      raise HTTPException(400, 'stream_options.include_usage is not supported')
     if body.best_of not in (None, body.n):
-      raise RefusedError(400, 'best_of is not supported: ask for n and choose by score')
+      raise HTTPException(400, 'best_of is not supported: ask for n and choose by score')
     rows = rows_of(body.prompt)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     seed = uuid.uuid4().int % 2**31 if body.seed is None else body.seed
@@ -337,9 +325,9 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   @app.post('/v1/embeddings')
   async def embeddings(body: EmbeddingBody) -> Any:
     if body.encoding_format not in ('float', 'base64'):
-      raise RefusedError(400, f'encoding_format is {body.encoding_format!r}; float or base64')
+      raise HTTPException(400, f'encoding_format is {body.encoding_format!r}; float or base64')
     if body.dimensions is not None:
-      raise RefusedError(400, 'dimensions is not supported: vectors are as wide as the model')
+      raise HTTPException(400, 'dimensions is not supported: vectors are as wide as the model')
     rows = rows_of(body.input)
 
     def shown(vector: Any) -> Any:
@@ -363,7 +351,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   @app.get('/readyz')
   async def readyz() -> Any:
     if not worker.alive:
-      raise RefusedError(503, 'the server is stopping')
+      raise HTTPException(503, 'the server is stopping')
     return {'status': 'ready'}
 
   @app.get('/metrics')
@@ -378,7 +366,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   async def explained(_: Any, error: Exception) -> responses.JSONResponse:
     return guard.error_response(*guard.explain(error))
 
-  for kind in (*guard.STATUS, RefusedError, RequestValidationError, HTTPException, Exception):
+  for kind in (*guard.STATUS, RequestValidationError, HTTPException, Exception):
     app.add_exception_handler(kind, explained)
   return Guard(app, limits=limits, token=token, metrics=metrics)
 

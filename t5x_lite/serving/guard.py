@@ -16,6 +16,7 @@ from fastapi import responses
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 
 from t5x_lite.errors import UsageError
 from t5x_lite.serving.worker import QueueFullError, StoppedError, Worker
@@ -35,14 +36,6 @@ class Limits:
 
 # Of errors that clients are told of in their own words; those of a TimeoutError are ours.
 STATUS = {UsageError: 400, QueueFullError: 429, StoppedError: 503, TimeoutError: 504}
-
-
-class RefusedError(Exception):
-  """An answer with a status of its own."""
-
-  def __init__(self, status: int, message: str):
-    super().__init__(message)
-    self.status = status
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:
@@ -70,10 +63,8 @@ class Metrics:
     self.tokens = make(Counter, 'tokens', 'Tokens.', ['kind'])
     self.seconds = make(Histogram, 'request_seconds', 'From request to its last byte.', ['path'])
     self.first = make(Histogram, 'first_token_seconds', 'From request to its first tokens.')
-    waiting = make(Gauge, 'waiting', 'Requests without a slot.')
-    waiting.set_function(lambda: worker.num_waiting)
-    running = make(Gauge, 'running', 'Requests being decoded.')
-    running.set_function(lambda: worker.num_running)
+    make(Gauge, 'waiting', 'Requests without a slot.').set_function(lambda: worker.num_waiting)
+    make(Gauge, 'running', 'Requests being decoded.').set_function(lambda: worker.num_running)
 
 
 class Guard:
@@ -99,50 +90,44 @@ class Guard:
       await send(message)
 
     try:
-      await self._answer(scope, receive, counted)
+      body = await self._body(Request(scope, receive))
+      read = [{'type': 'http.request', 'body': body, 'more_body': False}]
+
+      async def replay() -> Any:
+        return read.pop() if read else await receive()
+
+      await self._app(scope, replay, counted)
+    except ClientDisconnect:
+      pass
+    except HTTPException as error:
+      await error_response(*explain(error))(scope, receive, counted)
     finally:
       path = getattr(scope.get('route'), 'path', 'other')
       self._metrics.requests.labels(path, status).inc()
       self._metrics.seconds.labels(path).observe(time.monotonic() - began)
 
-  async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-    async def refuse(status: int, message: str) -> None:
-      await error_response(status, message)(scope, receive, send)
-
+  async def _body(self, request: Request) -> bytes:
+    """Returns the whole body of a request that may be answered."""
     # The page is one file without secrets, and has a field for the token.
-    if self._token and scope['path'] not in ('/', '/healthz', '/readyz'):
-      given = dict(scope['headers']).get(b'authorization', b'')
+    if self._token and request.scope['path'] not in ('/', '/healthz', '/readyz'):
+      given = dict(request.scope['headers']).get(b'authorization', b'')
       if not hmac.compare_digest(given, f'Bearer {self._token}'.encode()):
-        await refuse(401, 'no token, or a wrong one: Authorization: Bearer TOKEN')
-        return
+        raise HTTPException(401, 'no token, or a wrong one: Authorization: Bearer TOKEN')
     most, seconds = self._limits.max_body_bytes, self._limits.body_seconds
-    body, more = bytearray(), True
+    body = bytearray()
     try:
       async with asyncio.timeout(seconds):
-        while more:
-          message = await receive()
-          if message['type'] == 'http.disconnect':
-            return
-          body += message.get('body', b'')
-          more = message.get('more_body', False)
+        async for part in request.stream():
+          body += part
           if len(body) > most:
-            await refuse(413, f'the body is larger than {most} bytes')
-            return
+            raise HTTPException(413, f'the body is larger than {most} bytes')
     except TimeoutError:
-      await refuse(408, f'the body did not come within {seconds:g} s')
-      return
-    read = [{'type': 'http.request', 'body': bytes(body), 'more_body': False}]
-
-    async def replay() -> Any:
-      return read.pop() if read else await receive()
-
-    await self._app(scope, replay, send)
+      raise HTTPException(408, f'the body did not come within {seconds:g} s') from None
+    return bytes(body)
 
 
 def explain(error: Exception) -> tuple[int, str]:
   """Returns the status and one line."""
-  if isinstance(error, RefusedError):
-    return error.status, str(error)
   if isinstance(error, HTTPException):
     return error.status_code, str(error.detail)
   if isinstance(error, RequestValidationError):

@@ -75,21 +75,15 @@ class Worker:
     until an Output has ended or an exception comes instead. Raises QueueFullError if too many wait,
     and StoppedError after `stop`.
     """
-    with self._changed:
-      self._check(len(self._waiting))
-      ticket = next(self._tickets)
-      self._waiting.append(_Job(ticket, request, deliver))
-      self._changed.notify()
-      return ticket
+    ticket = next(self._tickets)
+    self._put(self._waiting, _Job(ticket, request, deliver))
+    return ticket
 
   def call(self, function: Callable[[], Any]) -> Future:
     """Queues a function that uses the device; raises as `submit` does."""
-    with self._changed:
-      self._check(len(self._calls))
-      future: Future = Future()
-      self._calls.append((function, future))
-      self._changed.notify()
-      return future
+    future: Future = Future()
+    self._put(self._calls, (function, future))
+    return future
 
   def cancel(self, ticket: int) -> None:
     """Forgets a request; nothing is delivered for it any more. Once it has ended, does nothing."""
@@ -106,11 +100,14 @@ class Worker:
       self._changed.notify()
     self._thread.join()
 
-  def _check(self, waiting: int) -> None:
-    if self._stopping or not self._thread.is_alive():
-      raise StoppedError('the server is stopping')
-    if waiting >= self.max_queue:
-      raise QueueFullError(f'{waiting} requests are waiting already; try again later')
+  def _put(self, queue: collections.deque, one: Any) -> None:
+    with self._changed:
+      if not self.alive:
+        raise StoppedError('the server is stopping')
+      if len(queue) >= self.max_queue:
+        raise QueueFullError(f'{len(queue)} requests are waiting already; try again later')
+      queue.append(one)
+      self._changed.notify()
 
   def _loop(self) -> None:
     while True:

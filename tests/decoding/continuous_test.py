@@ -47,8 +47,8 @@ def predictor(cfg, length):
 
 
 def alone(cfg, params, row, length=LIMIT):
-  [tokens], [score] = predictor(cfg, length).predict(params, [row])
-  return tokens, score
+  [[output]] = predictor(cfg, length).predict_all(params, [row])
+  return output.tokens, output.score
 
 
 def test_each_row_gets_what_it_gets_alone(model, rows):

@@ -22,7 +22,13 @@ def make_predictor(cfg, mesh=MESH, **overrides):
 
 
 def place(predictor, params):
-  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, predictor.abstract_params)
+  specs = model_sharding.inference_params(predictor.model, predictor.placement)
+  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, specs)
+
+
+def best(predictor, params, rows, **options):
+  outputs = [one for one, *_ in predictor.predict_all(params, rows, **options)]
+  return [output.tokens for output in outputs], [output.score for output in outputs]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_predictions_are_the_steps_own():
   cfg = tiny.config()
   params = tiny.params(cfg)
   predictor = make_predictor(cfg)
-  outputs, scores = predictor.predict(place(predictor, params), ROWS)
+  outputs, scores = best(predictor, place(predictor, params), ROWS)
   assert len(outputs) == len(scores) == len(ROWS)
 
   graphdef, _, _ = t5.abstract_params(cfg)
@@ -86,13 +92,13 @@ def test_one_compilation_a_size(monkeypatch):
   predictor = make_predictor(cfg)
   params = place(predictor, tiny.params(cfg))
   for length in (3, 9, 16, 14, 1):
-    predictor.predict(params, [[2] * length])
-  predictor.predict(params, [[2] * 5, [3] * 11])
+    best(predictor, params, [[2] * length])
+  best(predictor, params, [[2] * 5, [3] * 11])
   assert len(traces) == 1
-  predictor.predict(params, [[2] * 17])
+  best(predictor, params, [[2] * 17])
   assert len(traces) == 2
   # Another predictor of the same kind finds what is compiled.
-  make_predictor(cfg, seed=1).predict(params, [[2] * 30])
+  best(make_predictor(cfg, seed=1), params, [[2] * 30])
   assert len(traces) == 2
 
 
@@ -106,9 +112,9 @@ def test_sampling_differs_between_batches_and_not_between_runs():
   config = DecodingConfig(max_decode_length=6, temperature=1.0)
   predictor = make_predictor(cfg, decoding=config)
   params = place(predictor, tiny.params(cfg))
-  first, _ = predictor.predict(params, ROWS, index=0)
-  again, _ = predictor.predict(params, ROWS, index=0)
-  second, _ = predictor.predict(params, ROWS, index=1)
+  first, _ = best(predictor, params, ROWS, index=0)
+  again, _ = best(predictor, params, ROWS, index=0)
+  second, _ = best(predictor, params, ROWS, index=1)
   assert first == again != second
 
 

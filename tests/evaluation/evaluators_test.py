@@ -134,7 +134,7 @@ def test_a_decoder_writes_what_training_would_call_likeliest(kind):
   assert decoded.predictor.model.bidirectional_prefix == (kind == 'prefix_lm')
   _, examples = next(iter(decoded._batches))
   rows = [example['inputs'][:32].tolist() for example in examples]
-  outputs, _ = decoded.predictor.predict(params, rows)
+  outputs = [output.tokens for [output] in decoded.predictor.predict_all(params, rows)]
   assert len({*map(tuple, outputs)}) > 1
   # Each token is the likeliest after those before it, in one pass over the whole row.
   ended = [[*output, 1][:16] for output in outputs]

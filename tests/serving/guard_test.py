@@ -5,9 +5,10 @@ import asyncio
 import fastapi
 import httpx
 import pytest
+from starlette.exceptions import HTTPException
 
 from t5x_lite.errors import UsageError
-from t5x_lite.serving.guard import Guard, Limits, Metrics, RefusedError, explain
+from t5x_lite.serving.guard import Guard, Limits, Metrics, explain
 from t5x_lite.serving.worker import QueueFullError, StoppedError
 
 
@@ -64,7 +65,7 @@ def test_the_token_is_asked_for(given, status):
 @pytest.mark.parametrize(
   'error, status',
   [
-    (RefusedError(418, 'no'), 418),
+    (HTTPException(418, 'no'), 418),
     (UsageError('no'), 400),
     (QueueFullError('no'), 429),
     (StoppedError('no'), 503),
