@@ -15,7 +15,7 @@ from typing import Any
 import sacrebleu
 from rapidfuzz.distance import Levenshtein
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of
 
 Target = str | Sequence[str]
 Targets = Sequence[Target]
@@ -172,13 +172,9 @@ METRICS: dict[str, MetricFn] = {
 
 
 def get_metrics(names: Sequence[str]) -> list[MetricFn]:
-  """Returns metric functions by name.
-
-  UsageError if a name is not in METRICS.
-  """
+  """Returns metric functions by name; UsageError if one is not in METRICS."""
   for name in names:
-    if name not in METRICS:
-      raise UsageError(f'There is no metric {name!r}; there are {", ".join(METRICS)}')
+    check_one_of('the metric', name, METRICS)
   return [METRICS[name] for name in names]
 
 

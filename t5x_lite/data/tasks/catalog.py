@@ -5,7 +5,6 @@ SeqIO binds a vocabulary to a task when the task is registered. A recipe here ha
 """
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import os
@@ -22,7 +21,7 @@ from t5x_lite.data.objectives.named import Preprocessor
 from t5x_lite.data.tasks import text_preprocessors
 from t5x_lite.data.tasks.seqio_vocabulary import to_seqio
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, suggest
 
 # Suffixes that can be read. Any other vocabulary gets its fingerprint.
 VOCABULARIES = {'t5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
@@ -153,20 +152,13 @@ def register_mixture(
   temperature: float = 1.0,
   vocabulary: VocabularyConfig | None = None,
 ) -> None:
-  """Adds a mixture of tasks of the catalog.
+  """Adds a mixture of tasks or mixtures of the catalog.
 
   `register_mixture('mine', ['a', 'b'], limit=2**16)` draws each task as often as it has examples,
-  or 2**16 of them at most.
-
-  Args:
-    name: of the mixture.
-    rates: tasks or mixtures of the catalog, with how often each is drawn relative to the others; or
-      their names alone, for examples-proportional rates over all their tasks.
-    limit: the paper's K, of examples-proportional rates.
-    temperature: the paper's T, likewise: rates to the power of 1 / T.
-    vocabulary: if given, registers `name` with it; else `name` joins the catalog.
-
-  UsageError if a task is not there or a rate has no meaning.
+  or 2**16 of them at most. Rates say how often each is drawn relative to the others; names alone
+  mean examples-proportional rates over all their tasks, with the paper's K as limit and its T as
+  temperature: rates to the power of 1 / T. With a vocabulary, `name` is registered for it alone;
+  else it joins the catalog. UsageError if a task is not there or a rate has no meaning.
   """
   import_modules()
   if isinstance(rates, Mapping):
@@ -269,10 +261,9 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
         'vocabulary) makes it one'
       )
     known = {*catalog(), *seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    close = difflib.get_close_matches(name, known, n=3) or catalog()
-    did_you_mean = f'; did you mean {", ".join(close)}?' if close else '.'
+    hint = suggest(name, known) or f'; there are {", ".join(catalog())}.'
     raise UsageError(
-      f'There is no task or mixture {name!r}{did_you_mean} Tasks of your own: name the module that '
+      f'There is no task or mixture {name!r}{hint} Tasks of your own: name the module that '
       'registers them in DatasetConfig.module'
     )
   return seqio.get_mixture_or_task(name)
