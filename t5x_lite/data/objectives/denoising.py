@@ -260,15 +260,9 @@ def denoise_tokens(
 ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
   """Returns the inputs and targets of denoising examples, without EOS.
 
-  Args:
-    tokens: ids of the original texts, a row an example.
-    seed: a stateless seed; the examples depend on nothing else.
-    vocabulary: gives the sentinels.
-    noise_density: passed to `noise_mask_fn`.
-    noise_mask_fn: makes the mask.
-    inputs_fn: makes the inputs.
-    targets_fn: makes the targets; None takes the original text.
-    max_spans: sentinels that the two functions may use.
+  The tokens are ids of the original texts, a row an example, and of chance the examples depend on
+  nothing but the seed, a stateless one. The targets are the original text if there is no function
+  that makes them, and `max_spans` is how many sentinels the two functions may use.
   """
   seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 6))
   tokens_SL = tokens.to_tensor()

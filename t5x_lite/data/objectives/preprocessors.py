@@ -72,10 +72,7 @@ def select_random_chunk(
 def reduce_concat_tokens(
   dataset: tf.data.Dataset, *, batch_size: int = CONCAT_DOCUMENTS
 ) -> tf.data.Dataset:
-  """Joins the tokens of `batch_size` examples into one.
-
-  Unlike t5's, it keeps ids 0 that are part of an example.
-  """
+  """Joins the tokens of `batch_size` examples into one; unlike t5's, it keeps their ids 0."""
   dataset = dataset.map(lambda example: example['targets'])
   return dataset.ragged_batch(batch_size).map(
     lambda tokens: {'targets': tokens.flat_values}, num_parallel_calls=tf.data.AUTOTUNE

@@ -186,10 +186,7 @@ def check_known(mixture: str, task: str) -> None:
 
 
 def proportional(*, limit: int | None = None, temperature: float = 1.0) -> Rate:
-  """Returns the paper's examples-proportional rate: min(examples, K) ** (1 / T).
-
-  UsageError if the limit or temperature is not more than 0.
-  """
+  """Returns the paper's rate, min(examples, K) ** (1 / T); UsageError if one is not more than 0."""
   for key, value in (('limit', limit), ('temperature', temperature)):
     if value is not None and not value > 0:
       raise UsageError(f'{key} of a mixture is {value}; it must be more than 0')
@@ -208,10 +205,7 @@ def leaves(name: str) -> list[str]:
 
 
 def texts(name: str, split: str = 'train') -> Iterator[str]:
-  """Yields the text of a task or mixture as it is before the tokenization.
-
-  UsageError if there is no such name or split.
-  """
+  """Yields a task's or mixture's untokenized text; UsageError if there is no such name or split."""
   import_modules()
   provider = find_provider(name if is_registered(name) else resolve(name, VOCABULARIES['byte']))
   if split not in provider.splits:
@@ -250,10 +244,7 @@ def is_registered(name: str) -> bool:
 
 
 def find_provider(name: str) -> seqio.Task | seqio.Mixture:
-  """Returns the task or mixture that SeqIO knows under this full name.
-
-  UsageError if there is none; the message lists close matches.
-  """
+  """Returns the task or mixture of this full name in SeqIO; UsageError if there is none."""
   if not is_registered(name):
     if name in catalog():
       raise UsageError(
@@ -270,10 +261,7 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
 
 
 def add(name: str, recipe: Recipe, vocabulary: VocabularyConfig | None = None) -> None:
-  """Adds a recipe to the catalog, or registers it for one vocabulary alone.
-
-  UsageError if the name is taken.
-  """
+  """Adds a recipe to the catalog, or registers it for one vocabulary; UsageError if it is there."""
   if name in _CATALOG or is_registered(name):
     raise UsageError(f'There is a task or mixture {name!r} already; choose another name')
   if vocabulary is None:
@@ -313,10 +301,7 @@ def import_modules(modules: str = '') -> None:
 
 
 def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
-  """Returns the registered task or mixture, checked against the config.
-
-  UsageError for no such name, split, feature or module.
-  """
+  """Returns the config's task or mixture; UsageError for no such name, split, feature or module."""
   import_modules(cfg.module)
   name = cfg.mixture_or_task_name
   provider = find_provider(name)

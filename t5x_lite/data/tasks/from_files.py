@@ -210,10 +210,7 @@ def unsupervised(
 
 
 def ul2(text: str) -> catalog.MixtureRecipe:
-  """Returns UL2's mixture over a text: its seven denoisers, equally often.
-
-  Source: Tay et al. 2022, table 1 and section 3.1.2.
-  """
+  """Returns UL2's mixture over a text: its denoisers, equally often (Tay et al. 2022, 3.1.2)."""
   return catalog.MixtureRecipe(rates={f'{text}_{denoiser}': 1.0 for denoiser in UL2})
 
 
