@@ -63,7 +63,7 @@ OBJECTIVES: dict[str, Preprocessor] = {
 
 _SETTINGS = re.compile(
   r'(?P<base>span_corruption|iid_denoising|bert_style|mass_style|drop_tokens|prefix_lm)'
-  r'(_rate(?P<rate>\d*\.?\d+))?(_span(?P<span>\d*\.?\d+))?'
+  r'(_rate(?P<noise_density>\d*\.?\d+))?(_span(?P<mean_noise_span_length>\d*\.?\d+))?'
 )
 
 
@@ -77,12 +77,9 @@ def find_objective(name: str) -> Preprocessor | None:
   if name in OBJECTIVES:
     return OBJECTIVES[name]
   match = _SETTINGS.fullmatch(name)
-  if match is None or (match['span'] and match['base'] != 'span_corruption'):
+  if match is None or (match['mean_noise_span_length'] and match['base'] != 'span_corruption'):
     return None
-  settings = {}
-  if match['rate']:
-    settings['noise_density'] = float(match['rate'])
-  if match['span']:
-    settings['mean_noise_span_length'] = float(match['span'])
+  given = match.groupdict().items()
+  settings = {key: float(value) for key, value in given if value and key != 'base'}
   denoising.check_noise(**{'noise_density': 0.15, **settings})
   return functools.partial(OBJECTIVES[match['base']], **settings)
