@@ -15,7 +15,7 @@ from typing import Any
 import sacrebleu
 from rapidfuzz.distance import Levenshtein
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of
 
 Target = str | Sequence[str]
 Targets = Sequence[Target]
@@ -50,10 +50,7 @@ def sequence_accuracy(targets: Targets, predictions: Texts) -> Scores:
 
 
 def squad(targets: Targets, predictions: Texts) -> Scores:
-  """Exact match and word F1 after SQuAD's normalisation, best reference each.
-
-  Source: Rajpurkar et al. 2016 evaluation script, v1.1.
-  """
+  """Exact match and word F1, best reference each, as SQuAD's evaluation script v1.1."""
   found = [
     max(_f1(_normalize_squad(text).split(), _normalize_squad(prediction).split()) for text in texts)
     for texts, prediction in _pairs(targets, predictions)
@@ -172,13 +169,9 @@ METRICS: dict[str, MetricFn] = {
 
 
 def get_metrics(names: Sequence[str]) -> list[MetricFn]:
-  """Returns metric functions by name.
-
-  UsageError if a name is not in METRICS.
-  """
+  """Returns metric functions by name; UsageError if one is not in METRICS."""
   for name in names:
-    if name not in METRICS:
-      raise UsageError(f'There is no metric {name!r}; there are {", ".join(METRICS)}')
+    check_one_of('the metric', name, METRICS)
   return [METRICS[name] for name in names]
 
 

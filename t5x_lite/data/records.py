@@ -39,10 +39,7 @@ _MISSING = object()
 
 
 def format_of(path: str, file_format: str = '') -> Format:
-  """Returns the format of a file or folder: as said, else from its name.
-
-  UsageError if `file_format` is unknown.
-  """
+  """Returns a file's or folder's format: as said, else by its name; UsageError if unknown."""
   if file_format in FORMATS:
     return file_format
   if file_format:
@@ -105,14 +102,11 @@ def read(
 ) -> Iterator[tuple[int, Row]]:
   """Yields (line, or number of the row, from 1; the row by its fields' names).
 
-  Args:
-    path: a file, or a folder that `datasets.save_to_disk` wrote.
-    fields: those that will be asked for: names; or, of TSV and CSV, columns by number from 0. There
-      the first line is a header with names, none with numbers, and without either its looks decide.
-    file_format: one of FORMATS but 'text'; empty to tell from the name.
-    bad: is told of a row that cannot be read, where those after it can.
-
-  UsageError naming file and line, if something cannot be read.
+  The path is a file's, or a folder's that `datasets.save_to_disk` wrote, and its format one of
+  FORMATS but 'text', told by the name if empty. Fields are those that will be asked for: names; or,
+  of TSV and CSV, columns by number from 0. There the first line is a header with names, none with
+  numbers, and without either its looks decide. UsageError naming file and line, if something cannot
+  be read; rows of which `bad` is told instead are left out.
   """
   kind = format_of(path, file_format)
   if kind in ('tsv', 'csv', 'text'):

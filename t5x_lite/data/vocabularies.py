@@ -18,7 +18,7 @@ import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from t5x_lite.errors import UsageError, check_fields, unknown
+from t5x_lite.errors import UsageError, check_fields, check_one_of
 
 # Made when imported: a type checker finds no names in it.
 _proto: Any = sentencepiece_model_pb2
@@ -57,8 +57,7 @@ class VocabularyConfig:
 
   def __post_init__(self):
     kind, ids = self.kind, self.extra_ids
-    if kind not in _DEFAULT_EXTRA_IDS:
-      raise unknown('VocabularyConfig.kind', kind, _DEFAULT_EXTRA_IDS)
+    check_one_of('VocabularyConfig.kind', kind, _DEFAULT_EXTRA_IDS)
     if ids == -1:
       # Resolved here, so that equal vocabularies compare equal.
       object.__setattr__(self, 'extra_ids', _DEFAULT_EXTRA_IDS[kind])

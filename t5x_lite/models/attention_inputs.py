@@ -26,9 +26,8 @@ class Visibility:
   key_seen_BM: Array | None = None  # False where a key is padding, which nobody sees
   # Of packed rows, (query_segments_BL, key_segments_BM): queries see keys of their own segment.
   segments: tuple[Array, Array] | None = None
-  prefix_BL: Array | None = (
-    None  # with `causal`, True at positions that see each other all the same
-  )
+  # With `causal`, True at positions that see each other all the same.
+  prefix_BL: Array | None = None
   # Queries see no later key; L is M.
   causal: bool = dataclasses.field(default=False, metadata={'static': True})
 

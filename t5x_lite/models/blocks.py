@@ -214,12 +214,6 @@ class DecoderLayer(_Layer):
       x_BLD = self._add(x_BLD, y_BLD, 'encoder_decoder_attention', 'cross_attention_out', keys[2])
     return self._add_mlp(x_BLD, self if lender is None else lender, keys[3:])
 
-  def __call__(self, x_BLD, encoded_BMD, lender, **kwargs) -> jax.Array:
-    """Runs the layer on the residual stream; see `read` for the other arguments."""
-    has_encoder = self.cfg.has_encoder
-    kv = self.encoder_decoder_attention.keys_values(encoded_BMD) if has_encoder else None
-    return self.read(x_BLD, kv, lender, **kwargs)[0]
-
   def read(self, x_BLD, cross_kv, lender, *, bias, mask, cross_mask, key=None):
     """Reads several positions; returns x_BLD, and keys and values of self-attention.
 

@@ -7,7 +7,7 @@ Field names are T5X's (t5x/examples/t5/network.py).
 import dataclasses
 from typing import Any
 
-from t5x_lite.errors import UsageError, check_fields, unknown
+from t5x_lite.errors import UsageError, check_fields, check_one_of
 
 ARCHITECTURES = ('encoder_decoder', 'encoder', 'decoder')
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -248,6 +248,5 @@ NAMED_CONFIGS: dict[str, T5Config] = {
 
 def named_config(name: str, **overrides: Any) -> T5Config:
   """Returns a published size, for example 't5_1_1_small'; UsageError if there is no such."""
-  if name not in NAMED_CONFIGS:
-    raise unknown('the name of a size', name, NAMED_CONFIGS)
+  check_one_of('the name of a size', name, NAMED_CONFIGS)
   return dataclasses.replace(NAMED_CONFIGS[name], **overrides)

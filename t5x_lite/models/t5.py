@@ -194,14 +194,10 @@ class T5(nnx.Module):
   ) -> Array:
     """Returns hidden_BLD, the decoder's output before the projection.
 
-    Args:
-      encoded_BMD: from `encode`; None when there is no encoder.
-      encoder_input_tokens: [B, M], for the padding mask; None likewise.
-      decoder_input_tokens: [B, L], targets shifted right.
-      encoder_segment_ids: [B, M] of packed rows.
-      decoder_segment_ids: [B, L] of packed rows.
-      decoder_causal_attention: [B, L], 1 in a prefix, whose positions see each other (prefix LM).
-      dropout_key: random key, or None for no dropout.
+    encoded_BMD comes from `encode`, and the encoder's tokens [B, M] are for the padding mask; both
+    are None without an encoder. The decoder's [B, L] are targets shifted right. Segment ids, of the
+    same shapes, are those of packed rows; decoder_causal_attention [B, L] is 1 in a prefix, whose
+    positions see each other (prefix LM). Without a key nothing is dropped.
     """
     cfg = self.cfg
     keys = layers.split_key(dropout_key, 3)
@@ -221,8 +217,9 @@ class T5(nnx.Module):
     bias = self.decoder.bias(L, L)
 
     def body(x_BLD, layer, key, lender):
+      kv = layer.encoder_decoder_attention.keys_values(encoded_BMD) if cfg.has_encoder else None
       masks = {'mask': mask, 'cross_mask': cross_mask}
-      return layer(x_BLD, encoded_BMD, lender, bias=bias, **masks, key=key)
+      return layer.read(x_BLD, kv, lender, bias=bias, **masks, key=key)[0]
 
     x_BLD = self._embed(decoder_input_tokens, keys[0])
     x_BLD = self.decoder(body, x_BLD, keys[1], self.lenders())
@@ -332,12 +329,9 @@ def _pair(queries_BL, keys_BM):
 def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
   """Returns (graphdef, shapes, axes) without allocating anything.
 
-  The same objects for equal configs: leave them as they are.
-
-  Returns:
-    graphdef: what `nnx.merge(graphdef, params)` needs beside the parameters.
-    shapes: nested dict of ShapeDtypeStructs.
-    axes: the same dict with a tuple of logical axis names at each leaf.
+  `nnx.merge(graphdef, params)` makes the model; shapes are a nested dict of ShapeDtypeStructs, axes
+  the same dict with a tuple of logical axis names at each leaf. They are the same objects for equal
+  configs: leave them as they are.
   """
   model = nnx.eval_shape(lambda: T5(cfg, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model, graph=False)

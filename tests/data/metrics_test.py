@@ -133,5 +133,5 @@ def test_every_metric_is_perfect_on_itself_and_returns_floats(name):
 def test_errors():
   with pytest.raises(ValueError, match=r'2 targets and 1 predictions'):
     metrics.accuracy(['a', 'b'], ['a'])
-  with pytest.raises(UsageError, match=r"no metric 'bluer'.*bleu"):
+  with pytest.raises(UsageError, match=r"the metric is 'bluer'.*bleu"):
     metrics.get_metrics(['accuracy', 'bluer'])

@@ -24,18 +24,22 @@ from t5x_lite.errors import UsageError
 BYT5_SENTINELS = 100
 
 NoiseMaskFn = Callable[..., tf.Tensor]  # (valid_SL, noise_density, seeds) -> mask_SL
-TokensFn = Callable[..., tf.RaggedTensor]  # (rows, vocabulary, seeds)
 Seeds = Sequence[tf.Tensor] | tf.Tensor
 
 ragged: Any = tf.RaggedTensor  # TensorFlow's stubs lack its constructors
 
 
 class Rows(NamedTuple):
-  """Sequences and which of their tokens are noise."""
+  """Sequences, which of their tokens are noise, and what there is to replace it."""
 
   tokens_SL: tf.Tensor
   noise_SL: tf.Tensor
   valid_SL: tf.Tensor
+  vocabulary: seqio.Vocabulary  # gives the sentinels
+  seeds: Seeds  # two, stateless
+
+
+TokensFn = Callable[[Rows], tf.RaggedTensor]
 
 
 # ---- Lengths -----------------------------------------------------------------
@@ -46,8 +50,8 @@ def num_noise_tokens_and_spans(
 ) -> tuple[int, int]:
   """Returns how many tokens, in how many spans, are noise among `length`.
 
-  Both are at least one, and at least one token is not noise, as in
-  `random_spans_noise_mask`; ties round to even.
+  Both are at least one, and at least one token is not noise, as in `random_spans_noise_mask`; ties
+  round to even.
   """
   length = max(length, 2)
   tokens = min(max(round(length * noise_density), 1), length - 1)
@@ -57,30 +61,14 @@ def num_noise_tokens_and_spans(
 
 
 def random_spans_helper(
-  inputs_length: int,
-  *,
-  noise_density: float,
-  mean_noise_span_length: float,
-  extra_tokens_per_span_inputs: int = 1,
-  extra_tokens_per_span_targets: int = 1,
+  inputs_length: int, *, noise_density: float, mean_noise_span_length: float
 ) -> tuple[int, int]:
   """Solves for the segment length that fills the inputs after corruption.
 
-  Args:
-    inputs_length: tokens of the corrupted inputs, sentinels and EOS included.
-    noise_density: share of the tokens that is noise, in (0, 1).
-    mean_noise_span_length: tokens per noise span, at least 1.
-    extra_tokens_per_span_inputs: sentinels per noise span of the inputs.
-    extra_tokens_per_span_targets: sentinels per noise span of the targets.
-
-  Returns:
-    `(tokens_length, targets_length)`: the tokens of raw text per example, and
-    the length of its targets, sentinels and EOS included. The paper's 512
-    inputs take 568 tokens and 114 targets.
-
-  Raises:
-    UsageError: if a setting is out of range or the inputs too short to hold a
-      token, a sentinel and EOS.
+  Returns `(tokens_length, targets_length)`: the tokens of raw text per example, and the length of
+  its targets. Lengths of inputs and targets include a sentinel for each noise span, and EOS; the
+  paper's 512 inputs take 568 tokens and 114 targets. UsageError if a setting is out of range or the
+  inputs too short to hold a token, a sentinel and EOS.
 
   Source: t5 random_spans_helper. There the count of spans may round to 0, so
   very short inputs get lengths that no mask has; here the count is the mask's.
@@ -89,11 +77,7 @@ def random_spans_helper(
 
   def lengths(tokens_length: int) -> tuple[int, int]:
     noise, spans = num_noise_tokens_and_spans(tokens_length, noise_density, mean_noise_span_length)
-    text = tokens_length - noise
-    return (
-      text + spans * extra_tokens_per_span_inputs + 1,
-      noise + spans * extra_tokens_per_span_targets + 1,
-    )
+    return tokens_length - noise + spans + 1, noise + spans + 1
 
   if lengths(2)[0] > inputs_length:
     raise UsageError(
@@ -121,10 +105,8 @@ def check_noise(noise_density: float, mean_noise_span_length: float = 1.0):
 def sentinel_capacity(vocabulary: seqio.Vocabulary, num_sentinels: int | None = None) -> int:
   """Returns how many spans of one sequence can have a sentinel of their own.
 
-  Args:
-    vocabulary: its extra ids are the sentinels.
-    num_sentinels: ids to take instead, counted from the end of the vocabulary; more than the extra
-      ids means reusing ordinary ids, as t5 does silently and ByT5 by design.
+  The sentinels are the extra ids, or `num_sentinels` ids from the end of the vocabulary: more than
+  the extra ids means reusing ordinary ones, as t5 does silently and ByT5 by design.
   """
   if num_sentinels is not None:
     if not 0 < num_sentinels <= vocabulary.vocab_size - 3:
@@ -150,14 +132,8 @@ def random_spans_noise_mask(
 ) -> tf.Tensor:
   """Returns a mask of an exact number of noise tokens in exact spans.
 
-  Spans alternate, text first; every mask with the counts of `num_noise_tokens_and_spans` is
-  equally likely.
-
-  Args:
-    valid_SL: where the tokens are.
-    noise_density: share of noise.
-    seeds: two stateless seeds.
-    mean_noise_span_length: tokens per noise span.
+  Spans alternate, text first; every mask with the counts of `num_noise_tokens_and_spans` is equally
+  likely.
   """
   length_S = tf.maximum(_lengths(valid_SL), 2)
   # float64, so that ties round as they do in `num_noise_tokens_and_spans`.
@@ -203,68 +179,53 @@ def limit_spans(noise_mask_SL: tf.Tensor, max_spans: int) -> tf.Tensor:
 # ---- Tokens and mask to inputs or targets ------------------------------------
 
 
-def noise_span_to_unique_sentinel(
-  rows: Rows, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
-) -> tf.RaggedTensor:
+def noise_span_to_unique_sentinel(rows: Rows) -> tf.RaggedTensor:
   """Returns the tokens with the i-th noise span as the sentinel of index i."""
   starts_SL = _span_starts(rows.noise_SL)
   index_SL = tf.cumsum(tf.cast(starts_SL, rows.tokens_SL.dtype), axis=1)
-  tokens_SL = tf.where(starts_SL, vocabulary.vocab_size - index_SL, rows.tokens_SL)
+  tokens_SL = tf.where(starts_SL, rows.vocabulary.vocab_size - index_SL, rows.tokens_SL)
   return _kept(tokens_SL, rows.valid_SL & (starts_SL | ~rows.noise_SL))
 
 
-def nonnoise_span_to_unique_sentinel(
-  rows: Rows, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
-) -> tf.RaggedTensor:
+def nonnoise_span_to_unique_sentinel(rows: Rows) -> tf.RaggedTensor:
   """Returns the noise, each span of text between it as the next sentinel."""
-  rows = rows._replace(noise_SL=rows.valid_SL & ~rows.noise_SL)
-  return noise_span_to_unique_sentinel(rows, vocabulary)
+  return noise_span_to_unique_sentinel(rows._replace(noise_SL=rows.valid_SL & ~rows.noise_SL))
 
 
-def noise_token_to_sentinel(
-  rows: Rows, vocabulary: seqio.Vocabulary, seeds: Seeds = ()
-) -> tf.RaggedTensor:
+def noise_token_to_sentinel(rows: Rows) -> tf.RaggedTensor:
   """Returns the tokens with every noise token as <extra_id_0> (MASS-style)."""
-  sentinel = tf.cast(vocabulary.vocab_size - 1, rows.tokens_SL.dtype)
+  sentinel = tf.cast(rows.vocabulary.vocab_size - 1, rows.tokens_SL.dtype)
   return _kept(tf.where(rows.noise_SL, sentinel, rows.tokens_SL), rows.valid_SL)
 
 
-def noise_token_to_random_token_or_sentinel(
-  rows: Rows, vocabulary: seqio.Vocabulary, seeds: Seeds, random_prob: float = 0.1
-) -> tf.RaggedTensor:
+def noise_token_to_random_token_or_sentinel(rows: Rows) -> tf.RaggedTensor:
   """Returns BERT-style inputs: a random id one time in ten, else a sentinel."""
   shape = tf.shape(rows.tokens_SL)
-  use_random_SL = tf.random.stateless_uniform(shape, seed=seeds[0]) < random_prob
+  use_random_SL = tf.random.stateless_uniform(shape, seed=rows.seeds[0]) < 0.1
   random_SL = tf.random.stateless_uniform(
     shape,
     minval=UNK_ID + 1,  # pad, eos and unk are no text
-    maxval=vocabulary.vocab_size,
+    maxval=rows.vocabulary.vocab_size,
     dtype=rows.tokens_SL.dtype,
-    seed=seeds[1],
+    seed=rows.seeds[1],
   )
-  noise_SL = tf.where(use_random_SL, random_SL, vocabulary.vocab_size - 1)
+  noise_SL = tf.where(use_random_SL, random_SL, rows.vocabulary.vocab_size - 1)
   return _kept(tf.where(rows.noise_SL, noise_SL, rows.tokens_SL), rows.valid_SL)
 
 
-def drop_noise_tokens(
-  rows: Rows, vocabulary: seqio.Vocabulary | None = None, seeds: Seeds = ()
-) -> tf.RaggedTensor:
+def drop_noise_tokens(rows: Rows) -> tf.RaggedTensor:
   """Returns the text without the noise."""
   return _kept(rows.tokens_SL, rows.valid_SL & ~rows.noise_SL)
 
 
-def drop_nonnoise_tokens(
-  rows: Rows, vocabulary: seqio.Vocabulary | None = None, seeds: Seeds = ()
-) -> tf.RaggedTensor:
+def drop_nonnoise_tokens(rows: Rows) -> tf.RaggedTensor:
   """Returns the noise alone."""
   return _kept(rows.tokens_SL, rows.valid_SL & rows.noise_SL)
 
 
-def permute_noise_tokens(
-  rows: Rows, vocabulary: seqio.Vocabulary | None, seeds: Seeds
-) -> tf.RaggedTensor:
+def permute_noise_tokens(rows: Rows) -> tf.RaggedTensor:
   """Returns the tokens with the noise shuffled among its own positions."""
-  keys_SL = tf.random.stateless_uniform(tf.shape(rows.tokens_SL), seed=seeds[0])
+  keys_SL = tf.random.stateless_uniform(tf.shape(rows.tokens_SL), seed=rows.seeds[0])
   # The noise in random order, then the rest; and for each position which noise it is.
   order_SL = tf.argsort(tf.where(rows.noise_SL, keys_SL, 2.0), axis=1)
   index_SL = tf.cumsum(tf.cast(rows.noise_SL, tf.int32), axis=1, exclusive=True)
@@ -299,15 +260,9 @@ def denoise_tokens(
 ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
   """Returns the inputs and targets of denoising examples, without EOS.
 
-  Args:
-    tokens: ids of the original texts, a row an example.
-    seed: a stateless seed; the examples depend on nothing else.
-    vocabulary: gives the sentinels.
-    noise_density: passed to `noise_mask_fn`.
-    noise_mask_fn: makes the mask from (valid_SL, noise_density, seeds).
-    inputs_fn: makes the inputs from (rows, vocabulary, seeds).
-    targets_fn: makes the targets likewise; None takes the original text.
-    max_spans: sentinels that the two functions may use.
+  The tokens are ids of the original texts, a row an example, and of chance the examples depend on
+  nothing but the seed, a stateless one. The targets are the original text if there is no function
+  that makes them, and `max_spans` is how many sentinels the two functions may use.
   """
   seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 6))
   tokens_SL = tokens.to_tensor()
@@ -315,9 +270,10 @@ def denoise_tokens(
   noise_mask_SL = noise_mask_fn(valid_SL, noise_density, seeds=seeds[:2])
   if max_spans is not None:
     noise_mask_SL = limit_spans(noise_mask_SL, max_spans)
-  rows = Rows(tokens_SL, noise_mask_SL, valid_SL)
-  inputs = inputs_fn(rows, vocabulary, seeds=seeds[2:4])
-  return inputs, tokens if targets_fn is None else targets_fn(rows, vocabulary, seeds=seeds[4:])
+  rows = Rows(tokens_SL, noise_mask_SL, valid_SL, vocabulary, seeds[2:4])
+  return inputs_fn(rows), tokens if targets_fn is None else targets_fn(
+    rows._replace(seeds=seeds[4:])
+  )
 
 
 def _round(x: tf.Tensor) -> tf.Tensor:

@@ -3,6 +3,9 @@
 Every random choice comes from a stateless seed that SeqIO hands out (`seqio.map_over_dataset`), so
 a seeded pipeline repeats itself exactly and an iterator checkpoint continues it exactly.
 
+An objective is given tokenized documents under `targets`, without EOS, the lengths of its features,
+EOS included, and the features, whose vocabulary has the sentinels.
+
 Source: t5/data/preprocessors.py at fce4b1a (`span_corruption` 1931,
 `select_random_chunk` 2183, `reduce_concat_tokens` 2216, `split_tokens` 2433,
 `denoise` 2846); the differences are said where they are.
@@ -11,12 +14,13 @@ Source: t5/data/preprocessors.py at fce4b1a (`span_corruption` 1931,
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import seqio
 import tensorflow as tf
 
 from t5x_lite.data.objectives import denoising
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_one_of
 
 Features = Mapping[str, seqio.Feature]
 Lengths = Mapping[str, int] | None
@@ -36,7 +40,7 @@ _DOCUMENTS_AT_ONCE = 16
 
 
 def select_random_chunk(
-  dataset: tf.data.Dataset, *, feature_key: str = 'targets', max_length: int = MAX_CHUNK_TOKENS
+  dataset: tf.data.Dataset, *, max_length: int = MAX_CHUNK_TOKENS
 ) -> tf.data.Dataset:
   """Keeps one of the consecutive chunks of `max_length` tokens of an example.
 
@@ -46,7 +50,7 @@ def select_random_chunk(
 
   @seqio.map_over_dataset(num_seeds=1)
   def select(example, seed):
-    tokens = example[feature_key]
+    tokens = example['targets']
 
     def cut():
       num_chunks = tf.cast(tf.math.ceil(tf.size(tokens) / max_length), tf.int32)
@@ -60,21 +64,18 @@ def select_random_chunk(
       )
       return tokens[max_length * chunk : max_length * (chunk + 1)]
 
-    return {feature_key: tf.cond(tf.size(tokens) > max_length, cut, lambda: tokens)}
+    return {'targets': tf.cond(tf.size(tokens) > max_length, cut, lambda: tokens)}
 
-  return select(_drop_empty(dataset, feature_key))
+  return select(_drop_empty(dataset))
 
 
 def reduce_concat_tokens(
-  dataset: tf.data.Dataset, *, feature_key: str = 'targets', batch_size: int = CONCAT_DOCUMENTS
+  dataset: tf.data.Dataset, *, batch_size: int = CONCAT_DOCUMENTS
 ) -> tf.data.Dataset:
-  """Joins the tokens of `batch_size` examples into one.
-
-  Unlike t5's, it keeps ids 0 that are part of an example.
-  """
-  dataset = dataset.map(lambda example: example[feature_key])
+  """Joins the tokens of `batch_size` examples into one; unlike t5's, it keeps their ids 0."""
+  dataset = dataset.map(lambda example: example['targets'])
   return dataset.ragged_batch(batch_size).map(
-    lambda tokens: {feature_key: tokens.flat_values}, num_parallel_calls=tf.data.AUTOTUNE
+    lambda tokens: {'targets': tokens.flat_values}, num_parallel_calls=tf.data.AUTOTUNE
   )
 
 
@@ -83,21 +84,13 @@ def split_tokens(
   *,
   max_tokens_per_segment: int,
   min_tokens_per_segment: int | None = None,
-  feature_key: str = 'targets',
 ) -> tf.data.Dataset:
   """Cuts every example into segments, in order, each token in exactly one.
 
-  Args:
-    dataset: examples with `feature_key`; other features are dropped.
-    max_tokens_per_segment: tokens per segment; the last may have fewer.
-    min_tokens_per_segment: if given, the length of an example's segments is
-      drawn log-uniformly from here to the maximum.
-    feature_key: the feature to cut.
+  The last segment may have fewer than `max_tokens_per_segment`. With a minimum, the length of an
+  example's segments is drawn log-uniformly from there to the maximum.
   """
-  if max_tokens_per_segment < 1:
-    raise UsageError(
-      f'Segments of {max_tokens_per_segment} tokens hold nothing; raise task_feature_lengths'
-    )
+  _check_segment(max_tokens_per_segment)
 
   @seqio.map_over_dataset(num_seeds=1)
   def split(example, seed):
@@ -106,18 +99,23 @@ def split_tokens(
       low, high = math.log(min_tokens_per_segment), math.log(max_tokens_per_segment)
       log_length = tf.random.stateless_uniform([], minval=low, maxval=high, seed=seed)
       length = tf.cast(tf.exp(log_length), tf.int64)
-    tokens = denoising.segments(_one_row(example[feature_key]), length)
-    return tf.data.Dataset.from_tensor_slices({feature_key: tokens})
+    tokens = denoising.segments(_one_row(example['targets']), length)
+    return tf.data.Dataset.from_tensor_slices({'targets': tokens})
 
-  return split(_drop_empty(dataset, feature_key)).flat_map(lambda x: x)
+  return split(_drop_empty(dataset)).flat_map(lambda x: x)
+
+
+def _check_segment(tokens: int) -> None:
+  if tokens < 1:
+    raise UsageError(f'Segments of {tokens} tokens hold nothing; raise task_feature_lengths')
 
 
 def _one_row(tokens: tf.Tensor) -> tf.RaggedTensor:
   return denoising.ragged.from_row_lengths(tokens, [tf.size(tokens)])
 
 
-def _drop_empty(dataset: tf.data.Dataset, key: str) -> tf.data.Dataset:
-  return dataset.filter(lambda example: tf.size(example[key]) > 0)
+def _drop_empty(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  return dataset.filter(lambda example: tf.size(example['targets']) > 0)
 
 
 def _length(sequence_length: Lengths, feature: str) -> int:
@@ -136,25 +134,13 @@ def denoise(
   output_features: Features,
   *,
   tokens_length: int,
-  noise_density: float,
-  noise_mask_fn: denoising.NoiseMaskFn,
-  inputs_fn: denoising.TokensFn,
-  targets_fn: denoising.TokensFn | None = None,
-  max_spans: int | None = None,
   merge: bool = False,
+  **settings: Any,
 ) -> tf.data.Dataset:
   """Cuts documents into examples and corrupts them, many at a time.
 
-  Args:
-    dataset: tokenized documents under `targets`, without EOS.
-    output_features: give the vocabulary.
-    tokens_length: tokens of text of an example; the last of a document has what is left.
-    noise_density: see `denoising.denoise_tokens`, and for the following.
-    noise_mask_fn: makes the masks.
-    inputs_fn: makes the inputs.
-    targets_fn: makes the targets.
-    max_spans: sentinels there are.
-    merge: join documents before cutting.
+  An example is of `tokens_length` tokens of text; the last of a document has what is left, and with
+  `merge` documents are joined before cutting. Settings are those of `denoising.denoise_tokens`.
   """
   vocabulary = output_features['targets'].vocabulary
   if output_features['inputs'].vocabulary != vocabulary:
@@ -162,22 +148,13 @@ def denoise(
       'A denoising task needs one vocabulary for inputs and targets; it has '
       f'{output_features["inputs"].vocabulary} and {vocabulary}'
     )
-  if tokens_length < 1:
-    raise UsageError(f'Segments of {tokens_length} tokens hold nothing; raise task_feature_lengths')
+  _check_segment(tokens_length)
 
   # One seed for all examples that come of one element.
   @seqio.map_over_dataset(num_seeds=1)
   def corrupt(tokens, seed):
-    inputs, targets = denoising.denoise_tokens(
-      denoising.segments(tokens, tokens_length),
-      seed,
-      vocabulary=vocabulary,
-      noise_density=noise_density,
-      noise_mask_fn=noise_mask_fn,
-      inputs_fn=inputs_fn,
-      targets_fn=targets_fn,
-      max_spans=max_spans,
-    )
+    examples = denoising.segments(tokens, tokens_length)
+    inputs, targets = denoising.denoise_tokens(examples, seed, vocabulary=vocabulary, **settings)
     return tf.data.Dataset.from_tensor_slices({'inputs': inputs, 'targets': targets})
 
   dataset = select_random_chunk(dataset)
@@ -204,19 +181,17 @@ def span_corruption(
   """The pre-training objective of T5 1.0 and 1.1: spans become sentinels.
 
   Args:
-    dataset: tokenized documents under `targets`, without EOS.
-    sequence_length: the inputs are filled exactly; the targets must have room
-      for what `objectives.random_spans_helper` solves (512 take 114).
-    output_features: give the vocabulary.
+    dataset: this and the next two are every objective's, as the module says.
+    sequence_length: the inputs are filled exactly; the targets must have room for what
+      `denoising.random_spans_helper` solves (512 take 114).
+    output_features: of one vocabulary.
     noise_density: share of the tokens that is noise.
     mean_noise_span_length: tokens per noise span.
     merge_examples_to_reduce_padding: join documents before cutting.
-    reserved_for_packing: make the inputs shorter by this many tokens, so that
-      several examples can be packed.
-    num_sentinels: see `objectives.sentinel_capacity`.
+    reserved_for_packing: tokens by which inputs are shorter, so that several can be packed.
+    num_sentinels: see `denoising.sentinel_capacity`.
 
-  Raises:
-    UsageError: if the targets are too short or the sentinels too few.
+  UsageError if the targets are too short or the sentinels too few.
   """
   tokens_length, targets_length = denoising.random_spans_helper(
     _length(sequence_length, 'inputs') - reserved_for_packing,
@@ -251,27 +226,17 @@ def iid_denoising(
   style: str = 'replace_spans',
   num_sentinels: int | None = None,
 ) -> tf.data.Dataset:
-  """Tokens drawn independently are noise: the variants of the paper's table 5.
+  """Tokens drawn independently, with a probability, are noise: the variants of the paper's table 5.
 
-  Args:
-    dataset: tokenized documents under `targets`, without EOS.
-    sequence_length: inputs and targets, EOS included.
-    output_features: give the vocabulary.
-    noise_density: probability of a token to be noise.
-    style: 'replace_spans' (the paper's baseline: each span becomes a sentinel, the targets hold the
-      noise), 'drop' (no sentinels; the targets hold the noise), 'mass' (each noise token becomes
-      <extra_id_0>, the targets are the whole text) or 'bert' (as 'mass', but one noise token in ten
-      becomes a random one).
-    num_sentinels: see `objectives.sentinel_capacity`. The rare sequence with
-      more spans keeps its later tokens uncorrupted.
-
-  Raises:
-    UsageError: if the style is unknown, the targets are too short or the
-      expected number of spans exceeds the sentinels.
+  The style is 'replace_spans' (the paper's baseline: each span becomes a sentinel, the targets hold
+  the noise), 'drop' (no sentinels; the targets hold the noise), 'mass' (each noise token becomes
+  <extra_id_0>, the targets are the whole text) or 'bert' (as 'mass', but one noise token in ten
+  becomes a random one). For num_sentinels see `denoising.sentinel_capacity`; the rare sequence with
+  more spans keeps its later tokens uncorrupted. UsageError if the style is unknown, the targets are
+  too short or the expected number of spans exceeds the sentinels.
   """
   denoising.check_noise(noise_density)
-  if style not in _IID_STYLES:
-    raise UsageError(f'style is {style!r}; it must be one of {", ".join(_IID_STYLES)}')
+  check_one_of('style', style, _IID_STYLES)
   inputs_fn, targets_fn = _IID_STYLES[style]
   length = _length(sequence_length, 'inputs')
   needed = length
@@ -335,12 +300,8 @@ def prefix_lm(
 ) -> tf.data.Dataset:
   """A random prefix in the inputs, what follows it in the targets.
 
-  Args:
-    dataset: tokenized documents under `targets`, without EOS.
-    sequence_length: inputs and targets, EOS included.
-    output_features: give the vocabulary.
-    noise_density: mean share of the tokens that are targets; a half makes every
-      split equally likely, see `denoising.random_prefix_noise_mask`.
+  The noise density is the mean share of the tokens that are targets; a half makes every split
+  equally likely, see `denoising.random_prefix_noise_mask`.
   """
   denoising.check_noise(noise_density)
   length = _length(sequence_length, 'inputs')
@@ -364,14 +325,7 @@ def with_mode(
   mode: str,
   objective: Callable[..., tf.data.Dataset],
 ) -> tf.data.Dataset:
-  """An objective whose inputs begin with the tokens of a text, UL2's '[R]'.
-
-  Args:
-    dataset: tokenized documents under `targets`, without EOS.
-    sequence_length: of which the inputs' has room for the mode.
-    output_features: give the vocabulary.
-    mode: what the inputs begin with.
-    objective: another of this module.
+  """Another objective, whose inputs begin with the tokens of a text, UL2's '[R]', in their length.
 
   Source: Tay et al. 2022, section 3.1.2: the mode as tokens of the vocabulary.
   """

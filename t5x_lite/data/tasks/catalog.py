@@ -5,7 +5,6 @@ SeqIO binds a vocabulary to a task when the task is registered. A recipe here ha
 """
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import os
@@ -22,7 +21,7 @@ from t5x_lite.data.objectives.named import Preprocessor
 from t5x_lite.data.tasks import text_preprocessors
 from t5x_lite.data.tasks.seqio_vocabulary import to_seqio
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, suggest
 
 # Suffixes that can be read. Any other vocabulary gets its fingerprint.
 VOCABULARIES = {'t5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
@@ -153,20 +152,13 @@ def register_mixture(
   temperature: float = 1.0,
   vocabulary: VocabularyConfig | None = None,
 ) -> None:
-  """Adds a mixture of tasks of the catalog.
+  """Adds a mixture of tasks or mixtures of the catalog.
 
   `register_mixture('mine', ['a', 'b'], limit=2**16)` draws each task as often as it has examples,
-  or 2**16 of them at most.
-
-  Args:
-    name: of the mixture.
-    rates: tasks or mixtures of the catalog, with how often each is drawn relative to the others; or
-      their names alone, for examples-proportional rates over all their tasks.
-    limit: the paper's K, of examples-proportional rates.
-    temperature: the paper's T, likewise: rates to the power of 1 / T.
-    vocabulary: if given, registers `name` with it; else `name` joins the catalog.
-
-  UsageError if a task is not there or a rate has no meaning.
+  or 2**16 of them at most. Rates say how often each is drawn relative to the others; names alone
+  mean examples-proportional rates over all their tasks, with the paper's K as limit and its T as
+  temperature: rates to the power of 1 / T. With a vocabulary, `name` is registered for it alone;
+  else it joins the catalog. UsageError if a task is not there or a rate has no meaning.
   """
   import_modules()
   if isinstance(rates, Mapping):
@@ -194,10 +186,7 @@ def check_known(mixture: str, task: str) -> None:
 
 
 def proportional(*, limit: int | None = None, temperature: float = 1.0) -> Rate:
-  """Returns the paper's examples-proportional rate: min(examples, K) ** (1 / T).
-
-  UsageError if the limit or temperature is not more than 0.
-  """
+  """Returns the paper's rate, min(examples, K) ** (1 / T); UsageError if one is not more than 0."""
   for key, value in (('limit', limit), ('temperature', temperature)):
     if value is not None and not value > 0:
       raise UsageError(f'{key} of a mixture is {value}; it must be more than 0')
@@ -216,10 +205,7 @@ def leaves(name: str) -> list[str]:
 
 
 def texts(name: str, split: str = 'train') -> Iterator[str]:
-  """Yields the text of a task or mixture as it is before the tokenization.
-
-  UsageError if there is no such name or split.
-  """
+  """Yields a task's or mixture's untokenized text; UsageError if there is no such name or split."""
   import_modules()
   provider = find_provider(name if is_registered(name) else resolve(name, VOCABULARIES['byte']))
   if split not in provider.splits:
@@ -258,10 +244,7 @@ def is_registered(name: str) -> bool:
 
 
 def find_provider(name: str) -> seqio.Task | seqio.Mixture:
-  """Returns the task or mixture that SeqIO knows under this full name.
-
-  UsageError if there is none; the message lists close matches.
-  """
+  """Returns the task or mixture of this full name in SeqIO; UsageError if there is none."""
   if not is_registered(name):
     if name in catalog():
       raise UsageError(
@@ -269,20 +252,16 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
         'vocabulary) makes it one'
       )
     known = {*catalog(), *seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    close = difflib.get_close_matches(name, known, n=3) or catalog()
-    did_you_mean = f'; did you mean {", ".join(close)}?' if close else '.'
+    hint = suggest(name, known) or f'; there are {", ".join(catalog())}.'
     raise UsageError(
-      f'There is no task or mixture {name!r}{did_you_mean} Tasks of your own: name the module that '
+      f'There is no task or mixture {name!r}{hint} Tasks of your own: name the module that '
       'registers them in DatasetConfig.module'
     )
   return seqio.get_mixture_or_task(name)
 
 
 def add(name: str, recipe: Recipe, vocabulary: VocabularyConfig | None = None) -> None:
-  """Adds a recipe to the catalog, or registers it for one vocabulary alone.
-
-  UsageError if the name is taken.
-  """
+  """Adds a recipe to the catalog, or registers it for one vocabulary; UsageError if it is there."""
   if name in _CATALOG or is_registered(name):
     raise UsageError(f'There is a task or mixture {name!r} already; choose another name')
   if vocabulary is None:
@@ -322,10 +301,7 @@ def import_modules(modules: str = '') -> None:
 
 
 def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
-  """Returns the registered task or mixture, checked against the config.
-
-  UsageError for no such name, split, feature or module.
-  """
+  """Returns the config's task or mixture; UsageError for no such name, split, feature or module."""
   import_modules(cfg.module)
   name = cfg.mixture_or_task_name
   provider = find_provider(name)

@@ -12,7 +12,7 @@ from t5x_lite.data.objectives import preprocessors
 from t5x_lite.data.objectives.named import OBJECTIVES, UL2, find_objective
 from t5x_lite.data.tasks import catalog, sources, text_preprocessors
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_positive
 
 # Text files up to this size together are read into memory; larger ones are streamed.
 MAX_IN_MEMORY_BYTES = 1 << 30
@@ -106,8 +106,7 @@ def register_text_task(
     vocabulary: as in `register_file_task`; not with 'all'.
   """
   splits, files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
-  if lines_per_document < 1:
-    raise UsageError(f'lines_per_document is {lines_per_document}; it must be 1 or more')
+  check_positive('lines_per_document', lines_per_document)
   is_text = all(records.format_of(f, file_format) == 'text' for f in files)
   if is_text and text_files.total_bytes(files) > MAX_IN_MEMORY_BYTES:
     if lines_per_document != 1:
@@ -211,10 +210,7 @@ def unsupervised(
 
 
 def ul2(text: str) -> catalog.MixtureRecipe:
-  """Returns UL2's mixture over a text: its seven denoisers, equally often.
-
-  Source: Tay et al. 2022, table 1 and section 3.1.2.
-  """
+  """Returns UL2's mixture over a text: its denoisers, equally often (Tay et al. 2022, 3.1.2)."""
   return catalog.MixtureRecipe(rates={f'{text}_{denoiser}': 1.0 for denoiser in UL2})
 
 

@@ -31,11 +31,11 @@ def one(n):
   return tf.ones([1, n], tf.bool)
 
 
-def corrupt(fn, text, mask, *args):
+def corrupt(fn, text, mask, random=()):
   """Applies a function of many sequences to one."""
   mask = np.asarray(mask)
-  rows = denoising.Rows(text[np.newaxis], mask[np.newaxis], one(len(text)))
-  return fn(rows, VOCABULARY, *args)[0].numpy()
+  rows = denoising.Rows(text[np.newaxis], mask[np.newaxis], one(len(text)), VOCABULARY, random)
+  return fn(rows)[0].numpy()
 
 
 def runs(mask):

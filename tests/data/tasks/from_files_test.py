@@ -157,7 +157,7 @@ def test_errors_come_at_registration(name, tmp_path):
     register(name, train_file=str(tmp_path / 'none.tsv'))
   with pytest.raises(UsageError, match='csv, jsonl, json or parquet'):
     register(name, train_file=text)
-  with pytest.raises(UsageError, match=r'no metric .*blue'):
+  with pytest.raises(UsageError, match=r'the metric is .*blue'):
     register(name, train_file=tsv, metrics=('blue',))
   with pytest.raises(UsageError, match=r'no objective .*mlm.*span_corruption'):
     from_files.register_text_task(name, train_file=text, objective='mlm')
