@@ -29,7 +29,8 @@ quickstart: $(RUN)
 	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 	  $(BIN)/t5x-lite quickstart --gin_file=configs/experiments/quickstart.gin
 
-PYTEST := PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n $(WORKERS) --dist=loadfile
+PYTEST := PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n $(WORKERS) --dist=loadfile \
+  --no-loadscope-reorder
 
 test: $(DEV)
 	$(PYTEST) $(PYTEST_ARGS)

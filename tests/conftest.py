@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests import xla_flags
+
 assert 'jax' not in sys.modules, 'jax must be imported after this file'
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -15,12 +17,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # start as processes of their own run under the same rules.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join(
-  [
-    os.environ.get('XLA_FLAGS', ''),
-    '--xla_force_host_platform_device_count=8',
-    # Tests compile more than they compute: half the time for the same sums.
-    '--xla_backend_optimization_level=0',
-  ]
+  [os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', xla_flags.QUICK]
 ).strip()
 # They also find the package, installed or not, from any directory.
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')]))
@@ -40,6 +37,34 @@ os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 # The GPU build of torch comes with triton, which brings the process down when it
 # is imported after TensorFlow (two copies of LLVM). The oracles run on the CPU.
 sys.modules['triton'] = None
+
+# Files that take longest, which no worker may begin when the other has ended.
+_FIRST = (
+  'multiprocess_test.py',
+  'kill_test.py',
+  'tour_test.py',
+  'serve_test.py',
+  'study_test.py',
+  'train_test.py',
+  't5_test.py',
+  'finetune_test.py',
+  'damage_test.py',
+  'steps_test.py',
+)
+
+
+def pytest_collection_finish():
+  """Spares the collector what imports have made: it stays until the end."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the longest files first; `--no-loadscope-reorder` leaves them there."""
+  place = {name: i for i, name in enumerate(_FIRST)}
+  items.sort(key=lambda item: place.get(item.path.name, len(_FIRST)))
+
 
 _MOST_BYTES = 3 * 2**30
 

@@ -80,6 +80,9 @@ def save_untrained(model_dir: Any, *, seed: int = 0, **overrides: Any) -> Any:
 
 def main() -> None:
   """Trains with the arguments given as JSON, over those of `arguments`."""
+  # Of Keras, which TensorFlow imports, these are two seconds of every start, and it
+  # is content without them.
+  sys.modules.update({'pandas': None, 'sklearn': None})
   from t5x_lite.parallel import distributed
   from t5x_lite.programs import train
 

@@ -24,14 +24,19 @@ def make(cfg, params, **arguments):
 
 @pytest.fixture(scope='module', params=[False, True], ids=['unrolled', 'scanned_with_a_prompt'])
 def model(request):
-  cfg = tiny.config(scan_layers=request.param, prompt_length=3 if request.param else None)
+  cfg = tiny.config(
+    scan_layers=request.param,
+    prompt_length=3 if request.param else None,
+    num_encoder_layers=1,
+    num_decoder_layers=2,
+  )
   return cfg, tiny.params(cfg)
 
 
 @pytest.fixture(scope='module')
 def rows(model):
   rng = np.random.default_rng(0)
-  lengths = rng.integers(1, 40, 17)
+  lengths = rng.choice([1, 3, 7, 15, 33, 39], 11)
   return [[*rng.integers(2, model[0].vocab_size, n).tolist(), 1] for n in lengths]
 
 
@@ -53,7 +58,7 @@ def alone(cfg, params, row, length=LIMIT):
 
 def test_each_row_gets_what_it_gets_alone(model, rows):
   cfg, params = model
-  limits = [(1, 4, LIMIT)[i % 3] for i in range(len(rows))]
+  limits = [(4, LIMIT)[i % 2] for i in range(len(rows))]
   requests = [Request(tokens=r, max_new_tokens=n) for r, n in zip(rows, limits, strict=True)]
   outputs = dict(make(cfg, params, num_slots=4).run(requests))
   assert sorted(outputs) == list(range(len(rows)))
@@ -82,19 +87,19 @@ def test_sampling_does_not_depend_on_the_company(model, rows):
 
 
 def test_bounds_of_sampling_are_the_rows_own(model, rows):
-  """Of 200 draws of one position, none is outside of its own top k or top p."""
+  """Of 100 draws of one position, none is outside of its own top k or top p."""
   cfg, params = model
-  greedy, _ = alone(cfg, params, rows[0], 1)
+  greedy, _ = alone(cfg, params, rows[0])
   batch = make(cfg, params, num_slots=8)
   settings = [dict(top_k=1), dict(top_p=1e-6), dict(top_k=3), dict()]
   requests = [
     Request(tokens=rows[0], max_new_tokens=1, temperature=2.0, seed=i, **settings[i % 4])
-    for i in range(200)
+    for i in range(100)
   ]
   drawn = [set() for _ in settings]
   for i, output in batch.run(requests):
     drawn[i % 4].add(tuple(output.tokens))
-  assert drawn[0] == drawn[1] == {tuple(greedy)}
+  assert drawn[0] == drawn[1] == {tuple(greedy[:1])}
   assert 1 < len(drawn[2]) <= 3 < len(drawn[3])
 
 
@@ -115,8 +120,9 @@ def test_a_dropped_slot_is_free_and_disturbs_nobody(model, rows):
     assert ended[ticket].tokens[: len(expected)] == expected
 
 
-def test_on_a_mesh_as_on_one_device(rows):
-  cfg = tiny.config()
+def test_on_a_mesh_as_on_one_device():
+  rows = [[5, 9, 1], [7] * 12 + [1], [8, 3, 4, 1], [1], [2, 1]]
+  cfg = tiny.config(num_encoder_layers=1, num_decoder_layers=1)
   params = tiny.params(cfg)
   placement = model_sharding.place_model(cfg, MeshConfig(data=2, fsdp=2, model=2))
   specs = model_sharding.inference_params(cfg, placement)
@@ -124,7 +130,7 @@ def test_on_a_mesh_as_on_one_device(rows):
   batch = continuous.ContinuousBatch(
     cfg, placed, placement=placement, num_slots=4, max_decode_length=LIMIT
   )
-  requests = [Request(tokens=row) for row in rows[:6]]
+  requests = [Request(tokens=row) for row in rows]
   expected = dict(make(cfg, params, num_slots=4).run(requests))
   found = dict(batch.run(requests))
   assert {i: o.tokens for i, o in found.items()} == {i: o.tokens for i, o in expected.items()}

@@ -138,10 +138,9 @@ def test_no_file(model, refused):
 # ---- What only looks odd ----
 
 
-@pytest.mark.parametrize('folder', ['a b', "%s {x} it's #1"])
-def test_any_path_works_through_all_commands(model, work, folder):
+def test_any_path_works_through_all_commands(model, work):
   """Blanks, and what a format, a URL or a shell would read."""
-  root = work / folder
+  root = work / "%s {x} it's #1"
   root.mkdir()
   start, rows, out = root / 'model', root / 'rows.csv', root / 'out'
   shutil.copytree(model, start)

@@ -86,7 +86,7 @@ def test_any_bytes_as_safetensors(tmp_path):
   path = tmp_path / 'model.safetensors'
   data = safetensors.numpy.save(ARRAYS)
 
-  @hypothesis.settings(fuzz.settings, max_examples=200 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=80 * fuzz.SCALE)
   @hypothesis.given(st.one_of(st.binary(max_size=40), fuzz.mutated(data), fuzz.mutated(data[:9])))
   def check(changed):
     path.write_bytes(changed)
@@ -112,7 +112,7 @@ def test_any_header_of_safetensors(tmp_path):
     },
   )
 
-  @hypothesis.settings(fuzz.settings, max_examples=400 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=120 * fuzz.SCALE)
   @hypothesis.given(
     st.sampled_from(sorted(ARRAYS)),
     entry,
@@ -186,7 +186,7 @@ def test_damaged_json(folder, name):
   if name == 'tokenizer.json':
     os.remove(folder / 'spiece.model')  # else hardly read
 
-  @hypothesis.settings(fuzz.settings, max_examples=60 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=30 * fuzz.SCALE)
   @hypothesis.example(b'\xff')
   @hypothesis.example(b'[' * 100_000)
   @hypothesis.example(b'{"model_type": ' + b'1' * 5000 + b'}')
@@ -217,7 +217,7 @@ def test_any_setting_in_config_json(folder):
   entry = json.loads(path.read_text())
   keys = sorted({*entry, 'dense_act_fn', 'scale_decoder_outputs', 'num_heads'})
 
-  @hypothesis.settings(fuzz.settings, max_examples=400 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=120 * fuzz.SCALE)
   @hypothesis.given(
     st.dictionaries(
       st.sampled_from(keys), any_value('umt5', 'mt5', 'gated-', 'gated-gelu', 'relu', 4), max_size=3
@@ -236,7 +236,7 @@ def test_any_setting_of_the_tokenizer(good, folder):
   os.remove(folder / 'spiece.model')
   keys = ['extra_ids', 'tokenizer_class', 'additional_special_tokens']
 
-  @hypothesis.settings(fuzz.settings, max_examples=150 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=60 * fuzz.SCALE)
   @hypothesis.given(
     st.booleans(),
     st.dictionaries(st.sampled_from(keys), any_value('ByT5Tokenizer', ['<extra_id_0>'])),
@@ -277,7 +277,7 @@ def test_any_entry_of_tokenizer_json(folder):
     ('normalizer', 'precompiled_charsmap'),
   ]
 
-  @hypothesis.settings(fuzz.settings, max_examples=250 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=80 * fuzz.SCALE)
   @hypothesis.given(st.sampled_from(places), any_value('Unigram', 'Precompiled', 'AAAA'))
   def check(place, value):
     changed = json.loads(json.dumps(entry))
@@ -301,7 +301,7 @@ def test_any_index_of_shards(folder):
   )
   maps = st.dictionaries(st.text(max_size=3), names, max_size=3)
 
-  @hypothesis.settings(fuzz.settings, max_examples=150 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=60 * fuzz.SCALE)
   @hypothesis.given(st.one_of(st.fixed_dictionaries({'weight_map': st.one_of(maps, names)}), names))
   def check(value):
     path.write_text(json.dumps(value))
@@ -330,7 +330,7 @@ def test_any_names_and_shapes_of_tensors(folder):
   )
   shapes = st.lists(st.integers(0, 4), max_size=3)
 
-  @hypothesis.settings(fuzz.settings, max_examples=200 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=80 * fuzz.SCALE)
   @hypothesis.given(st.dictionaries(names, shapes, max_size=2), st.lists(names, max_size=1))
   def check(added, removed):
     made = {name: np.zeros(shape, np.float32) for name, shape in added.items()}
@@ -345,7 +345,7 @@ def test_a_damaged_sentencepiece_model(folder):
   path = folder / 'spiece.model'
   data = path.read_bytes()
 
-  @hypothesis.settings(fuzz.settings, max_examples=100 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=40 * fuzz.SCALE)
   @hypothesis.given(st.one_of(fuzz.mutated(data), fuzz.mutated(data[:300])))
   def check(changed):
     path.write_bytes(changed)
@@ -357,7 +357,7 @@ def test_a_damaged_sentencepiece_model(folder):
 def test_what_blocks_of_a_tensor_cost():
   """Shapes with zeros and ones, as a header may name them."""
 
-  @hypothesis.settings(fuzz.settings, max_examples=200 * fuzz.SCALE)
+  @hypothesis.settings(fuzz.settings, max_examples=80 * fuzz.SCALE)
   @hypothesis.given(st.lists(st.integers(0, 6), max_size=4), st.integers(1, 40))
   def check(shape, limit):
     seen = np.zeros(shape, int)

@@ -72,7 +72,7 @@ def segments(rows, name):
       yield row, segment, rows[name][row][inside]
 
 
-@hypothesis.settings(fuzz.settings, max_examples=500 * fuzz.SCALE)
+@hypothesis.settings(fuzz.settings, max_examples=250 * fuzz.SCALE)
 @hypothesis.given(STREAMS)
 def test_every_token_once_in_order_and_apart(stream):
   *lengths, sizes, num_open_rows, window, batch = stream
@@ -118,7 +118,7 @@ def test_every_token_once_in_order_and_apart(stream):
     np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
 
 
-@hypothesis.settings(fuzz.settings, max_examples=200 * fuzz.SCALE)
+@hypothesis.settings(fuzz.settings, max_examples=100 * fuzz.SCALE)
 @hypothesis.given(STREAMS)
 def test_rows_that_are_not_packed(stream):
   *lengths, sizes, _, _, extra = stream
@@ -134,7 +134,7 @@ def test_rows_that_are_not_packed(stream):
     np.testing.assert_array_equal(filled[name][held], ragged.values)
 
 
-@hypothesis.settings(fuzz.settings, max_examples=100 * fuzz.SCALE)
+@hypothesis.settings(fuzz.settings, max_examples=50 * fuzz.SCALE)
 @hypothesis.given(st.integers(1, 5), st.lists(st.integers(0, 9), min_size=1, max_size=5))
 def test_what_is_too_long_is_refused(length, sizes):
   ragged = packing.Ragged.from_arrays([np.ones(n) for n in sizes], np.int32)

@@ -125,7 +125,7 @@ PIECES = [
 
 @pytest.mark.parametrize('ending', ENDINGS)
 def test_arbitrary_bytes(folder, ending):
-  @hypothesis.settings(settings, max_examples=150 * SCALE)
+  @hypothesis.settings(settings, max_examples=75 * SCALE)
   @hypothesis.given(
     st.one_of(
       st.binary(max_size=60),
@@ -183,7 +183,7 @@ def test_damaged_files(folder, ending):
   path.write_bytes(data)
   assert read(path)
 
-  @hypothesis.settings(settings, max_examples=150 * SCALE)
+  @hypothesis.settings(settings, max_examples=75 * SCALE)
   @hypothesis.given(mutated(data))
   def check(changed):
     path.write_bytes(changed)
@@ -192,7 +192,7 @@ def test_damaged_files(folder, ending):
   check()
 
 
-@hypothesis.settings(settings, max_examples=200 * SCALE)
+@hypothesis.settings(settings, max_examples=100 * SCALE)
 @hypothesis.given(st.data())
 def test_damaged_saved_datasets(saved_dataset, data):
   files = {
@@ -279,7 +279,7 @@ def write(path, how, rows):
 def test_what_was_written_is_read(folder, how):
   path = folder / f'round.{how}.{WRITERS[how]}'
 
-  @hypothesis.settings(settings, max_examples=80 * SCALE)
+  @hypothesis.settings(settings, max_examples=40 * SCALE)
   @hypothesis.example([('a\r\nb', 'c\rd')])
   @hypothesis.example([('nan', 'NaN'), ('None', 'null')])
   @hypothesis.given(LISTS)
@@ -333,7 +333,7 @@ VALUES = st.one_of(
 )
 
 
-@hypothesis.settings(settings, max_examples=600 * SCALE)
+@hypothesis.settings(settings, max_examples=150 * SCALE)
 @hypothesis.given(NAMES, VALUES)
 def test_any_binding(name, text):
   def configure():
@@ -356,7 +356,7 @@ def expected(text):
     return text
 
 
-@hypothesis.settings(settings, max_examples=300 * SCALE)
+@hypothesis.settings(settings, max_examples=150 * SCALE)
 @hypothesis.given(PYTHON_VALUES)
 def test_a_python_value_is_itself(value):
   for name in ('value', 'other'):
@@ -365,7 +365,7 @@ def test_a_python_value_is_itself(value):
     assert found[name == 'other'] == value
 
 
-@hypothesis.settings(settings, max_examples=300 * SCALE)
+@hypothesis.settings(settings, max_examples=150 * SCALE)
 @hypothesis.given(
   st.one_of(
     st.text(max_size=40),

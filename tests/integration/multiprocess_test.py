@@ -12,13 +12,16 @@ import time
 import numpy as np
 import pytest
 
+from t5x_lite import main
 from t5x_lite.runs import checkpoints, metric_writers, restoring
-from tests import tiny_run
+from tests import tiny_run, xla_flags
 
 # Whole trainings in processes of their own; `make test-quick` leaves them out.
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
+# PROCESSES=4 has both axes of the mesh across processes at once.
+PROCESSES = int(os.environ.get('PROCESSES', '2'))
 # All processes make every batch, so that it is the same for any number.
 DATA = {'host_sharding': 'replicated'}
 
@@ -40,7 +43,7 @@ def start_module(command, log_prefix, count, *, devices=1):
   """Starts `count` processes of a module that find each other."""
   environ = {
     **os.environ,
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {xla_flags.QUICK}',
     'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{free_port()}',
     'JAX_NUM_PROCESSES': str(count),
   }
@@ -87,65 +90,49 @@ def when_logged(processes, model_dir, least, timeout=400.0):
     time.sleep(0.01)
 
 
-@pytest.fixture(scope='module')
-def single(tmp_path_factory):
-  model_dir = tmp_path_factory.mktemp('single') / 'run'
-  wait(start(model_dir, 1, devices=2), model_dir)
-  return model_dir
+def assert_losses_are_those_of(single, model_dir, *, until):
+  expected, found = losses(single), losses(model_dir)
+  for step in range(1, until + 1):
+    np.testing.assert_allclose(found[step], expected[step], rtol=1e-5)
 
 
-def test_two_processes_train_as_one_stopped_and_killed(single, tmp_path):
-  """Losses equal; SIGTERM to one saves on all; a lost one ends the others."""
-  model_dir = tmp_path / 'run'
+def test_processes_train_as_one(tmp_path):
+  """On either axis across them, stopped and continued, by one process at last."""
+  single, model_dir = tmp_path / 'single', tmp_path / 'run'
+  wait(start(single, 1, devices=2), single)
+  # The model axis across processes.
+  mesh = {'data': PROCESSES // 2, 'model': 2}
+  wait(start(model_dir, PROCESSES, mesh=mesh, total_steps=3), model_dir)
 
-  # SIGTERM to the second process: both save at the same step and exit with 0.
+  # The data axis. SIGTERM to the second process: both save at the same step and
+  # exit with 0.
   processes = start(model_dir, 2, total_steps=2000, period=1000)
-  when_logged(processes, model_dir, 3)
+  when_logged(processes, model_dir, 6)
   processes[1].send_signal(signal.SIGTERM)
   wait(processes, model_dir)
   _, stopped = checkpoints.find_checkpoint(str(model_dir))
   assert stopped < 1000
   for index in range(2):
     assert f'saved at step {stopped} of 2000' in read_log(model_dir, index)
-  expected = losses(single)
-  for step, loss in losses(model_dir).items():
-    if step in expected:
-      np.testing.assert_allclose(loss, expected[step], rtol=1e-5)
+  assert_losses_are_those_of(single, model_dir, until=6)
 
-  # SIGKILL: the other stops within a bounded time and says why.
-  processes = start(model_dir, 2, total_steps=2000, period=1000)
-  when_logged(processes, model_dir, stopped + 3)
-  processes[1].send_signal(signal.SIGKILL)
-  # gloo tells at once, or JAX's coordination service after its timeout.
-  assert processes[0].wait(timeout=90) != 0
-  log = read_log(model_dir, 0)
-  assert 'lost another process' in log or 'another task died' in log
-
-  # Started again they continue, and one process can take over.
-  total = stopped + 2
-  wait(start(model_dir, 2, total_steps=total), model_dir)
-  assert checkpoints.find_checkpoint(str(model_dir))[1] == total
-  wait(start(model_dir, 1, total_steps=total + 1), model_dir)
-  assert list(losses(model_dir)) == list(range(1, total + 2))
+  # One process can take over.
+  wait(start(model_dir, 1, total_steps=stopped + 1), model_dir)
+  assert list(losses(model_dir)) == list(range(1, stopped + 2))
 
 
-def test_four_processes_with_a_model_axis_across_them(single, tmp_path):
-  model_dir = tmp_path / 'run'
-  wait(start(model_dir, 4, mesh={'data': 2, 'model': 2}), model_dir)
-  expected = losses(single)
-  for step, loss in losses(model_dir).items():
-    np.testing.assert_allclose(loss, expected[step], rtol=1e-5)
-
-
-def test_killed_processes_end_bit_identical(tmp_path):
+def test_a_killed_process_ends_the_others_and_the_run_bit_identical(tmp_path):
   """With each host reading its own part of the data."""
   arguments = dict(dataset={}, total_steps=20)
   wait(start(tmp_path / 'a', 2, **arguments), tmp_path / 'a')
   processes = start(tmp_path / 'b', 2, **arguments)
   when_logged(processes, tmp_path / 'b', 7)
-  for process in processes:
-    process.kill()
-    process.wait()
+  processes[1].send_signal(signal.SIGKILL)
+  # The other stops within a bounded time and says why: gloo tells at once, or
+  # JAX's coordination service after its timeout.
+  assert processes[0].wait(timeout=90) != 0
+  log = read_log(tmp_path / 'b', 0)
+  assert 'lost another process' in log or 'another task died' in log
   wait(start(tmp_path / 'b', 2, **arguments), tmp_path / 'b')
   a, b = (restoring.load_arrays(str(tmp_path / name)) for name in ('a', 'b'))
   assert a.keys() == b.keys()
@@ -159,18 +146,20 @@ def test_inference_is_continued_by_all_processes_alike(tmp_path):
   tiny_run.save_untrained(run)
   words.write_text(''.join(f'pronounce: w{i}\n' for i in range(23)))
 
-  def infer(output, count, source=words):
-    command = ['t5x_lite.main', 'infer', '--model', run, '--input', source]
-    command += ['--output', output, '--batch_size', 4, '--resume']
-    command += ['--max_decode_length', 4]
-    return start_module([str(c) for c in command], output, count)
+  def command(output, source=words):
+    command = ['infer', '--model', run, '--input', source, '--output', output]
+    command += ['--batch_size', 4, '--resume', '--max_decode_length', 4]
+    return [str(c) for c in command]
 
-  wait(infer(tmp_path / 'a', 1), tmp_path / 'a')
+  def infer(output, source=words):
+    return start_module(['t5x_lite.main', *command(output, source)], output, 2)
+
+  assert main.main(command(tmp_path / 'a')) == 0
   expected = (tmp_path / 'a').read_text()
   assert len(expected.splitlines()) == 23
   lines = expected.splitlines(keepends=True)
   (tmp_path / 'b').write_text(''.join(lines[:10]) + lines[10][:7])
-  wait(infer(tmp_path / 'b', 2), tmp_path / 'b')
+  wait(infer(tmp_path / 'b'), tmp_path / 'b')
   found = [json.loads(x) for x in (tmp_path / 'b').read_text().splitlines()]
   for line, entry in zip(lines, found, strict=True):
     wanted = json.loads(line)
@@ -179,6 +168,6 @@ def test_inference_is_continued_by_all_processes_alike(tmp_path):
 
   # The output of another input: every process ends, none waits.
   (tmp_path / 'other.txt').write_text('other\n' * 23)
-  processes = infer(tmp_path / 'b', 2, tmp_path / 'other.txt')
+  processes = infer(tmp_path / 'b', tmp_path / 'other.txt')
   assert [process.wait(timeout=120) for process in processes] == [2, 2]
   assert 'is not the prediction of line 1' in read_log(tmp_path / 'b', 0)

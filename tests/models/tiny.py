@@ -1,5 +1,7 @@
 """Tiny models and batches for tests."""
 
+import functools
+
 import jax
 import numpy as np
 from flax import nnx
@@ -24,6 +26,13 @@ def config(**overrides) -> T5Config:
 
 def params(cfg: T5Config, seed: int = 0):
   """Random parameters in which no norm is 1 and no bias is negligible."""
+  # Without what shapes no parameter, so that tests share them.
+  cfg = cfg.replace(dtype='float32', dropout_rate=0.0, remat_policy='none', attention='auto')
+  return jax.tree.map(np.array, _drawn(cfg, seed))
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(cfg, seed):
   # One program, not one a parameter: compiling is what takes time here.
   tree = jax.jit(t5.init_params, static_argnums=0)(cfg, jax.random.key(seed))
   rng = np.random.default_rng(seed)
@@ -34,13 +43,18 @@ def params(cfg: T5Config, seed: int = 0):
 
 def apply(cfg: T5Config, tree, method, *args, **kwargs):
   """Calls a method of the merged model, jitted."""
+  return _jitted(cfg, method)(tree, args, kwargs)
+
+
+@functools.lru_cache(maxsize=32)
+def _jitted(cfg, method):
   graphdef, _, _ = t5.abstract_params(cfg)
 
   @jax.jit
   def run(tree, args, kwargs):
     return getattr(nnx.merge(graphdef, tree), method)(*args, **kwargs)
 
-  return run(tree, args, kwargs)
+  return run
 
 
 def batch(B: int = 4, M: int = 9, L: int = 6, seed: int = 0, vocab: int = 64):

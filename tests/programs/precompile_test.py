@@ -136,12 +136,11 @@ def test_out_of_memory_is_an_answer(capsys):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize('topology', ['v5e:2x4', 'v5p:2x2x2'])
-def test_the_attention_kernel_compiles_on_a_cut_mesh(topology, tmp_path, capsys):
+def test_the_attention_kernel_compiles_on_a_cut_mesh(tmp_path, capsys):
   """Rows over fsdp, heads over model; forward and backward kernels in the program."""
   model = arguments()['model'].replace(attention='pallas_tpu', dtype='bfloat16')
   file = tmp_path / 'step.hlo'
-  report = precompile.precompile(**arguments(model=model), topology=topology, hlo_file=str(file))
+  report = precompile.precompile(**arguments(model=model), topology='v5p:2x2x2', hlo_file=str(file))
   assert report['fits']
   assert report['attention'] == 'encoder pallas_tpu, decoder pallas_tpu, cross pallas_tpu'
   assert 'attention: encoder pallas_tpu' in capsys.readouterr().out

@@ -18,6 +18,7 @@ import pytest
 import t5x_lite
 from t5x_lite.errors import UsageError
 from t5x_lite.programs.serve import serve
+from tests import xla_flags
 
 TOKEN = 'a long secret'
 TEXTS = ['That is good.', 'x', 'Das Fenster ist offen. ' * 4]
@@ -45,7 +46,7 @@ class Server:
   def __init__(self, model_dir, *flags, token=TOKEN):
     self.process = subprocess.Popen(
       [sys.executable, '-m', 't5x_lite.main', 'serve', model_dir, '--port=0', *flags],
-      env={**os.environ, 'T5X_LITE_TOKEN': token, 'XLA_FLAGS': ''},
+      env={**os.environ, 'T5X_LITE_TOKEN': token, 'XLA_FLAGS': xla_flags.QUICK},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -74,15 +75,17 @@ class Server:
 def server(model_dir):
   server = Server(
     model_dir,
-    '--max_new_tokens=24',
+    '--max_new_tokens=64',
+    '--max_queue=4',
     '--max_input_tokens=128',
     '--num_slots=4',
     '--max_body_bytes=20000',
     '--body_seconds=2',
   )
   yield server
-  code, _ = server.stop()
-  assert code == 0
+  if server.process.poll() is None:  # its last test stops it
+    code, _ = server.stop()
+    assert code == 0
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +103,7 @@ def test_generate_writes_what_the_python_interface_writes(server, model):
 
 
 def test_samples_are_repeatable_and_differ_by_seed(server):
-  body = {'inputs': 'abc', 'temperature': 2.0, 'num_outputs': 3, 'seed': 5}
+  body = {'inputs': 'abc', 'temperature': 2.0, 'num_outputs': 3, 'seed': 5, 'max_new_tokens': 24}
   first, again = [server.post('/generate', body).json()['outputs'] for _ in range(2)]
   assert first == again
   assert len({one['text'] for one in first}) > 1
@@ -120,7 +123,7 @@ def test_a_stream_adds_up_to_the_whole(server):
 
 
 def test_a_stop_string_ends_the_text_before_it(server):
-  body = {'inputs': 'abc', 'temperature': 3.0, 'seed': 1}
+  body = {'inputs': 'abc', 'temperature': 3.0, 'seed': 1, 'max_new_tokens': 24}
   text = server.post('/generate', body).json()['outputs'][0]['text']
   stop = text[len(text) // 2]
   found = server.post('/generate', {**body, 'stop': [stop]}).json()['outputs'][0]
@@ -172,7 +175,7 @@ def test_openai_clients_work_unmodified(server, model):
     ({'inputs': 'a' * 500}, 'input 0 has 501 tokens; 128'),
     ({'inputs': []}, '0 inputs'),
     ({'inputs': ['a'] * 65}, '65 inputs'),
-    ({'inputs': 'a', 'max_new_tokens': 25}, '25 new tokens; 24'),
+    ({'inputs': 'a', 'max_new_tokens': 65}, '65 new tokens; 64'),
     ({'inputs': 'a', 'max_new_tokens': 0}, 'max_new_tokens'),
     ({'inputs': 'a', 'temprature': 1}, 'temprature'),
     ({'inputs': 7}, 'inputs'),
@@ -234,31 +237,6 @@ def test_health_metrics_page_and_schema(server):
   assert '<form' in page and 'src="http' not in page
 
 
-def test_under_load_a_full_queue_says_429_and_a_sigterm_loses_nothing(model_dir):
-  server = Server(model_dir, '--num_slots=2', '--max_queue=4', '--max_new_tokens=64', token='')
-  with concurrent.futures.ThreadPoolExecutor(24) as pool:
-    body = {'inputs': 'abc', 'temperature': 1.0, 'max_new_tokens': 64}
-    answers = list(
-      pool.map(lambda i: httpx.post(f'{server.url}/generate', json=body, timeout=120), range(24))
-    )
-    assert {answer.status_code for answer in answers} == {200, 429}
-    assert {a.headers['retry-after'] for a in answers if a.status_code == 429} == {'1'}
-    waiting = [
-      pool.submit(httpx.post, f'{server.url}/generate', json=body, timeout=120) for _ in range(4)
-    ]
-    while True:  # until all four are in
-      text = server.client.get('/metrics').text
-      counts = [float(x) for x in re.findall(r't5x_lite_(?:waiting|running) ([\d.]+)', text)]
-      if sum(counts) == 4 or all(one.done() for one in waiting):
-        break
-      time.sleep(0.01)
-    code, errors = server.stop()
-    assert code == 0, errors
-    assert [one.result().status_code for one in waiting] == [200] * 4
-  with pytest.raises(httpx.ConnectError):
-    httpx.get(f'{server.url}/healthz')
-
-
 def test_what_cannot_start_says_so_at_once(model_dir, tmp_path):
   with socket.socket() as taken:
     taken.bind(('127.0.0.1', 0))
@@ -272,3 +250,28 @@ def test_what_cannot_start_says_so_at_once(model_dir, tmp_path):
   (tmp_path / 'empty').touch()
   with pytest.raises(UsageError, match='is empty'):
     serve(model=model_dir, token_file=str(tmp_path / 'empty'))
+
+
+# The last one: it stops the server.
+def test_under_load_a_full_queue_says_429_and_a_sigterm_loses_nothing(server):
+  body = {'inputs': 'abc', 'temperature': 1.0, 'max_new_tokens': 64}
+  with concurrent.futures.ThreadPoolExecutor(24) as pool:
+    answers = list(pool.map(lambda i: server.post('/generate', body), range(24)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert {a.headers['retry-after'] for a in answers if a.status_code == 429} == {'1'}
+    headers = server.client.headers
+    waiting = [
+      pool.submit(httpx.post, f'{server.url}/generate', json=body, headers=headers, timeout=120)
+      for _ in range(6)
+    ]
+    while True:  # until all six are in
+      text = server.client.get('/metrics').text
+      counts = [float(x) for x in re.findall(r't5x_lite_(?:waiting|running) ([\d.]+)', text)]
+      if sum(counts) == 6 or all(one.done() for one in waiting):
+        break
+      time.sleep(0.01)
+    code, errors = server.stop()
+    assert code == 0, errors
+    assert [one.result().status_code for one in waiting] == [200] * 6
+  with pytest.raises(httpx.ConnectError):
+    httpx.get(f'{server.url}/healthz')

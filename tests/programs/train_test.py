@@ -200,24 +200,16 @@ def test_sigterm_saves_and_returns(tmp_path, monkeypatch, finished):
   assert distributed.stopped_by() == ''
 
 
-@pytest.mark.parametrize('why', ['signal', 'data'])
-def test_an_unfinished_window_is_written(tmp_path, monkeypatch, why):
-  """What was measured since the last line is not lost with the stop."""
+def test_an_unfinished_window_is_written(tmp_path, monkeypatch):
+  """What was measured since the last line is not lost with the end of the data."""
   draw = DatasetIterator.__next__
-
-  def stop_at_six(self, step):
-    self.received = 'SIGTERM' if step == 6 else ''
-    return bool(self.received)
 
   def end_at_six(self):
     if self.num_batches == 6:
       raise StopIteration
     return draw(self)
 
-  if why == 'signal':
-    monkeypatch.setattr(distributed.StopSignal, 'requested', stop_at_six)
-  else:
-    monkeypatch.setattr(DatasetIterator, '__next__', end_at_six)
+  monkeypatch.setattr(DatasetIterator, '__next__', end_at_six)
   arguments = tiny_run.arguments(tmp_path / 'run', total_steps=100, stats_period=4)
   train(**arguments)
   entries = metric_writers.read_metrics(arguments['model_dir'])
@@ -225,9 +217,11 @@ def test_an_unfinished_window_is_written(tmp_path, monkeypatch, why):
 
 
 def test_evaluation_that_a_stop_skipped_is_made_up_for(tmp_path, monkeypatch):
+  """And what was measured since the last line is written before the stop."""
   arguments = tiny_run.arguments(
     tmp_path / 'run',
     total_steps=4,
+    stats_period=3,
     eval_period=2,
     eval_steps=1,
     train_eval=[tiny_run.dataset(split='validation')],
@@ -245,6 +239,7 @@ def test_evaluation_that_a_stop_skipped_is_made_up_for(tmp_path, monkeypatch):
   entries = metric_writers.read_metrics(arguments['model_dir'])
   evaluated = [e['step'] for e in entries if 'eval/pronounce/loss' in e]
   assert evaluated == [2, 4]
+  assert next(e['step'] for e in entries if 'loss' in e) == 2
 
 
 def test_fine_tuning_starts_from_the_parameters(finished, tmp_path):
@@ -376,29 +371,18 @@ def test_evaluators_are_cached(finished, monkeypatch):
   assert len(reads) == 1
 
 
-def test_what_the_lengths_cut_is_said_once(tmp_path, caplog):
-  train(
-    **tiny_run.arguments(
-      tmp_path / 'run',
-      total_steps=2,
-      dataset=tiny_run.dataset(task_feature_lengths={'inputs': 14, 'targets': 16}),
-    )
-  )
-  assert 'examples are longer than' in caplog.text
-  first, second = metric_writers.read_metrics(str(tmp_path / 'run'))
-  assert first['data/pronounce/cut_examples_percent'] > 50
-  assert 0 < first['data/pronounce/cut_tokens_percent'] < 100
-  assert not any(name.startswith('data/') for name in second)
-
-
 # ---- Watching ----
 
 
 @pytest.mark.slow
-def test_histograms_and_a_profile_on_demand(tmp_path):
+def test_histograms_a_profile_and_what_the_lengths_cut(tmp_path, caplog):
   state = train(
     **tiny_run.arguments(
-      tmp_path / 'run', report_to=['tensorboard'], histogram_period=2, profile_steps=2
+      tmp_path / 'run',
+      report_to=['tensorboard'],
+      histogram_period=2,
+      profile_steps=2,
+      dataset=tiny_run.dataset(task_feature_lengths={'inputs': 14, 'targets': 16}),
     )
   )
   assert state is not None and int(state.step) == 4
@@ -414,6 +398,12 @@ def test_histograms_and_a_profile_on_demand(tmp_path):
     assert not [name for name in entry if name.startswith('grad_log10/')]
   text = (tmp_path / 'run' / 'profile' / 'summary.txt').read_text()
   assert text.startswith('steps 3 to 4') and 'wait for data' in text and 'matmuls' in text
+  # What the lengths cut is said once.
+  assert 'examples are longer than' in caplog.text
+  first, *others = metric_writers.read_metrics(str(tmp_path / 'run'))
+  assert first['data/pronounce/cut_examples_percent'] > 50
+  assert 0 < first['data/pronounce/cut_tokens_percent'] < 100
+  assert not any(name.startswith('data/') for entry in others for name in entry)
 
 
 def test_predictions_are_shown(finished):
