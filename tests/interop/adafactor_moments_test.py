@@ -178,7 +178,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   same(checkpoint_source.open_source(back).read_moments(), given)
 
 
-@pytest.mark.parametrize('settings', [{}, {'global_norm_clip': 1.0}, {'weight_decay': 0.01}])
+@pytest.mark.parametrize('settings', [{}, {'global_norm_clip': 1.0, 'weight_decay': 0.01}])
 def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
   """With T5X's step and second moments, whatever stands before Adafactor."""
   cfg = config(vocab_size=384)

@@ -13,7 +13,7 @@ def interpreted(*args):
 
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(attention_cases.cases(max_length=300))
 def test_the_kernel_is_dense(case):
   """On lengths that are no multiple of a block, with rows that see nothing."""

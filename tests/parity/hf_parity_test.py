@@ -68,6 +68,7 @@ def test_gradients(pair):
     assert error < 1e-3, (jax.tree_util.keystr(path), error)
 
 
+@pytest.mark.parametrize('pair', ['1.1'], indirect=True)  # gradients are compared of both
 def test_twenty_steps_of_adamw(pair):
   import torch
 

@@ -12,7 +12,20 @@ from t5x_lite.errors import UsageError
 BYTES = VocabularyConfig(kind='byte')
 
 
-@pytest.mark.parametrize('objective', named.OBJECTIVES)
+# One of each function, at the setting that needs most. UL2's are below.
+@pytest.mark.parametrize(
+  'objective',
+  [
+    'span_corruption_2',
+    'iid_denoising_50',
+    'bert_style',
+    'mass_style',
+    'drop_tokens',
+    'deshuffling',
+    'prefix_lm',
+    'full_lm',
+  ],
+)
 def test_every_objective_makes_examples(tmp_path, objective):
   name = f'named_test_{objective}'
   (tmp_path / 'x.txt').write_text('to be or not to be ' * 20)
@@ -35,11 +48,11 @@ def tokens(name, path, lengths, **kwargs):
 @pytest.fixture
 def text(tmp_path):
   path = tmp_path / 'x.txt'
-  path.write_text(''.join(f'{i} to be or not to be that is the question\n' for i in range(6000)))
+  path.write_text(''.join(f'{i} to be or not to be that is the question\n' for i in range(4500)))
   return path
 
 
-@pytest.mark.parametrize(('rate', 'span'), [(0.1, 2), (0.25, 5), (0.5, 10)])
+@pytest.mark.parametrize(('rate', 'span'), [(0.1, 2), (0.5, 10)])
 def test_any_rate_and_span_over_thousands(text, rate, span):
   """Exact counts in every full row, and every token is in inputs or targets."""
   name = f'named_test_any{span}'
@@ -87,7 +100,8 @@ def test_ul2s_denoisers_say_their_mode(text):
   for denoiser in named.UL2:
     task = seqio.get_mixture_or_task(catalog.resolve(f'{name}_{denoiser}', BYTES))
     dataset = task.get_dataset(lengths, split='train', shuffle=False, seed=0, num_epochs=1)
-    found = list(dataset.take(500).as_numpy_iterator())
+    # A prefix is of any length, so that its mean takes more of them.
+    found = list(dataset.take(500 if denoiser == 'ul2_s' else 100).as_numpy_iterator())
     mode = f'[{denoiser[4].upper()}]'.encode()
     share = []
     for example in found:
@@ -97,7 +111,7 @@ def test_ul2s_denoisers_say_their_mode(text):
       lost = (example['targets'][:-1] < 259).sum()
       share.append(lost / (kept + lost))
     rates[denoiser] = sum(share) / len(share)
-    if denoiser != 'ul2_s':  # a prefix is of any length
+    if denoiser != 'ul2_s':
       assert sum(len(example['inputs']) == 96 for example in found) > 0.9 * len(found)
   want = dict(
     ul2_r3=0.15, ul2_r8=0.15, ul2_s=0.25, ul2_x3=0.5, ul2_x8=0.5, ul2_x64=0.15, ul2_x64_half=0.5
