@@ -50,7 +50,7 @@ def sequence_accuracy(targets: Targets, predictions: Texts) -> Scores:
 
 
 def squad(targets: Targets, predictions: Texts) -> Scores:
-  """Exact match and word F1, best reference each, as SQuAD's evaluation script v1.1."""
+  """Exact match and word F1, best reference each, as SQuAD's script (Rajpurkar et al. 2016)."""
   found = [
     max(_f1(_normalize_squad(text).split(), _normalize_squad(prediction).split()) for text in texts)
     for texts, prediction in _pairs(targets, predictions)
