@@ -1,1 +1,4 @@
-"""Loss, optimizer, schedule, state and step: arrays in, arrays out; no files, SeqIO or loop."""
+"""The pure parts of training: loss, optimizer, schedule, state and step.
+
+Arrays in, arrays out: no files, no SeqIO, no logging, no loop.
+"""

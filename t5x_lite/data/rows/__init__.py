@@ -1,1 +1,4 @@
-"""How rows are made, of any task: examples to packed rows to batches, exactly resumable."""
+"""How rows are made: examples to packed rows to batches, exactly resumable.
+
+Nothing here knows what a task means; only reading it needs TensorFlow.
+"""
