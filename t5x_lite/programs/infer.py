@@ -24,7 +24,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import Placement
-from t5x_lite.programs.generation import MAX_INPUT_TOKENS, Generation
+from t5x_lite.programs.generation import Generation
 from t5x_lite.programs.output_file import OutputFile
 from t5x_lite.runs import progress, run_directory
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 FORMATS = ('auto', *records.FORMATS)
 EMBEDDINGS = {'none': None, 'mean': 'mean', 'first': 'first'}  # flags to poolings
+# Relative positions reach as far as one likes, memory does not.
+MAX_INPUT_LENGTH = 1024
 REPORT_SECONDS = 10.0
 WINDOW = 8  # batches that are sorted by length together, and written at once
 
@@ -51,7 +53,7 @@ def infer(
   skip_bad_rows: bool = False,
   embeddings: str = '',
   batch_size: int = 32,
-  max_input_length: int = MAX_INPUT_TOKENS,
+  max_input_length: int = MAX_INPUT_LENGTH,
   decoding: DecodingConfig | None = None,
   mesh: MeshConfig | None = None,
   seed: int = 0,

@@ -225,7 +225,7 @@ def test_lora_stopped_and_started_again_ends_the_same(lora, start, table, tmp_pa
   ('settings', 'message'),
   [
     ({'method': 'lora', 'lora_rank': 0}, 'lora_rank is 0'),
-    ({'method': 'lora', 'lora_targets': ['wi']}, "'wi'; the matrices of this model"),
+    ({'method': 'lora', 'lora_targets': ['wi']}, r"\('wi',\); it must be of query"),
     ({'method': 'adamw', 'lora_rank': 8}, 'for --method lora'),
     ({'method': 'prompt', 'pack': True}, 'one example a row'),
     ({'method': 'adapter'}, 'allowed are adafactor, adamw, lora, adapters, prompt'),
