@@ -8,7 +8,6 @@ import pytest
 
 from t5x_lite.compiler import step_programs
 from t5x_lite.data.config import batch_spec
-from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models import transfer
@@ -98,24 +97,6 @@ def test_an_encoder_is_not_decoded():
       batch=batch_spec(tiny_run.dataset(batch_size=8)),
       mesh=MeshConfig(),
     )
-
-
-def test_decoding_is_compiled_for_the_parameters_that_are_loaded():
-  cfg = tiny.config(dtype='bfloat16')
-  program = step_programs.decode_program(
-    model=cfg,
-    config=DecodingConfig(max_decode_length=4),
-    batch=batch_spec(tiny_run.dataset(batch_size=8)),
-    mesh=MeshConfig(data=8),
-  )
-  predictor = prediction.Predictor(
-    cfg,
-    placement=program.placement,
-    decoding=DecodingConfig(max_decode_length=4),
-    batch_size=8,
-    max_input_length=32,
-  )
-  assert program.arguments[0] == predictor.abstract_params
 
 
 # ---- Transfer methods ----
