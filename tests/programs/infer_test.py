@@ -1,11 +1,9 @@
 import gzip
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import numpy as np
@@ -297,12 +295,19 @@ def test_a_killed_table_is_made_all_the_same(run, tmp_path, ending):
   path.write_text(''.join(f'word {i}\n' for i in range(400)))
   partial = tmp_path / f'out.{ending}.partial.jsonl'
   arguments = dict(model=run, input=str(path), batch_size=8)
-  code = f'from t5x_lite.programs.infer import infer; infer(output={str(output)!r}, **{arguments})'
-  process = subprocess.Popen([sys.executable, '-c', code])
-  while not (partial.exists() and partial.stat().st_size) and process.poll() is None:
-    time.sleep(0.002)
-  os.kill(process.pid, signal.SIGKILL)
-  process.wait()
+  code = f"""
+import os, signal
+from t5x_lite.decoding import prediction
+from t5x_lite.programs.infer import infer
+numbers, predict_all = iter(range(400)), prediction.Predictor.predict_all
+def until_killed(*arguments, **options):
+  if next(numbers) == 20:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return predict_all(*arguments, **options)
+prediction.Predictor.predict_all = until_killed
+infer(output={str(output)!r}, **{arguments})
+"""
+  assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
   assert partial.exists() and not output.exists()
   # As if it had come in the middle of a line.
   partial.write_bytes(partial.read_bytes()[:-20])
