@@ -11,7 +11,8 @@ Legend: S slots, B rows put in at once, M encoder length, L decoded length, V vo
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +21,16 @@ import numpy as np
 from flax import nnx
 
 from t5x_lite.decoding import loop, prediction
+from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError, check_positive
 from t5x_lite.models import t5
 from t5x_lite.models.blocks import Cache
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.placement import Placement
+
+log = logging.getLogger(__name__)
+
+WINDOW = 8  # batches whose rows should be decoded together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,7 @@ class Request:
   top_k: int = 0  # sample among the k likeliest tokens; 0 means all
   # Sample among the fewest tokens whose probability reaches p, after top_k; 1 means all.
   top_p: float = 1.0
-  seed: int = 0  # of this row's sampling
+  seed: int = 0  # of this row's sampling, folded into the batch's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +85,14 @@ class ContinuousBatch:
     num_slots: int = 8,
     max_decode_length: int = 256,
     chunk: int = 8,
+    seed: int = 0,
+    fixed: bool = False,
   ):
     """Compiles nothing yet.
 
-    The model has an encoder and a decoder; parameters are on the placement, as
-    `model_sharding.inference_params` says. num_slots rows decode at a time, `chunk` tokens between
-    two looks at them.
+    The model has an encoder and a decoder; parameters, which may be given later, are on the
+    placement, as `model_sharding.inference_params` says. num_slots rows decode at a time, `chunk`
+    tokens between two looks at them; fixed says that there are always so many, and fewer compiles.
     """
     if model.architecture != 'encoder_decoder':
       raise UsageError(
@@ -95,6 +103,8 @@ class ContinuousBatch:
     check_positive('max_decode_length', max_decode_length)
     self.model, self.params, self.placement = model, params, placement
     self.max_decode_length, self._num_slots = max_decode_length, num_slots
+    self._key = jax.random.key(seed)
+    self._least = num_slots if fixed else 1
     self._width = prediction.SHORTEST
     self._tickets = itertools.count()
     self._rows: list[int | None] = [None]  # the ticket of the request in each row
@@ -114,7 +124,7 @@ class ContinuousBatch:
 
   def _resize(self, num_rows: int) -> None:
     """Makes room for so many rows, or gives up room: an empty row costs as much as a full one."""
-    size = prediction.padded_length(max(num_rows, 1), shortest=1)
+    size = prediction.padded_length(num_rows, shortest=self._least)
     if size == len(self._rows):
       return
     kept = [row for row, ticket in enumerate(self._rows) if ticket is not None]
@@ -134,7 +144,7 @@ class ContinuousBatch:
       self._slots = dataclasses.replace(self._slots, cache=wide)
       self._width = width
     # Rows past the last repeat the first: it is written twice, with the same.
-    size = prediction.padded_length(len(requests), shortest=1)
+    size = prediction.padded_length(len(requests), shortest=-(-self._least // 4))
     missing = size - len(requests)
     rows = [*requests, *[requests[0]] * missing]
     tokens, pad_id = [r.tokens for r in rows], self.model.pad_id
@@ -161,7 +171,7 @@ class ContinuousBatch:
     """Decodes a chunk; returns every request's output by ticket, and frees the ended."""
     self._resize(self._num_held)
     with self.placement.active():
-      self._slots = self._advance(self.params, self._slots)
+      self._slots = self._advance(self.params, self._slots, self._key)
     s = self._slots
     fields = s.tokens_SL, s.log_probs_SL, s.going_S, s.length_S
     tokens_SL, log_probs_SL, going_S, length_S = jax.device_get(fields)
@@ -174,6 +184,8 @@ class ContinuousBatch:
       if tokens and tokens[-1] == self.model.eos_id:
         tokens.pop()
         ended = 'eos'
+      while ended == 'length' and tokens and tokens[-1] == self.model.pad_id:
+        tokens.pop()  # as a Predictor's
       outputs[ticket] = Output(tokens, log_probs, ended)
       if ended:
         self._rows[row] = None
@@ -197,7 +209,8 @@ class ContinuousBatch:
     waiting = enumerate(requests)
     running: dict[int, int] = {}
     while True:
-      if new := list(itertools.islice(waiting, self.num_free)):
+      most = self.num_free if 4 * self.num_free >= self._num_slots else 0  # few at once pay little
+      if new := list(itertools.islice(waiting, most)):
         indices, added = zip(*new, strict=True)
         running.update(zip(self.add(added), indices, strict=True))
       if not running:
@@ -264,7 +277,7 @@ def _insert(graphdef, params, slots, slots_B, tokens_BM, **settings_B) -> _Slots
   return _Slots(**fields, cache=cache)
 
 
-def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
+def _advance(graphdef, chunk: int, params, slots: _Slots, key) -> _Slots:
   """Decodes at most `chunk` tokens of every slot that goes on."""
   model = nnx.merge(graphdef, params)
   rows_S = jnp.arange(slots.last_S.shape[0])
@@ -272,7 +285,7 @@ def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
   def body(carry):
     i, s = carry
     logits_SV, cache = model.decode_step(s.last_S, s.cache)
-    next_S = _choose(logits_SV, s)
+    next_S = _choose(logits_SV, s, key)
     log_prob_S = loop.log_prob(logits_SV, next_S)
     length_S = jnp.where(s.going_S, s.length_S + 1, s.length_S)
     # Out of bounds for slots that have ended, which drops the write.
@@ -291,23 +304,93 @@ def _advance(graphdef, chunk: int, params, slots: _Slots) -> _Slots:
   return jax.lax.while_loop(lambda c: (c[0] < chunk) & jnp.any(c[1].going_S), body, first)[1]
 
 
-def _choose(logits_SV, s: _Slots) -> jax.Array:
-  """Returns each slot's next token by its own settings."""
+def _choose(logits_SV, s: _Slots, key) -> jax.Array:
+  """Returns each slot's next token by its own settings; what is drawn, a Predictor would draw."""
   greedy_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
 
   def sample(_):
     scaled_SV = logits_SV / jnp.where(s.temperature_S > 0, s.temperature_S, 1.0)[:, None]
-    order_SV = jnp.argsort(-scaled_SV, axis=-1)
-    sorted_SV = jnp.take_along_axis(scaled_SV, order_SV, axis=-1)
-    rank_V = jnp.arange(sorted_SV.shape[-1])
-    sorted_SV = jnp.where(rank_V[None, :] < s.top_k_S[:, None], sorted_SV, -jnp.inf)
-    probs_SV = jax.nn.softmax(sorted_SV, axis=-1)
-    before_SV = jnp.cumsum(probs_SV, axis=-1) - probs_SV
-    sorted_SV = jnp.where(before_SV < s.top_p_S[:, None], sorted_SV, -jnp.inf)
-    # Seed and position alone: no neighbour changes what is drawn.
-    keys_S = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(s.seed_S), s.length_S)
-    rank_S = jax.vmap(jax.random.categorical)(keys_S, sorted_SV)
-    drawn_S = jnp.take_along_axis(order_SV, rank_S[:, None], axis=1)[:, 0].astype(jnp.int32)
+    sorted_SV = jnp.sort(scaled_SV, axis=-1, descending=True)
+    kept_SV = jnp.arange(sorted_SV.shape[-1])[None, :] < s.top_k_S[:, None]
+    probs_SV = jax.nn.softmax(jnp.where(kept_SV, sorted_SV, -jnp.inf), axis=-1)
+    kept_SV &= jnp.cumsum(probs_SV, axis=-1) - probs_SV < s.top_p_S[:, None]
+    least_S1 = jnp.min(jnp.where(kept_SV, sorted_SV, jnp.inf), axis=-1, keepdims=True)
+    # Seed and position alone: no neighbour changes what is drawn. The 0 is of the first sample.
+    of_row = jax.vmap(jax.random.fold_in, (None, 0))(key, s.seed_S)
+    of_row = jax.vmap(jax.random.fold_in, (0, None))(of_row, 0)
+    keys_S = jax.vmap(jax.random.fold_in)(of_row, s.length_S)
+    filtered_SV = jnp.where(scaled_SV < least_S1, -jnp.inf, scaled_SV)
+    drawn_S = jax.vmap(jax.random.categorical)(keys_S, filtered_SV).astype(jnp.int32)
     return jnp.where(s.temperature_S > 0, drawn_S, greedy_S)
 
   return jax.lax.cond(jnp.any((s.temperature_S > 0) & s.going_S), sample, lambda _: greedy_S, None)
+
+
+def in_batches(
+  call: Callable[[Sequence[int]], Sequence[Any]], rows: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[int, Any]]:
+  """Yields (index, result) of each row, where `call` returns those of at most `size` indices.
+
+  Rows of about one length go together, and are padded little; the longest first, if memory is
+  short.
+  """
+  order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+  for start in range(0, len(order), size):
+    part = order[start : start + size]
+    yield from zip(part, call(part), strict=True)
+
+
+class RowDecoder:
+  """Decodes any number of inputs by a predictor, in batches or in slots: a row gets the same."""
+
+  def __init__(self, predictor: prediction.Predictor, *, continuous: bool = False):
+    """Compiles nothing yet. Raises UsageError if continuous batching cannot do what is wanted."""
+    self.predictor, self._batch, how = predictor, None, predictor.decoding
+    if not continuous:
+      return
+    names = ('max_decode_length', 'stop_strings', 'temperature', 'top_k', 'top_p', 'draft_tokens')
+    simple = DecodingConfig(**{name: getattr(how, name) for name in names}) == how
+    if not (simple and predictor.plain):
+      raise UsageError(
+        'continuous batching is for greedy search or one sample by temperature, top_k and top_p, '
+        'without a draft'
+      )
+    if jax.process_count() > 1:
+      raise UsageError('continuous batching is for one process')
+    if (ways := predictor.placement.batch_ways) > 1:
+      log.warning('slots are not cut %d ways as batches are: every part decodes all', ways)
+    self._batch = ContinuousBatch(
+      predictor.model,
+      None,
+      placement=predictor.placement,
+      num_slots=predictor.batch_size,
+      max_decode_length=how.length,
+      seed=predictor.seed,
+      fixed=True,
+    )
+
+  def __call__(
+    self, params: Any, rows: Sequence[Sequence[int]], *, seeds: Sequence[int]
+  ) -> Iterator[tuple[int, list[prediction.Output]]]:
+    """Yields (index, outputs) of each input, in the order in which they end.
+
+    Params, rows and seeds are as of `Predictor.predict_all`, but of any number.
+    """
+    predictor, how, batch = self.predictor, self.predictor.decoding, self._batch
+    if batch is None:
+      yield from in_batches(
+        lambda part: predictor.predict_all(
+          params, [rows[i] for i in part], seeds=[seeds[i] for i in part]
+        ),
+        *(rows, predictor.batch_size),
+      )
+      return
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # the cache grows with the longest
+    settings = {name: getattr(how, name) for name in ('temperature', 'top_k', 'top_p')}
+    batch.params = params
+    try:
+      for i, one in batch.run(Request(tokens=rows[i], seed=seeds[i], **settings) for i in order):
+        yield order[i], [prediction.Output(one.tokens, sum(one.log_probs), one.log_probs)]
+    finally:  # neither caches nor parameters stay
+      batch.reset()
+      batch.params = None

@@ -99,7 +99,8 @@ class Predictor:
     _check(model, decoding, draft)
     self.model, self.placement, self.decoding = model, placement, decoding
     self.batch_size, self.max_input_length = placement.whole_batch(batch_size), max_input_length
-    self._key = jax.random.key(seed)
+    self.seed, self._key = seed, jax.random.key(seed)
+    self.plain = not extra and draft is None
     self._step = model_sharding.jit_step(
       steps.make_predict_step, model, placement, decoding, scored, extra, draft
     )

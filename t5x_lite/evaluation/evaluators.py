@@ -28,6 +28,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction
 from t5x_lite.decoding import steps as decoding_steps
 from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.decoding.continuous import WINDOW, RowDecoder
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import bootstrap
 from t5x_lite.models import model_sharding
@@ -143,7 +144,7 @@ class Decoded:
     name: str,
     task: Any,
     config: DatasetConfig,
-    predictor: prediction.Predictor,
+    decode: RowDecoder,
     *,
     num_examples: int | None = None,
     metric_fns: Sequence[Callable[..., Any]] = (),
@@ -152,14 +153,15 @@ class Decoded:
     """Reads nothing yet.
 
     Of `config`, the task's, `pack`, `shuffle` and `num_epochs` are ignored. Tasks may share a
-    predictor. `num_examples` are the first ones; None is all. The rest is of `Evaluators`.
+    decoder. `num_examples` are the first ones; None is all. The rest is of `Evaluators`.
     """
     self.name = name
     self._task = task
     self._metric_fns, self._num_bootstrap = metric_fns, num_bootstrap
-    self.predictor = predictor
+    self._decode, self.predictor = decode, decode.predictor
     self._num_examples = num_examples
     self._length = config.lengths['inputs']
+    predictor = self.predictor
     self.config = dataclasses.replace(config, batch_size=predictor.batch_size)
     shard = _shard(predictor.placement, predictor.batch_size)
     self._batches = _Cached(EvalDataset(self.config, **shard).__iter__, predictor.batch_size)
@@ -173,22 +175,26 @@ class Decoded:
     vocabulary = task.output_features['targets'].vocabulary
     targets, predictions, scores, lines = [], [], [], []
     left = sys.maxsize if self._num_examples is None else self._num_examples
-    for i, (batch, examples) in enumerate(self._batches):
-      examples, left = examples[:left], left - len(examples)
-      rows = [example['inputs'][: self._length].tolist() for example in examples]
-      outputs = self.predictor.predict_all(params, rows, index=i)
-      if task.score_metric_fns:
-        on_mesh = partitioning.global_batch(batch, self.predictor.placement.mesh)
-        scores += prediction.to_host(self._score(params, on_mesh)).tolist()[: len(examples)]
-      for example, (output, *_) in zip(examples, outputs, strict=True):
-        text = self.predictor.decoding.cut(vocabulary.decode(output.tokens))
+    batches = iter(self._batches)
+    while left > 0 and (window := [*itertools.islice(batches, WINDOW)]):
+      found = []
+      for batch, examples in window:
+        examples = examples[: max(left - len(found), 0)]
+        found += examples
+        if task.score_metric_fns and examples:
+          on_mesh = partitioning.global_batch(batch, self.predictor.placement.mesh)
+          scores += prediction.to_host(self._score(params, on_mesh)).tolist()[: len(examples)]
+      left -= len(found)
+      rows = [example['inputs'][: self._length].tolist() for example in found]
+      seeds = range(len(lines), len(lines) + len(rows))
+      outputs = dict(self._decode(params, rows, seeds=seeds))
+      for i, example in enumerate(found):
+        text = self.predictor.decoding.cut(vocabulary.decode(outputs[i][0].tokens))
         target = _text(example, 'targets', vocabulary)
         predictions.append(task.postprocess_fn(text, example=example, is_target=False))
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
         source = _text(example, 'inputs', vocabulary)
         lines.append({'input': source, 'prediction': text, 'target': target})
-      if left <= 0:
-        break
     if not lines:
       raise UsageError(f'the task {self.name} has no examples to evaluate')
     measured: list[Any] = [(fn, (targets, predictions)) for fn in task.predict_metric_fns]
@@ -248,15 +254,16 @@ class Evaluators:
     eval_steps: int | None = None,
     infer_eval_examples: int | None = None,
     decoding: DecodingConfig | None = None,
+    continuous: bool = False,
     **more: Any,
   ):
     """Checks the datasets; compiles and reads nothing yet.
 
     train_eval is data of teacher-forced losses, eval_steps batches of each task; infer_eval is
     decoded (greedily, as long as the targets, by default) and measured by the tasks' metrics, on
-    infer_eval_examples of each; None is all. More are metric_fns, of (targets, predictions,
-    inputs), beside the tasks' own, and num_bootstrap, sets of examples that intervals of a decoded
-    task's metrics are measured on.
+    infer_eval_examples of each; None is all; `continuous` is of `RowDecoder`. More are metric_fns,
+    of (targets, predictions, inputs), beside the tasks' own, and num_bootstrap, sets of examples
+    that intervals of a decoded task's metrics are measured on.
     """
     # A mixture task by task, as T5X does: one number for all of them would be
     # that of whichever comes first within eval_steps.
@@ -280,8 +287,9 @@ class Evaluators:
         max_input_length=config.lengths['inputs'],
         scored=False,
       )
+      decode = RowDecoder(predictor, continuous=continuous)
       self._decoded += [
-        Decoded(name, task, one, predictor, num_examples=infer_eval_examples, **more)
+        Decoded(name, task, one, decode, num_examples=infer_eval_examples, **more)
         for name, task, one in _by_task(config, vocabulary)
       ]
     check_distinct([one.name for one in self._forced])

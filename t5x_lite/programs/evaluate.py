@@ -43,6 +43,7 @@ def evaluate(
   teacher_forced: bool = True,
   metrics: Sequence[str] = (),
   bootstrap: int | None = None,
+  continuous: bool = False,
 ) -> dict[str, Metrics]:
   """Evaluates a run's newest checkpoint, the given one, or several, on tasks.
 
@@ -68,6 +69,7 @@ def evaluate(
       (targets, predictions), or (targets, predictions, inputs), that returns {name: number}.
     bootstrap: test sets to draw, such as 1000, for the 95% interval of each metric of decoded text,
       NAME_low and NAME_high.
+    continuous: rows whose outputs have ended make room for others at once; see docs/generation.md.
   """
   for name, count in (('num_examples', num_examples), ('last', last), ('bootstrap', bootstrap)):
     start_checks.check_positive(f'evaluate.{name}', count)
@@ -83,6 +85,8 @@ def evaluate(
   for path in _checkpoints(model_dir, last, steps, follow) if several else [model_dir]:
     models = trained_model.open_together(path, last, param_dtype=param_dtype)
     run = models[0]
+    if continuous and len(models) > 1:
+      raise UsageError('continuous batching is of one model')
     root = epath.Path(output) / (str(run.step) if several else '')
     if not output:
       if run.format != 't5x_lite' or len(models) > 1:
@@ -109,6 +113,7 @@ def evaluate(
         eval_steps=None if num_examples is None else -(-num_examples // batch_size),
         infer_eval_examples=num_examples,
         decoding=decoding,
+        continuous=continuous,
         metric_fns=metric_fns,
         num_bootstrap=bootstrap or 0,
       )

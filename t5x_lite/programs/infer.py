@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from t5x_lite.data import pairs, records, text_files, vocabularies
 from t5x_lite.data.pairs import Columns
 from t5x_lite.decoding import prediction
 from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.decoding.continuous import WINDOW, RowDecoder, in_batches
 from t5x_lite.errors import UsageError, check_one_of, check_positive
 from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
@@ -35,7 +36,6 @@ EMBEDDINGS = {'none': None, 'mean': 'mean', 'first': 'first'}  # flags to poolin
 # Relative positions reach as far as one likes, memory does not.
 MAX_INPUT_LENGTH = 1024
 REPORT_SECONDS = 10.0
-WINDOW = 8  # batches that are sorted by length together, and written at once
 
 
 def infer(
@@ -51,6 +51,7 @@ def infer(
   template: str = '',
   prefix: str = '',
   skip_bad_rows: bool = False,
+  continuous: bool = False,
   embeddings: str = '',
   batch_size: int = 32,
   max_input_length: int = MAX_INPUT_LENGTH,
@@ -84,6 +85,8 @@ def infer(
     template: makes the input of several fields, 'summarize: {article}'.
     prefix: put before every input, such as 'pronounce: '.
     skip_bad_rows: leave out rows that cannot be read, and say which, instead of refusing the file.
+    continuous: lines whose outputs have ended make room for others at once, instead of waiting for
+      the longest of their batch; see docs/generation.md.
     embeddings: write what the encoder makes of each input instead, as 'embedding': the 'mean' over
       its tokens, that of the 'first', or 'none' for one of each.
     batch_size: lines decoded at a time.
@@ -117,6 +120,8 @@ def infer(
   draft = trained_model.open_model(draft_model, param_dtype=param_dtype) if draft_model else None
   if draft and not run_directory.same_vocabulary(draft.vocabulary, run.vocabulary):
     raise UsageError(f'{draft_model} has another vocabulary than {run.path}: it cannot draft')
+  if continuous and (embeddings or len(models) > 1):
+    raise UsageError('continuous batching writes texts of one model')
   if embeddings and (draft or len(models) > 1 or not cfg.has_encoder):
     raise UsageError('embeddings are of one model, which has an encoder')
   width = cfg.emb_dim if EMBEDDINGS.get(embeddings) else 0
@@ -131,9 +136,9 @@ def infer(
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
   placement = model_sharding.place_model(cfg, mesh)
   batch_size = placement.whole_batch(batch_size)
-  predict: Callable[[Any, list[list[int]], list[int]], list[dict[str, Any]]]
+  predict: Callable[[Any, list[list[int]], list[int]], Iterator[tuple[int, dict[str, Any]]]]
   if embeddings:
-    predict = functools.partial(_embed, cfg, placement, EMBEDDINGS[embeddings])
+    predict = functools.partial(_embed, cfg, placement, EMBEDDINGS[embeddings], batch_size)
   else:
     decoding = (decoding or DecodingConfig()).resolved(vocabulary, run.lengths.get('targets'))
     predictor = prediction.Predictor(
@@ -145,7 +150,7 @@ def infer(
       seed=seed,
       draft=draft.config if draft else None,
     )
-    predict = functools.partial(_decode, predictor, vocabulary)
+    predict = functools.partial(_decode, RowDecoder(predictor, continuous=continuous), vocabulary)
   params = trained_model.load_together(models, model_sharding.inference_params(cfg, placement))
   if draft:
     params = params, draft.load_params(model_sharding.inference_params(draft.config, placement))
@@ -176,13 +181,9 @@ def infer(
       ids = [vocabulary.encode(prefix + text) for text in texts]
       # EOS takes the last place: the model saw no input without one.
       rows = [[*row[: max_input_length - len(end)], *end] for row in ids]
-      # Among rows of its length, a row is padded little; the longest first, if memory is short.
-      order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
       entries: dict[int, dict[str, Any]] = {}
-      for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        found = predict(params, [rows[i] for i in part], [done + i for i in part])
-        entries.update(zip(part, found, strict=True))
+      for i, entry in predict(params, rows, [*range(done, done + len(rows))]):
+        entries[i] = entry
         if (now := time.monotonic()) > report:
           at = done + len(entries)
           shown.update(at, {'lines_per_second': (at - first) / (now - begin)})
@@ -210,28 +211,39 @@ def infer(
 
 
 def _decode(
-  predictor: prediction.Predictor, vocabulary: Any, params: Any, rows: Any, numbers: list[int]
-) -> list[dict[str, Any]]:
-  """Returns what is written of each line; its number decides what is drawn for it."""
-  decoding, entries = predictor.decoding, []
-  for outputs in predictor.predict_all(params, rows, seeds=numbers):
+  decode: RowDecoder, vocabulary: Any, params: Any, rows: Any, numbers: list[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yields what is written of each line; its number decides what is drawn for it."""
+  decoding = decode.predictor.decoding
+  for i, outputs in decode(params, rows, seeds=numbers):
     texts = [decoding.cut(vocabulary.decode(one.tokens)) for one in outputs]
     scores = [round(one.score or 0.0, 6) for one in outputs]
     n_best = [{'prediction': x, 'score': y} for x, y in zip(texts, scores, strict=True)]
-    entries.append({**n_best[0], **({'n_best': n_best} if len(n_best) > 1 else {})})
+    entry = {**n_best[0], **({'n_best': n_best} if len(n_best) > 1 else {})}
     if decoding.num_beams > 1 or decoding.best_of:
-      entries[-1]['normalization'] = decoding.normalization
-  return entries
+      entry['normalization'] = decoding.normalization
+    yield i, entry
 
 
 def _embed(
-  cfg: T5Config, placement: Placement, pooling: str | None, params: Any, rows: Any, _: Any
-) -> list[dict[str, Any]]:
-  """Returns what is written of each line, in the fewest digits that are the same float32."""
-  model, longest = Generation(cfg, params, placement), max(map(len, rows))
-  found = model.encode(rows, pooling=pooling, max_input_tokens=longest)
-  found = [one if pooling else one[: len(row)] for one, row in zip(found, rows, strict=True)]
-  return [{'embedding': one.astype(str).astype(float).tolist()} for one in found]
+  cfg: T5Config,
+  placement: Placement,
+  pooling: str | None,
+  size: int,
+  params: Any,
+  rows: Any,
+  _: Any,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yields what is written of each line, in the fewest digits that are the same float32."""
+  model = Generation(cfg, params, placement)
+
+  def embed(part: Sequence[int]) -> Any:
+    longest = len(rows[part[0]])
+    return model.encode([rows[i] for i in part], pooling=pooling, max_input_tokens=longest)
+
+  for i, one in in_batches(embed, rows, size):
+    one = one if pooling else one[: len(rows[i])]
+    yield i, {'embedding': one.astype(str).astype(float).tolist()}
 
 
 def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:

@@ -64,14 +64,10 @@ def test_each_row_gets_what_it_gets_alone(model, rows):
   assert sorted(outputs) == list(range(len(rows)))
   for i, output in outputs.items():
     tokens, score = alone(cfg, params, rows[i], limits[i])
-    # Without EOS and padding at its end, as Predictor returns them.
-    kept = list(output.tokens)
-    while kept and output.ended == 'length' and kept[-1] == cfg.pad_id:
-      kept.pop()
-    assert kept == tokens
+    assert output.tokens == tokens
     np.testing.assert_allclose(sum(output.log_probs), score, rtol=1e-4, atol=1e-4)
     assert output.ended in ('eos', 'length')
-    assert len(output.log_probs) == len(output.tokens) + (output.ended == 'eos')
+    assert output.ended == 'length' or len(output.log_probs) == len(output.tokens) + 1
 
 
 def test_sampling_does_not_depend_on_the_company(model, rows):
@@ -118,6 +114,42 @@ def test_a_dropped_slot_is_free_and_disturbs_nobody(model, rows):
   for ticket, row in ((second, rows[1]), (third, rows[2])):
     expected = alone(cfg, params, row)[0]
     assert ended[ticket].tokens[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+  'how',
+  [{}, {'temperature': 0.8}, {'temperature': 1.5, 'top_k': 7, 'top_p': 0.8}, {'num_beams': 2}],
+)
+def test_rows_decode_as_in_batches(model, rows, how, monkeypatch):
+  """Greedy, drawn or searched, and again after a caller who left in the middle."""
+  cfg, params = model
+  whole = prediction.Predictor(
+    cfg,
+    placement=single_device(),
+    decoding=DecodingConfig(max_decode_length=LIMIT, **how),
+    batch_size=len(rows),
+    max_input_length=64,
+    seed=3,
+  )
+  seeds = [7 * i for i in range(len(rows))]
+  expected = whole.predict_all(params, rows, seeds=seeds)
+  whole.batch_size = 4
+  if 'num_beams' in how:
+    with pytest.raises(UsageError, match='greedy search or one sample'):
+      continuous.RowDecoder(whole, continuous=True)
+  decode = continuous.RowDecoder(whole, continuous='num_beams' not in how)
+  if 'num_beams' not in how:
+    monkeypatch.setattr(whole, 'predict_all', None)
+  next(left := decode(params, rows, seeds=seeds))
+  left.close()
+  for _ in range(2):
+    found = dict(decode(params, rows, seeds=seeds))
+    assert sorted(found) == [*range(len(rows))]
+    for i, outputs in found.items():
+      assert [one.tokens for one in outputs] == [one.tokens for one in expected[i]]
+      for one, other in zip(outputs, expected[i], strict=True):
+        np.testing.assert_allclose(one.score, other.score, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-4, atol=1e-4)
 
 
 def test_on_a_mesh_as_on_one_device():

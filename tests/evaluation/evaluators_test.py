@@ -7,7 +7,7 @@ import pytest
 from t5x_lite.data.rows import packing
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.tasks import catalog
-from t5x_lite.decoding import prediction
+from t5x_lite.decoding import continuous, prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
@@ -105,8 +105,12 @@ def test_decoded_gives_tasks_what_seqio_gives_them(setting):
     batch_size=one.batch_size,
     max_input_length=one.lengths['inputs'],
   )
-  decoded = evaluators.Decoded('x', task, one, predictor, num_examples=11)
+  decode, slots = (continuous.RowDecoder(predictor, continuous=how) for how in (False, True))
+  continuously = evaluators.Decoded('x', task, one, slots, num_examples=11).run(params)
+  task = FakeTask(catalog.task_provider(one))
+  decoded = evaluators.Decoded('x', task, one, decode, num_examples=11)
   result = decoded.run(params)
+  assert continuously == result
 
   assert set(result.metrics) == {'count', 'mean'}
   assert result.metrics['count'] == 11 == len(result.lines)

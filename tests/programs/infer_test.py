@@ -14,6 +14,8 @@ from pyarrow import parquet
 import t5x_lite
 from t5x_lite import main
 from t5x_lite.data import pairs
+from t5x_lite.decoding import prediction
+from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import infer as infer_lib
 from t5x_lite.programs.infer import infer
@@ -133,24 +135,41 @@ def test_lines_are_sorted_by_length_and_written_in_order(run, tmp_path, monkeypa
   texts = ['x' * (7 * i % 31) for i in range(40)]
   path, output = tmp_path / 'in.txt', tmp_path / 'out.jsonl'
   path.write_text(''.join(text + '\n' for text in texts))
-  lengths = []
-  decode = infer_lib._decode
+  lengths, predict_all = [], prediction.Predictor.predict_all
 
-  def spy(predictor, vocabulary, params, rows, numbers):
+  def spy(self, params, rows, **options):
     lengths.append([len(row) for row in rows])
-    return decode(predictor, vocabulary, params, rows, numbers)
+    return predict_all(self, params, rows, **options)
 
-  monkeypatch.setattr(infer_lib, '_decode', spy)
+  monkeypatch.setattr(prediction.Predictor, 'predict_all', spy)
   monkeypatch.setattr(infer_lib, 'WINDOW', 4)
-  infer(model=run, input=str(path), output=str(output), batch_size=8)
+  beams = DecodingConfig(max_decode_length=16, num_beams=2)  # which slots cannot search
+  infer(model=run, input=str(path), output=str(output), batch_size=8, decoding=beams)
   assert [sum(batch) for batch in lengths] != [sum(map(len, texts[i : i + 8])) for i in range(5)]
   first = [length for batch in lengths[:4] for length in batch]
   assert first == sorted(first, reverse=True)
   entries = read(output)
   assert [entry['input'] for entry in entries] == texts
   model = t5x_lite.load(run)
-  alone = [model.generate(text, max_new_tokens=16) for text in texts[::9]]
+  alone = [model.generate(text, max_new_tokens=16, num_beams=2) for text in texts[::9]]
   assert [entry['prediction'] for entry in entries[::9]] == alone
+
+
+@pytest.mark.parametrize('how', [{}, {'temperature': 1.0, 'top_k': 9}])
+def test_continuous_batching_writes_the_same(run, words, tmp_path, how):
+  decoding = DecodingConfig(max_decode_length=16, **how)
+  found = []
+  for continuous in (False, True):
+    output = tmp_path / f'{continuous}.jsonl'
+    given = {'decoding': decoding, 'batch_size': 8, 'seed': 3, 'continuous': continuous}
+    infer(model=run, input=str(words), output=str(output), **given)
+    found.append([{**entry, 'score': round(entry['score'], 3)} for entry in read(output)])
+  assert found[0] == found[1]
+  given = {'model': run, 'input': str(words), 'output': str(tmp_path / 'c'), 'continuous': True}
+  with pytest.raises(UsageError, match='greedy search or one sample'):
+    infer(**given, decoding=DecodingConfig(num_beams=2))
+  with pytest.raises(UsageError, match='texts of one model'):
+    infer(**given, embeddings='mean')
 
 
 @pytest.mark.parametrize('pooling', ['mean', 'first', 'none'])
