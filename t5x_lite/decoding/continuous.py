@@ -11,7 +11,6 @@ Legend: S slots, B rows put in at once, M encoder length, L decoded length, V vo
 import dataclasses
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,8 +26,6 @@ from t5x_lite.models import t5
 from t5x_lite.models.blocks import Cache
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.placement import Placement
-
-log = logging.getLogger(__name__)
 
 WINDOW = 8  # batches whose rows should be decoded together
 
@@ -344,7 +341,10 @@ class RowDecoder:
   """Decodes any number of inputs by a predictor, in batches or in slots: a row gets the same."""
 
   def __init__(self, predictor: prediction.Predictor, *, continuous: bool = False):
-    """Compiles nothing yet. Raises UsageError if continuous batching cannot do what is wanted."""
+    """Compiles nothing yet. Raises UsageError if continuous batching cannot do what is wanted.
+
+    Slots are not cut over a mesh's data axes as batches are: every part decodes all of them.
+    """
     self.predictor, self._batch, how = predictor, None, predictor.decoding
     if not continuous:
       return
@@ -357,8 +357,6 @@ class RowDecoder:
       )
     if jax.process_count() > 1:
       raise UsageError('continuous batching is for one process')
-    if (ways := predictor.placement.batch_ways) > 1:
-      log.warning('slots are not cut %d ways as batches are: every part decodes all', ways)
     self._batch = ContinuousBatch(
       predictor.model,
       None,

@@ -190,6 +190,11 @@ def make_logits_step(graphdef: Any) -> Callable[[Any, Batch], Array]:
   return lambda params, batch: nnx.merge(graphdef, params)(batch)
 
 
+def make_attention_step(graphdef: Any, mean: bool) -> Callable[[Any, Batch], Array]:
+  """Returns attention_step(params, batch), which is `T5.cross_attention`."""
+  return lambda params, batch: nnx.merge(graphdef, params).cross_attention(batch, mean=mean)
+
+
 def make_encode_step(graphdef: Any, pooling: str | None = None) -> Callable[[Any, Batch], Array]:
   """Returns encode_step(params, batch) -> float32 embeddings.
 

@@ -116,16 +116,21 @@ def _dense(*inputs):
   return _dense_fwd(*inputs)[0]
 
 
-@jax.named_scope(SCOPE)
-def _dense_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
-  # Heads become a batch dim of every product, once, in the small arrays.
-  q_BHLK, k_BHMK, v_BHMK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
+def weights(q_BHLK: Array, k_BHMK: Array, bias_1HLM=None, mask_B1LM=None) -> Array:
+  """Returns weights_BHLM in float32: the softmax of q.k + bias of each head."""
   logits_BHLM = dot(q_BHLK, k_BHMK, 3, 3, jnp.float32)
   if bias_1HLM is not None:
     logits_BHLM += jnp.broadcast_to(bias_1HLM, logits_BHLM.shape)
   if mask_B1LM is not None:
     logits_BHLM = jnp.where(mask_B1LM, logits_BHLM, MASK_VALUE)
-  weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMHK.dtype)
+  return jax.nn.softmax(logits_BHLM, axis=-1)
+
+
+@jax.named_scope(SCOPE)
+def _dense_fwd(q_BLHK, k_BMHK, v_BMHK, bias_1HLM, mask_B1LM):
+  # Heads become a batch dim of every product, once, in the small arrays.
+  q_BHLK, k_BHMK, v_BHMK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
+  weights_BHLM = weights(q_BHLK, k_BHMK, bias_1HLM, mask_B1LM).astype(v_BMHK.dtype)
   y_BHLK = dot(weights_BHLM, v_BHMK, 3, 2)
   return y_BHLK.swapaxes(1, 2), (q_BHLK, k_BHMK, v_BHMK, bias_1HLM, mask_B1LM, weights_BHLM, y_BHLK)
 

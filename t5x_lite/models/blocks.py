@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from t5x_lite.models import layers
+from t5x_lite.models.attention import weights
 from t5x_lite.models.attention_inputs import sees_any
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.relative_position import RelativePositionBias
@@ -225,6 +226,16 @@ class DecoderLayer(_Layer):
     kv = attention.keys_values(y_BLD)
     y_BLD = attention.attend(y_BLD, *kv, bias=bias, mask=mask, key=keys[0])
     return self._rest(x_BLD, y_BLD, cross_kv, cross_mask, lender, keys[1:]), kv
+
+  def cross_weights(self, x_BLD, cross_kv, lender, *, bias, mask, cross_mask) -> jax.Array:
+    """Returns weights_BHLM, where cross-attention looks; the arguments are those of `read`."""
+    norm, attention = self.self_block(lender)
+    y_BLD, bias = norm(x_BLD), self._bias(bias, x_BLD.shape[1])
+    y_BLD = attention.attend(y_BLD, *attention.keys_values(y_BLD), bias=bias, mask=mask)
+    y_BLD = self._add(x_BLD, y_BLD, 'self_attention', 'attention_out')
+    q_BLHK = self.encoder_decoder_attention.queries(self.pre_cross_attention_layer_norm(y_BLD))
+    q_BHLK, k_BHMK = (x.swapaxes(1, 2) for x in (q_BLHK, cross_kv[0]))
+    return weights(q_BHLK, k_BHMK, mask_B1LM=cross_mask)
 
   def step(self, x_BLD, i, cache: Cache, cross_kv, lender, *, bias, mask):
     """The next positions; returns x_BLD and the cache with layer i written."""

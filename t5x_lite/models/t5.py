@@ -266,6 +266,31 @@ class T5(nnx.Module):
     """Returns logits_BLV of a training batch."""
     return self.project(self.hidden(batch, dropout_key=dropout_key))
 
+  def cross_attention(self, batch: Mapping[str, Array], *, mean: bool = False) -> Array:
+    """Returns weights_BNHLM: where the decoder looks while it predicts each target.
+
+    Of a batch as of `hidden`, not packed, and of the inputs alone, without a prompt's positions;
+    with mean, weights_BLM, the mean over layers and heads.
+    """
+    cfg, tokens_BL = self.cfg, batch['decoder_input_tokens']
+    (B, L), inputs = tokens_BL.shape, batch['encoder_input_tokens']
+    sizes = {'batch_size': B, 'max_decode_length': 1}
+    cache = self.init_cache(self.encode(inputs), inputs, **sizes)
+    mask = attention.mask(cfg.attention, Visibility(causal=True), L, L)
+    bias = self.decoder.bias(L, L)
+    how = {'bias': bias, 'mask': mask, 'cross_mask': cache.cross_mask_B11M}
+
+    def body(x_BLD, xs):
+      layer, kv, lender = xs
+      weights_BHLM = layer.cross_weights(x_BLD, kv, lender, **how)
+      weights_BHLM = weights_BHLM[..., cfg.prompt_length or 0 :]
+      found = jnp.mean(weights_BHLM, axis=1) if mean else weights_BHLM
+      return layer.read(x_BLD, kv, lender, **how)[0], found
+
+    x_BLD, cross = self._embed(tokens_BL, None), (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
+    _, found = over_layers(body, x_BLD, self.decoder.layers, cross, self.lenders())
+    return jnp.mean(found, axis=0) if mean else found.swapaxes(0, 1)
+
   def init_cache(
     self, encoded_BMD, encoder_input_tokens, *, batch_size: int, max_decode_length: int
   ) -> Cache:

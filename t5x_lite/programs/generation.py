@@ -217,20 +217,44 @@ class Generation:
     scores = np.zeros((len(targets), 2) if matches else len(targets), np.float32)
     for start in range(0, len(order), batch_size):
       part = order[start : start + batch_size]
-      tokens = self._padded([targets[i] for i in part], max(lengths[i][1] for i in part))
-      shifted = np.roll(tokens, 1, axis=1)
-      shifted[:, 0] = self.config.decoder_start_id
-      real = np.arange(tokens.shape[1]) < np.asarray([[lengths[i][1]] for i in part])
-      batch = {
-        'decoder_target_tokens': tokens,
-        'decoder_loss_weights': real.astype(np.float32),
-        'decoder_input_tokens': shifted,
-      }
-      if rows:
-        read = [rows[i] for i in part]
-        batch['encoder_input_tokens'] = self._padded(read, max(map(len, read)))
+      batch = self._batch(rows and [rows[i] for i in part], [targets[i] for i in part])
+      real = np.arange(batch['decoder_target_tokens'].shape[1])
+      real = real < np.asarray([[lengths[i][1]] for i in part])
+      batch['decoder_loss_weights'] = real.astype(np.float32)
       scores[part] = self._call(steps.make_score_step, batch, matches)
     return scores
+
+  def _batch(self, rows: Rows | None, targets: Rows) -> dict[str, np.ndarray]:
+    """Returns a batch of these inputs and targets."""
+    tokens = self._padded(targets, max(map(len, targets)))
+    shifted = np.roll(tokens, 1, axis=1)
+    shifted[:, 0] = self.config.decoder_start_id
+    batch = {'decoder_target_tokens': tokens, 'decoder_input_tokens': shifted}
+    if rows:
+      batch['encoder_input_tokens'] = self._padded(rows, max(map(len, rows)))
+    return batch
+
+  def cross_attention(
+    self,
+    inputs: Texts | Ids,
+    targets: Texts | Ids,
+    *,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
+    mean: bool = False,
+  ) -> list[np.ndarray]:
+    """Returns where the decoder looks in each input while it predicts each target.
+
+    An array [layers, heads, target tokens, input tokens] of each pair, whose last axis adds up to
+    1, EOS of texts included; with mean [target tokens, input tokens], over layers and heads.
+    """
+    if self.config.architecture != 'encoder_decoder':
+      raise UsageError(f'architecture={self.config.architecture!r} has no cross-attention')
+    rows, wanted = self._rows(inputs, limit=max_input_tokens), self._rows(targets)
+    if len(rows) != len(wanted):
+      raise UsageError(f'cross_attention got {len(rows)} inputs and {len(wanted)} targets')
+    found = self._call(steps.make_attention_step, self._batch(rows, wanted), mean)
+    triples = zip(found, wanted, rows, strict=True)
+    return [one[..., : len(target), : len(row)] for one, target, row in triples]
 
   def classify(
     self,

@@ -105,6 +105,7 @@ def serve(
     encode=functools.partial(calls.encode, pooling='mean', max_input_tokens=max_input_tokens),
     # A few at a time: logits of a whole call may take gigabytes.
     score=functools.partial(calls.score, batch_size=4, max_input_tokens=max_input_tokens),
+    attention=functools.partial(calls.cross_attention, mean=True),
     decode=calls.decode_rows,
     describe={'num_parameters': model_sharding.count_params(params), **describe},
   )

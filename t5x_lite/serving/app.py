@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import json
 import time
 import uuid
@@ -16,6 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 import fastapi
+import numpy as np
 import prometheus_client
 import pydantic
 from fastapi import responses
@@ -41,6 +43,8 @@ class Served:
   encode: Callable[[Sequence[Sequence[int]]], Any]
   # Input rows, target rows -> a log-probability for each.
   score: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Any]
+  # Input rows, target rows -> where each target looks in its input, [target, input].
+  attention: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Any]
   # Token rows, max_new_tokens, seed, settings of DecodingConfig -> (token rows, scores).
   decode: Callable[..., tuple[list[list[int]], list[float]]]
   describe: dict[str, Any]  # what /v1/models says of it
@@ -69,6 +73,13 @@ class ScoreBody(pydantic.BaseModel, extra='forbid'):
 
   inputs: list[str]
   targets: list[str]
+
+
+class AttentionBody(pydantic.BaseModel, extra='forbid'):
+  """Where the model looks in the inputs while it writes the outputs, word by word."""
+
+  inputs: str
+  outputs: str
 
 
 class CompletionBody(pydantic.BaseModel, extra='allow'):
@@ -292,6 +303,18 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     pairs = zip(scores, targets, strict=True)
     return {'scores': [{'log_prob': float(x), 'num_tokens': len(row)} for x, row in pairs]}
 
+  token_texts = functools.cache(vocabulary.token_texts)
+
+  @app.post('/attention')
+  async def attention(body: AttentionBody) -> Any:
+    [row], [target] = rows_of(body.inputs), rows_of(body.outputs)
+    [weights] = await on_device(served.attention, [row], [target])
+    (read, columns), (written, lines) = (_words(token_texts(), one) for one in (row, target))
+    # What is looked at of a word adds up; how its tokens look is their mean.
+    table = np.add.reduceat(weights, columns, axis=1)
+    table = np.add.reduceat(table, lines, axis=0) / np.diff([*lines, len(target)])[:, None]
+    return {'inputs': read, 'outputs': written, 'weights': table.round(4).tolist()}
+
   @app.post('/v1/completions')
   async def completions(body: CompletionBody) -> Any:
     for name in 'logprobs echo suffix logit_bias presence_penalty frequency_penalty'.split():
@@ -369,6 +392,21 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   for kind in (*guard.STATUS, RequestValidationError, HTTPException, Exception):
     app.add_exception_handler(kind, explained)
   return Guard(app, limits=limits, token=token, metrics=metrics)
+
+
+def _words(texts: Sequence[bytes], row: Sequence[int]) -> tuple[list[str], list[int]]:
+  """Returns the words of a row, and the token that each begins with; the last is its end.
+
+  Of one or two words, their tokens instead.
+  """
+  pieces = [texts[token] for token in row[:-1]]
+  pairs = enumerate(itertools.pairwise(pieces), start=1)
+  # A space belongs to the word after it, or to its own piece.
+  between = [i for i, (a, b) in pairs if a.strip() and (a[-1:] + b[:1]).strip() != a[-1:] + b[:1]]
+  starts = [0, *between] if len(between) > 1 else [*range(len(pieces))]
+  starts.append(len(pieces))
+  words = [b''.join(pieces[i:j]) for i, j in itertools.pairwise(starts)]
+  return [*(word.decode('utf-8', 'replace').strip() or '␣' for word in words), ''], starts
 
 
 def _usage(rows: list[list[int]], **written: int) -> dict[str, int]:

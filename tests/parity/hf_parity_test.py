@@ -10,6 +10,7 @@ pytest.importorskip('transformers')
 
 from t5x_lite.models import t5
 from t5x_lite.training import losses, optimizers, steps, train_state
+from tests.models import tiny
 from tests.parity import hf_reference as ref
 
 VERSIONS = ('1.0', '1.1')
@@ -42,6 +43,21 @@ def test_logits(pair):
   real = b['decoder_target_tokens'] != 0
   np.testing.assert_allclose(ours[real], theirs[real], atol=1e-4, rtol=0)
   assert np.abs(theirs).max() > 0.5, 'the test would pass on zeros'
+
+
+def test_cross_attention(pair):
+  _, model, cfg, params = pair
+  b = ref.batch()
+  unrolled = cfg.replace(scan_layers=False), tiny.unstack(params, cfg)
+  found = [tiny.apply(*one, 'cross_attention', b) for one in ((cfg, params), unrolled)]
+  model.set_attn_implementation('eager')  # the one that gives them
+  theirs = ref.hf_outputs(model, b, output_attentions=True).cross_attentions
+  theirs = np.stack([one.detach().numpy() for one in theirs], axis=1)
+  real = b['decoder_target_tokens'] != 0
+  for ours in found:
+    assert ours.shape == theirs.shape
+    by_token = [x.transpose(0, 3, 1, 2, 4)[real] for x in (np.asarray(ours), theirs)]
+    np.testing.assert_allclose(*by_token, atol=1e-5)
 
 
 def test_gradients(pair):

@@ -144,14 +144,20 @@ def batch(seed: int = 0, size: int = 4, M: int = 150, L: int = 12):
   }
 
 
-def hf_logits(model, b):
+def hf_outputs(model, b, **options):
   """Runs HF on one of our batches."""
   inputs = torch.tensor(b['encoder_input_tokens']).long()
   return model(
     input_ids=inputs,
     attention_mask=(inputs != 0).long(),
     decoder_input_ids=torch.tensor(b['decoder_input_tokens']).long(),
-  ).logits
+    **options,
+  )
+
+
+def hf_logits(model, b):
+  """Returns HF's logits of one of our batches."""
+  return hf_outputs(model, b).logits
 
 
 def hf_loss(model, b):

@@ -21,6 +21,7 @@ from t5x_lite.programs.serve import serve
 from tests import xla_flags
 
 TOKEN = 'a long secret'
+WORDS = ((0, 2), (2, 6), (6, 8), (8, 9))  # the tokens of each of 'ab cde f' and its end
 TEXTS = ['That is good.', 'x', 'Das Fenster ist offen. ' * 4]
 
 
@@ -146,6 +147,27 @@ def test_scores_and_embeddings(server, model):
   answer = server.post('/v1/embeddings', {'input': TEXTS}).json()
   found = [one['embedding'] for one in answer['data']]
   np.testing.assert_allclose(found, model.encode(TEXTS, pooling='mean'), rtol=1e-3, atol=1e-4)
+
+
+def test_words_and_where_the_model_looks_for_them(server, model):
+  body = {'inputs': 'ab cde f', 'outputs': 'xy z'}  # bytes: a token each
+  answer = server.post('/attention', body).json()
+  assert answer['inputs'] == ['ab', 'cde', 'f', ''] and answer['outputs'] == [
+    'x',
+    'y',
+    '␣',
+    'z',
+    '',
+  ]
+  table = np.array(answer['weights'])
+  np.testing.assert_allclose(table.sum(axis=1), 1.0, atol=1e-3)
+  [weights] = model.cross_attention([body['inputs']], [body['outputs']], mean=True)
+  assert weights.shape == (5, 9)
+  [each] = model.cross_attention([body['inputs']], [body['outputs']])
+  np.testing.assert_allclose(weights, each.mean(axis=(0, 1)), rtol=1e-5)
+  np.testing.assert_allclose(table[0], [weights[0, a:b].sum() for a, b in WORDS], atol=1e-3)
+  refused = server.post('/attention', {**body, 'outputs': 'x' * 5000})
+  assert refused.status_code == 400
 
 
 def test_openai_clients_work_unmodified(server, model):
