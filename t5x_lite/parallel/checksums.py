@@ -94,13 +94,13 @@ def is_signed(entry: Mapping[str, Any]) -> bool:
 
 def check_signed(entry: Mapping[str, Any], where: str) -> None:
   """Raises DamagedError unless the object is as it was signed."""
-  rest = {name: value for name, value in entry.items() if name != _SIGNATURE}
-  if entry.get(_SIGNATURE) != _digest(rest):
+  if entry.get(_SIGNATURE) != _digest(entry):
     raise DamagedError(f'{where} is not as it was written')
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+  rest = {name: value for name, value in entry.items() if name != _SIGNATURE}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def of_files(directory: epath.Path, prefix: str) -> dict[str, str]:

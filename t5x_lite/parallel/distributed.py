@@ -274,6 +274,6 @@ def stop_signal() -> Iterator[StopSignal]:
   try:
     yield stop
   finally:
-    _active = None
+    _active, _obeyed = None, stop.received  # which may have come after the last question
     for number, handler in previous.items():
       signal.signal(number, handler)

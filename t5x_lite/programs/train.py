@@ -225,7 +225,9 @@ def train(
     best |= {name: meta[name] for name in best if name in meta}
     bound = math.inf if patience is None else patience
     step = first_step = int(state.step)
-    if first_step >= total_steps or best['evaluations_since_best'] >= bound:
+    # A stop at the last step may have left its evaluation to this start.
+    done = first_step >= total_steps and evaluated >= first_step
+    if done or best['evaluations_since_best'] >= bound:
       log.info('already at step %d of %d: done', first_step, total_steps)
       return state
     iterator.start()
@@ -309,7 +311,7 @@ def train(
         writer.write(step, metrics)
         count_evaluation(best, metrics.get(checkpoint.best_metric), checkpoint.best_mode)
         evaluated = step
-      if last or checkpointer.should_save(step):
+      if last or checkpointer.should_save(step) or step == checkpointer.latest_step:
         meta = {'seed': seed, 'evaluated': evaluated, **best}
         checkpointer.save(step, state, iterator, metrics=metrics, meta=meta)
       window.pause(time.monotonic() - began)

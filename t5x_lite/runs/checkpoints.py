@@ -228,6 +228,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     step's metrics are for `keep_best`, and `meta` are small facts that the restart wants to know.
     """
     if step in self._manager.all_steps():
+      self._amend(step, {'metrics/metrics': self._best(metrics), 'meta/metadata': meta})
       return False
     plain = pytrees.to_plain(state)
     facts = make_meta(step, checksums.of_tree(plain), **(meta or {}))
@@ -239,6 +240,18 @@ class Checkpointer(contextlib.AbstractContextManager):
       files.check_space(self.directory, plain)
       arguments = ocp.args.Composite(**items)
       return self._manager.save(step, args=arguments, metrics=self._best(metrics), force=True)
+
+  def _amend(self, step: int, found: Mapping[str, Any]) -> None:
+    """Adds to a checkpoint what was measured after it: a stop had been in a hurry."""
+    self.wait()
+    paths = {self.directory / str(step) / name: new for name, new in found.items() if new}
+    with self._told_in_one_line(step):
+      for path, new in paths.items() if distributed.is_primary() else ():
+        old = json.loads(files.retried(path, path.read_text)) if path.exists() else None
+        if old is not None and old != (entry := {**old, **new}):
+          files.write_json(path, checksums.signed(entry) if checksums.is_signed(old) else entry)
+    distributed.barrier(f'amended {step}')
+    self._manager.reload()
 
   @contextlib.contextmanager
   def _told_in_one_line(self, step: int | None = None) -> Iterator[None]:

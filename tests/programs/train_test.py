@@ -6,11 +6,13 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
+from t5x_lite.interop import verification
 from t5x_lite.parallel import distributed, pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import evaluate
@@ -216,10 +218,13 @@ def test_an_unfinished_window_is_written(tmp_path, monkeypatch):
   assert [e['step'] for e in entries if 'loss' in e] == [4, 6]
 
 
-def test_evaluation_that_a_stop_skipped_is_made_up_for(tmp_path, monkeypatch):
-  """And what was measured since the last line is written before the stop."""
+@pytest.mark.parametrize('stop_at', [2, 4])
+def test_evaluation_that_a_stop_skipped_is_made_up_for(tmp_path, monkeypatch, stop_at):
+  """Its checkpoint gets the metrics too; what was measured before the stop is written then."""
+  name = 'eval/pronounce/loss'
   arguments = tiny_run.arguments(
     tmp_path / 'run',
+    checkpoint=CheckpointConfig(period=100, keep=2, keep_best=1, best_metric=name),
     total_steps=4,
     stats_period=3,
     eval_period=2,
@@ -227,19 +232,28 @@ def test_evaluation_that_a_stop_skipped_is_made_up_for(tmp_path, monkeypatch):
     train_eval=[tiny_run.dataset(split='validation')],
   )
 
-  def stop_at_two(self, step):
-    self.received = 'SIGTERM' if step == 2 else ''
-    return bool(self.received)
+  draw = DatasetIterator.__next__
 
-  monkeypatch.setattr(distributed.StopSignal, 'requested', stop_at_two)
-  train(**arguments)
-  assert run_directory.load_run(arguments['model_dir']).step == 2
+  def draw_and_stop(self):
+    if self.num_batches == stop_at - 1:
+      signal.raise_signal(signal.SIGTERM)
+    return draw(self)
+
+  monkeypatch.setattr(DatasetIterator, '__next__', draw_and_stop)
+  assert int(train(**arguments).step) == stop_at
+  assert distributed.stopped_by() == 'SIGTERM'
   monkeypatch.undo()
-  train(**arguments)
+  for _ in range(2):
+    train(**arguments)
+    assert distributed.stopped_by() == ''
   entries = metric_writers.read_metrics(arguments['model_dir'])
-  evaluated = [e['step'] for e in entries if 'eval/pronounce/loss' in e]
-  assert evaluated == [2, 4]
-  assert next(e['step'] for e in entries if 'loss' in e) == 2
+  evaluated = {e['step']: e[name] for e in entries if name in e}
+  assert [e['step'] for e in entries if name in e] == [2, 4]
+  assert [e['step'] for e in entries if 'loss' in e] == ([2, 3, 4] if stop_at == 2 else [3, 4])
+  root = tmp_path / 'run' / 'checkpoints'
+  for step in (stop_at, 4):
+    assert json.loads((root / f'{step}/metrics/metrics').read_text()) == {name: evaluated[step]}
+    assert verification.read_meta(epath.Path(root / str(step)))['evaluated'] == step
 
 
 def test_fine_tuning_starts_from_the_parameters(finished, tmp_path):
