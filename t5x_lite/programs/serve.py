@@ -115,10 +115,11 @@ def serve(
   app = app_lib.make_app(served, limits, token=token)
   patience = {'timeout_keep_alive': 5, 'timeout_graceful_shutdown': int(request_seconds) + 1}
   server = uvicorn.Server(uvicorn.Config(app, log_level='warning', **patience))
-  # uvicorn raises the signal again when all is answered: then it has done its work.
+  # Of what comes before uvicorn listens; of what it raises again when all is answered, too late.
   for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: None)
-  address = f'http://{host}:{listener.getsockname()[1]}'
+    signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
+  place = f'[{host}]' if ':' in host else host
+  address = f'http://{place}:{listener.getsockname()[1]}'
   print(
     f'{served.name} is served at {address} (a page to try it; OpenAI: {address}/v1)', flush=True
   )
@@ -131,7 +132,7 @@ def _read_token(path: str) -> str:
     return os.environ.get('T5X_LITE_TOKEN', '')
   try:
     token = epath.Path(path).read_text().strip()
-  except OSError as error:
+  except (OSError, UnicodeError) as error:
     raise UsageError(f'cannot read token_file {path}: {error}') from error
   if not token:
     raise UsageError(f'token_file {path} is empty')

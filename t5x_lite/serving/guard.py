@@ -98,7 +98,7 @@ class Guard:
 
       await self._app(scope, replay, counted)
     except ClientDisconnect:
-      pass
+      status = 499  # nginx's: not our error
     except HTTPException as error:
       await error_response(*explain(error))(scope, receive, counted)
     finally:

@@ -14,9 +14,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import uvicorn
 
 import t5x_lite
 from t5x_lite.errors import UsageError
+from t5x_lite.programs import serve as serve_lib
 from t5x_lite.programs.serve import serve
 from tests import xla_flags
 
@@ -272,6 +274,33 @@ def test_what_cannot_start_says_so_at_once(model_dir, tmp_path):
   (tmp_path / 'empty').touch()
   with pytest.raises(UsageError, match='is empty'):
     serve(model=model_dir, token_file=str(tmp_path / 'empty'))
+
+
+def test_a_signal_before_it_listens_is_not_lost(model_dir, monkeypatch, capsys):
+  stopped = []
+
+  def run(server, sockets):
+    signal.raise_signal(signal.SIGTERM)
+    stopped.append(server.should_exit)
+
+  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  # It would close pytest's handlers.
+  monkeypatch.setattr(uvicorn.Config, 'configure_logging', lambda _: None)
+  monkeypatch.setattr(serve_lib, '_warm_up', lambda *_: None)
+  handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    with socket.socket(socket.AF_INET6) as probe:
+      probe.bind(('::1', 0))
+    host, shown = '::1', r'http://\[::1\]:\d+ '
+  except OSError:  # a machine without IPv6
+    host, shown = '127.0.0.1', r'http://127.0.0.1:\d+ '
+  try:
+    serve(model=model_dir, host=host, port=0)
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+  assert stopped == [True]
+  assert re.search(shown, capsys.readouterr().out)
 
 
 # The last one: it stops the server.

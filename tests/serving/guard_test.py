@@ -54,6 +54,17 @@ def test_a_body_has_to_come_in_time():
   assert answer.json()['error']['type'] == 'invalid_request_error'
 
 
+def test_who_leaves_is_no_error_of_ours():
+  async def leave():
+    return {'type': 'http.disconnect'}
+
+  metrics = Metrics(IdleWorker())
+  guarded = Guard(None, limits=Limits(), token='', metrics=metrics)
+  asyncio.run(guarded({'type': 'http', 'path': '/echo', 'headers': []}, leave, None))
+  labels = {'path': 'other', 'status': '499'}
+  assert metrics.registry.get_sample_value('t5x_lite_requests_total', labels) == 1
+
+
 @pytest.mark.parametrize(
   'given, status', [('Bearer right', 200), ('Bearer wrong', 401), ('right', 401), ('', 401)]
 )
