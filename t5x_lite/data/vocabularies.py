@@ -270,7 +270,7 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
     entry = json.loads(file.read_text())
     sha256 = entry.pop('sha256', None)
     config = VocabularyConfig(**entry)
-  except (json.JSONDecodeError, AttributeError, TypeError) as error:
+  except (ValueError, AttributeError, TypeError) as error:
     raise UsageError(f'{file} is not a saved vocabulary: {error}') from error
   if config.kind != 'sentencepiece':
     return config

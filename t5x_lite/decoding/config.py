@@ -109,9 +109,12 @@ class DecodingConfig:
       value = getattr(self, name)
       listed = isinstance(value, Sequence)
       texts = (value,) if isinstance(value, str) else tuple(value) if listed else ()
-      fine = listed and all(text and isinstance(text, str) for text in texts)
-      check_fields(self, **{name: (fine, 'texts that are not empty')})
+      # Without half a surrogate pair, which no vocabulary can encode.
+      whole = (isinstance(x, str) and x == x.encode(errors='ignore').decode() != '' for x in texts)
+      check_fields(self, **{name: (listed and all(whole), 'Unicode texts that are not empty')})
       object.__setattr__(self, name, texts)
+    for name in ('regex', 'json_schema'):
+      check_fields(self, **{name: (isinstance(getattr(self, name), str), 'a text')})
     for name in ('forbidden_tokens', 'allowed_outputs'):
       try:
         rows = tuple((i,) if isinstance(i, int) else tuple(i) for i in getattr(self, name))

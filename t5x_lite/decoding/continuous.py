@@ -310,7 +310,8 @@ def _choose(logits_SV, s: _Slots, key) -> jax.Array:
     sorted_SV = jnp.sort(scaled_SV, axis=-1, descending=True)
     kept_SV = jnp.arange(sorted_SV.shape[-1])[None, :] < s.top_k_S[:, None]
     probs_SV = jax.nn.softmax(jnp.where(kept_SV, sorted_SV, -jnp.inf), axis=-1)
-    kept_SV &= jnp.cumsum(probs_SV, axis=-1) - probs_SV < s.top_p_S[:, None]
+    before_SV, p_S1 = jnp.cumsum(probs_SV, axis=-1) - probs_SV, s.top_p_S[:, None]
+    kept_SV &= (before_SV < p_S1) | (p_S1 == 1)  # sums of all round to more than 1
     least_S1 = jnp.min(jnp.where(kept_SV, sorted_SV, jnp.inf), axis=-1, keepdims=True)
     # Seed and position alone: no neighbour changes what is drawn. The 0 is of the first sample.
     of_row = jax.vmap(jax.random.fold_in, (None, 0))(key, s.seed_S)

@@ -143,7 +143,7 @@ class Predictor:
       batch['decoder_prompt_lengths'] = np.asarray([len(row) for row in read], np.int32)
     if seeds is None:
       seeds = range(index * size, index * size + len(rows))
-    batch['seeds'] = np.asarray([*seeds, *[0] * missing], np.uint32)
+    batch['seeds'] = np.asarray([*(x % 2**32 for x in seeds), *[0] * missing], np.uint32)
     if temperatures is not None:
       batch['temperature'] = np.asarray([*temperatures, *[0] * missing], np.float32)
     sharding = partitioning.batch_sharding(self.placement.mesh)

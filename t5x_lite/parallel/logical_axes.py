@@ -111,14 +111,9 @@ def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> 
   strict = rules.rules[: rules.strict]
   known = {name for name, _ in rules.rules[rules.strict :]}
   for rule in itertools.chain(strict, *(own for _, own in rules.by_parameter)):
-    name, target = rule
-    if name not in known:
+    if (name := rule[0]) not in known:
       there = ', '.join(sorted(known)) + suggest(name, known)
       raise UsageError(f'the rule {rule} names the logical axis {name!r}; there are {there}')
-    for axis in _mesh_axes(target):
-      if axis not in mesh.shape:
-        there = ', '.join(mesh.shape)
-        raise UsageError(f'the rule {rule} names the mesh axis {axis!r}; the mesh has {there}')
   for pattern, _ in rules.by_parameter:
     if not any(re.search(pattern, path) for path in arrays):
       hint = suggest(pattern, arrays, cutoff=0.3)

@@ -121,7 +121,7 @@ def _as_tuples(value: Any) -> Any:
 def _check_rule(name: str, rule: Any) -> None:
   target = rule[1] if isinstance(rule, tuple) and len(rule) == 2 else 0
   targets = target if isinstance(target, tuple) else (target,)
-  if not all(t is None or isinstance(t, str) for t in targets) or len(set(targets)) < len(targets):
+  if not {*targets} <= {*MESH_AXES, None} or len({*targets}) < len(targets):
     raise UsageError(
       f'MeshConfig.{name} has {rule!r}; a rule is (logical axis, mesh axis, several different '
       f'ones, or None); mesh axes are {", ".join(MESH_AXES)}.'

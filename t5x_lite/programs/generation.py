@@ -82,6 +82,8 @@ class Generation:
     """
     temperatures = np.asarray(temperature).tolist() if np.ndim(temperature) else None
     settings['temperature'] = temperature if temperatures is None else max(temperatures, default=0)
+    if temperatures and not min(temperatures) >= 0:
+      raise UsageError(f'temperature has {min(temperatures)}; it must be 0 (greedy) or positive')
     config = decoding_config(max_new_tokens, **settings)
     config = config.resolved(self.vocabulary)
     is_text = model_inputs.is_text(inputs)

@@ -68,7 +68,7 @@ def _read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
   try:
     entry = json.loads(retried(file, file.read_text))
     return T5Config(**entry['model']), dict(entry.get('lengths', {}))
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise UsageError(f'{file} is not a saved model: {error}') from error
 
 

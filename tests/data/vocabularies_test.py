@@ -137,6 +137,9 @@ def test_load_errors(tmp_path):
   file.write_text(json.dumps({'kind': 'byte', 'colour': 'red'}))
   with pytest.raises(UsageError, match=r'not a saved vocabulary.*colour'):
     vocabularies.load_vocabulary(tmp_path)
+  file.write_bytes(b'{"kind": "b\xffte"}')
+  with pytest.raises(UsageError, match=r'not a saved vocabulary'):
+    vocabularies.load_vocabulary(tmp_path)
 
 
 def test_saving_a_missing_model_writes_nothing(tmp_path):

@@ -43,6 +43,8 @@ def test_bad_values_are_named(field):
     ({'temperature': 'warm'}, 'a number'),
     ({'forced_bos_id': 'a'}, 'whole number'),
     ({'labels': 5}, 'texts that are not empty'),
+    ({'labels': ['a\ud800']}, 'Unicode texts'),
+    ({'json_schema': {'type': 'object'}}, 'a text'),
     ({'allowed_outputs': [[5, 6, 7]], 'max_decode_length': 3}, 'the end within 3 tokens'),
     ({'allowed_outputs': [[5], [6]], 'num_beams': 4, 'num_return_sequences': 3}, 'as many as'),
   ],

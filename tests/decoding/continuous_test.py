@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -31,6 +32,17 @@ def model(request):
     num_decoder_layers=2,
   )
   return cfg, tiny.params(cfg)
+
+
+def test_top_p_of_1_hides_nothing(monkeypatch):
+  """Though the probabilities of the first few tokens may add up to more than 1."""
+  slots = continuous._empty(tiny.config(), 1, 16, LIMIT)
+  settings = {'temperature_S': 1.0, 'top_k_S': 32128, 'going_S': True}
+  settings = {name: jax.numpy.full((1,), value) for name, value in settings.items()}
+  logits = 10 * np.random.default_rng(0).normal(size=(1, 32128)).astype(np.float32)
+  monkeypatch.setattr(jax.random, 'categorical', lambda key, x: jax.numpy.isfinite(x).sum())
+  slots, key = dataclasses.replace(slots, **settings), jax.random.key(0)
+  assert continuous._choose(logits, slots, key).tolist() == [32128]
 
 
 @pytest.fixture(scope='module')

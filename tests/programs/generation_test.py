@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-import t5x_lite
+from t5x_lite import api
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from tests.models import tiny
@@ -17,7 +17,7 @@ TEXTS = ['abc', 'a longer input', 'z']
 def model():
   # A byte has an id of its own, so that every output is a text.
   cfg = tiny.config(vocab_size=384)
-  return t5x_lite.api.Model(cfg, tiny.params(cfg), VocabularyConfig(kind='byte'))
+  return api.Model(cfg, tiny.params(cfg), VocabularyConfig(kind='byte'))
 
 
 def test_n_best_come_best_first(model):
@@ -83,6 +83,9 @@ def test_seeds_and_temperatures_belong_to_rows(model):
   mixed = model.generate(TEXTS, temperature=[0.0, 1.0, 1.0], seed=[3, 4, 5], **arguments)
   assert mixed[1:] == all_of_them[1:]
   assert mixed[0] == model.generate(TEXTS[0], **arguments)
+  seeds = [[-1, 2, 3], [2**32 - 1, 2**32 + 2, 3]]  # are taken modulo 2**32
+  one, same = (model.generate(TEXTS, temperature=1.0, seed=x, **arguments) for x in seeds)
+  assert one == same
   several = model.generate('abc', temperature=1.0, num_return_sequences=4, **arguments)
   assert len(set(several)) > 1
 
@@ -127,6 +130,7 @@ def test_perplexity_and_bits_per_byte(model):
   [
     (lambda m: m.generate(TEXTS, seed=[1]), '3 inputs and 1 of seed'),
     (lambda m: m.generate(TEXTS, prefix=['a']), '3 inputs and 1 prefixes'),
+    (lambda m: m.generate(TEXTS, temperature=[1.0, -1.0, 0.0]), 'temperature has -1.0; it must'),
     (lambda m: m.classify(TEXTS, []), 'at least one label'),
     (lambda m: m.logits([[5000, 1]], [[0, 5]]), 'ids .B, L. below'),
     (lambda m: m.logits([5, 1], [0, 5]), 'must be ids'),

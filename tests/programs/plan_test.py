@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import types
 
 import numpy as np
 import pytest
@@ -125,6 +126,18 @@ def test_mistakes_are_told():
     plan.plan(**given, topology='local')
   with pytest.raises(UsageError, match='at least 1'):
     plan.plan(**given, topology='v5e:2x2', num_compiles=0)
+
+
+def test_more_devices_than_can_be_used_are_an_error(monkeypatch):
+  devices = [types.SimpleNamespace(device_kind='TPU v5 lite', platform='tpu')] * 256
+  monkeypatch.setattr(precompile, 'find_devices', lambda *_: devices)
+  with pytest.raises(UsageError, match='no mesh of 256 devices divides the batch size 8'):
+    plan.plan(
+      model=tiny.config(),
+      dataset=tiny_run.dataset(),
+      optimizer=OptimizerConfig(),
+      topology='v5e:16x16',
+    )
 
 
 @needs_libtpu

@@ -93,6 +93,8 @@ def test_what_is_no_run_says_so(tmp_path):
   save_checkpoint(tmp_path)
   with pytest.raises(UsageError, match=r'holds no model\.json'):
     run_directory.load_run(str(tmp_path))
-  (tmp_path / 'model.json').write_text('{"model": {"emb_dims": 3}}')
-  with pytest.raises(UsageError, match='not a saved model'):
-    run_directory.load_run(str(tmp_path))
+  # Another version's, and with a damaged byte.
+  for damaged in (b'{"model": {"emb_dims": 3}}', b'{"model": {"dtype": "\xff"}}'):
+    (tmp_path / 'model.json').write_bytes(damaged)
+    with pytest.raises(UsageError, match='not a saved model'):
+      run_directory.load_run(str(tmp_path))
