@@ -100,6 +100,8 @@ def export(
     _write_saved_model(work, opened, params, made, lengths)
   else:
     _write_stablehlo(work, opened, params, made, input_lengths, target_length, platforms)
+  if target.is_dir():  # which is empty
+    target.rmdir()
   work.rename(target)
   log.info('wrote %s of %s to %s', ', '.join(functions), model, destination)
   return destination

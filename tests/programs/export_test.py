@@ -62,6 +62,7 @@ print(json.dumps({
 
 def test_stablehlo_with_jax_alone(model, model_dir, tmp_path):
   out = str(tmp_path / 'out')
+  os.mkdir(out)  # an empty folder is as good as none
   export(model=model_dir, destination=out, input_lengths=(8, 40), target_length=10)
   rows, targets = rows_of(model, TEXTS), rows_of(model, ['ab', 'c', 'def'])
   environ = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}

@@ -157,7 +157,7 @@ class DatasetIterator:
     files = f'{self._stem}.{uuid.uuid4().hex[:8]}'
     with self._reading:
       if self._error:
-        raise self._error
+        raise UsageError(f'the data cannot be read on: {self._error!r:.300}') from self._error
       arrays: dict[str, Any] = dict(self._stream.write(directory / files))
       arrays |= {f'rows/{k}': v for k, v in self._buffer.peek().items()}
     stream = io.BytesIO()

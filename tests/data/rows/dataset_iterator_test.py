@@ -3,11 +3,14 @@
 import dataclasses
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from t5x_lite.data.config import batch_spec
 from t5x_lite.data.rows import dataset_iterator, row_stream
+from t5x_lite.errors import UsageError
+from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 from tests.data import small_tasks
 from tests.data.small_tasks import (
   FIRST_ID,
@@ -97,6 +100,22 @@ def test_the_end_is_not_seen_before_the_last_rows(monkeypatch):
   want = all_batches(cfg)
   monkeypatch.setattr(row_stream.RowStream, 'next_rows', slow)
   assert_equal(all_batches(cfg), want)
+
+
+def test_where_data_cannot_be_read_on_is_no_position(monkeypatch, tmp_path):
+  """A checkpoint says so, instead of naming its own directory."""
+
+  def fail(self):
+    raise ValueError('no such record')
+
+  monkeypatch.setattr(row_stream.RowStream, 'next_rows', fail)
+  iterator = dataset_iterator.DatasetIterator(config())
+  with pytest.raises(ValueError, match='no such record'):
+    next(iterator)
+  checkpointer = Checkpointer(str(tmp_path), CheckpointConfig())
+  with pytest.raises(UsageError, match=r"cannot be read on: ValueError\('no such record'\)"):
+    checkpointer.save(1, {'step': jax.numpy.ones((), int)}, iterator)
+  checkpointer.close()
 
 
 # ---- Hosts ----
