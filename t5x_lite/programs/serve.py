@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import ipaddress
+import itertools
 import logging
 import os
 import signal
@@ -166,10 +167,10 @@ class _Calls(Generation):
     self, rows: Rows, max_new_tokens: int, seed: int, settings: dict[str, Any]
   ) -> tuple[list[list[int]], list[float]]:
     config = decoding_config(max_new_tokens, **settings)
-    if config.stop_strings or config.num_return_sequences > 1:
-      raise UsageError('decoding takes no stop_strings and one output an input')
-    if config.regex or config.json_schema:  # a short one can be an automaton of millions of states
-      raise UsageError('decoding takes no regex and no json_schema from clients')
+    if config.stop_strings or config.regex or config.json_schema:  # a regex can have many states
+      raise UsageError('decoding takes no stop_strings, regex and json_schema from clients')
     settings |= {'max_new_tokens': max_new_tokens, 'max_input_tokens': max(map(len, rows))}
     settings |= {'batch_size': 2**16, 'seed': seed % 2**32, 'return_scores': True}
-    return self.generate(rows, **settings)
+    flat: Any = itertools.chain.from_iterable if config.num_return_sequences > 1 else iter
+    tokens, scores = map(flat, self.generate(rows, **settings))
+    return [*tokens], [*scores]

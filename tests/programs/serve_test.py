@@ -138,8 +138,16 @@ def test_settings_of_decoding_go_through(server, model):
   body = {'inputs': TEXTS, 'max_new_tokens': 8, 'decoding': {'temperature': 0.5, 'top_k': 1}}
   outputs = server.post('/generate', body).json()['outputs']
   assert [one['text'] for one in outputs] == model.generate(TEXTS, max_new_tokens=8)
-  refused = server.post('/generate', {**body, 'decoding': {'beems': 3}})
-  assert refused.status_code == 400 and 'beems' in refused.json()['error']['message']
+  beams = {'num_beams': 2, 'num_return_sequences': 2}  # as the page asks for several
+  asked = {**body, 'inputs': TEXTS[:2], 'decoding': beams}
+  outputs = server.post('/generate', asked).json()['outputs']
+  expected = model.generate(TEXTS[:2], max_new_tokens=8, **beams)
+  assert [(x['index'], x['text']) for x in outputs] == [
+    (i, text) for i, texts in enumerate(expected) for text in texts
+  ]
+  for settings, word in (({'beems': 3}, 'beems'), ({'regex': 'a'}, 'takes no stop_strings, regex')):
+    refused = server.post('/generate', {**body, 'decoding': settings})
+    assert refused.status_code == 400 and word in refused.json()['error']['message']
 
 
 def test_scores_and_embeddings(server, model):
