@@ -15,11 +15,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import adapters, assignment, checkpoint_source, export, tensors
+from t5x_lite.interop import adapters, assignment, checkpoint_source, export, tensors, trained_model
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -110,12 +109,8 @@ class Model(Generation):
     self.config, self.params = config, params
     self.vocabulary_config, self.vocabulary = vocabulary, None
     if vocabulary is not None:
-      self.vocabulary = vocabularies.make_vocabulary(vocabulary)
-      if self.vocabulary.vocab_size > config.vocab_size:
-        raise UsageError(
-          f'the vocabulary has {self.vocabulary.vocab_size} ids, the embedding '
-          f'{config.vocab_size} rows: name another with vocabulary=...'
-        )
+      fix = 'name another with vocabulary=...'
+      self.vocabulary = trained_model.check_vocabulary(config, vocabulary, fix)
     self.placement = placement or single_device()
     self.lengths = dict(lengths or {})
     self.step, self.report = step, report

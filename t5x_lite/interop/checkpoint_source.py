@@ -5,7 +5,6 @@ import functools
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
@@ -39,10 +38,6 @@ class Source:
   read_moments: Callable[[], adafactor_moments.Moments] = dict
   lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of task features, if known
   checkpoint: str = ''  # of a run of ours, the folder of the step
-
-
-# What is made while reading, such as a SentencePiece model; removed when the process ends.
-_SCRATCH: list[tempfile.TemporaryDirectory] = []
 
 
 def open_source(path: str) -> Source:
@@ -103,9 +98,7 @@ def _open_hf(path: epath.Path) -> Source:
   check_one_of("config.json's model_type", str(entry.get('model_type')), hf.MODEL_TYPES)
   found, unknown = hf.canonical(hf.read_tensors(path), per_layer=hf.is_per_layer(entry))
   config = hf.model_config(entry, found)
-  scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
-  _SCRATCH.append(scratch)
-  vocabulary = hf_tokenizer.read_vocabulary(path, epath.Path(scratch.name))
+  vocabulary = hf_tokenizer.read_vocabulary(path)
   # Before a piece is made for each.
   if vocabulary is not None and vocabulary.extra_ids > config.vocab_size:
     sentinels = f'{vocabulary.extra_ids} sentinels, the embedding {config.vocab_size} rows'

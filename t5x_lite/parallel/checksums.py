@@ -114,11 +114,7 @@ def of_files(directory: epath.Path, prefix: str) -> dict[str, str]:
 
 def of_file(path: epath.Path) -> str:
   """Returns the SHA-256 of a file."""
-  sha256 = hashlib.sha256()
-  with path.open('rb') as file:
-    while part := file.read(1 << 20):
-      sha256.update(part)
-  return sha256.hexdigest()
+  return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_files(directory: epath.Path, digests: Mapping[str, str]) -> None:

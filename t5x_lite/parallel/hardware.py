@@ -148,9 +148,14 @@ def prepare_libtpu() -> None:
 
 
 def topology_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
-  """Returns the devices of TPU slices that need not exist; UsageError if libtpu knows none such."""
+  """Returns the devices of TPU slices that need not exist, or 'local' ones.
+
+  UsageError if libtpu knows none such.
+  """
   from jax.experimental import topologies
 
+  if topology == 'local':
+    return jax.devices()
   chip = parse_topology(topology)
   prepare_libtpu()
   # Nothing runs; JAX must not wait for a TPU.

@@ -6,10 +6,9 @@ import logging
 
 from etils import epath
 
-from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of, check_positive
-from t5x_lite.interop import assignment, export, hf, hf_export, tensor_names
+from t5x_lite.interop import assignment, export, hf, hf_export, tensor_names, trained_model
 from t5x_lite.interop.adapters import merge_lora
 from t5x_lite.interop.checkpoint_source import Source, open_source
 from t5x_lite.interop.tensors import Tensors
@@ -107,10 +106,9 @@ def _vocabulary(name: str | None, source: Source) -> VocabularyConfig | None:
   if name is not None:
     named = {'t5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
     config = named.get(name) or VocabularyConfig(path=name)
-  rows = source.config.vocab_size
-  if config and (size := vocabularies.make_vocabulary(config).vocab_size) > rows:
-    where = f'the embedding of {source.path} only {rows} rows'
-    raise UsageError(f'the vocabulary has {size} ids, {where}; name another with --vocabulary')
+  if config is not None:
+    fix = f'name another with --vocabulary for {source.path}'
+    trained_model.check_vocabulary(source.config, config, fix)
   return config
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,10 +16,11 @@ from etils import epath
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
-from t5x_lite.interop import assignment, export, sentencepiece_model
+from t5x_lite.interop import assignment, export, sentencepiece_model, trained_model
 from t5x_lite.interop.checkpoint_source import FORMATS, open_source
 from t5x_lite.interop.tensors import Tensor, Tensors
 from t5x_lite.models.config import T5Config
+from t5x_lite.runs import files
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,6 @@ MULTIPLE = 128
 _EMBEDDING = 'token_embedder/embedding'
 _HEAD = 'decoder/logits_dense/kernel'
 _META = '▁'
-
-# Vocabularies made here live as long as the process; saving copies them.
-_SCRATCH: list[tempfile.TemporaryDirectory] = []
 
 
 def grow_vocabulary(
@@ -97,10 +94,7 @@ def grow(
     raise UsageError(f'{there}; sentinels can be added, not taken away')
   if not tokens and extra_ids == vocabulary.extra_ids:
     raise UsageError('name new tokens, or more extra_ids than there are')
-  old = vocabularies.make_vocabulary(vocabulary)
-  if old.vocab_size > cfg.vocab_size:
-    sizes = f'the vocabulary has {old.vocab_size} ids, the embedding only {cfg.vocab_size} rows'
-    raise UsageError(f'{sizes}: they do not belong together')
+  old = trained_model.check_vocabulary(cfg, vocabulary, 'they do not belong together')
   path = _with_tokens(vocabulary, tokens) if tokens else vocabulary.path
   new = dataclasses.replace(vocabulary, path=path, extra_ids=extra_ids)
   size = old.vocab_size + len(tokens) + extra_ids - vocabulary.extra_ids
@@ -133,9 +127,7 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
     if texts[-1] in known:
       raise UsageError(f'{token!r} is in the vocabulary already')
     known.add(texts[-1])
-  scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
-  _SCRATCH.append(scratch)
-  grown = epath.Path(scratch.name) / vocabularies.MODEL_FILE
+  grown = files.scratch() / vocabularies.MODEL_FILE  # saving copies it
   # Messages that are joined are merged and their lists joined, so the file's own bytes stay.
   grown.write_bytes(data + vocabularies.user_defined(texts))
   return os.fspath(grown)

@@ -20,8 +20,7 @@ from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import check_one_of
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel import hardware
-from t5x_lite.parallel.hardware import Chip, find_chip
+from t5x_lite.parallel.hardware import Chip, find_chip, topology_devices
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
 from t5x_lite.runs import memory_report
 from t5x_lite.training.losses import LossConfig
@@ -99,13 +98,6 @@ def precompile(
   return report
 
 
-def find_devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
-  """Returns the devices that a --topology means."""
-  if topology == 'local':
-    return jax.devices()
-  return hardware.topology_devices(topology, num_slices)
-
-
 def compile_step(
   *,
   model: T5Config,
@@ -121,7 +113,7 @@ def compile_step(
   hlo_file: str = '',
 ) -> tuple[dict[str, Any], step_programs.StepProgram]:
   """Compiles a step; returns the report and the program; see `precompile`."""
-  devices = find_devices(topology, num_slices)
+  devices = topology_devices(topology, num_slices)
   if topology != 'local' and mesh.num_slices is None:
     mesh = dataclasses.replace(mesh, num_slices=num_slices)
   both: dict[str, Any] = {'model': model, 'batch': batch, 'mesh': mesh, 'devices': devices}

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -61,6 +62,16 @@ def write_text(path: epath.Path, text: str) -> None:
 def write_json(path: epath.Path, value: Any) -> None:
   """The same of a value as JSON."""
   write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+# Made by `scratch`; removed when the process ends.
+_SCRATCH: list[tempfile.TemporaryDirectory] = []
+
+
+def scratch() -> epath.Path:
+  """Returns a new folder that lives as long as the process."""
+  _SCRATCH.append(tempfile.TemporaryDirectory(prefix='t5x_lite_'))
+  return epath.Path(_SCRATCH[-1].name)
 
 
 class SaveError(RuntimeError):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from t5x_lite.errors import UsageError, check_fields, unknown
+from t5x_lite.errors import UsageError, check_fields, check_one_of
 from t5x_lite.models import transfer
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
@@ -75,8 +75,7 @@ class OptimizerConfig:
   kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    if self.name not in OPTIMIZERS:
-      raise unknown('OptimizerConfig.name', self.name, OPTIMIZERS)
+    check_one_of('OptimizerConfig.name', self.name, OPTIMIZERS)
     clip, every = self.global_norm_clip, self.unfreeze_every
     check_fields(
       self,
@@ -112,8 +111,7 @@ def _arguments(config: OptimizerConfig) -> dict[str, Any]:
       arguments['beta1' if (config.name, field) == ('adafactor', 'b1') else field] = value
   arguments |= config.kwargs
   for name in arguments:
-    if name not in accepted:
-      raise unknown(f'An argument of {config.name} in OptimizerConfig', name, accepted)
+    check_one_of(f'An argument of {config.name} in OptimizerConfig', name, accepted)
   return arguments
 
 

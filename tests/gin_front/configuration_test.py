@@ -148,18 +148,12 @@ def test_scoped_programs_get_their_own_settings_and_the_config(toy, tmp_path):
       b/toy.Data.batch_size = 32
     """)
   )
-  written = {}
-  first, second = configure(
-    toy,
-    files=['two.gin'],
-    program=toy.two,
-    write_config=lambda model_dir, text: written.update({model_dir: text}),
-  ).call()
+  first, second = configure(toy, files=['two.gin'], program=toy.two).call()
   assert (first['steps'], second['steps']) == (1, 2)
   assert first['data'].batch_size == 16
   assert second['data'].batch_size == 32
-  assert sorted(written) == ['a', 'b']
-  assert 'b/toy.Data.batch_size = 32' in written['a']
+  assert 'b/toy.Data.batch_size = 32' in (tmp_path / 'a' / 'config.gin').read_text()
+  assert (tmp_path / 'b' / 'config.gin').exists()
 
 
 def test_a_file_may_configure_other_programs_too(toy, tmp_path):
