@@ -47,3 +47,8 @@ def check_positive(name: str, value: int | None) -> None:
   """Refuses a count or period below 1; None stands for no bound."""
   if value is not None and value < 1:
     raise UsageError(f'{name} is {value}; it must be at least 1')
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of an error: XLA's run to pages."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

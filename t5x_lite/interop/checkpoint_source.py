@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import DamagedError, UsageError, check_one_of
+from t5x_lite.errors import DamagedError, UsageError, check_one_of, first_line
 from t5x_lite.interop import adafactor_moments, hf, hf_tokenizer, t5x, tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, of_leaf
 from t5x_lite.interop.verification import verify
@@ -88,7 +88,7 @@ def _from_hub(name: str) -> str:
   try:
     folder = hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted)
   except Exception as error:
-    raise UsageError(f'{missing}: {distributed.first_line(error)}') from error
+    raise UsageError(f'{missing}: {first_line(error)}') from error
   log.info('%s from the hub: %s@%s gives it again', name, name, os.path.basename(folder))
   return folder
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from etils import epath
 
-from t5x_lite.errors import DamagedError
+from t5x_lite.errors import DamagedError, first_line
 from t5x_lite.interop import zarr
 from t5x_lite.interop.tensors import Tensor, blocks
 from t5x_lite.parallel import checksums
-from t5x_lite.parallel.distributed import first_line
 from t5x_lite.runs.files import retried
 
 _THREADS = 4

@@ -35,7 +35,8 @@ def convert(
 ) -> str:
   """Converts a checkpoint and returns the directory written.
 
-  Memory holds one tensor at a time; a scanned T5X array counts as one.
+  Memory holds one tensor at a time; a scanned T5X array counts as one. UsageError if the source
+  cannot be read or misses a tensor, or `to` has no such model.
 
   Args:
     source: a folder of t5x_lite, transformers or T5X, one of its steps, or the NAME@REVISION of a
@@ -54,9 +55,6 @@ def convert(
     merge: add LoRA to its matrices in a t5x_lite run too.
     shard_bytes: most bytes of one file of format 'hf'.
     dry_run: list how names map and write nothing.
-
-  Raises:
-    UsageError: if the source cannot be read or misses a tensor, or `to` has no such model.
   """
   check_one_of('convert.to', to, export.TARGETS)
   check_positive('convert.shard_bytes', shard_bytes)

@@ -44,6 +44,8 @@ def grow_vocabulary(
 ) -> str:
   """Adds tokens or sentinels to a model and returns the directory written.
 
+  UsageError if a token is there already, or the model has no vocabulary.
+
   Args:
     source: a folder of t5x_lite, transformers or T5X.
     destination: the directory to write; it must not exist yet.
@@ -52,9 +54,6 @@ def grow_vocabulary(
     extra_ids: number of sentinels in all; as many as there are by default.
     to: format to write: 't5x_lite', 'hf' or 't5x'.
     dry_run: say what would change, write nothing.
-
-  Raises:
-    UsageError: if a token is there already, or the model has no vocabulary.
   """
   check_one_of('grow_vocabulary.to', to, FORMATS)
   target = epath.Path(destination)

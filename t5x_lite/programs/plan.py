@@ -84,6 +84,9 @@ def plan(
 ) -> dict[str, Any]:
   """Finds how to run an experiment on a topology, and prints a ranked table.
 
+  Returns 'winner' (None if nothing fits) and 'table', best first. UsageError if the topology is not
+  known, DoesNotFitError if nothing was found that fits.
+
   Args:
     model: the architecture; its remat policy is searched.
     dataset: only its shapes are used.
@@ -97,13 +100,6 @@ def plan(
     num_compiles: candidates that the compiler judges, beside the experiment's own settings.
     json: print the result as one JSON object on the last line.
     output: gin file to write the winning bindings to.
-
-  Returns:
-    'winner' (None if nothing fits) and 'table', best first.
-
-  Raises:
-    UsageError: if the topology is not known.
-    DoesNotFitError: if nothing was found that fits.
   """
   check_positive('plan.num_compiles', num_compiles)
   devices = topology_devices(topology, num_slices)

@@ -60,6 +60,9 @@ def precompile(
 ) -> dict[str, Any]:
   """Compiles the step of an experiment and reports what it costs.
 
+  Returns the report: what `json` prints. DoesNotFitError if the compiler runs out of memory, after
+  it was reported like all else.
+
   Args:
     model: the architecture.
     dataset: only its shapes are used; no data is read.
@@ -74,12 +77,6 @@ def precompile(
     step: 'train' or 'decode'.
     json: print the report as one JSON object on the last line.
     hlo_file: where to write the compiled program's text, if anywhere.
-
-  Returns:
-    The report: what `json` prints.
-
-  Raises:
-    DoesNotFitError: if the compiler runs out of memory; reported like all else.
   """
   given = dict(locals())
   check_one_of('precompile.step', step, STEPS)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import jax
 from etils import epath
 
+from t5x_lite.errors import first_line
+
 T = TypeVar('T')
 log = logging.getLogger(__name__)
 
@@ -102,4 +104,4 @@ def cause(error: BaseException) -> str:
   for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
     if os.strerror(code) in text:
       return os.strerror(code)
-  return (text.splitlines() or [type(error).__name__])[0][:200]
+  return first_line(error)

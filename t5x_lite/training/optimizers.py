@@ -277,7 +277,9 @@ def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> 
     if added >= 0 and leaf.shape[added:] == shape:
       return (None,) * added + names
     if start and path[start - 1] in ('v_row', 'v_col'):
-      dims = adafactor_lib.moment_dims(path[start - 1], shape, names)
+      layout = adafactor_lib.factoring(shape, names, min_dim_size_to_factor=0)
+      gone = layout.moments.get(path[start - 1], ())
+      dims = [i for i in range(len(shape)) if i not in gone]
       if leaf.shape == tuple(shape[i] for i in dims):
         return tuple(names[i] for i in dims)
     return (None,) * leaf.ndim
