@@ -111,16 +111,10 @@ def _open_t5x(path: epath.Path) -> Source:
   found = t5x.read_tensors(path)
   params = t5x.canonical(found)
   config = t5x.model_config(params, folder)
-  return Source(
-    path=os.fspath(folder),
-    format='t5x',
-    config=config,
-    tensors=params,
-    unknown=sorted(params.keys() - tensor_names.shapes(config).keys()),
-    vocabulary=default_vocabulary(config),
-    step=t5x.step(found),
-    read_moments=functools.partial(adafactor_moments.of_t5x, found, config),
-  )
+  unknown = sorted(params.keys() - tensor_names.shapes(config).keys())
+  moments = functools.partial(adafactor_moments.of_t5x, found, config)
+  vocabulary, step = default_vocabulary(config), t5x.step(found)
+  return Source(os.fspath(folder), 't5x', config, params, unknown, vocabulary, step, moments)
 
 
 def default_vocabulary(config: T5Config) -> VocabularyConfig | None:
@@ -150,14 +144,6 @@ def _open_run(run: run_directory.Run) -> Source:
     if name not in stored:
       raise UsageError(f'{state} has no {name}')
     found |= of_leaf(stored[name], run.model, path)
-  return Source(
-    path=run.directory,
-    format='t5x_lite',
-    config=run.model,
-    tensors=found,
-    vocabulary=run.vocabulary,
-    step=run.step,
-    read_moments=functools.partial(adafactor_moments.of_run, stored, run.model),
-    lengths=run.lengths,
-    checkpoint=run.checkpoint,
-  )
+  moments = functools.partial(adafactor_moments.of_run, stored, run.model)
+  same = {name: getattr(run, name) for name in ('vocabulary', 'step', 'lengths', 'checkpoint')}
+  return Source(run.directory, 't5x_lite', run.model, found, read_moments=moments, **same)

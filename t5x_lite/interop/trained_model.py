@@ -54,17 +54,9 @@ def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
   check_vocabulary(source.config, source.vocabulary)
   config = source.config.replace(**{k: v for k, v in changes.items() if v != ''})
   found, _ = assignment.assign(source, config)
-  return TrainedModel(
-    path=path,
-    directory=source.path,
-    checkpoint=source.checkpoint or source.path,
-    format=source.format,
-    config=config,
-    vocabulary=source.vocabulary,
-    step=source.step,
-    lengths=source.lengths,
-    found=found,
-  )
+  where = {'directory': source.path, 'checkpoint': source.checkpoint or source.path}
+  same = {name: getattr(source, name) for name in ('format', 'vocabulary', 'step', 'lengths')}
+  return TrainedModel(path=path, config=config, found=found, **where, **same)
 
 
 def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig, fix: str = '') -> Vocabulary:

@@ -68,8 +68,7 @@ def read_meta(root: epath.Path) -> dict[str, Any]:
     raise DamagedError(f'{path} is missing or damaged') from error
   if not isinstance(meta, dict):
     raise DamagedError(f'{path} is damaged')
-  if checksums.is_signed(meta):
-    checksums.check_signed(meta, os.fspath(path))
+  checksums.check_signed(meta, os.fspath(path))
   return meta
 
 

@@ -222,17 +222,9 @@ class Search:
 
   def _candidate(self, sizes: Mapping[str, int]) -> Candidate:
     state_bytes, params_bytes = self._state_bytes(sizes)
-    return Candidate(
-      model=self.model,
-      batch=self.batch,
-      sizes=sizes,
-      num_microbatches=1,
-      chunk=self.loss.chunk,
-      state_bytes=state_bytes,
-      params_bytes=params_bytes,
-      num_slices=self.num_slices,
-      chip=self.chip,
-    )
+    held = {'state_bytes': state_bytes, 'params_bytes': params_bytes, 'chunk': self.loss.chunk}
+    same = {name: getattr(self, name) for name in ('model', 'batch', 'num_slices', 'chip')}
+    return Candidate(sizes=sizes, num_microbatches=1, **held, **same)
 
 
 def _divisors(number: int) -> list[int]:

@@ -103,7 +103,6 @@ def escape(value: Any) -> str:
 
 
 def _cut(value: Any) -> str:
-  """Returns a value as text of a page, of bounded length."""
   text = str(value)
   return escape(text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]} \u2026')
 

@@ -163,7 +163,6 @@ def _sample(sentences: Iterable[str], maximum: int, seed: int) -> tuple[list[str
 
 
 def _train(sentences: Sequence[str], **settings) -> bytes:
-  """Returns the bytes of a trained model."""
   writer = io.BytesIO()
   try:
     settings |= {'sentence_iterator': iter(sentences), 'model_writer': writer}

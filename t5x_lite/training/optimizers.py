@@ -327,7 +327,6 @@ def unfreeze_gradually(
 
 
 def _stack_depths(params: Any, axes: Any) -> dict[str, int]:
-  """Returns the number of layers of each stack."""
   depths: dict[str, int] = {}
   for (side, *rest), leaf, names in pytrees.leaves_with_axes(params, axes):
     if rest[0] != 'layers':
