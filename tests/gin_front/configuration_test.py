@@ -28,7 +28,7 @@ class Data:
 
 def run(*, model: Model, steps: int, data: Data | None = None,
         model_dir: str = '', dry_run: bool = False, summarize_config_fn=None):
-  if summarize_config_fn:
+  if summarize_config_fn and model_dir in ('a', 'b'):  # of `two`
     summarize_config_fn(model_dir)
   return dict(model=model, steps=steps, data=data, model_dir=model_dir)
 
