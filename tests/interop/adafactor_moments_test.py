@@ -60,12 +60,10 @@ def same(a, b):
   assert a.keys() == b.keys()
   for name, moment in a.items():
     other = b[name]
-    assert (moment.whole is None) == (other.whole is None), name
-    if moment.whole is not None:
-      np.testing.assert_array_equal(moment.whole, other.whole)
-    else:
-      for x, y in zip(moment.means, other.means, strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert (moment.second is None) == (other.second is None), name
+    np.testing.assert_array_equal(moment.first, other.first)
+    if moment.second is not None:
+      np.testing.assert_array_equal(moment.second, other.second)
 
 
 def flat(tree, prefix=t5x.PARAM_STATES):
@@ -167,7 +165,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   assert int(inner.count) == 21
   kernel = inner.v_row['encoder']['layers']['mlp']['wo']['kernel']
   for i in range(2):
-    _, second = given[f'encoder/layers_{i}/mlp/wo/kernel'].means
+    second = given[f'encoder/layers_{i}/mlp/wo/kernel'].second
     np.testing.assert_array_equal(kernel[i], second)
   back = str(tmp_path / 'back')
   convert.convert(source=run, destination=back, to='t5x')
@@ -198,8 +196,8 @@ def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
   # One step later: beta2 of what was converted is still in them.
   beta2 = 1 - 22.0**-0.8
   moved = np.asarray(inner.v['encoder']['encoder_norm']['scale'])
-  assert (moved >= 0.999 * beta2 * given['encoder/encoder_norm/scale'].whole).all()
-  assert (moved < given['encoder/encoder_norm/scale'].whole + 0.1).all()
+  assert (moved >= 0.999 * beta2 * given['encoder/encoder_norm/scale'].first).all()
+  assert (moved < given['encoder/encoder_norm/scale'].first + 0.1).all()
 
 
 def test_a_new_state_is_all_zeros():
