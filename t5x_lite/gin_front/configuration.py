@@ -23,7 +23,6 @@ from gin import config_parser
 
 from t5x_lite.errors import UsageError, suggest
 from t5x_lite.gin_front import validation
-from t5x_lite.runs import files
 
 SUMMARIZE = 'summarize_config_fn'
 # What a file of configs/models defines; without one the program decides, such as by a checkpoint.
@@ -132,6 +131,8 @@ def configure(
   resolved = gin_config._config_str(run.parameters(hidden=[SUMMARIZE]))
 
   def write_config(model_dir: str) -> None:
+    from t5x_lite.runs import files  # imports JAX, which memory must be set up before: see main.py
+
     epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
     files.write_text(epath.Path(model_dir) / 'config.gin', resolved)
 
