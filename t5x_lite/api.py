@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
@@ -165,8 +164,7 @@ class Model(Generation):
     Formats are 't5x_lite' (a run directory), 'hf' (for from_pretrained of transformers), 't5x',
     'adapter' or 'peft'; see `convert.convert`. Numbers have the dtype of memory by default.
     """
-    target = epath.Path(directory)
-    export.check_destination(target)
+    target = export.check_destination(directory)
     config = self.config.replace(param_dtype=dtype or self.config.param_dtype)
     export.check_target(config, format)
     numbers = tensors.of_params(self.params, self.config)

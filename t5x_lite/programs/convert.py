@@ -4,8 +4,6 @@ import collections
 import dataclasses
 import logging
 
-from etils import epath
-
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of, check_positive
 from t5x_lite.interop import assignment, export, hf, hf_export, tensor_names, trained_model
@@ -59,8 +57,7 @@ def convert(
   check_one_of('convert.to', to, export.TARGETS)
   check_positive('convert.shard_bytes', shard_bytes)
   opened = open_source(source)
-  target = epath.Path(destination)
-  export.check_destination(target)
+  target = export.check_destination(destination)
   cfg = opened.config.replace(scan_layers=scan_layers)
   dtype = dtype or _stored_dtype(opened)
   check_one_of('convert.dtype', dtype, hf.SHORT_DTYPES)

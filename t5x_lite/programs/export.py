@@ -77,8 +77,7 @@ def export(
     check_one_of('export.platforms', platform, PLATFORMS)
   if not functions or not input_lengths or min(*input_lengths, target_length) < 1:
     raise UsageError('export needs a function, and lengths of at least 1')
-  target = epath.Path(destination)
-  formats.check_destination(target)
+  target = formats.check_destination(destination)
   opened = trained_model.open_model(model, dtype=dtype)
   config = opened.config
   if config.architecture != 'encoder_decoder':

@@ -56,8 +56,7 @@ def grow_vocabulary(
     dry_run: say what would change, write nothing.
   """
   check_one_of('grow_vocabulary.to', to, FORMATS)
-  target = epath.Path(destination)
-  export.check_destination(target)
+  target = export.check_destination(destination)
   if tokens_file:
     try:
       tokens = [*tokens, *filter(None, epath.Path(tokens_file).read_text().splitlines())]
