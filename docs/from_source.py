@@ -15,7 +15,6 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
-import t5x_lite
 from t5x_lite import main
 from t5x_lite.programs import command_flags
 
@@ -61,7 +60,9 @@ def api_text(name: str) -> str:
       is, such as 'Model.generate'.
   """
   exported, _, method = name.partition('.')
-  module = f't5x_lite.{t5x_lite._EXPORTS[exported]}'
+  found = (node for node in ast.walk(_tree('t5x_lite')) if isinstance(node, ast.ImportFrom))
+  module = next(node.module for node in found if node.names[0].name == exported)
+  assert module is not None
   tree = _tree(module)
   node = _find(tree, exported)
   if method:

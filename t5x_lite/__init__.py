@@ -1,6 +1,6 @@
 """T5 in JAX, small enough to read.
 
-Names are imported when first used: `import t5x_lite` alone costs nothing, and
+Names are imported when first used: `import t5x_lite` alone takes milliseconds, and
 neither it nor the model, the steps and the decoding ever import TensorFlow.
 
 Folders, from the top floor down; imports only go down (docs/architecture.md): gin_front, programs,
@@ -8,10 +8,9 @@ evaluation, interop, runs, compiler, decoding, training, models, data, parallel.
 is the command line, api.py the Python interface.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from etils import epy
 
-if TYPE_CHECKING:
+with epy.lazy_api_imports(globals()):
   from t5x_lite.api import Model as Model
   from t5x_lite.api import load as load
   from t5x_lite.api import new as new
@@ -36,43 +35,8 @@ if TYPE_CHECKING:
   from t5x_lite.training.schedules import ScheduleConfig as ScheduleConfig
 
 __version__ = '0.1.0'
-
-_EXPORTS = {
-  'CheckpointConfig': 'runs.checkpoints',
-  'DatasetConfig': 'data.config',
-  'DecodingConfig': 'decoding.config',
-  'LossConfig': 'training.losses',
-  'MeshConfig': 'parallel.partitioning',
-  'Model': 'api',
-  'OptimizerConfig': 'training.optimizers',
-  'ScheduleConfig': 'training.schedules',
-  'T5Config': 'models.config',
-  'UsageError': 'errors',
-  'VocabularyConfig': 'data.vocabularies',
-  'convert': 'programs.convert',
-  'evaluate': 'programs.evaluate',
-  'infer': 'programs.infer',
-  'keep_freed_memory': 'parallel.host_memory',
-  'load': 'api',
-  'named_config': 'models.config',
-  'new': 'api',
-  'register_file_task': 'data.tasks.from_files',
-  'register_mixture': 'data.tasks.catalog',
-  'register_text_task': 'data.tasks.from_files',
-  'train': 'programs.train',
-}
-
-__all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-  """Imports an exported name on first use (PEP 562)."""
-  if name not in _EXPORTS:
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  module = importlib.import_module(f'{__name__}.{_EXPORTS[name]}')
-  return getattr(module, name)
-
-
-def __dir__() -> list[str]:
-  """Lists the lazy names too, for completion."""
-  return sorted([*globals(), *_EXPORTS])
+__all__ = (
+  'CheckpointConfig DatasetConfig DecodingConfig LossConfig MeshConfig Model OptimizerConfig '
+  'ScheduleConfig T5Config UsageError VocabularyConfig convert evaluate infer keep_freed_memory '
+  'load named_config new register_file_task register_mixture register_text_task train'
+).split()

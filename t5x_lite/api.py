@@ -13,13 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import adapters, assignment, checkpoint_source, export, tensors
+from t5x_lite.interop import adapters, assignment, checkpoint_source, export, tensors, trained_model
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -110,12 +108,8 @@ class Model(Generation):
     self.config, self.params = config, params
     self.vocabulary_config, self.vocabulary = vocabulary, None
     if vocabulary is not None:
-      self.vocabulary = vocabularies.make_vocabulary(vocabulary)
-      if self.vocabulary.vocab_size > config.vocab_size:
-        raise UsageError(
-          f'the vocabulary has {self.vocabulary.vocab_size} ids, the embedding '
-          f'{config.vocab_size} rows: name another with vocabulary=...'
-        )
+      fix = 'name another with vocabulary=...'
+      self.vocabulary = trained_model.check_vocabulary(config, vocabulary, fix)
     self.placement = placement or single_device()
     self.lengths = dict(lengths or {})
     self.step, self.report = step, report
@@ -170,8 +164,7 @@ class Model(Generation):
     Formats are 't5x_lite' (a run directory), 'hf' (for from_pretrained of transformers), 't5x',
     'adapter' or 'peft'; see `convert.convert`. Numbers have the dtype of memory by default.
     """
-    target = epath.Path(directory)
-    export.check_destination(target)
+    target = export.check_destination(directory)
     config = self.config.replace(param_dtype=dtype or self.config.param_dtype)
     export.check_target(config, format)
     numbers = tensors.of_params(self.params, self.config)

@@ -25,12 +25,6 @@ def check_fields(config: Any, **rules: tuple[Any, str]) -> None:
       raise UsageError(f'{field} is {getattr(config, name)!r}; it must be {allowed}')
 
 
-def unknown(name: str, value: str, allowed: Iterable[str]) -> UsageError:
-  """Returns the error for a misspelt choice, with the closest ones there are."""
-  hint = suggest(value.lower(), allowed)
-  return UsageError(f'{name} is {value!r}; allowed: {", ".join(sorted(allowed))}{hint}')
-
-
 def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
   """Returns '; did you mean ...?', or nothing."""
   close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
@@ -38,12 +32,18 @@ def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
 
 
 def check_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-  """Refuses a choice that there is not; see `unknown`."""
+  """Refuses a choice that there is not, naming those there are, and the closest ones."""
   if value not in allowed:
-    raise unknown(name, value, allowed)
+    hint = suggest(value.lower(), allowed)
+    raise UsageError(f'{name} is {value!r}; allowed: {", ".join(sorted(allowed))}{hint}')
 
 
 def check_positive(name: str, value: int | None) -> None:
   """Refuses a count or period below 1; None stands for no bound."""
   if value is not None and value < 1:
     raise UsageError(f'{name} is {value}; it must be at least 1')
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of an error: XLA's run to pages."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

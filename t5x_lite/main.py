@@ -77,59 +77,38 @@ class Command:
     ]
 
 
-def _command(program: str, help: str, positional: tuple[str, ...] = (), **more: Any) -> Command:
-  """Returns what runs the function of a module of programs/ that has the module's name."""
-  return Command(f't5x_lite.programs.{program}.{program}', help, positional, **more)
+COMMANDS: dict[str, Command] = {}
+# Commands whose program has another name.
+_PROGRAMS = {'eval': 'evaluate', 'vocab': 'train_vocabulary', 'grow_vocab': 'grow_vocabulary'}
 
 
-_TO_DESTINATION = ('source', 'destination')
+def _add(name: str, help: str, *positional: str, **more: Any) -> None:
+  """Adds what runs the function of a module of programs/ that has the module's name."""
+  program = _PROGRAMS.get(name, name)
+  COMMANDS[name] = Command(f't5x_lite.programs.{program}.{program}', help, positional, **more)
+
+
 _LIKE_TRAIN = 't5x_lite.programs.train.train'
-COMMANDS: dict[str, Command] = {
-  'train': _command('train', 'train a model, or continue its run', computes=True),
-  'finetune': _command(
-    'finetune', 'fine-tune a checkpoint on your own file, and export it', computes=True
-  ),
-  'eval': _command(
-    'evaluate', 'evaluate a run on tasks by their own metrics', computes=True, opened='decoding'
-  ),
-  'infer': _command('infer', 'predict for every line of a file', computes=True, opened='decoding'),
-  'serve': _command(
-    'serve', 'serve a model over HTTP, to OpenAI clients too', ('model',), computes=True
-  ),
-  'quickstart': _command(
-    'quickstart', 'pretrain, fine-tune, evaluate and predict on the embedded text', computes=True
-  ),
-  'report': _command(
-    'report', 'write one HTML page about a run, or about several side by side', ('runs',)
-  ),
-  'preview': _command('preview', 'look at what a task or mixture feeds the model', ('task',)),
-  'vocab': _command('train_vocabulary', 'train a SentencePiece vocabulary on your own text'),
-  'convert': _command(
-    'convert', 'convert checkpoints between t5x_lite, Hugging Face and T5X', _TO_DESTINATION
-  ),
-  'export': _command(
-    'export',
-    'write a model as StableHLO or a SavedModel, for programs without t5x_lite',
-    ('model', 'destination'),
-  ),
-  'average': _command(
-    'average', 'average the last checkpoints of a run, or several runs', ('sources', 'destination')
-  ),
-  'grow_vocab': _command(
-    'grow_vocabulary', 'add tokens or sentinels to a model and its vocabulary', _TO_DESTINATION
-  ),
-  'study': _command(
-    'study', 'run a table of experiments, and report it beside the paper', runs_commands=True
-  ),
-  'precompile': _command(
-    'precompile',
-    'compile a step for TPUs that you do not have; does it fit, what bounds it',
-    inherits=_LIKE_TRAIN,
-  ),
-  'plan': _command(
-    'plan', 'search mesh, remat policy and microbatches for a topology', inherits=_LIKE_TRAIN
-  ),
-}
+_add('train', 'train a model, or continue its run', computes=True)
+_add('finetune', 'fine-tune a checkpoint on your own file, and export it', computes=True)
+_add('eval', 'evaluate a run on tasks by their own metrics', computes=True, opened='decoding')
+_add('infer', 'predict for every line of a file', computes=True, opened='decoding')
+_add('serve', 'serve a model over HTTP, to OpenAI clients too', 'model', computes=True)
+_add('quickstart', 'pretrain, fine-tune, evaluate and predict on the embedded text', computes=True)
+_add('report', 'write one HTML page about a run, or about several side by side', 'runs')
+_add('preview', 'look at what a task or mixture feeds the model', 'task')
+_add('vocab', 'train a SentencePiece vocabulary on your own text')
+_add(
+  'convert', 'convert checkpoints between t5x_lite, Hugging Face and T5X', 'source', 'destination'
+)
+_help = 'write a model as StableHLO or a SavedModel, for programs without t5x_lite'
+_add('export', _help, 'model', 'destination')
+_add('average', 'average the last checkpoints of a run, or several runs', 'sources', 'destination')
+_add('grow_vocab', 'add tokens or sentinels to a model and its vocabulary', 'source', 'destination')
+_add('study', 'run a table of experiments, and report it beside the paper', runs_commands=True)
+_help = 'compile a step for TPUs that you do not have; does it fit, what bounds it'
+_add('precompile', _help, inherits=_LIKE_TRAIN)
+_add('plan', 'search mesh, remat policy and microbatches for a topology', inherits=_LIKE_TRAIN)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -227,17 +206,6 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
   processes.add_argument('--process_index', type=int, metavar='I')
 
 
-def _write_config(model_dir: str, text: str) -> None:
-  """Writes config.gin into a run directory."""
-  from etils import epath
-
-  from t5x_lite.runs import files
-
-  directory = epath.Path(model_dir)
-  directory.mkdir(parents=True, exist_ok=True)
-  files.write_text(directory / 'config.gin', text)
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
   def rewrite(argument: str) -> str:
     """Turns --gin.NAME=value into --gin_bindings, so that their order stays."""
@@ -284,7 +252,6 @@ def _configure(args: argparse.Namespace) -> Any:
       flags=flags,
       programs=[command.function for command in COMMANDS.values()],
       inherits=command.inherits,
-      write_config=_write_config,
     )
 
 

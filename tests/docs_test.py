@@ -176,7 +176,7 @@ def test_python_blocks_parse_and_name_what_is_exported(page):
       and isinstance(node.value, ast.Name)
       and node.value.id == 't5x_lite'
     }
-    assert used <= {*t5x_lite._EXPORTS, 'data'}
+    assert used <= {*t5x_lite.__all__, 'data'}
 
 
 @pytest.mark.parametrize('page', READ, ids=_name)
@@ -185,7 +185,7 @@ def test_names_in_the_text_are_exported(page):
   folders = {path.name for path in (ROOT / 't5x_lite').iterdir()}
   named = set(re.findall(r'`t5x_lite\.([A-Za-z]\w*)', text))
   named -= {x.removesuffix('.py') for x in folders}
-  assert named <= set(t5x_lite._EXPORTS)
+  assert named <= set(t5x_lite.__all__)
 
 
 def test_every_command_and_every_name_has_its_place():
@@ -194,7 +194,7 @@ def test_every_command_and_every_name_has_its_place():
   shown = []
   for page in (DOCS / 'reference').glob('*.md'):
     shown += re.findall(r'^```\{api\} (\w+)$', page.read_text(), re.M)
-  assert sorted(shown) == sorted(t5x_lite._EXPORTS)
+  assert sorted(shown) == sorted(t5x_lite.__all__)
 
 
 def _messages():
@@ -248,7 +248,7 @@ def test_the_reference_is_read_from_source(from_source):
   text = from_source.command_text('train')
   assert '`--total_steps`\n: ' in text and '`--dry_run, --no-dry_run`' in text
   assert 'summarize_config_fn' not in text
-  for name in t5x_lite._EXPORTS:
+  for name in t5x_lite.__all__:
     assert from_source.api_text(name)
 
 

@@ -83,7 +83,6 @@ def _closing(text: str) -> int:
 
 
 def _hbm_bytes(kind: str) -> float:
-  """Returns the bytes of a type's arrays that lie in device memory."""
   return sum(_array_bytes(kind, in_hbm=True))
 
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from t5x_lite.data import text_files
 from t5x_lite.data.text_files import Bad, refuse
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, first_line
 
 Format = Literal['text', 'tsv', 'csv', 'jsonl', 'json', 'parquet', 'tfrecord', 'datasets']
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -314,7 +314,7 @@ def _listed(path: epath.Path, key: str) -> list[Any]:
   try:
     entry = _loads(path.read_text(encoding='utf-8'), os.fspath(path))
   except (OSError, UnicodeDecodeError) as error:
-    raise UsageError(f'{path} cannot be read: {_reason(error)}') from error
+    raise UsageError(f'{path} cannot be read: {first_line(error)}') from error
   listed = entry.get(key) if isinstance(entry, dict) else None
   if not isinstance(listed, list):
     raise UsageError(f'{path} is not a JSON object with a list {key!r}')
@@ -322,10 +322,6 @@ def _listed(path: epath.Path, key: str) -> list[Any]:
 
 
 # ---- Arrow: Parquet and saved datasets ---------------------------------------
-
-
-def _reason(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _arrow(files: Sequence[epath.Path], *, is_parquet: bool) -> Iterator[tuple[int, Row]]:
@@ -354,7 +350,7 @@ def _arrow(files: Sequence[epath.Path], *, is_parquet: bool) -> Iterator[tuple[i
     # What a damaged file raises, or a value that Python lacks.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
       problem = 'is not a whole Parquet file' if is_parquet else 'cannot be read'
-      raise UsageError(f'{path} {problem} after row {number}: {_reason(error)}') from error
+      raise UsageError(f'{path} {problem} after row {number}: {first_line(error)}') from error
 
 
 def _dataset(path: str) -> Iterator[tuple[int, Row]]:

@@ -21,7 +21,7 @@ from sentencepiece import sentencepiece_model_pb2
 from t5x_lite.errors import UsageError, check_fields, check_one_of
 
 # Made when imported: a type checker finds no names in it.
-_proto: Any = sentencepiece_model_pb2
+proto: Any = sentencepiece_model_pb2
 
 PAD_ID = 0
 EOS_ID = 1
@@ -297,6 +297,6 @@ def _read_model(path: str) -> bytes:
 
 def user_defined(texts: Iterable[str]) -> bytes:
   """Returns pieces as bytes to append to a serialized model: protobuf joins the lists of both."""
-  kind = _proto.ModelProto.SentencePiece.USER_DEFINED
+  kind = proto.ModelProto.SentencePiece.USER_DEFINED
   pieces = [{'piece': text, 'score': 0.0, 'type': kind} for text in texts]
-  return _proto.ModelProto(pieces=pieces).SerializeToString()
+  return proto.ModelProto(pieces=pieces).SerializeToString()

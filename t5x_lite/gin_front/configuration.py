@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import gin
+from etils import epath
 from gin import config as gin_config
 from gin import config_parser
 
@@ -76,7 +77,6 @@ def configure(
   flags: Collection[str] = (),
   programs: Collection[str] = (),
   inherits: str = '',
-  write_config: Callable[..., None] | None = None,
 ) -> Configured:
   """Parses gin files and bindings and checks them for one program, a keyword-only function.
 
@@ -85,9 +85,9 @@ def configure(
   found from anywhere. `flags` are the program's parameters with a command-line flag of that name,
   `programs` dotted names of functions that gin files may configure, called in this run or not.
   Bindings of the function named by `inherits` also count for the program's parameters of the same
-  name, where it has none of its own. write_config writes `text` into a `model_dir`; it is given to
-  everything here that has a parameter `summarize_config_fn` (T5X's name). UsageError for anything
-  that cannot work or would do nothing.
+  name, where it has none of its own. All that has a parameter `summarize_config_fn` (T5X's name) is
+  given what writes `text` into a model_dir, as config.gin. UsageError for anything that cannot work
+  or would do nothing.
   """
   given = dict(given or {})
   prefixes = ['', *search_paths, str(shipped_root())]
@@ -129,10 +129,15 @@ def configure(
   validation.check_bindings_are_read(run.read | others.read, text)
   validation.check_values(run, selector, given, flags)
   resolved = gin_config._config_str(run.parameters(hidden=[SUMMARIZE]))
-  if write_config is not None:
-    write = functools.partial(write_config, text=resolved)
-    for name in run.takers(SUMMARIZE):
-      gin.bind_parameter(('', name, SUMMARIZE), write)
+
+  def write_config(model_dir: str) -> None:
+    from t5x_lite.runs import files  # imports JAX, which memory must be set up before: see main.py
+
+    epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
+    files.write_text(epath.Path(model_dir) / 'config.gin', resolved)
+
+  for name in run.takers(SUMMARIZE):
+    gin.bind_parameter(('', name, SUMMARIZE), write_config)
   arguments = functools.partial(gin.get_bindings, program)
   return Configured(lambda: gin.get_configurable(program)(**given), arguments, resolved)
 

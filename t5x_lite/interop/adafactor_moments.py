@@ -29,19 +29,20 @@ _FIELDS = ('v_row', 'v_col', 'v', 'm')
 class Moment:
   """The second moment of one layer's parameter: whole, or two means of it."""
 
-  whole: Any = None  # an array of the parameter's shape, or None
-  means: Any = None  # two arrays, of the sizes of its first and of its second dim, or None
+  first: np.ndarray  # of the parameter's shape; with a second, of the size of its first dim
+  second: np.ndarray | None = None  # of the size of its second dim
 
   def as_whole(self) -> np.ndarray:
     """Returns the estimate that the update divides by."""
-    if self.means is None:
-      return self.whole
-    first, second = self.means
-    return np.outer(first, second) / (np.mean(first) or 1.0)  # a new state is all zeros
+    if self.second is None:
+      return self.first
+    return np.outer(self.first, self.second) / (np.mean(self.first) or 1.0)  # new ones are all 0
 
   def as_means(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns the means over columns and over rows."""
-    return (self.whole.mean(1), self.whole.mean(0)) if self.means is None else self.means
+    if self.second is None:
+      return self.first.mean(1), self.first.mean(0)
+    return self.first, self.second
 
 
 Moments = Mapping[str, Moment]
@@ -50,18 +51,13 @@ Moments = Mapping[str, Moment]
 def new(cfg: T5Config) -> dict[str, Moment]:
   """Returns the moments of an optimizer that has not seen a gradient."""
   return {
-    name: _moment([np.zeros(s, 'f4') for s in (shape if _is_factored(shape) else [shape])])
+    name: Moment(*(np.zeros(s, 'f4') for s in (shape if _is_factored(shape) else [shape])))
     for name, shape in tensor_names.shapes(cfg).items()
   }
 
 
 def _is_factored(shape: Sequence[int]) -> bool:
   return len(shape) == 2 and min(shape) >= MIN_DIM
-
-
-def _moment(parts: Sequence[np.ndarray]) -> Moment:
-  """Returns the moment that is whole, or two means."""
-  return Moment(parts[0]) if len(parts) == 1 else Moment(means=(parts[0], parts[1]))
 
 
 def _is_swapped(name: str, shape: Sequence[int], scanned: bool) -> bool:
@@ -83,7 +79,7 @@ def of_t5x(found: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
       parts = parts[::-1]
     if scanned:  # [first dim, layers] and [layers, second dim]
       parts = [parts[0][:, layer], *(second[layer] for second in parts[1:])]
-    result[name] = _moment(parts)
+    result[name] = Moment(*parts)
   return result
 
 
@@ -131,7 +127,7 @@ def of_run(stored: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
     if len(arrays) == 2 and layout.row_dims[0] != int(stacked):
       arrays = arrays[::-1]
     for i, name in enumerate(found):
-      result[name] = _moment([array[i] if stacked else array for array in arrays])
+      result[name] = Moment(*(array[i] if stacked else array for array in arrays))
   return result
 
 

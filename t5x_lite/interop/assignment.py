@@ -50,6 +50,8 @@ def assign(
 ) -> tuple[dict[str, Tensor], Report]:
   r"""Returns the model's tensors by canonical name, and what became of each.
 
+  UsageError if a tensor is missing, left over or of another shape, or a pattern matches nothing.
+
   Args:
     source: an open checkpoint.
     cfg: the model that is wanted.
@@ -61,9 +63,6 @@ def assign(
       anew and skip the latter. What a transfer method adds is always drawn anew where it is
       missing; a prompt from the embedding's rows.
     seed: of the tensors that are drawn anew.
-
-  Raises:
-    UsageError: if a tensor is missing, left over or of another shape, or a pattern matches nothing.
   """
   rules = [(_compile(pattern), repl) for pattern, repl in assignment_map]
   unused = dict(enumerate(pattern.pattern for pattern, _ in rules))

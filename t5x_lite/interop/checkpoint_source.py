@@ -5,13 +5,12 @@ import functools
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import DamagedError, UsageError, check_one_of
+from t5x_lite.errors import DamagedError, UsageError, check_one_of, first_line
 from t5x_lite.interop import adafactor_moments, hf, hf_tokenizer, t5x, tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, of_leaf
 from t5x_lite.interop.verification import verify
@@ -39,10 +38,6 @@ class Source:
   read_moments: Callable[[], adafactor_moments.Moments] = dict
   lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of task features, if known
   checkpoint: str = ''  # of a run of ours, the folder of the step
-
-
-# What is made while reading, such as a SentencePiece model; removed when the process ends.
-_SCRATCH: list[tempfile.TemporaryDirectory] = []
 
 
 def open_source(path: str) -> Source:
@@ -93,7 +88,7 @@ def _from_hub(name: str) -> str:
   try:
     folder = hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted)
   except Exception as error:
-    raise UsageError(f'{missing}: {distributed.first_line(error)}') from error
+    raise UsageError(f'{missing}: {first_line(error)}') from error
   log.info('%s from the hub: %s@%s gives it again', name, name, os.path.basename(folder))
   return folder
 
@@ -103,9 +98,7 @@ def _open_hf(path: epath.Path) -> Source:
   check_one_of("config.json's model_type", str(entry.get('model_type')), hf.MODEL_TYPES)
   found, unknown = hf.canonical(hf.read_tensors(path), per_layer=hf.is_per_layer(entry))
   config = hf.model_config(entry, found)
-  scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
-  _SCRATCH.append(scratch)
-  vocabulary = hf_tokenizer.read_vocabulary(path, epath.Path(scratch.name))
+  vocabulary = hf_tokenizer.read_vocabulary(path)
   # Before a piece is made for each.
   if vocabulary is not None and vocabulary.extra_ids > config.vocab_size:
     sentinels = f'{vocabulary.extra_ids} sentinels, the embedding {config.vocab_size} rows'
@@ -118,16 +111,10 @@ def _open_t5x(path: epath.Path) -> Source:
   found = t5x.read_tensors(path)
   params = t5x.canonical(found)
   config = t5x.model_config(params, folder)
-  return Source(
-    path=os.fspath(folder),
-    format='t5x',
-    config=config,
-    tensors=params,
-    unknown=sorted(params.keys() - tensor_names.shapes(config).keys()),
-    vocabulary=default_vocabulary(config),
-    step=t5x.step(found),
-    read_moments=functools.partial(adafactor_moments.of_t5x, found, config),
-  )
+  unknown = sorted(params.keys() - tensor_names.shapes(config).keys())
+  moments = functools.partial(adafactor_moments.of_t5x, found, config)
+  vocabulary, step = default_vocabulary(config), t5x.step(found)
+  return Source(os.fspath(folder), 't5x', config, params, unknown, vocabulary, step, moments)
 
 
 def default_vocabulary(config: T5Config) -> VocabularyConfig | None:
@@ -157,14 +144,6 @@ def _open_run(run: run_directory.Run) -> Source:
     if name not in stored:
       raise UsageError(f'{state} has no {name}')
     found |= of_leaf(stored[name], run.model, path)
-  return Source(
-    path=run.directory,
-    format='t5x_lite',
-    config=run.model,
-    tensors=found,
-    vocabulary=run.vocabulary,
-    step=run.step,
-    read_moments=functools.partial(adafactor_moments.of_run, stored, run.model),
-    lengths=run.lengths,
-    checkpoint=run.checkpoint,
-  )
+  moments = functools.partial(adafactor_moments.of_run, stored, run.model)
+  same = {name: getattr(run, name) for name in ('vocabulary', 'step', 'lengths', 'checkpoint')}
+  return Source(run.directory, 't5x_lite', run.model, found, read_moments=moments, **same)

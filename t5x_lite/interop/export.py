@@ -22,10 +22,12 @@ REPORT_SECONDS = 2.0
 TARGETS = (*FORMATS, *ADAPTERS)
 
 
-def check_destination(target: epath.Path) -> None:
-  """Raises UsageError if something is there already."""
+def check_destination(destination: str | os.PathLike) -> epath.Path:
+  """Returns where a new directory will be; UsageError if something is there already."""
+  target = epath.Path(destination)
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise UsageError(f'{target} is already there; name a new directory')
+  return target
 
 
 def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = None) -> None:

@@ -135,7 +135,6 @@ def read_tensors(directory: epath.Path) -> dict[str, Tensor]:
 
 
 def _fetch(path: epath.Path, name: str, index: Index) -> np.ndarray:
-  """Reads a part of one tensor."""
   # Opened each time: a file that stays open keeps every page that was ever read in the process's
   # memory, in the end the whole model.
   with _opened(path) as file:

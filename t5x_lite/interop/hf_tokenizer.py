@@ -17,7 +17,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, sentencepiece_model
 from t5x_lite.interop.sentencepiece_model import Piece
-from t5x_lite.runs.files import write_json
+from t5x_lite.runs.files import scratch, write_json
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ SPECIAL = ('<pad>', '</s>', '<unk>')
 _META = '▁'
 
 
-def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyConfig | None:
+def read_vocabulary(directory: epath.Path) -> VocabularyConfig | None:
   """Returns the vocabulary of a folder, or None if it has none that we read.
 
-  A model file is made in `scratch` if the folder has only tokenizer.json. Raises UsageError if a
-  file is damaged.
+  Its model file is elsewhere, made now, if the folder has only tokenizer.json. Raises UsageError if
+  a file is damaged.
   """
   config = _read_json(directory / TOKENIZER_CONFIG)
   if str(config.get('tokenizer_class', '')).startswith('ByT5'):
@@ -52,9 +52,9 @@ def read_vocabulary(directory: epath.Path, scratch: epath.Path) -> VocabularyCon
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     raise UsageError(f'{tokenizer} is no tokenizer of a Unigram model: {error}') from error
   _warn_of_added(directory, entry)
-  scratch.mkdir(parents=True, exist_ok=True)
-  (scratch / SPIECE).write_bytes(model)
-  return VocabularyConfig(path=str(scratch / SPIECE), extra_ids=extra_ids)
+  path = scratch() / SPIECE
+  path.write_bytes(model)
+  return VocabularyConfig(path=str(path), extra_ids=extra_ids)
 
 
 def _warn_of_added(directory: epath.Path, entry: Mapping[str, Any]) -> None:

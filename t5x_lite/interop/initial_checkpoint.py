@@ -3,9 +3,8 @@
 A run that has a checkpoint of its own never comes here.
 """
 
-import dataclasses
 import logging
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import optax
@@ -17,56 +16,40 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.runs import restoring, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.training import train_state
+from t5x_lite.training.train_state import StateSpec, TrainState
 
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Start:
-  """A start that has been checked; nothing has been read but names."""
-
-  path: str  # of the checkpoint; '' starts from scratch
-  model: T5Config
-  seed: int  # of parameters that are drawn
-  found: Any = None  # the model's tensors by name, unread; None if there is no path
-  with_optimizer: bool = False  # take step and optimizer state too
-
-  def make(
-    self, tx: optax.GradientTransformation, spec: train_state.StateSpec, key: jax.Array
-  ) -> train_state.TrainState:
-    """Returns the state, each array made where it will live."""
-    if not self.path:
-      log.info('starts from scratch with seed %d', self.seed)
-      return train_state.init_state(self.model, tx, spec, key)
-    if self.with_optimizer:
-      log.info('starts from %s, optimizer included', self.path)
-      return restoring.load_state(self.path, spec.shapes)
-    params = tensors.place(self.found, self.model, spec.shardings.params)
-    log.info('starts from the parameters of %s', self.path)
-    return train_state.start_from(params, tx, spec)
+# Returns the state that a run begins with, each array made where it will live.
+Make = Callable[[optax.GradientTransformation, StateSpec, jax.Array], TrainState]
 
 
 def open_start(
   config: CheckpointConfig, model: T5Config, vocabulary: VocabularyConfig, *, seed: int
-) -> Start:
+) -> Make:
   """Checks that a new run can start from where its configuration says; UsageError if not.
 
   Config's restore_path is a run of ours, or a checkpoint of T5X or transformers, for a model of
   this architecture. The vocabulary must be the checkpoint's own, where that says what it is.
+  Nothing has been read but names before what is returned is called.
   """
   path, with_optimizer = config.restore_path, config.restore_optimizer
   if not path:
-    return Start(path='', model=model, seed=seed)
+
+    def draw(tx, spec, key):
+      log.info('starts from scratch with seed %d', seed)
+      return train_state.init_state(model, tx, spec, key)
+
+    return draw
   opened = checkpoint_source.open_source(path)
   if with_optimizer and opened.format != 't5x_lite':
     kind = f'of the format {opened.format!r}'
     raise UsageError(f'{path} is {kind}; restore_optimizer=True needs a run of t5x_lite')
   theirs = None if opened.format == 't5x' else opened.vocabulary  # T5X's do not say what it is
   if theirs is not None and not run_directory.same_vocabulary(theirs, vocabulary):
-    message = (
-      f'{path} was trained with another vocabulary than VocabularyConfig names, so its ids mean '
-      'other tokens'
-    )
+    message = f'{path} was trained with another vocabulary than VocabularyConfig names'
+    message += ', so its ids mean other tokens'
     if config.strict:
       raise UsageError(f'{message}: use its own, or CheckpointConfig.strict=False')
     log.warning('%s', message)
@@ -76,4 +59,13 @@ def open_start(
     opened, model, assignment_map=config.assignment_map, strict=config.strict, seed=seed
   )
   log.info('%s: %s', path, report.summary())
-  return Start(path=path, model=model, seed=seed, found=found, with_optimizer=with_optimizer)
+
+  def load(tx, spec, key):
+    if with_optimizer:
+      log.info('starts from %s, optimizer included', path)
+      return restoring.load_state(path, spec.shapes)
+    params = tensors.place(found, model, spec.shardings.params)
+    log.info('starts from the parameters of %s', path)
+    return train_state.start_from(params, tx, spec)
+
+  return load

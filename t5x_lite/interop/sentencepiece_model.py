@@ -4,21 +4,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
 
 from t5x_lite.data import vocabularies
+from t5x_lite.data.vocabularies import proto
 from t5x_lite.errors import UsageError
 
-# Made when imported: a type checker finds no names in it.
-_proto: Any = sentencepiece_model_pb2
-Piece: Any = _proto.ModelProto.SentencePiece
-UNIGRAM = _proto.TrainerSpec.UNIGRAM
+Piece: Any = proto.ModelProto.SentencePiece
+UNIGRAM = proto.TrainerSpec.UNIGRAM
 
 
 def parse(data: bytes) -> Any:
   """Returns the ModelProto of a model file; UsageError if it is none."""
   try:
-    model = _proto.ModelProto.FromString(data)
+    model = proto.ModelProto.FromString(data)
   except DecodeError as error:
     raise UsageError(f'not a SentencePiece model: {error}') from error
   if not model.pieces:
@@ -38,5 +36,5 @@ def make(pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = 
   trainer |= {'unk_id': vocabularies.UNK_ID}
   name = 'nmt_nfkc' if charsmap else 'identity'
   normalizer = {'name': name, 'precompiled_charsmap': charsmap}
-  model = _proto.ModelProto(pieces=pieces, trainer_spec=trainer, normalizer_spec=normalizer)
+  model = proto.ModelProto(pieces=pieces, trainer_spec=trainer, normalizer_spec=normalizer)
   return model.SerializeToString()

@@ -52,7 +52,6 @@ def write(
   The param_states are the optimizer's, a tree of arrays by T5X's names; the rest is as in
   `export.write`.
   """
-  check(cfg, cfg.param_dtype)
   root = directory / f'{t5x.PREFIX}{step}'
   root.mkdir()
   target = []

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from t5x_lite.data import vocabularies
-from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.data.vocabularies import Vocabulary, VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, tensors
 from t5x_lite.models.config import T5Config
@@ -54,27 +54,19 @@ def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
   check_vocabulary(source.config, source.vocabulary)
   config = source.config.replace(**{k: v for k, v in changes.items() if v != ''})
   found, _ = assignment.assign(source, config)
-  return TrainedModel(
-    path=path,
-    directory=source.path,
-    checkpoint=source.checkpoint or source.path,
-    format=source.format,
-    config=config,
-    vocabulary=source.vocabulary,
-    step=source.step,
-    lengths=source.lengths,
-    found=found,
-  )
+  where = {'directory': source.path, 'checkpoint': source.checkpoint or source.path}
+  same = {name: getattr(source, name) for name in ('format', 'vocabulary', 'step', 'lengths')}
+  return TrainedModel(path=path, config=config, found=found, **where, **same)
 
 
-def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig) -> None:
-  """Refuses a vocabulary with ids that the embedding has no row for."""
-  size = vocabularies.make_vocabulary(vocabulary).vocab_size
-  if size > model.vocab_size:
-    raise UsageError(
-      f'the vocabulary has {size} ids, the embedding only T5Config.vocab_size='
-      f'{model.vocab_size} rows: raise vocab_size to {-(-size // 128) * 128}'
-    )
+def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig, fix: str = '') -> Vocabulary:
+  """Returns a vocabulary, unless it has ids that the embedding has no row for."""
+  found = vocabularies.make_vocabulary(vocabulary)
+  size, rows = found.vocab_size, model.vocab_size
+  if size > rows:
+    counts = f'the vocabulary has {size} ids, the embedding only T5Config.vocab_size={rows} rows'
+    raise UsageError(f'{counts}: {fix or f"raise vocab_size to {-(-size // 128) * 128}"}')
+  return found
 
 
 def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedModel:

@@ -12,11 +12,10 @@ from typing import Any
 
 from etils import epath
 
-from t5x_lite.errors import DamagedError
+from t5x_lite.errors import DamagedError, first_line
 from t5x_lite.interop import zarr
 from t5x_lite.interop.tensors import Tensor, blocks
 from t5x_lite.parallel import checksums
-from t5x_lite.parallel.distributed import first_line
 from t5x_lite.runs.files import retried
 
 _THREADS = 4
@@ -69,8 +68,7 @@ def read_meta(root: epath.Path) -> dict[str, Any]:
     raise DamagedError(f'{path} is missing or damaged') from error
   if not isinstance(meta, dict):
     raise DamagedError(f'{path} is damaged')
-  if checksums.is_signed(meta):
-    checksums.check_signed(meta, os.fspath(path))
+  checksums.check_signed(meta, os.fspath(path))
   return meta
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, first_line
 from t5x_lite.interop.tensors import Index, Tensor, blocks
 from t5x_lite.parallel import checksums
-from t5x_lite.parallel.distributed import first_line
 
 CHUNK_BYTES = 64 << 20  # as T5X: large enough for object stores, small enough to be read in parts
 _PART = 1 << 26  # elements in memory at a time

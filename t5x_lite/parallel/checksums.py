@@ -87,14 +87,9 @@ def signed(entry: Mapping[str, Any]) -> dict[str, Any]:
   return {**entry, _SIGNATURE: _digest(entry)}
 
 
-def is_signed(entry: Mapping[str, Any]) -> bool:
-  """Whether an object has a checksum; what older versions wrote has none."""
-  return _SIGNATURE in entry
-
-
 def check_signed(entry: Mapping[str, Any], where: str) -> None:
-  """Raises DamagedError unless the object is as it was signed."""
-  if entry.get(_SIGNATURE) != _digest(entry):
+  """Raises DamagedError unless the object is as it was signed; what older versions wrote is not."""
+  if _SIGNATURE in entry and entry[_SIGNATURE] != _digest(entry):
     raise DamagedError(f'{where} is not as it was written')
 
 
@@ -114,11 +109,7 @@ def of_files(directory: epath.Path, prefix: str) -> dict[str, str]:
 
 def of_file(path: epath.Path) -> str:
   """Returns the SHA-256 of a file."""
-  sha256 = hashlib.sha256()
-  with path.open('rb') as file:
-    while part := file.read(1 << 20):
-      sha256.update(part)
-  return sha256.hexdigest()
+  return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_files(directory: epath.Path, digests: Mapping[str, str]) -> None:

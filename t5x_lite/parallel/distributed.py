@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -191,11 +191,6 @@ def from_primary(count: Callable[[], int]) -> int:
   if error is not None:
     raise error
   return found
-
-
-def first_line(error: BaseException) -> str:
-  """The first line of an error: XLA's run to pages."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 @contextlib.contextmanager

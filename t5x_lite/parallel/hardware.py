@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, first_line
 
 GIB = 2**30
 
@@ -148,9 +148,14 @@ def prepare_libtpu() -> None:
 
 
 def topology_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
-  """Returns the devices of TPU slices that need not exist; UsageError if libtpu knows none such."""
+  """Returns the devices of TPU slices that need not exist, or 'local' ones.
+
+  UsageError if libtpu knows none such.
+  """
   from jax.experimental import topologies
 
+  if topology == 'local':
+    return jax.devices()
   chip = parse_topology(topology)
   prepare_libtpu()
   # Nothing runs; JAX must not wait for a TPU.
@@ -161,12 +166,12 @@ def topology_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
   try:
     found = topologies.get_topology_desc(topology, platform='tpu', **options)
   except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
-    text = str(error)
+    text = str(error).lower()
     if isinstance(error, NotImplementedError):
       message = f'--topology={topology} is refused'
-    elif 'libtpu' in text.lower() or 'tpu plugin' in text.lower():
+    elif 'libtpu' in text or 'tpu plugin' in text:
       message = "compiling for TPUs needs libtpu: in a checkout, pip install '.[tpu]'"
     else:
       message = f'XLA:TPU knows no topology {topology}'
-    raise UsageError(f'{message}: {text.splitlines()[0]}') from error
+    raise UsageError(f'{message}: {first_line(error)}') from error
   return list(found.devices)

@@ -3,8 +3,6 @@
 import logging
 from collections.abc import Sequence
 
-from etils import epath
-
 from t5x_lite.errors import check_positive
 from t5x_lite.interop import export, trained_model
 
@@ -23,8 +21,7 @@ def average(*, sources: Sequence[str], destination: str, last: int = 5) -> str:
     last: how many checkpoints of each run.
   """
   check_positive('average.last', last)
-  target = epath.Path(destination)
-  export.check_destination(target)
+  target = export.check_destination(destination)
   mean = trained_model.open_mean(sources, last)
   kept = {'vocabulary': mean.vocabulary, 'step': mean.step, 'lengths': mean.lengths}
   origin = f'the mean of the last {last} of {", ".join(sources)}'

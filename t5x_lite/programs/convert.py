@@ -4,12 +4,9 @@ import collections
 import dataclasses
 import logging
 
-from etils import epath
-
-from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of, check_positive
-from t5x_lite.interop import assignment, export, hf, hf_export, tensor_names
+from t5x_lite.interop import assignment, export, hf, hf_export, tensor_names, trained_model
 from t5x_lite.interop.adapters import merge_lora
 from t5x_lite.interop.checkpoint_source import Source, open_source
 from t5x_lite.interop.tensors import Tensors
@@ -36,7 +33,8 @@ def convert(
 ) -> str:
   """Converts a checkpoint and returns the directory written.
 
-  Memory holds one tensor at a time; a scanned T5X array counts as one.
+  Memory holds one tensor at a time; a scanned T5X array counts as one. UsageError if the source
+  cannot be read or misses a tensor, or `to` has no such model.
 
   Args:
     source: a folder of t5x_lite, transformers or T5X, one of its steps, or the NAME@REVISION of a
@@ -55,15 +53,11 @@ def convert(
     merge: add LoRA to its matrices in a t5x_lite run too.
     shard_bytes: most bytes of one file of format 'hf'.
     dry_run: list how names map and write nothing.
-
-  Raises:
-    UsageError: if the source cannot be read or misses a tensor, or `to` has no such model.
   """
   check_one_of('convert.to', to, export.TARGETS)
   check_positive('convert.shard_bytes', shard_bytes)
   opened = open_source(source)
-  target = epath.Path(destination)
-  export.check_destination(target)
+  target = export.check_destination(destination)
   cfg = opened.config.replace(scan_layers=scan_layers)
   dtype = dtype or _stored_dtype(opened)
   check_one_of('convert.dtype', dtype, hf.SHORT_DTYPES)
@@ -107,10 +101,9 @@ def _vocabulary(name: str | None, source: Source) -> VocabularyConfig | None:
   if name is not None:
     named = {'t5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
     config = named.get(name) or VocabularyConfig(path=name)
-  rows = source.config.vocab_size
-  if config and (size := vocabularies.make_vocabulary(config).vocab_size) > rows:
-    where = f'the embedding of {source.path} only {rows} rows'
-    raise UsageError(f'the vocabulary has {size} ids, {where}; name another with --vocabulary')
+  if config is not None:
+    fix = f'name another with --vocabulary for {source.path}'
+    trained_model.check_vocabulary(source.config, config, fix)
   return config
 
 

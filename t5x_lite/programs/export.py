@@ -54,6 +54,8 @@ def export(
 ) -> str:
   """Writes functions of a model that other programs can call, and returns where.
 
+  UsageError if the model cannot be read or has no such function.
+
   Args:
     model: a run directory or one STEP directory of its checkpoints, a folder of transformers or
       T5X, or the NAME@REVISION of a model on the hub.
@@ -67,9 +69,6 @@ def export(
     platforms: that the StableHLO runs on, of 'cpu', 'cuda', 'rocm', 'tpu'.
     dtype: to compute in; the checkpoint's own by default.
     decoding: how 'generate' chooses tokens; greedy by default, its length is target_length.
-
-  Raises:
-    UsageError: if the model cannot be read or has no such function.
   """
   check_one_of('export.to', to, FORMATS)
   for function in functions:
@@ -78,8 +77,7 @@ def export(
     check_one_of('export.platforms', platform, PLATFORMS)
   if not functions or not input_lengths or min(*input_lengths, target_length) < 1:
     raise UsageError('export needs a function, and lengths of at least 1')
-  target = epath.Path(destination)
-  formats.check_destination(target)
+  target = formats.check_destination(destination)
   opened = trained_model.open_model(model, dtype=dtype)
   config = opened.config
   if config.architecture != 'encoder_decoder':

@@ -239,17 +239,9 @@ def finetune(
     if export_hf:
       lora = f'LoRA of rank {settings["lora_rank"]}, merged into the weights'
       told = lora if method == 'lora' else method
-      card = model_card.card(
-        base=start.path,
-        config=start.config,
-        parts={name: len(part) for name, part in parts.items()},
-        columns=parts['train'].fields,
-        table=finetune_plan.describe(plan, lengths, method=told),
-        results=results,
-        example=parts['train'].inputs[0],
-        max_new_tokens=plan.target_length,
-        settings=settings,
-      )
+      table = finetune_plan.describe(plan, lengths, method=told)
+      how = {'settings': settings, 'max_new_tokens': plan.target_length}
+      card = model_card.card(start, parts, table, results=results, **how)
       results['export'] = _export(best, output, EXPORT, to='hf', card=card)
     if changes:
       results['adapter'] = _export(best, output, ADAPTER, to=finetune_plan.ALONE[method])

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,10 +16,11 @@ from etils import epath
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
-from t5x_lite.interop import assignment, export, sentencepiece_model
+from t5x_lite.interop import assignment, export, sentencepiece_model, trained_model
 from t5x_lite.interop.checkpoint_source import FORMATS, open_source
 from t5x_lite.interop.tensors import Tensor, Tensors
 from t5x_lite.models.config import T5Config
+from t5x_lite.runs import files
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,6 @@ MULTIPLE = 128
 _EMBEDDING = 'token_embedder/embedding'
 _HEAD = 'decoder/logits_dense/kernel'
 _META = '▁'
-
-# Vocabularies made here live as long as the process; saving copies them.
-_SCRATCH: list[tempfile.TemporaryDirectory] = []
 
 
 def grow_vocabulary(
@@ -47,6 +44,8 @@ def grow_vocabulary(
 ) -> str:
   """Adds tokens or sentinels to a model and returns the directory written.
 
+  UsageError if a token is there already, or the model has no vocabulary.
+
   Args:
     source: a folder of t5x_lite, transformers or T5X.
     destination: the directory to write; it must not exist yet.
@@ -55,13 +54,9 @@ def grow_vocabulary(
     extra_ids: number of sentinels in all; as many as there are by default.
     to: format to write: 't5x_lite', 'hf' or 't5x'.
     dry_run: say what would change, write nothing.
-
-  Raises:
-    UsageError: if a token is there already, or the model has no vocabulary.
   """
   check_one_of('grow_vocabulary.to', to, FORMATS)
-  target = epath.Path(destination)
-  export.check_destination(target)
+  target = export.check_destination(destination)
   if tokens_file:
     try:
       tokens = [*tokens, *filter(None, epath.Path(tokens_file).read_text().splitlines())]
@@ -97,10 +92,7 @@ def grow(
     raise UsageError(f'{there}; sentinels can be added, not taken away')
   if not tokens and extra_ids == vocabulary.extra_ids:
     raise UsageError('name new tokens, or more extra_ids than there are')
-  old = vocabularies.make_vocabulary(vocabulary)
-  if old.vocab_size > cfg.vocab_size:
-    sizes = f'the vocabulary has {old.vocab_size} ids, the embedding only {cfg.vocab_size} rows'
-    raise UsageError(f'{sizes}: they do not belong together')
+  old = trained_model.check_vocabulary(cfg, vocabulary, 'they do not belong together')
   path = _with_tokens(vocabulary, tokens) if tokens else vocabulary.path
   new = dataclasses.replace(vocabulary, path=path, extra_ids=extra_ids)
   size = old.vocab_size + len(tokens) + extra_ids - vocabulary.extra_ids
@@ -133,9 +125,7 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
     if texts[-1] in known:
       raise UsageError(f'{token!r} is in the vocabulary already')
     known.add(texts[-1])
-  scratch = tempfile.TemporaryDirectory(prefix='t5x_lite_')
-  _SCRATCH.append(scratch)
-  grown = epath.Path(scratch.name) / vocabularies.MODEL_FILE
+  grown = files.scratch() / vocabularies.MODEL_FILE  # saving copies it
   # Messages that are joined are merged and their lists joined, so the file's own bytes stay.
   grown.write_bytes(data + vocabularies.user_defined(texts))
   return os.fspath(grown)

@@ -10,43 +10,39 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_lite.data.pairs import Pairs
+from t5x_lite.interop.trained_model import TrainedModel
 from t5x_lite.models import model_sharding, t5
-from t5x_lite.models.config import T5Config
 
 
 def card(
-  *,
-  base: str,
-  config: T5Config,
-  parts: Mapping[str, int],
-  columns: tuple[str, str],
+  base: TrainedModel,
+  parts: Mapping[str, Pairs],
   table: Sequence[tuple[str, str]],
+  *,
   results: Mapping[str, Any],
-  example: str,
-  max_new_tokens: int,
   settings: Mapping[str, Any],
+  max_new_tokens: int,
 ) -> str:
   """Returns the text of the card of a checkpoint that was fine-tuned from a base.
 
-  The config is the base's; parts are numbers of examples by split, columns the names of the input's
-  and the target's; the table is (what, how much) of the training, the example an input to try, and
-  settings are what the command was given and chose. Results have 'step' and 'metrics'.
+  Parts are the data by split, and the table is (what, how much) of the training; settings are what
+  the command was given and chose. Results have 'step' and 'metrics'.
   """
-  _, shapes, _ = t5.abstract_params(config)
+  _, shapes, _ = t5.abstract_params(base.config)
   files = ', '.join(f'`{name}`' for name in settings['train'])
   template = importlib.resources.files('t5x_lite.programs').joinpath('model_card.md').read_text()
   return string.Template(template).substitute(
-    base=base,
+    base=base.path,
     count=f'{model_sharding.count_params(shapes):,}',
     version=importlib.metadata.version('t5x_lite'),
-    example=repr(example[:200]),
+    example=repr(parts['train'].inputs[0][:200]),
     max_new_tokens=max_new_tokens,
-    validation=parts['validation'],
+    validation=len(parts['validation']),
     step=results['step'],
     metrics='\n'.join(f'| {name} | {x:.4g} |' for name, x in results['metrics'].items()),
-    source=f'{parts["train"]} training examples from {files or "memory"}',
-    input=columns[0],
-    target=columns[1],
+    source=f'{len(parts["train"])} training examples from {files or "memory"}',
+    **dict(zip(('input', 'target'), parts['train'].fields, strict=True)),
     prefix=f' Prefix: `{settings["prefix"]}`.' if settings['prefix'] else '',
     training='\n'.join(f'| {name} | {value} |' for name, value in table),
     command=command(settings),

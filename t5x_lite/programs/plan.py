@@ -22,7 +22,7 @@ from t5x_lite.errors import UsageError, check_positive
 from t5x_lite.models import t5
 from t5x_lite.models.config import REMAT_POLICIES, T5Config
 from t5x_lite.parallel import partitioning
-from t5x_lite.parallel.hardware import Chip, find_chip
+from t5x_lite.parallel.hardware import Chip, find_chip, topology_devices
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
 from t5x_lite.parallel.placement import Placement
 from t5x_lite.programs import precompile
@@ -61,14 +61,9 @@ class Candidate(Setup):
     """Of a step, by what takes them."""
     return cost_model.seconds(self, self.chip)
 
-  @property
-  def rank(self) -> tuple[float, float]:
-    """Sorts the best first."""
-    return _rank(self.seconds)
 
-
-def _rank(seconds: Mapping[str, float]) -> tuple[float, float]:
-  """The time that bounds a step; among equals, what all of them add up to."""
+def rank(seconds: Mapping[str, float]) -> tuple[float, float]:
+  """Returns the time that bounds a step, and among equals what all of them add up to."""
   return float(f'{max(seconds.values()):.3g}'), sum(seconds.values())
 
 
@@ -89,6 +84,9 @@ def plan(
 ) -> dict[str, Any]:
   """Finds how to run an experiment on a topology, and prints a ranked table.
 
+  Returns 'winner' (None if nothing fits) and 'table', best first. UsageError if the topology is not
+  known, DoesNotFitError if nothing was found that fits.
+
   Args:
     model: the architecture; its remat policy is searched.
     dataset: only its shapes are used.
@@ -102,16 +100,9 @@ def plan(
     num_compiles: candidates that the compiler judges, beside the experiment's own settings.
     json: print the result as one JSON object on the last line.
     output: gin file to write the winning bindings to.
-
-  Returns:
-    'winner' (None if nothing fits) and 'table', best first.
-
-  Raises:
-    UsageError: if the topology is not known.
-    DoesNotFitError: if nothing was found that fits.
   """
   check_positive('plan.num_compiles', num_compiles)
-  devices = precompile.find_devices(topology, num_slices)
+  devices = topology_devices(topology, num_slices)
   chip = find_chip(devices[0].device_kind)
   if chip is None:
     kind = devices[0].device_kind
@@ -203,7 +194,7 @@ class Search:
       for policy, parts in itertools.product(REMAT_POLICIES, divisors):
         model = self.model.replace(remat_policy=policy)
         found.append(dataclasses.replace(first, model=model, num_microbatches=parts))
-    return sorted(found, key=lambda candidate: candidate.rank)
+    return sorted(found, key=lambda candidate: rank(candidate.seconds))
 
   def written(self, devices: Sequence[jax.Device], num_microbatches: int) -> Candidate | None:
     """Returns what the experiment says, unless it leaves that to 'auto'."""
@@ -236,17 +227,9 @@ class Search:
 
   def _candidate(self, sizes: Mapping[str, int]) -> Candidate:
     state_bytes, params_bytes = self._state_bytes(sizes)
-    return Candidate(
-      model=self.model,
-      batch=self.batch,
-      sizes=sizes,
-      num_microbatches=1,
-      chunk=self.loss.chunk,
-      state_bytes=state_bytes,
-      params_bytes=params_bytes,
-      num_slices=self.num_slices,
-      chip=self.chip,
-    )
+    held = {'state_bytes': state_bytes, 'params_bytes': params_bytes, 'chunk': self.loss.chunk}
+    same = {name: getattr(self, name) for name in ('model', 'batch', 'num_slices', 'chip')}
+    return Candidate(sizes=sizes, num_microbatches=1, **held, **same)
 
 
 def _divisors(number: int) -> list[int]:
@@ -265,7 +248,7 @@ def _row(candidate: Candidate, report: Mapping[str, Any]) -> dict[str, Any]:
     'hbm_bytes': report['hbm_bytes_per_device'],
     'predicted_step_seconds': max(candidate.seconds.values()),
     **{name: report[name] for name in same},
-    'rank': _rank(report['roofline']),
+    'rank': rank(report['roofline']),
   }
 
 

@@ -20,8 +20,7 @@ from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import check_one_of
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel import hardware
-from t5x_lite.parallel.hardware import Chip, find_chip
+from t5x_lite.parallel.hardware import Chip, find_chip, topology_devices
 from t5x_lite.parallel.partitioning import MESH_AXES, MeshConfig
 from t5x_lite.runs import memory_report
 from t5x_lite.training.losses import LossConfig
@@ -61,6 +60,9 @@ def precompile(
 ) -> dict[str, Any]:
   """Compiles the step of an experiment and reports what it costs.
 
+  Returns the report: what `json` prints. DoesNotFitError if the compiler runs out of memory, after
+  it was reported like all else.
+
   Args:
     model: the architecture.
     dataset: only its shapes are used; no data is read.
@@ -75,12 +77,6 @@ def precompile(
     step: 'train' or 'decode'.
     json: print the report as one JSON object on the last line.
     hlo_file: where to write the compiled program's text, if anywhere.
-
-  Returns:
-    The report: what `json` prints.
-
-  Raises:
-    DoesNotFitError: if the compiler runs out of memory; reported like all else.
   """
   given = dict(locals())
   check_one_of('precompile.step', step, STEPS)
@@ -99,13 +95,6 @@ def precompile(
   return report
 
 
-def find_devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
-  """Returns the devices that a --topology means."""
-  if topology == 'local':
-    return jax.devices()
-  return hardware.topology_devices(topology, num_slices)
-
-
 def compile_step(
   *,
   model: T5Config,
@@ -121,7 +110,7 @@ def compile_step(
   hlo_file: str = '',
 ) -> tuple[dict[str, Any], step_programs.StepProgram]:
   """Compiles a step; returns the report and the program; see `precompile`."""
-  devices = find_devices(topology, num_slices)
+  devices = topology_devices(topology, num_slices)
   if topology != 'local' and mesh.num_slices is None:
     mesh = dataclasses.replace(mesh, num_slices=num_slices)
   both: dict[str, Any] = {'model': model, 'batch': batch, 'mesh': mesh, 'devices': devices}

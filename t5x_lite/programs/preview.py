@@ -16,7 +16,7 @@ from etils import epath
 from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import dataset_iterator
-from t5x_lite.data.tasks import catalog, step_by_step
+from t5x_lite.data.tasks import catalog, mixing, step_by_step
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import report, report_charts, start_checks
@@ -45,6 +45,8 @@ def preview(
 ) -> str:
   """Shows a task or mixture as the model will see it; returns what is printed.
 
+  UsageError if there is no such task or split, or the page is not named .html.
+
   Args:
     task: its name.
     split: which split.
@@ -55,9 +57,6 @@ def preview(
     examples: of each task, shown after every step.
     sample: examples of each task that are measured.
     output: a page, NAME.html, to write instead of printing.
-
-  Raises:
-    UsageError: if there is no such task or split, or the page has another name.
   """
   if output and epath.Path(output).suffix not in report.SUFFIXES:
     raise UsageError(f'preview.output is {output}: a page is named .html')
@@ -79,16 +78,14 @@ def preview(
   )
   catalog.task_provider(dataset)
   tasks = [one for one in getattr(provider, 'tasks', [provider]) if split in one.splits]
-  pieces = Pieces(config)
   blocks: list[Block] = [('title', f'{task}, {split}')]
-  if len(tasks) > 1:
-    rates = {one.name: float(provider.get_rate(one)) for one in tasks}
-    shares = [[name, f'{rate / sum(rates.values()):.2%}'] for name, rate in rates.items()]
-    blocks.append(('table', 'Mixture', ['task', 'share of examples'], shares))
+  if shares := mixing.shares(provider, split):
+    rows = [[name, f'{share:.2%}'] for name, share in shares.items()]
+    blocks.append(('table', 'Mixture', ['task', 'share of examples'], rows))
   measured, lengths = [], {}
   for one in tasks:
     for number, (step, rows) in enumerate(step_by_step.examples_of(one, dataset, examples)):
-      shown = [pieces.of(row) for row in rows]
+      shown = [pieces_of(row, config) for row in rows]
       blocks.append(('step', f'{one.name}, {number}. {step}', shown))
     found = lengths[one.name] = step_by_step.measure(dataset, one, sample)
     for feature, counts in found.items():
@@ -120,38 +117,33 @@ def packed_rows(cfg: DatasetConfig) -> dict[str, np.ndarray]:
   return {name: batch[array] for name, array in names.items() if array in batch}
 
 
-class Pieces:
-  """Examples as pieces of text; sentinels and their spans are numbered."""
+def pieces_of(example: Mapping[str, Any], config: VocabularyConfig) -> dict[str, list[Piece]]:
+  """Returns every field as pieces, at most _MAX_TOKENS; sentinels and their spans are numbered."""
+  return {name: _pieces(name, np.asarray(x), config) for name, x in example.items()}
 
-  def __init__(self, config: VocabularyConfig):
-    self._vocabulary = vocabularies.make_vocabulary(config)
-    self._extra_ids = config.extra_ids
 
-  def of(self, example: Mapping[str, Any]) -> dict[str, list[Piece]]:
-    """Returns the pieces of every field, at most _MAX_TOKENS of them."""
-    return {name: self._field(name, np.asarray(x)) for name, x in example.items()}
-
-  def _field(self, name: str, value: np.ndarray) -> list[Piece]:
-    if value.dtype.kind in 'OSU':
-      first = value.flat[0] if value.size else ''
-      first = first.decode('utf-8', 'replace') if isinstance(first, bytes) else str(first)
-      more = f' (and {value.size - 1} more)' if value.size > 1 else ''
-      cut = ' \u2026' if len(first) > _MAX_TEXT else ''
-      return [(f'{first[:_MAX_TEXT]}{cut}{more}', None)]
-    if value.ndim != 1 or value.dtype.kind not in 'iu':
-      return [(str(value), None)]
-    piece = getattr(self._vocabulary, 'piece', lambda token: self._vocabulary.decode([token]))
-    pieces, current = [], None
-    for token in value[:_MAX_TOKENS].tolist():
-      sentinel = self._vocabulary.vocab_size - 1 - token
-      is_sentinel = 0 <= sentinel < self._extra_ids
-      if is_sentinel:
-        current = sentinel
-      # What follows a sentinel among the targets is what it stands for.
-      colored = is_sentinel or (name == 'targets' and token != self._vocabulary.eos_id)
-      text = f'<extra_id_{sentinel}>' if is_sentinel else piece(token) or f'<{token}>'
-      pieces.append((text, current if colored else None))
-    return pieces + [('\u2026', None)] * (len(value) > _MAX_TOKENS)
+def _pieces(name: str, value: np.ndarray, config: VocabularyConfig) -> list[Piece]:
+  if value.dtype.kind in 'OSU':
+    first = value.flat[0] if value.size else ''
+    first = first.decode('utf-8', 'replace') if isinstance(first, bytes) else str(first)
+    more = f' (and {value.size - 1} more)' if value.size > 1 else ''
+    cut = ' \u2026' if len(first) > _MAX_TEXT else ''
+    return [(f'{first[:_MAX_TEXT]}{cut}{more}', None)]
+  if value.ndim != 1 or value.dtype.kind not in 'iu':
+    return [(str(value), None)]
+  vocabulary = vocabularies.make_vocabulary(config)
+  piece = getattr(vocabulary, 'piece', lambda token: vocabulary.decode([token]))
+  pieces, current = [], None
+  for token in value[:_MAX_TOKENS].tolist():
+    sentinel = vocabulary.vocab_size - 1 - token
+    is_sentinel = 0 <= sentinel < config.extra_ids
+    if is_sentinel:
+      current = sentinel
+    # What follows a sentinel among the targets is what it stands for.
+    colored = is_sentinel or (name == 'targets' and token != vocabulary.eos_id)
+    text = f'<extra_id_{sentinel}>' if is_sentinel else piece(token) or f'<{token}>'
+    pieces.append((text, current if colored else None))
+  return pieces + [('\u2026', None)] * (len(value) > _MAX_TOKENS)
 
 
 # What is shown: ('title', text), ('step', title, examples as pieces), ('table', title, header,

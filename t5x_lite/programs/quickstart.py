@@ -51,6 +51,8 @@ def quickstart(
 ) -> dict[str, Any] | None:
   """Runs all phases; one that is finished is not run again.
 
+  Returns what results.json holds, or None if a signal stopped a phase early.
+
   Args:
     pretrain: `train` with everything bound but model_dir.
     finetune: the same, and without checkpoint.
@@ -61,9 +63,6 @@ def quickstart(
     decoding: of the test; greedy by default.
     num_examples: of each test task, the first this many; None for all.
     num_shown: predictions of each task that are printed; 0 for none.
-
-  Returns:
-    What results.json holds, or None if a signal stopped a phase early.
   """
   if num_shown < 0:
     raise UsageError(f'quickstart.num_shown is {num_shown}; it must be 0 or more')

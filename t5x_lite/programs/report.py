@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, first_line
 from t5x_lite.interop import checkpoint_source, tensor_names
 from t5x_lite.models import relative_position
 from t5x_lite.models.config import T5Config
@@ -45,14 +45,11 @@ _MAY_BE_LOG = ('loss', 'grad_norm', 'perplexity')
 
 
 def report(*, runs: Sequence[str], output: str = '') -> str:
-  """Writes the page and returns its path.
+  """Writes the page and returns its path; UsageError if it cannot, or a directory is no run.
 
   Args:
     runs: run directories of `train`, `finetune` or others; several share the charts.
     output: the file to write; RUN/report.html of the first run by default.
-
-  Raises:
-    UsageError: if a directory is no run, or the page cannot be written.
   """
   if not runs:
     raise UsageError('report needs a run directory')
@@ -106,7 +103,6 @@ def escape(value: Any) -> str:
 
 
 def _cut(value: Any) -> str:
-  """Returns a value as text of a page, of bounded length."""
   text = str(value)
   return escape(text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]} \u2026')
 
@@ -328,8 +324,7 @@ def _biases(run: Run) -> str:
     names = [name for name in source.tensors if name.endswith('relpos_bias/rel_embedding')]
     tables = {name: source.tensors[name].read() for name in names}
   except (UsageError, OSError, ValueError, KeyError) as error:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return f'<p class="wrong">{_cut(lines[0])}</p>'
+    return f'<p class="wrong">{_cut(first_line(error))}</p>'
   if not tables:
     return ''
   names = list(tables)[:: -(-len(tables) // _MAX_BIASES)]

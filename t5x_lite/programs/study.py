@@ -160,6 +160,9 @@ def study(
 ) -> str:
   """Runs the cells that are not done, one after another, and reports on all.
 
+  Returns the report's Markdown file. UsageError if a command would be refused, and nothing has run
+  then; StoppedError after SIGTERM or Ctrl-C.
+
   Args:
     name: of the report's files.
     stages: what every cell does, in order.
@@ -176,13 +179,6 @@ def study(
     report: run nothing, and report on what is there.
     dry_run: print the commands, and run nothing.
     check: looks at every command before the first one runs.
-
-  Returns:
-    The report's Markdown file.
-
-  Raises:
-    UsageError: if a command would be refused; nothing has run then.
-    StoppedError: after SIGTERM or Ctrl-C.
   """
   from t5x_lite.programs import study_report
 

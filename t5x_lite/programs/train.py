@@ -212,7 +212,7 @@ def train(
       log.info('continues %s from step %d', model_dir, int(state.step))
     else:
       assert new is not None
-      state = new.make(tx, spec, key)
+      state = new(tx, spec, key)
     if primary:  # now that nothing refuses to be continued, whose record this replaces
       texts = {memory_report.SHARDING_FILE: memory_report.sharding_table(spec)}
       kept = {'model': model, 'vocabulary': vocabulary, 'lengths': dataset.lengths}

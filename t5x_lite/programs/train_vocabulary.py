@@ -65,6 +65,9 @@ def train_vocabulary(
 ) -> VocabularySummary:
   """Trains a vocabulary with pad, eos, unk = 0, 1, 2 and no bos, as T5's.
 
+  UsageError if a setting cannot work, or the text has too few different pieces or too many
+  characters for `vocab_size`. Nothing is written then.
+
   Args:
     output: the model file to write.
     input: text, TSV or JSONL, plain or gzip; paths or glob patterns.
@@ -83,10 +86,6 @@ def train_vocabulary(
     max_sentences: a larger text is sampled down to this many.
     seed: of the sample.
     overwrite: whether to replace an existing file.
-
-  Raises:
-    UsageError: if a setting cannot work, or the text has too few different pieces or too many
-      characters for `vocab_size`. Nothing is written then.
   """
   given = dict(locals())
   if not output:
@@ -164,7 +163,6 @@ def _sample(sentences: Iterable[str], maximum: int, seed: int) -> tuple[list[str
 
 
 def _train(sentences: Sequence[str], **settings) -> bytes:
-  """Returns the bytes of a trained model."""
   writer = io.BytesIO()
   try:
     settings |= {'sentence_iterator': iter(sentences), 'model_writer': writer}

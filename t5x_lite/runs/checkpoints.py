@@ -249,7 +249,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       for path, new in paths.items() if distributed.is_primary() else ():
         old = json.loads(files.retried(path, path.read_text)) if path.exists() else None
         if old is not None and old != (entry := {**old, **new}):
-          files.write_json(path, checksums.signed(entry) if checksums.is_signed(old) else entry)
+          files.write_json(path, checksums.signed(entry) if path.name == 'metadata' else entry)
     distributed.barrier(f'amended {step}')
     self._manager.reload()
 

@@ -9,12 +9,15 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 from etils import epath
+
+from t5x_lite.errors import first_line
 
 T = TypeVar('T')
 log = logging.getLogger(__name__)
@@ -63,6 +66,16 @@ def write_json(path: epath.Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2) + '\n')
 
 
+# Made by `scratch`; removed when the process ends.
+_SCRATCH: list[tempfile.TemporaryDirectory] = []
+
+
+def scratch() -> epath.Path:
+  """Returns a new folder that lives as long as the process."""
+  _SCRATCH.append(tempfile.TemporaryDirectory(prefix='t5x_lite_'))
+  return epath.Path(_SCRATCH[-1].name)
+
+
 class SaveError(RuntimeError):
   """A checkpoint could not be written; those before it are whole."""
 
@@ -91,4 +104,4 @@ def cause(error: BaseException) -> str:
   for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
     if os.strerror(code) in text:
       return os.strerror(code)
-  return (text.splitlines() or [type(error).__name__])[0][:200]
+  return first_line(error)

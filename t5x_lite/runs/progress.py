@@ -35,7 +35,6 @@ class Window:
   num_devices: int
 
   def __post_init__(self):
-    """Starts the clock."""
     self._sums: dict[str, float] = {}
     self.num_steps = self._skipped = 0  # since the last summary
     self._start = time.monotonic()
@@ -150,7 +149,6 @@ class Progress:
     return self
 
   def __exit__(self, *exc: object) -> None:
-    """Leaves the terminal as it was."""
     for handler in logging.getLogger().handlers:
       handler.removeFilter(self._clean_line)
     self.clear()

@@ -125,12 +125,6 @@ def factoring(
   return Factoring(dims, row_dims, column_dims)
 
 
-def moment_dims(moment: str, shape: Sequence[int], axes: Axes) -> tuple[int, ...]:
-  """Returns which of a parameter's dims a moment, a field of AdafactorState, has."""
-  gone = factoring(shape, axes, min_dim_size_to_factor=0).moments.get(moment, ())
-  return tuple(i for i in range(len(shape)) if i not in gone)
-
-
 def adafactor(
   *,
   axes: Any = None,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from t5x_lite.errors import UsageError, check_fields, unknown
+from t5x_lite.errors import UsageError, check_fields, check_one_of
 from t5x_lite.models import transfer
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
@@ -75,8 +75,7 @@ class OptimizerConfig:
   kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    if self.name not in OPTIMIZERS:
-      raise unknown('OptimizerConfig.name', self.name, OPTIMIZERS)
+    check_one_of('OptimizerConfig.name', self.name, OPTIMIZERS)
     clip, every = self.global_norm_clip, self.unfreeze_every
     check_fields(
       self,
@@ -112,8 +111,7 @@ def _arguments(config: OptimizerConfig) -> dict[str, Any]:
       arguments['beta1' if (config.name, field) == ('adafactor', 'b1') else field] = value
   arguments |= config.kwargs
   for name in arguments:
-    if name not in accepted:
-      raise unknown(f'An argument of {config.name} in OptimizerConfig', name, accepted)
+    check_one_of(f'An argument of {config.name} in OptimizerConfig', name, accepted)
   return arguments
 
 
@@ -279,7 +277,9 @@ def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> 
     if added >= 0 and leaf.shape[added:] == shape:
       return (None,) * added + names
     if start and path[start - 1] in ('v_row', 'v_col'):
-      dims = adafactor_lib.moment_dims(path[start - 1], shape, names)
+      layout = adafactor_lib.factoring(shape, names, min_dim_size_to_factor=0)
+      gone = layout.moments.get(path[start - 1], ())
+      dims = [i for i in range(len(shape)) if i not in gone]
       if leaf.shape == tuple(shape[i] for i in dims):
         return tuple(names[i] for i in dims)
     return (None,) * leaf.ndim
@@ -327,7 +327,6 @@ def unfreeze_gradually(
 
 
 def _stack_depths(params: Any, axes: Any) -> dict[str, int]:
-  """Returns the number of layers of each stack."""
   depths: dict[str, int] = {}
   for (side, *rest), leaf, names in pytrees.leaves_with_axes(params, axes):
     if rest[0] != 'layers':

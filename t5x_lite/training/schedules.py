@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from t5x_lite.errors import UsageError, check_fields, unknown
+from t5x_lite.errors import UsageError, check_fields, check_one_of
 
 _WARMED_UP = ('linear_warmup', 'linear_decay', 'rsqrt_decay', 'rsqrt_normalized_decay')
 FACTORS = ('constant', *_WARMED_UP, 'decay_every', 'cosine_decay')
@@ -54,16 +54,14 @@ class ScheduleConfig:
   final_learning_rate: float = 0.0
 
   def __post_init__(self):
-    if self.shape not in SHAPES:
-      raise unknown('ScheduleConfig.shape', self.shape, SHAPES)
+    check_one_of('ScheduleConfig.shape', self.shape, SHAPES)
     for name in ('base_learning_rate', 'final_learning_rate', 'min_learning_rate', 'warmup_steps'):
       check_fields(self, **{name: (0 <= getattr(self, name) < math.inf, '0 or more')})
     for name in ('steps_per_decay', 'steps_per_cycle', 'total_steps', 'decay_steps'):
       value = getattr(self, name)
       check_fields(self, **{name: (value is None or value >= 1, 'a positive number')})
     for name in _split(self.factors) if self.shape == 'factors' else ():
-      if name not in FACTORS:
-        raise unknown('A factor of ScheduleConfig.factors', name, FACTORS)
+      check_one_of('A factor of ScheduleConfig.factors', name, FACTORS)
       if self.warmup_steps < 1 and name in _WARMED_UP:
         what = f'warmup_steps is {self.warmup_steps}; the factors {self.factors!r} need at least 1.'
         raise UsageError(f'ScheduleConfig.{what}')

@@ -50,11 +50,7 @@ def random_moments(cfg, seed=0):
   result = {}
   for name, shape in tensor_names.shapes(cfg).items():
     if len(shape) == 2 and min(shape) >= 128:
-      result[name] = Moment(
-        means=(
-          rng.random(shape[0], np.float32), rng.random(shape[1], np.float32)
-        )
-      )  # fmt: skip
+      result[name] = Moment(*(rng.random(size, np.float32) for size in shape))
     else:
       result[name] = Moment(rng.random(shape, np.float32))
   return result
@@ -64,12 +60,10 @@ def same(a, b):
   assert a.keys() == b.keys()
   for name, moment in a.items():
     other = b[name]
-    assert (moment.whole is None) == (other.whole is None), name
-    if moment.whole is not None:
-      np.testing.assert_array_equal(moment.whole, other.whole)
-    else:
-      for x, y in zip(moment.means, other.means, strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert (moment.second is None) == (other.second is None), name
+    np.testing.assert_array_equal(moment.first, other.first)
+    if moment.second is not None:
+      np.testing.assert_array_equal(moment.second, other.second)
 
 
 def flat(tree, prefix=t5x.PARAM_STATES):
@@ -121,7 +115,7 @@ def test_small_scanned_matrices_which_t5x_factors_and_we_do_not():
   given[name] = Moment(np.outer(first, second))
   tree = adafactor_moments.to_t5x(given, cfg)
   back = adafactor_moments.of_t5x(flat(tree), cfg)
-  np.testing.assert_allclose(back[name].as_whole(), given[name].whole, rtol=1e-6)
+  np.testing.assert_allclose(back[name].as_whole(), given[name].first, rtol=1e-6)
 
 
 @pytest.mark.parametrize('scan_layers', [True, False])
@@ -171,7 +165,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   assert int(inner.count) == 21
   kernel = inner.v_row['encoder']['layers']['mlp']['wo']['kernel']
   for i in range(2):
-    _, second = given[f'encoder/layers_{i}/mlp/wo/kernel'].means
+    second = given[f'encoder/layers_{i}/mlp/wo/kernel'].second
     np.testing.assert_array_equal(kernel[i], second)
   back = str(tmp_path / 'back')
   convert.convert(source=run, destination=back, to='t5x')
@@ -202,8 +196,8 @@ def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
   # One step later: beta2 of what was converted is still in them.
   beta2 = 1 - 22.0**-0.8
   moved = np.asarray(inner.v['encoder']['encoder_norm']['scale'])
-  assert (moved >= 0.999 * beta2 * given['encoder/encoder_norm/scale'].whole).all()
-  assert (moved < given['encoder/encoder_norm/scale'].whole + 0.1).all()
+  assert (moved >= 0.999 * beta2 * given['encoder/encoder_norm/scale'].first).all()
+  assert (moved < given['encoder/encoder_norm/scale'].first + 0.1).all()
 
 
 def test_a_new_state_is_all_zeros():

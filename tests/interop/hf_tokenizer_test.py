@@ -70,7 +70,7 @@ def test_bytes(tmp_path):
   assert len(tokenizer) == 384
   same_ids(tokenizer, vocabulary, TEXTS)
   assert tokenizer.convert_tokens_to_ids('<extra_id_0>') == 259
-  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
+  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'))
   assert found == vocabulary
 
 
@@ -86,23 +86,23 @@ def test_byte_fallback_as_in_mt5(byte_fallback, model_type, tmp_path):
 
 def test_what_was_written_is_read_again(tmp_path):
   written(VocabularyConfig(extra_ids=7), tmp_path / 'a')
-  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
+  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'))
   assert found == VocabularyConfig(path=str(tmp_path / 'a' / hf_tokenizer.SPIECE), extra_ids=7)
   # Without its config, the sentinels are counted in tokenizer.json.
   (tmp_path / 'a' / hf_tokenizer.TOKENIZER_CONFIG).unlink()
-  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
+  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'))
   assert found.extra_ids == 7
 
 
 def test_added_tokens_are_told_of(tmp_path, caplog):
   written(VocabularyConfig(extra_ids=7), tmp_path / 'a')
   file = tmp_path / 'a' / hf_tokenizer.TOKENIZER
-  hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
+  hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'))
   assert not caplog.records
   entry = json.loads(file.read_text())
   entry['added_tokens'].append({'id': 32007, 'content': '<sep>', 'special': False})
   file.write_text(json.dumps(entry))
-  hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'), epath.Path(tmp_path / 'scratch'))
+  hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'a'))
   assert "adds 1 tokens ('<sep>')" in caplog.text
 
 
@@ -112,9 +112,7 @@ def test_a_tokenizer_json_alone_gives_the_same_ids(kind, byte_fallback, tmp_path
   tokenizer = written(vocabulary, tmp_path / 'a')
   tokenizer.save_pretrained(tmp_path / 'again')  # as transformers 5 saves it
   assert not (tmp_path / 'again' / hf_tokenizer.SPIECE).exists()
-  found = hf_tokenizer.read_vocabulary(
-    epath.Path(tmp_path / 'again'), epath.Path(tmp_path / 'scratch')
-  )
+  found = hf_tokenizer.read_vocabulary(epath.Path(tmp_path / 'again'))
   assert found.extra_ids == vocabulary.extra_ids
   ours = vocabularies.make_vocabulary(found)
   before = vocabularies.make_vocabulary(vocabulary)
@@ -126,12 +124,12 @@ def test_a_tokenizer_json_alone_gives_the_same_ids(kind, byte_fallback, tmp_path
 
 def test_folders_without_a_vocabulary(tmp_path):
   folder, scratch = epath.Path(tmp_path), epath.Path(tmp_path / 'scratch')
-  assert hf_tokenizer.read_vocabulary(folder, scratch) is None
+  assert hf_tokenizer.read_vocabulary(folder) is None
   (tmp_path / hf_tokenizer.TOKENIZER).write_text('{"model": {"type": "BPE"}}')
-  assert hf_tokenizer.read_vocabulary(folder, scratch) is None
+  assert hf_tokenizer.read_vocabulary(folder) is None
   (tmp_path / hf_tokenizer.TOKENIZER).write_text('{')
   with pytest.raises(errors.UsageError, match='is not JSON'):
-    hf_tokenizer.read_vocabulary(folder, scratch)
+    hf_tokenizer.read_vocabulary(folder)
   hf_tokenizer.write_vocabulary(VocabularyConfig(kind='passthrough', size=9), scratch)
   assert not scratch.exists()
 
@@ -139,9 +137,9 @@ def test_folders_without_a_vocabulary(tmp_path):
 def test_files_named_in_its_configuration_are_not_opened(tmp_path):
   folder = tmp_path / 'model'
   written(VocabularyConfig(), folder)
-  before = hf_tokenizer.read_vocabulary(epath.Path(folder), epath.Path(tmp_path / 'scratch'))
+  before = hf_tokenizer.read_vocabulary(epath.Path(folder))
   file = folder / 'tokenizer_config.json'
   named = {name: '../../etc/passwd' for name in ('vocab_file', 'tokenizer_file', 'name_or_path')}
   file.write_text(json.dumps({**json.loads(file.read_text()), **named}))
-  again = hf_tokenizer.read_vocabulary(epath.Path(folder), epath.Path(tmp_path / 'scratch'))
+  again = hf_tokenizer.read_vocabulary(epath.Path(folder))
   assert again == before and again.path == str(folder / 'spiece.model')

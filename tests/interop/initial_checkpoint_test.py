@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 def test_from_scratch():
   spec = spec_of(tiny_run.model())
   key = jax.random.key(0)
-  state = open_start('').make(TX, spec, key)
+  state = open_start('')(TX, spec, key)
   assert int(state.step) == 0
   expected = train_state.init_state(tiny_run.model(), TX, spec, key)
   assert_same_bits(state, expected)
@@ -59,7 +59,7 @@ def test_from_scratch():
 def test_parameters_of_a_run(run):
   model_dir, saved = run
   spec = spec_of(tiny_run.model())
-  state = open_start(model_dir).make(TX, spec, jax.random.key(0))
+  state = open_start(model_dir)(TX, spec, jax.random.key(0))
   assert_same_bits(state.params, saved.params)
   assert int(state.step) == 0
   assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(state.opt_state))
@@ -68,7 +68,7 @@ def test_parameters_of_a_run(run):
 
 def test_state_of_a_run(run):
   model_dir, saved = run
-  state = open_start(model_dir, restore_optimizer=True).make(
+  state = open_start(model_dir, restore_optimizer=True)(
     TX, spec_of(tiny_run.model()), jax.random.key(0)
   )
   assert_same_bits(state, saved)
@@ -77,7 +77,7 @@ def test_state_of_a_run(run):
 def test_layers_need_not_be_stacked_the_same_way(run):
   model_dir, saved = run
   cfg = tiny_run.model(scan_layers=False)
-  state = open_start(model_dir, cfg).make(TX, spec_of(cfg), jax.random.key(0))
+  state = open_start(model_dir, cfg)(TX, spec_of(cfg), jax.random.key(0))
   assert_same_bits(state.params, tiny.unstack(saved.params, cfg))
 
 
@@ -87,7 +87,7 @@ def test_checkpoints_of_others(run, tmp_path, form):
   convert.convert(source=str(model_dir), destination=str(tmp_path / form), to=form)
   spec = spec_of(tiny_run.model())
   path = tmp_path / form
-  state = open_start(path).make(TX, spec, jax.random.key(0))
+  state = open_start(path)(TX, spec, jax.random.key(0))
   assert_same_bits(state.params, saved.params)
   with pytest.raises(UsageError, match='needs a run of t5x_lite'):
     open_start(path, restore_optimizer=True)
@@ -98,7 +98,7 @@ def test_parts_can_be_drawn_anew(run):
   cfg = tiny_run.model(num_encoder_layers=2)
   with pytest.raises(UsageError, match='has no tensor for'):
     open_start(model_dir, cfg)
-  state = open_start(model_dir, cfg, strict=False).make(TX, spec_of(cfg), jax.random.key(0))
+  state = open_start(model_dir, cfg, strict=False)(TX, spec_of(cfg), jax.random.key(0))
   first = jax.tree.map(lambda x: x[:1], state.params['encoder']['layers'])
   assert_same_bits(first, saved.params['encoder']['layers'])
 

@@ -1,5 +1,7 @@
 import shlex
+import types
 
+from t5x_lite.data.pairs import Pairs
 from t5x_lite.gin_front import configuration
 from t5x_lite.programs import finetune, model_card
 from tests import tiny_run
@@ -41,16 +43,15 @@ def test_the_gin_file_gives_the_settings_back(tmp_path, monkeypatch):
 
 
 def test_the_card_has_data_numbers_and_command():
+  pairs = {'inputs': ['an input'], 'targets': ['a target'], 'places': ['a b.csv:1']}
+  held = Pairs(**pairs, fields=('text', 'label'))
   text = model_card.card(
-    base='flan',
-    config=tiny_run.model(),
-    parts={'train': 90, 'validation': 10},
-    columns=('text', 'label'),
-    table=[('method', 'adafactor')],
+    types.SimpleNamespace(path='flan', config=tiny_run.model()),
+    {'train': held.take([0] * 90), 'validation': held.take([0] * 10)},
+    [('method', 'adafactor')],
     results={'step': 4, 'metrics': {'accuracy': 87.5}},
-    example='an input',
-    max_new_tokens=8,
     settings=SETTINGS,
+    max_new_tokens=8,
   )
   assert text.startswith('---\nlibrary_name: transformers\n')
   for part in ('| accuracy | 87.5 |', '90 training examples', '`a b.csv`',

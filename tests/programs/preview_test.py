@@ -7,23 +7,24 @@ from t5x_lite import main
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import preview
-from t5x_lite.programs.preview import Pieces
+from t5x_lite.programs.preview import pieces_of
 
 SMALL = dict(inputs_length=32, targets_length=24, examples=1, sample=20)
 
 
 def test_sentinels_and_their_spans_have_one_colour():
-  pieces = Pieces(VocabularyConfig())
+  config = VocabularyConfig()
   sentinel = 32_100 - 1
   example = {
     'inputs': np.array([8774, sentinel, 55, sentinel - 1, 1]),
     'targets': np.array([sentinel, 296, 297, sentinel - 1, 55, 1]),
   }
-  found = pieces.of(example)
+  found = pieces_of(example, config)
   assert [color for _, color in found['inputs']] == [None, 0, None, 1, None]
   assert [color for _, color in found['targets']] == [0, 0, 0, 1, 1, None]
   assert found['targets'][0][0] == '<extra_id_0>' and found['inputs'][0][0] == '▁Hello'
-  assert pieces.of({'inputs': np.array([b'one', b'two'])})['inputs'] == [('one (and 1 more)', None)]
+  found = pieces_of({'inputs': np.array([b'one', b'two'])}, config)
+  assert found['inputs'] == [('one (and 1 more)', None)]
 
 
 def test_every_step_is_shown(capsys):

@@ -239,9 +239,8 @@ def _read_position(path: epath.Path) -> dict[str, Any]:
     meta = json.loads(path.read_text())
   except (FileNotFoundError, ValueError) as error:
     raise DamagedError(f'{path} is missing or damaged') from error
-  if checksums.is_signed(meta):
-    checksums.check_signed(meta, str(path))
-    checksums.check_files(path.parent, meta['digests'])
+  checksums.check_signed(meta, str(path))
+  checksums.check_files(path.parent, meta.get('digests', {}))
   return meta
 
 

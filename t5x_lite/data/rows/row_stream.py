@@ -22,7 +22,7 @@ from etils import epath
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import feature_converters, packing
 from t5x_lite.data.tasks import catalog, text_preprocessors
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, first_line
 
 # TensorFlow only reads text here; it must not reserve an accelerator's memory.
 with contextlib.suppress(RuntimeError):  # already initialised by the caller
@@ -86,8 +86,7 @@ def read_examples(
       f'{column[1] if column else error}, which the rows do not have'
     ) from error
   except (ValueError, OSError, tf.errors.NotFoundError) as error:
-    first_line = str(error).partition('\n')[0]
-    raise UsageError(f'{cfg.mixture_or_task_name} cannot be read: {first_line}') from error
+    raise UsageError(f'{cfg.mixture_or_task_name} cannot be read: {first_line(error)}') from error
   if cfg.per_task_loss and cfg.num_epochs is not None:
     numbers = [seqio.get_subtasks(provider).index(task) for task in tasks]
     return [_numbered(*pair) for pair in zip(datasets, numbers, strict=True)]
@@ -283,6 +282,5 @@ class RowStream:
     except (tf.errors.OpError, AssertionError) as error:
       raise UsageError(
         f'the saved position {prefix} does not fit the input pipeline of '
-        f'{self._cfg.mixture_or_task_name}: was the task or its data changed? '
-        f'({str(error).partition(chr(10))[0][:200]})'
+        f'{self._cfg.mixture_or_task_name}: was the task or its data changed? ({first_line(error)})'
       ) from error

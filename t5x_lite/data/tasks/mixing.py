@@ -11,7 +11,7 @@ import seqio
 
 from t5x_lite.data.tasks import catalog
 from t5x_lite.data.tasks.catalog import MixtureRecipe
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, first_line
 
 _NUMBER = r'\d*\.?\d+'
 _ENDING = re.compile(rf'(?P<equal>_equal)?(_limit(?P<limit>\d+))?(_temperature(?P<t>{_NUMBER}))?$')
@@ -56,9 +56,8 @@ def shares(provider: seqio.Task | seqio.Mixture, split: str) -> dict[str, float]
   try:
     rates = {task.name: float(provider.get_rate(task)) for task in tasks}
   except (TypeError, ValueError) as error:
-    raise UsageError(
-      f'the rates of {provider.name} cannot be told: {str(error).partition(chr(10))[0]}'
-    ) from error
+    why = first_line(error)
+    raise UsageError(f'the rates of {provider.name} cannot be told: {why}') from error
   total = sum(rates.values())
   if not total > 0:
     raise UsageError(f'the tasks of {provider.name} with a split {split!r} have rates of 0')

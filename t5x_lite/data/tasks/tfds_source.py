@@ -15,7 +15,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, first_line
 
 
 def find_prepared(name: str, directory: str) -> epath.Path:
@@ -31,8 +31,7 @@ def find_prepared(name: str, directory: str) -> epath.Path:
       if re.fullmatch(r'\d+\.\d+\.\d+', path.name) and (path / 'dataset_info.json').exists():
         versions[tuple(map(int, path.name.split('.')))] = path
   except (OSError, tf.errors.OpError) as error:
-    reason = str(error).partition('\n')[0]
-    raise UsageError(f'{root} cannot be read: {reason}') from error
+    raise UsageError(f'{root} cannot be read: {first_line(error)}') from error
   if not versions:
     raise UsageError(
       f'the TFDS dataset {dataset} is not prepared in {root}: run `tfds build {dataset} '
