@@ -265,11 +265,9 @@ def _jsonl(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
   for number, line in text_files.lines(path, bad=bad):
     if line.strip():
       try:
-        row = _object(_loads(line, f'{path}:{number}'), path, number)
+        yield number, _object(_loads(line, f'{path}:{number}'), path, number)
       except UsageError as error:
         bad(error)
-      else:
-        yield number, row
 
 
 def _object(entry: Any, path: str, number: int) -> Row:
@@ -299,7 +297,10 @@ def _json(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
       '.jsonl file'
     )
   for number, item in enumerate(listed, start=1):
-    yield number, _object(item, path, number)
+    try:
+      yield number, _object(item, path, number)
+    except UsageError as error:
+      bad(error)
 
 
 def _list_in(entry: Any) -> list[Any] | None:

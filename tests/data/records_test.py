@@ -175,6 +175,12 @@ def test_json_errors(tmp_path, text, message):
     all_rows(path)
 
 
+def test_what_is_no_object_in_a_list_is_told(tmp_path):
+  path, told = write(tmp_path / 'x.json', '[{"q": 1}, null, {"q": 2}]'), []
+  assert list(records.read(path, bad=told.append)) == [(1, {'q': 1}), (3, {'q': 2})]
+  assert 'x.json:2 is not a JSON object' in str(told[0]) and len(told) == 1
+
+
 def test_nested_fields(tmp_path):
   path = write(tmp_path / 'x.jsonl', '{"translation": {"en": "a", "de": "b"}}')
   assert list(records.rows(path, ['translation.de', 'translation.en'])) == [('b', 'a')]
