@@ -297,8 +297,8 @@ class Evaluators:
 
   @property
   def names(self) -> list[str]:
-    """Names of the tasks that are decoded."""
-    return [one.name for one in self._decoded]
+    """Names of the tasks, those that are decoded if any are."""
+    return [one.name for one in self._decoded or self._forced]
 
   def results(self, params: Any) -> Iterator[Result]:
     """Runs one evaluation after the other."""

@@ -76,7 +76,7 @@ def evaluate(
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
   metric_fns = [metrics_lib.with_inputs(name) for name in metrics]
-  several = bool(steps) or follow
+  steps, several = [*map(str, steps)], bool(steps) or follow
   settings = {'decoding': decoding, 'num_examples': num_examples, 'teacher_forced': teacher_forced}
   settings |= {'metrics': metrics, 'bootstrap': bootstrap, 'param_dtype': param_dtype}
   settings = run_directory.to_json({'datasets': datasets, **settings})
