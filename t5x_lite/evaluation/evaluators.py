@@ -126,6 +126,8 @@ class TeacherForced:
       batch = partitioning.global_batch(batch, self._placement.mesh)
       for name, value in jax.device_get(self._step(params, batch)).items():
         totals[name] = totals.get(name, 0.0) + float(value)
+    if not totals:
+      raise UsageError(f'the task {self.name} has no batch: drop_remainder leaves out the only one')
     loss = totals['loss'] / (totals['weight'] or 1.0)
     metrics = {
       'loss': loss,

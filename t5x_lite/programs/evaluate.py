@@ -63,7 +63,7 @@ def evaluate(
       the checkpoint's own by default.
     mesh: how devices are arranged; decided by their number by default.
     decoding: how to decode; greedy, as long as the targets, by default.
-    num_examples: of each task, the first this many; None for all.
+    num_examples: of each task, the first this many, for losses in whole batches; None for all.
     teacher_forced: also measure loss and token accuracy, of a single model.
     metrics: beside the tasks' own: names, such as 'rouge', or 'module:function' for a function of
       (targets, predictions), or (targets, predictions, inputs), that returns {name: number}.
