@@ -226,13 +226,16 @@ def _parallel(paths: Sequence[str], others: Sequence[str]) -> Placed:
 
 def _of_memory(source: Any, what: str) -> Placed:
   """Yields rows of a list, a dict of columns, a DataFrame or a Dataset."""
-  labels: dict[str, list[str]] = {}
+  labels, narrow = dict[str, list[str]](), list[str]()
   if hasattr(source, 'to_dict') and hasattr(source, 'columns'):  # pandas
+    narrow = [str(k) for k, kind in source.dtypes.items() if kind == 'float32']
     source = {str(k): list(v) for k, v in source.to_dict('list').items()}
   elif hasattr(source, 'column_names') and hasattr(source, 'features'):
     if isinstance(source, Mapping):  # a DatasetDict
       raise UsageError(f'{what} is a DatasetDict of {", ".join(source)}: give one split of it')
-    found = {name: getattr(feature, 'names', None) for name, feature in source.features.items()}
+    kinds = source.features.items()
+    narrow = [name for name, kind in kinds if getattr(kind, 'dtype', '') == 'float32']
+    found = {name: getattr(kind, 'names', None) for name, kind in kinds}
     labels = {name: names for name, names in found.items() if isinstance(names, list)}
     source = source.to_dict()
   if isinstance(source, Mapping):
@@ -251,7 +254,7 @@ def _of_memory(source: Any, what: str) -> Placed:
   for number, row in enumerate(rows, start=1):
     place = f'{what}:{number}'
     if isinstance(row, Mapping):
-      yield place, records.with_labels(row, labels)
+      yield place, records.with_labels(row, labels, narrow)
     elif isinstance(row, Sequence) and len(row) == 2 and not isinstance(row, str | bytes):
       yield place, {'input': row[0], 'target': row[1]}
     else:

@@ -129,6 +129,9 @@ def test_frames_and_datasets():
   one = datasets.Dataset.from_pandas(frame)
   assert both(pairs.read(one)) == expected
   assert both(pairs.read(one.class_encode_column('label'))) == expected
+  scores = pandas.DataFrame({'text': ['a', 'b'], 'label': [3.8, 1e8]}).astype({'label': 'float32'})
+  for source in (scores, datasets.Dataset.from_pandas(scores)):
+    assert both(pairs.read(source)) == [('a', '3.8'), ('b', '100000000.0')]
   frame.loc[1, 'label'] = None
   with pytest.raises(UsageError, match='train:2'):
     pairs.read(frame)

@@ -207,9 +207,10 @@ def test_not_a_number_is_an_empty_field(tmp_path):
 def test_parquet(tmp_path):
   pandas = pytest.importorskip('pandas')
   path = tmp_path / 'x.parquet'
-  pandas.DataFrame({'text': ['a', 'b'], 'n': [1, 2]}).to_parquet(path)
+  frame = pandas.DataFrame({'text': ['a', 'b'], 'n': [1, 2], 'x': [3.8, float('nan')]})
+  frame.astype({'x': 'float32'}).to_parquet(path)
   assert all_rows(path) == [
-    (1, {'text': 'a', 'n': 1}), (2, {'text': 'b', 'n': 2}),
+    (1, {'text': 'a', 'n': 1, 'x': 3.8}), (2, {'text': 'b', 'n': 2, 'x': None}),
   ]  # fmt: skip
   data = path.read_bytes()
   path.write_bytes(data[: len(data) // 2])
