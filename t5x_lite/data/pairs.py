@@ -124,7 +124,8 @@ def read(
     raise UsageError('targets in files beside need inputs in files')
   skipped: list[UsageError] = []
   bad = skipped.append if columns.skip_bad_rows else text_files.refuse
-  rows = _of_files(source, columns, targets, bad) if is_paths(source) else _of_memory(source, what)
+  in_files = is_paths(source)
+  rows = _of_files(source, columns, targets, bad, what) if in_files else _of_memory(source, what)
   found: list[tuple[str, str, str]] = []
   names: tuple[str, str] | None = None
   for place, row in rows:
@@ -135,7 +136,7 @@ def read(
     except UsageError as error:
       bad(error)
   if names is None or not found:
-    raise UsageError(f'{repr(source) if is_paths(source) else what} holds no rows')
+    raise UsageError(f'{repr(source) if in_files else what} holds no rows')
   inputs, targets, places = map(list, zip(*found, strict=True))
   return Pairs(inputs=inputs, targets=targets, places=places, fields=names, skipped=len(skipped))
 
@@ -151,6 +152,9 @@ def read_inputs(
   """
   columns = columns or Columns()
   if records.format_of(path, file_format) == 'text':
+    if columns.named:
+      what = f'{path} is text, a line an input, without a field {columns.named[0]!r}'
+      raise UsageError(f'{what}: leave field and template out, or say its format, such as tsv')
     for _, line in text_files.lines(path, bad=bad):
       yield columns.prefix + line
     return
@@ -187,7 +191,7 @@ def is_paths(source: Any) -> bool:
 # ---- Rows of files and of memory ---------------------------------------------
 
 
-def _of_files(source: Any, columns: Columns, targets: Paths, bad: Bad) -> Placed:
+def _of_files(source: Any, columns: Columns, targets: Paths, bad: Bad, split: str) -> Placed:
   paths = text_files.expand(source)
   files = [path for path in paths if not text_files.is_dataset_folder(path)]
   if (size := text_files.total_bytes(files)) > MAX_BYTES:
@@ -200,8 +204,8 @@ def _of_files(source: Any, columns: Columns, targets: Paths, bad: Bad) -> Placed
     yield from _parallel(paths, text_files.expand(targets))
     return
   for path in paths:
-    parts = records.dataset_splits(path) or {'': path}
-    part = parts.get('train', next(iter(parts.values())))
+    parts = records.dataset_splits(path)
+    part = parts.get(split, next(iter(parts.values())) if len(parts) == 1 else path)
     for number, row in records.read(part, columns.named, bad=bad):
       yield f'{path}:{number}', row
 
@@ -222,13 +226,16 @@ def _parallel(paths: Sequence[str], others: Sequence[str]) -> Placed:
 
 def _of_memory(source: Any, what: str) -> Placed:
   """Yields rows of a list, a dict of columns, a DataFrame or a Dataset."""
-  labels: dict[str, list[str]] = {}
+  labels, narrow = dict[str, list[str]](), list[str]()
   if hasattr(source, 'to_dict') and hasattr(source, 'columns'):  # pandas
+    narrow = [str(k) for k, kind in source.dtypes.items() if kind == 'float32']
     source = {str(k): list(v) for k, v in source.to_dict('list').items()}
   elif hasattr(source, 'column_names') and hasattr(source, 'features'):
     if isinstance(source, Mapping):  # a DatasetDict
       raise UsageError(f'{what} is a DatasetDict of {", ".join(source)}: give one split of it')
-    found = {name: getattr(feature, 'names', None) for name, feature in source.features.items()}
+    kinds = source.features.items()
+    narrow = [name for name, kind in kinds if getattr(kind, 'dtype', '') == 'float32']
+    found = {name: getattr(kind, 'names', None) for name, kind in kinds}
     labels = {name: names for name, names in found.items() if isinstance(names, list)}
     source = source.to_dict()
   if isinstance(source, Mapping):
@@ -247,7 +254,7 @@ def _of_memory(source: Any, what: str) -> Placed:
   for number, row in enumerate(rows, start=1):
     place = f'{what}:{number}'
     if isinstance(row, Mapping):
-      yield place, records.with_labels(row, labels)
+      yield place, records.with_labels(row, labels, narrow)
     elif isinstance(row, Sequence) and len(row) == 2 and not isinstance(row, str | bytes):
       yield place, {'input': row[0], 'target': row[1]}
     else:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 from etils import epath
 
 from t5x_lite.data import text_files
@@ -265,11 +266,9 @@ def _jsonl(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
   for number, line in text_files.lines(path, bad=bad):
     if line.strip():
       try:
-        row = _object(_loads(line, f'{path}:{number}'), path, number)
+        yield number, _object(_loads(line, f'{path}:{number}'), path, number)
       except UsageError as error:
         bad(error)
-      else:
-        yield number, row
 
 
 def _object(entry: Any, path: str, number: int) -> Row:
@@ -299,7 +298,10 @@ def _json(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
       '.jsonl file'
     )
   for number, item in enumerate(listed, start=1):
-    yield number, _object(item, path, number)
+    try:
+      yield number, _object(item, path, number)
+    except UsageError as error:
+      bad(error)
 
 
 def _list_in(entry: Any) -> list[Any] | None:
@@ -336,6 +338,7 @@ def _arrow(files: Sequence[epath.Path], *, is_parquet: bool) -> Iterator[tuple[i
       with path.open('rb') as raw, open_file(raw) as file:
         schema = file.schema_arrow if is_parquet else file.schema
         labels = _label_names(schema)
+        narrow = [one.name for one in schema if one.type == pyarrow.float32()]
         for name in schema.names:
           if schema.names.count(name) > 1:
             raise UsageError(f'{path} names the column {name!r} twice')
@@ -344,7 +347,7 @@ def _arrow(files: Sequence[epath.Path], *, is_parquet: bool) -> Iterator[tuple[i
           batch.validate(full=True)
           for row in batch.to_pylist():
             number += 1
-            yield number, with_labels(row, labels)
+            yield number, with_labels(row, labels, narrow)
     except UsageError:
       raise
     # What a damaged file raises, or a value that Python lacks.
@@ -387,9 +390,15 @@ def _label_names(schema: Any) -> dict[str, list[str]]:
   }
 
 
-def with_labels(row: Mapping[Any, Any], names: Mapping[str, list[str]]) -> Row:
-  """Returns a row with labels for their numbers: `names` lists those of some columns."""
-  given = {
+def shortest(number: float) -> float:
+  """Returns a float32 as it is written: 0.1, not 0.10000000149011612."""
+  return float(str(np.float32(number)))
+
+
+def with_labels(row: Row, names: Mapping[str, list[str]], narrow: Sequence[str]) -> Row:
+  """Returns a row with labels for their numbers, by column in `names`, and short float32."""
+  given = {x: shortest(row[x]) for x in narrow if row.get(x) is not None}
+  given |= {
     column: labels[row[column]]
     for column, labels in names.items()
     if isinstance(row.get(column), int) and 0 <= row[column] < len(labels)

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
+from t5x_lite.data import records
 from t5x_lite.data.text_files import Bad
 from t5x_lite.errors import UsageError
 
@@ -18,9 +19,9 @@ with contextlib.suppress(RuntimeError):  # already initialised by the caller
 def read(path: str, bad: Bad) -> Iterator[tuple[int, dict[str | int, Any]]]:
   """Yields (number from 1, features by name) of plain or gzip records; see `records.read`."""
   number, packed = 0, 'GZIP' if path.endswith('.gz') else ''
-  records = tf.data.TFRecordDataset(path, packed).as_numpy_iterator()
+  found = tf.data.TFRecordDataset(path, packed).as_numpy_iterator()
   try:
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(found, start=1):
       try:
         features = tf.train.Example.FromString(record).features.feature
       except DecodeError as error:
@@ -34,7 +35,9 @@ def read(path: str, bad: Bad) -> Iterator[tuple[int, dict[str | int, Any]]]:
 
 def _value(feature: Any) -> Any:
   """Returns the only value of a feature, or the list; bytes as text, if they are UTF-8."""
-  values = list(getattr(feature, feature.WhichOneof('kind') or 'bytes_list').value)
+  kind = feature.WhichOneof('kind') or 'bytes_list'
+  values = list(getattr(feature, kind).value)
   with contextlib.suppress(UnicodeDecodeError, AttributeError):
     values = [value.decode('utf-8') for value in values]
+  values = [*map(records.shortest, values)] if kind == 'float_list' else values
   return values[0] if len(values) == 1 else values

@@ -126,6 +126,8 @@ class TeacherForced:
       batch = partitioning.global_batch(batch, self._placement.mesh)
       for name, value in jax.device_get(self._step(params, batch)).items():
         totals[name] = totals.get(name, 0.0) + float(value)
+    if not totals:
+      raise UsageError(f'the task {self.name} has no batch: drop_remainder leaves out the only one')
     loss = totals['loss'] / (totals['weight'] or 1.0)
     metrics = {
       'loss': loss,
@@ -297,8 +299,8 @@ class Evaluators:
 
   @property
   def names(self) -> list[str]:
-    """Names of the tasks that are decoded."""
-    return [one.name for one in self._decoded]
+    """Names of the tasks, those that are decoded if any are."""
+    return [one.name for one in self._decoded or self._forced]
 
   def results(self, params: Any) -> Iterator[Result]:
     """Runs one evaluation after the other."""

@@ -63,7 +63,7 @@ def evaluate(
       the checkpoint's own by default.
     mesh: how devices are arranged; decided by their number by default.
     decoding: how to decode; greedy, as long as the targets, by default.
-    num_examples: of each task, the first this many; None for all.
+    num_examples: of each task, the first this many, for losses in whole batches; None for all.
     teacher_forced: also measure loss and token accuracy, of a single model.
     metrics: beside the tasks' own: names, such as 'rouge', or 'module:function' for a function of
       (targets, predictions), or (targets, predictions, inputs), that returns {name: number}.
@@ -76,7 +76,7 @@ def evaluate(
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
   metric_fns = [metrics_lib.with_inputs(name) for name in metrics]
-  several = bool(steps) or follow
+  steps, several = [*map(str, steps)], bool(steps) or follow
   settings = {'decoding': decoding, 'num_examples': num_examples, 'teacher_forced': teacher_forced}
   settings |= {'metrics': metrics, 'bootstrap': bootstrap, 'param_dtype': param_dtype}
   settings = run_directory.to_json({'datasets': datasets, **settings})

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from t5x_lite.data import vocabularies
+from t5x_lite.data import text_files, vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.interop import assignment, export, sentencepiece_model, trained_model
@@ -58,10 +58,7 @@ def grow_vocabulary(
   check_one_of('grow_vocabulary.to', to, FORMATS)
   target = export.check_destination(destination)
   if tokens_file:
-    try:
-      tokens = [*tokens, *filter(None, epath.Path(tokens_file).read_text().splitlines())]
-    except OSError as error:
-      raise UsageError(f'cannot read {tokens_file}: {error.strerror}') from error
+    tokens = [*tokens, *(line for _, line in text_files.lines(tokens_file) if line)]
   opened = open_source(source)
   if opened.vocabulary is None:
     raise UsageError(f'{source} has no vocabulary that could grow')

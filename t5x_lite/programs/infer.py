@@ -122,8 +122,8 @@ def infer(
     raise UsageError(f'{draft_model} has another vocabulary than {run.path}: it cannot draft')
   if continuous and (embeddings or len(models) > 1):
     raise UsageError('continuous batching writes texts of one model')
-  if embeddings and (draft or len(models) > 1 or not cfg.has_encoder):
-    raise UsageError('embeddings are of one model, which has an encoder')
+  if embeddings and (draft or decoding or len(models) > 1 or not cfg.has_encoder):
+    raise UsageError('embeddings are of one model, which has an encoder, and are not decoded')
   width = cfg.emb_dim if EMBEDDINGS.get(embeddings) else 0
   file = OutputFile(output, key='embedding' if embeddings else 'prediction', width=width)
   if not (resume or overwrite) and file.holds_something():
@@ -251,6 +251,8 @@ def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
   place = epath.Path(output)
   if path != '-' and not epath.Path(path).exists():
     raise UsageError(f'no such input file: {path}')
+  if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    raise UsageError(f'{path} is a pipe, and files are read twice: give it as standard input, -')
   if path == '-' and jax.process_count() > 1:
     raise UsageError('with several processes the input must be a file')
   if output == '-':

@@ -69,7 +69,10 @@ class OutputFile:
         try:
           entry = json.loads(line) if line.endswith(b'\n') else {}
           written = entry['input']
-        except (ValueError, KeyError, TypeError):  # no JSON, no UTF-8
+        except (ValueError, KeyError, TypeError) as error:  # no JSON, no UTF-8
+          if number == 1 and not line.startswith(b'{"input": '[: len(line)]):
+            what = f'{path} holds no {self._key}s'
+            raise UsageError(f'{what}: name another file, or give --overwrite') from error
           break
         if written != next(inputs, None) or self._key not in entry:
           what = f'{path}:{number} is not the {self._key} of line {number} of this input'

@@ -33,6 +33,9 @@ def test_inputs_alone(tmp_path):
   assert list(pairs.read_inputs(path)) == ['one two', 'three four']
   path = write(tmp_path / 'z.txt', 'a\n\nb\tc\n')
   assert list(pairs.read_inputs(path)) == ['a', '', 'b\tc']
+  for made in (Columns(input='text'), Columns(template='say {text}')):
+    with pytest.raises(UsageError, match=r"z\.txt is text, .* without a field 'text'"):
+      list(pairs.read_inputs(path, made))
 
 
 def test_columns_by_name_number_and_template(tmp_path):
@@ -126,9 +129,28 @@ def test_frames_and_datasets():
   one = datasets.Dataset.from_pandas(frame)
   assert both(pairs.read(one)) == expected
   assert both(pairs.read(one.class_encode_column('label'))) == expected
+  scores = pandas.DataFrame({'text': ['a', 'b'], 'label': [3.8, 1e8]}).astype({'label': 'float32'})
+  for source in (scores, datasets.Dataset.from_pandas(scores)):
+    assert both(pairs.read(source)) == [('a', '3.8'), ('b', '100000000.0')]
   frame.loc[1, 'label'] = None
   with pytest.raises(UsageError, match='train:2'):
     pairs.read(frame)
+
+
+def test_a_part_of_a_saved_dataset_is_named_by_its_use(tmp_path):
+  datasets = pytest.importorskip('datasets')
+  parts = {
+    name: datasets.Dataset.from_dict({'text': [name], 'label': ['x']})
+    for name in ('train', 'validation', 'test')
+  }
+  for name, chosen in (('both', ('train', 'validation')), ('other', ('train', 'test'))):
+    made = datasets.DatasetDict({x: parts[x] for x in chosen})
+    made.save_to_disk(str(tmp_path / name))
+  both_, other = str(tmp_path / 'both'), str(tmp_path / 'other')
+  assert pairs.read(both_).inputs == pairs.read(other).inputs == ['train']
+  assert pairs.read(both_, what='validation').inputs == ['validation']
+  with pytest.raises(UsageError, match='holds the splits train, test: name one'):
+    pairs.read(other, what='validation')
 
 
 def test_holding_out_is_stable_and_keeps_equal_inputs_together():

@@ -175,6 +175,12 @@ def test_json_errors(tmp_path, text, message):
     all_rows(path)
 
 
+def test_what_is_no_object_in_a_list_is_told(tmp_path):
+  path, told = write(tmp_path / 'x.json', '[{"q": 1}, null, {"q": 2}]'), []
+  assert list(records.read(path, bad=told.append)) == [(1, {'q': 1}), (3, {'q': 2})]
+  assert 'x.json:2 is not a JSON object' in str(told[0]) and len(told) == 1
+
+
 def test_nested_fields(tmp_path):
   path = write(tmp_path / 'x.jsonl', '{"translation": {"en": "a", "de": "b"}}')
   assert list(records.rows(path, ['translation.de', 'translation.en'])) == [('b', 'a')]
@@ -201,9 +207,10 @@ def test_not_a_number_is_an_empty_field(tmp_path):
 def test_parquet(tmp_path):
   pandas = pytest.importorskip('pandas')
   path = tmp_path / 'x.parquet'
-  pandas.DataFrame({'text': ['a', 'b'], 'n': [1, 2]}).to_parquet(path)
+  frame = pandas.DataFrame({'text': ['a', 'b'], 'n': [1, 2], 'x': [3.8, float('nan')]})
+  frame.astype({'x': 'float32'}).to_parquet(path)
   assert all_rows(path) == [
-    (1, {'text': 'a', 'n': 1}), (2, {'text': 'b', 'n': 2}),
+    (1, {'text': 'a', 'n': 1, 'x': 3.8}), (2, {'text': 'b', 'n': 2, 'x': None}),
   ]  # fmt: skip
   data = path.read_bytes()
   path.write_bytes(data[: len(data) // 2])

@@ -28,10 +28,12 @@ def write(path, *rows):
 
 @pytest.mark.parametrize('name', ['x.tfrecord', 'x.tfrecord-00000-of-00002', 'x.tfrecords.gz'])
 def test_features_are_fields(tmp_path, name):
-  first = example(text=feature('grün\n"q"'.encode()), n=feature(3), w=feature(0.5, 1.5))
+  first = example(
+    text=feature('grün\n"q"'.encode()), n=feature(3), w=feature(0.5, 0.1), x=feature(3.8)
+  )
   path = write(tmp_path / name, first, example(text=feature(b'b')))
   assert list(records.read(path)) == [
-    (1, {'n': 3, 'text': 'grün\n"q"', 'w': [0.5, 1.5]}), (2, {'text': 'b'}),
+    (1, {'n': 3, 'text': 'grün\n"q"', 'w': [0.5, 0.1], 'x': 3.8}), (2, {'text': 'b'}),
   ]  # fmt: skip
   assert list(pairs.read_inputs(path, pairs.Columns(input='text'))) == ['grün\n"q"', 'b']
 

@@ -54,6 +54,9 @@ def test_teacher_forced_is_the_mean_over_all_tokens(setting):
   assert metrics['perplexity'] == pytest.approx(np.exp(total / weight), rel=1e-4)
   assert metrics['accuracy'] == pytest.approx(correct / weight)
   assert metrics['target_tokens'] == weight
+  none = dataclasses.replace(one, drop_remainder=True, batch_size=2**20)
+  with pytest.raises(UsageError, match='x has no batch: drop_remainder'):
+    evaluators.TeacherForced('x', none, cfg, **where).run(params)
 
 
 def test_a_mixture_is_evaluated_task_by_task(setting, tmp_path):

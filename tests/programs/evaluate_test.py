@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import threading
@@ -64,7 +65,7 @@ def test_steps_are_evaluated_once(tmp_path, caplog):
     evaluate(**arguments, steps=['1x'])
   with pytest.raises(UsageError, match='of no mean'):
     evaluate(**arguments, steps=['all'], last=2)
-  evaluate(**arguments, steps=['2'])
+  evaluate(**arguments, steps=[2])
   first = (run / 'eval' / '2' / 'metrics.json').read_bytes()
 
   def train(path=run / 'checkpoints'):
@@ -105,6 +106,8 @@ def test_decoders_continue_the_input(tmp_path):
     feature_converter='lm',
   )
   [loss] = evaluate(model_dir=runs[0], datasets=[text], num_examples=3).values()
+  with pytest.raises(UsageError, match='evaluated twice'):
+    evaluate(model_dir=runs[0], datasets=[text, dataclasses.replace(text, split='train')])
   assert loss.keys() == {'eval/loss', 'eval/perplexity', 'eval/accuracy', 'eval/target_tokens'}
 
 

@@ -128,7 +128,7 @@ def test_from_the_command_line_to_transformers(vocabulary, tmp_path, capsys):
   transformers = pytest.importorskip('transformers')
   old = model(vocabulary)
   old.save(str(tmp_path / 'run'))
-  (tmp_path / 'tokens').write_text('{\n}\n')
+  (tmp_path / 'tokens').write_bytes(b'\xef\xbb\xbf{\r\n\n}\n')
   arguments = [
     'grow_vocab', str(tmp_path / 'run'), str(tmp_path / 'hf'),
     '--tokens_file', str(tmp_path / 'tokens'), '--to', 'hf',

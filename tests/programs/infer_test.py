@@ -404,6 +404,9 @@ def test_an_unreadable_line_is_named_before_anything_is_written(
     (dict(output='-', resume=True), 'cannot be resumed'),
     (dict(embeddings='max'), "embeddings is 'max'; allowed: first, mean, none"),
     (dict(output='x.jsonl.gz'), 'cannot hold'),
+    (dict(field='x'), r"words\.txt is text, a line an input, without a field 'x'"),
+    (dict(embeddings='mean', decoding=DecodingConfig(num_beams=2)), 'are not decoded'),
+    (dict(input='/dev/null'), 'is a pipe.* standard input'),
   ],
 )
 def test_mistakes_are_one_clear_line(run, words, tmp_path, overrides, message):

@@ -80,6 +80,15 @@ def test_no_predictions_are_lost_to_another_input(tmp_path, ending):
   assert file.resume(iter([*TEXTS, 'more']), 4) == 4
 
 
+@pytest.mark.parametrize('notes', [b'my notes\n', b'a,b\n1,2\n', b'{"text": "a"}\n', b'a'])
+def test_what_infer_did_not_write_is_not_cut(tmp_path, notes):
+  path = tmp_path / 'out.jsonl'
+  path.write_bytes(notes)
+  with pytest.raises(UsageError, match=r'out\.jsonl holds no predictions'):
+    OutputFile(str(path), key='prediction').resume(iter(['a']), 1)
+  assert path.read_bytes() == notes
+
+
 @pytest.mark.parametrize('name', ['x.csv', 'x.npy', 'x.jsonl.gz', 'x.parquet.zst'])
 def test_endings_that_cannot_hold_it(tmp_path, name):
   with pytest.raises(UsageError, match='cannot hold embeddings'):

@@ -304,12 +304,14 @@ def prefix_lm(
   equally likely, see `denoising.random_prefix_noise_mask`.
   """
   denoising.check_noise(noise_density)
-  length = _length(sequence_length, 'inputs')
-  _check_targets(sequence_length, min(length, math.ceil(2 * noise_density * length)))
+  tokens = _length(sequence_length, 'inputs') - output_features['inputs'].add_eos
+  # What is left by the shortest prefix of `random_prefix_noise_mask`.
+  most = tokens - max(1, round((tokens - 1) * (1 - 2 * noise_density)))
+  _check_targets(sequence_length, most + output_features['targets'].add_eos)
   return denoise(
     dataset,
     output_features,
-    tokens_length=length - output_features['inputs'].add_eos,
+    tokens_length=tokens,
     noise_density=noise_density,
     noise_mask_fn=denoising.random_prefix_noise_mask,
     inputs_fn=denoising.drop_nonnoise_tokens,

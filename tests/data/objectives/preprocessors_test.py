@@ -188,6 +188,7 @@ def test_iid_denoising_never_runs_out_of_sentinels():
     ('span', {'inputs': 512, 'targets': 512}, {'noise_density': 1.5}, '1.5'),
     ('mass', {'inputs': 64, 'targets': 32}, {}, 'targets of 64'),
     ('deshuffling', {'inputs': 64, 'targets': 32}, {}, 'targets of 64'),
+    ('prefix_lm', {'inputs': 128, 'targets': 64}, {'noise_density': 0.25}, 'targets of 65'),
     (
       'replace',
       {'inputs': 512, 'targets': 512},
@@ -201,6 +202,13 @@ def test_what_cannot_work_is_said_before_any_example(fn, lengths, settings, mess
   function, defaults, _ = OBJECTIVES[fn]
   with pytest.raises(UsageError, match=message):
     function(dataset(documents(9)), lengths, FEATURES, **defaults | settings)
+
+
+@pytest.mark.parametrize(('density', 'targets'), [(0.1, 27), (0.25, 65), (0.5, 127), (0.9, 127)])
+def test_targets_of_the_shortest_prefix_fit(density, targets):
+  lengths, docs = {'inputs': 128, 'targets': targets}, [np.full(127 * 512, 7, np.int32)]
+  out = run(preprocessors.prefix_lm, docs, lengths, FEATURES, noise_density=density)
+  assert max(len(e['targets']) for e in out) == targets - 1  # EOS follows
 
 
 def test_masks_need_a_sentinel():
