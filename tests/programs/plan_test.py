@@ -131,7 +131,7 @@ def test_mistakes_are_told():
 
 def test_more_devices_than_can_be_used_are_an_error(monkeypatch):
   devices = [types.SimpleNamespace(device_kind='TPU v5 lite', platform='tpu')] * 256
-  monkeypatch.setattr(precompile, 'find_devices', lambda *_: devices)
+  monkeypatch.setattr(plan, 'topology_devices', lambda *_: devices)
   with pytest.raises(UsageError, match='no mesh of 256 devices divides the batch size 8'):
     plan.plan(
       model=tiny.config(),
