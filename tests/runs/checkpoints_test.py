@@ -10,6 +10,7 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import UsageError
+from t5x_lite.interop import verification
 from t5x_lite.runs import checkpoints, restoring
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 
@@ -130,6 +131,19 @@ def test_a_step_is_saved_once(tmp_path):
   assert checkpointer.save(1, state, None)
   assert not checkpointer.save(1, state, None)
   checkpointer.close()
+
+
+def test_what_was_measured_after_a_save_counts(tmp_path):
+  """As of a step that a stop saved in a hurry."""
+  config = CheckpointConfig(keep=1, keep_best=1, best_metric='loss')
+  state = make_state(make_mesh(1, 1))
+  checkpointer = Checkpointer(str(tmp_path), config)
+  for step, loss in ((1, None), (1, 0.5), (2, 3.0), (3, 2.0)):
+    metrics = loss and {'loss': loss}
+    checkpointer.save(step, state, None, metrics=metrics, meta={'evaluated': loss and step})
+  checkpointer.close()
+  assert checkpointer.all_steps() == [1, 3]
+  assert verification.read_meta(epath.Path(tmp_path / 'checkpoints' / '1'))['evaluated'] == 1
 
 
 def test_should_save():
