@@ -1,4 +1,4 @@
-"""Reads checkpoints of ours without a run, which has its Checkpointer: arrays, params, a state."""
+"""Reads checkpoints of ours without a run, which has its Checkpointer: arrays, or a state."""
 
 import os
 from typing import Any
@@ -17,20 +17,6 @@ def _state_directory(path: str) -> epath.Path:
   return epath.Path(directory).absolute() / str(step) / 'state'
 
 
-def _restore_items(source: str, wanted: Any, what: str) -> Any:
-  """Restores the part of {step, params, opt_state} that `wanted` names."""
-  item = _state_directory(source)
-  plain = pytrees.to_plain(wanted)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    saved = checkpointer.metadata(item).item_metadata.tree
-    part = {name: saved[name] for name in plain if name in saved}
-    checkpoints.explain_mismatch(os.fspath(item.parent), part, plain, what)
-    how = ocp.checkpoint_utils.construct_restore_args(plain)
-    arguments = ocp.args.PyTreeRestore(plain, restore_args=how, partial_restore=True)
-    restored = checkpointer.restore(item, args=arguments)
-  return pytrees.from_plain(restored, wanted)
-
-
 def load_arrays(path: str) -> dict[str, Any]:
   """Returns a checkpoint's state as numpy arrays by name, all in memory; needs no model."""
   item = _state_directory(path)
@@ -41,15 +27,19 @@ def load_arrays(path: str) -> dict[str, Any]:
   return pytrees.flatten_names(plain)
 
 
-def load_params(path: str, abstract_params: Any) -> Any:
-  """Restores only the parameters, each straight into the sharding that its ShapeDtypeStruct has.
-
-  Any mesh may have written them; floats are cast to the wanted dtype. UsageError if the checkpoint
-  is missing or another model's.
-  """
-  return _restore_items(path, {'params': abstract_params}, 'model')['params']
-
-
 def load_state(path: str, abstract_state: Any) -> Any:
-  """Restores step, parameters and optimizer state of another run."""
-  return _restore_items(path, abstract_state, 'model and optimizer')
+  """Restores step, parameters and optimizer state of another run, or a dict of some of them.
+
+  Each array goes straight into the sharding that its ShapeDtypeStruct has; any mesh may have
+  written it, and floats are cast to the wanted dtype. UsageError if the checkpoint is missing or
+  another model's.
+  """
+  item, plain = _state_directory(path), pytrees.to_plain(abstract_state)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    saved = checkpointer.metadata(item).item_metadata.tree
+    part = {name: saved[name] for name in plain if name in saved}
+    checkpoints.explain_mismatch(os.fspath(item.parent), part, plain, 'model and optimizer')
+    how = ocp.checkpoint_utils.construct_restore_args(plain)
+    arguments = ocp.args.PyTreeRestore(plain, restore_args=how, partial_restore=True)
+    restored = checkpointer.restore(item, args=arguments)
+  return pytrees.from_plain(restored, abstract_state)

@@ -36,5 +36,5 @@ def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   wanted = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
-  restored = restoring.load_params(str(tmp_path), wanted)
+  restored = restoring.load_state(str(tmp_path), {'params': wanted})['params']
   jax.tree.map(np.testing.assert_array_equal, restored, params)

@@ -75,8 +75,8 @@ def test_run_directory_is_complete(finished):
   assert run.step == 6 == int(state.step)
   assert run.model == tiny_run.model()
   assert run.lengths == tiny_run.LENGTHS
-  params = restoring.load_params(str(model_dir), state.params)
-  assert_same_bits(params, state.params)
+  saved = restoring.load_state(str(model_dir), {'params': state.params})
+  assert_same_bits(saved['params'], state.params)
 
 
 def test_metrics(finished):
@@ -284,10 +284,8 @@ def test_divergence_names_the_step_and_keeps_the_last_good(tmp_path):
   )
   with pytest.raises(NonFiniteError, match=r'at step \d+: stopped\. The last'):
     train(**arguments)
-  saved = restoring.load_params(
-    arguments['model_dir'],
-    jax.tree.map(lambda x: x, tiny_run.t5.abstract_params(tiny_run.model())[1]),
-  )
+  shapes = tiny_run.t5.abstract_params(tiny_run.model())[1]
+  saved = restoring.load_state(arguments['model_dir'], {'params': shapes})
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved))
   last = metric_writers.read_metrics(arguments['model_dir'])[-1]
   assert None in last.values()
