@@ -256,7 +256,10 @@ class HloModule:
     """Returns what a fusion reads and writes, given its operands' types."""
     ops = self.computations.get(fusion.calls[0], [])
     types = {op.name: op.type for op in ops}
-    users, carried = _users(ops), _aliased(fusion.rest)
+    users = _users(ops)
+    match = re.search(r'output_to_operand_aliasing=\{(.*?\))\}', fusion.rest)
+    aliased = re.findall(r'\{\d*\}: \((\d+),', match[1]) if match else []
+    carried = collections.Counter(map(int, aliased))  # how many results alias each operand
     total = updated = 0.0  # the latter of results that are updated in place, or not touched
     for op in ops:
       index = int(op.rest.partition(')')[0]) if op.opcode == 'parameter' else len(operands)
@@ -300,10 +303,3 @@ def _users(ops: Sequence[_Op]) -> Mapping[str, list[_Op]]:
     for operand in op.operands:
       users[operand].append(op)
   return users
-
-
-def _aliased(text: str) -> Mapping[int, int]:
-  """Returns, for each operand that results alias, how many do."""
-  match = re.search(r'output_to_operand_aliasing=\{(.*?\))\}', text)
-  found = re.findall(r'\{\d*\}: \((\d+),', match[1]) if match else []
-  return collections.Counter(int(i) for i in found)

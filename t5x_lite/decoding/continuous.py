@@ -329,8 +329,7 @@ def in_batches(
 ) -> Iterator[tuple[int, Any]]:
   """Yields (index, result) of each row, where `call` returns those of at most `size` indices.
 
-  Rows of about one length go together, and are padded little; the longest first, if memory is
-  short.
+  Rows of about one length go together, padded little; the longest first, if memory is short.
   """
   order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
   for start in range(0, len(order), size):

@@ -158,7 +158,8 @@ def check_values(walk: Walk, root: str, given: Mapping[str, Any], flags: Collect
       elif name in bound:
         value, hint = _literal(bound[name], macros), hints.get(name, Any)
         if not _fits(value, hint):
-          kind = _type_name(hint)
+          kind = hint.__name__ if isinstance(hint, type) else str(hint)
+          kind = kind.replace('NoneType', 'None').replace('typing.', '')
           raise UsageError(f'{prefix}.{name} is {value!r}; it must be of type {kind}')
   if required:
     missing = ' '.join(f'{setting}=...' for setting in dict.fromkeys(required))
@@ -209,11 +210,6 @@ def _fits(value: Any, hint: Any) -> bool:
   if issubclass(kind, Sequence):
     return isinstance(value, (list, tuple))
   return not dataclasses.is_dataclass(kind)
-
-
-def _type_name(hint: Any) -> str:
-  name = hint.__name__ if isinstance(hint, type) else str(hint)
-  return name.replace('NoneType', 'None').replace('typing.', '')
 
 
 def dotted_name(configurable: Any) -> str:

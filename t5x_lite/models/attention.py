@@ -146,7 +146,9 @@ def _dense_bwd(residuals, g_BLHK):
     dlogits_BHLM = jnp.where(mask_B1LM, dlogits_BHLM, 0.0)
   dbias_1HLM = None
   if bias_1HLM is not None:
-    dbias_1HLM = _sum_to(dlogits_BHLM, bias_1HLM.shape).astype(bias_1HLM.dtype)
+    # Along which it was broadcast.
+    dims = [i for i, n in enumerate(bias_1HLM.shape) if n == 1 and dlogits_BHLM.shape[i] != 1]
+    dbias_1HLM = jnp.sum(dlogits_BHLM, axis=dims, keepdims=True).astype(bias_1HLM.dtype)
   dlogits_BHLM = dlogits_BHLM.astype(q_BHLK.dtype)
   dq_BHLK = dot(dlogits_BHLM, k_BHMK, 3, 2)
   # The large operand second, as it is: the transposed result is small.
@@ -157,9 +159,3 @@ def _dense_bwd(residuals, g_BLHK):
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)
-
-
-def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
-  """Sums over the dims along which `shape` was broadcast."""
-  dims = [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1]
-  return jnp.sum(x, axis=dims, keepdims=True)

@@ -66,7 +66,9 @@ def read_parameters(function: str) -> list[Parameter]:
       else:
         found = [x for x in node.body if isinstance(x, ast.AnnAssign)]
         variables = [(ast.unparse(x.target), x.annotation, x.value) for x in found]
-  entries, parameters = _described(docstring), []
+  match = re.search(r'^(?:Args|Attributes):\n((?:[ ]+.*\n?|\n)+)', docstring, re.MULTILINE)
+  found = re.findall(r'^  (\w+): (.*(?:\n    .*)*)', match[1] if match else '', flags=re.MULTILINE)
+  entries, parameters = {name: ' '.join(text.split()) for name, text in found}, []
   for name, hint, default in variables:
     annotation = ast.unparse(hint).removesuffix(' | None') if hint else ''
     owner = annotation if annotation in NESTED else ''
@@ -74,13 +76,6 @@ def read_parameters(function: str) -> list[Parameter]:
     text, shown = entries.get(name, ''), _default(default, constants)
     parameters.append(Parameter(name, text, kind, many, shown, owner=owner))
   return parameters
-
-
-def _described(docstring: str) -> dict[str, str]:
-  """Returns {name: text} of a Google-style docstring's arguments or attributes."""
-  match = re.search(r'^(?:Args|Attributes):\n((?:[ ]+.*\n?|\n)+)', docstring, re.MULTILINE)
-  found = re.findall(r'^  (\w+): (.*(?:\n    .*)*)', match[1] if match else '', flags=re.MULTILINE)
-  return {name: ' '.join(text.split()) for name, text in found}
 
 
 def _default(node: ast.expr | None, constants: Mapping[str, Any]) -> str:

@@ -106,7 +106,11 @@ def read(path: str, *, name: str = '') -> Run:
   names = ('config.gin', 'finetune.gin', run_directory.CONFIG_FILE)
   texts = {file: read_text(root / file) for file in names}
   results, predictions = {}, _of_training(root)
-  for folder in _result_folders(root):
+  # Where `eval` and programs like it wrote; its newest step alone.
+  folders = [name for name in ('test', 'evaluation') if (root / name).is_dir()]
+  evaluated = [p.name for p in _listed(root / 'eval') if p.name.isdigit()]
+  folders += [f'eval/{step}' for step in sorted(evaluated, key=int)[-1:]]
+  for folder in folders:
     if tasks := as_dict(read_json(root / folder / 'metrics.json').get('tasks')):
       results[folder] = {k: as_dict(v) for k, v in tasks.items()}
     for file in _listed(root / folder, '.jsonl'):
@@ -168,13 +172,6 @@ def _listed(folder: epath.Path, suffix: str = '') -> list[epath.Path]:
   """Returns what is in a folder, whatever the folder's name: no glob."""
   found = folder.iterdir() if folder.is_dir() else ()
   return sorted(path for path in found if path.name.endswith(suffix))
-
-
-def _result_folders(root: epath.Path) -> list[str]:
-  """Returns where `eval` and programs like it wrote; its newest step alone."""
-  folders = [name for name in ('test', 'evaluation') if (root / name).is_dir()]
-  steps = [p.name for p in _listed(root / 'eval') if p.name.isdigit()]
-  return folders + [f'eval/{step}' for step in sorted(steps, key=int)[-1:]]
 
 
 def read_text(path: epath.Path) -> str:

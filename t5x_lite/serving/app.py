@@ -395,10 +395,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
 
 
 def _words(texts: Sequence[bytes], row: Sequence[int]) -> tuple[list[str], list[int]]:
-  """Returns the words of a row, and the token that each begins with; the last is its end.
-
-  Of one or two words, their tokens instead.
-  """
+  """Returns a row's words (of one or two, the tokens) and where each begins; the last is its end."""
   pieces = [texts[token] for token in row[:-1]]
   pairs = enumerate(itertools.pairwise(pieces), start=1)
   # A space belongs to the word after it, or to its own piece.

@@ -29,7 +29,10 @@ def find(name: str) -> MixtureRecipe | None:
   for part in parts:
     catalog.check_known(name, part.partition('*')[0])
   if weights:
-    rates = {task: _weight(name, text) for task, text in weights.items()}
+    for rate in weights.values():
+      if not re.fullmatch(_NUMBER, rate) or not float(rate) > 0:
+        raise UsageError(f'The mixture {name!r} has the rate {rate!r}; rates must be more than 0')
+    rates = {task: float(rate) for task, rate in weights.items()}
     if len(rates) < len(parts) or ending[0]:
       raise UsageError(f'The mixture {name!r} must give every task a rate, as in a*0.7+b*0.3')
     return MixtureRecipe(rates=rates)
@@ -40,12 +43,6 @@ def find(name: str) -> MixtureRecipe | None:
     limit = int(ending['limit']) if ending['limit'] else None
     rate = catalog.proportional(limit=limit, temperature=float(ending['t'] or 1))
   return MixtureRecipe(rates={task: rate for part in parts for task in catalog.leaves(part)})
-
-
-def _weight(mixture: str, text: str) -> float:
-  if not re.fullmatch(_NUMBER, text) or not float(text) > 0:
-    raise UsageError(f'The mixture {mixture!r} has the rate {text!r}; rates must be more than 0')
-  return float(text)
 
 
 def shares(provider: seqio.Task | seqio.Mixture, split: str) -> dict[str, float]:
