@@ -395,7 +395,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
 
 
 def _words(texts: Sequence[bytes], row: Sequence[int]) -> tuple[list[str], list[int]]:
-  """Returns a row's words (of one or two, the tokens) and where each begins; the last is its end."""
+  """Returns the words of a row, of up to two its tokens, and where each begins; the end is last."""
   pieces = [texts[token] for token in row[:-1]]
   pairs = enumerate(itertools.pairwise(pieces), start=1)
   # A space belongs to the word after it, or to its own piece.
