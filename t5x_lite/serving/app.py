@@ -266,7 +266,8 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     rows = rows_of(body.inputs, truncate=body.truncate)
     length = check_length(body.max_new_tokens)
     if body.decoding:
-      if body.stream or body.stop or body.num_outputs > 1 or body.temperature:
+      replaced = {'stream', 'stop', 'num_outputs', 'temperature', 'top_k', 'top_p'}
+      if replaced & body.model_dump(exclude_defaults=True).keys():
         raise HTTPException(400, 'decoding replaces the other settings, and is not streamed')
       names = ('num_beams', 'best_of', 'num_return_sequences')
       numbers = [x for n in names if isinstance(x := body.decoding.get(n), int)]

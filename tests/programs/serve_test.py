@@ -215,6 +215,7 @@ def test_openai_clients_work_unmodified(server, model):
     ({'inputs': ['a', 'b'], 'stream': True}, 'stream'),
     ({'inputs': 'a', 'num_outputs': 10**9}, '1000000000 outputs; at most'),
     ({'inputs': 'a', 'decoding': {'num_beams': 300}}, '300 outputs'),
+    ({'inputs': 'a', 'top_k': 3, 'decoding': {'num_beams': 2}}, 'replaces the other settings'),
     ({'inputs': 'a', 'decoding': {'num_beams': '4'}}, 'whole number'),
     ({'inputs': 'a', 'decoding': {'max_new_tokens': 5}}, 'no setting of decoding'),
     ({'inputs': 'a\ud800'}, 'no Unicode'),
