@@ -48,8 +48,7 @@ def open_start(
     raise UsageError(f'{path} is {kind}; restore_optimizer=True needs a run of t5x_lite')
   theirs = None if opened.format == 't5x' else opened.vocabulary  # T5X's do not say what it is
   if theirs is not None and not run_directory.same_vocabulary(theirs, vocabulary):
-    message = f'{path} was trained with another vocabulary than VocabularyConfig names'
-    message += ', so its ids mean other tokens'
+    message = f'{path} has another vocabulary than VocabularyConfig names: ids mean other tokens'
     if config.strict:
       raise UsageError(f'{message}: use its own, or CheckpointConfig.strict=False')
     log.warning('%s', message)

@@ -47,7 +47,7 @@ def test_a_call_for_more_than_may_ever_wait_is_told_so():
   vocabulary = make_vocabulary(VocabularyConfig(kind='byte'))
   worker: Any = types.SimpleNamespace(max_queue=3, num_waiting=0, num_running=0, stop=lambda: None)
   never: Any = None
-  served = Served('name', vocabulary, worker, never, never, never, {})
+  served = Served('name', vocabulary, worker, never, never, never, never, {})
   client = testclient.TestClient(make_app(served, Limits(max_inputs=8)))
   for body in ({'inputs': ['a'] * 4}, {'inputs': ['a', 'b'], 'num_outputs': 2}):
     answer = client.post('/generate', json=body)
