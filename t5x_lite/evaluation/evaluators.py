@@ -160,10 +160,10 @@ class Decoded:
     self.name = name
     self._task = task
     self._metric_fns, self._num_bootstrap = metric_fns, num_bootstrap
-    self._decode, self.predictor = decode, decode.predictor
+    self._decode = decode
+    predictor = self.predictor = decode.predictor
     self._num_examples = num_examples
     self._length = config.lengths['inputs']
-    predictor = self.predictor
     self.config = dataclasses.replace(config, batch_size=predictor.batch_size)
     shard = _shard(predictor.placement, predictor.batch_size)
     self._batches = _Cached(EvalDataset(self.config, **shard).__iter__, predictor.batch_size)
@@ -177,8 +177,8 @@ class Decoded:
     vocabulary = task.output_features['targets'].vocabulary
     targets, predictions, scores, lines = [], [], [], []
     left = sys.maxsize if self._num_examples is None else self._num_examples
-    batches = iter(self._batches)
-    while left > 0 and (window := [*itertools.islice(batches, WINDOW)]):
+    batches, size = iter(self._batches), self.config.batch_size
+    while window := [*itertools.islice(batches, min(WINDOW, -(-left // size)))]:
       found = []
       for batch, examples in window:
         examples = examples[: max(left - len(found), 0)]
