@@ -192,12 +192,13 @@ def _hbm_bytes(setup: Setup) -> float:
 def network_seconds(
   chip: Chip, devices: Sequence[Any], found: list[Collective]
 ) -> dict[str, float]:
-  """Returns how long a program's collectives take, by network.
+  """Returns how long a program's collectives take at least, by network.
 
   A collective over a whole closed torus dim sends both ways at once; one over several dims uses the
-  links of all. Devices come in the order of the program's device assignment.
+  links of all. Those over different dims share no link, so they may run at once: ICI is the busiest
+  dim. Devices come in the order of the program's device assignment.
   """
-  times = collections.defaultdict(float, ICI=0.0)
+  times, busy = collections.defaultdict(float), collections.defaultdict(float)
   coords = [d.coords for d in devices] if chip.torus_dims else []
   extents = [1 + max(dim) for dim in zip(*coords, strict=True)]
   for one in found:
@@ -210,13 +211,15 @@ def network_seconds(
     elif len(places) > 1:
       times['DCN'] += amount / chip.dcn_bandwidth / (len(group) / len(places))
     else:  # GPUs have no torus: all of NVLink is one link
-      links = 0
-      for dim, extent in enumerate(extents):
-        spanned = len({d.coords[dim] for d in group})
-        closed = spanned == extent and extent >= chip.wrap
-        links += (spanned > 1) * (2 if closed else 1)
-      times['ICI'] += amount / chip.link_bandwidth / max(links, 1)
-  return dict(times)
+      spanned = [len({d.coords[dim] for d in group}) for dim in range(len(extents))]
+      links = {
+        dim: 2 if n == extent and extent >= chip.wrap else 1
+        for dim, (n, extent) in enumerate(zip(spanned, extents, strict=True))
+        if n > 1
+      }
+      for dim in links or [0]:
+        busy[dim] += amount / chip.link_bandwidth / (sum(links.values()) or 1)
+  return {'ICI': max(busy.values(), default=0.0), **times}
 
 
 def levers(setup: Setup) -> dict[str, float]:

@@ -181,6 +181,17 @@ def test_collectives_use_the_links_of_the_dims_they_span(chip, devices, group, l
   np.testing.assert_allclose(seconds['ICI'], expected)
 
 
+def test_collectives_over_different_dims_share_no_link():
+  found = [
+    Collective('all-reduce', 3e9, tuple(range(4)), 1),  # along the last dim
+    Collective('all-gather', 8e9, tuple(range(0, 64, 4)), 1),  # over the other two
+  ]
+  seconds = cost_model.network_seconds(V5P, grid(4, 4, 4), found)
+  np.testing.assert_allclose(seconds['ICI'], 8e9 / V5P.link_bandwidth / 4)
+  seconds = cost_model.network_seconds(V5P, grid(4, 4, 4), [found[0]] * 2)
+  np.testing.assert_allclose(seconds['ICI'], 2 * 3e9 / V5P.link_bandwidth / 2)
+
+
 def test_a_group_over_slices_uses_the_slow_network():
   devices = grid(4, 4, slices=2)
   one = Collective('all-reduce', 1e9, (0, 16), 1)
