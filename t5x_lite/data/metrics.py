@@ -5,6 +5,7 @@ where several references are right; a prediction is judged against the one it co
 """
 
 import collections
+import functools
 import importlib
 import inspect
 import re
@@ -184,7 +185,9 @@ def with_inputs(name: str) -> Callable[[Targets, Texts, Texts], Scores]:
   except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
     known = f'{", ".join(METRICS)}, or your own as module:function'
     raise UsageError(f'There is no metric {name!r} ({error}); there are {known}') from error
-  return metric if takes_inputs else lambda targets, predictions, _: metric(targets, predictions)
+  if takes_inputs:
+    return metric
+  return functools.wraps(metric)(lambda targets, predictions, _: metric(targets, predictions))
 
 
 # ---- Parts -------------------------------------------------------------------

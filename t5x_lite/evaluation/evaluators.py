@@ -29,7 +29,7 @@ from t5x_lite.decoding import prediction
 from t5x_lite.decoding import steps as decoding_steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.decoding.continuous import WINDOW, RowDecoder
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, first_line
 from t5x_lite.evaluation import bootstrap
 from t5x_lite.models import model_sharding
 from t5x_lite.models.config import T5Config
@@ -85,6 +85,7 @@ class Result:
   metrics: Metrics
   # {'input', 'prediction', 'target'} of each decoded example.
   lines: Lines = dataclasses.field(default_factory=list)
+  failed: Sequence[str] = ()  # a line for each metric function that raised
 
 
 class TeacherForced:
@@ -204,11 +205,17 @@ class Decoded:
     inputs = [line['input'] for line in lines]
     measured += [(fn, (targets, predictions, inputs)) for fn in self._metric_fns]
     metrics: Metrics = {}
+    failed = []
     for fn, columns in measured:
-      metrics |= bootstrap.measured(
-        lambda *drawn, fn=fn: _scalars(fn(*drawn)), columns, self._num_bootstrap
-      )
-    return Result('infer_eval', self.name, metrics, lines)
+      try:
+        metrics |= bootstrap.measured(
+          lambda *drawn, fn=fn: _scalars(fn(*drawn)), columns, self._num_bootstrap
+        )
+      except Exception as error:  # a user's code; predictions and other metrics are worth keeping
+        name, kind = getattr(fn, '__name__', fn), type(error).__name__
+        failed.append(f'{self.name}: the metric {name} raised {kind}: {first_line(error)}')
+        log.error('%s', failed[-1], exc_info=True)
+    return Result('infer_eval', self.name, metrics, lines, failed)
 
 
 def _text(example: dict[str, Any], feature: str, vocabulary: Any) -> str:

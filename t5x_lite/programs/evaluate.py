@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from t5x_lite.data import metrics as metrics_lib
@@ -82,7 +83,8 @@ def evaluate(
   settings = run_directory.to_json({'datasets': datasets, **settings})
   evaluators: list[evaluators_lib.Evaluators] = []
   results: dict[str, Metrics] = {}
-  for path in _checkpoints(model_dir, last, steps, follow) if several else [model_dir]:
+
+  def measure(path: str | Sequence[str]) -> dict[str, Metrics]:
     models = trained_model.open_together(path, last, param_dtype=param_dtype)
     run = models[0]
     if continuous and len(models) > 1:
@@ -97,7 +99,7 @@ def evaluate(
     results = _measured(root, settings) if several else {}
     if results:
       log.info('%s is evaluated already, in %s', path, root)
-      continue
+      return results
     start_checks.check_writable(str(root))
     placement = model_sharding.place_model(run.config, mesh)
     for config in () if evaluators else datasets:
@@ -121,8 +123,10 @@ def evaluate(
     evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
     specs = model_sharding.inference_params(run.config, placement)
     params = trained_model.load_together(models, specs)
+    failed: list[str] = []
     for result in itertools.chain.from_iterable(one.results(params) for one in evaluators):
       found = results.setdefault(result.task, {})
+      failed += result.failed
       if result.kind == 'eval':
         found |= {f'eval/{k}': v for k, v in result.metrics.items()}
         continue
@@ -132,9 +136,24 @@ def evaluate(
         evaluators_lib.write_lines(root / f'{result.task}.jsonl', result.lines)
     if distributed.is_primary():
       checkpoint = ', '.join(one.checkpoint for one in models)
-      summary = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results, 'settings': settings}
+      summary = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results}
+      summary['settings'] = None if failed else settings  # None is measured again
       files.write_json(root / 'metrics.json', summary)
       log.info('metrics and predictions are in %s', root)
+    if failed:
+      raise UsageError(f'{failed[0]}; predictions and other metrics are in {root}')
+    return results
+
+  for path in _checkpoints(model_dir, last, steps, follow) if several else [model_dir]:
+    try:
+      results = measure(path)
+    except Exception:
+      if not follow or jax.process_count() > 1:  # several hosts may not agree on it
+        raise
+      time.sleep(FOLLOW_SECONDS)  # that a deletion may take
+      if epath.Path(path).exists():
+        raise
+      log.warning('%s was deleted before it was evaluated', path)
   return results
 
 

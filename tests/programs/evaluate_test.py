@@ -6,6 +6,8 @@ import threading
 import pytest
 
 from t5x_lite.errors import UsageError
+from t5x_lite.interop import trained_model
+from t5x_lite.programs import evaluate as evaluate_lib
 from t5x_lite.programs.evaluate import evaluate
 from tests import tiny_run
 
@@ -86,6 +88,40 @@ def test_steps_are_evaluated_once(tmp_path, caplog):
   assert found['longest_low'] <= found['longest_high'] == found['longest']
   assert found['rouge1_low'] <= found['rouge1'] <= found['rouge1_high']
   assert found == evaluate(**arguments, steps=['all'], **more)['language_id']
+
+
+def test_a_followed_checkpoint_may_be_deleted_before_it_is_read(tmp_path, caplog, monkeypatch):
+  tiny_run.save_untrained(tmp_path)
+  shutil.copytree(tmp_path / 'checkpoints' / '1', tmp_path / 'checkpoints' / '2')
+  opened = trained_model.open_together
+
+  def open_together(path, *args, **kwargs):
+    models = opened(path, *args, **kwargs)
+    if path.endswith('/1'):
+      shutil.rmtree(path)
+    return models
+
+  monkeypatch.setattr(trained_model, 'open_together', open_together)
+  monkeypatch.setattr(evaluate_lib, 'FOLLOW_SECONDS', 0.1)
+  arguments = dict(model_dir=str(tmp_path), datasets=[dataset()], num_examples=2)
+  assert evaluate(**arguments, steps=['1', '2'], follow=True)['language_id']['examples'] == 2
+  assert 'checkpoints/1 was deleted before it was evaluated' in caplog.text
+  assert [path.name for path in (tmp_path / 'eval').iterdir()] == ['2']
+
+
+def broken(targets, predictions):
+  return {'broken': 1 / 0}
+
+
+def test_a_metric_that_raises_loses_nothing_else(run, tmp_path):
+  arguments = dict(model_dir=str(run), datasets=[dataset()], num_examples=2, steps=['1'])
+  metrics = ['tests.programs.evaluate_test:broken', 'rouge']
+  for _ in range(2):  # its results are not taken for whole
+    with pytest.raises(UsageError, match='language_id: the metric broken raised ZeroDivisionError'):
+      evaluate(**arguments, output=str(tmp_path), metrics=metrics)
+  assert len((tmp_path / '1' / 'language_id.jsonl').read_text().splitlines()) == 2
+  saved = json.loads((tmp_path / '1' / 'metrics.json').read_text())['tasks']['language_id']
+  assert {'accuracy', 'rouge1'} <= set(saved)
 
 
 def test_decoders_continue_the_input(tmp_path):
