@@ -191,13 +191,15 @@ class T5(nnx.Module):
     decoder_segment_ids=None,
     decoder_causal_attention=None,
     dropout_key=None,
+    cross_ahead=False,
   ) -> Array:
     """Returns hidden_BLD, the decoder's output before the projection.
 
     encoded_BMD comes from `encode`, and the encoder's tokens [B, M] are for the padding mask; both
     are None without an encoder. The decoder's [B, L] are targets shifted right. Segment ids, of the
     same shapes, are those of packed rows; decoder_causal_attention [B, L] is 1 in a prefix, whose
-    positions see each other (prefix LM). Without a key nothing is dropped.
+    positions see each other (prefix LM). Without a key nothing is dropped. With cross_ahead, where
+    layers are stacked, keys and values of all layers' cross-attention are made before the loop.
     """
     cfg = self.cfg
     keys = layers.split_key(dropout_key, 3)
@@ -216,13 +218,17 @@ class T5(nnx.Module):
       cross_mask = attention.mask(cfg.attention, visibility, L, real_BM.shape[1])
     bias = self.decoder.bias(L, L)
 
-    def body(x_BLD, layer, key, lender):
-      kv = layer.encoder_decoder_attention.keys_values(encoded_BMD) if cfg.has_encoder else None
+    def keys_values(layer):
+      return layer.encoder_decoder_attention.keys_values(encoded_BMD) if cfg.has_encoder else None
+
+    def body(x_BLD, layer, key, lender, kv):
       masks = {'mask': mask, 'cross_mask': cross_mask}
+      kv = keys_values(layer) if kv is None else kv
       return layer.read(x_BLD, kv, lender, bias=bias, **masks, key=key)[0]
 
     x_BLD = self._embed(decoder_input_tokens, keys[0])
-    x_BLD = self.decoder(body, x_BLD, keys[1], self.lenders())
+    ahead = jax.vmap(keys_values)(self.decoder.layers) if cross_ahead else None
+    x_BLD = self.decoder(body, x_BLD, keys[1], self.lenders(), ahead)
     return layers.dropout(x_BLD, cfg.dropout_rate, keys[2])
 
   def lenders(self):
@@ -250,8 +256,8 @@ class T5(nnx.Module):
     kernel_DV, scale = self.head()
     return functools.partial(_project, constrain(kernel_DV, None, 'vocab'), scale)
 
-  def hidden(self, batch: Mapping[str, Array], *, dropout_key=None):
-    """Returns hidden_BLD of a training batch, packed or not."""
+  def hidden(self, batch: Mapping[str, Array], *, dropout_key=None, cross_ahead=False):
+    """Returns hidden_BLD of a training batch, packed or not; the rest is as of `decode`."""
     keys = layers.split_key(dropout_key, 2)
     encoded_BMD = None
     inputs, segments = batch.get('encoder_input_tokens'), batch.get('encoder_segment_ids')
@@ -260,7 +266,8 @@ class T5(nnx.Module):
     names = ('encoder_segment_ids', 'decoder_segment_ids', 'decoder_causal_attention')
     more = {name: batch.get(name) for name in names}
     tokens = batch['decoder_input_tokens']
-    return self.decode(encoded_BMD, inputs, tokens, **more, dropout_key=keys[1])
+    more |= {'dropout_key': keys[1], 'cross_ahead': cross_ahead}
+    return self.decode(encoded_BMD, inputs, tokens, **more)
 
   def __call__(self, batch: Mapping[str, Array], *, dropout_key=None):
     """Returns logits_BLV of a training batch."""

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite.compiler import step_programs
+from t5x_lite.compiler import hlo, step_programs
 from t5x_lite.data.config import batch_spec
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models import transfer
 from t5x_lite.parallel import partitioning, pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.training import train_state
+from t5x_lite.training import steps, train_state
 from t5x_lite.training.losses import LossConfig
 from t5x_lite.training.optimizers import OptimizerConfig
 from tests import tiny_run
@@ -59,6 +59,17 @@ def test_large_models_are_unrolled_on_cpus(monkeypatch):
   before = loops(model)
   monkeypatch.setattr(step_programs, 'UNROLLED_ON_CPU', 0)
   assert loops(model) == loops(model.replace(scan_layers=False)) < before
+
+
+def test_the_gradient_of_the_encoders_output_crosses_the_model_axis_once(monkeypatch):
+  def received():
+    model = tiny.config(num_encoder_layers=1, num_decoder_layers=6)
+    text = train_program(model=model, mesh=MeshConfig(data=4, model=2)).lower().compile().as_text()
+    return sum(one.bytes * one.count for one in hlo.HloModule(text, 8).collectives())
+
+  ahead = received()
+  monkeypatch.setattr(steps, '_cross_ahead', lambda model: False)
+  assert ahead < 0.95 * received()
 
 
 def test_a_decode_step_compiles_with_parameters_cut():

@@ -216,6 +216,18 @@ def test_remat_changes_no_gradient(scan):
     )
 
 
+def test_cross_attention_made_ahead_changes_no_gradient():
+  cfg = tiny.config(num_encoder_layers=1, num_decoder_layers=2, remat_policy='minimal')
+  graphdef, _, _ = t5.abstract_params(cfg)
+  params, b = tiny.params(cfg), tiny.batch()
+
+  def loss(p, ahead):
+    return jnp.mean(jnp.square(nnx.merge(graphdef, p).hidden(b, cross_ahead=ahead)))
+
+  one, other = (jax.jit(jax.grad(loss), static_argnums=1)(params, x) for x in (False, True))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), one, other)
+
+
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():
   cfg = tiny.config(dtype='bfloat16')
   params, b = tiny.params(cfg), tiny.batch()

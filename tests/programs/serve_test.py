@@ -21,6 +21,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.programs import serve as serve_lib
 from t5x_lite.programs.serve import serve
 from tests import xla_flags
+from tests.serving import headless_chromium
 
 TOKEN = 'a long secret'
 WORDS = ((0, 2), (2, 6), (6, 8), (8, 9))  # the tokens of each of 'ab cde f' and its end
@@ -103,6 +104,45 @@ def test_generate_writes_what_the_python_interface_writes(server, model):
   assert [one['text'] for one in outputs] == texts
   np.testing.assert_allclose([one['score'] for one in outputs], scores, rtol=1e-3)
   assert {one['finish_reason'] for one in outputs} <= {'stop', 'length'}
+
+
+@pytest.mark.skipif(not headless_chromium.EXECUTABLE, reason='needs a Chromium')
+def test_the_page_by_keyboard_in_a_browser(server, model, tmp_path):
+  page = headless_chromium.Page(server.url, tmp_path)
+  try:
+    # Without the token nothing is answered; the input has the focus.
+    page.wait_for("document.activeElement && document.activeElement.id == 'inputs'")
+    page.type('ab cde f')
+    page.press('Enter', 13, modifiers=2)
+    assert 'token' in page.wait_for("at('outputs').innerText")
+    # By Tab alone to the new tokens, and past the other numbers to the token.
+    page.press('Tab', 9)
+    assert page.value('document.activeElement.id') == 'max_new_tokens'
+    page.value('document.activeElement.select()')
+    page.type('12')
+    for _ in range(7):
+      page.press('Tab', 9)
+    assert page.value('document.activeElement.id') == 'token'
+    page.type(TOKEN)
+    page.press('Tab', 9)
+    page.press('Enter', 13, text='\r')
+    ended = page.wait_for("at('outputs').rows[0]?.cells[2].textContent")
+    [text], [score] = model.generate(['ab cde f'], max_new_tokens=12, return_scores=True)
+    shown = page.value("[...at('outputs').rows[0].cells].map(c => c.textContent)")
+    assert shown[0] == text and ended in ('length', 'stop')
+    assert float(shown[1]) == pytest.approx(score, abs=2e-3)
+    # On to the button of the picture: inputs above, outputs beside, each line adds up.
+    page.wait_for("!!at('outputs').querySelector('button')")
+    page.press('Tab', 9)
+    assert page.value('document.activeElement.textContent') == 'attention'
+    page.press('Enter', 13, text='\r')
+    page.wait_for("at('attention').rows.length > 1")
+    head = page.value("[...at('attention').rows[0].cells].map(c => c.textContent)")
+    assert head[1:] == ['ab', 'cde', 'f', '(end)']
+    line = page.value("[...at('attention').rows[1].cells].slice(1).map(c => parseFloat(c.title))")
+    assert sum(line) == pytest.approx(100, abs=0.5)
+  finally:
+    page.close()
 
 
 def test_samples_are_repeatable_and_differ_by_seed(server):
