@@ -135,7 +135,7 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
     return full_name
   wanted = to_seqio(vocabulary)
   for key, feature in find_provider(name).output_features.items():
-    if not _same(feature.vocabulary, wanted):
+    if feature.dtype.is_integer and not _same(feature.vocabulary, wanted):  # not loss weights
       raise UsageError(
         f'{name!r} has the vocabulary {feature.vocabulary} for {key!r}, the model {wanted}; name a '
         f'task without its vocabulary ({", ".join(sorted(_CATALOG)[:3])}, ...) or change '
@@ -307,8 +307,8 @@ def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
   for feature in cfg.lengths:
     spec = provider.output_features.get(feature)
     if spec is None:
-      there = f'the output features of {name} are {sorted(provider.output_features)}'
-      raise UsageError(f'task_feature_lengths names {feature!r}, but {there}')
+      there = f'but the output features of {name} are {sorted(provider.output_features)}'
+      raise UsageError(f'task_feature_lengths names {feature!r}, {there}')
     if spec.rank != 1 or not spec.dtype.is_integer:
       what = f'{spec.dtype.name} of rank {spec.rank}'
       raise UsageError(f'feature {feature!r} of {name} is {what}, and no sequence of ids')

@@ -121,6 +121,24 @@ def test_texts_come_before_the_tokenization(name):
     list(catalog.texts(f'{name}_none'))
 
 
+@pytest.mark.parametrize(
+  'weights',
+  [
+    seqio.ContinuousFeature(dtype=tf.float32, rank=1),
+    seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32),
+  ],
+)
+def test_loss_weights_have_no_vocabulary(name, weights):
+  """A task that has them can be named for training, as any of the user's own."""
+  bytes_ = seqio.Feature(seqio_vocabularies.to_seqio(VocabularyConfig(kind='byte')))
+  source = sources.RowsDataSource({'train': lambda: {}})
+  features = {'targets': bytes_, 'targets_loss_weights': weights}
+  seqio.TaskRegistry.add(name, source, output_features=features)
+  assert catalog.resolve(name, VocabularyConfig(kind='byte')) == name
+  with pytest.raises(UsageError, match=r"vocabulary .* for 'targets'"):
+    catalog.resolve(name, VocabularyConfig())
+
+
 def test_what_seqio_has_cached_is_read(tmp_path, monkeypatch):
   """By the name of t5's task, as `seqio_cache_tasks` writes it; TFDS has nothing there."""
   name = catalog.resolve('c4_realnewslike_v220_span_corruption', VocabularyConfig())

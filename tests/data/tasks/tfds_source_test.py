@@ -178,7 +178,7 @@ def test_a_users_own_source_reads_what_is_prepared(data_dir):
   feature = seqio.Feature(seqio.ByteVocabulary(), required=False)
   names = {
     'theirs': 'glue/cola:1.0.0',
-    'default_config': 'wmt16_translate',
+    'default_config': 'wmt16_translate:1.0.0',
     'nowhere': 'squad:3.0.0',
   }
   for name, dataset in names.items():
