@@ -7,7 +7,7 @@ import collections
 import contextlib
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,24 +84,24 @@ def preview(
     blocks.append(('table', 'Mixture', ['task', 'share of examples'], rows))
   measured, lengths = [], {}
   for one in tasks:
+    found = lengths[one.name] = step_by_step.measure(dataset, one, sample)
     for number, (step, rows) in enumerate(step_by_step.examples_of(one, dataset, examples)):
       shown = [pieces_of(row, config) for row in rows]
       blocks.append(('step', f'{one.name}, {number}. {step}', shown))
-    found = lengths[one.name] = step_by_step.measure(dataset, one, sample)
     for feature, counts in found.items():
-      limit = dataset.lengths[feature]
-      cut = np.maximum(np.subtract(counts, limit), 0)
-      empty = 1 - np.minimum(counts, limit).mean() / limit
-      shares = (np.mean(cut > 0), cut.sum() / max(1, sum(counts)), empty)
+      limit, total = dataset.lengths[feature], sum(counts)
+      kept = np.minimum(counts, limit)
+      shares = (np.mean(kept < counts), 1 - kept.sum() / max(1, total), 1 - kept.mean() / limit)
       sizes = [len(counts), f'{np.mean(counts):.1f}', max(counts), limit]
-      measured.append([one.name, feature, *sizes, *(f'{share:.1%}' for share in shares)])
-  header = 'task,feature,examples,mean,longest,length,cut,tokens lost,padding'.split(',')
+      bars = [n for _, n in _histogram(counts, 16)]
+      drawn = ''.join('.▁▂▃▄▅▆▇█'[-(-8 * n // max(bars))] for n in bars)
+      measured.append([one.name, feature, *sizes, *(f'{share:.1%}' for share in shares), drawn])
+  header = 'task,feature,examples,mean,longest,length,cut,tokens lost,padding,histogram'.split(',')
   blocks.append(('table', 'Lengths in tokens', header, measured))
   for feature, segments in packed_rows(dataset).items():
-    title = f'Packed {feature}: padding {np.mean(segments == 0):.1%}'
-    blocks.append(('rows', title, segments))
+    blocks.append(('rows', f'Packed {feature}: padding {np.mean(segments == 0):.1%}', segments))
   if output:
-    page = as_page(blocks, list(_length_charts(lengths)))
+    page = as_page(blocks, _length_charts(lengths))
     epath.Path(output).write_bytes(page.encode('utf-8', 'replace'))
     print(output)
     return output
@@ -156,29 +156,26 @@ def as_text(blocks: Sequence[Block], *, color: bool = False) -> str:
   lines = []
 
   def paint(text: str, number: int | None) -> str:
-    if number is None or not color:
-      return text
-    return f'\x1b[38;5;{_ANSI[number % len(_ANSI)]}m{text}\x1b[0m'
+    plain = number is None or not color
+    return text if plain else f'\x1b[38;5;{_ANSI[number % len(_ANSI)]}m{text}\x1b[0m'
 
   for kind, title, *rest in blocks:
-    lines += ['', title]
-    if kind == 'title':
-      lines.append('=' * len(title))
-    elif kind == 'step':
+    lines += ['', title, *['=' * len(title)] * (kind == 'title')]
+    if kind == 'step':
       for name, pieces in itertools.chain(*(example.items() for example in rest[0])):
         lines.append(f'  {name:20} {" ".join(paint(*piece) for piece in pieces)}')
     elif kind == 'table':
       cells = [[str(x) for x in line] for line in (rest[0], *rest[1])]
       widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
       lines += ['  ' + '  '.join(map(str.ljust, line, widths)) for line in cells]
-    else:
+    elif kind == 'rows':
       lines[-1] += ' (a letter is an example, a dot padding)'
       for row in rest[0][:, :: -(-rest[0].shape[1] // 96)].tolist():
         lines.append('  ' + ''.join('.' if n == 0 else chr(97 + (n - 1) % 26) for n in row))
   return '\n'.join(lines[1:])
 
 
-def as_page(blocks: Sequence[Block], charts: Sequence[str]) -> str:
+def as_page(blocks: Sequence[Block], charts: Iterable[str]) -> str:
   """Returns blocks, and charts after them, as a page."""
   parts = []
 
@@ -209,9 +206,12 @@ def as_page(blocks: Sequence[Block], charts: Sequence[str]) -> str:
 def _length_charts(lengths: Mapping[str, Mapping[str, Sequence[int]]]) -> Iterator[str]:
   """Yields a chart a feature of how many examples have which length."""
   for feature in dict.fromkeys(name for one in lengths.values() for name in one):
-    lines = {}
-    for task, found in lengths.items():
-      width = max(1, max(found[feature]) // 40)
-      counts = collections.Counter(n // width * width for n in found[feature])
-      lines[task] = [(n, counts[n]) for n in range(0, max(counts) + 1, width)]
+    lines = {task: _histogram(found[feature], 40) for task, found in lengths.items()}
     yield report_charts.line_chart(f'Examples by length of {feature}', lines, x_label='tokens')
+
+
+def _histogram(counts: Sequence[int], bins: int) -> list[tuple[int, int]]:
+  """Returns where each of at most `bins` bins from 0 on begins, and how many counts it has."""
+  width = max(counts) // bins + 1
+  found = collections.Counter(n // width * width for n in counts)
+  return [(n, found[n]) for n in range(0, max(found) + 1, width)]

@@ -225,8 +225,7 @@ def study(
 
 def _check_tasks(arguments: Mapping[str, Any]) -> None:
   """Raises UsageError if a data set of a command is not registered."""
-  values = arguments.values()
-  found = itertools.chain(*(value if isinstance(value, list) else [value] for value in values))
+  found = itertools.chain(*(x if isinstance(x, list) else [x] for x in arguments.values()))
   for dataset in (one for one in found if isinstance(one, DatasetConfig)):
     from t5x_lite.data.tasks import catalog
 
@@ -246,19 +245,22 @@ def _run(run: StageRun, launcher: str, where: str, tried: dict[str, dict[str, An
   os.makedirs(run.directory, exist_ok=True)
   logged = os.path.join(run.directory, LOG_FILE)
   with open(os.path.join(run.directory, '.study'), 'w') as lock, open(logged, 'ab') as output:
+    where = f'{where}: {run.stage.name}'
     # Another cell may be at it, or the child of a killed study: the lock is the child's too.
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      log.info('%s: waits for another process that runs it (%s)', where, logged)
+      fcntl.flock(lock, fcntl.LOCK_EX)
     before = run.outcome()
     if before.get('exit_code') in _FINAL:
       return before
-    where = f'{where}: {run.stage.name}'
     log.info('%s (%s)', where, logged)
     start = time.monotonic()
     argv = [*shlex.split(launcher), sys.executable, '-m', 't5x_lite.main', *run.argv]
     streams = {'stdin': subprocess.DEVNULL, 'stdout': output, 'stderr': subprocess.STDOUT}
     apart: dict[str, Any] = {'start_new_session': True, 'pass_fds': [lock.fileno()]}
-    process = subprocess.Popen(argv, **streams, **apart)
-    received: list[int] = []
+    process, received = subprocess.Popen(argv, **streams, **apart), list[int]()
 
     def stop(number: int, frame: Any) -> None:
       received.append(number)
@@ -271,9 +273,8 @@ def _run(run: StageRun, launcher: str, where: str, tried: dict[str, dict[str, An
       for number, handler in previous.items():
         signal.signal(number, handler)
     seconds = before.get('seconds', 0.0) + time.monotonic() - start
-    lines = report_runs.read_text(epath.Path(logged)).strip().splitlines()
-    message = lines[-1].strip() if code and lines else ''
-    outcome = {'exit_code': code, 'seconds': seconds, 'message': message}
+    *_, message = ['', *report_runs.read_text(epath.Path(logged)).strip().splitlines()]
+    outcome = {'exit_code': code, 'seconds': seconds, 'message': message.strip() if code else ''}
     files.write_json(epath.Path(run.directory) / OUTCOME_FILE, outcome)
     tried[run.directory] = outcome
   log.info('%s: %s after %s', where, state(outcome), progress.format_duration(seconds))
@@ -284,8 +285,7 @@ def _run(run: StageRun, launcher: str, where: str, tried: dict[str, dict[str, An
 
 def state(outcome: Mapping[str, Any]) -> str:
   """Returns one or two words on what became of a run."""
-  code = outcome.get('exit_code')
-  if code is None:
+  if (code := outcome.get('exit_code')) is None:
     return 'not run'
   if code < 0:
     return f'killed by {signal.Signals(-code).name}'

@@ -38,6 +38,7 @@ def test_every_step_is_shown(capsys):
     line.split() for line in text.splitlines() if line.startswith('  pronounce_byte  inputs')
   ]
   assert row[2] == '20' and row[5] == '32'
+  assert '█' in row[-1] and len(row[-1]) <= 17  # how many are how long
   # Rows of letters: an example each, in order, then padding.
   rows = [line.strip() for line in text.partition('Packed inputs')[2].splitlines()[1:9]]
   assert all(row.strip('.') == ''.join(sorted(row.strip('.'))) for row in rows)
@@ -80,6 +81,12 @@ def test_denoising_is_coloured_on_the_page(tmp_path):
   page = _Page(path.read_text())
   assert len(page.colors) >= 2 and page.rows == 16
   assert '&lt;extra_id_0&gt;' in path.read_text()
+
+
+def test_lengths_are_drawn_from_0_to_the_longest():
+  assert preview._histogram([0, 1, 1, 9], 5) == [(0, 3), (2, 0), (4, 0), (6, 0), (8, 1)]
+  assert preview._histogram([64] * 3, 16)[-1] == (60, 3)
+  assert len(preview._histogram(range(1000), 16)) <= 16
 
 
 def test_mistakes_are_told(tmp_path, capsys):

@@ -1,9 +1,12 @@
+import fcntl
 import json
+import logging
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -104,6 +107,17 @@ def test_what_was_killed_is_tried_again(tmp_path):
   assert 'a, seed 0: one killed by SIGKILL' in text
   # It ended well, and wrote nothing that the table asks for.
   assert 'b, seed 0: one has no metric eval/x/loss' in text
+
+
+def test_what_another_process_runs_is_waited_for(tmp_path, caplog):
+  """Such as the child of a study that was killed."""
+  run(tmp_path, "sh -c 'kill -9 $$'")
+  caplog.set_level(logging.INFO, logger='t5x_lite')
+  with open(min(tmp_path.glob('runs/*/.study'))) as held:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    threading.Timer(0.3, fcntl.flock, (held, fcntl.LOCK_UN)).start()
+    run(tmp_path, 'true')
+  assert caplog.text.count('waits for another process') == 1 and outcomes(tmp_path) == [0, 0]
 
 
 def test_one_cell_can_be_run_alone(tmp_path):

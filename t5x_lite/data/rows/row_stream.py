@@ -81,10 +81,8 @@ def read_examples(
     ]
   except KeyError as error:
     column = re.search(r'KeyError: (.+)', str(error))
-    raise UsageError(
-      f'{cfg.mixture_or_task_name} cannot be read: a preprocessor asks for the column '
-      f'{column[1] if column else error}, which the rows do not have'
-    ) from error
+    why = f'a preprocessor asks for the column {column[1] if column else error}, which no row has'
+    raise UsageError(f'{cfg.mixture_or_task_name} cannot be read: {why}') from error
   except (ValueError, OSError, tf.errors.NotFoundError) as error:
     raise UsageError(f'{cfg.mixture_or_task_name} cannot be read: {first_line(error)}') from error
   if cfg.per_task_loss and cfg.num_epochs is not None:

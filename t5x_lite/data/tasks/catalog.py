@@ -18,7 +18,7 @@ import seqio
 from t5x_lite.data import metrics, vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.objectives.named import Preprocessor
-from t5x_lite.data.tasks import text_preprocessors
+from t5x_lite.data.tasks import text_preprocessors, tfds_source
 from t5x_lite.data.tasks.seqio_vocabulary import to_seqio
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, suggest
@@ -135,7 +135,7 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
     return full_name
   wanted = to_seqio(vocabulary)
   for key, feature in find_provider(name).output_features.items():
-    if not _same(feature.vocabulary, wanted):
+    if feature.dtype.is_integer and not _same(feature.vocabulary, wanted):  # not loss weights
       raise UsageError(
         f'{name!r} has the vocabulary {feature.vocabulary} for {key!r}, the model {wanted}; name a '
         f'task without its vocabulary ({", ".join(sorted(_CATALOG)[:3])}, ...) or change '
@@ -179,10 +179,8 @@ def register_mixture(
 def check_known(mixture: str, task: str) -> None:
   """Raises UsageError if a mixture's task is neither in the catalog nor registered."""
   if find_recipe(task) is None and not is_registered(task):
-    raise UsageError(
-      f'The mixture {mixture!r} names {task!r}, which is not registered; there are '
-      f'{", ".join(sorted(_CATALOG))}'
-    )
+    hint = suggest(task, catalog()) or f'; there are {", ".join(sorted(_CATALOG))}'
+    raise UsageError(f'The mixture {mixture!r} names {task!r}, which is not registered{hint}')
 
 
 def proportional(*, limit: int | None = None, temperature: float = 1.0) -> Rate:
@@ -247,17 +245,17 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
   """Returns the task or mixture of this full name in SeqIO; UsageError if there is none."""
   if not is_registered(name):
     if name in catalog():
-      raise UsageError(
-        f'{name!r} is a recipe for any vocabulary, not yet a task: catalog.resolve(name, '
-        'vocabulary) makes it one'
-      )
+      raise UsageError(f'{name!r} is a recipe: catalog.resolve(name, vocabulary) makes it a task')
     known = {*catalog(), *seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     hint = suggest(name, known) or f'; there are {", ".join(catalog())}.'
     raise UsageError(
       f'There is no task or mixture {name!r}{hint} Tasks of your own: name the module that '
       'registers them in DatasetConfig.module'
     )
-  return seqio.get_mixture_or_task(name)
+  provider = seqio.get_mixture_or_task(name)
+  for task in seqio.get_subtasks(provider):
+    tfds_source.read_prepared(task.source)
+  return provider
 
 
 def add(name: str, recipe: Recipe, vocabulary: VocabularyConfig | None = None) -> None:
@@ -295,9 +293,8 @@ def import_modules(modules: str = '') -> None:
     try:
       importlib.import_module(module)
     except ModuleNotFoundError as error:
-      raise UsageError(
-        f'module {module!r} cannot be imported: {error}; it must be installed or on PYTHONPATH'
-      ) from error
+      how = 'it must be installed or on PYTHONPATH'
+      raise UsageError(f'module {module!r} cannot be imported: {error}; {how}') from error
 
 
 def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
@@ -310,15 +307,11 @@ def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
   for feature in cfg.lengths:
     spec = provider.output_features.get(feature)
     if spec is None:
-      raise UsageError(
-        f'task_feature_lengths names {feature!r}, but the output features of {name} are '
-        f'{sorted(provider.output_features)}'
-      )
+      there = f'but the output features of {name} are {sorted(provider.output_features)}'
+      raise UsageError(f'task_feature_lengths names {feature!r}, {there}')
     if spec.rank != 1 or not spec.dtype.is_integer:
-      raise UsageError(
-        f'feature {feature!r} of {name} is {spec.dtype.name} of rank {spec.rank}; the converters '
-        'take sequences of ids'
-      )
+      what = f'{spec.dtype.name} of rank {spec.rank}'
+      raise UsageError(f'feature {feature!r} of {name} is {what}, and no sequence of ids')
   return provider
 
 

@@ -10,6 +10,7 @@ import seqio
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import row_stream
 from t5x_lite.data.tasks import truncation
+from t5x_lite.errors import UsageError
 
 # Source rows that are looked at.
 _SOURCE_ROWS = 64
@@ -33,7 +34,7 @@ def examples_of(task: Any, cfg: DatasetConfig, count: int) -> Iterator[tuple[str
 
 
 def measure(cfg: DatasetConfig, task: Any, sample: int) -> dict[str, list[int]]:
-  """Returns the tokens of each feature of the first examples, uncut."""
+  """Returns the tokens of each feature of the first examples, uncut; UsageError if none come."""
   found: dict[str, list[int]] = {name: [] for name in cfg.lengths}
   if truncation.is_supervised(task, cfg):  # objectives need their lengths
     cfg = dataclasses.replace(cfg, task_feature_lengths=dict.fromkeys(found, _UNCUT))
@@ -41,4 +42,6 @@ def measure(cfg: DatasetConfig, task: Any, sample: int) -> dict[str, list[int]]:
   for example in itertools.islice(dataset.as_numpy_iterator(), sample):
     for name, counts in found.items():
       counts.append(len(example[name]))
+  if not all(found.values()):
+    raise UsageError(f'{task.name} has no examples in {cfg.split}: do its steps drop them all?')
   return found

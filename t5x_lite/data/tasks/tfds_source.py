@@ -54,6 +54,17 @@ class _Loader(seqio.utils.LazyTfdsLoader):
     return self._MEMOIZED_BUILDERS[key]
 
 
+def read_prepared(source: seqio.DataSource) -> None:
+  """Makes a user's own seqio.TfdsDataSource look into the data directory alone, too."""
+  if type(source) is seqio.TfdsDataSource and (loader := source.tfds_dataset).name:
+    dataset, colon, version = loader.name.partition(':')
+    if '/' not in dataset:  # a default config has no name there, but a folder
+      config = getattr(loader.builder_cls(), 'default_builder_config', None)
+      dataset += f'/{config.name}' if config else ''
+    loader._name, loader._read_only = f'{dataset}{colon}{version}', True
+    loader.__class__ = _Loader
+
+
 class PreparedSource(seqio.TfdsDataSource):
   """A dataset by name, with its splits and columns known before it is touched."""
 
@@ -66,19 +77,14 @@ class PreparedSource(seqio.TfdsDataSource):
     super().__init__(name, splits=dict(splits), read_only=True)
     self._tfds_dataset = _Loader(name, split_map=dict(splits), read_only=True)
     self._columns = columns
-    self._parts = dict(splits)
 
   def get_dataset(self, split: str | None = None, *args, **kwargs) -> tf.data.Dataset:
     """See seqio.TfdsDataSource; UsageError if it, its split or a column is not there."""
     name, info = self.tfds_dataset.name, self.tfds_dataset.info
-    for column in self._columns:
-      if column not in info.features:
-        raise UsageError(
-          f'{name} has no column {column!r}, only {", ".join(sorted(info.features))}: is it the '
-          'dataset the task is made for?'
-        )
-    for part in self._parts[split or 'train'].split('+'):
-      base = part.partition('[')[0]
-      if info.splits and base not in info.splits:
-        raise UsageError(f'{name} has no split {base!r}, only {", ".join(sorted(info.splits))}')
+    parts = self.tfds_dataset._map_split(split or 'train') or ''
+    splits = [part.partition('[')[0] for part in parts.split('+')]
+    needed = {'column': (self._columns, info.features), 'split': (splits, info.splits)}
+    for kind, (names, there) in needed.items():
+      if lacking := [one for one in names if there and one not in there]:
+        raise UsageError(f'{name} has no {kind} {lacking[0]!r}, only {", ".join(sorted(there))}')
     return super().get_dataset(split, *args, **kwargs)

@@ -1,10 +1,16 @@
+import contextlib
+import dataclasses
 import functools
 import itertools
+import json
 
 import pytest
 import seqio
+import tensorflow as tf
 
 from t5x_lite.data import vocabularies
+from t5x_lite.data.config import DatasetConfig
+from t5x_lite.data.rows import dataset_iterator
 from t5x_lite.data.tasks import catalog, sources
 from t5x_lite.data.tasks import seqio_vocabulary as seqio_vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
@@ -113,3 +119,54 @@ def test_texts_come_before_the_tokenization(name):
     list(catalog.texts(name, 'test'))
   with pytest.raises(UsageError, match=r'There is no task'):
     list(catalog.texts(f'{name}_none'))
+
+
+@pytest.mark.parametrize(
+  'weights',
+  [
+    seqio.ContinuousFeature(dtype=tf.float32, rank=1),
+    seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32),
+  ],
+)
+def test_loss_weights_have_no_vocabulary(name, weights):
+  """A task that has them can be named for training, as any of the user's own."""
+  bytes_ = seqio.Feature(seqio_vocabularies.to_seqio(VocabularyConfig(kind='byte')))
+  source = sources.RowsDataSource({'train': lambda: {}})
+  features = {'targets': bytes_, 'targets_loss_weights': weights}
+  seqio.TaskRegistry.add(name, source, output_features=features)
+  assert catalog.resolve(name, VocabularyConfig(kind='byte')) == name
+  with pytest.raises(UsageError, match=r"vocabulary .* for 'targets'"):
+    catalog.resolve(name, VocabularyConfig())
+
+
+def test_what_seqio_has_cached_is_read(tmp_path, monkeypatch):
+  """By the name of t5's task, as `seqio_cache_tasks` writes it; TFDS has nothing there."""
+  name = catalog.resolve('c4_realnewslike_v220_span_corruption', VocabularyConfig())
+  vocabulary = seqio.get_mixture_or_task(name).output_features['targets'].vocabulary
+  folder = tmp_path / name
+  folder.mkdir()
+  tokens = tf.train.Int64List(value=vocabulary.encode('to be or not to be ' * 30))
+  feature = {'targets': tf.train.Feature(int64_list=tokens)}
+  row = tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+  with tf.io.TFRecordWriter(str(folder / 'train.tfrecord-00000-of-00001')) as writer:
+    for _ in range(4):
+      writer.write(row)
+  features = {'targets': {'shape': [None], 'dtype': 'int32'}}
+  info = {'num_shards': 1, 'features': features, 'seqio_version': '0.0.20'}
+  (folder / 'info.train.json').write_text(json.dumps(info))
+  (folder / 'stats.train.json').write_text(json.dumps({'examples': 4}))
+  (folder / 'COMPLETED').touch()
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'nowhere'))
+  monkeypatch.setenv('SEQIO_CACHE_DIRS', str(tmp_path))
+  monkeypatch.setattr(seqio.utils, '_GLOBAL_CACHE_DIRECTORIES', [])
+  config = DatasetConfig(
+    mixture_or_task_name=name,
+    task_feature_lengths={'inputs': 32, 'targets': 16},
+    batch_size=2,
+    use_cached=True,
+  )
+  with contextlib.closing(dataset_iterator.DatasetIterator(config)) as iterator:
+    batch = next(iterator)
+  assert 32_099 in batch['encoder_input_tokens'] and 32_099 in batch['decoder_target_tokens']
+  with pytest.raises(UsageError, match='not prepared'):
+    next(dataset_iterator.DatasetIterator(dataclasses.replace(config, use_cached=False)))

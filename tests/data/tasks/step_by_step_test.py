@@ -1,5 +1,10 @@
+import pytest
+import seqio
+import tensorflow as tf
+
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.tasks import catalog, step_by_step
+from t5x_lite.errors import UsageError
 
 CONFIG = DatasetConfig(
   mixture_or_task_name='pronounce_byte',
@@ -24,3 +29,35 @@ def test_lengths_are_those_before_the_cut():
   counts = step_by_step.measure(CONFIG, catalog.task_provider(CONFIG), 20)
   assert set(counts) == {'inputs', 'targets'} and len(counts['inputs']) == 20
   assert min(counts['inputs']) > len('pronounce: ')
+
+
+@pytest.mark.parametrize(
+  ('step', 'message'),
+  [
+    (lambda dataset: dataset.filter(lambda row: False), 'no examples in train'),
+    (
+      seqio.map_over_dataset(lambda row: {'targets': row['answer']}),
+      "asks for the column 'answer'",
+    ),
+  ],
+)
+def test_what_cannot_be_measured_is_one_line(step, message):
+  config = DatasetConfig(
+    mixture_or_task_name='step_by_step_test',
+    task_feature_lengths={'targets': 8},
+    feature_converter='lm',
+    batch_size=1,
+    num_epochs=1,
+  )
+
+  def rows(split, shuffle_files, seed=None):
+    return tf.data.Dataset.from_tensors({'targets': 'a'})
+
+  task = seqio.Task(
+    'step_by_step_test',
+    seqio.FunctionDataSource(rows, splits=['train']),
+    output_features={'targets': seqio.Feature(seqio.ByteVocabulary())},
+    preprocessors=[step, seqio.preprocessors.tokenize_and_append_eos],
+  )
+  with pytest.raises(UsageError, match=message):
+    step_by_step.measure(config, task, 5)

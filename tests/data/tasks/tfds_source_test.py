@@ -173,6 +173,31 @@ def test_seqios_own_setting_names_the_directory(prepared, tmp_path, monkeypatch)
   assert source.num_input_examples('train') == ROWS
 
 
+def test_a_users_own_source_reads_what_is_prepared(data_dir):
+  """SeqIO's would ask the network first, even for what is there."""
+  feature = seqio.Feature(seqio.ByteVocabulary(), required=False)
+  names = {
+    'theirs': 'glue/cola:1.0.0',
+    'default_config': 'wmt16_translate:1.0.0',
+    'nowhere': 'squad:3.0.0',
+  }
+  for name, dataset in names.items():
+    source = seqio.TfdsDataSource(tfds_name=dataset)
+    seqio.TaskRegistry.add(f'tfds_source_{name}', source, output_features={'targets': feature})
+  task = catalog.find_provider('tfds_source_theirs')
+  assert set(task.splits) == {'train', 'validation'}
+  assert task.source.num_input_examples('train') == ROWS
+  assert len(list(task.source.get_dataset('train', shuffle=False))) == ROWS
+  name = catalog.find_provider('tfds_source_nowhere').source.tfds_dataset.name
+  assert name == 'squad/v1.1:3.0.0'
+  assert (
+    catalog.find_provider('tfds_source_default_config').source.tfds_dataset.name.count('/') == 1
+  )
+  for _ in range(2):
+    with pytest.raises(UsageError, match=r'run `tfds build squad/v1\.1'):
+      assert catalog.find_provider('tfds_source_nowhere').splits
+
+
 def test_a_missing_column_or_split_is_one_line(data_dir):
   source = tfds_source.PreparedSource('glue/cola:1.0.0', {'train': 'train'}, ('text',))
   with pytest.raises(UsageError, match=r"no column 'text', only idx, label, sentence"):
