@@ -100,12 +100,12 @@ class Linear(nnx.Module):
       self.lora_a = param(rngs, LORA_INIT, (D, R), (axes[0], 'lora_rank'), cfg.param_dtype)
       self.lora_b = param(rngs, zeros, (R, F), ('lora_rank', axes[1]), cfg.param_dtype)
 
-  def __call__(self, x_BLD: Array) -> Array:
+  def __call__(self, x_BLD: Array, product=matmul) -> Array:
     """Multiplies the last dim, in the compute dtype."""
-    y_BLF = matmul(x_BLD, self.kernel[...].astype(self.dtype))
+    y_BLF = product(x_BLD, self.kernel[...].astype(self.dtype))
     if self.lora_scale is not None:
-      x_BLR = matmul(x_BLD, self.lora_a[...].astype(self.dtype))
-      y_BLF += matmul(x_BLR, self.lora_b[...].astype(self.dtype)) * self.lora_scale
+      x_BLR = product(x_BLD, self.lora_a[...].astype(self.dtype))
+      y_BLF += product(x_BLR, self.lora_b[...].astype(self.dtype)) * self.lora_scale
     return y_BLF
 
 
@@ -184,9 +184,9 @@ class Attention(nnx.Module):
     x_BLHK = x_BLJ.reshape(*x_BLJ.shape[:2], self.cfg.num_heads, self.cfg.head_dim)
     return constrain(x_BLHK, 'batch', 'length', 'heads', 'kv')
 
-  def keys_values(self, x_BMD: Array) -> tuple[Array, Array]:
+  def keys_values(self, x_BMD: Array, product=matmul) -> tuple[Array, Array]:
     """Returns k_BMHK and v_BMHK."""
-    return self._heads(self.key(x_BMD)), self._heads(self.value(x_BMD))
+    return self._heads(self.key(x_BMD, product)), self._heads(self.value(x_BMD, product))
 
   def queries(self, x_BLD: Array) -> Array:
     """Returns q_BLHK."""
