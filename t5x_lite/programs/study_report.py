@@ -19,6 +19,7 @@ from etils import epath
 from t5x_lite.compiler import flops
 from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.errors import UsageError
+from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.programs import report, report_charts, report_runs, study
 from t5x_lite.runs import progress
@@ -55,16 +56,32 @@ def _score(run: study.StageRun, names: str) -> float:
   return report_runs.best(parts[0], means)[1]
 
 
-def _training_flops(run: study.StageRun) -> float:
-  """Returns the model FLOPs of a training run; 0 for what does not train."""
+def _size(run: study.StageRun) -> tuple[int, float]:
+  """Returns parameters and model FLOPs of a step of a training run; 0 for what does not train."""
   opened = _open(run.directory)
   if not opened or run.stage.command != 'train' or not opened.model:
-    return 0.0
+    return 0, 0.0
   fields = {key: x for key, x in opened.config.get('dataset', {}).items() if key != 'class'}
   spec = batch_spec(DatasetConfig(**fields))
   shapes = {name: jax.ShapeDtypeStruct(*one) for name, one in spec.items()}
-  steps = max((points[-1][0] for points in opened.series.values()), default=0)
-  return steps * flops.batch_train_flops(T5Config(**opened.model), shapes)
+  model = T5Config(**opened.model)
+  params = model_sharding.count_params(t5.abstract_params(model)[1])
+  return params, flops.batch_train_flops(model, shapes)
+
+
+def _training_flops(run: study.StageRun) -> float:
+  opened = _open(run.directory)
+  steps = max((points[-1][0] for points in opened.series.values()), default=0) if opened else 0
+  return steps * _size(run)[1]
+
+
+def _relative(amounts: Mapping[str, float], baseline: str) -> dict[str, str]:
+  """Returns each amount, and in brackets how many of the baseline's it is."""
+  base = amounts.get(baseline)
+  return {
+    row: f'{amount:.3g}' + (f' ({amount / base:.2f})' if base else '') if amount else ''
+    for row, amount in amounts.items()
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +149,10 @@ class Table:
   def lines(self) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of the whole table."""
     lines, published = [], list(dict.fromkeys(itertools.chain(*self.paper.values())))
+    sizes = {row: _size(next(itertools.chain(*cells))) for row, cells in self.rows.items()}
+    params, step = (
+      _relative({row: size[i] for row, size in sizes.items()}, self.baseline) for i in range(2)
+    )
     for row, cells in self.rows.items():
       line = {'row': f'★ {row}' if row == self.baseline else row}
       for column in dict.fromkeys((*self.values, *published)):
@@ -143,6 +164,7 @@ class Table:
       ran = max(1, sum(bool(one[0].outcome()) for one in cells if one))
       seconds = sum(run.outcome().get('seconds', 0.0) for run in runs) / ran
       line['seeds'] = f'{sum(not _problem(one) for one in cells)} of {len(cells)}'
+      line['parameters (P)'], line['FLOPs of a step (M)'] = params[row], step[row]
       line['training FLOPs'] = f'{sum(map(_training_flops, runs)) / ran:.2e}'
       line['time'] = progress.format_duration(seconds)
       lines.append(line)
@@ -174,6 +196,7 @@ def write(table: Table, stem: str, title: str) -> str:
   deviations = {name: table.deviation(name) for name in table.values}
   told = [f'{name} {number:.3g}' for name, number in deviations.items() if number is not None]
   notes = [_NOTE, *([f'Deviation of one run: {", ".join(told)}.'] if told else [])]
+  notes.append('Parameters and a step are those of the first stage; in brackets, of the baseline.')
   notes.append('FLOPs and time are means over seeds of all stages, shared ones counted each time.')
   problems = table.problems()
   lines = [f'| {" | ".join(line)} |' for line in [header, ['---'] * len(header), *rows]]

@@ -96,6 +96,8 @@ def test_the_paper_and_the_cost_stand_beside(table, tmp_path):
     tiny_run.model(), batch_size=dataset.batch_size, inputs=32, targets=16
   )
   assert good['training FLOPs'] == f'{20 * step:.2e}'
+  assert good['FLOPs of a step (M)'] == f'{step:.3g} (1.00)'
+  assert good['parameters (P)'].endswith(' (1.00)')
   assert (good['seeds'], good['time']) == ('3 of 3', '0:01:00')
   assert rows[0][0] == '★ base'
   path = study_report.write(table, str(tmp_path / 'report' / 'table'), 'A <title>')
