@@ -13,7 +13,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import assignment, checkpoint_source, tensors
 from t5x_lite.models.config import T5Config
-from t5x_lite.runs import restoring, run_directory
+from t5x_lite.runs import checkpoints, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.training import train_state
 from t5x_lite.training.train_state import StateSpec, TrainState
@@ -62,7 +62,7 @@ def open_start(
   def load(tx, spec, key):
     if with_optimizer:
       log.info('starts from %s, optimizer included', path)
-      return restoring.load_state(path, spec.shapes)
+      return checkpoints.load_state(path, spec.shapes)
     params = tensors.place(found, model, spec.shardings.params)
     log.info('starts from the parameters of %s', path)
     return train_state.start_from(params, tx, spec)

@@ -181,6 +181,26 @@ def find_checkpoint(path: str) -> tuple[str, int]:
   )
 
 
+def load_state(path: str, abstract_state: Any) -> Any:
+  """Restores step, parameters and optimizer state of another run, or a dict of some of them.
+
+  Each array goes straight into the sharding that its ShapeDtypeStruct has; any mesh may have
+  written it, and floats are cast to the wanted dtype. UsageError if the checkpoint is missing or
+  another model's.
+  """
+  directory, step = find_checkpoint(path)
+  item = epath.Path(directory).absolute() / str(step) / 'state'
+  plain = pytrees.to_plain(abstract_state)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    saved = checkpointer.metadata(item).item_metadata.tree
+    part = {name: saved[name] for name in plain if name in saved}
+    explain_mismatch(os.fspath(item.parent), part, plain, 'model and optimizer')
+    how = ocp.checkpoint_utils.construct_restore_args(plain)
+    arguments = ocp.args.PyTreeRestore(plain, restore_args=how, partial_restore=True)
+    restored = checkpointer.restore(item, args=arguments)
+  return pytrees.from_plain(restored, abstract_state)
+
+
 class Checkpointer(contextlib.AbstractContextManager):
   """The checkpoints of one run: asynchronous saves and exact restores."""
 

@@ -23,7 +23,7 @@ from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
 from t5x_lite.programs.train import train
-from t5x_lite.runs import metric_writers, restoring
+from t5x_lite.runs import metric_writers
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 from t5x_lite.training.losses import LossConfig
 from tests import tiny_run
@@ -80,7 +80,7 @@ def damage(path, kind, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['flipped', 'cut', 'deleted'])
 def test_every_file_in_turn(run, spec, iterator, tmp_path, kind):
-  saved = {step: restoring.load_arrays(f'{run}/checkpoints/{step}') for step in (4, 6)}
+  saved = {step: tiny_run.saved_arrays(f'{run}/checkpoints/{step}') for step in (4, 6)}
   rng = random.Random(0)
   outcomes = set()
   for name in files(run)[
@@ -117,7 +117,7 @@ def test_training_says_so_and_ends_the_same(run, tmp_path):
   metrics = metric_writers.read_metrics(str(copy))
   [told] = [entry for entry in metrics if 'damaged_checkpoints' in entry]
   assert told['step'] == 4 and told['damaged_checkpoints'] == 1
-  wanted = restoring.load_arrays(f'{run}/checkpoints/6')
+  wanted = tiny_run.saved_arrays(f'{run}/checkpoints/6')
   for name, leaf in pytrees.flatten_names(jax.device_get(state)).items():
     assert np.asarray(leaf).tobytes() == wanted[name].tobytes(), name
 

@@ -22,7 +22,7 @@ from t5x_lite.models import t5
 from t5x_lite.parallel import pytrees
 from t5x_lite.programs import convert
 from t5x_lite.programs.train import train
-from t5x_lite.runs import restoring
+from t5x_lite.runs import checkpoints
 from t5x_lite.training import optimizers
 from t5x_lite.training.schedules import ScheduleConfig
 from tests import tiny_run
@@ -159,7 +159,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
       'opt_state': jax.eval_shape(tx.init, shapes),
     },
   )
-  state = restoring.load_state(run, wanted)
+  state = checkpoints.load_state(run, wanted)
   assert int(state['step']) == 21
   inner = state['opt_state']['optimizer']
   assert int(inner.count) == 21

@@ -8,7 +8,7 @@ from t5x_lite.interop import run_export, tensors
 from t5x_lite.models import t5
 from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.runs import restoring, run_directory
+from t5x_lite.runs import checkpoints, run_directory
 from tests.models import tiny
 
 
@@ -36,5 +36,5 @@ def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   wanted = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
-  restored = restoring.load_state(str(tmp_path), {'params': wanted})['params']
+  restored = checkpoints.load_state(str(tmp_path), {'params': wanted})['params']
   jax.tree.map(np.testing.assert_array_equal, restored, params)

@@ -17,7 +17,7 @@ from t5x_lite.parallel import distributed, pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import evaluate
 from t5x_lite.programs.train import NonFiniteError, train
-from t5x_lite.runs import lease, metric_writers, restoring, run_directory
+from t5x_lite.runs import checkpoints, lease, metric_writers, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from tests import tiny_run
 from tests.runs import metric_writers_test
@@ -75,7 +75,7 @@ def test_run_directory_is_complete(finished):
   assert run.step == 6 == int(state.step)
   assert run.model == tiny_run.model()
   assert run.lengths == tiny_run.LENGTHS
-  saved = restoring.load_state(str(model_dir), {'params': state.params})
+  saved = checkpoints.load_state(str(model_dir), {'params': state.params})
   assert_same_bits(saved['params'], state.params)
 
 
@@ -285,7 +285,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good(tmp_path):
   with pytest.raises(NonFiniteError, match=r'at step \d+: stopped\. The last'):
     train(**arguments)
   shapes = tiny_run.t5.abstract_params(tiny_run.model())[1]
-  saved = restoring.load_state(arguments['model_dir'], {'params': shapes})
+  saved = checkpoints.load_state(arguments['model_dir'], {'params': shapes})
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved))
   last = metric_writers.read_metrics(arguments['model_dir'])[-1]
   assert None in last.values()

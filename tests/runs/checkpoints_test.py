@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import verification
-from t5x_lite.runs import checkpoints, restoring
+from t5x_lite.runs import checkpoints
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 
 
@@ -120,7 +120,7 @@ def test_state_and_iterator_may_move_on_while_a_save_is_under_way(tmp_path):
   checkpointer.wait()
   for i in expected:
     path = str(tmp_path / 'checkpoints' / str(i))
-    assert_same_bits(restoring.load_state(path, abstract(state)), expected[i])
+    assert_same_bits(checkpoints.load_state(path, abstract(state)), expected[i])
     iterator.restore(os.path.join(path, 'data'))
     assert iterator.position == i
 
@@ -232,7 +232,7 @@ def test_says_when_there_is_none(run, tmp_path):
 
 
 def load_params(path, wanted):
-  return restoring.load_state(path, {'params': wanted})['params']
+  return checkpoints.load_state(path, {'params': wanted})['params']
 
 
 def test_loads_only_parameters_and_casts(run):
