@@ -4,7 +4,7 @@ What `infer` and `eval` take, and where `train` learns the architecture from if 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,28 +14,22 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import Vocabulary, VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, tensors
+from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import checkpoints, run_directory
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-  """A checkpoint that has been checked; only names have been read."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedModel(Source):
+  """A checkpoint that has been checked, by the path that the user gave; only names were read."""
 
-  path: str  # as the user gave it
-  directory: str  # the folder that was opened; of a run, the run's
-  checkpoint: str  # the same; of a run, the folder of the step
-  format: str  # one of `checkpoint_source.FORMATS`
-  config: T5Config
   vocabulary: VocabularyConfig  # its own
-  step: int  # updates made, 0 if unknown
-  lengths: Mapping[str, int]  # task feature lengths of training; empty if unknown
-  found: Mapping[str, tensors.Tensor]  # by canonical name, unread
+  directory: str  # the folder that was opened; of a run, the run's
 
   def load_params(self, specs: Any) -> Any:
     """Reads them onto the devices, as specs say; see `model_sharding.inference_params`."""
     shardings = jax.tree.map(lambda spec: spec.sharding, specs)
-    return tensors.place(dict(self.found), self.config, shardings, specs)
+    return tensors.place(self.tensors, self.config, shardings, specs)
 
 
 def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
@@ -54,9 +48,9 @@ def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
   check_vocabulary(source.config, source.vocabulary)
   config = source.config.replace(**{k: v for k, v in changes.items() if v != ''})
   found, _ = assignment.assign(source, config)
-  where = {'directory': source.path, 'checkpoint': source.checkpoint or source.path}
-  same = {name: getattr(source, name) for name in ('format', 'vocabulary', 'step', 'lengths')}
-  return TrainedModel(path=path, config=config, found=found, **where, **same)
+  known = vars(source) | {'path': path, 'config': config, 'tensors': found}
+  known['checkpoint'] = source.checkpoint or source.path
+  return TrainedModel(**known, directory=source.path)
 
 
 def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig, fix: str = '') -> Vocabulary:
@@ -89,8 +83,9 @@ def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedMod
   first = max(models, key=lambda model: model.step)
   if len(models) == 1:
     return first
-  found = {name: tensors.mean([model.found[name] for model in models]) for name in first.found}
-  return dataclasses.replace(first, found=found)
+  names = first.tensors
+  found = {name: tensors.mean([model.tensors[name] for model in models]) for name in names}
+  return dataclasses.replace(first, tensors=found)
 
 
 def open_together(paths: str | Sequence[str], last: int = 1, **options: Any) -> list[TrainedModel]:

@@ -25,6 +25,6 @@ def average(*, sources: Sequence[str], destination: str, last: int = 5) -> str:
   mean = trained_model.open_mean(sources, last)
   kept = {'vocabulary': mean.vocabulary, 'step': mean.step, 'lengths': mean.lengths}
   origin = f'the mean of the last {last} of {", ".join(sources)}'
-  export.write(target, tensors=mean.found, cfg=mean.config, to='t5x_lite', origin=origin, **kept)
-  log.info('%s: %s', destination, next(iter(mean.found.values())).origin)
+  export.write(target, tensors=mean.tensors, cfg=mean.config, to='t5x_lite', origin=origin, **kept)
+  log.info('%s: %s', destination, next(iter(mean.tensors.values())).origin)
   return destination

@@ -4,11 +4,11 @@ import pytest
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import run_export, tensors
+from t5x_lite.interop import checkpoint_source, run_export, tensors
 from t5x_lite.models import t5
 from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.runs import checkpoints, run_directory
+from t5x_lite.runs import checkpoints
 from tests.models import tiny
 
 
@@ -26,8 +26,9 @@ def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
     lengths={'inputs': 7},
     origin='somewhere',
   )
-  run = run_directory.load_run(str(tmp_path))
-  assert (run.step, run.model, run.lengths) == (12, cfg, {'inputs': 7})
+  run = checkpoint_source.open_source(str(tmp_path))
+  assert (run.step, run.config, run.lengths) == (12, cfg, {'inputs': 7})
+  assert run.vocabulary is not None
   assert run.vocabulary.size == 64
   config = MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
   mesh = partitioning.make_mesh(config)
