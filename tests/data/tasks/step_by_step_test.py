@@ -1,5 +1,12 @@
+import numpy as np
+import pytest
+
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.tasks import catalog, step_by_step
+from t5x_lite.data.tasks.from_files import register_file_task
+from t5x_lite.data.vocabularies import VocabularyConfig
+
+BYTES = VocabularyConfig(kind='byte')
 
 CONFIG = DatasetConfig(
   mixture_or_task_name='pronounce_byte',
@@ -24,3 +31,44 @@ def test_lengths_are_those_before_the_cut():
   counts = step_by_step.measure(CONFIG, catalog.task_provider(CONFIG), 20)
   assert set(counts) == {'inputs', 'targets'} and len(counts['inputs']) == 20
   assert min(counts['inputs']) > len('pronounce: ')
+
+
+def config(name, **lengths):
+  catalog.import_modules()
+  return DatasetConfig(
+    mixture_or_task_name=catalog.resolve(name, BYTES),
+    task_feature_lengths={'inputs': 16, 'targets': 8, **lengths},
+    batch_size=2,
+  )
+
+
+@pytest.fixture(scope='module')
+def task(tmp_path_factory):
+  path = tmp_path_factory.mktemp('truncation') / 'x.tsv'
+  rows = ['short\tok', 'x' * 21 + '\tok', 'short\t' + 'y' * 10]
+  path.write_text('\n'.join(rows))
+  register_file_task('truncation_task', train_file=str(path), input_field=0, target_field=1)
+  return 'truncation_task'
+
+
+def test_what_is_cut_is_counted(task):
+  found = step_by_step.truncated(config(task))
+  [(tokens, lost)] = found.values()
+  assert list(found) == [f'{task}_byte']
+  # EOS counts: 22 of 16, and 11 of 8.
+  np.testing.assert_array_equal(tokens, [6 + 3, 22 + 3, 6 + 11])
+  np.testing.assert_array_equal(lost, [0, 6, 3])
+  [(_, lost)] = step_by_step.truncated(config(task, inputs=22, targets=11)).values()
+  assert not lost.any()
+  [(_, lost)] = step_by_step.truncated(config(task), sample=1).values()
+  assert lost.tolist() == [0]
+
+
+def test_each_task_of_a_mixture_by_itself():
+  found = step_by_step.truncated(config('quickstart_mixture'), sample=20)
+  assert set(found) == {f'{name}_byte' for name in ('language_id', 'pronounce', 'syllables')}
+  assert all(len(lost) == 20 for _, lost in found.values())
+
+
+def test_denoising_cuts_nothing():
+  assert step_by_step.truncated(config('shakespeare_span_corruption')) == {}
