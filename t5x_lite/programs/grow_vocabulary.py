@@ -16,7 +16,7 @@ from etils import epath
 from t5x_lite.data import text_files, vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
-from t5x_lite.interop import assignment, export, sentencepiece_model, trained_model
+from t5x_lite.interop import assignment, export, trained_model
 from t5x_lite.interop.checkpoint_source import FORMATS, open_source
 from t5x_lite.interop.tensors import Tensor, Tensors
 from t5x_lite.models.config import T5Config
@@ -113,7 +113,7 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
   if vocabulary.kind != 'sentencepiece':
     raise UsageError(f'a vocabulary of kind {vocabulary.kind!r} has no pieces to add to')
   data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
-  known = {piece.piece for piece in sentencepiece_model.parse(data).pieces}
+  known = {piece.piece for piece in vocabularies.parse_model(data).pieces}
   texts: list[str] = []
   for token in tokens:
     if not token:

@@ -5,7 +5,7 @@ from etils import epath
 from t5x_lite import api, errors, main
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import checkpoint_source, export, sentencepiece_model, tensors
+from t5x_lite.interop import checkpoint_source, export, tensors
 from t5x_lite.programs import grow_vocabulary
 from tests.models import tiny
 
@@ -15,12 +15,12 @@ TOKENS = ('{', '}', '\n', '<mask token>')
 @pytest.fixture(scope='module')
 def vocabulary(tmp_path_factory):
   """A small SentencePiece vocabulary: 60 pieces and 5 sentinels."""
-  whole = sentencepiece_model.parse(
+  whole = vocabularies.parse_model(
     epath.Path(vocabularies.model_path(VocabularyConfig())).read_bytes()
   )
   path = tmp_path_factory.mktemp('grow') / 'small.model'
   path.write_bytes(
-    sentencepiece_model.make(whole.pieces[:60], whole.normalizer_spec.precompiled_charsmap)
+    vocabularies.make_model(whole.pieces[:60], whole.normalizer_spec.precompiled_charsmap)
   )
   return VocabularyConfig(path=str(path), extra_ids=5)
 
