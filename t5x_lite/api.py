@@ -18,6 +18,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, export, tensors, trained_model
+from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -168,8 +169,8 @@ class Model(Generation):
     config = self.config.replace(param_dtype=dtype or self.config.param_dtype)
     export.check_target(config, format)
     numbers = tensors.of_params(self.params, self.config)
-    known = {'vocabulary': self.vocabulary_config, 'step': self.step, 'lengths': self.lengths}
-    export.write(target, tensors=numbers, cfg=config, to=format, **known)
+    known: Any = {'vocabulary': self.vocabulary_config, 'step': self.step, 'lengths': self.lengths}
+    export.write(target, Source('', 't5x_lite', config, numbers, **known), to=format)
 
   def grow_vocabulary(self, tokens: Sequence[str] = (), *, extra_ids: int | None = None) -> 'Model':
     """Returns the model with more tokens, or with extra_ids sentinels in all.

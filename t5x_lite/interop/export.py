@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
 
 from etils import epath
 
@@ -12,8 +11,8 @@ from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.interop import adafactor_moments, hf_export, hf_tokenizer, run_export, t5x_export
 from t5x_lite.interop.adapters import FORMATS as ADAPTERS
 from t5x_lite.interop.adapters import check_methods, merge_lora, write_alone
-from t5x_lite.interop.checkpoint_source import FORMATS
-from t5x_lite.interop.tensors import Progress, Tensors
+from t5x_lite.interop.checkpoint_source import FORMATS, Source
+from t5x_lite.interop.tensors import Progress
 from t5x_lite.models.config import T5Config
 
 log = logging.getLogger(__name__)
@@ -45,48 +44,37 @@ def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = N
 
 def write(
   target: epath.Path,
+  source: Source,
   *,
-  tensors: Tensors,
-  cfg: T5Config,
   to: str,
-  vocabulary: VocabularyConfig | None,
-  step: int = 0,
   second_moments: adafactor_moments.Moments | None = None,
-  lengths: Mapping[str, int] | None = None,
   origin: str = '',
   shard_bytes: int = hf_export.SHARD_BYTES,
 ) -> None:
   """Writes a directory, which does not exist or is empty, of one of TARGETS.
 
-  Half-written ones never get the name. The model's param_dtype is what is written; LoRA is added to
-  its matrices in 'hf' and 't5x'. No vocabulary means ids without text. The step is of updates made,
-  second_moments are Adafactor's or none, lengths those of task features, if known; origin is kept
-  for the record, and shard_bytes are the most bytes of one file of 'hf'.
+  Half-written ones never get the name. The source may be open or in memory; its param_dtype is what
+  is written; LoRA is added to its matrices in 'hf' and 't5x'. No vocabulary means ids without text.
+  The second_moments are Adafactor's or none; origin is kept for the record, and shard_bytes are the
+  most bytes of one file of 'hf'.
   """
   temporary = target.parent / f'.{target.name}.tmp-{os.getpid()}'
   temporary.mkdir(parents=True)
   if to in ('hf', 't5x'):
-    tensors, cfg = merge_lora(tensors, cfg)
+    source = merge_lora(source)
+  cfg, step, progress = source.config, source.step, _progress()
   try:
-    common = {'tensors': tensors, 'cfg': cfg, 'progress': _progress()}
     if to in ADAPTERS:
-      write_alone(temporary, to=to, **common)
+      write_alone(temporary, source, to=to, progress=progress)
     elif to == 'hf':
-      hf_export.write(temporary, vocabulary=vocabulary, shard_bytes=shard_bytes, **common)
+      hf_export.write(temporary, source, shard_bytes=shard_bytes, progress=progress)
     elif to == 't5x':
       # T5X restores only with an optimizer's state; a new one, if need be.
       states = adafactor_moments.to_t5x(second_moments or adafactor_moments.new(cfg), cfg)
-      t5x_export.write(temporary, step=step, param_states=states, **common)
+      t5x_export.write(temporary, source, param_states=states, progress=progress)
     else:
-      run_export.write(
-        temporary,
-        vocabulary=vocabulary or VocabularyConfig(kind='passthrough', size=cfg.vocab_size),
-        step=step,
-        moments=adafactor_moments.to_run(second_moments, cfg, step) if second_moments else None,
-        lengths=lengths,
-        origin=origin,
-        **common,
-      )
+      moments = adafactor_moments.to_run(second_moments, cfg, step) if second_moments else {}
+      run_export.write(temporary, source, moments=moments, origin=origin, progress=progress)
     if target.is_dir():
       target.rmdir()
     temporary.rename(target)

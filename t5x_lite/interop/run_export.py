@@ -12,8 +12,8 @@ from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import tensor_names, zarr
-from t5x_lite.interop.tensors import Progress, Tensor, Tensors, of_array
-from t5x_lite.models.config import T5Config
+from t5x_lite.interop.checkpoint_source import Source
+from t5x_lite.interop.tensors import Progress, Tensor, of_array
 from t5x_lite.runs import checkpoints, run_directory
 
 STATE = 'state'
@@ -23,21 +23,18 @@ _JSON_HANDLER = 'orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonChec
 
 def write(
   directory: epath.Path,
+  source: Source,
   *,
-  tensors: Tensors,
-  cfg: T5Config,
-  vocabulary: VocabularyConfig,
-  step: int = 0,
-  moments: Mapping[tuple[str, ...], Tensor] | None = None,
-  lengths: Mapping[str, int] | None = None,
-  origin: str = '',
-  progress: Progress = lambda name: None,
+  moments: Mapping[tuple[str, ...], Tensor],
+  origin: str,
+  progress: Progress,
 ) -> None:
   """Writes a run with one checkpoint into an empty directory.
 
   The vocabulary's files are copied; moments are the optimizer's state by the keys below
   'opt_state'; the rest is as in `export.write`.
   """
+  cfg, step = source.config, source.step
   root = directory / checkpoints.CHECKPOINTS / str(step)
   state = root / STATE
   state.mkdir(parents=True)
@@ -52,11 +49,11 @@ def write(
     progress(name)
 
   for path, _, names in tensor_names.leaves(cfg):
-    parts, stacked = [tensors[name] for name in names], tensor_names.is_stacked(cfg, path)
+    parts, stacked = [source.tensors[name] for name in names], tensor_names.is_stacked(cfg, path)
     save(('params', *path), parts, np.dtype(cfg.param_dtype), stacked)
   count = of_array(np.asarray(step, np.int32))
   save(('step',), [count], count.dtype)
-  for keys, tensor in (moments or {}).items():
+  for keys, tensor in moments.items():
     save(('opt_state', *keys), [tensor], tensor.dtype)
   (state / zarr.METADATA).write_text(zarr.orbax_metadata(shapes))
   (root / 'meta').mkdir()
@@ -66,7 +63,7 @@ def write(
   run_directory.write_run(
     str(directory),
     model=cfg,
-    vocabulary=vocabulary,
-    lengths=lengths,
+    vocabulary=source.vocabulary or VocabularyConfig(kind='passthrough', size=cfg.vocab_size),
+    lengths=source.lengths,
     config={'converted_from': origin} if origin else None,
   )

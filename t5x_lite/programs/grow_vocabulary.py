@@ -68,8 +68,8 @@ def grow_vocabulary(
   export.check_target(cfg, to)
   print(changes)
   if not dry_run:
-    kept = {'step': opened.step, 'lengths': opened.lengths, 'origin': source}
-    export.write(target, tensors=grown, cfg=cfg, to=to, vocabulary=vocabulary, **kept)
+    opened = dataclasses.replace(opened, tensors=grown, config=cfg, vocabulary=vocabulary)
+    export.write(target, opened, to=to, origin=source)
     log.info('wrote %s', destination)
   return destination
 

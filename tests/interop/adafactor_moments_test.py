@@ -140,10 +140,8 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   cfg = config(relpos_per_layer=relpos_per_layer)
   found = tensors.of_params(tiny.params(cfg), cfg)
   given = random_moments(cfg)
-  export.write(
-    epath.Path(tmp_path / 't5x'), tensors=found, cfg=cfg, to='t5x',
-    vocabulary=None, step=21, second_moments=given,
-  )  # fmt: skip
+  source = checkpoint_source.Source('', 't5x', cfg, found, step=21)
+  export.write(epath.Path(tmp_path / 't5x'), source, to='t5x', second_moments=given)
   run = str(tmp_path / 'run')
   convert.convert(source=str(tmp_path / 't5x'), destination=run)
   # What train restores with restore_optimizer=True, through Orbax.
@@ -177,11 +175,9 @@ def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
   """With T5X's step and second moments, whatever stands before Adafactor."""
   cfg = config(vocab_size=384)
   given = random_moments(cfg)
-  export.write(
-    epath.Path(tmp_path / 't5x'), tensors=tensors.of_params(
-      tiny.params(cfg), cfg
-    ), cfg=cfg, to='t5x', vocabulary=None, step=21, second_moments=given,
-  )  # fmt: skip
+  found = tensors.of_params(tiny.params(cfg), cfg)
+  source = checkpoint_source.Source('', 't5x', cfg, found, step=21)
+  export.write(epath.Path(tmp_path / 't5x'), source, to='t5x', second_moments=given)
   run = str(tmp_path / 'run')
   convert.convert(source=str(tmp_path / 't5x'), destination=run, vocabulary='byte')
   saved = checkpoint_source.open_source(run).config

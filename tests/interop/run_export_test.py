@@ -17,15 +17,12 @@ from tests.models import tiny
 def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   cfg = tiny.config(scan_layers=scan_layers, param_dtype=dtype)
   params = tiny.params(cfg)
-  run_export.write(
-    epath.Path(tmp_path),
-    tensors=tensors.of_params(params, cfg),
-    cfg=cfg,
-    vocabulary=VocabularyConfig(kind='passthrough', size=64),
-    step=12,
-    lengths={'inputs': 7},
-    origin='somewhere',
+  known = {'vocabulary': VocabularyConfig(kind='passthrough', size=64), 'lengths': {'inputs': 7}}
+  source = checkpoint_source.Source(
+    '', 't5x_lite', cfg, tensors.of_params(params, cfg), step=12, **known
   )
+  how = {'moments': {}, 'origin': 'somewhere', 'progress': lambda name: None}
+  run_export.write(epath.Path(tmp_path), source, **how)
   run = checkpoint_source.open_source(str(tmp_path))
   assert (run.step, run.config, run.lengths) == (12, cfg, {'inputs': 7})
   assert run.vocabulary is not None
