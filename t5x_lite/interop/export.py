@@ -1,19 +1,25 @@
 """Writes a model in any format; what is half written never gets its name."""
 
+import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 
+import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
-from t5x_lite.interop import adafactor_moments, hf_export, hf_tokenizer, run_export, t5x_export
+from t5x_lite.interop import adafactor_moments, hf_export, t5x_export, tensor_names, zarr
 from t5x_lite.interop.adapters import FORMATS as ADAPTERS
 from t5x_lite.interop.adapters import check_methods, merge_lora, write_alone
 from t5x_lite.interop.checkpoint_source import FORMATS, Source
-from t5x_lite.interop.tensors import Progress
+from t5x_lite.interop.hf_tokenizer import check_vocabulary
+from t5x_lite.interop.tensors import Progress, Tensor, of_array
 from t5x_lite.models.config import T5Config
+from t5x_lite.runs import checkpoints, run_directory
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +43,7 @@ def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = N
   if to == 'hf':
     hf_export.model_config(cfg, cfg.param_dtype)
     if vocabulary is not None:
-      hf_tokenizer.check_vocabulary(vocabulary)
+      check_vocabulary(vocabulary)
   elif to == 't5x':
     t5x_export.check(cfg, cfg.param_dtype)
 
@@ -62,7 +68,7 @@ def write(
   temporary.mkdir(parents=True)
   if to in ('hf', 't5x'):
     source = merge_lora(source)
-  cfg, step, progress = source.config, source.step, _progress()
+  cfg, progress = source.config, _progress()
   try:
     if to in ADAPTERS:
       write_alone(temporary, source, to=to, progress=progress)
@@ -73,14 +79,62 @@ def write(
       states = adafactor_moments.to_t5x(second_moments or adafactor_moments.new(cfg), cfg)
       t5x_export.write(temporary, source, param_states=states, progress=progress)
     else:
-      moments = adafactor_moments.to_run(second_moments, cfg, step) if second_moments else {}
-      run_export.write(temporary, source, moments=moments, origin=origin, progress=progress)
+      _write_run(temporary, source, second_moments, origin, progress)
     if target.is_dir():
       target.rmdir()
     temporary.rename(target)
   except BaseException:
     temporary.rmtree()
     raise
+
+
+def _write_run(
+  directory: epath.Path,
+  source: Source,
+  second_moments: adafactor_moments.Moments | None,
+  origin: str,
+  progress: Progress,
+) -> None:
+  """Writes a run with one checkpoint, layer by layer: the same files as Checkpointer's.
+
+  In Orbax's form of one directory an array; Orbax itself would want the whole model in memory.
+  """
+  cfg, step = source.config, source.step
+  moments = adafactor_moments.to_run(second_moments, cfg, step) if second_moments else {}
+  root = directory / checkpoints.CHECKPOINTS / str(step)
+  state = root / 'state'
+  state.mkdir(parents=True)
+  shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+  sums: dict[str, int] = {}
+
+  def save(keys: tuple[str, ...], parts: Sequence[Tensor], dtype: np.dtype, stacked: bool = False):
+    name = '.'.join(keys)
+    axis = 0 if stacked else None
+    array, sums[name] = zarr.write(str(state / name), parts, dtype, zarr.ORBAX_COMPRESSOR, axis)
+    shapes[keys] = tuple(array.shape)
+    progress(name)
+
+  for path, _, names in tensor_names.leaves(cfg):
+    parts, stacked = [source.tensors[name] for name in names], tensor_names.is_stacked(cfg, path)
+    save(('params', *path), parts, np.dtype(cfg.param_dtype), stacked)
+  count = of_array(np.asarray(step, np.int32))
+  save(('step',), [count], count.dtype)
+  for keys, tensor in moments.items():
+    save(('opt_state', *keys), [tensor], tensor.dtype)
+  (state / zarr.METADATA).write_text(zarr.orbax_metadata(shapes))
+  (root / 'meta').mkdir()
+  (root / 'meta' / 'metadata').write_text(json.dumps(checkpoints.make_meta(step, sums)))
+  handlers = {'state': ocp.StandardCheckpointHandler, 'meta': ocp.JsonCheckpointHandler}
+  named = {item: handler.typestr() for item, handler in handlers.items()}
+  items = {'item_handlers': named, 'custom_metadata': {}}
+  (root / '_CHECKPOINT_METADATA').write_text(json.dumps(items))
+  run_directory.write_run(
+    str(directory),
+    model=cfg,
+    vocabulary=source.vocabulary or VocabularyConfig(kind='passthrough', size=cfg.vocab_size),
+    lengths=source.lengths,
+    config={'converted_from': origin} if origin else None,
+  )
 
 
 def _progress() -> Progress:

@@ -4,7 +4,7 @@ import pytest
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import checkpoint_source, run_export, tensors
+from t5x_lite.interop import checkpoint_source, export, tensors
 from t5x_lite.models import t5
 from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -21,8 +21,7 @@ def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   source = checkpoint_source.Source(
     '', 't5x_lite', cfg, tensors.of_params(params, cfg), step=12, **known
   )
-  how = {'moments': {}, 'origin': 'somewhere', 'progress': lambda name: None}
-  run_export.write(epath.Path(tmp_path), source, **how)
+  export.write(epath.Path(tmp_path), source, to='t5x_lite', origin='somewhere')
   run = checkpoint_source.open_source(str(tmp_path))
   assert (run.step, run.config, run.lengths) == (12, cfg, {'inputs': 7})
   assert run.vocabulary is not None
