@@ -14,7 +14,6 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import DamagedError, UsageError, check_one_of, first_line
 from t5x_lite.interop import adafactor_moments, hf, hf_tokenizer, t5x, tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, of_leaf
-from t5x_lite.interop.verification import verify
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.runs import checkpoints, run_directory
@@ -133,7 +132,7 @@ def _open_run(path: str) -> Source:
 
   def check() -> int:
     try:
-      verify(checkpoint, 'params.')
+      zarr.verify(checkpoint, 'params.')
     except DamagedError as error:
       older = [s for s in checkpoints.steps_in(epath.Path(directory)) if s != step]
       hint = f'name an older one, {older}' if older else 'there is no other'

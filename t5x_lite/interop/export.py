@@ -127,7 +127,7 @@ def _write_run(
   handlers = {'state': ocp.StandardCheckpointHandler, 'meta': ocp.JsonCheckpointHandler}
   named = {item: handler.typestr() for item, handler in handlers.items()}
   items = {'item_handlers': named, 'custom_metadata': {}}
-  (root / '_CHECKPOINT_METADATA').write_text(json.dumps(items))
+  (root / zarr.ITEMS).write_text(json.dumps(items))
   run_directory.write_run(
     str(directory),
     model=cfg,

@@ -146,6 +146,21 @@ def make_meta(step: int, sums: Mapping[str, int], **more: Any) -> dict[str, Any]
   return checksums.signed({**meta, 'checksums': dict(sums), **more})
 
 
+def read_meta(root: epath.Path) -> dict[str, Any]:
+  """Returns the meta item of a step, empty if it never had one; DamagedError if it was changed."""
+  if not (root / 'meta').is_dir():
+    return {}
+  path = root / 'meta' / 'metadata'
+  try:
+    meta = json.loads(files.retried(path, path.read_text))
+  except (OSError, ValueError) as error:
+    raise DamagedError(f'{path} is missing or damaged') from error
+  if not isinstance(meta, dict):
+    raise DamagedError(f'{path} is damaged')
+  checksums.check_signed(meta, os.fspath(path))
+  return meta
+
+
 def has_checkpoint(model_dir: str) -> bool:
   """Whether a run has a checkpoint that it can continue from."""
   return bool(steps_in(epath.Path(model_dir) / CHECKPOINTS))
@@ -388,10 +403,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 def _check_names(root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
   """Tells metadata that lost an array from those of another model."""
-  path = root / 'meta' / 'metadata'
-  if not path.exists():
-    return
-  written = json.loads(files.retried(path, path.read_text)).get('checksums', {})
+  written = read_meta(root).get('checksums', {})
   names, asked = (
     {name.replace('/', '.') for name in pytrees.flatten_names(tree)} for tree in (saved, wanted)
   )

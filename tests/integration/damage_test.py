@@ -18,7 +18,7 @@ from t5x_lite.compiler import step_programs
 from t5x_lite.data.config import batch_spec
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.errors import DamagedError, UsageError
-from t5x_lite.interop import verification
+from t5x_lite.interop import zarr
 from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
@@ -91,7 +91,7 @@ def test_every_file_in_turn(run, spec, iterator, tmp_path, kind):
     shutil.copytree(run, copy)
     damage(copy / 'checkpoints' / '6' / name, kind, rng)
     with Checkpointer(str(copy), CONFIG) as checkpointer:
-      state, meta = checkpointer.restore(spec, iterator, verify=verification.verify)
+      state, meta = checkpointer.restore(spec, iterator, verify=zarr.verify)
     step = int(state.step)
     assert meta['step'] == step
     assert checkpointer.damaged == ([] if step == 6 else [6]), name
@@ -153,4 +153,4 @@ def test_nothing_whole_is_an_error_and_no_new_start(run, tmp_path, spec):
   with pytest.raises(UsageError, match='damaged'):
     train(**arguments)
   with pytest.raises(DamagedError):
-    verification.verify(str(copy / 'checkpoints' / '2.damaged'))
+    zarr.verify(str(copy / 'checkpoints' / '2.damaged'))

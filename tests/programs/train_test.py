@@ -12,7 +12,7 @@ from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
-from t5x_lite.interop import checkpoint_source, verification
+from t5x_lite.interop import checkpoint_source
 from t5x_lite.parallel import distributed, pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import evaluate
@@ -253,7 +253,7 @@ def test_evaluation_that_a_stop_skipped_is_made_up_for(tmp_path, monkeypatch, st
   root = tmp_path / 'run' / 'checkpoints'
   for step in (stop_at, 4):
     assert json.loads((root / f'{step}/metrics/metrics').read_text()) == {name: evaluated[step]}
-    assert verification.read_meta(epath.Path(root / str(step)))['evaluated'] == step
+    assert checkpoints.read_meta(epath.Path(root / str(step)))['evaluated'] == step
 
 
 def test_fine_tuning_starts_from_the_parameters(finished, tmp_path):

@@ -10,7 +10,6 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import verification
 from t5x_lite.runs import checkpoints
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 
@@ -143,7 +142,7 @@ def test_what_was_measured_after_a_save_counts(tmp_path):
     checkpointer.save(step, state, None, metrics=metrics, meta={'evaluated': loss and step})
   checkpointer.close()
   assert checkpointer.all_steps() == [1, 3]
-  assert verification.read_meta(epath.Path(tmp_path / 'checkpoints' / '1'))['evaluated'] == 1
+  assert checkpoints.read_meta(epath.Path(tmp_path / 'checkpoints' / '1'))['evaluated'] == 1
 
 
 def test_should_save():
