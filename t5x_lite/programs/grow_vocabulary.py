@@ -17,9 +17,8 @@ from t5x_lite.data import text_files, vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.interop import assignment, export, trained_model
-from t5x_lite.interop.checkpoint_source import FORMATS, open_source
-from t5x_lite.interop.tensors import Tensor, Tensors
-from t5x_lite.models.config import T5Config
+from t5x_lite.interop.checkpoint_source import FORMATS, Source, open_source
+from t5x_lite.interop.tensors import Tensor
 from t5x_lite.runs import files
 
 log = logging.getLogger(__name__)
@@ -60,29 +59,24 @@ def grow_vocabulary(
   if tokens_file:
     tokens = [*tokens, *(line for _, line in text_files.lines(tokens_file) if line)]
   opened = open_source(source)
-  if opened.vocabulary is None:
-    raise UsageError(f'{source} has no vocabulary that could grow')
   found, _ = assignment.assign(opened, opened.config)
-  more = {'tokens': tokens, 'extra_ids': extra_ids}
-  grown, cfg, vocabulary, changes = grow(found, opened.config, opened.vocabulary, **more)
-  export.check_target(cfg, to)
+  opened = dataclasses.replace(opened, tensors=found)
+  grown, changes = grow(opened, tokens=tokens, extra_ids=extra_ids)
+  export.check_target(grown.config, to)
   print(changes)
   if not dry_run:
-    opened = dataclasses.replace(opened, tensors=grown, config=cfg, vocabulary=vocabulary)
-    export.write(target, opened, to=to, origin=source)
+    export.write(target, grown, to=to, origin=source)
     log.info('wrote %s', destination)
   return destination
 
 
 def grow(
-  tensors: Tensors,
-  cfg: T5Config,
-  vocabulary: VocabularyConfig,
-  *,
-  tokens: Sequence[str] = (),
-  extra_ids: int | None = None,
-) -> tuple[dict[str, Tensor], T5Config, VocabularyConfig, str]:
-  """Returns the grown tensors, config, vocabulary, and what changed; UsageError if nothing can."""
+  source: Source, *, tokens: Sequence[str] = (), extra_ids: int | None = None
+) -> tuple[Source, str]:
+  """Returns the grown model, and what changed; UsageError if nothing can."""
+  tensors, cfg, vocabulary = source.tensors, source.config, source.vocabulary
+  if vocabulary is None:
+    raise UsageError(f'{source.path} has no vocabulary that could grow')
   extra_ids = vocabulary.extra_ids if extra_ids is None else extra_ids
   if extra_ids < vocabulary.extra_ids:
     there = f'extra_ids is {extra_ids}, the vocabulary has {vocabulary.extra_ids} already'
@@ -105,7 +99,8 @@ def grow(
   grown[_EMBEDDING] = _grown(tensors[_EMBEDDING], new_id, size, rows)
   if _HEAD in tensors:
     grown[_HEAD] = _grown(tensors[_HEAD].transposed(), new_id, size, rows).transposed()
-  return grown, cfg.replace(vocab_size=rows), new, changes
+  cfg = cfg.replace(vocab_size=rows)
+  return dataclasses.replace(source, tensors=grown, config=cfg, vocabulary=new), changes
 
 
 def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:

@@ -238,11 +238,7 @@ class Checkpointer(contextlib.AbstractContextManager):
   @property
   def latest_step(self) -> int | None:
     """The newest committed step, or None."""
-    return max(self.all_steps(), default=None)
-
-  def all_steps(self) -> list[int]:
-    """The kept steps, ascending."""
-    return steps_in(self.directory)
+    return max(steps_in(self.directory), default=None)
 
   def should_save(self, step: int) -> bool:
     """True if a checkpoint is due at this step."""

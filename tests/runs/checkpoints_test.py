@@ -82,7 +82,7 @@ def save_all(model_dir, config, losses):
     state = make_state(make_mesh(1, 1), seed=step)
     checkpointer.save(step, state, None, metrics=metrics)
   checkpointer.close()
-  return Checkpointer(model_dir, config).all_steps()
+  return checkpoints.steps_in(Checkpointer(model_dir, config).directory)
 
 
 # ---- Saving and restoring ----
@@ -141,7 +141,7 @@ def test_what_was_measured_after_a_save_counts(tmp_path):
     metrics = loss and {'loss': loss}
     checkpointer.save(step, state, None, metrics=metrics, meta={'evaluated': loss and step})
   checkpointer.close()
-  assert checkpointer.all_steps() == [1, 3]
+  assert checkpoints.steps_in(checkpointer.directory) == [1, 3]
   assert checkpoints.read_meta(epath.Path(tmp_path / 'checkpoints' / '1'))['evaluated'] == 1
 
 
