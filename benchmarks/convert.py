@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 
 from t5x_lite.interop import export, tensor_names
+from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models.config import T5Config, named_config
 
@@ -114,7 +115,7 @@ def main() -> None:
       f'{largest * bytes_each / GB:.2f} GB',
       flush=True,
     )
-    export.write(epath.Path(root / 'hf'), tensors=tensors, cfg=cfg, to='hf', vocabulary=None)
+    export.write(epath.Path(root / 'hf'), Source('', 'hf', cfg, tensors), to='hf')
     before = digests(root / 'hf')
     for middle in ('t5x_lite', 't5x'):
       run(root / 'hf', root / middle, middle)

@@ -18,6 +18,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, export, tensors, trained_model
+from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -167,23 +168,19 @@ class Model(Generation):
     target = export.check_destination(directory)
     config = self.config.replace(param_dtype=dtype or self.config.param_dtype)
     export.check_target(config, format)
-    numbers = tensors.of_params(self.params, self.config)
-    known = {'vocabulary': self.vocabulary_config, 'step': self.step, 'lengths': self.lengths}
-    export.write(target, tensors=numbers, cfg=config, to=format, **known)
+    export.write(target, dataclasses.replace(self._source(), config=config), to=format)
 
   def grow_vocabulary(self, tokens: Sequence[str] = (), *, extra_ids: int | None = None) -> 'Model':
     """Returns the model with more tokens, or with extra_ids sentinels in all.
 
     The rows of new tokens begin as the mean of the old ones.
     """
-    old = tensors.of_params(self.params, self.config)
-    grown, config, vocabulary, _ = grow_vocabulary.grow(
-      old, self.config, self._check_vocabulary(), tokens=tokens, extra_ids=extra_ids
-    )
-    placement = self.placement
-    params = tensors.place(grown, config, model_sharding.param_shardings(config, placement))
-    kept = {'placement': placement, 'lengths': self.lengths, 'step': self.step}
-    return Model(config, params, vocabulary, **kept)
+    self._check_vocabulary()
+    grown, _ = grow_vocabulary.grow(self._source(), tokens=tokens, extra_ids=extra_ids)
+    shardings = model_sharding.param_shardings(grown.config, self.placement)
+    params = tensors.place(grown.tensors, grown.config, shardings)
+    kept = {'placement': self.placement, 'lengths': self.lengths, 'step': self.step}
+    return Model(grown.config, params, grown.vocabulary, **kept)
 
   def train(self, *, model_dir: str, **arguments: Any) -> 'Model':
     """Trains from these parameters and returns the trained model, which lies where this one lies.
@@ -223,6 +220,11 @@ class Model(Generation):
     self._check_vocabulary()
     best = finetune_rows.finetune(data, validation, output=output, save=self.save, **arguments)
     return self._like_this(best)
+
+  def _source(self) -> Source:
+    numbers = tensors.of_params(self.params, self.config)
+    known: Any = {'vocabulary': self.vocabulary_config, 'step': self.step, 'lengths': self.lengths}
+    return Source('', 't5x_lite', self.config, numbers, **known)
 
   def _check_vocabulary(self) -> VocabularyConfig:
     if self.vocabulary_config is None:

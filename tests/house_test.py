@@ -52,7 +52,6 @@ WITHOUT_TENSORFLOW = (
   'data/records.py',
   'data/rows/feature_converters.py',
   'data/rows/packing.py',
-  'data/rows/row_buffer.py',
   'data/text_files.py',
   'data/vocabularies.py',
 )

@@ -7,13 +7,16 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
+from etils import epath
 
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.interop import zarr
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.runs import run_directory
+from t5x_lite.runs import checkpoints, run_directory
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 from t5x_lite.training import train_state
 from t5x_lite.training.optimizers import OptimizerConfig
@@ -76,6 +79,13 @@ def save_untrained(model_dir: Any, *, seed: int = 0, **overrides: Any) -> Any:
   checkpointer.save(1, state, None)
   checkpointer.close()
   return params
+
+
+def saved_arrays(path: Any) -> dict[str, np.ndarray]:
+  """Returns the state in a checkpoint by name, 'params/...', without Orbax."""
+  directory, step = checkpoints.find_checkpoint(str(path))
+  found = zarr.orbax_tensors(epath.Path(directory) / str(step) / 'state', zarr.Reader())
+  return {name.replace('.', '/'): tensor.read() for name, tensor in found.items()}
 
 
 def main() -> None:

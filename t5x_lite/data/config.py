@@ -122,6 +122,16 @@ class DatasetConfig:
       task_ids=self.per_task_loss,
     )
 
+  def check_processes(self, index: int, count: int) -> None:
+    """Refuses a batch that the processes cannot share equally."""
+    if not 0 <= index < count:
+      raise UsageError(f'process_index is {index}, must be in [0, {count})')
+    if self.batch_size % count:
+      raise UsageError(
+        f'batch_size {self.batch_size} does not divide over {count} processes: '
+        f'take a multiple of {count}'
+      )
+
 
 def batch_spec(cfg: DatasetConfig) -> dict[str, tuple[tuple, np.dtype]]:
   """Returns shape and dtype of every array of a GLOBAL batch; reads no data."""

@@ -8,6 +8,7 @@ import collections
 import functools
 import importlib
 import inspect
+import itertools
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -216,14 +217,9 @@ def _closest(texts: Texts, prediction: str, tokenize: Tokenize) -> tuple[int, in
   return edits, -negative_length
 
 
-def _streams(targets: Targets, predictions: Texts) -> list[list[str]]:
-  """Returns sacrebleu's layout: one list per reference number.
-
-  Examples with fewer references repeat their first, which changes no score.
-  """
-  lists = [texts for texts, _ in _pairs(targets, predictions)]
-  width = max(map(len, lists))
-  return [[texts[i] if i < len(texts) else texts[0] for texts in lists] for i in range(width)]
+def _streams(targets: Targets, predictions: Texts) -> list[Any]:
+  """Returns sacrebleu's layout, one list per reference number; None where there is none."""
+  return list(itertools.zip_longest(*(texts for texts, _ in _pairs(targets, predictions))))
 
 
 # SQuAD's own twenty lines. Libraries that have them (torchmetrics, evaluate)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import sentencepiece
 from etils import epath
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from t5x_lite.errors import UsageError, check_fields, check_one_of
@@ -26,6 +27,7 @@ proto: Any = sentencepiece_model_pb2
 PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
+SPECIAL_IDS = {'pad_id': PAD_ID, 'eos_id': EOS_ID, 'unk_id': UNK_ID, 'bos_id': -1}
 
 # What each kind has when nothing is said: 100 sentinels as in T5 (Raffel et al. 2020, 3.1.4); 125
 # bring the 259 byte ids to the 384 of ByT5's embedding (t5x/examples/t5/byt5/base.gin).
@@ -300,3 +302,31 @@ def user_defined(texts: Iterable[str]) -> bytes:
   kind = proto.ModelProto.SentencePiece.USER_DEFINED
   pieces = [{'piece': text, 'score': 0.0, 'type': kind} for text in texts]
   return proto.ModelProto(pieces=pieces).SerializeToString()
+
+
+def parse_model(data: bytes) -> Any:
+  """Returns the ModelProto of a model file; UsageError if it is none."""
+  try:
+    model = proto.ModelProto.FromString(data)
+  except DecodeError as error:
+    raise UsageError(f'not a SentencePiece model: {error}') from error
+  if not model.pieces:
+    raise UsageError('not a SentencePiece model: it has no pieces')
+  return model
+
+
+def make_model(
+  pieces: Iterable[Any], charsmap: bytes = b'', *, byte_fallback: bool = False
+) -> bytes:
+  """Returns a unigram model file with T5's special ids and no bos.
+
+  Pieces come in the order of their ids; charsmap is the normalisation as SentencePiece compiles it,
+  and may be empty; with byte_fallback unknown characters become pieces of bytes, as in mT5.
+  """
+  pieces = list(pieces)
+  trainer = {'model_type': proto.TrainerSpec.UNIGRAM, 'byte_fallback': byte_fallback}
+  trainer |= {'vocab_size': len(pieces), **SPECIAL_IDS}
+  name = 'nmt_nfkc' if charsmap else 'identity'
+  normalizer = {'name': name, 'precompiled_charsmap': charsmap}
+  model = proto.ModelProto(pieces=pieces, trainer_spec=trainer, normalizer_spec=normalizer)
+  return model.SerializeToString()

@@ -7,7 +7,7 @@ sizes, so that the number of compilations does not depend on the data.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -167,30 +167,6 @@ def _check(model: T5Config, decoding: DecodingConfig, draft: T5Config | None) ->
       raise UsageError(f'the draft has {name}={theirs!r}, the model {ours!r}: take one of its kind')
   if draft and decoding.num_beams > 1:
     raise UsageError(f'num_beams is {decoding.num_beams}: a draft is for greedy search and samples')
-
-
-def call_step(
-  make_step: Any,
-  model: T5Config,
-  params: Any,
-  placement: Placement,
-  batch: Mapping[str, np.ndarray],
-  *arguments: Any,
-) -> np.ndarray:
-  """Runs a step that steps.py makes of arguments on a batch of any size, whole on every process.
-
-  The arrays have as many rows each; rows are added, so that few sizes are compiled for, and their
-  results dropped.
-  """
-  size = len(next(iter(batch.values())))
-  full = placement.whole_batch(padded_length(size, shortest=1))
-  batch = {
-    name: np.concatenate([array, np.repeat(array[:1], full - size, axis=0)])
-    for name, array in batch.items()
-  }
-  step = model_sharding.jit_step(make_step, model, placement, *arguments)
-  result = step(params, partitioning.global_batch(batch, placement.mesh))
-  return to_host(result)[:size]
 
 
 def _outputs(model: T5Config, decoded: Decoded, num_rows: int) -> list[list[Output]]:

@@ -16,7 +16,7 @@ from t5x_lite.decoding import beam_search, loop, sampling
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.decoding.loop import Decoded
 from t5x_lite.decoding.processors import Processor
-from t5x_lite.models import prefill, t5
+from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.training import losses
 
@@ -50,8 +50,8 @@ class Ensemble:
     return Caches(tuple(model.init_cache(one, *args, **sizes) for model, one in pairs))
 
   def prefill(self, cache: 'Caches', *args: Any) -> tuple[Array, 'Caches']:
-    """Returns logits of the token after each prompt; see `prefill.prefill`."""
-    return self._each(cache, lambda model, one: prefill.prefill(model, one, *args))
+    """Returns logits of the token after each prompt; see `T5.prefill`."""
+    return self._each(cache, lambda model, one: model.prefill(one, *args))
 
   def decode_step(self, tokens_B: Array, cache: 'Caches') -> tuple[Array, 'Caches']:
     """Returns logits_BV of the next token."""
@@ -101,7 +101,7 @@ def make_predict_step(
   The batch has, unpacked and of B rows each:
     encoder_input_tokens: of a model with an encoder.
     decoder_prompt_tokens, decoder_prompt_lengths: what the decoder reads first, the start token
-      included (see `prefill.prefill`); a model without an encoder needs it. Outputs are what
+      included (see `T5.prefill`); a model without an encoder needs it. Outputs are what
       follows.
     seeds: of each row's sampling, folded into the key; its number by default.
     temperature: of each row, instead of the config's.
@@ -127,8 +127,7 @@ def make_predict_step(
       if prompts_BP is None:
         return cache, None
       lengths_B = batch['decoder_prompt_lengths']
-      read = Ensemble.prefill if isinstance(model, Ensemble) else prefill.prefill
-      logits_RV, cache = read(model, cache, prompts_BP, lengths_B)
+      logits_RV, cache = model.prefill(cache, prompts_BP, lengths_B)
       return cache, loop.Prompt(jnp.repeat(prompts_BP, n, 0), jnp.repeat(lengths_B, n), logits_RV)
 
     # Caches of drafts do not grow.

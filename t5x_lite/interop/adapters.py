@@ -15,7 +15,7 @@ from etils import epath
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, hf_export, tensor_names
 from t5x_lite.interop.checkpoint_source import Source
-from t5x_lite.interop.tensors import Index, Progress, Tensor, Tensors
+from t5x_lite.interop.tensors import Index, Progress, Tensor
 from t5x_lite.models import transfer
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs.files import write_json
@@ -34,10 +34,11 @@ def _is_lora(name: str) -> bool:
   return name.endswith(('/lora_a', '/lora_b'))
 
 
-def merge_lora(tensors: Tensors, cfg: T5Config) -> tuple[dict[str, Tensor], T5Config]:
-  """Returns the tensors with LoRA added to its matrices in float32, unread, and such a config."""
+def merge_lora(source: Source) -> Source:
+  """Returns a model with LoRA added to its matrices in float32, unread."""
+  tensors, cfg = source.tensors, source.config
   if cfg.lora_rank is None:
-    return dict(tensors), cfg
+    return source
   assert cfg.lora_alpha is not None
   scale = np.float32(cfg.lora_alpha / cfg.lora_rank)
   result = {}
@@ -46,7 +47,8 @@ def merge_lora(tensors: Tensors, cfg: T5Config) -> tuple[dict[str, Tensor], T5Co
       continue
     a, b = (tensors.get(f'{name.removesuffix("kernel")}{part}') for part in ('lora_a', 'lora_b'))
     result[name] = _merged(tensor, a, b, scale) if a and b else tensor
-  return result, cfg.replace(lora_rank=None, lora_alpha=None, lora_targets=())
+  cfg = cfg.replace(lora_rank=None, lora_alpha=None, lora_targets=())
+  return dataclasses.replace(source, tensors=result, config=cfg)
 
 
 def _merged(kernel: Tensor, a: Tensor, b: Tensor, scale: np.float32) -> Tensor:
@@ -74,13 +76,12 @@ def check_methods(cfg: T5Config, to: str) -> None:
       )
 
 
-def write_alone(
-  directory: epath.Path, *, tensors: Tensors, cfg: T5Config, to: str, progress: Progress
-) -> None:
+def write_alone(directory: epath.Path, source: Source, *, to: str, progress: Progress) -> None:
   """Writes what a method trains into an empty directory; of adapters that is the norms too.
 
   The format `to` is one of FORMATS; the rest is as in `export.write`.
   """
+  tensors, cfg = source.tensors, source.config
   pattern = transfer.trained_pattern(tensors)
   assert pattern is not None
   if to == 'adapter':

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
+from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import DamagedError, UsageError, check_one_of, first_line
 from t5x_lite.interop import adafactor_moments, hf, hf_tokenizer, t5x, tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, of_leaf
-from t5x_lite.interop.verification import verify
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
-from t5x_lite.runs import run_directory
+from t5x_lite.runs import checkpoints, run_directory
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def open_source(path: str) -> Source:
   ) and any(
     (folder / run_directory.MODEL_FILE).is_file() for folder in (place, *place.parents[:2])
   ):
-    return _open_run(run_directory.load_run(os.fspath(place)))
+    return _open_run(os.fspath(place))
   if found := t5x.find(place):
     return _open_t5x(found)
   if place.is_dir() and any(file.suffix in ('.safetensors', '.bin') for file in place.iterdir()):
@@ -124,26 +124,32 @@ def default_vocabulary(config: T5Config) -> VocabularyConfig | None:
   return VocabularyConfig() if config.vocab_size in (32_100, 32_128) else None
 
 
-def _open_run(run: run_directory.Run) -> Source:
+def _open_run(path: str) -> Source:
+  directory, step = checkpoints.find_checkpoint(path)
+  root, checkpoint = epath.Path(directory).parent, os.path.join(directory, str(step))
+  config, lengths = run_directory.read_model(root)
+  vocabulary = vocabularies.load_vocabulary(root)
 
   def check() -> int:
     try:
-      verify(run.checkpoint, 'params.')
+      zarr.verify(checkpoint, 'params.')
     except DamagedError as error:
-      older = [s for s in run.steps if s != run.step]
+      older = [s for s in checkpoints.steps_in(epath.Path(directory)) if s != step]
       hint = f'name an older one, {older}' if older else 'there is no other'
       raise DamagedError(f'{error}: {hint}') from error
     return 0
 
   distributed.from_primary(check)
-  state = epath.Path(run.checkpoint) / 'state'
+  state = epath.Path(checkpoint) / 'state'
   found: dict[str, Tensor] = {}
   stored = zarr.orbax_tensors(state, zarr.Reader())
-  for path, _, _ in tensor_names.leaves(run.model):
-    name = '.'.join(('params', *path))
+  for leaf, _, _ in tensor_names.leaves(config):
+    name = '.'.join(('params', *leaf))
     if name not in stored:
       raise UsageError(f'{state} has no {name}')
-    found |= of_leaf(stored[name], run.model, path)
-  moments = functools.partial(adafactor_moments.of_run, stored, run.model)
-  same = {name: getattr(run, name) for name in ('vocabulary', 'step', 'lengths', 'checkpoint')}
-  return Source(run.directory, 't5x_lite', run.model, found, read_moments=moments, **same)
+    found |= of_leaf(stored[name], config, leaf)
+  moments = functools.partial(adafactor_moments.of_run, stored, config)
+  path = os.fspath(root)
+  return Source(
+    path, 't5x_lite', config, found, (), vocabulary, step, moments, lengths, checkpoint=checkpoint
+  )

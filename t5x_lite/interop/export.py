@@ -1,20 +1,25 @@
 """Writes a model in any format; what is half written never gets its name."""
 
+import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 
+import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
-from t5x_lite.interop import adafactor_moments, hf_export, hf_tokenizer, run_export, t5x_export
+from t5x_lite.interop import adafactor_moments, hf_export, t5x_export, tensor_names, zarr
 from t5x_lite.interop.adapters import FORMATS as ADAPTERS
 from t5x_lite.interop.adapters import check_methods, merge_lora, write_alone
-from t5x_lite.interop.checkpoint_source import FORMATS
-from t5x_lite.interop.tensors import Progress, Tensors
+from t5x_lite.interop.checkpoint_source import FORMATS, Source
+from t5x_lite.interop.hf_tokenizer import check_vocabulary
+from t5x_lite.interop.tensors import Progress, Tensor, of_array
 from t5x_lite.models.config import T5Config
+from t5x_lite.runs import checkpoints, run_directory
 
 log = logging.getLogger(__name__)
 
@@ -38,61 +43,98 @@ def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = N
   if to == 'hf':
     hf_export.model_config(cfg, cfg.param_dtype)
     if vocabulary is not None:
-      hf_tokenizer.check_vocabulary(vocabulary)
+      check_vocabulary(vocabulary)
   elif to == 't5x':
     t5x_export.check(cfg, cfg.param_dtype)
 
 
 def write(
   target: epath.Path,
+  source: Source,
   *,
-  tensors: Tensors,
-  cfg: T5Config,
   to: str,
-  vocabulary: VocabularyConfig | None,
-  step: int = 0,
   second_moments: adafactor_moments.Moments | None = None,
-  lengths: Mapping[str, int] | None = None,
   origin: str = '',
   shard_bytes: int = hf_export.SHARD_BYTES,
 ) -> None:
   """Writes a directory, which does not exist or is empty, of one of TARGETS.
 
-  Half-written ones never get the name. The model's param_dtype is what is written; LoRA is added to
-  its matrices in 'hf' and 't5x'. No vocabulary means ids without text. The step is of updates made,
-  second_moments are Adafactor's or none, lengths those of task features, if known; origin is kept
-  for the record, and shard_bytes are the most bytes of one file of 'hf'.
+  Half-written ones never get the name. The source may be open or in memory; its param_dtype is what
+  is written; LoRA is added to its matrices in 'hf' and 't5x'. No vocabulary means ids without text.
+  The second_moments are Adafactor's or none; origin is kept for the record, and shard_bytes are the
+  most bytes of one file of 'hf'.
   """
   temporary = target.parent / f'.{target.name}.tmp-{os.getpid()}'
   temporary.mkdir(parents=True)
   if to in ('hf', 't5x'):
-    tensors, cfg = merge_lora(tensors, cfg)
+    source = merge_lora(source)
+  cfg, progress = source.config, _progress()
   try:
-    common = {'tensors': tensors, 'cfg': cfg, 'progress': _progress()}
     if to in ADAPTERS:
-      write_alone(temporary, to=to, **common)
+      write_alone(temporary, source, to=to, progress=progress)
     elif to == 'hf':
-      hf_export.write(temporary, vocabulary=vocabulary, shard_bytes=shard_bytes, **common)
+      hf_export.write(temporary, source, shard_bytes=shard_bytes, progress=progress)
     elif to == 't5x':
       # T5X restores only with an optimizer's state; a new one, if need be.
       states = adafactor_moments.to_t5x(second_moments or adafactor_moments.new(cfg), cfg)
-      t5x_export.write(temporary, step=step, param_states=states, **common)
+      t5x_export.write(temporary, source, param_states=states, progress=progress)
     else:
-      run_export.write(
-        temporary,
-        vocabulary=vocabulary or VocabularyConfig(kind='passthrough', size=cfg.vocab_size),
-        step=step,
-        moments=adafactor_moments.to_run(second_moments, cfg, step) if second_moments else None,
-        lengths=lengths,
-        origin=origin,
-        **common,
-      )
+      _write_run(temporary, source, second_moments, origin, progress)
     if target.is_dir():
       target.rmdir()
     temporary.rename(target)
   except BaseException:
     temporary.rmtree()
     raise
+
+
+def _write_run(
+  directory: epath.Path,
+  source: Source,
+  second_moments: adafactor_moments.Moments | None,
+  origin: str,
+  progress: Progress,
+) -> None:
+  """Writes a run with one checkpoint, layer by layer: the same files as Checkpointer's.
+
+  In Orbax's form of one directory an array; Orbax itself would want the whole model in memory.
+  """
+  cfg, step = source.config, source.step
+  moments = adafactor_moments.to_run(second_moments, cfg, step) if second_moments else {}
+  root = directory / checkpoints.CHECKPOINTS / str(step)
+  state = root / 'state'
+  state.mkdir(parents=True)
+  shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+  sums: dict[str, int] = {}
+
+  def save(keys: tuple[str, ...], parts: Sequence[Tensor], dtype: np.dtype, stacked: bool = False):
+    name = '.'.join(keys)
+    axis = 0 if stacked else None
+    array, sums[name] = zarr.write(str(state / name), parts, dtype, zarr.ORBAX_COMPRESSOR, axis)
+    shapes[keys] = tuple(array.shape)
+    progress(name)
+
+  for path, _, names in tensor_names.leaves(cfg):
+    parts, stacked = [source.tensors[name] for name in names], tensor_names.is_stacked(cfg, path)
+    save(('params', *path), parts, np.dtype(cfg.param_dtype), stacked)
+  count = of_array(np.asarray(step, np.int32))
+  save(('step',), [count], count.dtype)
+  for keys, tensor in moments.items():
+    save(('opt_state', *keys), [tensor], tensor.dtype)
+  (state / zarr.METADATA).write_text(zarr.orbax_metadata(shapes))
+  (root / 'meta').mkdir()
+  (root / 'meta' / 'metadata').write_text(json.dumps(checkpoints.make_meta(step, sums)))
+  handlers = {'state': ocp.StandardCheckpointHandler, 'meta': ocp.JsonCheckpointHandler}
+  named = {item: handler.typestr() for item, handler in handlers.items()}
+  items = {'item_handlers': named, 'custom_metadata': {}}
+  (root / zarr.ITEMS).write_text(json.dumps(items))
+  run_directory.write_run(
+    str(directory),
+    model=cfg,
+    vocabulary=source.vocabulary or VocabularyConfig(kind='passthrough', size=cfg.vocab_size),
+    lengths=source.lengths,
+    config={'converted_from': origin} if origin else None,
+  )
 
 
 def _progress() -> Progress:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import hf, hf_tokenizer, tensor_names
+from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.interop.tensors import Progress, Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs.files import write_json
@@ -122,22 +122,15 @@ def write_shard(path: epath.Path, shard: Tensors, dtype: np.dtype, progress: Pro
       progress(name)
 
 
-def write(
-  directory: epath.Path,
-  *,
-  tensors: Tensors,
-  cfg: T5Config,
-  vocabulary: VocabularyConfig | None,
-  shard_bytes: int,
-  progress: Progress,
-) -> None:
+def write(directory: epath.Path, source: Source, *, shard_bytes: int, progress: Progress) -> None:
   """Writes a folder that from_pretrained of transformers reads, into an empty one.
 
   Without a vocabulary, or for passed ids, there is no tokenizer; the rest is as in `export.write`.
   """
+  cfg, vocabulary = source.config, source.vocabulary
   config = model_config(cfg, cfg.param_dtype)
   dtype = np.dtype(cfg.param_dtype)
-  turned = by_hf_name(tensors, cfg)
+  turned = by_hf_name(source.tensors, cfg)
   shards = plan_shards(turned, dtype.itemsize, shard_bytes)
   for file, shard in shards.items():
     write_shard(directory / file, shard, dtype, progress)

@@ -15,12 +15,12 @@ from etils import epath
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import hf, sentencepiece_model
-from t5x_lite.interop.sentencepiece_model import Piece
+from t5x_lite.interop import hf
 from t5x_lite.runs.files import scratch, write_json
 
 log = logging.getLogger(__name__)
 
+Piece = vocabularies.proto.ModelProto.SentencePiece
 SPIECE = 'spiece.model'
 TOKENIZER, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 SPECIAL = ('<pad>', '</s>', '<unk>')
@@ -122,7 +122,7 @@ def _model_of_tokenizer(entry: Mapping[str, Any]) -> tuple[bytes, int]:
   for part in normalizer.get('normalizers', [normalizer]):
     if part.get('type') == 'Precompiled':
       charsmap = base64.b64decode(part['precompiled_charsmap'] or '')
-  return sentencepiece_model.make(pieces, charsmap, byte_fallback=byte_fallback), extra_ids
+  return vocabularies.make_model(pieces, charsmap, byte_fallback=byte_fallback), extra_ids
 
 
 def check_vocabulary(vocabulary: VocabularyConfig) -> None:
@@ -130,8 +130,8 @@ def check_vocabulary(vocabulary: VocabularyConfig) -> None:
   if vocabulary.kind != 'sentencepiece':
     return
   path = vocabularies.model_path(vocabulary)
-  model = sentencepiece_model.parse(epath.Path(path).read_bytes())
-  if model.trainer_spec.model_type != sentencepiece_model.UNIGRAM:
+  model = vocabularies.parse_model(epath.Path(path).read_bytes())
+  if model.trainer_spec.model_type != vocabularies.proto.TrainerSpec.UNIGRAM:
     raise UsageError(f"{path} is not a unigram model; transformers' T5 tokenizer reads only those")
 
 
@@ -148,7 +148,7 @@ def write_vocabulary(vocabulary: VocabularyConfig, directory: epath.Path):
   else:
     check_vocabulary(vocabulary)
     data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
-    model = sentencepiece_model.parse(data)
+    model = vocabularies.parse_model(data)
     (directory / SPIECE).write_bytes(data)
     tokenizer = _tokenizer(model, vocabulary)
     (directory / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False))

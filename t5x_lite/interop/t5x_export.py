@@ -14,7 +14,8 @@ from flax import serialization
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import t5x, tensor_names, zarr
-from t5x_lite.interop.tensors import Progress, Tensors
+from t5x_lite.interop.checkpoint_source import Source
+from t5x_lite.interop.tensors import Progress
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
@@ -39,26 +40,20 @@ def check(cfg: T5Config, dtype: str) -> None:
 
 
 def write(
-  directory: epath.Path,
-  *,
-  tensors: Tensors,
-  cfg: T5Config,
-  step: int,
-  param_states: Mapping[str, Any],
-  progress: Progress,
+  directory: epath.Path, source: Source, *, param_states: Mapping[str, Any], progress: Progress
 ) -> None:
   """Writes a checkpoint_STEP directory into an empty one.
 
   The param_states are the optimizer's, a tree of arrays by T5X's names; the rest is as in
   `export.write`.
   """
-  root = directory / f'{t5x.PREFIX}{step}'
+  cfg, root = source.config, directory / f'{t5x.PREFIX}{source.step}'
   root.mkdir()
   target = []
   for name, names in tensor_names.t5x_arrays(cfg).items():
     place = f'target.{name.replace("/", ".")}'
     axis = SCAN_AXIS if cfg.relpos_per_layer and '/layers_' in names[0] else None
-    parts, dtype = [tensors[part] for part in names], np.dtype(cfg.param_dtype)
+    parts, dtype = [source.tensors[part] for part in names], np.dtype(cfg.param_dtype)
     array, _ = zarr.write(str(root / place), parts, dtype, _COMPRESSOR, axis)
     full = array.spec().to_json()
     # What stands for the array in the msgpack file; its path is relative.
@@ -67,7 +62,7 @@ def write(
     spec['metadata'] = {key: full['metadata'][key] for key in ('chunks', 'compressor', 'shape')}
     target.append((name.split('/'), spec))
     progress(f'target/{name}')
-  state = {'step': np.asarray(step, np.int32), 'param_states': dict(param_states)}
+  state = {'step': np.asarray(source.step, np.int32), 'param_states': dict(param_states)}
   optimizer = {'state': state, 'target': pytrees.nested(target)}
   contents = {'version': VERSION, 'optimizer': optimizer}
   # Last: without this file there is no checkpoint.

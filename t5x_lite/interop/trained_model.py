@@ -1,41 +1,46 @@
 """A trained model of any format, ready to be read onto devices.
 
-What `infer` and `eval` take, and where `train` learns the architecture from if no one names it.
+What `infer` and `eval` take, and what `train` begins a new run from, and learns the architecture
+from if no one names it.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import Vocabulary, VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, tensors
+from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import checkpoints, run_directory
+from t5x_lite.runs.checkpoints import CheckpointConfig
+from t5x_lite.training import train_state
+from t5x_lite.training.train_state import StateSpec, TrainState
+
+log = logging.getLogger(__name__)
+
+# Returns the state that a run begins with, each array made where it will live.
+Make = Callable[[optax.GradientTransformation, StateSpec, jax.Array], TrainState]
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-  """A checkpoint that has been checked; only names have been read."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedModel(Source):
+  """A checkpoint that has been checked, by the path that the user gave; only names were read."""
 
-  path: str  # as the user gave it
-  directory: str  # the folder that was opened; of a run, the run's
-  checkpoint: str  # the same; of a run, the folder of the step
-  format: str  # one of `checkpoint_source.FORMATS`
-  config: T5Config
   vocabulary: VocabularyConfig  # its own
-  step: int  # updates made, 0 if unknown
-  lengths: Mapping[str, int]  # task feature lengths of training; empty if unknown
-  found: Mapping[str, tensors.Tensor]  # by canonical name, unread
+  directory: str  # the folder that was opened; of a run, the run's
 
   def load_params(self, specs: Any) -> Any:
     """Reads them onto the devices, as specs say; see `model_sharding.inference_params`."""
     shardings = jax.tree.map(lambda spec: spec.sharding, specs)
-    return tensors.place(dict(self.found), self.config, shardings, specs)
+    return tensors.place(self.tensors, self.config, shardings, specs)
 
 
 def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
@@ -54,9 +59,9 @@ def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
   check_vocabulary(source.config, source.vocabulary)
   config = source.config.replace(**{k: v for k, v in changes.items() if v != ''})
   found, _ = assignment.assign(source, config)
-  where = {'directory': source.path, 'checkpoint': source.checkpoint or source.path}
-  same = {name: getattr(source, name) for name in ('format', 'vocabulary', 'step', 'lengths')}
-  return TrainedModel(path=path, config=config, found=found, **where, **same)
+  known = vars(source) | {'path': path, 'config': config, 'tensors': found}
+  known['checkpoint'] = source.checkpoint or source.path
+  return TrainedModel(**known, directory=source.path)
 
 
 def check_vocabulary(model: T5Config, vocabulary: VocabularyConfig, fix: str = '') -> Vocabulary:
@@ -89,8 +94,9 @@ def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedMod
   first = max(models, key=lambda model: model.step)
   if len(models) == 1:
     return first
-  found = {name: tensors.mean([model.found[name] for model in models]) for name in first.found}
-  return dataclasses.replace(first, found=found)
+  names = first.tensors
+  found = {name: tensors.mean([model.tensors[name] for model in models]) for name in names}
+  return dataclasses.replace(first, tensors=found)
 
 
 def open_together(paths: str | Sequence[str], last: int = 1, **options: Any) -> list[TrainedModel]:
@@ -114,3 +120,48 @@ def check_alike(models: Sequence[TrainedModel]) -> None:
       raise UsageError(f'{other.path} has another architecture than {models[0].path}')
     if not run_directory.same_vocabulary(other.vocabulary, models[0].vocabulary):
       raise UsageError(f'{other.path} has another vocabulary than {models[0].path}')
+
+
+def open_start(
+  config: CheckpointConfig, model: T5Config, vocabulary: VocabularyConfig, *, seed: int
+) -> Make:
+  """Checks that a new run can start from where its configuration says; UsageError if not.
+
+  Config's restore_path is a run of ours, or a checkpoint of T5X or transformers, for a model of
+  this architecture. The vocabulary must be the checkpoint's own, where that says what it is.
+  Nothing has been read but names before what is returned is called.
+  """
+  path, with_optimizer = config.restore_path, config.restore_optimizer
+  if not path:
+
+    def draw(tx, spec, key):
+      log.info('starts from scratch with seed %d', seed)
+      return train_state.init_state(model, tx, spec, key)
+
+    return draw
+  opened = checkpoint_source.open_source(path)
+  if with_optimizer and opened.format != 't5x_lite':
+    kind = f'of the format {opened.format!r}'
+    raise UsageError(f'{path} is {kind}; restore_optimizer=True needs a run of t5x_lite')
+  theirs = None if opened.format == 't5x' else opened.vocabulary  # T5X's do not say what it is
+  if theirs is not None and not run_directory.same_vocabulary(theirs, vocabulary):
+    message = f'{path} has another vocabulary than VocabularyConfig names: ids mean other tokens'
+    if config.strict:
+      raise UsageError(f'{message}: use its own, or CheckpointConfig.strict=False')
+    log.warning('%s', message)
+  if config.strict:
+    assignment.check_numerics(opened, model)
+  found, report = assignment.assign(
+    opened, model, assignment_map=config.assignment_map, strict=config.strict, seed=seed
+  )
+  log.info('%s: %s', path, report.summary())
+
+  def load(tx, spec, key):
+    if with_optimizer:
+      log.info('starts from %s, optimizer included', path)
+      return checkpoints.load_state(path, spec.shapes)
+    params = tensors.place(found, model, spec.shardings.params)
+    log.info('starts from the parameters of %s', path)
+    return train_state.start_from(params, tx, spec)
+
+  return load

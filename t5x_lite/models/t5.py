@@ -8,6 +8,7 @@ Legend: B batch, L decoder length, M encoder length, T slots of a cache, N layer
 heads, K head_dim, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -228,8 +229,9 @@ class T5(nnx.Module):
     ahead = None
     if cross_ahead:
       # By JAX's own product: of a custom gradient vmap makes one gradient of the output a layer.
-      one = functools.partial(layers.Attention.keys_values, x_BMD=encoded_BMD, product=jnp.matmul)
-      ahead = jax.vmap(one)(self.decoder.layers.encoder_decoder_attention)
+      ahead = jax.vmap(
+        lambda layer: layer.encoder_decoder_attention.keys_values(encoded_BMD, jnp.matmul)
+      )(self.decoder.layers)
     x_BLD = self.decoder(body, x_BLD, keys[1], self.lenders(), ahead)
     return layers.dropout(x_BLD, cfg.dropout_rate, keys[2])
 
@@ -321,6 +323,49 @@ class T5(nnx.Module):
       _, (cross_k, cross_v) = over_layers(cross, None, self.decoder.layers)
       cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
     return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask, jnp.zeros((), jnp.int32))
+
+  def prefill(self, cache: Cache, tokens_BP: Array, lengths_B: Array) -> tuple[Array, Cache]:
+    """Reads a prompt in one pass; returns logits_RV of the token after each, and the cache.
+
+    The prompt of a language model, or what the outputs of an encoder-decoder begin with. The cache
+    is empty, of a multiple of B rows (R, n of each prompt) and at least P slots; decoder inputs are
+    the start token, the prompt, then padding, and lengths count what is not padding. With
+    bidirectional_prefix the prompt's tokens and the start token see each other, and could not be
+    fed one at a time (T5X's inputs_bidirectional_attention).
+    """
+    cfg = self.cfg
+    B, P = tokens_BP.shape
+    positions_P = jnp.arange(P)
+    real_BP = positions_P[None, :] < lengths_B[:, None]
+    visibility = Visibility(prefix_BL=real_BP if cfg.bidirectional_prefix else None, causal=True)
+    mask = attention.mask(cfg.attention, visibility, P, P)
+    bias = self.decoder.bias(P, P)
+
+    def body(x_BPD, xs):
+      layer, cross_kv, lender = xs
+      return layer.read(
+        x_BPD, cross_kv, lender, bias=bias, mask=mask, cross_mask=cache.cross_mask_B11M
+      )
+
+    cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
+    x_BPD = self.token_embedder(tokens_BP)
+    x_BPD, kv = over_layers(body, x_BPD, self.decoder.layers, cross, self.lenders())
+    hidden_BPD = self.decoder.norm(x_BPD)
+    # What follows a prompt is predicted at its last token; slots after it hold padding, and are
+    # written over before they are seen.
+    last_B1D = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)
+    n = cache.key_NBTHK.shape[1] // B
+
+    def written(old_NRTHK, new_NBPHK):
+      new_NRPHK = jnp.repeat(new_NBPHK, n, axis=1).astype(old_NRTHK.dtype)
+      return old_NRTHK.at[:, :, :P].set(new_NRPHK)
+
+    return jnp.repeat(self.project(last_B1D)[:, 0], n, axis=0), dataclasses.replace(
+      cache,
+      key_NBTHK=written(cache.key_NBTHK, kv[0]),
+      value_NBTHK=written(cache.value_NBTHK, kv[1]),
+      index=jnp.repeat(lengths_B.astype(jnp.int32), n),
+    )
 
   def decode_step(self, tokens_B, cache: Cache) -> tuple[Array, Cache]:
     """Feeds one token a row; returns logits_BV of the next, and the cache."""

@@ -23,8 +23,7 @@ def average(*, sources: Sequence[str], destination: str, last: int = 5) -> str:
   check_positive('average.last', last)
   target = export.check_destination(destination)
   mean = trained_model.open_mean(sources, last)
-  kept = {'vocabulary': mean.vocabulary, 'step': mean.step, 'lengths': mean.lengths}
   origin = f'the mean of the last {last} of {", ".join(sources)}'
-  export.write(target, tensors=mean.found, cfg=mean.config, to='t5x_lite', origin=origin, **kept)
-  log.info('%s: %s', destination, next(iter(mean.found.values())).origin)
+  export.write(target, mean, to='t5x_lite', origin=origin)
+  log.info('%s: %s', destination, next(iter(mean.tensors.values())).origin)
   return destination

@@ -9,9 +9,7 @@ from t5x_lite.errors import UsageError, check_one_of, check_positive
 from t5x_lite.interop import assignment, export, hf, hf_export, tensor_names, trained_model
 from t5x_lite.interop.adapters import merge_lora
 from t5x_lite.interop.checkpoint_source import Source, open_source
-from t5x_lite.interop.tensors import Tensors
 from t5x_lite.models import transfer
-from t5x_lite.models.config import T5Config
 
 log = logging.getLogger(__name__)
 
@@ -63,23 +61,23 @@ def convert(
   check_one_of('convert.dtype', dtype, hf.SHORT_DTYPES)
   cfg = cfg.replace(param_dtype=dtype)
   tensors, report = assignment.assign(opened, cfg, assignment_map=assignment_map, strict=strict)
-  opened = dataclasses.replace(opened, vocabulary=_vocabulary(vocabulary, opened))
+  vocabulary_config = _vocabulary(vocabulary, opened)
+  found = dataclasses.replace(opened, tensors=tensors, config=cfg, vocabulary=vocabulary_config)
   export.check_target(cfg, to)
   if merge and (cfg.lora_rank is None or to in export.ADAPTERS):
     raise UsageError(f'convert.merge is True, but there is no LoRA to merge on the way to {to!r}')
   if merge or to in ('hf', 't5x'):
-    tensors, cfg = merge_lora(tensors, cfg)
+    found = merge_lora(found)
   if dry_run:
-    _print_mapping(opened, tensors, cfg, to, report)
+    _print_mapping(found, to, report)
     return destination
-  for line in _remarks(opened, cfg, to):
+  for line in _remarks(found, to):
     log.warning('%s', line)
   renamed = transfer.fields(opened.config) or assignment_map
   carry = optimizer_state and to in ('t5x_lite', 't5x') and not renamed
-  kept = {'vocabulary': opened.vocabulary, 'step': opened.step, 'lengths': opened.lengths}
-  how = {'to': to, 'origin': source, 'shard_bytes': shard_bytes}
   moments = opened.read_moments() if carry else {}
-  export.write(target, tensors=tensors, cfg=cfg, second_moments=moments, **kept, **how)
+  how = {'to': to, 'origin': source, 'shard_bytes': shard_bytes}
+  export.write(target, found, second_moments=moments, **how)
   log.info('%s: %s', destination, report.summary())
   return destination
 
@@ -107,9 +105,9 @@ def _vocabulary(name: str | None, source: Source) -> VocabularyConfig | None:
   return config
 
 
-def _remarks(source: Source, cfg: T5Config, to: str) -> list[str]:
+def _remarks(source: Source, to: str) -> list[str]:
   """Returns what a user should know before relying on the result."""
-  lines = []
+  lines, cfg = [], source.config
   if source.vocabulary is None:
     lines.append('no vocabulary: the result has ids but no text; name one with --vocabulary')
   scaled = cfg.logits_via_embedding if cfg.scale_logits is None else cfg.scale_logits
@@ -121,10 +119,9 @@ def _remarks(source: Source, cfg: T5Config, to: str) -> list[str]:
   return lines
 
 
-def _print_mapping(
-  source: Source, tensors: Tensors, cfg: T5Config, to: str, report: assignment.Report
-) -> None:
+def _print_mapping(source: Source, to: str, report: assignment.Report) -> None:
   """Prints one line a tensor: from where, its shape, to where."""
+  tensors, cfg = source.tensors, source.config
   places = {name: tensor_names.hf_name(name) for name in tensors if to == 'hf'}
   for place, names in tensor_names.t5x_arrays(cfg).items() if to == 't5x' else ():
     places |= dict.fromkeys(names, f'target/{place}')
@@ -136,5 +133,5 @@ def _print_mapping(
   count = sum(tensor.size for tensor in tensors.values())
   print(f'{source.format} -> {to}: {report.summary()}')
   print(f'{count:,} parameters as {cfg.param_dtype}')
-  for line in _remarks(source, cfg, to):
+  for line in _remarks(source, to):
     print(line)

@@ -137,7 +137,7 @@ def evaluate(
     if distributed.is_primary():
       checkpoint = ', '.join(one.checkpoint for one in models)
       summary = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results}
-      summary['settings'] = None if failed else settings  # None is measured again
+      summary |= {'settings': None if failed else settings}  # None is measured again
       files.write_json(root / 'metrics.json', summary)
       log.info('metrics and predictions are in %s', root)
     if failed:
@@ -148,7 +148,8 @@ def evaluate(
     try:
       results = measure(path)
     except Exception:
-      if not follow or jax.process_count() > 1:  # several hosts may not agree on it
+      # Several hosts may not agree on it.
+      if not follow or jax.process_count() > 1 or not isinstance(path, str):
         raise
       time.sleep(FOLLOW_SECONDS)  # that a deletion may take
       if epath.Path(path).exists():

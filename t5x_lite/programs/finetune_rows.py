@@ -1,7 +1,6 @@
 """Fine-tuning from Python: a model and rows in memory become files, that the command line takes."""
 
 import inspect
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +10,11 @@ from etils import epath
 from t5x_lite.data import pairs as pairs_lib
 from t5x_lite.data.pairs import Columns, Pairs
 from t5x_lite.errors import UsageError
+from t5x_lite.evaluation import evaluators
 from t5x_lite.parallel import distributed
 from t5x_lite.programs import finetune as program
 from t5x_lite.programs import quickstart, start_checks
-from t5x_lite.runs import checkpoints, files, progress
+from t5x_lite.runs import checkpoints, progress
 
 START = 'start'
 DATA = 'data'
@@ -63,9 +63,7 @@ def _write(pairs: Pairs, output: str, name: str) -> str:
   """Writes pairs as JSON lines and returns the file."""
   path = epath.Path(output) / DATA / f'{name}.jsonl'
   if distributed.is_primary():
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = zip(pairs.inputs, pairs.targets, strict=True)
-    lines = (json.dumps({'input': x, 'target': y}, ensure_ascii=False) for x, y in rows)
-    files.write_text(path, ''.join(f'{line}\n' for line in lines))
+    evaluators.write_lines(path, [{'input': x, 'target': y} for x, y in rows])
   distributed.barrier('data')
   return os.fspath(path)

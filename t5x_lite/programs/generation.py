@@ -14,7 +14,9 @@ from t5x_lite.decoding import prediction, steps
 from t5x_lite.decoding.config import decoding_config
 from t5x_lite.decoding.processors import Processor
 from t5x_lite.errors import UsageError, check_positive
+from t5x_lite.models import model_sharding
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import partitioning
 from t5x_lite.parallel.placement import Placement
 from t5x_lite.runs import run_directory
 
@@ -316,5 +318,15 @@ class Generation:
     size = {'batch_size': len(rows), 'length': prediction.padded_length(length)}
     return prediction.pad_rows(rows, pad_id=self.config.pad_id, **size)
 
-  def _call(self, make_step: Any, *arguments: Any) -> np.ndarray:
-    return prediction.call_step(make_step, self.config, self.params, self.placement, *arguments)
+  def _call(self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any) -> np.ndarray:
+    """Runs a step that steps.py makes of arguments on a batch; whole on every process.
+
+    Rows are added, so that few sizes are compiled for, and their results dropped.
+    """
+    size = len(next(iter(batch.values())))
+    full = self.placement.whole_batch(prediction.padded_length(size, shortest=1))
+    more = {name: np.repeat(array[:1], full - size, axis=0) for name, array in batch.items()}
+    batch = {name: np.concatenate([array, more[name]]) for name, array in batch.items()}
+    step = model_sharding.jit_step(make_step, self.config, self.placement, *arguments)
+    result = step(self.params, partitioning.global_batch(batch, self.placement.mesh))
+    return prediction.to_host(result)[:size]

@@ -16,10 +16,9 @@ from etils import epath
 from t5x_lite.data import text_files, vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
-from t5x_lite.interop import assignment, export, sentencepiece_model, trained_model
-from t5x_lite.interop.checkpoint_source import FORMATS, open_source
-from t5x_lite.interop.tensors import Tensor, Tensors
-from t5x_lite.models.config import T5Config
+from t5x_lite.interop import assignment, export, trained_model
+from t5x_lite.interop.checkpoint_source import FORMATS, Source, open_source
+from t5x_lite.interop.tensors import Tensor
 from t5x_lite.runs import files
 
 log = logging.getLogger(__name__)
@@ -60,29 +59,24 @@ def grow_vocabulary(
   if tokens_file:
     tokens = [*tokens, *(line for _, line in text_files.lines(tokens_file) if line)]
   opened = open_source(source)
-  if opened.vocabulary is None:
-    raise UsageError(f'{source} has no vocabulary that could grow')
   found, _ = assignment.assign(opened, opened.config)
-  more = {'tokens': tokens, 'extra_ids': extra_ids}
-  grown, cfg, vocabulary, changes = grow(found, opened.config, opened.vocabulary, **more)
-  export.check_target(cfg, to)
+  opened = dataclasses.replace(opened, tensors=found)
+  grown, changes = grow(opened, tokens=tokens, extra_ids=extra_ids)
+  export.check_target(grown.config, to)
   print(changes)
   if not dry_run:
-    kept = {'step': opened.step, 'lengths': opened.lengths, 'origin': source}
-    export.write(target, tensors=grown, cfg=cfg, to=to, vocabulary=vocabulary, **kept)
+    export.write(target, grown, to=to, origin=source)
     log.info('wrote %s', destination)
   return destination
 
 
 def grow(
-  tensors: Tensors,
-  cfg: T5Config,
-  vocabulary: VocabularyConfig,
-  *,
-  tokens: Sequence[str] = (),
-  extra_ids: int | None = None,
-) -> tuple[dict[str, Tensor], T5Config, VocabularyConfig, str]:
-  """Returns the grown tensors, config, vocabulary, and what changed; UsageError if nothing can."""
+  source: Source, *, tokens: Sequence[str] = (), extra_ids: int | None = None
+) -> tuple[Source, str]:
+  """Returns the grown model, and what changed; UsageError if nothing can."""
+  tensors, cfg, vocabulary = source.tensors, source.config, source.vocabulary
+  if vocabulary is None:
+    raise UsageError(f'{source.path} has no vocabulary that could grow')
   extra_ids = vocabulary.extra_ids if extra_ids is None else extra_ids
   if extra_ids < vocabulary.extra_ids:
     there = f'extra_ids is {extra_ids}, the vocabulary has {vocabulary.extra_ids} already'
@@ -105,7 +99,8 @@ def grow(
   grown[_EMBEDDING] = _grown(tensors[_EMBEDDING], new_id, size, rows)
   if _HEAD in tensors:
     grown[_HEAD] = _grown(tensors[_HEAD].transposed(), new_id, size, rows).transposed()
-  return grown, cfg.replace(vocab_size=rows), new, changes
+  cfg = cfg.replace(vocab_size=rows)
+  return dataclasses.replace(source, tensors=grown, config=cfg, vocabulary=new), changes
 
 
 def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
@@ -113,7 +108,7 @@ def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
   if vocabulary.kind != 'sentencepiece':
     raise UsageError(f'a vocabulary of kind {vocabulary.kind!r} has no pieces to add to')
   data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
-  known = {piece.piece for piece in sentencepiece_model.parse(data).pieces}
+  known = {piece.piece for piece in vocabularies.parse_model(data).pieces}
   texts: list[str] = []
   for token in tokens:
     if not token:

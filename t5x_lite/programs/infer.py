@@ -21,10 +21,8 @@ from t5x_lite.decoding.continuous import WINDOW, RowDecoder, in_batches
 from t5x_lite.errors import UsageError, check_one_of, check_positive
 from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
-from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.parallel.placement import Placement
 from t5x_lite.programs.generation import Generation
 from t5x_lite.programs.output_file import OutputFile
 from t5x_lite.runs import progress, run_directory
@@ -136,10 +134,8 @@ def infer(
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
   placement = model_sharding.place_model(cfg, mesh)
   batch_size = placement.whole_batch(batch_size)
-  predict: Callable[[Any, list[list[int]], list[int]], Iterator[tuple[int, dict[str, Any]]]]
-  if embeddings:
-    predict = functools.partial(_embed, cfg, placement, EMBEDDINGS[embeddings], batch_size)
-  else:
+  decode = None
+  if not embeddings:
     decoding = (decoding or DecodingConfig()).resolved(vocabulary, run.lengths.get('targets'))
     predictor = prediction.Predictor(
       cfg,
@@ -150,10 +146,16 @@ def infer(
       seed=seed,
       draft=draft.config if draft else None,
     )
-    predict = functools.partial(_decode, RowDecoder(predictor, continuous=continuous), vocabulary)
+    decode = RowDecoder(predictor, continuous=continuous)
   params = trained_model.load_together(models, model_sharding.inference_params(cfg, placement))
   if draft:
     params = params, draft.load_params(model_sharding.inference_params(draft.config, placement))
+  predict: Callable[[list[list[int]], list[int]], Iterator[tuple[int, dict[str, Any]]]]
+  if decode is None:
+    encoder = Generation(cfg, params, placement)
+    predict = functools.partial(_embed, encoder, EMBEDDINGS[embeddings], batch_size)
+  else:
+    predict = functools.partial(_decode, decode, vocabulary, params)
   log.info('predicting with %s', ', '.join(one.checkpoint for one in models))
 
   # ---- Loop ----
@@ -182,7 +184,7 @@ def infer(
       # EOS takes the last place: the model saw no input without one.
       rows = [[*row[: max_input_length - len(end)], *end] for row in ids]
       entries: dict[int, dict[str, Any]] = {}
-      for i, entry in predict(params, rows, [*range(done, done + len(rows))]):
+      for i, entry in predict(rows, [*range(done, done + len(rows))]):
         entries[i] = entry
         if (now := time.monotonic()) > report:
           at = done + len(entries)
@@ -226,16 +228,9 @@ def _decode(
 
 
 def _embed(
-  cfg: T5Config,
-  placement: Placement,
-  pooling: str | None,
-  size: int,
-  params: Any,
-  rows: Any,
-  _: Any,
+  model: Generation, pooling: str | None, size: int, rows: Any, _: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields what is written of each line, in the fewest digits that are the same float32."""
-  model = Generation(cfg, params, placement)
 
   def embed(part: Sequence[int]) -> Any:
     longest = len(rows[part[0]])

@@ -55,7 +55,8 @@ def line_chart(
   x_scale = Scale(*_bounds([x for x, _ in flat]), _LEFT, _WIDTH - _RIGHT)
   y_scale = Scale(*_bounds([*map(level, ys)]), _HEIGHT - _BOTTOM, _TOP)
   picture = ''
-  for tick in (_log_ticks if is_log else ticks)(y_scale.low, y_scale.high):
+  bounds = [10.0**y if is_log else y for y in (y_scale.low, y_scale.high)]
+  for tick in ticks(*bounds, is_log=is_log):
     y = y_scale(level(tick))
     ends = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
     picture += f'<line {ends} class="grid"/>' + _tick(_LEFT - 6, y + 4, number(tick), 'end')
@@ -175,23 +176,16 @@ def number(value: float) -> str:
   return f'{value:,.4g}' if abs(value) < 1e4 else f'{value:,.0f}'
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """Returns about `count` round numbers between two bounds."""
-  raw = (high - low) / count
-  unit = 10.0 ** math.floor(math.log10(raw))
-  step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw or m == 10)
-  last = math.floor(high / step + 1e-9)
-  return [i * step for i in range(math.ceil(low / step), last + 1)]
+def ticks(low: float, high: float, *, is_log: bool = False) -> list[float]:
+  """Returns a few round numbers between two bounds."""
+  from matplotlib import ticker  # takes a second to import
 
-
-def _log_ticks(low: float, high: float) -> list[float]:
-  """Returns round numbers between two powers of ten, given by exponents."""
-  powers = range(math.floor(low), math.ceil(high) + 1)
-  if high - low > 3:
-    found = [10.0**i for i in powers[:: -(-len(powers) // 8)]]
-  else:
-    found = [m * 10.0**i for i in powers for m in (1, 2, 5)]
-  return [value for value in found if low <= math.log10(value) <= high]
+  locator = ticker.MaxNLocator(5, steps=[1, 2, 5, 10])
+  if is_log:
+    locator = ticker.LogLocator(subs=(1, 2, 5) if high <= 1000 * low else (1,), numticks=9)
+  slack = 1e-9 * (high - low)
+  found = map(float, locator.tick_values(low, high))
+  return [x for x in found if low - slack <= x <= high + slack]
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """The serve program: a model behind HTTP, until SIGTERM; no TensorFlow, so it starts quickly."""
 
 import dataclasses
-import functools
 import ipaddress
 import itertools
 import logging
@@ -97,23 +96,13 @@ def serve(
   how = {'num_slots': num_slots, 'max_decode_length': max_new_tokens, 'chunk': chunk}
   batch = ContinuousBatch(opened.config, params, placement=placement, **how)
   _warm_up(batch, vocabulary)
-  calls = _Calls(opened.config, params, placement, vocabulary)
-  describe = {name: given[name] for name in ('max_input_tokens', 'max_new_tokens')}
-  served = app_lib.Served(
-    name=name or os.path.basename(os.path.normpath(model)),
-    vocabulary=vocabulary,
-    worker=Worker(batch, max_queue=max_queue),
-    encode=functools.partial(calls.encode, pooling='mean', max_input_tokens=max_input_tokens),
-    # A few at a time: logits of a whole call may take gigabytes.
-    score=functools.partial(calls.score, batch_size=4, max_input_tokens=max_input_tokens),
-    attention=functools.partial(calls.cross_attention, mean=True),
-    decode=calls.decode_rows,
-    describe={'num_parameters': model_sharding.count_params(params), **describe},
-  )
+  calls = Calls(opened.config, params, placement, vocabulary)
+  worker = Worker(batch, max_queue=max_queue)
+  name = name or os.path.basename(os.path.normpath(model))
   limits = Limits(**{field.name: given[field.name] for field in dataclasses.fields(Limits)})
   if not token and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
     log.warning('everybody who reaches %s can use it: --token_file asks for a token', host)
-  app = app_lib.make_app(served, limits, token=token)
+  app = app_lib.make_app(name, calls, worker, limits, token=token)
   patience = {'timeout_keep_alive': 5, 'timeout_graceful_shutdown': int(request_seconds) + 1}
   server = uvicorn.Server(uvicorn.Config(app, log_level='warning', **patience))
   # Of what comes before uvicorn listens; of what it raises again when all is answered, too late.
@@ -121,9 +110,7 @@ def serve(
     signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
   place = f'[{host}]' if ':' in host else host
   address = f'http://{place}:{listener.getsockname()[1]}'
-  print(
-    f'{served.name} is served at {address} (a page to try it; OpenAI: {address}/v1)', flush=True
-  )
+  print(f'{name} is served at {address} (a page to try it; OpenAI: {address}/v1)', flush=True)
   server.run(sockets=[listener])
   log.info('all requests are answered: stopped')
 
@@ -160,12 +147,13 @@ def _warm_up(batch: ContinuousBatch, vocabulary: Vocabulary) -> None:
   log.info('compiled in %.1f s', time.monotonic() - began)
 
 
-class _Calls(Generation):
-  """What runs in the worker beside the continuous batch, of rows of tokens; see `app.Served`."""
+class Calls(Generation):
+  """What runs in the worker beside the continuous batch, of rows of tokens."""
 
   def decode_rows(
     self, rows: Rows, max_new_tokens: int, seed: int, settings: dict[str, Any]
   ) -> tuple[list[list[int]], list[float]]:
+    """Returns the outputs of all rows by settings of DecodingConfig, and their scores."""
     config = decoding_config(max_new_tokens, **settings)
     if config.stop_strings or config.regex or config.json_schema:  # a regex can have many states
       raise UsageError('decoding takes no stop_strings, regex and json_schema from clients')

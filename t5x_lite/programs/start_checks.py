@@ -8,8 +8,10 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.tasks import catalog, mixing, truncation
+from t5x_lite.data.tasks import catalog, mixing, step_by_step
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.errors import check_positive as check_positive
@@ -112,13 +114,15 @@ def log_rates(dataset: DatasetConfig) -> None:
 def warn_of_cuts(dataset: DatasetConfig, vocabulary: VocabularyConfig) -> dict[str, float]:
   """Says how many examples the lengths cut; returns it as metrics."""
   metrics = {}
-  for cut in (one for one in truncation.measure(dataset, vocabulary) if one.cut):
-    log.warning(
-      f'{cut.task}: {cut.cut} of the first {cut.examples} examples are longer than '
-      f'{dataset.lengths} and are cut; they lose {cut.percent_of_tokens:.1f}% of all tokens'
-    )
-    metrics[f'data/{cut.task}/cut_examples_percent'] = 100.0 * cut.cut / cut.examples
-    metrics[f'data/{cut.task}/cut_tokens_percent'] = cut.percent_of_tokens
+  for task, (tokens, lost) in step_by_step.truncated(dataset).items():
+    if lost.any():
+      name, percent = catalog.short_name(task, vocabulary), 100.0 * lost.sum() / tokens.sum()
+      log.warning(
+        f'{name}: {np.count_nonzero(lost)} of the first {len(lost)} examples are longer than '
+        f'{dataset.lengths} and are cut; they lose {percent:.1f}% of all tokens'
+      )
+      metrics[f'data/{name}/cut_examples_percent'] = 100.0 * float(np.mean(lost > 0))
+      metrics[f'data/{name}/cut_tokens_percent'] = float(percent)
   return metrics
 
 

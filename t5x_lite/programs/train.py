@@ -20,7 +20,7 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
-from t5x_lite.interop import initial_checkpoint, trained_model, verification
+from t5x_lite.interop import trained_model, zarr
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -140,7 +140,7 @@ def train(
     start_checks.check_writable(model_dir)
   new = None
   if not checkpoints.has_checkpoint(model_dir):
-    new = initial_checkpoint.open_start(checkpoint, model, vocabulary, seed=seed)
+    new = trained_model.open_start(checkpoint, model, vocabulary, seed=seed)
 
   # ---- The step, its mesh and abstract state: nothing is allocated yet ----
   make_program = functools.partial(
@@ -206,7 +206,7 @@ def train(
     # ---- Start: 1. own checkpoint  2. checkpoint.restore_path  3. scratch ----
     meta: dict[str, Any] = {}
     if checkpointer.latest_step is not None:
-      state, meta = checkpointer.restore(spec.shapes, iterator, verify=verification.verify)
+      state, meta = checkpointer.restore(spec.shapes, iterator, verify=zarr.verify)
       if meta.get('seed', seed) != seed:
         log.warning('the seed is %d, it was %d before', seed, meta['seed'])
       log.info('continues %s from step %d', model_dir, int(state.step))

@@ -5,14 +5,13 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import sentencepiece
 from absl import logging
 from etils import epath
 
 from t5x_lite.data import records, text_files, vocabularies
-from t5x_lite.data.vocabularies import EOS_ID, PAD_ID, UNK_ID, VocabularyConfig
+from t5x_lite.data.vocabularies import SPECIAL_IDS, UNK_ID, VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of, check_positive
 
 MODEL_TYPES = ('unigram', 'bpe', 'char')
@@ -20,9 +19,8 @@ NORMALIZATIONS = ('nmt_nfkc', 'nfkc', 'nmt_nfkc_cf', 'identity')
 
 # SentencePiece skips longer sentences (its default limit is 4,192 bytes), so longer lines are cut.
 _MAX_SENTENCE_BYTES = 4096
-_TRAINER: dict[str, Any] = {'pad_id': PAD_ID, 'eos_id': EOS_ID, 'unk_id': UNK_ID, 'bos_id': -1}
 # Its sums depend on the threads. All sentences, in this order: the sample was drawn already.
-_TRAINER |= {'num_threads': 16, 'input_sentence_size': 0, 'shuffle_input_sentence': False}
+_TRAINER = {'num_threads': 16, 'input_sentence_size': 0, 'shuffle_input_sentence': False}
 # What goes to SentencePiece as it is.
 _SETTINGS = 'vocab_size model_type character_coverage byte_fallback split_digits'.split()
 
@@ -166,7 +164,7 @@ def _train(sentences: Sequence[str], **settings) -> bytes:
   writer = io.BytesIO()
   try:
     settings |= {'sentence_iterator': iter(sentences), 'model_writer': writer}
-    sentencepiece.SentencePieceTrainer.train(minloglevel=2, **_TRAINER, **settings)
+    sentencepiece.SentencePieceTrainer.train(minloglevel=2, **SPECIAL_IDS, **_TRAINER, **settings)
   except RuntimeError as error:
     raise UsageError(_explain(str(error), settings['vocab_size'])) from error
   return writer.getvalue()

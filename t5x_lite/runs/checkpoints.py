@@ -146,6 +146,21 @@ def make_meta(step: int, sums: Mapping[str, int], **more: Any) -> dict[str, Any]
   return checksums.signed({**meta, 'checksums': dict(sums), **more})
 
 
+def read_meta(root: epath.Path) -> dict[str, Any]:
+  """Returns the meta item of a step, empty if it never had one; DamagedError if it was changed."""
+  if not (root / 'meta').is_dir():
+    return {}
+  path = root / 'meta' / 'metadata'
+  try:
+    meta = json.loads(files.retried(path, path.read_text))
+  except (OSError, ValueError) as error:
+    raise DamagedError(f'{path} is missing or damaged') from error
+  if not isinstance(meta, dict):
+    raise DamagedError(f'{path} is damaged')
+  checksums.check_signed(meta, os.fspath(path))
+  return meta
+
+
 def has_checkpoint(model_dir: str) -> bool:
   """Whether a run has a checkpoint that it can continue from."""
   return bool(steps_in(epath.Path(model_dir) / CHECKPOINTS))
@@ -181,6 +196,26 @@ def find_checkpoint(path: str) -> tuple[str, int]:
   )
 
 
+def load_state(path: str, abstract_state: Any) -> Any:
+  """Restores step, parameters and optimizer state of another run, or a dict of some of them.
+
+  Each array goes straight into the sharding that its ShapeDtypeStruct has; any mesh may have
+  written it, and floats are cast to the wanted dtype. UsageError if the checkpoint is missing or
+  another model's.
+  """
+  directory, step = find_checkpoint(path)
+  item = epath.Path(directory).absolute() / str(step) / 'state'
+  plain = pytrees.to_plain(abstract_state)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    saved = checkpointer.metadata(item).item_metadata.tree
+    part = {name: saved[name] for name in plain if name in saved}
+    explain_mismatch(os.fspath(item.parent), part, plain, 'model and optimizer')
+    how = ocp.checkpoint_utils.construct_restore_args(plain)
+    arguments = ocp.args.PyTreeRestore(plain, restore_args=how, partial_restore=True)
+    restored = checkpointer.restore(item, args=arguments)
+  return pytrees.from_plain(restored, abstract_state)
+
+
 class Checkpointer(contextlib.AbstractContextManager):
   """The checkpoints of one run: asynchronous saves and exact restores."""
 
@@ -203,11 +238,7 @@ class Checkpointer(contextlib.AbstractContextManager):
   @property
   def latest_step(self) -> int | None:
     """The newest committed step, or None."""
-    return max(self.all_steps(), default=None)
-
-  def all_steps(self) -> list[int]:
-    """The kept steps, ascending."""
-    return steps_in(self.directory)
+    return max(steps_in(self.directory), default=None)
 
   def should_save(self, step: int) -> bool:
     """True if a checkpoint is due at this step."""
@@ -368,10 +399,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 def _check_names(root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
   """Tells metadata that lost an array from those of another model."""
-  path = root / 'meta' / 'metadata'
-  if not path.exists():
-    return
-  written = json.loads(files.retried(path, path.read_text)).get('checksums', {})
+  written = read_meta(root).get('checksums', {})
   names, asked = (
     {name.replace('/', '.') for name in pytrees.flatten_names(tree)} for tree in (saved, wanted)
   )

@@ -11,7 +11,6 @@ Inference reads a run through this module, so nothing here may import TensorFlow
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models.config import T5Config
-from t5x_lite.runs import checkpoints, files
+from t5x_lite.runs import files
 from t5x_lite.runs.files import retried
 
 MODEL_FILE = 'model.json'
@@ -31,36 +30,8 @@ CONFIG_FILE = 'config.json'
 _FREE_FIELDS = ('attention', 'bidirectional_prefix', 'dropout_rate', 'dtype', 'remat_policy')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-  """A trained model on disk."""
-
-  directory: str
-  checkpoint: str  # the directory of the step that is meant
-  step: int
-  steps: list[int]  # of all checkpoints, ascending
-  model: T5Config
-  vocabulary: VocabularyConfig  # its files lie in the run directory
-  lengths: dict[str, int]  # of training's task features, 'inputs' and 'targets'; empty if not known
-
-
-def load_run(path: str) -> Run:
-  """Opens a run directory (its newest checkpoint) or one checkpoint in it; UsageError if none."""
-  directory, step = checkpoints.find_checkpoint(path)
-  root = epath.Path(directory).parent
-  model, lengths = _read_model(root)
-  return Run(
-    directory=os.fspath(root),
-    checkpoint=os.path.join(directory, str(step)),
-    step=step,
-    steps=checkpoints.steps_in(epath.Path(directory)),
-    model=model,
-    vocabulary=vocabularies.load_vocabulary(root),
-    lengths=lengths,
-  )
-
-
-def _read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
+def read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
+  """Returns a run's architecture, and its task feature lengths of training; UsageError if none."""
   file = root / MODEL_FILE
   if not file.exists():
     fix = 'name a run directory that `t5x-lite train` wrote'
@@ -106,7 +77,7 @@ def check_resumable(model_dir: str, *, model: T5Config, vocabulary: VocabularyCo
   root = epath.Path(model_dir)
   if not (root / MODEL_FILE).exists():
     return
-  saved, _ = _read_model(root)
+  saved, _ = read_model(root)
   fix = 'continue with the value it was trained with, or use another model_dir'
   for field in dataclasses.fields(T5Config):
     old, new = getattr(saved, field.name), getattr(model, field.name)

@@ -6,7 +6,6 @@
 import asyncio
 import base64
 import contextlib
-import dataclasses
 import functools
 import importlib.resources
 import itertools
@@ -27,27 +26,10 @@ from starlette.exceptions import HTTPException
 from t5x_lite.data.model_inputs import is_unicode
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decoding.continuous import Output, Request
+from t5x_lite.models import model_sharding
 from t5x_lite.serving import guard
 from t5x_lite.serving.guard import Guard, Limits, Metrics
 from t5x_lite.serving.worker import Worker
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-  """The model, as the application sees it; its functions run in the worker."""
-
-  name: str
-  vocabulary: Vocabulary
-  worker: Worker
-  # Token rows -> a vector for each.
-  encode: Callable[[Sequence[Sequence[int]]], Any]
-  # Input rows, target rows -> a log-probability for each.
-  score: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Any]
-  # Input rows, target rows -> where each target looks in its input, [target, input].
-  attention: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Any]
-  # Token rows, max_new_tokens, seed, settings of DecodingConfig -> (token rows, scores).
-  decode: Callable[..., tuple[list[list[int]], list[float]]]
-  describe: dict[str, Any]  # what /v1/models says of it
 
 
 class GenerateBody(pydantic.BaseModel, extra='forbid'):
@@ -133,17 +115,20 @@ class _Text:
     return part
 
 
-def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
-  """Returns the ASGI application; clients must send the token, if it is not empty."""
-  worker, vocabulary = served.worker, served.vocabulary
-  metrics = Metrics(worker)
+def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: str = '') -> Any:
+  """Returns the ASGI application; clients must send the token, if it is not empty.
+
+  The model is a `programs.serve.Calls`, whose methods run in the worker, and is called `name`.
+  """
+  vocabulary: Vocabulary = model.vocabulary
+  metrics, longest = Metrics(worker), {'max_input_tokens': limits.max_input_tokens}
 
   @contextlib.asynccontextmanager
   async def lifespan(_: Any) -> AsyncIterator[None]:
     yield
     await asyncio.to_thread(worker.stop)
 
-  title = f't5x_lite: {served.name}'
+  title = f't5x_lite: {name}'
   app = fastapi.FastAPI(title=title, lifespan=lifespan, docs_url=None, redoc_url=None)
 
   def rows_of(inputs: Any, *, truncate: bool = False) -> list[list[int]]:
@@ -221,9 +206,10 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
       *_, (text, output, ended) = [one async for one in growing]
     return text.text, output, ended
 
-  async def on_device(function: Callable[..., Any], *args: Any) -> Any:
+  async def on_device(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     async with asyncio.timeout(limits.request_seconds):
-      return await asyncio.wrap_future(worker.call(functools.partial(function, *args)))
+      call = functools.partial(function, *args, **settings)
+      return await asyncio.wrap_future(worker.call(call))
 
   async def stream(
     requests: list[Request], stop: Sequence[str], wrap: Callable[[str, str | None, Output], Any]
@@ -272,7 +258,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
       names = ('num_beams', 'best_of', 'num_return_sequences')
       numbers = [x for n in names if isinstance(x := body.decoding.get(n), int)]
       check_count(len(rows) * max([1, *numbers]))
-      tokens, scores = await on_device(served.decode, rows, length, body.seed, body.decoding)
+      tokens, scores = await on_device(model.decode_rows, rows, length, body.seed, body.decoding)
       metrics.tokens.labels('output').inc(sum(map(len, tokens)))
       each = len(tokens) // len(rows)
       found = [
@@ -300,7 +286,8 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     if len(body.inputs) != len(body.targets):
       raise HTTPException(400, f'{len(body.inputs)} inputs and {len(body.targets)} targets')
     rows, targets = rows_of(body.inputs), rows_of(body.targets)
-    scores = await on_device(served.score, rows, targets)
+    # A few at a time: logits of a whole call may take gigabytes.
+    scores = await on_device(model.score, rows, targets, batch_size=4, **longest)
     pairs = zip(scores, targets, strict=True)
     return {'scores': [{'log_prob': float(x), 'num_tokens': len(row)} for x, row in pairs]}
 
@@ -309,7 +296,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
   @app.post('/attention')
   async def attention(body: AttentionBody) -> Any:
     [row], [target] = rows_of(body.inputs), rows_of(body.outputs)
-    [weights] = await on_device(served.attention, [row], [target])
+    [weights] = await on_device(model.cross_attention, [row], [target], mean=True)
     (read, columns), (written, lines) = (_words(token_texts(), one) for one in (row, target))
     # What is looked at of a word adds up; how its tokens look is their mean.
     table = np.add.reduceat(weights, columns, axis=1)
@@ -318,9 +305,9 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
 
   @app.post('/v1/completions')
   async def completions(body: CompletionBody) -> Any:
-    for name in 'logprobs echo suffix logit_bias presence_penalty frequency_penalty'.split():
-      if getattr(body, name, None):
-        raise HTTPException(400, f'{name} is not supported')
+    for field in 'logprobs echo suffix logit_bias presence_penalty frequency_penalty'.split():
+      if getattr(body, field, None):
+        raise HTTPException(400, f'{field} is not supported')
     if (body.stream_options or {}).get('include_usage'):
       raise HTTPException(400, 'stream_options.include_usage is not supported')
     if body.best_of not in (None, body.n):
@@ -331,7 +318,7 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
     length = check_length(body.max_tokens)
     settings = {'temperature': body.temperature, 'top_p': body.top_p}
     requests = requests_of(rows, length, seed, body.n, **settings)
-    head = {'object': 'text_completion', 'created': int(time.time()), 'model': served.name}
+    head = {'object': 'text_completion', 'created': int(time.time()), 'model': name}
     head['id'] = f'cmpl-{uuid.uuid4().hex}'
 
     def choice(index: int, text: str, ended: str | None) -> dict[str, Any]:
@@ -359,14 +346,16 @@ def make_app(served: Served, limits: Limits, *, token: str = '') -> Any:
         return vector.tolist()
       return base64.b64encode(vector.astype('<f4').tobytes()).decode()
 
-    vectors = map(shown, await on_device(served.encode, rows))
+    vectors = map(shown, await on_device(model.encode, rows, pooling='mean', **longest))
     data = [{'object': 'embedding', 'index': i, 'embedding': x} for i, x in enumerate(vectors)]
-    return {'object': 'list', 'model': served.name, 'data': data, 'usage': _usage(rows)}
+    return {'object': 'list', 'model': name, 'data': data, 'usage': _usage(rows)}
 
   @app.get('/v1/models')
   async def models() -> Any:
-    entry = {'id': served.name, 'object': 'model', 'created': 0, 'owned_by': 't5x_lite'}
-    return {'object': 'list', 'data': [{**entry, **served.describe}]}
+    entry = {'id': name, 'object': 'model', 'created': 0, 'owned_by': 't5x_lite'}
+    sizes = {'num_parameters': model_sharding.count_params(model.params), **longest}
+    sizes['max_new_tokens'] = limits.max_new_tokens
+    return {'object': 'list', 'data': [{**entry, **sizes}]}
 
   @app.get('/healthz')
   async def healthz() -> Any:

@@ -14,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from t5x_lite.interop import sentencepiece_model
+from t5x_lite.data import vocabularies
 from t5x_lite.programs import train_vocabulary
 
 _SPACE = '\u2581'
@@ -74,8 +74,8 @@ def make(output: str) -> None:
 def _as_unigram(path: str) -> None:
   """Calls a model of characters a unigram model, which transformers reads; no id changes."""
   file = pathlib.Path(path)
-  model = sentencepiece_model.parse(file.read_bytes())
-  model.trainer_spec.model_type = sentencepiece_model.UNIGRAM
+  model = vocabularies.parse_model(file.read_bytes())
+  model.trainer_spec.model_type = vocabularies.proto.TrainerSpec.UNIGRAM
   file.write_bytes(model.SerializeToString())
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from t5x_lite.compiler import flops
+from t5x_lite.interop import checkpoint_source
 from t5x_lite.models import t5
 from t5x_lite.models.config import named_config
 from t5x_lite.programs.train import train
-from t5x_lite.runs import run_directory
 from tests import tiny_run
 
 # Row: changes to the model, how it reads examples, what it costs beside the
@@ -83,7 +83,7 @@ def test_every_architecture_trains_with_both_objectives(row, objective, tmp_path
       total_steps=2,
     )
   )
-  saved = run_directory.load_run(str(tmp_path)).model
+  saved = checkpoint_source.open_source(str(tmp_path)).config
   assert saved.bidirectional_prefix == (converter == 'prefix_lm')
   assert (tmp_path / 'infer_eval/language_id/2.jsonl').exists()
   assert state is not None and int(state.step) == 2

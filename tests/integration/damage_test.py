@@ -18,12 +18,12 @@ from t5x_lite.compiler import step_programs
 from t5x_lite.data.config import batch_spec
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.errors import DamagedError, UsageError
-from t5x_lite.interop import verification
+from t5x_lite.interop import zarr
 from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
 from t5x_lite.programs.train import train
-from t5x_lite.runs import metric_writers, restoring
+from t5x_lite.runs import metric_writers
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 from t5x_lite.training.losses import LossConfig
 from tests import tiny_run
@@ -80,7 +80,7 @@ def damage(path, kind, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['flipped', 'cut', 'deleted'])
 def test_every_file_in_turn(run, spec, iterator, tmp_path, kind):
-  saved = {step: restoring.load_arrays(f'{run}/checkpoints/{step}') for step in (4, 6)}
+  saved = {step: tiny_run.saved_arrays(f'{run}/checkpoints/{step}') for step in (4, 6)}
   rng = random.Random(0)
   outcomes = set()
   for name in files(run)[
@@ -91,7 +91,7 @@ def test_every_file_in_turn(run, spec, iterator, tmp_path, kind):
     shutil.copytree(run, copy)
     damage(copy / 'checkpoints' / '6' / name, kind, rng)
     with Checkpointer(str(copy), CONFIG) as checkpointer:
-      state, meta = checkpointer.restore(spec, iterator, verify=verification.verify)
+      state, meta = checkpointer.restore(spec, iterator, verify=zarr.verify)
     step = int(state.step)
     assert meta['step'] == step
     assert checkpointer.damaged == ([] if step == 6 else [6]), name
@@ -117,7 +117,7 @@ def test_training_says_so_and_ends_the_same(run, tmp_path):
   metrics = metric_writers.read_metrics(str(copy))
   [told] = [entry for entry in metrics if 'damaged_checkpoints' in entry]
   assert told['step'] == 4 and told['damaged_checkpoints'] == 1
-  wanted = restoring.load_arrays(f'{run}/checkpoints/6')
+  wanted = tiny_run.saved_arrays(f'{run}/checkpoints/6')
   for name, leaf in pytrees.flatten_names(jax.device_get(state)).items():
     assert np.asarray(leaf).tobytes() == wanted[name].tobytes(), name
 
@@ -153,4 +153,4 @@ def test_nothing_whole_is_an_error_and_no_new_start(run, tmp_path, spec):
   with pytest.raises(UsageError, match='damaged'):
     train(**arguments)
   with pytest.raises(DamagedError):
-    verification.verify(str(copy / 'checkpoints' / '2.damaged'))
+    zarr.verify(str(copy / 'checkpoints' / '2.damaged'))

@@ -173,7 +173,7 @@ def open_all(folder):
     model, vocabulary = found
     assert vocabulary.vocab_size <= model.config.vocab_size
     assert isinstance(vocabulary.encode('a b'), list)
-    array = model.found['token_embedder/embedding']
+    array = model.tensors['token_embedder/embedding']
     assert array.shape == (model.config.vocab_size, model.config.emb_dim)
   return found
 

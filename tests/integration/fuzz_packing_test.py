@@ -4,7 +4,7 @@ import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from t5x_lite.data.rows import packing, row_buffer
+from t5x_lite.data.rows import packing
 from tests.integration import fuzz_readers_test as fuzz
 
 STREAMS = st.tuples(
@@ -43,7 +43,7 @@ def rows_of(lengths, examples, num_open_rows, window, restart):
   def new():
     return packing.Packer(lengths, {'weights': 'targets'}, num_open_rows=num_open_rows)
 
-  packer, buffer = new(), row_buffer.RowBuffer()
+  packer, buffer = new(), packing.RowBuffer()
   count = len(examples['inputs'].lengths)
   for start in range(0, count, window):
     index = np.arange(start, min(start + window, count))
@@ -126,7 +126,7 @@ def test_rows_that_are_not_packed(stream):
   if not sizes:
     return
   rows = packing.pad(examples, lengths, {'weights': 'targets'})
-  filled = row_buffer.fill(rows, len(sizes) + extra)
+  filled = packing.fill(rows, len(sizes) + extra)
   for name, ragged in ((name, examples[name]) for name in lengths):
     sizes_there = (filled[f'{name}_segment_ids'] > 0).sum(1)
     assert sizes_there.tolist() == [*ragged.lengths, *[0] * extra]

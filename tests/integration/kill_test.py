@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from t5x_lite.runs import checkpoints, metric_writers, restoring
-from tests import xla_flags
+from t5x_lite.runs import checkpoints, metric_writers
+from tests import tiny_run, xla_flags
 
 # Whole trainings in processes of their own; `make test-quick` leaves them out.
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def assert_ends_the_same(a, b):
   for model_dir in (a, b):
     directory, step = checkpoints.find_checkpoint(str(model_dir))
     assert step == STEPS
-    states.append(restoring.load_arrays(f'{directory}/{step}'))
+    states.append(tiny_run.saved_arrays(f'{directory}/{step}'))
   assert states[0].keys() == states[1].keys()
   for name, array in states[0].items():
     assert array.tobytes() == states[1][name].tobytes(), name

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from t5x_lite import main
-from t5x_lite.runs import checkpoints, metric_writers, restoring
+from t5x_lite.runs import checkpoints, metric_writers
 from tests import tiny_run, xla_flags
 
 # Whole trainings in processes of their own; `make test-quick` leaves them out.
@@ -134,7 +134,7 @@ def test_a_killed_process_ends_the_others_and_the_run_bit_identical(tmp_path):
   log = read_log(tmp_path / 'b', 0)
   assert 'lost another process' in log or 'another task died' in log
   wait(start(tmp_path / 'b', 2, **arguments), tmp_path / 'b')
-  a, b = (restoring.load_arrays(str(tmp_path / name)) for name in ('a', 'b'))
+  a, b = (tiny_run.saved_arrays(tmp_path / name) for name in ('a', 'b'))
   assert a.keys() == b.keys()
   for name, array in a.items():
     assert array.tobytes() == b[name].tobytes(), name

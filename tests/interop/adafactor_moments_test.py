@@ -22,7 +22,7 @@ from t5x_lite.models import t5
 from t5x_lite.parallel import pytrees
 from t5x_lite.programs import convert
 from t5x_lite.programs.train import train
-from t5x_lite.runs import restoring
+from t5x_lite.runs import checkpoints
 from t5x_lite.training import optimizers
 from t5x_lite.training.schedules import ScheduleConfig
 from tests import tiny_run
@@ -140,10 +140,8 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
   cfg = config(relpos_per_layer=relpos_per_layer)
   found = tensors.of_params(tiny.params(cfg), cfg)
   given = random_moments(cfg)
-  export.write(
-    epath.Path(tmp_path / 't5x'), tensors=found, cfg=cfg, to='t5x',
-    vocabulary=None, step=21, second_moments=given,
-  )  # fmt: skip
+  source = checkpoint_source.Source('', 't5x', cfg, found, step=21)
+  export.write(epath.Path(tmp_path / 't5x'), source, to='t5x', second_moments=given)
   run = str(tmp_path / 'run')
   convert.convert(source=str(tmp_path / 't5x'), destination=run)
   # What train restores with restore_optimizer=True, through Orbax.
@@ -159,7 +157,7 @@ def test_a_t5x_run_goes_on_here_and_back(relpos_per_layer, tmp_path):
       'opt_state': jax.eval_shape(tx.init, shapes),
     },
   )
-  state = restoring.load_state(run, wanted)
+  state = checkpoints.load_state(run, wanted)
   assert int(state['step']) == 21
   inner = state['opt_state']['optimizer']
   assert int(inner.count) == 21
@@ -177,11 +175,9 @@ def test_training_goes_on_inside_what_was_converted(settings, tmp_path, caplog):
   """With T5X's step and second moments, whatever stands before Adafactor."""
   cfg = config(vocab_size=384)
   given = random_moments(cfg)
-  export.write(
-    epath.Path(tmp_path / 't5x'), tensors=tensors.of_params(
-      tiny.params(cfg), cfg
-    ), cfg=cfg, to='t5x', vocabulary=None, step=21, second_moments=given,
-  )  # fmt: skip
+  found = tensors.of_params(tiny.params(cfg), cfg)
+  source = checkpoint_source.Source('', 't5x', cfg, found, step=21)
+  export.write(epath.Path(tmp_path / 't5x'), source, to='t5x', second_moments=given)
   run = str(tmp_path / 'run')
   convert.convert(source=str(tmp_path / 't5x'), destination=run, vocabulary='byte')
   saved = checkpoint_source.open_source(run).config

@@ -7,6 +7,7 @@ from etils import epath
 from t5x_lite import errors
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import checkpoint_source, export, tensors
+from t5x_lite.interop.checkpoint_source import Source
 from tests.models import tiny
 
 
@@ -14,10 +15,7 @@ from tests.models import tiny
 def test_formats_are_told_apart(to, tmp_path):
   cfg = tiny.config(relpos_num_buckets=16)
   found = tensors.of_params(tiny.params(cfg), cfg)
-  export.write(
-    epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to=to,
-    vocabulary=None, step=3,
-  )  # fmt: skip
+  export.write(epath.Path(tmp_path / 'out'), Source('', to, cfg, found, step=3), to=to)
   opened = checkpoint_source.open_source(str(tmp_path / 'out'))
   assert opened.format == to
   assert opened.tensors.keys() == found.keys()
@@ -65,10 +63,7 @@ def test_a_name_of_the_hub_is_fetched(monkeypatch, tmp_path):
   huggingface_hub = pytest.importorskip('huggingface_hub')
   cfg = tiny.config()
   found = tensors.of_params(tiny.params(cfg), cfg)
-  export.write(
-    epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to='hf',
-    vocabulary=None,
-  )  # fmt: skip
+  export.write(epath.Path(tmp_path / 'out'), Source('', 'hf', cfg, found), to='hf')
   asked = []
 
   def download(name, **kwargs):

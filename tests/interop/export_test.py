@@ -4,19 +4,15 @@ from etils import epath
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import export, tensors
+from t5x_lite.interop.checkpoint_source import Source
 from tests.models import tiny
 
 CFG = tiny.config(vocab_size=384)
 
 
 def write(path, to):
-  export.write(
-    epath.Path(path),
-    tensors=tensors.of_params(tiny.params(CFG), CFG),
-    cfg=CFG,
-    to=to,
-    vocabulary=VocabularyConfig(kind='byte'),
-  )
+  found, vocabulary = tensors.of_params(tiny.params(CFG), CFG), VocabularyConfig(kind='byte')
+  export.write(epath.Path(path), Source('', to, CFG, found, vocabulary=vocabulary), to=to)
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import initial_checkpoint
+from t5x_lite.interop import trained_model
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import make_placement
 from t5x_lite.programs import convert
@@ -26,7 +26,7 @@ def spec_of(cfg):
 def open_start(path, cfg=None, **fields):
   vocabulary = fields.pop('vocabulary', tiny_run.VOCABULARY)
   config = CheckpointConfig(restore_path=str(path), **fields)
-  return initial_checkpoint.open_start(config, cfg or tiny_run.model(), vocabulary, seed=0)
+  return trained_model.open_start(config, cfg or tiny_run.model(), vocabulary, seed=0)
 
 
 def assert_same_bits(a, b):

@@ -12,16 +12,15 @@ from flax import serialization
 
 from t5x_lite import errors
 from t5x_lite.interop import export, t5x_export, tensors
+from t5x_lite.interop.checkpoint_source import Source
 from tests.models import tiny
 
 
 def test_specs_are_tensorstores_and_relative(tmp_path):
   cfg = tiny.config(relpos_per_layer=True)
   params = tiny.params(cfg)
-  export.write(
-    epath.Path(tmp_path / 'out'), tensors=tensors.of_params(params, cfg),
-    cfg=cfg, to='t5x', vocabulary=None, step=5,
-  )  # fmt: skip
+  source = Source('', 't5x', cfg, tensors.of_params(params, cfg), step=5)
+  export.write(epath.Path(tmp_path / 'out'), source, to='t5x')
   root = tmp_path / 'out' / 'checkpoint_5'
   contents = serialization.msgpack_restore((root / 'checkpoint').read_bytes())
   assert contents['version'] == 3

@@ -17,6 +17,7 @@ from flax import serialization
 import t5x_lite
 from t5x_lite import errors
 from t5x_lite.interop import checkpoint_source, export, t5x, tensor_names, tensors, zarr
+from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.parallel import pytrees
 from tests.models import tiny
 
@@ -286,9 +287,7 @@ def test_constructed_orbax(umt5, dtype, use_ocdbt, tmp_path):
 def test_round_trips_are_bit_identical(fields, dtype, tmp_path):
   cfg = tiny.config(param_dtype=dtype, **fields)
   found = tensors.of_params(tiny.params(cfg), cfg)
-  export.write(
-    epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to='t5x', vocabulary=None, step=11
-  )
+  export.write(epath.Path(tmp_path / 'out'), Source('', 't5x', cfg, found, step=11), to='t5x')
   opened = check_same(tmp_path / 'out', cfg, found)
   assert opened.step == 11
   assert opened.config.mlp_activations == cfg.mlp_activations
@@ -302,10 +301,8 @@ def test_round_trips_are_bit_identical(fields, dtype, tmp_path):
 def test_the_newest_step_is_meant(umt5, tmp_path):
   cfg, found = umt5
   for step in (2, 10, 9):
-    export.write(
-      epath.Path(tmp_path / f'{step}'), tensors=found, cfg=cfg, to='t5x',
-      vocabulary=None, step=step,
-    )  # fmt: skip
+    source = Source('', 't5x', cfg, found, step=step)
+    export.write(epath.Path(tmp_path / f'{step}'), source, to='t5x')
     (tmp_path / f'{step}' / f'checkpoint_{step}').rename(tmp_path / f'checkpoint_{step}')
   (tmp_path / 'checkpoint_20.tmp-123').mkdir()
   assert checkpoint_source.open_source(str(tmp_path)).step == 10
@@ -314,10 +311,7 @@ def test_the_newest_step_is_meant(umt5, tmp_path):
 
 def test_activations_of_a_gin_file_beside_it(umt5, tmp_path):
   cfg, found = umt5
-  export.write(
-    epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to='t5x',
-    vocabulary=None,
-  )  # fmt: skip
+  export.write(epath.Path(tmp_path / 'out'), Source('', 't5x', cfg, found), to='t5x')
   (tmp_path / 'out' / 'config.gin').write_text(
     "network.T5Config:\n  mlp_activations = ('swish', 'linear')\n"
   )
@@ -355,10 +349,7 @@ def test_damaged_checkpoints(umt5, tmp_path):
 
 def test_a_missing_array_is_no_zero(umt5, tmp_path):
   cfg, found = umt5
-  export.write(
-    epath.Path(tmp_path / 'out'), tensors=found, cfg=cfg, to='t5x',
-    vocabulary=None,
-  )  # fmt: skip
+  export.write(epath.Path(tmp_path / 'out'), Source('', 't5x', cfg, found), to='t5x')
   place = tmp_path / 'out/checkpoint_0/target.decoder.decoder_norm.scale'
   shutil.rmtree(place)
   with pytest.raises(errors.UsageError, match='decoder_norm'):

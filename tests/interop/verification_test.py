@@ -4,9 +4,10 @@ import pytest
 from etils import epath
 
 from t5x_lite.errors import DamagedError
-from t5x_lite.interop import checkpoint_source, verification
+from t5x_lite.interop import checkpoint_source, zarr
 from t5x_lite.interop.checkpoint_source import open_source
 from t5x_lite.programs import convert
+from t5x_lite.runs import checkpoints
 from tests import tiny_run
 
 
@@ -28,8 +29,8 @@ def largest(root):
 
 
 def test_what_is_whole_passes(step):
-  verification.verify(str(step))
-  meta = verification.read_meta(epath.Path(step))
+  zarr.verify(str(step))
+  meta = checkpoints.read_meta(epath.Path(step))
   assert meta['format_version'] == 2 and 'step' in meta['checksums']
 
 
@@ -37,7 +38,7 @@ def test_one_flipped_byte_is_told(step):
   path = largest(step / 'state')
   flip(path, path.stat().st_size // 2)
   with pytest.raises(DamagedError, match='params'):
-    verification.verify(str(step))
+    zarr.verify(str(step))
   # Whoever opens the run hears of it.
   with pytest.raises(DamagedError, match='there is no other'):
     open_source(str(step.parent.parent))
@@ -47,7 +48,7 @@ def test_one_flipped_byte_is_told(step):
 def test_a_lost_item_is_told(step, item):
   epath.Path(step / item).rmtree()
   with pytest.raises(DamagedError, match=f'{item} is missing'):
-    verification.verify(str(step))
+    zarr.verify(str(step))
 
 
 def test_an_array_without_its_store_is_told(step):
@@ -56,16 +57,16 @@ def test_an_array_without_its_store_is_told(step):
   meta['checksums']['params.more'] = 1
   path.write_text(json.dumps(meta))
   with pytest.raises(DamagedError, match='is not as it was written'):
-    verification.verify(str(step))
+    zarr.verify(str(step))
   del meta['sha256']
   path.write_text(json.dumps(meta))
   with pytest.raises(DamagedError, match=r'has lost params\.more'):
-    verification.verify(str(step))
+    zarr.verify(str(step))
 
 
 def test_checkpoints_without_checksums_are_read(step):
   (step / 'meta' / 'metadata').write_text('{"format_version": 1}')
-  verification.verify(str(step))
+  zarr.verify(str(step))
   assert open_source(str(step)).step == 1
 
 
@@ -73,7 +74,7 @@ def test_what_convert_writes_has_checksums(step, tmp_path):
   out = tmp_path / 'out'
   convert.convert(source=str(step), destination=str(out), scan_layers=False)
   [made] = (out / 'checkpoints').iterdir()
-  verification.verify(str(made))
+  zarr.verify(str(made))
   arrays = [p for p in (made / 'state').rglob('*') if p.name == '0.0']
   flip(arrays[0], arrays[0].stat().st_size // 2)
   with pytest.raises(DamagedError):

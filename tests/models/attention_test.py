@@ -11,7 +11,7 @@ from flax import nnx
 from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.models import attention, blocked_attention, layers, model_sharding, prefill, t5
+from t5x_lite.models import attention, blocked_attention, layers, model_sharding, t5
 from t5x_lite.parallel.partitioning import MeshConfig
 from tests.models import tiny
 
@@ -172,7 +172,7 @@ def test_encoding_and_prefill_take_blocks_too():
     def run(params, tokens, graphdef=graphdef):
       model = nnx.merge(graphdef, params)
       cache = model.init_cache(None, None, batch_size=4, max_decode_length=8)
-      logits, cache = prefill.prefill(model, cache, tokens, lengths)
+      logits, cache = model.prefill(cache, tokens, lengths)
       return logits, model.decode_step(jnp.argmax(logits, -1), cache)[0]
 
     results.append(run(params, tokens))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t5x_lite.models import prefill, t5
+from t5x_lite.models import t5
 from tests.models import tiny
 
 P, NEW = 7, 4
@@ -34,7 +34,7 @@ def test_continuations_are_those_of_the_whole_sequence(fields, bidirectional):
   def stepwise(params):
     model = nnx.merge(graphdef, params)
     cache = model.init_cache(None, None, batch_size=3, max_decode_length=P + NEW)
-    logits, cache = prefill.prefill(model, cache, jnp.asarray(prompts), jnp.asarray(lengths))
+    logits, cache = model.prefill(cache, jnp.asarray(prompts), jnp.asarray(lengths))
     result = [logits]
     for i in range(NEW):
       rows = np.arange(3)

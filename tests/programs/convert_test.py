@@ -24,10 +24,9 @@ def found(cfg):
 @pytest.fixture(scope='module')
 def run(cfg, found, tmp_path_factory):
   path = tmp_path_factory.mktemp('convert') / 'run'
-  export.write(
-    epath.Path(path), tensors=found, cfg=cfg, to='t5x_lite',
-    vocabulary=VocabularyConfig(kind='byte'), step=4, lengths={'inputs': 9},
-  )  # fmt: skip
+  known = {'vocabulary': VocabularyConfig(kind='byte'), 'lengths': {'inputs': 9}}
+  source = checkpoint_source.Source('', 't5x_lite', cfg, found, step=4, **known)
+  export.write(epath.Path(path), source, to='t5x_lite')
   return path
 
 

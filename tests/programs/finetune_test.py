@@ -10,7 +10,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.parallel import distributed, pytrees
 from t5x_lite.programs import finetune as finetune_lib
 from t5x_lite.programs import train as train_lib
-from t5x_lite.runs import metric_writers, restoring
+from t5x_lite.runs import metric_writers
 from tests import tiny_run
 
 finetune = finetune_lib.finetune
@@ -84,7 +84,7 @@ def test_the_gin_file_runs_it_again_bit_for_bit(finished, tmp_path):
   gin = str(output / 'finetune.gin')
   arguments = ['finetune', '--gin_file', gin, '--output', str(again)]
   assert main.main([*arguments, '--no-export_hf', '--num_shown', '0']) == 0
-  a, b = (restoring.load_arrays(str(path)) for path in (output, again))
+  a, b = (tiny_run.saved_arrays(path) for path in (output, again))
   assert a.keys() == b.keys()
   for name, array in a.items():
     assert array.tobytes() == b[name].tobytes(), name
@@ -214,7 +214,7 @@ def test_lora_stopped_and_started_again_ends_the_same(lora, start, table, tmp_pa
   assert not (tmp_path / 'out' / 'export').exists()
   again = finetune(output=str(tmp_path / 'out'), **arguments)
   assert again is not None and again['step'] == results['step']
-  a, b = (restoring.load_arrays(str(path)) for path in (output, tmp_path / 'out'))
+  a, b = (tiny_run.saved_arrays(path) for path in (output, tmp_path / 'out'))
   for name, array in a.items():
     assert array.tobytes() == b[name].tobytes(), name
   for file in ('adapter/adapter_model.safetensors', 'export/model.safetensors'):

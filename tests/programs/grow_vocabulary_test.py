@@ -5,7 +5,7 @@ from etils import epath
 from t5x_lite import api, errors, main
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import checkpoint_source, export, sentencepiece_model, tensors
+from t5x_lite.interop import checkpoint_source, export, tensors
 from t5x_lite.programs import grow_vocabulary
 from tests.models import tiny
 
@@ -15,12 +15,12 @@ TOKENS = ('{', '}', '\n', '<mask token>')
 @pytest.fixture(scope='module')
 def vocabulary(tmp_path_factory):
   """A small SentencePiece vocabulary: 60 pieces and 5 sentinels."""
-  whole = sentencepiece_model.parse(
+  whole = vocabularies.parse_model(
     epath.Path(vocabularies.model_path(VocabularyConfig())).read_bytes()
   )
   path = tmp_path_factory.mktemp('grow') / 'small.model'
   path.write_bytes(
-    sentencepiece_model.make(whole.pieces[:60], whole.normalizer_spec.precompiled_charsmap)
+    vocabularies.make_model(whole.pieces[:60], whole.normalizer_spec.precompiled_charsmap)
   )
   return VocabularyConfig(path=str(path), extra_ids=5)
 
@@ -83,11 +83,12 @@ def test_new_tokens_are_found_in_text(vocabulary):
 def test_a_multiple_of_128_is_filled_before_it_grows(vocabulary):
   cfg = tiny.config(vocab_size=128)
   found = tensors.of_params(tiny.params(cfg), cfg)
-  grown, new, _, changes = grow_vocabulary.grow(found, cfg, vocabulary, tokens=['{'])
-  assert new.vocab_size == 128
+  source = checkpoint_source.Source('', 't5x_lite', cfg, found, vocabulary=vocabulary)
+  grown, changes = grow_vocabulary.grow(source, tokens=['{'])
+  assert grown.config.vocab_size == 128
   assert 'become 66, ' in changes
   before = found['token_embedder/embedding'].read()
-  after = grown['token_embedder/embedding'].read()
+  after = grown.tensors['token_embedder/embedding'].read()
   np.testing.assert_array_equal(after[66:], before[66:])  # spare rows
   np.testing.assert_array_equal(after[61:66], before[60:65])  # sentinels
   np.testing.assert_array_equal(after[:60], before[:60])
@@ -95,12 +96,13 @@ def test_a_multiple_of_128_is_filled_before_it_grows(vocabulary):
 
 def test_bytes_can_have_more_sentinels():
   cfg = tiny.config(vocab_size=384)
-  grown, new, config, _ = grow_vocabulary.grow(
-    tensors.of_params(tiny.params(cfg), cfg), cfg, VocabularyConfig(kind='byte'), extra_ids=200
-  )
-  assert new.vocab_size == 512
-  assert config == VocabularyConfig(kind='byte', extra_ids=200)
-  assert grown['token_embedder/embedding'].read().shape == (512, 16)
+  found = tensors.of_params(tiny.params(cfg), cfg)
+  vocabulary = VocabularyConfig(kind='byte')
+  source = checkpoint_source.Source('', 't5x_lite', cfg, found, vocabulary=vocabulary)
+  grown, _ = grow_vocabulary.grow(source, extra_ids=200)
+  assert grown.config.vocab_size == 512
+  assert grown.vocabulary == VocabularyConfig(kind='byte', extra_ids=200)
+  assert grown.tensors['token_embedder/embedding'].read().shape == (512, 16)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
-from t5x_lite.interop import verification
+from t5x_lite.interop import checkpoint_source
 from t5x_lite.parallel import distributed, pytrees
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import evaluate
 from t5x_lite.programs.train import NonFiniteError, train
-from t5x_lite.runs import lease, metric_writers, restoring, run_directory
+from t5x_lite.runs import checkpoints, lease, metric_writers
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from tests import tiny_run
 from tests.runs import metric_writers_test
@@ -71,11 +71,11 @@ def test_run_directory_is_complete(finished):
     'tensorboard',
     'vocabulary.json',
   }
-  run = run_directory.load_run(str(model_dir))
+  run = checkpoint_source.open_source(str(model_dir))
   assert run.step == 6 == int(state.step)
-  assert run.model == tiny_run.model()
+  assert run.config == tiny_run.model()
   assert run.lengths == tiny_run.LENGTHS
-  saved = restoring.load_state(str(model_dir), {'params': state.params})
+  saved = checkpoints.load_state(str(model_dir), {'params': state.params})
   assert_same_bits(saved['params'], state.params)
 
 
@@ -195,8 +195,8 @@ def test_sigterm_saves_and_returns(tmp_path, monkeypatch, finished):
   assert distributed.stopped_by() == 'SIGTERM'
   entries = metric_writers.read_metrics(arguments['model_dir'])
   assert entries[-1]['step'] == int(state.step)
-  run = run_directory.load_run(arguments['model_dir'])
-  assert run.step == int(state.step)
+  _, step = checkpoints.find_checkpoint(arguments['model_dir'])
+  assert step == int(state.step)
   monkeypatch.undo()
   assert_same_bits(train(**arguments), finished[1])
   assert distributed.stopped_by() == ''
@@ -253,7 +253,7 @@ def test_evaluation_that_a_stop_skipped_is_made_up_for(tmp_path, monkeypatch, st
   root = tmp_path / 'run' / 'checkpoints'
   for step in (stop_at, 4):
     assert json.loads((root / f'{step}/metrics/metrics').read_text()) == {name: evaluated[step]}
-    assert verification.read_meta(epath.Path(root / str(step)))['evaluated'] == step
+    assert checkpoints.read_meta(epath.Path(root / str(step)))['evaluated'] == step
 
 
 def test_fine_tuning_starts_from_the_parameters(finished, tmp_path):
@@ -285,7 +285,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good(tmp_path):
   with pytest.raises(NonFiniteError, match=r'at step \d+: stopped\. The last'):
     train(**arguments)
   shapes = tiny_run.t5.abstract_params(tiny_run.model())[1]
-  saved = restoring.load_state(arguments['model_dir'], {'params': shapes})
+  saved = checkpoints.load_state(arguments['model_dir'], {'params': shapes})
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved))
   last = metric_writers.read_metrics(arguments['model_dir'])[-1]
   assert None in last.values()

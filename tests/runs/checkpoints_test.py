@@ -10,8 +10,7 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import verification
-from t5x_lite.runs import checkpoints, restoring
+from t5x_lite.runs import checkpoints
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 
 
@@ -83,7 +82,7 @@ def save_all(model_dir, config, losses):
     state = make_state(make_mesh(1, 1), seed=step)
     checkpointer.save(step, state, None, metrics=metrics)
   checkpointer.close()
-  return Checkpointer(model_dir, config).all_steps()
+  return checkpoints.steps_in(Checkpointer(model_dir, config).directory)
 
 
 # ---- Saving and restoring ----
@@ -120,7 +119,7 @@ def test_state_and_iterator_may_move_on_while_a_save_is_under_way(tmp_path):
   checkpointer.wait()
   for i in expected:
     path = str(tmp_path / 'checkpoints' / str(i))
-    assert_same_bits(restoring.load_state(path, abstract(state)), expected[i])
+    assert_same_bits(checkpoints.load_state(path, abstract(state)), expected[i])
     iterator.restore(os.path.join(path, 'data'))
     assert iterator.position == i
 
@@ -142,8 +141,8 @@ def test_what_was_measured_after_a_save_counts(tmp_path):
     metrics = loss and {'loss': loss}
     checkpointer.save(step, state, None, metrics=metrics, meta={'evaluated': loss and step})
   checkpointer.close()
-  assert checkpointer.all_steps() == [1, 3]
-  assert verification.read_meta(epath.Path(tmp_path / 'checkpoints' / '1'))['evaluated'] == 1
+  assert checkpoints.steps_in(checkpointer.directory) == [1, 3]
+  assert checkpoints.read_meta(epath.Path(tmp_path / 'checkpoints' / '1'))['evaluated'] == 1
 
 
 def test_should_save():
@@ -232,7 +231,7 @@ def test_says_when_there_is_none(run, tmp_path):
 
 
 def load_params(path, wanted):
-  return restoring.load_state(path, {'params': wanted})['params']
+  return checkpoints.load_state(path, {'params': wanted})['params']
 
 
 def test_loads_only_parameters_and_casts(run):

@@ -123,11 +123,12 @@ def write_run(path=RUN):
 def test_what_a_run_directory_holds(shaky):
   write_run()
   (epath.Path(RUN) / 'checkpoints' / '3' / 'state').mkdir(parents=True)
-  run = run_directory.load_run(RUN)
-  assert run.model == tiny.config() and run.step == 3 and run.lengths['targets'] == 4
-  assert run.checkpoint == f'{RUN}/checkpoints/3'
-  assert run.vocabulary.path.startswith(RUN)
-  assert vocabularies.make_vocabulary(run.vocabulary).encode('a house')
+  config, lengths = run_directory.read_model(epath.Path(RUN))
+  assert config == tiny.config() and lengths['targets'] == 4
+  assert checkpoints.find_checkpoint(RUN) == (f'{RUN}/checkpoints', 3)
+  vocabulary = vocabularies.load_vocabulary(RUN)
+  assert vocabulary.path.startswith(RUN)
+  assert vocabularies.make_vocabulary(vocabulary).encode('a house')
   run_directory.check_resumable(RUN, model=tiny.config(), vocabulary=VocabularyConfig())
   with pytest.raises(UsageError, match='another vocabulary'):
     run_directory.check_resumable(RUN, model=tiny.config(), vocabulary=BYTES)

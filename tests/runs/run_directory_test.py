@@ -1,13 +1,12 @@
 import json
 
-import jax
 import pytest
+from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig, make_vocabulary
 from t5x_lite.errors import UsageError
 from t5x_lite.runs import run_directory
-from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 from tests.models import tiny
 
 BYTES = VocabularyConfig(kind='byte')
@@ -18,36 +17,23 @@ def write(path, **overrides):
   run_directory.write_run(str(path), **{**arguments, **overrides})
 
 
-def save_checkpoint(path, step=3):
-  checkpointer = Checkpointer(str(path), CheckpointConfig())
-  checkpointer.save(step, {'params': {'a': jax.numpy.ones(2)}}, None)
-  checkpointer.close()
-
-
 def test_a_run_can_be_opened_again(tmp_path):
   cfg = tiny.config(mlp_activations=('relu',), logits_via_embedding=True)
   write(tmp_path, model=cfg, lengths={'inputs': 8, 'targets': 4})
-  save_checkpoint(tmp_path)
-  run = run_directory.load_run(str(tmp_path))
-  assert run.model == cfg
-  assert run.vocabulary == BYTES
-  assert run.lengths == {'inputs': 8, 'targets': 4}
-  assert run.step == 3
-  assert run.checkpoint == str(tmp_path / 'checkpoints' / '3')
-  assert run_directory.load_run(run.checkpoint) == run
+  assert run_directory.read_model(epath.Path(tmp_path)) == (cfg, {'inputs': 8, 'targets': 4})
+  assert vocabularies.load_vocabulary(tmp_path) == BYTES
 
 
 def test_a_run_carries_its_vocabulary(tmp_path):
   official = VocabularyConfig()
   write(tmp_path / 'a', vocabulary=official)
-  save_checkpoint(tmp_path / 'a')
   moved = (tmp_path / 'a').rename(tmp_path / 'b')
-  run = run_directory.load_run(str(moved))
-  ids = make_vocabulary(run.vocabulary).encode('That is good.')
+  kept = vocabularies.load_vocabulary(moved)
+  ids = make_vocabulary(kept).encode('That is good.')
   assert ids == make_vocabulary(official).encode('That is good.')
   # Written over itself: the copy in the directory is the same vocabulary.
-  write(moved, vocabulary=run.vocabulary)
-  assert run_directory.load_run(str(moved)).vocabulary == run.vocabulary
+  write(moved, vocabulary=kept)
+  assert vocabularies.load_vocabulary(moved) == kept
 
 
 def test_config_is_recorded(tmp_path):
@@ -88,13 +74,10 @@ def test_same_vocabulary_goes_by_content(tmp_path):
 
 
 def test_what_is_no_run_says_so(tmp_path):
-  with pytest.raises(UsageError, match='no such'):
-    run_directory.load_run(str(tmp_path / 'nowhere'))
-  save_checkpoint(tmp_path)
   with pytest.raises(UsageError, match=r'holds no model\.json'):
-    run_directory.load_run(str(tmp_path))
+    run_directory.read_model(epath.Path(tmp_path))
   # Another version's, and with a damaged byte.
   for damaged in (b'{"model": {"emb_dims": 3}}', b'{"model": {"dtype": "\xff"}}'):
     (tmp_path / 'model.json').write_bytes(damaged)
     with pytest.raises(UsageError, match='not a saved model'):
-      run_directory.load_run(str(tmp_path))
+      run_directory.read_model(epath.Path(tmp_path))

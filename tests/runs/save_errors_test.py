@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from t5x_lite.runs import files
+from t5x_lite.runs import checkpoints, files
 from t5x_lite.runs.checkpoints import CheckpointConfig, Checkpointer
 from tests import tiny_run
 
@@ -44,7 +44,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: Usage(1, 1, 0))
     with pytest.raises(files.SaveError) as caught:
       checkpointer.save(2, params, None)
-    assert checkpointer.all_steps() == [1]
+    assert checkpoints.steps_in(checkpointer.directory) == [1]
   text = str(caught.value)
   assert 'step 2' in text and 'No space left' in text and 'step 1' in text
   assert caught.value.exit_code == 7 and '\n' not in text

@@ -7,7 +7,7 @@ import pytest
 
 from t5x_lite.data.vocabularies import VocabularyConfig, make_vocabulary
 from t5x_lite.decoding.continuous import Output
-from t5x_lite.serving.app import Served, _Text, make_app
+from t5x_lite.serving.app import _Text, make_app
 from t5x_lite.serving.guard import Limits
 
 
@@ -46,9 +46,8 @@ def test_a_call_for_more_than_may_ever_wait_is_told_so():
   testclient = pytest.importorskip('starlette.testclient')
   vocabulary = make_vocabulary(VocabularyConfig(kind='byte'))
   worker: Any = types.SimpleNamespace(max_queue=3, num_waiting=0, num_running=0, stop=lambda: None)
-  never: Any = None
-  served = Served('name', vocabulary, worker, never, never, never, never, {})
-  client = testclient.TestClient(make_app(served, Limits(max_inputs=8)))
+  model = types.SimpleNamespace(vocabulary=vocabulary)
+  client = testclient.TestClient(make_app('name', model, worker, Limits(max_inputs=8)))
   for body in ({'inputs': ['a'] * 4}, {'inputs': ['a', 'b'], 'num_outputs': 2}):
     answer = client.post('/generate', json=body)
     assert answer.status_code == 400

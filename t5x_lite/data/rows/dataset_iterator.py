@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.rows import packing, row_buffer, row_stream
+from t5x_lite.data.rows import packing, row_stream
 from t5x_lite.errors import DamagedError, UsageError
 from t5x_lite.parallel import checksums
 
@@ -43,7 +43,7 @@ class DatasetIterator:
 
   def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
     """Reads nothing before `start`; UsageError if the config does not fit task or hosts."""
-    row_buffer.check_processes(cfg, process_index, process_count)
+    cfg.check_processes(process_index, process_count)
     self._cfg, self._index, self._count = cfg, process_index, process_count
     self._rows_per_batch = cfg.batch_size // (1 if cfg.replicated else process_count)
     self._stem = f'process_{process_index}-of-{process_count}'
@@ -57,7 +57,7 @@ class DatasetIterator:
     self._seed = seed
     self._untouched = True  # neither read from nor restored
     self._stream = row_stream.RowStream(self._cfg, seed, self._index, self._count)
-    self._buffer = row_buffer.RowBuffer()
+    self._buffer = packing.RowBuffer()
     self._window_rows = 0
     self._ended = self._closed = False
     self._error: Exception | None = None
@@ -137,9 +137,9 @@ class DatasetIterator:
       rows = self._buffer.pop(num)
       self._condition.notify_all()
     self.num_batches += 1
-    rows = row_buffer.fill(rows, num)
+    rows = packing.fill(rows, num)
     if self._cfg.replicated:
-      rows = row_buffer.host_rows(rows, self._index, self._count)
+      rows = packing.host_rows(rows, self._index, self._count)
     return rows
 
   # ---- Position ----

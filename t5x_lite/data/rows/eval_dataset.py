@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.rows import packing, row_buffer, row_stream
+from t5x_lite.data.rows import packing, row_stream
 from t5x_lite.data.tasks import catalog
 
 
@@ -24,7 +24,7 @@ class EvalDataset:
 
   def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):
     """Takes what to read, but for pack, shuffle, num_epochs; UsageError if it does not fit."""
-    row_buffer.check_processes(cfg, process_index, process_count)
+    cfg.check_processes(process_index, process_count)
     self._cfg = dataclasses.replace(
       cfg, pack=False, shuffle=False, num_epochs=1, per_task_loss=False
     )
@@ -47,5 +47,5 @@ class EvalDataset:
         ragged[name] = packing.Ragged.from_arrays(values, np.float32)
       row_stream.check_ids(self._cfg, self._vocab_sizes, ragged)
       rows = packing.pad(converter.prepare(ragged), converter.row_lengths, converter.aligned)
-      rows = row_buffer.fill(converter.convert(rows), self._cfg.batch_size)
-      yield row_buffer.host_rows(rows, self._index, self._count), examples
+      rows = packing.fill(converter.convert(rows), self._cfg.batch_size)
+      yield packing.host_rows(rows, self._index, self._count), examples

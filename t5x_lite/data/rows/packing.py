@@ -11,7 +11,7 @@ and values keep their dtype.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -231,3 +231,53 @@ class Packer:
       for name in (*self.lengths, *self.aligned)
       if f'values/{name}' in state
     }
+
+
+class RowBuffer:
+  """Rows in order, pushed in chunks and popped in batches."""
+
+  def __init__(self):
+    self._chunks: list[Rows] = []
+
+  @property
+  def num_rows(self) -> int:
+    """Rows that are there."""
+    return sum(map(_count, self._chunks))
+
+  def push(self, rows: Rows) -> None:
+    """Adds rows at the end; {} adds none."""
+    if _count(rows):
+      self._chunks.append(rows)
+
+  def peek(self) -> Rows:
+    """Returns all rows and keeps them."""
+    return _joined(self._chunks)
+
+  def pop(self, num: int) -> Rows:
+    """Removes and returns the first `num` rows (or all, if fewer)."""
+    chunks = int(np.searchsorted(np.cumsum([*map(_count, self._chunks)]), num)) + 1
+    rows = _joined(self._chunks[:chunks])
+    rest = {name: values[num:] for name, values in rows.items()}
+    self._chunks[:chunks] = [rest] if _count(rest) else []
+    return {name: values[:num] for name, values in rows.items()}
+
+
+def _joined(chunks: Sequence[Rows]) -> Rows:
+  names = chunks[0] if chunks else ()
+  return {name: np.concatenate([rows[name] for rows in chunks]) for name in names}
+
+
+def _count(rows: Rows) -> int:
+  return len(next(iter(rows.values()), ()))
+
+
+def fill(rows: Rows, num: int) -> Rows:
+  """Adds rows of padding up to `num`."""
+  missing = num - _count(rows)
+  return {k: np.pad(v, ((0, missing), (0, 0))) for k, v in rows.items()} if missing else rows
+
+
+def host_rows(rows: Rows, index: int, count: int) -> Rows:
+  """Returns one host's part of a global batch."""
+  size = _count(rows) // count
+  return {k: v[index * size : (index + 1) * size] for k, v in rows.items()}

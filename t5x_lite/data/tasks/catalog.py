@@ -202,21 +202,6 @@ def leaves(name: str) -> list[str]:
   return [name]
 
 
-def texts(name: str, split: str = 'train') -> Iterator[str]:
-  """Yields a task's or mixture's untokenized text; UsageError if there is no such name or split."""
-  import_modules()
-  provider = find_provider(name if is_registered(name) else resolve(name, VOCABULARIES['byte']))
-  if split not in provider.splits:
-    raise UsageError(f'{name!r} has no split {split!r}, only {", ".join(provider.splits)}')
-  for task in seqio.get_subtasks(provider):
-    if split in task.splits:
-      for example in untokenized(task, split).as_numpy_iterator():
-        for key in task.output_features:
-          # One text, or those of many rows.
-          found = [text for text in np.ravel(example.get(key, [])) if isinstance(text, bytes)]
-          yield from (text.decode('utf-8') for text in found)
-
-
 # Tokenizers of supervised tasks, whose examples the lengths cut.
 TRIMMED_TOKENIZERS = (
   seqio.preprocessors.tokenize,
@@ -225,15 +210,24 @@ TRIMMED_TOKENIZERS = (
 )
 
 
-def untokenized(task: seqio.Task, split: str) -> Any:
-  """Returns the rows of a split, in order, as they are before the tokenization."""
-  dataset = task.source.get_dataset(split=split, shuffle=False)
-  for step in task.preprocessors:
-    if step in (*TRIMMED_TOKENIZERS, text_preprocessors.tokenize_documents):
-      break
-    transform = seqio.utils.add_kwargs_to_transform(step, output_features=task.output_features)
-    dataset = transform(dataset)
-  return dataset
+def texts(name: str, split: str = 'train') -> Iterator[str]:
+  """Yields a task's or mixture's untokenized text; UsageError if there is no such name or split."""
+  import_modules()
+  provider = find_provider(name if is_registered(name) else resolve(name, VOCABULARIES['byte']))
+  if split not in provider.splits:
+    raise UsageError(f'{name!r} has no split {split!r}, only {", ".join(provider.splits)}')
+  for task in (one for one in seqio.get_subtasks(provider) if split in one.splits):
+    dataset = task.source.get_dataset(split=split, shuffle=False)
+    for step in task.preprocessors:
+      if step in (*TRIMMED_TOKENIZERS, text_preprocessors.tokenize_documents):
+        break
+      transform = seqio.utils.add_kwargs_to_transform(step, output_features=task.output_features)
+      dataset = transform(dataset)
+    for example in dataset.as_numpy_iterator():
+      for key in task.output_features:
+        # One text, or those of many rows.
+        found = [text for text in np.ravel(example.get(key, [])) if isinstance(text, bytes)]
+        yield from (text.decode('utf-8') for text in found)
 
 
 def is_registered(name: str) -> bool:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.data.rows import row_buffer
+from t5x_lite.data.rows import packing
 from t5x_lite.errors import UsageError
 
 
@@ -14,7 +14,7 @@ def rows(first, last):
 
 
 def test_batches_across_chunks():
-  buffer = row_buffer.RowBuffer()
+  buffer = packing.RowBuffer()
   for first, last in ((0, 2), (2, 2), (2, 9), (9, 10)):
     buffer.push(rows(first, last))
   buffer.push({})
@@ -28,10 +28,10 @@ def test_batches_across_chunks():
 
 
 def test_fill_adds_zeros_and_hosts_share():
-  batch = row_buffer.fill(rows(1, 4), 6)
+  batch = packing.fill(rows(1, 4), 6)
   assert batch['b'].shape == (6, 3)
   assert not batch['b'][3:].any()
-  parts = [row_buffer.host_rows(batch, index, 3) for index in range(3)]
+  parts = [packing.host_rows(batch, index, 3) for index in range(3)]
   np.testing.assert_array_equal(np.concatenate([part['a'] for part in parts]), batch['a'])
 
 
@@ -39,8 +39,8 @@ def test_processes_must_divide_the_batch():
   cfg = DatasetConfig(
     mixture_or_task_name='any', task_feature_lengths={'inputs': 3, 'targets': 3}, batch_size=4
   )
-  row_buffer.check_processes(cfg, 3, 4)
+  cfg.check_processes(3, 4)
   with pytest.raises(UsageError, match='batch_size 4 does not divide over 3'):
-    row_buffer.check_processes(cfg, 0, 3)
+    cfg.check_processes(0, 3)
   with pytest.raises(UsageError, match='process_index is 2'):
-    row_buffer.check_processes(cfg, 2, 2)
+    cfg.check_processes(2, 2)

@@ -4,7 +4,6 @@ import sentencepiece
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
-from t5x_lite.interop import sentencepiece_model
 
 TEXTS = (
   'translate English to German: That is good.',
@@ -27,21 +26,21 @@ def processor(data):
 
 
 def test_reads_what_sentencepiece_reads(official):
-  model = sentencepiece_model.parse(official)
+  model = vocabularies.parse_model(official)
   theirs = processor(official)
   assert len(model.pieces) == theirs.GetPieceSize()
   for i in (0, 1, 2, 3, 4711, len(model.pieces) - 1):
     assert model.pieces[i].piece == theirs.IdToPiece(i)
     assert model.pieces[i].score == pytest.approx(theirs.GetScore(i))
-  assert model.trainer_spec.model_type == sentencepiece_model.UNIGRAM
+  assert model.trainer_spec.model_type == vocabularies.proto.TrainerSpec.UNIGRAM
   assert model.normalizer_spec.precompiled_charsmap
 
 
 def test_what_is_made_of_the_pieces_gives_the_same_ids(official):
-  model = sentencepiece_model.parse(official)
+  model = vocabularies.parse_model(official)
   charsmap = model.normalizer_spec.precompiled_charsmap
-  again = sentencepiece_model.make(model.pieces, charsmap)
-  assert list(sentencepiece_model.parse(again).pieces) == list(model.pieces)
+  again = vocabularies.make_model(model.pieces, charsmap)
+  assert list(vocabularies.parse_model(again).pieces) == list(model.pieces)
   ours, theirs = processor(again), processor(official)
   for text in TEXTS:
     assert ours.EncodeAsIds(text) == theirs.EncodeAsIds(text)
@@ -63,4 +62,4 @@ def test_added_pieces_follow_and_change_nothing_else(official):
 @pytest.mark.parametrize('data', [b'', b'\x00\x01', b'not a model', b'\x0a\xff'])
 def test_other_files_are_refused(data):
   with pytest.raises(UsageError, match='not a SentencePiece model'):
-    sentencepiece_model.parse(data)
+    vocabularies.parse_model(data)

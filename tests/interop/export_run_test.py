@@ -4,11 +4,11 @@ import pytest
 from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.interop import run_export, tensors
+from t5x_lite.interop import checkpoint_source, export, tensors
 from t5x_lite.models import t5
 from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.runs import restoring, run_directory
+from t5x_lite.runs import checkpoints
 from tests.models import tiny
 
 
@@ -17,17 +17,14 @@ from tests.models import tiny
 def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   cfg = tiny.config(scan_layers=scan_layers, param_dtype=dtype)
   params = tiny.params(cfg)
-  run_export.write(
-    epath.Path(tmp_path),
-    tensors=tensors.of_params(params, cfg),
-    cfg=cfg,
-    vocabulary=VocabularyConfig(kind='passthrough', size=64),
-    step=12,
-    lengths={'inputs': 7},
-    origin='somewhere',
+  known = {'vocabulary': VocabularyConfig(kind='passthrough', size=64), 'lengths': {'inputs': 7}}
+  source = checkpoint_source.Source(
+    '', 't5x_lite', cfg, tensors.of_params(params, cfg), step=12, **known
   )
-  run = run_directory.load_run(str(tmp_path))
-  assert (run.step, run.model, run.lengths) == (12, cfg, {'inputs': 7})
+  export.write(epath.Path(tmp_path), source, to='t5x_lite', origin='somewhere')
+  run = checkpoint_source.open_source(str(tmp_path))
+  assert (run.step, run.config, run.lengths) == (12, cfg, {'inputs': 7})
+  assert run.vocabulary is not None
   assert run.vocabulary.size == 64
   config = MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
   mesh = partitioning.make_mesh(config)
@@ -36,5 +33,5 @@ def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   wanted = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
-  restored = restoring.load_state(str(tmp_path), {'params': wanted})['params']
+  restored = checkpoints.load_state(str(tmp_path), {'params': wanted})['params']
   jax.tree.map(np.testing.assert_array_equal, restored, params)
