@@ -1,16 +1,24 @@
 """Every shipped gin file parses, and builds what it says it builds."""
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
+import itertools
 import math
 import pathlib
 
 import gin
 import jax
 import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from t5x_lite import main
 from t5x_lite.data import vocabularies
+from t5x_lite.data.config import batch_spec
+from t5x_lite.data.rows.dataset_iterator import DatasetIterator
+from t5x_lite.data.tasks import catalog, tfds_source
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.gin_front import configuration
@@ -252,6 +260,61 @@ def test_every_command_of_a_study_would_be_taken(name, capsys):
   rows = gin_rows(name)
   assert f'{3 * rows if name.startswith("small") else rows} cells' in printed[-1]
   assert len(set(printed)) == len(printed)
+
+
+@pytest.mark.slow
+def test_what_trains_on_pods_gets_its_first_batch(monkeypatch):
+  """Of TFDS's mock data: every data set that an experiment or a table trains on, once."""
+  catalog.import_modules()
+  path = vocabularies.model_path(VocabularyConfig())
+  commands = [
+    ['train', f'--gin_file=configs/experiments/{name}', '--gin.MODEL_DIR=x', *more]
+    for name, *more in (
+      ['t5_1_1_xxl_pretrain.gin'],
+      ['mt5_xxl_pretrain.gin', f'--gin.VOCABULARY_PATH={path}'],
+    )
+  ]
+  for name in STUDIES:
+    if name.startswith('table_'):
+      built = arguments(study.study, [f'configs/studies/{name}'])
+      gin.clear_config()
+      grid = study.Grid(built['stages'], built['rows'], built['output_dir'])
+      for row in built['rows']:
+        runs = itertools.chain(*(run.in_order() for run in grid.cell(row, built['seeds'][0])))
+        commands += [run.argv for run in runs if run.stage.command == 'train']
+
+  builders = functools.cache(tfds.builder)
+  loader = tfds_source._Loader
+  monkeypatch.setattr(loader, '_get_builder', lambda self, *_: builders(self.name.split(':')[0]))
+  monkeypatch.setattr(loader, 'size', lambda self, split: 300)
+  source = tfds_source.PreparedSource
+  monkeypatch.setattr(source, 'list_shards', lambda self, split: ['0'])
+  read = source.get_dataset
+
+  def get_dataset(self, split=None, **more):
+    if 'wsc' not in self.tfds_dataset.name:
+      return read(self, split, **more)
+    # Random numbers are no places in a text.
+    row = {'text': 'Tom said he ran', 'span1_text': 'Tom', 'span2_text': 'he', 'span2_index': 2}
+    return tf.data.Dataset.from_tensors({**row, 'label': 1}).repeat(30)
+
+  monkeypatch.setattr(source, 'get_dataset', get_dataset)
+  seen = set()
+  with tfds.testing.mock_data(300):
+    for argv in commands:
+      built = main._configure(main._parse(argv)).arguments()
+      gin.clear_config()
+      vocabulary = built.get('vocabulary') or VocabularyConfig()
+      config = dataclasses.replace(built['dataset'], batch_size=2, seed=0)
+      if (key := repr((config, vocabulary))) in seen:
+        continue
+      seen.add(key)
+      name = catalog.resolve(config.mixture_or_task_name, vocabulary)
+      config = dataclasses.replace(config, mixture_or_task_name=name)
+      with contextlib.closing(DatasetIterator(config)) as iterator:
+        batch = next(iterator)
+      assert {k: (x.shape, x.dtype) for k, x in batch.items()} == batch_spec(config), argv
+  assert len(seen) > 20
 
 
 def gin_rows(name):
