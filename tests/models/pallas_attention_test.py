@@ -1,6 +1,7 @@
 """The kernels, interpreted, against dense attention."""
 
 import functools
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,12 @@ KERNELS = {
   'tpu': functools.partial(pallas_tpu_attention.attention, block=128, interpret=True),
   'gpu': functools.partial(pallas_gpu_attention.attention, block=32, interpret=True),
 }
+# Interpreted GPU kernels take seconds to compile; the other two kinds run every part of them.
+SLOW = (('gpu', 'encoder'), ('gpu', 'prefix'))
+PAIRS = [
+  pytest.param(*pair, marks=pytest.mark.slow if pair in SLOW else ())
+  for pair in itertools.product(KERNELS, attention_cases.KINDS)
+]
 
 
 @pytest.mark.slow
@@ -23,8 +30,7 @@ def test_a_kernel_is_dense(kernel, case):
   attention_cases.check(KERNELS[kernel], {**case, 'H': min(case['H'], 2)})
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
-@pytest.mark.parametrize('kind', attention_cases.KINDS)
+@pytest.mark.parametrize(('kernel', 'kind'), PAIRS)
 def test_every_kind_of_visibility(kernel, kind):
   M = 100 if kind == 'cross' else 150
   attention_cases.check(
