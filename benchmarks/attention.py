@@ -21,9 +21,8 @@ def arguments() -> argparse.Namespace:
   """Returns the parsed command line."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--lengths', type=int, nargs='+', default=[512, 2048, 8192])
-  parser.add_argument(
-    '--implementations', nargs='+', default=['dense', 'blocked', 'pallas_tpu', 'cudnn']
-  )
+  names = ['dense', 'blocked', 'pallas_tpu', 'pallas_gpu', 'cudnn']
+  parser.add_argument('--implementations', nargs='+', default=names)
   parser.add_argument('--skip', nargs='*', default=[], help='implementation:length')
   parser.add_argument('--kind', choices=('encoder', 'causal'), default='encoder')
   parser.add_argument('--batch_size', type=int, default=1)

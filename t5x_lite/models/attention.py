@@ -23,7 +23,7 @@ _LONG_ELSEWHERE = 2048 * 2048
 
 # These take bias and mask as arrays of every pair.
 _DENSE = ('dense', 'cudnn')
-_PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'pallas_tpu': ('tpu',)}
+_PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'pallas_gpu': ('gpu', 'cuda'), 'pallas_tpu': ('tpu',)}
 
 
 def choose(implementation: str, L: int, M: int, platform: str | None = None) -> str:
@@ -99,14 +99,14 @@ def attention(
       scale=1.0,
       implementation='cudnn',
     )
-  kernel = blocked_attention.attention
-  if form == 'pallas_tpu':
-    from t5x_lite.models import pallas_tpu_attention  # slow to import
-
-    kernel = pallas_tpu_attention.attention
+  kernel = blocked_attention
+  if form == 'pallas_tpu':  # these are slow to import
+    from t5x_lite.models import pallas_tpu_attention as kernel
+  elif form == 'pallas_gpu':
+    from t5x_lite.models import pallas_gpu_attention as kernel
   vector = ('batch', 'length', 'heads', 'kv')
   axes = (vector, vector, vector, ('heads', None), ('batch', None))
-  return logical_axes.per_shard(kernel, axes, vector)(
+  return logical_axes.per_shard(kernel.attention, axes, vector)(
     q_BLHK, k_BMHK, v_BMHK, bias, Visibility() if mask is None else mask
   )
 

@@ -12,7 +12,7 @@ from t5x_lite.errors import UsageError, check_fields, check_one_of
 ARCHITECTURES = ('encoder_decoder', 'encoder', 'decoder')
 DTYPES = ('float32', 'bfloat16', 'float16')
 REMAT_POLICIES = ('none', 'minimal', 'save_names', 'full')
-ATTENTIONS = ('auto', 'dense', 'blocked', 'pallas_tpu', 'cudnn')
+ATTENTIONS = ('auto', 'dense', 'blocked', 'pallas_tpu', 'pallas_gpu', 'cudnn')
 ACTIVATIONS = ('relu', 'gelu', 'silu', 'swish', 'linear')
 ADAPTER_PLACES = ('attention', 'mlp')
 _ALLOWED = {
@@ -53,8 +53,8 @@ class T5Config:
     remat_policy: what the backward pass recomputes: nothing ('none'), all but the outputs of weight
       matmuls ('minimal') or of blocks ('save_names'), whole layers ('full').
     attention: 'dense' holds the bias and the weights of every pair of positions, 'blocked' makes
-      them block by block in memory that grows with the length alone, 'pallas_tpu' does so in a
-      kernel for TPUs, 'cudnn' is cuDNN's dense kernel (half precision). All give the same result;
+      them block by block in memory that grows with the length alone, 'pallas_tpu' and 'pallas_gpu'
+      do so in kernels, 'cudnn' is cuDNN's dense kernel (half precision). All give the same result;
       'auto' is 'dense' below 2,048 x 2,048 pairs (on CPUs 1,024 x 1,024), else 'blocked'.
     architecture: 'encoder_decoder', 'encoder' (embeddings) or 'decoder' (a language model).
     bidirectional_prefix: what a decoder continues is read in both directions (a prefix language

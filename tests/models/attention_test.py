@@ -218,5 +218,6 @@ def test_description_names_each_attention():
 
 
 def test_what_the_platform_lacks_is_refused():
-  with pytest.raises(UsageError, match=r"'cudnn', which needs a GPU; this is a CPU: use 'auto'"):
-    attention.choose('cudnn', 512, 512)
+  for name, needs in (('cudnn', 'GPU'), ('pallas_gpu', 'GPU'), ('pallas_tpu', 'TPU')):
+    with pytest.raises(UsageError, match=f"'{name}', which needs a {needs}; this is a CPU: use 'a"):
+      attention.choose(name, 512, 512)
