@@ -33,7 +33,7 @@ from t5x_lite.evaluation import evaluators
 from t5x_lite.interop import export, trained_model
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.programs import convert, evaluate, finetune_plan, model_card, quickstart, start_checks
+from t5x_lite.programs import convert, evaluate, finetune_plan, quickstart, start_checks
 from t5x_lite.programs import train as train_lib
 from t5x_lite.programs.finetune_plan import Plan
 from t5x_lite.runs import checkpoints, files, metric_writers, progress
@@ -201,7 +201,7 @@ def finetune(
     root = epath.Path(model_dir)
     record = {'plan': dataclasses.asdict(plan), 'data': prints}
     files.write_json(root / PLAN_FILE, {**record, 'settings': settings})
-    files.write_text(root / GIN_FILE, model_card.gin_text(settings, GIN_FILE))
+    files.write_text(root / GIN_FILE, finetune_plan.gin_text(settings, GIN_FILE))
 
   # ---- Train ----
   _register(parts, plan.metrics)
@@ -243,7 +243,7 @@ def finetune(
       told = lora if method == 'lora' else method
       table = finetune_plan.describe(plan, lengths, method=told)
       how = {'settings': settings, 'max_new_tokens': plan.target_length}
-      card = model_card.card(start, parts, table, results=results, **how)
+      card = finetune_plan.model_card(start, parts, table, results=results, **how)
       results['export'] = _export(best, output, EXPORT, to='hf', card=card)
     if changes:
       results['adapter'] = _export(best, output, ADAPTER, to=finetune_plan.ALONE[method])
