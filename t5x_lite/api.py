@@ -215,10 +215,10 @@ class Model(Generation):
       **arguments: of `finetune.finetune`, such as epochs=3 or template='summarize: {article}'.
     """
     with progress.quiet_stderr():
-      from t5x_lite.programs import finetune_rows
+      from t5x_lite.programs import finetune
 
     self._check_vocabulary()
-    best = finetune_rows.finetune(data, validation, output=output, save=self.save, **arguments)
+    best = finetune.finetune_rows(data, validation, output=output, save=self.save, **arguments)
     return self._like_this(best)
 
   def _source(self) -> Source:

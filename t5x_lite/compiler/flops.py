@@ -10,7 +10,6 @@ from typing import Any
 
 from t5x_lite.models import transfer
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel.hardware import peak_flops as peak_flops
 
 
 def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:

@@ -4,27 +4,36 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import serialization
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
-from t5x_lite.interop import adafactor_moments, hf_export, t5x_export, tensor_names, zarr
+from t5x_lite.interop import adafactor_moments, hf_export, t5x, tensor_names, zarr
 from t5x_lite.interop.adapters import FORMATS as ADAPTERS
 from t5x_lite.interop.adapters import check_methods, merge_lora, write_alone
 from t5x_lite.interop.checkpoint_source import FORMATS, Source
 from t5x_lite.interop.hf_tokenizer import check_vocabulary
 from t5x_lite.interop.tensors import Progress, Tensor, of_array
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import pytrees
 from t5x_lite.runs import checkpoints, run_directory
 
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
 TARGETS = (*FORMATS, *ADAPTERS)
+# Of legacy T5X, whose scanned networks are stacked on this axis, and fields it has no name for.
+_T5X_VERSION, _T5X_SCAN_AXIS = 3, 1
+_T5X_COMPRESSOR = {'id': 'gzip', 'level': 1}
+_T5X_FIXED = (
+  'scale_logits relpos_max_distance layer_norm_epsilon pad_id eos_id decoder_start_id'.split()
+)
 
 
 def check_destination(destination: str | os.PathLike) -> epath.Path:
@@ -45,7 +54,19 @@ def check_target(cfg: T5Config, to: str, vocabulary: VocabularyConfig | None = N
     if vocabulary is not None:
       check_vocabulary(vocabulary)
   elif to == 't5x':
-    t5x_export.check(cfg, cfg.param_dtype)
+    _check_t5x(cfg)
+
+
+def _check_t5x(cfg: T5Config) -> None:
+  """Raises UsageError if T5X has no such model."""
+  if cfg.share_encoder_decoder or cfg.architecture == 'encoder':
+    what = 'share_encoder_decoder=True' if cfg.share_encoder_decoder else "architecture='encoder'"
+    raise UsageError(f'{what}: T5X has no such network; save it as t5x_lite')
+  for name in _T5X_FIXED:
+    if (value := getattr(cfg, name)) != (fixed := T5Config.__dataclass_fields__[name].default):
+      raise UsageError(f'{name} is {value}: T5X has {fixed} alone; save it as t5x_lite')
+  if cfg.param_dtype not in ('float32', 'bfloat16'):
+    raise UsageError(f'dtype is {cfg.param_dtype!r}; T5X saves parameters in float32 or bfloat16')
 
 
 def write(
@@ -77,7 +98,7 @@ def write(
     elif to == 't5x':
       # T5X restores only with an optimizer's state; a new one, if need be.
       states = adafactor_moments.to_t5x(second_moments or adafactor_moments.new(cfg), cfg)
-      t5x_export.write(temporary, source, param_states=states, progress=progress)
+      _write_t5x(temporary, source, states, progress)
     else:
       _write_run(temporary, source, second_moments, origin, progress)
     if target.is_dir():
@@ -135,6 +156,38 @@ def _write_run(
     lengths=source.lengths,
     config={'converted_from': origin} if origin else None,
   )
+
+
+def _write_t5x(
+  directory: epath.Path, source: Source, param_states: Mapping[str, Any], progress: Progress
+) -> None:
+  """Writes a legacy T5X checkpoint_STEP directory: one msgpack file, and zarr beside it.
+
+  As t5x/checkpoints.py Checkpointer.save does, array by array: version 3, float32 or bfloat16,
+  unrolled layers, or scanned on axis 1 where a relative position bias belongs to each layer, for
+  which T5X has only the scanned network. The param_states are the optimizer's, a tree of arrays by
+  T5X's names.
+  """
+  cfg, root = source.config, directory / f'{t5x.PREFIX}{source.step}'
+  root.mkdir()
+  target = []
+  for name, names in tensor_names.t5x_arrays(cfg).items():
+    place = f'target.{name.replace("/", ".")}'
+    axis = _T5X_SCAN_AXIS if cfg.relpos_per_layer and '/layers_' in names[0] else None
+    parts, dtype = [source.tensors[part] for part in names], np.dtype(cfg.param_dtype)
+    array, _ = zarr.write(str(root / place), parts, dtype, _T5X_COMPRESSOR, axis)
+    full = array.spec().to_json()
+    # What stands for the array in the msgpack file; its path is relative.
+    spec = {'driver': 'zarr', 'dtype': full['dtype']}
+    spec['kvstore'] = {'driver': 'file', 'path': f'{place}/'}
+    spec['metadata'] = {key: full['metadata'][key] for key in ('chunks', 'compressor', 'shape')}
+    target.append((name.split('/'), spec))
+    progress(f'target/{name}')
+  state = {'step': np.asarray(source.step, np.int32), 'param_states': dict(param_states)}
+  optimizer = {'state': state, 'target': pytrees.nested(target)}
+  contents = {'version': _T5X_VERSION, 'optimizer': optimizer}
+  # Last: without this file there is no checkpoint.
+  (root / t5x.FILE).write_bytes(serialization.msgpack_serialize(contents))
 
 
 def _progress() -> Progress:

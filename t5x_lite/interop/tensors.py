@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite.interop import tensor_names
-from t5x_lite.models import int8, t5
+from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 
@@ -122,7 +123,7 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = N
       return done[key]
 
     placed = jax.make_array_from_callback(leaf.shape, sharding, fetch).block_until_ready()
-    return int8.quantize(path, placed) if rounded else placed
+    return quantize(path, placed) if rounded else placed
 
   return jax.tree_util.tree_map_with_path(make, shapes, shardings)
 
@@ -147,3 +148,36 @@ def blocks(shape: Sequence[int], limit: int) -> list[Index]:
   starts = range(0, shape[0], rows)
   rest = (slice(None),) * (len(shape) - 1)
   return [(slice(a, b), *rest) for a, b in itertools.pairwise((*starts, shape[0]))]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+  """Stands where a matrix, or a stack of them, would, for inference: 8 bits, symmetric."""
+
+  values: jax.Array  # int8
+  scales: jax.Array  # float32, of each output channel: of size 1 along the dim of inputs
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return self.values.size
+
+  def __getitem__(self, index: Any) -> jax.Array:
+    """Returns the float32 array that this stands for, or what is at an index of it."""
+    return (self.values.astype(jnp.float32) * self.scales)[index]
+
+
+def quantize(path: Sequence[str], weights: jax.Array) -> Int8:
+  """Rounds the parameter at a path to the nearest of 255 steps a channel, where it lies.
+
+  A channel is a column of a kernel, and a row of the embedding, tied to the head or not.
+  """
+  return _quantize(weights, -1 if path[-1] == 'embedding' else -2)
+
+
+@jax.jit(static_argnums=1)
+def _quantize(weights: jax.Array, axis: int) -> Int8:
+  largest = jnp.max(jnp.abs(weights), axis=axis, keepdims=True)
+  scales = jnp.where(largest > 0, largest / 127.0, 1.0)
+  return Int8(jnp.round(weights / scales).astype(jnp.int8), scales)

@@ -3,7 +3,7 @@
 Chooses what nobody named; every phase continues where it was killed.
 
   OUTPUT/                 the run, as `train` writes it
-  OUTPUT/data/            the pairs, if they were not in files
+  OUTPUT/data/, start/    the pairs and the model to start from, if they were not in files
   OUTPUT/finetune.json    what was chosen; OUTPUT/finetune.gin runs it again
   OUTPUT/evaluation/      metrics.json, and every prediction
   OUTPUT/export/          for transformers' from_pretrained; with a model card
@@ -11,12 +11,13 @@ Chooses what nobody named; every phase continues where it was killed.
 """
 
 import dataclasses
+import inspect
 import json
 import logging
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
@@ -28,13 +29,14 @@ from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.pairs import Columns, Pairs
 from t5x_lite.data.tasks import catalog, from_files
 from t5x_lite.errors import UsageError
+from t5x_lite.evaluation import evaluators
 from t5x_lite.interop import export, trained_model
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.programs import convert, evaluate, finetune_plan, model_card, quickstart, start_checks
+from t5x_lite.programs import convert, evaluate, finetune_plan, quickstart, start_checks
 from t5x_lite.programs import train as train_lib
 from t5x_lite.programs.finetune_plan import Plan
-from t5x_lite.runs import checkpoints, files, metric_writers
+from t5x_lite.runs import checkpoints, files, metric_writers, progress
 from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.training.losses import LossConfig
 
@@ -199,7 +201,7 @@ def finetune(
     root = epath.Path(model_dir)
     record = {'plan': dataclasses.asdict(plan), 'data': prints}
     files.write_json(root / PLAN_FILE, {**record, 'settings': settings})
-    files.write_text(root / GIN_FILE, model_card.gin_text(settings, GIN_FILE))
+    files.write_text(root / GIN_FILE, finetune_plan.gin_text(settings, GIN_FILE))
 
   # ---- Train ----
   _register(parts, plan.metrics)
@@ -241,7 +243,7 @@ def finetune(
       told = lora if method == 'lora' else method
       table = finetune_plan.describe(plan, lengths, method=told)
       how = {'settings': settings, 'max_new_tokens': plan.target_length}
-      card = model_card.card(start, parts, table, results=results, **how)
+      card = finetune_plan.model_card(start, parts, table, results=results, **how)
       results['export'] = _export(best, output, EXPORT, to='hf', card=card)
     if changes:
       results['adapter'] = _export(best, output, ADAPTER, to=finetune_plan.ALONE[method])
@@ -252,6 +254,55 @@ def finetune(
     print(summary(results, output, best, how_asked))
   distributed.barrier('finetune')
   return results
+
+
+def finetune_rows(
+  data: Any, validation: Any, *, output: str, save: Callable[[str], None], **arguments: Any
+) -> str:
+  """Runs `finetune` on what a program has in memory; returns the best checkpoint's directory.
+
+  Data and validation, which may be empty, are files or rows; see `pairs.read`. `save` writes the
+  model to start from into a directory. UsageError names an argument that the program has not.
+  """
+  known = inspect.signature(finetune).parameters
+  for name in arguments:
+    if name not in known or name == 'model':
+      settings = ', '.join(sorted(known.keys() - {'model', 'train', 'output'}))
+      raise UsageError(f'finetune has no setting {name!r}; there are {settings}')
+  start_checks.check_writable(output)
+  sources: dict[str, Any] = {'train': data, 'validation': validation}
+  given = {name: part for name, part in sources.items() if not _empty(part)}
+  if not all(map(pairs_lib.is_paths, given.values())):
+    # All of it: the columns that are named hold for both.
+    names = COLUMNS.items()
+    columns = Columns(**{field: arguments.pop(name) for name, field in names if name in arguments})
+    for name, part in given.items():
+      sources[name] = _write(pairs_lib.read(part, columns, what=name), output, name)
+  start = os.path.join(output, 'start')
+  if distributed.is_primary() and not os.path.isdir(start):
+    save(start)
+  distributed.barrier('start')
+  finetune(model=start, output=output, **sources, **arguments)
+  if progress.in_notebook():
+    path = os.path.join(output, quickstart.CURVES_FILE)
+    quickstart.draw_losses({'fine-tuning': output}, path)
+    progress.show_picture(path)
+  step = distributed.from_primary(lambda: best_step(output))
+  return os.path.join(output, checkpoints.CHECKPOINTS, str(step))
+
+
+def _empty(source: Any) -> bool:
+  return source is None or (isinstance(source, str | list | tuple | dict) and not source)
+
+
+def _write(pairs: Pairs, output: str, name: str) -> str:
+  """Writes pairs as JSON lines and returns the file."""
+  path = epath.Path(output) / 'data' / f'{name}.jsonl'
+  if distributed.is_primary():
+    rows = zip(pairs.inputs, pairs.targets, strict=True)
+    evaluators.write_lines(path, [{'input': x, 'target': y} for x, y in rows])
+  distributed.barrier('data')
+  return os.fspath(path)
 
 
 def read_parts(

@@ -1,11 +1,15 @@
-"""What fine-tuning does where nobody said: lengths, batch, steps, metrics.
+"""What fine-tuning does where nobody said, lengths, batch, steps, metrics; and how it is told.
 
 It follows from the data and the model, is printed first, and is kept by a run that is continued.
 """
 
 import dataclasses
+import importlib.metadata
+import importlib.resources
 import logging
 import math
+import shlex
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +20,7 @@ from t5x_lite.data.pairs import Pairs
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.errors import UsageError
 from t5x_lite.interop.trained_model import TrainedModel
-from t5x_lite.models import transfer
+from t5x_lite.models import model_sharding, t5, transfer
 from t5x_lite.models.config import T5Config
 from t5x_lite.training.optimizers import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
@@ -278,3 +282,67 @@ def show_examples(pairs: Pairs, plan: Plan, vocabulary: Any, num: int = 3) -> No
       shown = shown if len(shown) <= 300 else shown[:300] + '...'
       print(f'    {name:7} {shown!r} ({min(len(ids) + 1, length)} tokens{cut})')
   print(flush=True)
+
+
+def model_card(
+  base: TrainedModel,
+  parts: Mapping[str, Pairs],
+  table: Sequence[tuple[str, str]],
+  *,
+  results: Mapping[str, Any],
+  settings: Mapping[str, Any],
+  max_new_tokens: int,
+) -> str:
+  """Returns the card, README.md on the Hugging Face hub, of what was fine-tuned from a base.
+
+  Parts are the data by split, and the table is (what, how much) of the training; settings are what
+  the command was given and chose. Results have 'step' and 'metrics'.
+
+  Source: https://huggingface.co/docs/hub/model-cards.
+  """
+  _, shapes, _ = t5.abstract_params(base.config)
+  files = ', '.join(f'`{name}`' for name in settings['train'])
+  template = importlib.resources.files('t5x_lite.programs').joinpath('model_card.md').read_text()
+  return string.Template(template).substitute(
+    base=base.path,
+    count=f'{model_sharding.count_params(shapes):,}',
+    version=importlib.metadata.version('t5x_lite'),
+    example=repr(parts['train'].inputs[0][:200]),
+    max_new_tokens=max_new_tokens,
+    validation=len(parts['validation']),
+    step=results['step'],
+    metrics='\n'.join(f'| {name} | {x:.4g} |' for name, x in results['metrics'].items()),
+    source=f'{len(parts["train"])} training examples from {files or "memory"}',
+    **dict(zip(('input', 'target'), parts['train'].fields, strict=True)),
+    prefix=f' Prefix: `{settings["prefix"]}`.' if settings['prefix'] else '',
+    training='\n'.join(f'| {name} | {value} |' for name, value in table),
+    command=command(settings),
+  )
+
+
+def command(settings: Mapping[str, Any]) -> str:
+  """Returns the command line of a fine-tuning."""
+  words = ['t5x-lite', 'finetune']
+  for name, value in _given(settings).items():
+    if isinstance(value, bool):
+      words.append(f'--{name}' if value else f'--no-{name}')
+    else:
+      words += [f'--{name}', *map(str, value if isinstance(value, list) else [value])]
+  return shlex.join(words)
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in settings.items() if value not in ('', [], None)}
+
+
+def gin_text(settings: Mapping[str, Any], file: str) -> str:
+  """Returns the gin file that runs a fine-tuning again."""
+  bindings = ''.join(f'  {name} = {value!r}\n' for name, value in _given(settings).items())
+  return f"""# Written by `t5x-lite finetune`; every choice it made is here. Again:
+#   t5x-lite finetune --gin_file={file} --output ANOTHER_DIRECTORY
+from __gin__ import dynamic_registration
+
+from t5x_lite.programs import finetune
+
+finetune.finetune:
+{bindings}"""

@@ -222,7 +222,7 @@ class Search:
     mesh: Any = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     placement = Placement(mesh, partitioning.logical_axis_rules(config), config)
     trees = (placement.specs(*tree) for tree in self._trees)
-    params, opt_state = map(memory_report.tree_bytes_per_device, trees)
+    params, opt_state = map(memory_report.bytes_per_device, trees)
     return params + (0 if self.mesh.offload_optimizer else opt_state), params
 
   def _candidate(self, sizes: Mapping[str, int]) -> Candidate:

@@ -177,7 +177,7 @@ def _state_bytes(program: step_programs.StepProgram) -> dict[str, Any]:
   """Bytes per device of what goes into the step, by kind."""
   state, batch, _ = program.arguments
   parts = (state, ()) if program.spec is None else (state.params, state.opt_state)
-  sizes = map(memory_report.tree_bytes_per_device, (*parts, batch))
+  sizes = map(memory_report.bytes_per_device, (*parts, batch))
   return dict(zip(('params_bytes', 'optimizer_bytes', 'batch_bytes'), sizes, strict=True))
 
 

@@ -22,7 +22,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
 from t5x_lite.interop import trained_model, zarr
 from t5x_lite.models.config import T5Config
-from t5x_lite.parallel import distributed, partitioning
+from t5x_lite.parallel import distributed, hardware, partitioning
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
 from t5x_lite.runs import checkpoints, lease, memory_report, metric_writers, run_directory
@@ -248,7 +248,7 @@ def train(
     if checkpointer.damaged:
       writer.write(first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))})
     progress = stack.enter_context(Progress(total_steps=total_steps, **start))
-    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    peak = hardware.peak_flops(jax.devices()[0].device_kind)
     devices = {'num_devices': jax.device_count(), 'peak_flops': peak}
     cost = flops.batch_train_flops(model, batch_shapes)
     window = Window(batch_shapes=shapes, step_flops=cost, **devices)

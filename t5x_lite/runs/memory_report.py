@@ -22,14 +22,10 @@ SHARDING_FILE = 'sharding.txt'
 format_bytes = functools.partial(humanize.naturalsize, binary=True, format='%.2f')
 
 
-def bytes_per_device(leaf: Any) -> int:
-  """Returns what one device holds of an array with a sharding."""
-  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def tree_bytes_per_device(tree: Any) -> int:
-  """Returns what one device holds of all arrays of a tree."""
-  return sum(bytes_per_device(leaf) for leaf in jax.tree.leaves(tree))
+def bytes_per_device(tree: Any) -> int:
+  """Returns what one device holds of all arrays of a tree, which have shardings."""
+  leaves = jax.tree.leaves(tree)
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def sharding_table(spec: train_state.StateSpec) -> str:
@@ -66,8 +62,8 @@ def parameter_summary(params: Any) -> str:
 
 def state_memory(spec: train_state.StateSpec) -> str:
   """Returns bytes per device of what stays there between steps."""
-  params = tree_bytes_per_device(spec.shapes.params)
-  opt_state = tree_bytes_per_device(spec.shapes.opt_state)
+  params = bytes_per_device(spec.shapes.params)
+  opt_state = bytes_per_device(spec.shapes.opt_state)
   return f'per device: parameters {format_bytes(params)}, optimizer state {format_bytes(opt_state)}'
 
 

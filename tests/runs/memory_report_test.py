@@ -26,7 +26,7 @@ def test_bytes_per_device_are_those_of_the_arrays(spec):
     for shard in leaf.addressable_shards
     if shard.device == device
   )
-  assert memory_report.tree_bytes_per_device(spec.shapes) == held
+  assert memory_report.bytes_per_device(spec.shapes) == held
 
 
 def test_sharding_table(spec):
