@@ -40,7 +40,7 @@ def _sums(
 def _cross_ahead(model: T5) -> bool:
   """Whether to make keys and values of all layers' cross-attention before the decoder's loop.
 
-  The gradient of the encoder's output then crosses a model axis once, and not once a layer: a sixth
+  The gradient of the encoder's output then crosses a model axis once, and not once a layer: a seventh
   of what T5 1.1 XXL sends on v5p. It costs no memory where they are kept for the backward pass.
   """
   cfg, mesh = model.cfg, logical_axes.active_mesh()
