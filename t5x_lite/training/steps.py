@@ -40,8 +40,8 @@ def _sums(
 def _cross_ahead(model: T5) -> bool:
   """Whether to make keys and values of all layers' cross-attention before the decoder's loop.
 
-  The gradient of the encoder's output then crosses a model axis once, and not once a layer: a seventh
-  of what T5 1.1 XXL sends on v5p. It costs no memory where they are kept for the backward pass.
+  The gradient of the encoder's output then crosses a model axis once, and not once a layer: one
+  seventh of what T5 1.1 XXL sends on v5p. They cost no memory where they are kept anyway.
   """
   cfg, mesh = model.cfg, logical_axes.active_mesh()
   split = mesh is not None and mesh.shape.get('model', 1) > 1
