@@ -264,16 +264,10 @@ def test_every_command_of_a_study_would_be_taken(name, capsys):
 
 @pytest.mark.slow
 def test_what_trains_on_pods_gets_its_first_batch(monkeypatch):
-  """Of TFDS's mock data: every data set that an experiment or a table trains on, once."""
+  """Of TFDS's mock data, every single task once; mixtures of them take minutes."""
   catalog.import_modules()
-  path = vocabularies.model_path(VocabularyConfig())
-  commands = [
-    ['train', f'--gin_file=configs/experiments/{name}', '--gin.MODEL_DIR=x', *more]
-    for name, *more in (
-      ['t5_1_1_xxl_pretrain.gin'],
-      ['mt5_xxl_pretrain.gin', f'--gin.VOCABULARY_PATH={path}'],
-    )
-  ]
+  file = 'configs/experiments/t5_1_1_xxl_pretrain.gin'
+  commands = [['train', f'--gin_file={file}', '--gin.MODEL_DIR=x']]
   for name in STUDIES:
     if name.startswith('table_'):
       built = arguments(study.study, [f'configs/studies/{name}'])
@@ -306,15 +300,16 @@ def test_what_trains_on_pods_gets_its_first_batch(monkeypatch):
       gin.clear_config()
       vocabulary = built.get('vocabulary') or VocabularyConfig()
       config = dataclasses.replace(built['dataset'], batch_size=2, seed=0)
-      if (key := repr((config, vocabulary))) in seen:
-        continue
-      seen.add(key)
       name = catalog.resolve(config.mixture_or_task_name, vocabulary)
       config = dataclasses.replace(config, mixture_or_task_name=name)
+      key = name, repr(config.task_feature_lengths), config.feature_converter
+      if hasattr(catalog.task_provider(config), 'tasks') or key in seen:
+        continue
+      seen.add(key)
       with contextlib.closing(DatasetIterator(config)) as iterator:
         batch = next(iterator)
       assert {k: (x.shape, x.dtype) for k, x in batch.items()} == batch_spec(config), argv
-  assert len(seen) > 20
+  assert len(seen) > 10
 
 
 def gin_rows(name):
