@@ -268,14 +268,13 @@ def test_what_trains_on_pods_gets_its_first_batch(monkeypatch):
   catalog.import_modules()
   file = 'configs/experiments/t5_1_1_xxl_pretrain.gin'
   commands = [['train', f'--gin_file={file}', '--gin.MODEL_DIR=x']]
-  for name in STUDIES:
-    if name.startswith('table_'):
-      built = arguments(study.study, [f'configs/studies/{name}'])
-      gin.clear_config()
-      grid = study.Grid(built['stages'], built['rows'], built['output_dir'])
-      for row in built['rows']:
-        runs = itertools.chain(*(run.in_order() for run in grid.cell(row, built['seeds'][0])))
-        commands += [run.argv for run in runs if run.stage.command == 'train']
+  for name in ('table_2', 'table_4', 'table_5', 'table_6'):  # of the others most are mixtures
+    built = arguments(study.study, [f'configs/studies/{name}.gin'])
+    gin.clear_config()
+    grid = study.Grid(built['stages'], built['rows'], built['output_dir'])
+    for row in built['rows']:
+      runs = itertools.chain(*(run.in_order() for run in grid.cell(row, built['seeds'][0])))
+      commands += [run.argv for run in runs if run.stage.command == 'train']
 
   builders = functools.cache(tfds.builder)
   loader = tfds_source._Loader
@@ -299,7 +298,8 @@ def test_what_trains_on_pods_gets_its_first_batch(monkeypatch):
       built = main._configure(main._parse(argv)).arguments()
       gin.clear_config()
       vocabulary = built.get('vocabulary') or VocabularyConfig()
-      config = dataclasses.replace(built['dataset'], batch_size=2, seed=0)
+      # A buffer to shuffle in would be filled from so few rows again and again.
+      config = dataclasses.replace(built['dataset'], batch_size=2, seed=0, shuffle=False)
       name = catalog.resolve(config.mixture_or_task_name, vocabulary)
       config = dataclasses.replace(config, mixture_or_task_name=name)
       key = name, repr(config.task_feature_lengths), config.feature_converter
