@@ -136,8 +136,8 @@ def evaluate(
         evaluators_lib.write_lines(root / f'{result.task}.jsonl', result.lines)
     if distributed.is_primary():
       checkpoint = ', '.join(one.checkpoint for one in models)
-      summary = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results}
-      summary |= {'settings': None if failed else settings}  # None is measured again
+      summary: Any = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results}
+      summary['settings'] = None if failed else settings  # None is measured again
       files.write_json(root / 'metrics.json', summary)
       log.info('metrics and predictions are in %s', root)
     if failed:

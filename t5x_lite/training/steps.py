@@ -22,11 +22,9 @@ from t5x_lite.training.train_state import TrainState
 Batch = Mapping[str, jax.Array]
 
 
-def _sums(
-  model: T5, batch: Batch, weights, loss: losses.LossConfig, key, num_tasks: int = 0, **how
-):
+def _sums(model: T5, batch: Batch, weights, loss, key, num_tasks: int = 0, cross_ahead=False):
   """Returns the loss's sums over a batch; see `losses.loss_sums`."""
-  hidden_BLD = model.hidden(batch, dropout_key=key, **how)
+  hidden_BLD = model.hidden(batch, dropout_key=key, cross_ahead=cross_ahead)
   targets_BL = batch['decoder_target_tokens']
   kwargs: dict[str, Any] = {'z_loss': loss.z_loss, 'label_smoothing': loss.label_smoothing}
   kwargs |= {'task_ids_BL': batch.get('decoder_task_ids'), 'num_tasks': num_tasks}
@@ -95,8 +93,7 @@ def make_train_step(
       model = nnx.merge(graphdef, _filled(trained, state.params))
       if unroll:
         t5.unroll(model)
-      how = {'num_tasks': len(task_names), 'cross_ahead': _cross_ahead(model)}
-      sums = _sums(model, batch, weights, loss, key, **how)
+      sums = _sums(model, batch, weights, loss, key, len(task_names), _cross_ahead(model))
       return sums['loss'] / normalizer, sums
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
