@@ -5,7 +5,9 @@ postprocess functions are the SeqIO task's; predictions are kept, since a number
 """
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -17,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import seqio
 from etils import epath
 
 from t5x_lite.data import vocabularies
@@ -45,6 +48,7 @@ CACHED_ROWS = 20_000
 
 Metrics = dict[str, float]
 Lines = list[dict[str, Any]]
+Kind = seqio.metrics.ModelOutputType
 
 
 class _Cached:
@@ -159,7 +163,10 @@ class Decoded:
     decoder. `num_examples` are the first ones; None is all. The rest is of `Evaluators`.
     """
     self.name = name
+    # SeqIO puts an object for each of metric_fns behind the task's own.
     self._task = task
+    self._objects = task.metric_objs[: len(task.metric_objs) - len(task.metric_fns)]
+    self._is_scored = _takes(task, Kind.SCORE)
     self._metric_fns, self._num_bootstrap = metric_fns, num_bootstrap
     self._decode = decode
     predictor = self.predictor = decode.predictor
@@ -177,6 +184,8 @@ class Decoded:
     task = self._task
     vocabulary = task.output_features['targets'].vocabulary
     targets, predictions, scores, lines = [], [], [], []
+    kept, ids, own_scores = [], [], []  # examples, and outputs as ids with their scores
+    length, pad_id = self.predictor.decoding.length, self.predictor.model.pad_id
     left = sys.maxsize if self._num_examples is None else self._num_examples
     batches, size = iter(self._batches), self.config.batch_size
     while window := [*itertools.islice(batches, min(WINDOW, -(-left // size)))]:
@@ -184,7 +193,7 @@ class Decoded:
       for batch, examples in window:
         examples = examples[: max(left - len(found), 0)]
         found += examples
-        if task.score_metric_fns and examples:
+        if self._is_scored and examples:
           on_mesh = partitioning.global_batch(batch, self.predictor.placement.mesh)
           scores += prediction.to_host(self._score(params, on_mesh)).tolist()[: len(examples)]
       left -= len(found)
@@ -192,7 +201,13 @@ class Decoded:
       seeds = range(len(lines), len(lines) + len(rows))
       outputs = dict(self._decode(params, rows, seeds=seeds))
       for i, example in enumerate(found):
-        text = self.predictor.decoding.cut(vocabulary.decode(outputs[i][0].tokens))
+        best = outputs[i][0]
+        text = self.predictor.decoding.cut(vocabulary.decode(best.tokens))
+        own_scores.append(best.score)
+        if self._objects:
+          kept.append(example)
+          row = [*best.tokens, self.predictor.model.eos_id]
+          ids.append((row + [pad_id] * length)[:length])
         target = _text(example, 'targets', vocabulary)
         predictions.append(task.postprocess_fn(text, example=example, is_target=False))
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
@@ -200,10 +215,17 @@ class Decoded:
         lines.append({'input': source, 'prediction': text, 'target': target})
     if not lines:
       raise UsageError(f'the task {self.name} has no examples to evaluate')
+    inputs = [line['input'] for line in lines]
     measured: list[Any] = [(fn, (targets, predictions)) for fn in task.predict_metric_fns]
     measured += [(fn, (targets, scores)) for fn in task.score_metric_fns]
-    inputs = [line['input'] for line in lines]
+    aux = targets, predictions, own_scores
+    measured += [(_with_aux(fn), aux) for fn in task.predict_with_aux_metric_fns]
     measured += [(fn, (targets, predictions, inputs)) for fn in self._metric_fns]
+    given = {Kind.PREDICTION: [ids], Kind.SCORE: [scores]}
+    given[Kind.PREDICTION_WITH_AUX] = [ids, own_scores]
+    for metric in self._objects:
+      columns = kept, *given.get(metric.model_output_type, ())
+      measured.append((_with_object(metric, task.output_features), columns))
     metrics: Metrics = {}
     failed = []
     for fn, columns in measured:
@@ -224,6 +246,38 @@ def _text(example: dict[str, Any], feature: str, vocabulary: Any) -> str:
   if isinstance(original, str | bytes):
     return original if isinstance(original, str) else original.decode('utf-8', 'replace')
   return vocabulary.decode([int(token) for token in example[feature]])
+
+
+def _takes(task: Any, kind: Kind) -> bool:
+  return any(metric.model_output_type == kind for metric in task.metric_objs)
+
+
+def _with_aux(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns fn(targets, predictions, scores of the outputs), of a metric of T5X's aux_values."""
+
+  @functools.wraps(fn)
+  def call(targets, predictions, scores):
+    return fn(targets, predictions, {'scores': scores})
+
+  return call
+
+
+def _with_object(metric: Any, features: Any) -> Callable[..., Any]:
+  """Returns fn(examples, outputs[, scores]) that does with a metric what seqio.Evaluator does."""
+
+  def call(examples, *outputs):
+    if not outputs:
+      raise UsageError(f'{metric.model_output_type!r} is no output of this package')
+    first, *aux = map(np.asarray, outputs)
+    output = (first, {'scores': aux[0]}) if aux else first
+    # A LegacyMetric keeps the first targets that it sees.
+    one = copy.deepcopy(metric).from_model_output(examples, output, features)
+    if isinstance(one, seqio.metrics.CollectingMetric):
+      return one.actual_compute(examples, features)[0]
+    return one.compute()
+
+  call.__name__ = type(metric).__name__
+  return call
 
 
 def _scalars(metrics: dict[str, Any]) -> Metrics:
@@ -286,6 +340,7 @@ class Evaluators:
       if 'inputs' not in config.lengths:
         what = f'infer_eval has {config.mixture_or_task_name} without the length of inputs'
         raise UsageError(f'{what}: there is nothing to decode from')
+      tasks = [*_by_task(config, vocabulary)]
       own = vocabularies.make_vocabulary(vocabulary)
       chosen = (decoding or DecodingConfig()).resolved(own, config.lengths['targets'])
       predictor = prediction.Predictor(
@@ -294,12 +349,12 @@ class Evaluators:
         decoding=chosen,
         batch_size=config.batch_size,
         max_input_length=config.lengths['inputs'],
-        scored=False,
+        scored=any(_takes(task, Kind.PREDICTION_WITH_AUX) for _, task, _ in tasks),
       )
       decode = RowDecoder(predictor, continuous=continuous)
       self._decoded += [
         Decoded(name, task, one, decode, num_examples=infer_eval_examples, **more)
-        for name, task, one in _by_task(config, vocabulary)
+        for name, task, one in tasks
       ]
     check_distinct([one.name for one in self._forced])
     check_distinct([one.name for one in self._decoded])

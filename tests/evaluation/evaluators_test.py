@@ -1,8 +1,11 @@
 import dataclasses
+from typing import Any
 
+import flax
 import jax
 import numpy as np
 import pytest
+import seqio
 
 from t5x_lite.data.rows import packing
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
@@ -74,33 +77,78 @@ def test_a_mixture_is_evaluated_task_by_task(setting, tmp_path):
   assert both.run(params, 1, str(tmp_path)) == metrics
 
 
-class FakeTask:
-  """A task around a real one, with metric functions that show what they get."""
+@flax.struct.dataclass
+class Seen(seqio.metrics.Metric):
+  """A metric object that shows what it gets."""
 
-  name = 'fake'
+  model_output_type: Any = seqio.metrics.ModelOutputType.PREDICTION_WITH_AUX
+  seen: Any = None
 
-  def __init__(self, task):
-    self.output_features = task.output_features
-    self.predict_metric_fns = [self.predict_metric]
-    self.score_metric_fns = [self.score_metric]
+  @classmethod
+  def from_model_output(cls, inputs, model_output, features, target_field_name='targets', **_):
+    return cls(seen=(inputs, model_output, features[target_field_name].vocabulary))
 
-  def postprocess_fn(self, text, *, example, is_target):
+  def compute(self):
+    inputs, (tokens, aux), vocabulary = self.seen
+    assert tokens.shape[0] == len(inputs) == aux['scores'].shape[0]
+    decoded = [vocabulary.decode(row.tolist()) for row in tokens]
+    return {'characters': sum(map(len, decoded)), 'of_object': float(np.sum(aux['scores']))}
+
+
+@flax.struct.dataclass
+class Unknown(Seen):
+  model_output_type: Any = seqio.metrics.ModelOutputType.SCORE_WITH_INTERMEDIATES
+
+
+def seen_task(task):
+  """The task with metrics that show what they get, and what they got."""
+  seen = {}
+
+  def postprocess(text, *, example, is_target):
     assert 'inputs_pretokenized' in example
     return ('target' if is_target else 'prediction', text)
 
-  def predict_metric(self, targets, predictions):
-    self.targets, self.predictions = targets, predictions
+  def predict_metric(targets, predictions):
+    seen['targets'], seen['predictions'] = targets, predictions
     return {'count': np.int64(len(targets)), 'text': 'not a number'}
 
-  def score_metric(self, targets, scores):
-    self.scores = scores
+  def score_metric(targets, scores):
+    seen['scores'] = scores
     return {'mean': float(np.mean(scores))}
+
+  def aux_metric(targets, predictions, aux_values):
+    seen['aux'] = aux_values['scores']
+    return {'of_function': float(np.sum(seen['aux']))}
+
+  def same(targets, predictions):
+    return {'same': float((targets, predictions) == (seen['targets'], seen['predictions']))}
+
+  def likely(targets, scores):
+    return {'likely': float(np.mean(scores))}
+
+  passthrough = seqio.metrics.PassthroughLegacyMetric.from_metric_fn
+  task = seqio.Task(
+    'fake',
+    source=task.source,
+    preprocessors=task.preprocessors,
+    output_features=task.output_features,
+    postprocess_fn=postprocess,
+    metric_fns=[predict_metric, score_metric, aux_metric],
+    metric_objs=[
+      passthrough(same, postprocess).empty(),
+      seqio.metrics.LegacyMetric.empty(likely, postprocess),
+      Seen(),
+      Unknown(),
+    ],
+  )
+  return task, seen
 
 
 def test_decoded_gives_tasks_what_seqio_gives_them(setting):
+  """Functions and objects, of predictions, scores and T5X's aux values."""
   cfg, where, params = setting
   one = config()
-  task = FakeTask(catalog.task_provider(one))
+  task, seen = seen_task(catalog.task_provider(one))
   predictor = prediction.Predictor(
     cfg,
     **where,
@@ -110,23 +158,46 @@ def test_decoded_gives_tasks_what_seqio_gives_them(setting):
   )
   decode, slots = (continuous.RowDecoder(predictor, continuous=how) for how in (False, True))
   continuously = evaluators.Decoded('x', task, one, slots, num_examples=11).run(params)
-  task = FakeTask(catalog.task_provider(one))
   decoded = evaluators.Decoded('x', task, one, decode, num_examples=11)
   result = decoded.run(params)
-  assert continuously == result
+  assert continuously.lines == result.lines
+  assert continuously.metrics == pytest.approx(result.metrics, rel=1e-5)
 
-  assert set(result.metrics) == {'count', 'mean'}
+  names = {'count', 'mean', 'same', 'likely', 'characters', 'of_function', 'of_object'}
+  assert set(result.metrics) == names
   assert result.metrics['count'] == 11 == len(result.lines)
-  assert all(kind == 'target' for kind, _ in task.targets)
-  assert all(kind == 'prediction' for kind, _ in task.predictions)
+  assert all(kind == 'target' for kind, _ in seen['targets'])
+  assert all(kind == 'prediction' for kind, _ in seen['predictions'])
   for line, (_, target), (_, text) in zip(
-    result.lines, task.targets, task.predictions, strict=True
+    result.lines, seen['targets'], seen['predictions'], strict=True
   ):
     assert line['input'].startswith('language: ')
     assert (line['target'], line['prediction']) == (target, text)
-  # Scores are the log-probabilities of the references.
-  assert len(task.scores) == 11 and max(task.scores) < 0
+  # Scores are the log-probabilities of the references, aux values those of the outputs.
+  assert len(seen['scores']) == 11 and max(seen['scores']) < 0
+  assert len(seen['aux']) == 11 and max(seen['aux']) < 0
+  assert result.metrics['same'] == 1
+  assert result.metrics['likely'] == pytest.approx(result.metrics['mean'])
+  assert result.metrics['of_object'] == pytest.approx(result.metrics['of_function'])
+  assert result.metrics['characters'] == sum(len(line['prediction']) for line in result.lines)
+  [failed] = result.failed
+  assert 'Unknown' in failed and 'SCORE_WITH_INTERMEDIATES' in failed
   assert decoded.run(params).lines == result.lines
+
+  # A bootstrap draws what objects get as it draws the rest.
+  drawn = evaluators.Decoded('x', task, one, decode, num_examples=11, num_bootstrap=20)
+  metrics = drawn.run(params).metrics
+  for end in ('low', 'high'):
+    assert metrics[f'likely_{end}'] == pytest.approx(metrics[f'mean_{end}'])
+
+
+def test_scores_are_kept_where_a_task_takes_them(setting):
+  cfg, where, _ = setting
+  seqio.TaskRegistry.add_provider('fake', seen_task(catalog.task_provider(config()))[0])
+  for name, wanted in (('language_id_byte', False), ('fake', True)):
+    one = evaluators.Evaluators(cfg, tiny_run.VOCABULARY, **where, infer_eval=[config(name)])
+    [output] = one._decoded[0].predictor.predict_all(setting[2], [[5, 1]])
+    assert (output[0].score is not None) == wanted
 
 
 @pytest.mark.parametrize('kind', ['lm', 'prefix_lm'])
