@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from t5x_lite import __version__
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, suggest
 from t5x_lite.parallel import host_memory
 from t5x_lite.programs import command_flags
 from t5x_lite.programs.command_flags import Parameter
@@ -116,6 +116,14 @@ class _Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     raise UsageError(f'{message} (see {self.prog} --help)')
+
+  # That of a subparser is called too, and has the flags.
+  def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    found, unknown = super().parse_known_args(args, namespace)
+    if unknown:
+      hint = suggest(unknown[0].split('=')[0], self._option_string_actions)
+      self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
+    return found, unknown
 
 
 def _make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:

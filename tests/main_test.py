@@ -114,7 +114,7 @@ def test_a_dry_run_writes_nothing(toy):
     ([], 'the following arguments are required: COMMAND'),
     (['trian'], "invalid choice: 'trian'"),
     (['toy'], 'required: TEXT'),
-    (['toy', 'a', '--tims=2'], 'unrecognized arguments: --tims=2'),
+    (['toy', 'a', '--tims=2'], 'unrecognized arguments: --tims=2; did you mean --times?'),
     (['toy', 'a', '--times=x'], "invalid int value: 'x'"),
     (['toy', 'a', '--gin.play.times'], 'write --gin.play.times=value'),
     (['toy', 'a', '--gin.play.tims=2'], 'did you mean times'),
