@@ -142,7 +142,10 @@ def create(path: str, shape: Sequence[int], dtype: np.dtype, chunks: Any, compre
 def write(
   path: str, parts: Sequence[Tensor], dtype: np.dtype, compressor: Any, axis: int | None = None
 ) -> tuple[Any, int]:
-  """Writes an array, or its layers along `axis`, part by part; returns it and its checksum."""
+  """Writes an array, or its layers along `axis`, part by part; returns it and its checksum.
+
+  That of layers along another axis than the first is 0: their elements do not follow each other.
+  """
   shape = list(parts[0].shape)
   if axis is None:
     chunks = chunk_shape(shape, dtype.itemsize)
@@ -158,7 +161,7 @@ def write(
         block = np.expand_dims(block, axis)
         where.insert(axis, slice(layer, layer + 1))
       array[tuple(where)].write(block).result()
-      total += checksums.of_part(block, shape, where)
+      total += 0 if axis else checksums.of_part(block, shape, where)
   return array, total & 0xFFFFFFFF
 
 
@@ -189,9 +192,7 @@ def verify(step: str, prefix: str = '') -> None:
 
   Block by block, before any of it is used: one more reading of the files, which the restore then
   finds in the page cache.
-
-  Checkpoints of earlier versions, and of other programs, have no checksums and pass if their arrays
-  can be opened. With a prefix such as 'params.' only arrays whose names begin so are compared.
+  With a prefix such as 'params.' only arrays whose names begin so are compared.
   """
   root = epath.Path(step)
   try:
@@ -202,7 +203,7 @@ def verify(step: str, prefix: str = '') -> None:
   for item in items:
     if not (root / item).is_dir():
       raise DamagedError(f'{root / item} is missing')
-  saved = checkpoints.read_meta(root).get('checksums') or {}
+  saved = checkpoints.read_meta(root)['checksums']
   try:
     stored = orbax_tensors(root / 'state', Reader())
     names = sorted(name for name in saved.keys() & stored.keys() if name.startswith(prefix))

@@ -8,6 +8,7 @@ depends on its place, modulo 2**32. Any one changed bit changes it, and so does 
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from t5x_lite.parallel import pytrees
 
 _SIGNATURE = 'sha256'
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+_RUN = 1 << 16  # elements that are summed at a time
 
 
 def of_tree(tree: Any) -> dict[str, int]:
@@ -45,36 +47,21 @@ def _sum(array: jax.Array) -> jax.Array:
   return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
-def of_block(block: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> int:
-  """Returns what a block that starts at `start` of an array of this shape adds to its checksum."""
-  block = np.ascontiguousarray(block)
-  if block.dtype == np.bool_:
-    block = block.astype(np.uint8)
-  bits = block.view(_BITS[block.dtype.itemsize])
-  if tuple(block.shape[1:]) == tuple(shape[1:]):
-    # Its elements follow each other: no array of their places is needed.
-    return _of_run(bits.reshape(-1), (start[0] if shape else 0) * math.prod(shape[1:]))
-  place = np.zeros((1,) * block.ndim, np.uint32)
-  for dim, stride in enumerate(_strides(shape)):
-    steps = (np.arange(block.shape[dim]) + start[dim]).astype(np.uint32)
-    along = [-1 if i == dim else 1 for i in range(block.ndim)]
-    place = place + (steps * np.uint32(stride & 0xFFFFFFFF)).reshape(along)
-  return int(np.sum(bits.astype(np.uint32) * (2 * place + 1), dtype=np.uint32))
-
-
 def of_part(part: np.ndarray, shape: Sequence[int], index: Sequence[slice]) -> int:
-  """The same of the part that one slice a dim names."""
-  return of_block(part, shape, [at.indices(n)[0] for at, n in zip(index, shape, strict=True)])
+  """Returns what a part of an array of this shape adds to its checksum.
 
-
-def _of_run(bits: np.ndarray, offset: int, run: int = 1 << 16) -> int:
-  """Returns the checksum of elements that follow each other."""
-  odd = np.arange(1, 2 * run, 2, dtype=np.uint32)
+  One slice a dim names the part, whose elements follow each other in the array.
+  """
+  starts = (at.indices(size)[0] for at, size in zip(index, shape, strict=True))
+  offset = sum(map(operator.mul, starts, _strides(shape)))
+  part = np.ascontiguousarray(part).reshape(-1)
+  bits = part.view(_BITS[part.dtype.itemsize])
+  odd = np.arange(1, 2 * _RUN, 2, dtype=np.uint32)
   total = 0
-  for first in range(0, bits.size, run):
-    part = bits[first : first + run].astype(np.uint32, copy=False)
-    total += int(np.dot(part, odd[: part.size]))
-    total += 2 * (offset + first) * int(np.sum(part, dtype=np.uint64))
+  for first in range(0, bits.size, _RUN):  # no array of all their places is needed
+    run = bits[first : first + _RUN].astype(np.uint32, copy=False)
+    total += int(np.dot(run, odd[: run.size]))
+    total += 2 * (offset + first) * int(np.sum(run, dtype=np.uint64))
   return total & 0xFFFFFFFF
 
 
@@ -87,10 +74,15 @@ def signed(entry: Mapping[str, Any]) -> dict[str, Any]:
   return {**entry, _SIGNATURE: _digest(entry)}
 
 
-def check_signed(entry: Mapping[str, Any], where: str) -> None:
-  """Raises DamagedError unless the object is as it was signed; what older versions wrote is not."""
-  if _SIGNATURE in entry and entry[_SIGNATURE] != _digest(entry):
-    raise DamagedError(f'{where} is not as it was written')
+def read_signed(path: epath.Path) -> dict[str, Any]:
+  """Returns the object of a file; DamagedError unless it is there as it was signed."""
+  try:
+    entry = json.loads(path.read_text())
+  except (FileNotFoundError, ValueError) as error:
+    raise DamagedError(f'{path} is missing or damaged') from error
+  if not isinstance(entry, dict) or entry.get(_SIGNATURE) != _digest(entry):
+    raise DamagedError(f'{path} is not as it was written')
+  return entry
 
 
 def _digest(entry: Mapping[str, Any]) -> str:

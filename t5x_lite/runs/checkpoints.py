@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = 'checkpoints'
 DAMAGED = '.damaged'
-FORMAT_VERSION = 2  # 1 had no checksums
+FORMAT_VERSION = 2
 _policies = ocp.checkpoint_managers
 
 
@@ -147,18 +147,9 @@ def make_meta(step: int, sums: Mapping[str, int], **more: Any) -> dict[str, Any]
 
 
 def read_meta(root: epath.Path) -> dict[str, Any]:
-  """Returns the meta item of a step, empty if it never had one; DamagedError if it was changed."""
-  if not (root / 'meta').is_dir():
-    return {}
+  """Returns the meta item of a step; DamagedError if it was changed."""
   path = root / 'meta' / 'metadata'
-  try:
-    meta = json.loads(files.retried(path, path.read_text))
-  except (OSError, ValueError) as error:
-    raise DamagedError(f'{path} is missing or damaged') from error
-  if not isinstance(meta, dict):
-    raise DamagedError(f'{path} is damaged')
-  checksums.check_signed(meta, os.fspath(path))
-  return meta
+  return files.retried(path, checksums.read_signed, path)
 
 
 def has_checkpoint(model_dir: str) -> bool:
@@ -201,15 +192,16 @@ def load_state(path: str, abstract_state: Any) -> Any:
 
   Each array goes straight into the sharding that its ShapeDtypeStruct has; any mesh may have
   written it, and floats are cast to the wanted dtype. UsageError if the checkpoint is missing or
-  another model's.
+  another model's, DamagedError if its metadata lost an array.
   """
   directory, step = find_checkpoint(path)
-  item = epath.Path(directory).absolute() / str(step) / 'state'
-  plain = pytrees.to_plain(abstract_state)
+  root = epath.Path(directory).absolute() / str(step)
+  item, plain = root / 'state', pytrees.to_plain(abstract_state)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     saved = checkpointer.metadata(item).item_metadata.tree
     part = {name: saved[name] for name in plain if name in saved}
-    explain_mismatch(os.fspath(item.parent), part, plain, 'model and optimizer')
+    _check_names(root, part, plain)
+    explain_mismatch(os.fspath(root), part, plain, 'model and optimizer')
     how = ocp.checkpoint_utils.construct_restore_args(plain)
     arguments = ocp.args.PyTreeRestore(plain, restore_args=how, partial_restore=True)
     restored = checkpointer.restore(item, args=arguments)
@@ -355,20 +347,11 @@ class Checkpointer(contextlib.AbstractContextManager):
     iterator: SavableIterator | None,
     verify: Callable[[str], None] | None,
   ) -> tuple[Any, dict[str, Any]]:
-    wanted = pytrees.to_plain(abstract_state)
     root = self.directory / str(step)
     if verify is not None:
       _all_alike(root, lambda: distributed.is_primary() and verify(os.fspath(root)))
-    # What was converted from another format may lack the last two.
-    items: dict[str, Any] = {'state': ocp.args.StandardRestore(wanted)}
-    if (root / 'meta').is_dir():
-      items['meta'] = ocp.args.JsonRestore()
     try:
-      saved = self._manager.item_metadata(step)['state']
-      saved = getattr(saved, 'tree', saved) or {}
-      _check_names(root, saved, wanted)
-      explain_mismatch(os.fspath(root), saved, wanted, 'model and optimizer')
-      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+      state, meta = load_state(os.fspath(root), abstract_state), read_meta(root)
     except (UsageError, LostProcessError, MemoryError, jax.errors.JaxRuntimeError):
       raise  # the device's or a peer's fault: the checkpoint is as it was
     except Exception as error:
@@ -379,7 +362,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       _all_alike(data, lambda: files.retried(data, iterator.restore, os.fspath(data)))
     elif iterator is not None:
       log.warning('%s is not there: the data is read from its beginning', data)
-    return pytrees.from_plain(restored['state'], abstract_state), restored.get('meta') or {}
+    return state, meta
 
   def wait(self) -> None:
     """Blocks until every started save is committed."""
@@ -399,7 +382,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 def _check_names(root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
   """Tells metadata that lost an array from those of another model."""
-  written = read_meta(root).get('checksums', {})
+  written = read_meta(root)['checksums']
   names, asked = (
     {name.replace('/', '.') for name in pytrees.flatten_names(tree)} for tree in (saved, wanted)
   )

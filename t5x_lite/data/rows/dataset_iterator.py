@@ -192,7 +192,8 @@ class DatasetIterator:
       if len(saved) != 1:
         raise DamagedError(f'{directory} holds {len(saved)} saved data positions, expected one')
       [path] = saved
-    meta = _read_position(path)
+    meta = checksums.read_signed(path)
+    checksums.check_files(directory, meta['digests'])
     _check_same_stream(self._cfg, meta['config'])
     if meta['process_count'] != self._count and not self._cfg.replicated:
       self._restart(meta)
@@ -231,17 +232,6 @@ class DatasetIterator:
     )
     self._rewind(seed)
     self.num_batches = batches
-
-
-def _read_position(path: epath.Path) -> dict[str, Any]:
-  """Returns what `save` wrote, once its files are as they were written."""
-  try:
-    meta = json.loads(path.read_text())
-  except (FileNotFoundError, ValueError) as error:
-    raise DamagedError(f'{path} is missing or damaged') from error
-  checksums.check_signed(meta, str(path))
-  checksums.check_files(path.parent, meta.get('digests', {}))
-  return meta
 
 
 def _stream_config(cfg: DatasetConfig) -> dict[str, Any]:
