@@ -31,6 +31,7 @@ from t5x_lite.programs.command_flags import Parameter
 PROGRAM_NAME = 't5x-lite'
 COMPLETION = 'completion'
 EXIT_STOPPED = 6
+DECODING = 't5x_lite.decoding.config.DecodingConfig'
 # No bugs either: places that cannot be written to, and disks that are full or fail.
 _CODES = {
   2: 'EACCES EPERM EROFS EEXIST ENOTDIR ENAMETOOLONG',
@@ -49,31 +50,31 @@ class Command:
   positional: tuple[str, ...] = ()  # parameters that are given without their name
   inherits: str = ''  # dotted name of the function whose experiment files this one reads
   computes: bool = False  # runs steps: temporaries and compiled programs are worth keeping
-  opened: str = ''  # a parameter that is an object, whose simple fields are flags too
+  decodes: bool = False  # has a parameter `decoding`, whose simple fields are flags too
   # Given gin files without their flag, checks and runs other commands, and is no process of theirs.
   runs_commands: bool = False
 
   def parameters(self) -> list[Parameter]:
     """Returns what can be written on the command line."""
-    found = command_flags.read_parameters(self.function)
-    if self.opened:
-      found += command_flags.read_fields(self.function, self.opened)
+    found = [*command_flags.read_parameters(self.function), *self.fields()]
     return [parameter for parameter in found if parameter.type is not None]
+
+  def fields(self) -> list[Parameter]:
+    """Returns the fields of `decoding`, if there is one."""
+    return command_flags.read_parameters(DECODING) if self.decodes else []
 
   def bindings(self, given: dict[str, Any]) -> list[str]:
     """Takes the fields' flags out of `given` and returns them as gin statements."""
-    fields = [p for p in self.parameters() if p.parent and p.name in given]
-    if not fields:
+    names = [field.name for field in self.fields() if field.name in given]
+    if not names:
       return []
-    module = command_flags.NESTED[fields[0].owner]
-    program, _, name = self.function.rpartition('.')
-    owner = f'{module}.{fields[0].owner}'
+    module, program = (name.rpartition('.')[0] for name in (DECODING, self.function))
     return [
       'from __gin__ import dynamic_registration',
       f'import {module}',
       f'import {program}',
-      f'{program}.{name}.{self.opened} = @{owner}()',
-      *(f'{owner}.{p.name} = {given.pop(p.name)!r}' for p in fields),
+      f'{self.function}.decoding = @{DECODING}()',
+      *(f'{DECODING}.{name} = {given.pop(name)!r}' for name in names),
     ]
 
 
@@ -91,8 +92,8 @@ def _add(name: str, help: str, *positional: str, **more: Any) -> None:
 _LIKE_TRAIN = 't5x_lite.programs.train.train'
 _add('train', 'train a model, or continue its run', computes=True)
 _add('finetune', 'fine-tune a checkpoint on your own file, and export it', computes=True)
-_add('eval', 'evaluate a run on tasks by their own metrics', computes=True, opened='decoding')
-_add('infer', 'predict for every line of a file', computes=True, opened='decoding')
+_add('eval', 'evaluate a run on tasks by their own metrics', computes=True, decodes=True)
+_add('infer', 'predict for every line of a file', computes=True, decodes=True)
 _add('serve', 'serve a model over HTTP, to OpenAI clients too', 'model', computes=True)
 _add('quickstart', 'pretrain, fine-tune, evaluate and predict on the embedded text', computes=True)
 _add('report', 'write one HTML page about a run, or about several side by side', 'runs')

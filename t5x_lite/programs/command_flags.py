@@ -19,28 +19,17 @@ _SIMPLE: Mapping[str, tuple[type, bool]] = {
   'Sequence[int]': (int, True),
   **dict.fromkeys(('Sequence[str]', 'str | Sequence[str]'), (str, True)),
 }
-# Dataclasses whose fields are flags of their own where a command says so.
-NESTED: Mapping[str, str] = {'DecodingConfig': 't5x_lite.decoding.config'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """One keyword-only parameter of a program, or a field of one."""
+  """One keyword-only parameter of a program, or field of a dataclass."""
 
   name: str
   help: str  # its entry in the docstring's Args section, on one line
   type: type | None  # of one value; None if it cannot be written on a command line
   many: bool = False  # whether it takes several values
   default: str = ''  # as text; '' if there is none, or nothing that says more
-  parent: str = ''  # the program's parameter that this is a field of
-  owner: str = ''  # the dataclass of that field
-
-
-def read_fields(function: str, parent: str) -> list[Parameter]:
-  """Returns the fields of the dataclass of `parent`, whose annotation is in NESTED, as flags."""
-  [owner] = [p.owner for p in read_parameters(function) if p.name == parent]
-  found = read_parameters(f'{NESTED[owner]}.{owner}')
-  return [dataclasses.replace(p, parent=parent, owner=owner) for p in found if p.type is not None]
 
 
 def read_parameters(function: str) -> list[Parameter]:
@@ -71,10 +60,9 @@ def read_parameters(function: str) -> list[Parameter]:
   entries, parameters = {name: ' '.join(text.split()) for name, text in found}, []
   for name, hint, default in variables:
     annotation = ast.unparse(hint).removesuffix(' | None') if hint else ''
-    owner = annotation if annotation in NESTED else ''
     kind, many = _SIMPLE.get(annotation, (None, False))
     text, shown = entries.get(name, ''), _default(default, constants)
-    parameters.append(Parameter(name, text, kind, many, shown, owner=owner))
+    parameters.append(Parameter(name, text, kind, many, shown))
   return parameters
 
 
