@@ -21,6 +21,7 @@ from flax import nnx
 
 from t5x_lite.decoding import loop, prediction
 from t5x_lite.decoding.config import DecodingConfig
+from t5x_lite.decoding.prediction import Output
 from t5x_lite.errors import UsageError, check_positive
 from t5x_lite.models import t5
 from t5x_lite.models.blocks import Cache
@@ -41,15 +42,6 @@ class Request:
   # Sample among the fewest tokens whose probability reaches p, after top_k; 1 means all.
   top_p: float = 1.0
   seed: int = 0  # of this row's sampling, folded into the batch's
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-  """What a slot has decoded so far."""
-
-  tokens: list[int]  # ids, without EOS
-  log_probs: list[float]  # natural, of each token, that of EOS last if the row ended with it
-  ended: str = ''  # 'eos', 'length', or '' while it goes on
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +157,7 @@ class ContinuousBatch:
     return tickets
 
   def advance(self) -> dict[int, Output]:
-    """Decodes a chunk; returns every request's output by ticket, and frees the ended."""
+    """Decodes a chunk; returns what every request has so far by ticket, and frees the ended."""
     self._resize(self._num_held)
     with self.placement.active():
       self._slots = self._advance(self.params, self._slots, self._key)
@@ -183,7 +175,7 @@ class ContinuousBatch:
         ended = 'eos'
       while ended == 'length' and tokens and tokens[-1] == self.model.pad_id:
         tokens.pop()  # as a Predictor's
-      outputs[ticket] = Output(tokens, log_probs, ended)
+      outputs[ticket] = Output(tokens, sum(log_probs), log_probs, ended)
       if ended:
         self._rows[row] = None
     return outputs
@@ -369,7 +361,7 @@ class RowDecoder:
 
   def __call__(
     self, params: Any, rows: Sequence[Sequence[int]], *, seeds: Sequence[int]
-  ) -> Iterator[tuple[int, list[prediction.Output]]]:
+  ) -> Iterator[tuple[int, list[Output]]]:
     """Yields (index, outputs) of each input, in the order in which they end.
 
     Params, rows and seeds are as of `Predictor.predict_all`, but of any number.
@@ -388,7 +380,7 @@ class RowDecoder:
     batch.params = params
     try:
       for i, one in batch.run(Request(tokens=rows[i], seed=seeds[i], **settings) for i in order):
-        yield order[i], [prediction.Output(one.tokens, sum(one.log_probs), one.log_probs)]
+        yield order[i], [one]
     finally:  # neither caches nor parameters stay
       batch.reset()
       batch.params = None

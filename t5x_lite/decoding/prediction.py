@@ -65,6 +65,7 @@ class Output:
   tokens: list[int]  # its ids, without EOS and padding
   score: float | None  # as `DecodingConfig.normalization` says; None if not asked for
   log_probs: list[float] | None  # of each token, EOS included; None likewise
+  ended: str = ''  # of a row of a `ContinuousBatch`: 'eos', 'length', or '' while it goes on
 
 
 class Predictor:

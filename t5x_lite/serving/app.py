@@ -25,7 +25,8 @@ from starlette.exceptions import HTTPException
 
 from t5x_lite.data.model_inputs import is_unicode
 from t5x_lite.data.vocabularies import Vocabulary
-from t5x_lite.decoding.continuous import Output, Request
+from t5x_lite.decoding.continuous import Request
+from t5x_lite.decoding.prediction import Output
 from t5x_lite.models import model_sharding
 from t5x_lite.serving import guard
 from t5x_lite.serving.guard import Guard, Limits, Metrics
@@ -270,8 +271,7 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
     requests = requests_of(rows, length, body.seed, body.num_outputs, **settings)
 
     def show(text: str, ended: str | None, output: Output, **more: Any) -> dict[str, Any]:
-      score = sum(output.log_probs)  # log-probability, EOS included
-      return {'text': text, 'score': score, 'finish_reason': ended, **more}
+      return {'text': text, 'score': output.score, 'finish_reason': ended, **more}
 
     if body.stream:
       return await stream(requests, body.stop, show)

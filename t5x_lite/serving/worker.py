@@ -14,7 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from t5x_lite.decoding.continuous import ContinuousBatch, Output, Request
+from t5x_lite.decoding.continuous import ContinuousBatch, Request
+from t5x_lite.decoding.prediction import Output
 
 log = logging.getLogger(__name__)
 

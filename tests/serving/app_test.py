@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from t5x_lite.data.vocabularies import VocabularyConfig, make_vocabulary
-from t5x_lite.decoding.continuous import Output
+from t5x_lite.decoding.prediction import Output
 from t5x_lite.serving.app import _Text, make_app
 from t5x_lite.serving.guard import Limits
 
@@ -15,7 +15,7 @@ def stream(vocabulary, text, stop=(), step=1):
   tokens = vocabulary.encode(text)
   growing, parts = _Text(vocabulary, stop), []
   for end in [*range(step, len(tokens), step), len(tokens)]:
-    ended = growing.add(Output(tokens[:end], [], 'eos' if end == len(tokens) else ''))
+    ended = growing.add(Output(tokens[:end], 0.0, [], 'eos' if end == len(tokens) else ''))
     parts.append(growing.new(ended))
     if ended:
       return parts, ended
