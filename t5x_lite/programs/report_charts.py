@@ -1,10 +1,11 @@
 """Charts as SVG text, for pages that open from disk without a library."""
 
-import dataclasses
+import functools
 import html
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,21 +23,6 @@ _LOG_FACTOR = 50
 Points = Sequence[tuple[float, float]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Scale:
-  """Numbers to pixels along one axis."""
-
-  low: float
-  high: float
-  start: float
-  end: float
-
-  def __call__(self, value: float) -> float:
-    """Returns the pixel of a number."""
-    share = (value - self.low) / (self.high - self.low)
-    return self.start + share * (self.end - self.start)
-
-
 def line_chart(
   title: str, lines: Mapping[str, Points], *, x_label: str = 'step', may_be_log: bool = False
 ) -> str:
@@ -52,18 +38,18 @@ def line_chart(
   ys = [y for _, y in flat]
   is_log = may_be_log and min(ys) > 0 and max(ys) / min(ys) > _LOG_FACTOR
   level = math.log10 if is_log else float
-  x_scale = Scale(*_bounds([x for x, _ in flat]), _LEFT, _WIDTH - _RIGHT)
-  y_scale = Scale(*_bounds([*map(level, ys)]), _HEIGHT - _BOTTOM, _TOP)
+  x_bounds, y_bounds = _bounds([x for x, _ in flat]), _bounds([*map(level, ys)])
+  x_place = _placer(x_bounds, _LEFT, _WIDTH - _RIGHT)
+  y_place = _placer(y_bounds, _HEIGHT - _BOTTOM, _TOP)
   picture = ''
-  bounds = [10.0**y if is_log else y for y in (y_scale.low, y_scale.high)]
-  for tick in ticks(*bounds, is_log=is_log):
-    y = y_scale(level(tick))
+  for tick in ticks(*(10.0**y if is_log else y for y in y_bounds), is_log=is_log):
+    y = y_place(level(tick))
     ends = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
     picture += f'<line {ends} class="grid"/>' + _tick(_LEFT - 6, y + 4, number(tick), 'end')
-  picture += _x_ticks(x_scale, _HEIGHT - _BOTTOM)
+  picture += _x_ticks(x_bounds, x_place, _HEIGHT - _BOTTOM)
   picture += _tick((_LEFT + _WIDTH) / 2, _HEIGHT - 4, x_label)
   for i, found in enumerate(segments.values()):
-    picture += _draw(found, lambda x, y: (x_scale(x), y_scale(level(y))), i)
+    picture += _draw(found, lambda x, y: (x_place(x), y_place(level(y))), i)
   legend = ''
   if len(lines) > 1:
     entries = [
@@ -110,20 +96,21 @@ def dot_chart(
   if not found:
     return ''
   found += [x for x in marks.values() if x is not None]
-  scale = Scale(*_bounds(found), 2.6 * _LEFT, _WIDTH - 2 * _RIGHT)
+  bounds = _bounds(found)
+  place = _placer(bounds, 2.6 * _LEFT, _WIDTH - 2 * _RIGHT)
   bottom = _TOP + 20 * len(rows)
-  picture = _x_ticks(scale, bottom)
+  picture = _x_ticks(bounds, place, bottom)
   for i, (name, values) in enumerate(rows.items()):
     y = _TOP + 20 * i + 10
     picture += _tick(2.5 * _LEFT, y + 4, name[:26], 'end')
     for value in values:
-      picture += f'<circle cx="{scale(value):.1f}" cy="{y}" r="3" fill="{COLORS[0]}"/>'
+      picture += f'<circle cx="{place(value):.1f}" cy="{y}" r="3" fill="{COLORS[0]}"/>'
     if values:
-      x = scale(sum(values) / len(values))
+      x = place(sum(values) / len(values))
       picture += f'<path d="M{x:.1f} {y - 7}V{y + 7}" stroke="{COLORS[1]}" stroke-width="2"/>'
     if (mark := marks.get(name)) is not None:
       ring = f'r="4" fill="none" stroke="{COLORS[2]}"'
-      picture += f'<circle cx="{scale(mark):.1f}" cy="{y}" {ring}/>'
+      picture += f'<circle cx="{place(mark):.1f}" cy="{y}" {ring}/>'
   return _figure(title, bottom + _BOTTOM, picture)
 
 
@@ -135,9 +122,13 @@ def _figure(title: str, height: int, picture: str, legend: str = '') -> str:
   )
 
 
-def _x_ticks(scale: Scale, bottom: float) -> str:
-  found = ticks(scale.low, scale.high)
-  return ''.join(_tick(scale(tick), bottom + 16, number(tick)) for tick in found)
+def _placer(bounds: tuple[float, float], start: float, end: float) -> Callable[[float], Any]:
+  """Returns the pixel of a number along an axis."""
+  return functools.partial(np.interp, xp=bounds, fp=(start, end))
+
+
+def _x_ticks(bounds: tuple[float, float], place: Callable[[float], Any], bottom: float) -> str:
+  return ''.join(_tick(place(tick), bottom + 16, number(tick)) for tick in ticks(*bounds))
 
 
 def _tick(x: float, y: float, text: str, anchor: str = 'middle') -> str:
