@@ -252,7 +252,7 @@ def report(args: argparse.Namespace, contenders: list[side_by_side.Contender]) -
   # The best of the ceiling's runs: it is there to be an upper bound.
   peak = ceiling / min(by_name['matmul'].wall)
   peak_cpu = ceiling / min(by_name['matmul'].cpu)
-  work = flops.train_step_flops(
+  work = 3 * flops.forward_flops(
     cfg, batch_size=args.batch_size, inputs=args.inputs, targets=args.targets
   )
   tokens = args.batch_size * (args.inputs + args.targets)

@@ -32,19 +32,17 @@ def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: in
   return batch_size * total
 
 
-def train_step_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
-  """Returns a training step's FLOPs: backward costs two forwards, one if few parameters learn."""
-  passes = 2 if transfer.fields(config) else 3
-  return passes * forward_flops(config, batch_size=batch_size, inputs=inputs, targets=targets)
-
-
 def batch_train_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
-  """Returns the FLOPs of one training step on arrays (or shapes) of a batch."""
+  """Returns the FLOPs of one training step on arrays (or shapes) of a batch.
+
+  Backward costs two forwards, one if few parameters learn.
+  """
   rows, targets = batch['decoder_target_tokens'].shape
   inputs = 0
   if config.has_encoder:
     inputs = batch['encoder_input_tokens'].shape[1] + (config.prompt_length or 0)
-  return train_step_flops(config, batch_size=rows, inputs=inputs, targets=targets)
+  passes = 2 if transfer.fields(config) else 3
+  return passes * forward_flops(config, batch_size=rows, inputs=inputs, targets=targets)
 
 
 def summary(config: T5Config, batch: Mapping[str, Any]) -> str:

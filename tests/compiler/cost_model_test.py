@@ -114,7 +114,7 @@ def test_blocked_attention_keeps_no_pairs():
 
 def test_hardware_flops_without_recomputation_are_the_models():
   plain = with_policy('none')
-  expected = flops.train_step_flops(plain.model, batch_size=2048, inputs=512, targets=114)
+  expected = 3 * flops.forward_flops(plain.model, batch_size=2048, inputs=512, targets=114)
   np.testing.assert_allclose(cost_model.hardware_flops(plain), expected)
 
 

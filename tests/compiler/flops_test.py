@@ -61,7 +61,7 @@ def test_training_costs_three_forward_passes():
 def test_long_batches_cost_six_flops_a_parameter_and_token():
   """Up to attention, the rule of thumb of 6 N (Kaplan et al. 2020)."""
   cfg = named_config('t5_1_1_xxl')
-  per_token = flops.train_step_flops(cfg, batch_size=1, inputs=512, targets=512) / 512
+  per_token = 3 * flops.forward_flops(cfg, batch_size=1, inputs=512, targets=512) / 512
   layers = 24 * (12 * 4096**2 + 6 * 4096 * 10240) + 4096 * 32128
   assert per_token == pytest.approx(6 * layers, rel=0.05)
 
@@ -72,6 +72,6 @@ def test_the_summary_counts_tokens_of_both_sides():
     'encoder_input_tokens': np.zeros((2, 512), np.int32),
     'decoder_target_tokens': np.zeros((2, 128), np.int32),
   }
-  total = flops.train_step_flops(config, batch_size=2, inputs=512, targets=128)
+  total = 3 * flops.forward_flops(config, batch_size=2, inputs=512, targets=128)
   expected = f'{total:.3e} FLOPs a step, {total / 1280:.3e} a token of 1,280'
   assert flops.summary(config, batch) == expected

@@ -92,9 +92,8 @@ def test_the_paper_and_the_cost_stand_beside(table, tmp_path):
   good = dict(zip(header, rows[1], strict=True))
   assert good['BLEU, paper'] == '28.0' and rows[2][2] == ''
   dataset: DatasetConfig = tiny_run.dataset()
-  step = flops.train_step_flops(
-    tiny_run.model(), batch_size=dataset.batch_size, inputs=32, targets=16
-  )
+  size = {'batch_size': dataset.batch_size, 'inputs': 32, 'targets': 16}
+  step = 3 * flops.forward_flops(tiny_run.model(), **size)
   assert good['training FLOPs'] == f'{20 * step:.2e}'
   assert good['FLOPs of a step (M)'] == f'{step:.3g} (1.00)'
   assert good['parameters (P)'].endswith(' (1.00)')
