@@ -199,7 +199,9 @@ def load_state(path: str, abstract_state: Any) -> Any:
   item, plain = root / 'state', pytrees.to_plain(abstract_state)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     saved = checkpointer.metadata(item).item_metadata.tree
-    part = {name: saved[name] for name in plain if name in saved}
+    # Of the optimizer's state too, where the wanted one is empty.
+    wanted = pytrees.leaves(abstract_state, is_leaf=lambda x: x is not abstract_state)
+    part = {name: saved[name] for (name,), _ in wanted if name in saved}
     _check_names(root, part, plain)
     explain_mismatch(os.fspath(root), part, plain, 'model and optimizer')
     how = ocp.checkpoint_utils.construct_restore_args(plain)
