@@ -62,7 +62,7 @@ def load(
     opened, config, assignment_map=assignment_map, strict=strict, seed=seed
   )
   placement = model_sharding.place_here(config, mesh)
-  params = tensors.place(found, config, model_sharding.param_shardings(config, placement))
+  params = tensors.place(found, config, model_sharding.param_specs(config, placement))
   known = {'lengths': opened.lengths, 'step': opened.step, 'report': report}
   return Model(config, params, vocabulary or opened.vocabulary, placement=placement, **known)
 
@@ -79,7 +79,8 @@ def new(
   The mesh says how the parameters are spread over devices, one by default; the seed is theirs.
   """
   placement = model_sharding.place_here(config, mesh)
-  shardings = model_sharding.param_shardings(config, placement)
+  specs = model_sharding.param_specs(config, placement)
+  shardings = jax.tree.map(lambda spec: spec.sharding, specs)
   init = jax.jit(functools.partial(t5.init_params, config), out_shardings=shardings)
   return Model(config, init(jax.random.key(seed)), vocabulary, placement=placement)
 
@@ -177,8 +178,8 @@ class Model(Generation):
     """
     self._check_vocabulary()
     grown, _ = grow_vocabulary.grow(self._source(), tokens=tokens, extra_ids=extra_ids)
-    shardings = model_sharding.param_shardings(grown.config, self.placement)
-    params = tensors.place(grown.tensors, grown.config, shardings)
+    specs = model_sharding.param_specs(grown.config, self.placement)
+    params = tensors.place(grown.tensors, grown.config, specs)
     kept = {'placement': self.placement, 'lengths': self.lengths, 'step': self.step}
     return Model(grown.config, params, grown.vocabulary, **kept)
 

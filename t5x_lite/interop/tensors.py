@@ -95,19 +95,17 @@ def mean(parts: Sequence[Tensor]) -> Tensor:
   return dataclasses.replace(parts[0], fetch=fetch, origin=f'the mean of {len(parts)}')
 
 
-def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = None) -> Any:
+def place(tensors: Tensors, cfg: T5Config, specs: Any = None) -> Any:
   """Reads tensors into a parameter tree, each part to the device that keeps it.
 
   One leaf at a time; of a leaf that is cut over devices, one part at a time. No device ever holds
-  more than its own share. They are cast to the model's param_dtype, or to the dtypes of specs, a
-  tree of ShapeDtypeStructs; int8 makes an `Int8`. Shardings of None are the first device.
+  more than its own share. They are cast to the dtypes of specs, a tree of ShapeDtypeStructs with
+  shardings, by default the model's on the first device; int8 makes an `Int8`.
   """
-  shapes = t5.abstract_params(cfg)[1] if specs is None else specs
-  if shardings is None:
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: one, shapes)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  specs = t5.abstract_params(cfg)[1] if specs is None else specs
 
-  def make(keys: Any, leaf: Any, sharding: Any) -> Any:
+  def make(keys: Any, leaf: Any) -> Any:
     path, rounded = pytrees.names_of(keys), leaf.dtype == np.int8
     leaf = leaf.update(dtype=np.float32) if rounded else leaf
     stacked = tensor_names.is_stacked(cfg, path)
@@ -122,10 +120,11 @@ def place(tensors: Tensors, cfg: T5Config, shardings: Any = None, specs: Any = N
         done[key] = _assemble(parts, index, leaf, stacked)
       return done[key]
 
+    sharding = leaf.sharding or here
     placed = jax.make_array_from_callback(leaf.shape, sharding, fetch).block_until_ready()
-    return quantize(path, placed) if rounded else placed
+    return quantize(placed, -1 if path[-1] == 'embedding' else -2) if rounded else placed
 
-  return jax.tree_util.tree_map_with_path(make, shapes, shardings)
+  return jax.tree_util.tree_map_with_path(make, specs)
 
 
 def _assemble(parts: Sequence[Tensor], index: Index, leaf: Any, stacked: bool) -> np.ndarray:
@@ -168,16 +167,12 @@ class Int8:
     return (self.values.astype(jnp.float32) * self.scales)[index]
 
 
-def quantize(path: Sequence[str], weights: jax.Array) -> Int8:
-  """Rounds the parameter at a path to the nearest of 255 steps a channel, where it lies.
-
-  A channel is a column of a kernel, and a row of the embedding, tied to the head or not.
-  """
-  return _quantize(weights, -1 if path[-1] == 'embedding' else -2)
-
-
 @jax.jit(static_argnums=1)
-def _quantize(weights: jax.Array, axis: int) -> Int8:
+def quantize(weights: jax.Array, axis: int) -> Int8:
+  """Rounds a parameter to the nearest of 255 steps a channel, where it lies.
+
+  A channel goes along the axis: a column of a kernel, a row of the embedding, tied or not.
+  """
   largest = jnp.max(jnp.abs(weights), axis=axis, keepdims=True)
   scales = jnp.where(largest > 0, largest / 127.0, 1.0)
   return Int8(jnp.round(weights / scales).astype(jnp.int8), scales)

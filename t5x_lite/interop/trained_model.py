@@ -39,8 +39,7 @@ class TrainedModel(Source):
 
   def load_params(self, specs: Any) -> Any:
     """Reads them onto the devices, as specs say; see `model_sharding.inference_params`."""
-    shardings = jax.tree.map(lambda spec: spec.sharding, specs)
-    return tensors.place(self.tensors, self.config, shardings, specs)
+    return tensors.place(self.tensors, self.config, specs)
 
 
 def open_model(path: str, *, adapter: str = '', **changes: Any) -> TrainedModel:
@@ -160,7 +159,7 @@ def open_start(
     if with_optimizer:
       log.info('starts from %s, optimizer included', path)
       return checkpoints.load_state(path, spec.shapes)
-    params = tensors.place(found, model, spec.shardings.params)
+    params = tensors.place(found, model, spec.shapes.params)
     log.info('starts from the parameters of %s', path)
     return train_state.start_from(params, tx, spec)
 

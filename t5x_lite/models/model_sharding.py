@@ -43,10 +43,10 @@ def place_here(model: T5Config, mesh: MeshConfig | None) -> Placement:
   return single_device() if mesh is None else place_model(model, mesh)
 
 
-def param_shardings(model: T5Config, placement: Placement) -> Any:
-  """Returns the sharding of every parameter."""
+def param_specs(model: T5Config, placement: Placement) -> Any:
+  """Returns shape, dtype and sharding of every parameter."""
   _, shapes, axes = t5.abstract_params(model)
-  return placement.shardings(shapes, axes)
+  return placement.specs(shapes, axes)
 
 
 def inference_params(model: T5Config, placement: Placement) -> Any:

@@ -87,21 +87,8 @@ def spec(
   return PartitionSpec(*result)
 
 
-def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules):
-  """Returns a NamedSharding for every leaf.
-
-  Axes are shapes' tree with a tuple of logical names in place of each array. Rules for single
-  parameters also cut what the optimizer keeps for them, whose paths end with the parameter's.
-  """
-
-  def sharding(path: Any, x: Any, names: Any) -> NamedSharding:
-    return NamedSharding(mesh, spec(names, x.shape, mesh.shape, rules, pytrees.path_name(path)))
-
-  return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
-
-
 def check_rules(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules) -> None:
-  """Raises UsageError if a rule that the user wrote cannot be kept; arguments as of `shardings`.
+  """Raises UsageError if a rule that the user wrote cannot be kept; arguments as of `Placement`.
 
   The standard rules give way to each other: with parameter and activation dims cut, 'embed' takes
   what is left. A rule of the user's that does nothing would only show in the first run's memory.

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from t5x_lite.parallel import logical_axes, partitioning
-from t5x_lite.parallel.logical_axes import LogicalAxisRules
+from t5x_lite.parallel import logical_axes, partitioning, pytrees
+from t5x_lite.parallel.logical_axes import LogicalAxisRules, spec
 from t5x_lite.parallel.partitioning import BATCH_AXES, Devices, MeshConfig
 
 
@@ -22,8 +22,17 @@ class Placement:
   config: MeshConfig  # what both were made of, every size resolved
 
   def shardings(self, shapes: Any, axes: Any) -> Any:
-    """Returns a NamedSharding for every leaf; see `logical_axes.shardings`."""
-    return logical_axes.shardings(shapes, axes, self.mesh, self.rules)
+    """Returns a NamedSharding for every leaf.
+
+    Axes are shapes' tree with a tuple of logical names in place of each array. Rules for single
+    parameters also cut what the optimizer keeps for them, whose paths end with the parameter's.
+    """
+
+    def sharding(path: Any, x: Any, names: Any) -> NamedSharding:
+      name = pytrees.path_name(path)
+      return NamedSharding(self.mesh, spec(names, x.shape, self.mesh.shape, self.rules, name))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
 
   def specs(self, shapes: Any, axes: Any) -> Any:
     """Returns shapes' tree of ShapeDtypeStructs with their shardings."""

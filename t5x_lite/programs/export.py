@@ -23,7 +23,7 @@ from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.interop import export as formats
 from t5x_lite.interop import trained_model
 from t5x_lite.interop.trained_model import TrainedModel
-from t5x_lite.models import t5
+from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 from t5x_lite.parallel.placement import single_device
@@ -82,8 +82,8 @@ def export(
   config = opened.config
   if config.architecture != 'encoder_decoder':
     raise UsageError(f'architecture={config.architecture!r} cannot be exported')
-  graphdef, shapes, axes = t5.abstract_params(config)
-  params = opened.load_params(single_device().specs(shapes, axes))
+  graphdef, _, _ = t5.abstract_params(config)
+  params = opened.load_params(model_sharding.param_specs(config, single_device()))
   vocabulary = vocabularies.make_vocabulary(opened.vocabulary)
   decoding = (decoding or DecodingConfig()).resolved(vocabulary, target_length)
   if decoding.stop_strings or decoding.num_return_sequences > 1:

@@ -5,9 +5,9 @@ from etils import epath
 
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.interop import checkpoint_source, export, tensors
-from t5x_lite.models import t5
-from t5x_lite.parallel import logical_axes, partitioning
+from t5x_lite.models import model_sharding
 from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.placement import make_placement
 from t5x_lite.runs import checkpoints
 from tests.models import tiny
 
@@ -26,12 +26,7 @@ def test_orbax_restores_it_onto_a_mesh(scan_layers, dtype, tmp_path):
   assert (run.step, run.config, run.lengths) == (12, cfg, {'inputs': 7})
   assert run.vocabulary is not None
   assert run.vocabulary.size == 64
-  config = MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
-  mesh = partitioning.make_mesh(config)
-  _, shapes, axes = t5.abstract_params(cfg)
-  shardings = logical_axes.shardings(shapes, axes, mesh, partitioning.logical_axis_rules(config))
-  wanted = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-  )
+  placement = make_placement(MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2))
+  wanted = model_sharding.param_specs(cfg, placement)
   restored = checkpoints.load_state(str(tmp_path), {'params': wanted})['params']
   jax.tree.map(np.testing.assert_array_equal, restored, params)

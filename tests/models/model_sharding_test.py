@@ -23,11 +23,7 @@ def test_casting_once_changes_no_bit(tied):
   placement = model_sharding.place_model(cfg, MeshConfig(data=8))
   params = tiny.params(cfg)
   batch = {'encoder_input_tokens': tiny.batch(8)['encoder_input_tokens']}
-  whole = load(params, jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    params,
-    model_sharding.param_shardings(cfg, placement),
-  ))  # fmt: skip
+  whole = load(params, model_sharding.param_specs(cfg, placement))
   specs = model_sharding.inference_params(cfg, placement)
   step = model_sharding.jit_step(
     steps.make_predict_step, cfg, placement, DecodingConfig(max_decode_length=6)

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
-from t5x_lite.parallel import logical_axes, partitioning
+from t5x_lite.parallel.partitioning import MeshConfig
+from t5x_lite.parallel.placement import make_placement
 from t5x_lite.training import optimizers
 from t5x_lite.training.optimizers import (
   OptimizerConfig,
@@ -258,12 +259,10 @@ def test_8_devices_are_1(config):
   tx = make_optimizer(config, AXES, params)
   want, want_state = train(tx, params, grads)
 
-  mesh_config = partitioning.MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2)
-  mesh = partitioning.make_mesh(mesh_config)
-  rules = partitioning.logical_axis_rules(mesh_config)
+  placement = make_placement(MeshConfig(data=2, fsdp=2, model=2, parameter_dims=2))
   shapes = jax.eval_shape(tx.init, params)
-  shardings = logical_axes.shardings(params, AXES, mesh, rules)
-  state_shardings = logical_axes.shardings(shapes, opt_state_axes(tx, params, AXES), mesh, rules)
+  shardings = placement.shardings(params, AXES)
+  state_shardings = placement.shardings(shapes, opt_state_axes(tx, params, AXES))
 
   def step(params, state, g, lr):
     updates, state = tx.update(g, state, params, learning_rate=lr)
