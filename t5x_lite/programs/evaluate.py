@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from t5x_lite.interop import trained_model
 from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.programs import start_checks
+from t5x_lite.programs import report_runs, start_checks
 from t5x_lite.runs import checkpoints, files, run_directory
 
 log = logging.getLogger(__name__)
@@ -160,11 +159,8 @@ def evaluate(
 
 def _measured(root: epath.Path, settings: Any) -> dict[str, Metrics]:
   """Returns what was measured with these settings before; empty if it was not."""
-  try:
-    found = json.loads((root / 'metrics.json').read_text())
-    return found['tasks'] if found['settings'] == settings else {}
-  except (OSError, ValueError, KeyError, TypeError):  # there is none, or not of this version
-    return {}
+  found = report_runs.read_json(root / 'metrics.json')
+  return report_runs.as_dict(found.get('tasks')) if found.get('settings') == settings else {}
 
 
 def _checkpoints(model_dir: Any, last: int, steps: Sequence[str], follow: bool) -> Iterator[str]:
