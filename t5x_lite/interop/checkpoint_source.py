@@ -113,7 +113,8 @@ def _open_t5x(path: epath.Path) -> Source:
   config = t5x.model_config(params, folder)
   unknown = sorted(params.keys() - tensor_names.shapes(config).keys())
   moments = functools.partial(adafactor_moments.of_t5x, found, config)
-  vocabulary, step = default_vocabulary(config), t5x.step(found)
+  vocabulary = default_vocabulary(config)
+  step = int(found['state/step'].read()) if 'state/step' in found else 0
   return Source(os.fspath(folder), 't5x', config, params, unknown, vocabulary, step, moments)
 
 

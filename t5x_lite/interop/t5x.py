@@ -183,11 +183,6 @@ def _gin_activations(folder: epath.Path) -> tuple[str, ...]:
   return ()
 
 
-def step(found: Tensors) -> int:
-  """Returns the number of updates of a checkpoint, 0 if it does not say."""
-  return int(found['state/step'].read()) if 'state/step' in found else 0
-
-
 def folder_of(path: epath.Path) -> epath.Path:
   """Returns the directory of what `find` returned."""
   return path.parent if path.is_file() else path
