@@ -98,8 +98,11 @@ def preview(
       measured.append([one.name, feature, *sizes, *(f'{share:.1%}' for share in shares), drawn])
   header = 'task,feature,examples,mean,longest,length,cut,tokens lost,padding,histogram'.split(',')
   blocks.append(('table', 'Lengths in tokens', header, measured))
-  for feature, segments in packed_rows(dataset).items():
-    blocks.append(('rows', f'Packed {feature}: padding {np.mean(segments == 0):.1%}', segments))
+  with contextlib.closing(dataset_iterator.DatasetIterator(dataset)) as iterator:
+    batch = next(iterator)
+  for feature, side in (('inputs', 'encoder'), ('targets', 'decoder')):
+    if (segments := batch.get(f'{side}_segment_ids')) is not None:
+      blocks.append(('rows', f'Packed {feature}: padding {np.mean(segments == 0):.1%}', segments))
   if output:
     page = as_page(blocks, _length_charts(lengths))
     epath.Path(output).write_bytes(page.encode('utf-8', 'replace'))
@@ -107,14 +110,6 @@ def preview(
     return output
   print(as_text(blocks, color=sys.stdout.isatty()))
   return as_text(blocks)
-
-
-def packed_rows(cfg: DatasetConfig) -> dict[str, np.ndarray]:
-  """Returns segment ids, [rows, length], of the first packed rows."""
-  with contextlib.closing(dataset_iterator.DatasetIterator(cfg)) as iterator:
-    batch = next(iterator)
-  names = {'inputs': 'encoder_segment_ids', 'targets': 'decoder_segment_ids'}
-  return {name: batch[array] for name, array in names.items() if array in batch}
 
 
 def pieces_of(example: Mapping[str, Any], config: VocabularyConfig) -> dict[str, list[Piece]]:
