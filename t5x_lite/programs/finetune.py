@@ -362,7 +362,7 @@ def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: 
     return plan
   try:
     entry = json.loads(files.retried(path, path.read_text))
-    kept = Plan.of_json(entry['plan'])
+    kept = Plan(**entry['plan'])
     before = dict(entry['data'])
   except (ValueError, KeyError, TypeError) as error:
     raise UsageError(f'{path} is damaged ({error}): use another output') from error

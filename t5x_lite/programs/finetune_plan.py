@@ -64,11 +64,8 @@ class Plan:
   dtype: str
   metrics: tuple[str, ...]
 
-  @classmethod
-  def of_json(cls, entry: Mapping[str, Any]) -> 'Plan':
-    """Returns the plan that JSON holds; KeyError or TypeError if none."""
-    fields: dict[str, Any] = {field.name: entry[field.name] for field in dataclasses.fields(cls)}
-    return cls(**fields | {'metrics': tuple(fields['metrics'])})
+  def __post_init__(self):
+    object.__setattr__(self, 'metrics', tuple(self.metrics))  # JSON hands over a list
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ def test_a_plan_comes_back_from_json():
 
   plan, _ = plan_of(rows(30))
   entry = json.loads(json.dumps(dataclasses.asdict(plan)))
-  assert finetune_plan.Plan.of_json(entry) == plan
+  assert finetune_plan.Plan(**entry) == plan
 
 
 def test_unknown_pieces_are_counted():
