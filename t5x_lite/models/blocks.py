@@ -172,7 +172,8 @@ class EncoderLayer(_Layer):
     """Runs the layer on the residual stream."""
     keys = layers.split_key(key, 4)
     y_BMD, bias = self.pre_attention_layer_norm(x_BMD), self._bias(bias, x_BMD.shape[1])
-    y_BMD = self.attention(y_BMD, y_BMD, bias=bias, mask=mask, key=keys[0])
+    kv = self.attention.keys_values(y_BMD)
+    y_BMD = self.attention.attend(y_BMD, *kv, bias=bias, mask=mask, key=keys[0])
     x_BMD = self._add(x_BMD, y_BMD, 'attention', 'attention_out', keys[1])
     return self._add_mlp(x_BMD, self, keys[2:])
 

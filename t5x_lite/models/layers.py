@@ -205,11 +205,6 @@ class Attention(nnx.Module):
     y_BLHK = attention.attention(q_BLHK, k_BMHK, v_BMHK, bias, mask, self.cfg.attention)
     return self.out(y_BLHK.reshape(*y_BLHK.shape[:2], -1))
 
-  def __call__(self, x_BLD, memory_BMD, **kwargs) -> Array:
-    """Attends from x to memory; see `attend` for the other arguments."""
-    k_BMHK, v_BMHK = self.keys_values(memory_BMD)
-    return self.attend(x_BLD, k_BMHK, v_BMHK, **kwargs)
-
 
 class MLP(nnx.Module):
   """Feed-forward block: wi, or wi_0 * wi_1 where gated, then wo."""

@@ -58,15 +58,12 @@ class RelativePositionBias(nnx.Module):
     )
     return self.rel_embedding[...].astype(jnp.float32)[:, buckets]
 
-  def __call__(self, L: int, M: int) -> jax.Array:
-    """Returns bias_1HLM in float32."""
+  def of(self, L: int, M: int) -> jax.Array:
+    """Returns the float32 bias as attention takes it: bias_1HLM, or values_HP by distance."""
+    if not attention.takes_arrays(self.cfg.attention, L, M):
+      return self.by_distance(-(L - 1), M - 1)
     # One value more than is used: see `skew`.
     return skew(self.by_distance(-(L - 1), M), L, M)[None]
-
-  def of(self, L: int, M: int) -> jax.Array:
-    """Returns the bias as attention takes it: bias_1HLM, or values_HP by distance."""
-    arrays = attention.takes_arrays(self.cfg.attention, L, M)
-    return self(L, M) if arrays else self.by_distance(-(L - 1), M - 1)
 
   def at(self, index: jax.Array, T: int, L: int = 1) -> jax.Array:
     """Returns the bias [B or 1, H, L, T] of queries from index on, a scalar or [B], to T keys."""

@@ -43,7 +43,7 @@ def test_relative_position_bucket(bidirectional):
 def test_relative_bias_is_the_table_by_bucket(L, M):
   cfg = tiny.config()
   module = relative_position.RelativePositionBias(cfg, bidirectional=True, rngs=RNGS)
-  bias = module(L, M)
+  bias = module.of(L, M)
   assert bias.shape == (1, cfg.num_heads, L, M)
   table = np.asarray(module.rel_embedding[...])
   for i in range(L):
@@ -53,7 +53,7 @@ def test_relative_bias_is_the_table_by_bucket(L, M):
 
 def test_relative_bias_at_one_position_is_a_row():
   module = relative_position.RelativePositionBias(tiny.config(), bidirectional=False, rngs=RNGS)
-  full = module(6, 6)
+  full = module.of(6, 6)
   for i in range(6):
     row = module.at(jnp.asarray(i), 6)
     np.testing.assert_array_equal(row[0, :, 0, :], full[0, :, i, :])

@@ -61,7 +61,9 @@ def test_adapters_stand_before_the_residual_is_added(places):
     return y + np.maximum(y @ down, 0) @ ups[name]
 
   y = layer.pre_attention_layer_norm(x)
-  h = x + adapted('attention_adapter', np.asarray(layer.attention(y, y)))
+  h = x + adapted(
+    'attention_adapter', np.asarray(layer.attention.attend(y, *layer.attention.keys_values(y)))
+  )
   wanted = h + adapted('mlp_adapter', np.asarray(layer.mlp(layer.pre_mlp_layer_norm(h))))
   got = layer(x, bias=None, mask=None, key=None)
   np.testing.assert_allclose(got, wanted, atol=1e-4)
