@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import seqio
 from etils import epath
 
 from t5x_lite.data import vocabularies
@@ -48,7 +47,6 @@ CACHED_ROWS = 20_000
 
 Metrics = dict[str, float]
 Lines = list[dict[str, Any]]
-Kind = seqio.metrics.ModelOutputType
 
 
 class _Cached:
@@ -166,7 +164,7 @@ class Decoded:
     # SeqIO puts an object for each of metric_fns behind the task's own.
     self._task = task
     self._objects = task.metric_objs[: len(task.metric_objs) - len(task.metric_fns)]
-    self._is_scored = _takes(task, Kind.SCORE)
+    self._is_scored = _takes(task, 'SCORE')
     self._metric_fns, self._num_bootstrap = metric_fns, num_bootstrap
     self._decode = decode
     predictor = self.predictor = decode.predictor
@@ -221,10 +219,9 @@ class Decoded:
     aux = targets, predictions, own_scores
     measured += [(_with_aux(fn), aux) for fn in task.predict_with_aux_metric_fns]
     measured += [(fn, (targets, predictions, inputs)) for fn in self._metric_fns]
-    given = {Kind.PREDICTION: [ids], Kind.SCORE: [scores]}
-    given[Kind.PREDICTION_WITH_AUX] = [ids, own_scores]
+    given = {'PREDICTION': [ids], 'SCORE': [scores], 'PREDICTION_WITH_AUX': [ids, own_scores]}
     for metric in self._objects:
-      columns = kept, *given.get(metric.model_output_type, ())
+      columns = kept, *given.get(metric.model_output_type.name, ())
       measured.append((_with_object(metric, task.output_features), columns))
     metrics: Metrics = {}
     failed = []
@@ -248,8 +245,9 @@ def _text(example: dict[str, Any], feature: str, vocabulary: Any) -> str:
   return vocabulary.decode([int(token) for token in example[feature]])
 
 
-def _takes(task: Any, kind: Kind) -> bool:
-  return any(metric.model_output_type == kind for metric in task.metric_objs)
+def _takes(task: Any, kind: str) -> bool:
+  """True if a metric needs outputs of this seqio.metrics.ModelOutputType."""
+  return any(metric.model_output_type.name == kind for metric in task.metric_objs)
 
 
 def _with_aux(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,12 +265,12 @@ def _with_object(metric: Any, features: Any) -> Callable[..., Any]:
 
   def call(examples, *outputs):
     if not outputs:
-      raise UsageError(f'{metric.model_output_type!r} is no output of this package')
+      raise UsageError(f'outputs of {metric.model_output_type.name} are not computed')
     first, *aux = map(np.asarray, outputs)
     output = (first, {'scores': aux[0]}) if aux else first
     # A LegacyMetric keeps the first targets that it sees.
     one = copy.deepcopy(metric).from_model_output(examples, output, features)
-    if isinstance(one, seqio.metrics.CollectingMetric):
+    if hasattr(one, 'actual_compute'):  # of seqio.metrics.CollectingMetric
       return one.actual_compute(examples, features)[0]
     return one.compute()
 
@@ -349,7 +347,7 @@ class Evaluators:
         decoding=chosen,
         batch_size=config.batch_size,
         max_input_length=config.lengths['inputs'],
-        scored=any(_takes(task, Kind.PREDICTION_WITH_AUX) for _, task, _ in tasks),
+        scored=any(_takes(task, 'PREDICTION_WITH_AUX') for _, task, _ in tasks),
       )
       decode = RowDecoder(predictor, continuous=continuous)
       self._decoded += [
