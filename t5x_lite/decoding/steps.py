@@ -174,7 +174,7 @@ def make_score_step(graphdef: Any, matches: bool = False) -> Callable[[Any, Batc
     weights, _ = losses.loss_weights_and_normalizer(batch, None)
     logits_BLV = _merge(graphdef, params)(batch)
     targets_BL = batch['decoder_target_tokens']
-    loss_BL, *_ = losses.cross_entropy_with_logits(logits_BLV, targets_BL)
+    loss_BL, _ = losses.cross_entropy_with_logits(logits_BLV, targets_BL)
     score_B = -jnp.sum(loss_BL * weights, axis=-1)
     if not matches:
       return score_B

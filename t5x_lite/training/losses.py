@@ -55,11 +55,10 @@ class LossConfig:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def cross_entropy_with_logits(
-  logits_BLV: Array, targets_BL: Array, z_loss: float = 0.0, label_smoothing: float = 0.0
-) -> tuple[Array, Array, Array]:
-  """Returns per-token cross entropy in nats, the z-loss part of it, and if the target is likeliest.
+  logits_BLV: Array, targets_BL: Array, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> tuple[Array, Array]:
+  """Returns per-token cross entropy in nats, and the z-loss part of it.
 
   With label smoothing e, the target distribution has 1 - e on the target and e / (V - 1) on every
   other token, and its entropy is subtracted, so that a perfect prediction costs nothing. Any number
@@ -68,7 +67,8 @@ def cross_entropy_with_logits(
   Source: t5x/losses.py cross_entropy_with_logits and compute_weighted_cross_entropy; Szegedy et al.
   2016 for label smoothing.
   """
-  return _cross_entropy_fwd(logits_BLV, targets_BL, z_loss, label_smoothing)[0]
+  loss, z, _ = _token_losses(z_loss, label_smoothing, logits_BLV, targets_BL)
+  return loss, z
 
 
 def _confidences(label_smoothing: float, vocab_size: int) -> tuple[float, float]:
@@ -76,7 +76,13 @@ def _confidences(label_smoothing: float, vocab_size: int) -> tuple[float, float]
   return 1 - label_smoothing, label_smoothing / max(vocab_size - 1, 1)
 
 
-def _cross_entropy_fwd(logits, targets, z_loss, label_smoothing):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_losses(z_loss, label_smoothing, logits, targets):
+  """Returns loss, z-loss and whether the target is the most likely token."""
+  return _token_losses_fwd(z_loss, label_smoothing, logits, targets)[0]
+
+
+def _token_losses_fwd(z_loss, label_smoothing, logits, targets):
   vocab_size = logits.shape[-1]
   x = logits.astype(jnp.float32)
   largest = jnp.max(x, axis=-1)
@@ -93,7 +99,7 @@ def _cross_entropy_fwd(logits, targets, z_loss, label_smoothing):
   return (loss + z, z, correct), (logits, targets, log_z)
 
 
-def _cross_entropy_bwd(z_loss, label_smoothing, residuals, cotangents):
+def _token_losses_bwd(z_loss, label_smoothing, residuals, cotangents):
   # Softmax is recomputed from the logits, which are dead after this, so that one [..., V] buffer is
   # enough. The one-hot is a comparison that XLA fuses and can cut over any axis, where a scatter
   # would gather a sharded vocab.
@@ -109,7 +115,7 @@ def _cross_entropy_bwd(z_loss, label_smoothing, residuals, cotangents):
   return grad.astype(logits.dtype), None
 
 
-cross_entropy_with_logits.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+_token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
 
 
 def loss_sums(
@@ -130,7 +136,7 @@ def loss_sums(
   task_ids_BL, each token's task below num_tasks, also the sums [num_tasks] task_loss (without the
   z-loss) and task_weight. The rest is as in `cross_entropy_with_logits`.
   """
-  loss, z, correct = cross_entropy_with_logits(logits_BLV, targets_BL, z_loss, label_smoothing)
+  loss, z, correct = _token_losses(z_loss, label_smoothing, logits_BLV, targets_BL)
   counted = weights_BL != 0
   weights = weights_BL.astype(jnp.float32)
   rest = {
