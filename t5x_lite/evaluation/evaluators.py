@@ -161,8 +161,8 @@ class Decoded:
     decoder. `num_examples` are the first ones; None is all. The rest is of `Evaluators`.
     """
     self.name = name
-    # SeqIO puts an object for each of metric_fns behind the task's own.
     self._task = task
+    # SeqIO puts an object for each of metric_fns behind the task's own.
     self._objects = task.metric_objs[: len(task.metric_objs) - len(task.metric_fns)]
     self._is_scored = _takes(task, 'SCORE')
     self._metric_fns, self._num_bootstrap = metric_fns, num_bootstrap
