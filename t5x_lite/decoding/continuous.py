@@ -212,9 +212,10 @@ class ContinuousBatch:
 def _empty(cfg: T5Config, S: int, M: int, L: int) -> _Slots:
   """Returns slots that hold nothing."""
   M += cfg.prompt_length or 0
-  shape = (cfg.num_decoder_layers, S, cfg.num_heads, cfg.head_dim)
+  shape, K = (cfg.num_decoder_layers, S, cfg.num_heads), cfg.head_dim
   # Arrays of their own: they are donated.
-  k, v, cross_k, cross_v = (jnp.zeros((*shape[:2], T, *shape[2:]), cfg.dtype) for T in (L, L, M, M))
+  arrays = (jnp.zeros((*shape, rest, K), cfg.dtype) for rest in (L, L, M, M))
+  k, v, cross_k, cross_v = (t5.per_layer(cfg, x) for x in arrays)
   # An empty slot decodes along, and needs a key to look at.
   cross_mask = jnp.broadcast_to(jnp.arange(M) == 0, (S, 1, 1, M))
   seen, index = jnp.zeros((S,), jnp.int32), jnp.zeros((), jnp.int32)
@@ -235,7 +236,9 @@ def _taken(slots: _Slots, order_S, count) -> _Slots:
   def take(path, x):
     if x.ndim == 0:  # the index of the ring, which all share
       return x
-    return jnp.take(x, order_S, axis=1 if path[-1].name.split('_')[-1].startswith('NB') else 0)
+    name = next(key.name for key in reversed(path) if hasattr(key, 'name'))
+    dims = name.split('_')[-1].removeprefix('N')  # layers may be a list
+    return jnp.take(x, order_S, axis=x.ndim - len(dims))
 
   taken = jax.tree_util.tree_map_with_path(take, slots)
   going_S = taken.going_S & (jnp.arange(len(order_S)) < count)
@@ -246,12 +249,15 @@ def _insert(graphdef, params, slots, slots_B, tokens_BM, **settings_B) -> _Slots
   """Encodes inputs and makes slots_B theirs; the settings are fields of _Slots."""
   model, old = nnx.merge(graphdef, params), slots.cache
   encoded_BMD, sizes = model.encode(tokens_BM), {'batch_size': len(slots_B), 'max_decode_length': 1}
-  new = model.init_cache(encoded_BMD, tokens_BM, **sizes).widened(old.cross_key_NBMHK.shape[2])
+  new = model.init_cache(encoded_BMD, tokens_BM, **sizes).widened(old.cross_mask_B11M.shape[-1])
+
+  def put(name: str):
+    each = getattr(old, name), getattr(new, name)
+    return jax.tree.map(lambda x, y: x.at[..., slots_B, :, :, :].set(y), *each)
+
   cache = dataclasses.replace(
     old,
-    cross_key_NBMHK=old.cross_key_NBMHK.at[:, slots_B].set(new.cross_key_NBMHK),
-    cross_value_NBMHK=old.cross_value_NBMHK.at[:, slots_B].set(new.cross_value_NBMHK),
-    cross_mask_B11M=old.cross_mask_B11M.at[slots_B].set(new.cross_mask_B11M),
+    **{name: put(name) for name in ('cross_key_NBHMK', 'cross_value_NBHMK', 'cross_mask_B11M')},
     seen_B=old.seen_B.at[slots_B].set(0),  # what was decoded before is never seen
   )
   rows = {
@@ -295,7 +301,7 @@ def _advance(graphdef, chunk: int, params, slots: _Slots, key) -> _Slots:
 
 def _choose(logits_SV, s: _Slots, key) -> jax.Array:
   """Returns each slot's next token by its own settings; what is drawn, a Predictor would draw."""
-  greedy_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
+  greedy_S = loop.likeliest(logits_SV)
 
   def sample(_):
     scaled_SV = logits_SV / jnp.where(s.temperature_S > 0, s.temperature_S, 1.0)[:, None]

@@ -1,13 +1,15 @@
 """Encoder and decoder layers, and the cache of a decoder.
 
-Legend: B batch, L decoder length, M encoder length, T slots of a cache, N layers, D emb_dim, H
-heads, K head_dim, R rows of a cache (n of each input).
+Legend: B batch, L decoder length, M encoder length, T positions of a cache, N layers, D emb_dim, H
+heads, K head_dim, R rows that are decoded, n of them for each input, S slots of a cache's row: T, or
+with beams T n, where all beams of an input share a row.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -22,56 +24,82 @@ from t5x_lite.parallel.logical_axes import constrain
 SAVED_NAMES = ('attention_out', 'cross_attention_out', 'mlp_out')
 
 
+# [N, ...], or an array of each layer.
+PerLayer = jax.Array | list[jax.Array]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
   """What the decoder remembers between steps.
 
+  Heads come before positions: a step multiplies each head's keys as they lie. Where layers are a
+  list, so are the arrays that begin with N: a step need not cut them out of one.
+
   Attributes:
-    key_NBTHK: self-attention keys; slots at and after index are unwritten.
-    value_NBTHK: self-attention values.
-    cross_key_NBMHK: keys of the encoder output, or None as the next two.
-    cross_value_NBMHK: values of the encoder output.
+    key_NBHSK: self-attention keys; those at and after index are unwritten.
+    value_NBHSK: self-attention values.
+    cross_key_NBHMK: keys of the encoder output, or None as the next two.
+    cross_value_NBHMK: values of the encoder output.
     cross_mask_B11M: True at real encoder positions.
     index: int32, the position of the next token: a scalar, or [B].
-    owner_BnT: in beam search, the beam whose row holds what beam n read in each slot: beams go on
-      from others by changing this, and keys and values stay. None if every row reads its own.
+    owner_BnT: in beam search, the beam that wrote what beam n has read at each position: beams go
+      on from others by changing this, and keys and values stay. The slots of a position are its
+      beams'. None if every row reads its own.
     seen_B: in continuous batching, how many tokens each row has decoded, T - 1 at most. Slots are
       then a ring that all rows write at the same index: a row sees as many slots back as it has
       decoded, and T5's bias knows distances alone. None otherwise.
   """
 
-  key_NBTHK: jax.Array
-  value_NBTHK: jax.Array
-  cross_key_NBMHK: jax.Array | None
-  cross_value_NBMHK: jax.Array | None
+  key_NBHSK: PerLayer
+  value_NBHSK: PerLayer
+  cross_key_NBHMK: PerLayer | None
+  cross_value_NBHMK: PerLayer | None
   cross_mask_B11M: jax.Array | None
   index: jax.Array
   owner_BnT: jax.Array | None = None
   seen_B: jax.Array | None = None
 
+  @property
+  def length(self) -> int:
+    """T."""
+    slots = self.key_NBHSK[0].shape[-2]
+    return slots if self.owner_BnT is None else self.owner_BnT.shape[2]
+
   def grown(self, T: int) -> 'Cache':
-    """Returns it with T slots."""
-    return self._padded(T - self.key_NBTHK.shape[2], key_NBTHK=2, value_NBTHK=2, owner_BnT=2)
+    """Returns it with room for T positions."""
+    n, more = 1 if self.owner_BnT is None else self.owner_BnT.shape[1], T - self.length
+    grown = self._padded(more * n, key_NBHSK=-2, value_NBHSK=-2)
+    return grown._padded(more, owner_BnT=-1)
 
   def widened(self, M: int) -> 'Cache':
     """Returns it with room for inputs of M tokens."""
-    assert self.cross_key_NBMHK is not None
-    more = M - self.cross_key_NBMHK.shape[2]
-    return self._padded(more, cross_key_NBMHK=2, cross_value_NBMHK=2, cross_mask_B11M=3)
+    assert self.cross_key_NBHMK is not None
+    more = M - self.cross_key_NBHMK[0].shape[-2]
+    return self._padded(more, cross_key_NBHMK=-2, cross_value_NBHMK=-2, cross_mask_B11M=-1)
 
   def _padded(self, more: int, **dims: int) -> 'Cache':
     """Returns it with `more` zeros at the end of a dim of some fields."""
-    padded = {}
-    for name, dim in dims.items():
-      if (x := getattr(self, name)) is not None:
-        padded[name] = jnp.pad(x, [(0, more if i == dim else 0) for i in range(x.ndim)])
+
+    def pad(x, dim: int):
+      return jnp.pad(x, [(0, more if i == x.ndim + dim else 0) for i in range(x.ndim)])
+
+    fields = {name: getattr(self, name) for name in dims}
+    padded = {name: jax.tree.map(lambda x, d=dims[name]: pad(x, d), fields[name]) for name in dims}
     return dataclasses.replace(self, **padded)
 
   def for_beams(self, num_beams: int) -> 'Cache':
     """Returns it for beam search; what it holds is the same in all beams of an input."""
-    R, T = self.key_NBTHK.shape[1:3]
-    return dataclasses.replace(self, owner_BnT=jnp.zeros((R // num_beams, num_beams, T), jnp.int32))
+
+    def side_by_side(x_NRHTK):
+      *N, R, H, T, K = x_NRHTK.shape
+      x_NBnHTK = x_NRHTK.reshape(*N, R // num_beams, num_beams, H, T, K)
+      x_NBHTnK = jnp.moveaxis(x_NBnHTK, -4, -2)
+      return x_NBHTnK.reshape(*N, R // num_beams, H, T * num_beams, K)
+
+    keys, values = jax.tree.map(side_by_side, (self.key_NBHSK, self.value_NBHSK))
+    owner_BnT = jnp.zeros((keys[0].shape[-4], num_beams, self.length), jnp.int32)
+    return dataclasses.replace(self, key_NBHSK=keys, value_NBHSK=values, owner_BnT=owner_BnT)
 
   def reordered(self, parents_Bn: jax.Array) -> 'Cache':
     """Returns it so that beam n of an input goes on from beam parents_Bn[n]."""
@@ -82,11 +110,11 @@ class Cache:
   def next_slots(self, L: int) -> tuple['Cache', jax.Array]:
     """Returns it with the next slot owned by the row that writes it, and the mask of L queries.
 
-    The mask is [R or 1, 1, L, T]; with beams [B, 1, n, n T]: the beams of an input see each other's
-    rows, and of these what they have read.
+    The mask is [R or 1, 1, L, T]; with beams [B, 1, n, T n]: the beams of an input see each other's
+    slots, and of these what they have read.
     """
     assert L == 1 or (self.seen_B is None and self.owner_BnT is None)
-    T = self.key_NBTHK.shape[2]
+    T = self.length
     slots_11T = jnp.arange(T)[None, None, :]
     if self.seen_B is not None:
       return self, ((self.index - slots_11T) % T <= self.seen_B[:, None, None])[:, None]
@@ -94,18 +122,16 @@ class Cache:
       at_RL = jnp.atleast_1d(self.index)[:, None] + jnp.arange(L)[None, :]
       return self, (slots_11T <= at_RL[:, :, None])[:, None]
     B, n, _ = self.owner_BnT.shape
-    beams_1n1 = jnp.arange(n)[None, :, None]
-    index_Bn1 = jnp.broadcast_to(self.index, (B * n,)).reshape(B, n, 1)
-    owner_BnT = jnp.where(slots_11T == index_Bn1, beams_1n1, self.owner_BnT)
-    mine_BnmT = owner_BnT[:, :, None, :] == beams_1n1[None]
-    mine_BnmT &= (slots_11T <= index_Bn1)[:, :, None, :]
-    return dataclasses.replace(self, owner_BnT=owner_BnT), mine_BnmT.reshape(B, 1, n, n * T)
+    beams_n, index_Bn1 = np.arange(n), jnp.broadcast_to(self.index, (B * n,)).reshape(B, n, 1)
+    owner_BnT = jnp.where(slots_11T == index_Bn1, beams_n[None, :, None], self.owner_BnT)
+    mine_BnTm = (owner_BnT[..., None] == beams_n[None, None, None]) & (slots_11T <= index_Bn1)[..., None]
+    return dataclasses.replace(self, owner_BnT=owner_BnT), mine_BnTm.reshape(B, 1, n, T * n)
 
   def advanced(self, L: int) -> 'Cache':
     """Returns it for the position after the next L."""
     if self.seen_B is None:
       return dataclasses.replace(self, index=self.index + L)
-    T = self.key_NBTHK.shape[2]
+    T = self.length
     seen_B = jnp.minimum(self.seen_B + 1, T - 1)
     return dataclasses.replace(self, index=(self.index + 1) % T, seen_B=seen_B)
 
@@ -115,7 +141,7 @@ class Cache:
 
   def bias(self, relpos_bias: RelativePositionBias, L: int) -> jax.Array:
     """Returns the bias of the next L positions for the mask of `next_slots`."""
-    T = self.key_NBTHK.shape[2]
+    T = self.length
     if self.seen_B is not None:
       return relpos_bias.around(self.index, T)
     bias_RHLT = relpos_bias.at(self.index, T, L)
@@ -124,7 +150,7 @@ class Cache:
     B, n, _ = self.owner_BnT.shape
     if bias_RHLT.shape[0] == B * n and B * n > 1:  # a position for each row
       bias_RHLT = bias_RHLT.reshape(B, n, -1, T).swapaxes(1, 2)
-    return jnp.tile(bias_RHLT, (1, 1, 1, n))
+    return jnp.repeat(bias_RHLT, n, axis=-1)
 
 
 class _Layer(nnx.Module):
@@ -245,23 +271,30 @@ class DecoderLayer(_Layer):
       bias = cache.bias(self.relpos_bias, x_BLD.shape[1])
     y_BLD = norm(x_BLD)
     q_BLHK, (k_BLHK, v_BLHK) = attention.queries(y_BLD), attention.keys_values(y_BLD)
-    key_NBTHK = _write(cache.key_NBTHK, k_BLHK, i, cache.index)
-    value_NBTHK = _write(cache.value_NBTHK, v_BLHK, i, cache.index)
-    k_BTHK, v_BTHK = key_NBTHK[i], value_NBTHK[i]
-    if cache.owner_BnT is not None:
-      # The rows of an input's beams side by side, and the beams as queries.
-      B = cache.owner_BnT.shape[0]
-      q_BLHK, k_BTHK, v_BTHK = (x.reshape(B, -1, *x.shape[2:]) for x in (q_BLHK, k_BTHK, v_BTHK))
-    y_BLD = attention.attend(q_BLHK, k_BTHK, v_BTHK, bias=bias, mask=mask).reshape(x_BLD.shape)
+    key_NBHSK = _write(cache.key_NBHSK, k_BLHK, i, cache.index)
+    value_NBHSK = _write(cache.value_NBHSK, v_BLHK, i, cache.index)
+    kv = [x[i].swapaxes(1, 2) for x in (key_NBHSK, value_NBHSK)]
+    # The beams of an input are queries of their row.
+    q_BLHK = q_BLHK.reshape(kv[0].shape[0], -1, *q_BLHK.shape[2:])
+    y_BLD = attention.attend(q_BLHK, *kv, bias=bias, mask=mask).reshape(x_BLD.shape)
     x_BLD = self._rest(x_BLD, y_BLD, cross_kv, cache.cross_mask_B11M, lender, [None] * 5)
-    return x_BLD, dataclasses.replace(cache, key_NBTHK=key_NBTHK, value_NBTHK=value_NBTHK)
+    return x_BLD, dataclasses.replace(cache, key_NBHSK=key_NBHSK, value_NBHSK=value_NBHSK)
 
 
-def _write(cache_NBTHK, new_BLHK, i, index):
+def _write(cache_NBHSK, new_RLHK, i, index):
   """Writes positions of layer i in place, instead of copying the cache."""
-  new_BLHK = new_BLHK.astype(cache_NBTHK.dtype)
+  if isinstance(cache_NBHSK, list):
+    written = _write(cache_NBHSK[i], new_RLHK, None, index)
+    return [*cache_NBHSK[:i], written, *cache_NBHSK[i + 1 :]]
+  layer, B = () if i is None else (i,), cache_NBHSK.shape[-4]
+  _, L, H, K = new_RLHK.shape
+  # Several queries of a row are its beams, whose slots are side by side, or positions.
+  new_BSHK = new_RLHK.reshape(B, -1, H, K).astype(cache_NBHSK.dtype)
+  n = new_BSHK.shape[1] // L
   if index.ndim == 0:
-    return jax.lax.dynamic_update_slice(cache_NBTHK, new_BLHK[None], (i, 0, index, 0, 0))
-  B, L = new_BLHK.shape[:2]
-  at_BL = index[:, None] + jnp.arange(L)[None, :]
-  return cache_NBTHK.at[i, jnp.arange(B)[:, None], at_BL].set(new_BLHK, mode='drop')
+    new_BHSK = new_BSHK.swapaxes(1, 2)
+    new_NBHSK = new_BHSK if i is None else new_BHSK[None]
+    return jax.lax.dynamic_update_slice(cache_NBHSK, new_NBHSK, (*layer, 0, 0, index * n, 0))
+  at_BnL = index.reshape(B, n, 1) * n + (np.arange(n)[:, None] + np.arange(L))[None]
+  at = (*layer, np.arange(B)[:, None], slice(None), at_BnL.reshape(B, -1))
+  return cache_NBHSK.at[at].set(new_BSHK, mode='drop')

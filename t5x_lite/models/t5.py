@@ -55,18 +55,19 @@ def _with_axes(tree, change):
 def over_layers(step, carry, stack, *others):
   """Runs step(carry, (layer, *others' entries)) over layers; returns what `jax.lax.scan` does.
 
-  A stack is a module of stacked layers, which are scanned over, or a list of layers; others are
-  pytrees of such stacks and of arrays [N, ...].
+  A stack is a module of stacked layers, which are scanned over, or a list of layers, and then what
+  is returned of each is a list too; others are pytrees of such stacks, of arrays [N, ...] and of
+  lists of arrays.
   """
   xs = (stack, *others)
   if not isinstance(stack, nnx.List):
     return jax.lax.scan(step, carry, xs)
   ys = []
   for i in range(len(stack)):
-    at_i = jax.tree.map(lambda x, i=i: x[i], xs, is_leaf=lambda x: isinstance(x, nnx.List))
+    at_i = jax.tree.map(lambda x, i=i: x[i], xs, is_leaf=lambda x: isinstance(x, nnx.List | list))
     carry, y = step(carry, at_i)
     ys.append(y)
-  return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+  return carry, jax.tree.map(lambda *y: [*y], *ys)
 
 
 def unroll(model: 'T5') -> None:
@@ -292,14 +293,15 @@ class T5(nnx.Module):
     how = {'bias': bias, 'mask': mask, 'cross_mask': cache.cross_mask_B11M}
 
     def body(x_BLD, xs):
-      layer, kv, lender = xs
+      layer, lender, kv = xs[0], xs[2], _swapped(xs[1])
       weights_BHLM = layer.cross_weights(x_BLD, kv, lender, **how)
       weights_BHLM = weights_BHLM[..., cfg.prompt_length or 0 :]
       found = jnp.mean(weights_BHLM, axis=1) if mean else weights_BHLM
       return layer.read(x_BLD, kv, lender, **how)[0], found
 
-    x_BLD, cross = self._embed(tokens_BL, None), (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
+    x_BLD, cross = self._embed(tokens_BL, None), (cache.cross_key_NBHMK, cache.cross_value_NBHMK)
     _, found = over_layers(body, x_BLD, self.decoder.layers, cross, self.lenders())
+    found = jnp.stack([*found])
     return jnp.mean(found, axis=0) if mean else found.swapaxes(0, 1)
 
   def init_cache(
@@ -311,18 +313,19 @@ class T5(nnx.Module):
     several rows share an input.
     """
     cfg = self.cfg
-    shape = (cfg.num_decoder_layers, batch_size, max_decode_length, cfg.num_heads, cfg.head_dim)
+    rows = (batch_size, cfg.num_heads, max_decode_length, cfg.head_dim)
+    shape = (cfg.num_decoder_layers, *rows)
     # Two arrays, not one twice: the decoding loop donates them.
-    key_NBTHK, value_NBTHK = (jnp.zeros(shape, cfg.dtype) for _ in range(2))
+    key_NBHSK, value_NBHSK = (per_layer(cfg, jnp.zeros(shape, cfg.dtype)) for _ in range(2))
     cross_k = cross_v = cross_mask = None
     if cfg.has_encoder:
 
       def cross(_, xs):
-        return None, xs[0].encoder_decoder_attention.keys_values(encoded_BMD)
+        return None, _swapped(xs[0].encoder_decoder_attention.keys_values(encoded_BMD))
 
       _, (cross_k, cross_v) = over_layers(cross, None, self.decoder.layers)
       cross_mask = self._real(encoder_input_tokens, None)[:, None, None, :]
-    return Cache(key_NBTHK, value_NBTHK, cross_k, cross_v, cross_mask, jnp.zeros((), jnp.int32))
+    return Cache(key_NBHSK, value_NBHSK, cross_k, cross_v, cross_mask, jnp.zeros((), jnp.int32))
 
   def prefill(self, cache: Cache, tokens_BP: Array, lengths_B: Array) -> tuple[Array, Cache]:
     """Reads a prompt in one pass; returns logits_RV of the token after each, and the cache.
@@ -343,27 +346,27 @@ class T5(nnx.Module):
 
     def body(x_BPD, xs):
       layer, cross_kv, lender = xs
-      return layer.read(
-        x_BPD, cross_kv, lender, bias=bias, mask=mask, cross_mask=cache.cross_mask_B11M
-      )
+      how = {'bias': bias, 'mask': mask, 'cross_mask': cache.cross_mask_B11M}
+      x_BPD, kv = layer.read(x_BPD, _swapped(cross_kv), lender, **how)
+      return x_BPD, _swapped(kv)
 
-    cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
+    cross = (cache.cross_key_NBHMK, cache.cross_value_NBHMK)
     x_BPD = self.token_embedder(tokens_BP)
     x_BPD, kv = over_layers(body, x_BPD, self.decoder.layers, cross, self.lenders())
     hidden_BPD = self.decoder.norm(x_BPD)
     # What follows a prompt is predicted at its last token; slots after it hold padding, and are
     # written over before they are seen.
     last_B1D = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)
-    n = cache.key_NBTHK.shape[1] // B
+    n = cache.key_NBHSK[0].shape[-4] // B
 
-    def written(old_NRTHK, new_NBPHK):
-      new_NRPHK = jnp.repeat(new_NBPHK, n, axis=1).astype(old_NRTHK.dtype)
-      return old_NRTHK.at[:, :, :P].set(new_NRPHK)
+    def written(old_NRHTK, new_NBHPK):
+      new_NRHPK = jnp.repeat(new_NBHPK, n, axis=-4).astype(old_NRHTK.dtype)
+      return old_NRHTK.at[..., :P, :].set(new_NRHPK)
 
     return jnp.repeat(self.project(last_B1D)[:, 0], n, axis=0), dataclasses.replace(
       cache,
-      key_NBTHK=written(cache.key_NBTHK, kv[0]),
-      value_NBTHK=written(cache.value_NBTHK, kv[1]),
+      key_NBHSK=jax.tree.map(written, cache.key_NBHSK, kv[0]),
+      value_NBHSK=jax.tree.map(written, cache.value_NBHSK, kv[1]),
       index=jnp.repeat(lengths_B.astype(jnp.int32), n),
     )
 
@@ -383,10 +386,11 @@ class T5(nnx.Module):
 
     def step(carry, xs):
       (x_BLD, cache), (layer, i, cross_kv, lender) = carry, xs
+      cross_kv = _swapped(cross_kv)
       return layer.step(x_BLD, i, cache, cross_kv, lender, bias=bias, mask=mask), None
 
     carry = self._embed(tokens_BL, None), cache
-    cross = (cache.cross_key_NBMHK, cache.cross_value_NBMHK)
+    cross = (cache.cross_key_NBHMK, cache.cross_value_NBHMK)
     numbers = np.arange(cfg.num_decoder_layers)
     carry, _ = over_layers(step, carry, self.decoder.layers, numbers, cross, self.lenders())
     x_BLD, cache = carry
@@ -397,6 +401,16 @@ def _project(kernel_DV, scale: float, hidden_BLD) -> Array:
   # As T5X, in float32 whatever the dtype of the activations.
   logits_BLV = layers.matmul(hidden_BLD.astype(jnp.float32) * scale, kernel_DV.astype(jnp.float32))
   return constrain(logits_BLV, 'batch', 'length', 'vocab')
+
+
+def per_layer(cfg: T5Config, x_N):
+  """Returns an array of all layers, or a list of each layer's where layers are a list."""
+  return x_N if cfg.scan_layers else [*x_N]
+
+
+def _swapped(kv):
+  """Returns keys and values with heads and positions swapped; None stays None."""
+  return jax.tree.map(lambda x: x.swapaxes(1, 2), kv)
 
 
 def _pair(queries_BL, keys_BM):
