@@ -4,7 +4,8 @@
 
 All run the encoder once and then decode exactly `targets` tokens for each row
 with key and value caches, from the same weights; no row ends early. Ours is the
-jitted step of `t5x_lite.decoding.steps`, with layers scanned and unrolled;
+jitted step of `t5x_lite.decoding.steps`, with layers scanned and unrolled (as
+`infer`, `eval` and `serve` have them on a CPU, and int8 here);
 transformers is PyTorch's eager `generate`, or with its forward pass compiled;
 CTranslate2 reads the same weights, converted. Weights are float32, or int8
 where the name says so. Read train_step.py for how they are measured.
@@ -156,7 +157,7 @@ WORKERS = {
   'ctranslate2-int8': lambda args: run_ctranslate2(args, 'int8'),
   'scanned': lambda args: run_ours(args, scan_layers=True),
   'unrolled': lambda args: run_ours(args, scan_layers=False),
-  'int8': lambda args: run_ours(args, scan_layers=True, dtype='int8'),
+  'int8': lambda args: run_ours(args, scan_layers=False, dtype='int8'),
 }
 
 

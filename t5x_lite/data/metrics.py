@@ -87,8 +87,7 @@ def pronunciation_error_rates(targets: Targets, predictions: Texts) -> Scores:
 
   word_error_rate: share of words whose phonemes equal no reference. phoneme_error_rate: see
   `token_error_rate`; a phoneme is what stands between spaces, its stress digit included. The same
-  with `_no_stress`: digits left out on both sides, to read beside results on the 39 phonemes of
-  ARPAbet without stress.
+  with `_no_stress`: without digits on both sides, to read beside results on ARPAbet's 39 phonemes.
   """
 
   def bare_phonemes(text: str) -> list[str]:

@@ -116,8 +116,7 @@ def read(
   input TAB target, plain or compressed, or a folder that `datasets.save_to_disk` wrote. Or what is
   in memory: a list of pairs or of dicts, a dict of lists, a pandas DataFrame, a `datasets.Dataset`.
   Targets may be text files beside it, line by line; then it has inputs alone. Columns are found by
-  their names by default. UsageError names file and line of the first thing that is wrong, or `what`
-  it is in.
+  their names by default. UsageError names file and line of the first fault, or `what` it is in.
   """
   columns = columns or Columns()
   if targets and not is_paths(source):

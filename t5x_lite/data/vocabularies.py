@@ -47,8 +47,7 @@ class VocabularyConfig:
       already holds ids).
     path: a SentencePiece model file; 'package:NAME' is one that ships with the package (`t5`,
       `quickstart`), and empty means 'package:t5', the official one. Only for 'sentencepiece'.
-    extra_ids: number of sentinel ids after the ordinary ones; -1 takes the kind's own: 100, 125 for
-      bytes, 0 for passthrough.
+    extra_ids: number of sentinels after the ordinary ids; -1: 100, of bytes 125, of passthrough 0.
     size: number of ids. Only for 'passthrough'.
   """
 

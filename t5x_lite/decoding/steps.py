@@ -101,8 +101,7 @@ def make_predict_step(
   The batch has, unpacked and of B rows each:
     encoder_input_tokens: of a model with an encoder.
     decoder_prompt_tokens, decoder_prompt_lengths: what the decoder reads first, the start token
-      included (see `T5.prefill`); a model without an encoder needs it. Outputs are what
-      follows.
+      included (see `T5.prefill`); without an encoder it is needed. Outputs are what follows.
     seeds: of each row's sampling, folded into the key; its number by default.
     temperature: of each row, instead of the config's.
 

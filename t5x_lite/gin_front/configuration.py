@@ -1,8 +1,7 @@
 """Finds and parses gin files and bindings for one program.
 
 Nothing else in the library knows gin: gin files import modules themselves (`from __gin__ import
-dynamic_registration`) and bind their dataclasses and program functions. validation.py then checks
-what was parsed.
+dynamic_registration`) and bind dataclasses and program functions. validation.py then checks them.
 """
 
 import dataclasses

@@ -99,8 +99,12 @@ def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedMod
 
 
 def open_together(paths: str | Sequence[str], last: int = 1, **options: Any) -> list[TrainedModel]:
-  """Opens a model, or those of an ensemble; each the mean of its last checkpoints."""
+  """Opens a model to use, or those of an ensemble; each the mean of its last checkpoints.
+
+  On a CPU its layers come one by one: decoding need not copy each out of a stack (lab notes).
+  """
   names = [paths] if isinstance(paths, str) else paths
+  options['scan_layers'] = False if jax.default_backend() == 'cpu' else ''
   models = [open_mean([path], last, **options) for path in names]
   check_alike(models)
   return models

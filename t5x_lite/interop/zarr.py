@@ -175,8 +175,7 @@ ORBAX_COMPRESSOR = {'id': 'zstd', 'level': 1}
 def orbax_metadata(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
   """Returns the _METADATA of an Orbax item of plain nested dicts, given shapes by the arrays' keys.
 
-  As orbax/checkpoint/_src/metadata/tree.py version 0.12 writes it with use_ocdbt=False, and earlier
-  ones read it.
+  As orbax/checkpoint/_src/metadata/tree.py 0.12 writes it with use_ocdbt=False; older ones read it.
   """
   tree = {}
   for keys, shape in shapes.items():

@@ -30,8 +30,7 @@ def choose(implementation: str, L: int, M: int, platform: str | None = None) -> 
   """Returns the implementation that a setting means for L queries and M keys.
 
   One query alone, as in decoding, is always 'dense': its arrays are no larger than the keys. The
-  platform is that of the mesh being traced, or JAX's own, by default; UsageError if it does not
-  have the implementation.
+  platform is that of the mesh being traced, or JAX's own; UsageError if it has no such thing.
   """
   if platform is None:
     mesh = logical_axes.active_mesh()

@@ -1,7 +1,6 @@
 """What attention is made of besides vectors: who sees whom, bias by distance.
 
-Both take O(L) memory here. Arrays of every pair are made from them at once (dense attention) or
-block by block.
+Both take O(L) memory here. Of every pair they become arrays at once (dense) or block by block.
 
 Legend: B batch, L length of queries, M length of keys, H heads, P distances.
 """

@@ -1,8 +1,8 @@
 """Encoder and decoder layers, and the cache of a decoder.
 
 Legend: B batch, L decoder length, M encoder length, T positions of a cache, N layers, D emb_dim, H
-heads, K head_dim, R rows that are decoded, n of them for each input, S slots of a cache's row: T, or
-with beams T n, where all beams of an input share a row.
+heads, K head_dim, R rows that are decoded, n of them for each input, S slots of a cache's row: T,
+but T n with beams, where all of an input share a row.
 """
 
 import dataclasses
@@ -61,32 +61,36 @@ class Cache:
   seen_B: jax.Array | None = None
 
   @property
+  def num_beams(self) -> int:
+    """How many rows read each other's slots."""
+    return 1 if self.owner_BnT is None else self.owner_BnT.shape[1]
+
+  @property
   def length(self) -> int:
     """T."""
-    slots = self.key_NBHSK[0].shape[-2]
-    return slots if self.owner_BnT is None else self.owner_BnT.shape[2]
+    return self.key_NBHSK[0].shape[-2] // self.num_beams
 
   def grown(self, T: int) -> 'Cache':
     """Returns it with room for T positions."""
-    n, more = 1 if self.owner_BnT is None else self.owner_BnT.shape[1], T - self.length
-    grown = self._padded(more * n, key_NBHSK=-2, value_NBHSK=-2)
-    return grown._padded(more, owner_BnT=-1)
+    more = T - self.length
+    grown = self._padded(more * self.num_beams, -2, 'key_NBHSK', 'value_NBHSK')
+    return grown._padded(more, -1, 'owner_BnT')
 
   def widened(self, M: int) -> 'Cache':
     """Returns it with room for inputs of M tokens."""
-    assert self.cross_key_NBHMK is not None
-    more = M - self.cross_key_NBHMK[0].shape[-2]
-    return self._padded(more, cross_key_NBHMK=-2, cross_value_NBHMK=-2, cross_mask_B11M=-1)
+    assert self.cross_mask_B11M is not None
+    more = M - self.cross_mask_B11M.shape[-1]
+    wide = self._padded(more, -2, 'cross_key_NBHMK', 'cross_value_NBHMK')
+    return wide._padded(more, -1, 'cross_mask_B11M')
 
-  def _padded(self, more: int, **dims: int) -> 'Cache':
+  def _padded(self, more: int, dim: int, *names: str) -> 'Cache':
     """Returns it with `more` zeros at the end of a dim of some fields."""
 
-    def pad(x, dim: int):
+    def pad(x):
       return jnp.pad(x, [(0, more if i == x.ndim + dim else 0) for i in range(x.ndim)])
 
-    fields = {name: getattr(self, name) for name in dims}
-    padded = {name: jax.tree.map(lambda x, d=dims[name]: pad(x, d), fields[name]) for name in dims}
-    return dataclasses.replace(self, **padded)
+    fields = {name: jax.tree.map(pad, getattr(self, name)) for name in names}
+    return dataclasses.replace(self, **fields)
 
   def for_beams(self, num_beams: int) -> 'Cache':
     """Returns it for beam search; what it holds is the same in all beams of an input."""
@@ -124,7 +128,8 @@ class Cache:
     B, n, _ = self.owner_BnT.shape
     beams_n, index_Bn1 = np.arange(n), jnp.broadcast_to(self.index, (B * n,)).reshape(B, n, 1)
     owner_BnT = jnp.where(slots_11T == index_Bn1, beams_n[None, :, None], self.owner_BnT)
-    mine_BnTm = (owner_BnT[..., None] == beams_n[None, None, None]) & (slots_11T <= index_Bn1)[..., None]
+    mine_BnTm = owner_BnT[..., None] == beams_n[None, None, None]
+    mine_BnTm &= (slots_11T <= index_Bn1)[..., None]
     return dataclasses.replace(self, owner_BnT=owner_BnT), mine_BnTm.reshape(B, 1, n, T * n)
 
   def advanced(self, L: int) -> 'Cache':

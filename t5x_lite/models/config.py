@@ -211,8 +211,7 @@ _T5_1_1_SIZES = {
 }
 
 # Sources: Raffel et al. 2020, section 3.7 (T5 1.0); t5x/examples/t5/*/*.gin (1.1, mT5, ByT5, umT5);
-# Tay et al. 2022 (UL2). A test compares every parameter count with HF's PyTorch model built on the
-# meta device.
+# Tay et al. 2022 (UL2). A test compares every parameter count with HF's PyTorch model.
 _FAMILIES: dict[str, dict[str, T5Config]] = {
   't5_1_0': _sizes(
     {'mlp_activations': ('relu',), 'logits_via_embedding': True},

@@ -1,8 +1,7 @@
 """T5: encoder, decoder, both, or either alone, from one config.
 
 `T5` is built only inside a traced function: at rest parameters are a plain nested dict
-(`init_params`), and `nnx.merge(graphdef, params)` makes the module again. Scanned and unrolled
-layers run the same code.
+(`init_params`), and `nnx.merge(graphdef, params)` makes the module. Unrolled it runs the same code.
 
 Legend: B batch, L decoder length, M encoder length, T slots of a cache, N layers, D emb_dim, H
 heads, K head_dim, V vocabulary.
@@ -56,8 +55,7 @@ def over_layers(step, carry, stack, *others):
   """Runs step(carry, (layer, *others' entries)) over layers; returns what `jax.lax.scan` does.
 
   A stack is a module of stacked layers, which are scanned over, or a list of layers, and then what
-  is returned of each is a list too; others are pytrees of such stacks, of arrays [N, ...] and of
-  lists of arrays.
+  is returned is a list too; others are pytrees of stacks, arrays [N, ...] and lists of arrays.
   """
   xs = (stack, *others)
   if not isinstance(stack, nnx.List):

@@ -17,8 +17,7 @@ from t5x_lite.errors import UsageError, first_line
 GIB = 2**30
 
 # Peak dense bfloat16 (float16 where there is none) FLOP/s per JAX device, from the vendors' data
-# sheets. A TPU v2/v3 chip shows as two devices, and so does TPU7x. The longest name that a device's
-# kind starts with counts.
+# sheets. TPU v2, v3 and TPU7x chips show as two devices. The longest prefix of a kind counts.
 PEAK_FLOPS: dict[str, float] = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,

@@ -27,11 +27,9 @@ MESH_AXES = ('data', 'fsdp', 'model')
 BATCH_AXES = ('data', 'fsdp')
 PRESETS = ('auto', 'dp', 'fsdp', 'fsdp_tp')
 
-# What 'auto' takes for a parameter: 4 bytes each for itself, its gradient and Adafactor's
-# transients.
+# What 'auto' takes for a parameter: 4 bytes each for it, its gradient and Adafactor's transients.
 _BYTES_PER_PARAMETER = 12
-# ... and how much of a device's memory they may fill before it cuts the parameters; the rest is for
-# activations.
+# ... and how much of a device's memory they may fill before they are cut, beside activations.
 _REPLICATED_FRACTION = 0.4
 
 
@@ -49,8 +47,7 @@ class MeshConfig:
     data: replicas of the parameters; -1 takes the devices that are left.
     fsdp: devices over which batch and parameters are cut.
     model: tensor parallelism.
-    num_partitions: T5X's: model=num_partitions and the rest to data, or with parameter_dims=2 to
-      fsdp.
+    num_partitions: T5X's: model=num_partitions, the rest to data, with parameter_dims=2 to fsdp.
     num_slices: TPU slices joined by the data-center network; None asks the devices.
     activation_dims: 1, or 2 to cut activations' embed over 'model' too.
     parameter_dims: 1, or 2 to cut parameters' embed over 'fsdp'. None is 2, but T5X's 1 with

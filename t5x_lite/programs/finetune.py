@@ -109,8 +109,7 @@ def finetune(
   """Fine-tunes a checkpoint on pairs of text and exports the result.
 
   Started again with the same output it continues what was interrupted. Returns metrics, and where
-  things are; None if a signal ended it early. UsageError if the data or the model cannot be read;
-  nothing is written then.
+  things are; None if a signal ended it early. UsageError, with nothing written, if one is bad.
 
   Args:
     model: where to start: a folder of transformers or T5X, a run of ours, NAME@REVISION of the hub.

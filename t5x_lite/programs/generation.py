@@ -273,8 +273,7 @@ class Generation:
 
     Every label, a text or a list of ids with EOS, is scored (Brown et al. 2020; rank_classification
     of t5.evaluation.metrics); length_normalized by the log-probability a token, which favours
-    longer ones. With return_scores it is (labels, scores [inputs, labels]). More arguments are of
-    `score`.
+    longer ones. With return_scores it is (labels, scores [inputs, labels]). The rest is `score`'s.
     """
     if not len(labels) or isinstance(labels, str):
       raise UsageError(f'labels is {labels!r}; give a list of at least one label')

@@ -115,7 +115,9 @@ def infer(
     tell = known  # each is told once
   models = trained_model.open_together(model, adapter=adapter, param_dtype=param_dtype)
   run, cfg = models[0], models[0].config
-  draft = trained_model.open_model(draft_model, param_dtype=param_dtype) if draft_model else None
+  draft = None
+  if draft_model:
+    draft = trained_model.open_together(draft_model, param_dtype=param_dtype)[0]
   if draft and not run_directory.same_vocabulary(draft.vocabulary, run.vocabulary):
     raise UsageError(f'{draft_model} has another vocabulary than {run.path}: it cannot draft')
   if continuous and (embeddings or len(models) > 1):

@@ -89,7 +89,7 @@ def serve(
     raise UsageError(f"{error.name} is missing: in a checkout, pip install '.[serve]'") from error
   token = _read_token(token_file)
   listener = _listen(host, port)
-  opened = trained_model.open_model(model, dtype=dtype, param_dtype=param_dtype)
+  opened = trained_model.open_together(model, dtype=dtype, param_dtype=param_dtype)[0]
   placement = model_sharding.place_model(opened.config, mesh)
   params = opened.load_params(model_sharding.inference_params(opened.config, placement))
   vocabulary = vocabularies.make_vocabulary(opened.vocabulary)

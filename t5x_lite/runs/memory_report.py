@@ -96,8 +96,7 @@ def print_dry_run(
 ) -> None:
   """Prints what a run of these arguments would be; the caller has written nothing.
 
-  The facts are more lines, by name. The file, if it is not '', gets the whole configuration and how
-  every array is cut.
+  The facts are more lines, by name. A file that is not '' gets all settings and how arrays are cut.
   """
   sizes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
   kind = mesh.devices.flat[0].device_kind

@@ -22,11 +22,13 @@ VARIANTS = {v.name: v for v in hf_models.VARIANTS}
 
 @pytest.fixture(scope='module')
 def flan(tmp_path_factory):
-  return load('t5_1_1_lm_flan', tmp_path_factory)
+  # Layers one by one, as `infer` has them on a CPU.
+  return load('t5_1_1_lm_flan', tmp_path_factory, scan_layers=False)
 
 
-def load(name, tmp_path_factory):
+def load(name, tmp_path_factory, scan_layers=None):
   variant = VARIANTS[name]
+  scan_layers = variant.scan_layers if scan_layers is None else scan_layers
   model = hf_models.make(variant)
   with torch.no_grad():
     # Some outputs are to end early, some at the limit.
@@ -34,7 +36,7 @@ def load(name, tmp_path_factory):
   folder = tmp_path_factory.mktemp(name)
   model.save_pretrained(folder)
   source = checkpoint_source.open_source(str(folder))
-  cfg = source.config.replace(dtype='float32', scan_layers=variant.scan_layers)
+  cfg = source.config.replace(dtype='float32', scan_layers=scan_layers)
   return model, cfg, tensors.place(source.tensors, cfg)
 
 

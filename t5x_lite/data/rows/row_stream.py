@@ -159,8 +159,7 @@ class RowStream:
 
   The position is the tf.data iterator's own checkpoint, which holds shuffle buffers, caches and
   seeds. Pipelines that run Python (tf.py_function, Dataset.from_generator) have none: for those it
-  is the number of examples read, and `read` skips as many, which is exact if the Python code is
-  deterministic.
+  is the number of examples read, and `read` skips as many: exact if the code is deterministic.
   """
 
   def __init__(self, cfg: DatasetConfig, seed: int, index: int = 0, count: int = 1):

@@ -119,8 +119,7 @@ def resolve(name: str, vocabulary: VocabularyConfig) -> str:
   """Returns the SeqIO name of a task or mixture with the model's vocabulary.
 
   A name of the catalog (`pronounce`) is registered now if need be; SeqIO may know a name already
-  (`pronounce_byte`, a user's own). UsageError if there is no such name, or its task has another
-  vocabulary.
+  (`pronounce_byte`, a user's own). UsageError if there is none, or of another vocabulary.
   """
   # A user's own task goes before one of ours.
   is_users = is_registered(name) and name not in _RESOLVED.get(name, ())

@@ -55,8 +55,7 @@ def truncated(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Returns how many tokens each of the first examples has and loses to the lengths, by task.
 
-  Of supervised tasks alone: denoising objectives cut documents into pieces of the lengths and lose
-  nothing.
+  Of supervised tasks alone: denoising cuts documents into pieces of the lengths and loses nothing.
   """
   found = {}
   for task in seqio.get_subtasks(catalog.task_provider(cfg)):

@@ -44,8 +44,7 @@ def first_reference(example, *, separator: str):
 def restore_references(example):
   """Hands all references to the evaluation as `targets_pretokenized`.
 
-  SeqIO and the evaluators take the targets of the metrics from there; the task's postprocessor
-  splits them.
+  SeqIO and the evaluators take metrics' targets from there; the task's postprocessor splits them.
   """
   rest = {key: value for key, value in example.items() if key != 'references'}
   return {**rest, 'targets_pretokenized': example['references']}
