@@ -25,7 +25,7 @@ SAVED_NAMES = ('attention_out', 'cross_attention_out', 'mlp_out')
 
 
 # [N, ...], or an array of each layer.
-PerLayer = jax.Array | list[jax.Array]
+PerLayer = jax.Array | list
 
 
 @jax.tree_util.register_dataclass
