@@ -184,7 +184,7 @@ def test_training_starts_from_it(tmp_path):
   assert 0 < np.abs(before - after).max() < 0.1
 
 
-def test_new_lengths_and_batch_sizes_compile_nothing_new(model):
+def test_new_lengths_batch_sizes_and_temperatures_compile_nothing_new(model):
   compiled = []
   listener = compiled.append
   jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: listener(name))
@@ -194,16 +194,16 @@ def test_new_lengths_and_batch_sizes_compile_nothing_new(model):
     call()
     return sum('backend_compile' in name for name in compiled)
 
-  def use(size, length):
+  def use(size, length, temperature):
     texts = ['x' * length] * size
     ids = np.full((size, length), 7)
-    model.generate(texts, max_new_tokens=4)
+    model.generate(texts, max_new_tokens=4, temperature=temperature)
     model.score(texts, texts)
     model.encode(texts)
     model.logits(ids, ids)
 
-  assert compilations(lambda: use(3, 9)) > 0
-  assert compilations(lambda: use(4, 13)) == 0
+  assert compilations(lambda: use(3, 9, 1.0)) > 0
+  assert compilations(lambda: use(4, 13, 0.7)) == 0
   assert compilations(lambda: use(3, 3)) == 0
 
 

@@ -1,8 +1,7 @@
 """Postprocessors and metrics of GLUE, SuperGLUE and question answering, in percent.
 
 What metrics.py has is about text. Here a label becomes the number of its class (anything else -1,
-never right), so that correlations and F1 can be taken, and examples that share a question or a
-query are judged together.
+never right), for correlations and F1, and examples that share a question are judged together.
 
 Source: t5/data/postprocessors.py and t5/evaluation/metrics.py.
 """

@@ -146,8 +146,7 @@ def read_inputs(
   """Yields the input of every row of a file; of a text file every line is one, blank ones too.
 
   The column is found by its name by default, or the only one; the format, of records.FORMATS, by
-  the file's name. UsageError names file and line of what cannot be read; rows of which `bad` is
-  told instead are left out.
+  the file's name. UsageError names file and line, or `bad` is told and the row left out.
   """
   columns = columns or Columns()
   if records.format_of(path, file_format) == 'text':

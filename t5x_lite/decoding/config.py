@@ -27,6 +27,10 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
   'diversity_penalty': _FROM_0,
 }
 _OF_SAMPLING = ('top_k', 'top_p', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff', 'best_of')
+# What says which outputs there are, and what forbids tokens without regard to that.
+_LIMITS = ('regex', 'json_schema', 'labels', 'allowed_outputs')
+_HIDING = ('min_new_tokens', 'no_repeat_ngram_size', 'forbidden_words', 'forbidden_tokens')
+_HIDING += ('forced_bos_id', 'forced_eos_id')
 _IDS = ('max_decode_length', 'forced_bos_id', 'forced_eos_id')
 _EARLY_STOPPING = {'false': False, 'true': True, 'never': 'never'}
 
@@ -150,8 +154,8 @@ class DecodingConfig:
     check_fields(self, num_beam_groups=(fine, f'a divisor of num_beams, {self.num_beams}'))
     fine = (self.num_beam_groups > 1) == (self.diversity_penalty > 0)
     check_fields(self, diversity_penalty=(fine, 'above 0 with num_beam_groups above 1, and else 0'))
-    if self.regex:
-      self._refuse(['json_schema'], 'but regex is set too: choose one of them')
+    if limits := [name for name in _LIMITS if getattr(self, name)]:
+      self._refuse((*limits[1:], *_HIDING), f'but {limits[0]} is set too, which may leave no token')
     if self.brevity_alpha is not None:
       self._refuse(['length_penalty'], 'but brevity_alpha is set too: choose one of them')
     if rows := self.allowed_outputs:

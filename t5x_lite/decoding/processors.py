@@ -4,8 +4,7 @@ Each takes (logits_RV, history) and returns logits_RV. The order and the meaning
 transformers (generation/logits_process.py), whose numbers they are tested against. A user's own
 function is put between the two groups.
 
-Legend: R rows (inputs times beams or samples), V vocabulary, T decoder tokens, S sequences, n
-tokens of a sequence.
+Legend: R rows (inputs times beams or samples), V vocabulary, T decoder tokens, S sequences of n.
 """
 
 import dataclasses

@@ -85,7 +85,7 @@ class Result:
   kind: str
   task: str  # its name, without the vocabulary's
   metrics: Metrics
-  # {'input', 'prediction', 'target'} of each decoded example.
+  # {'input', 'prediction', 'target', 'score'} of each decoded example.
   lines: Lines = dataclasses.field(default_factory=list)
   failed: Sequence[str] = ()  # a line for each metric function that raised
 
@@ -210,7 +210,8 @@ class Decoded:
         predictions.append(task.postprocess_fn(text, example=example, is_target=False))
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
         source = _text(example, 'inputs', vocabulary)
-        lines.append({'input': source, 'prediction': text, 'target': target})
+        line = {'input': source, 'prediction': text, 'target': target, 'score': best.score}
+        lines.append(line)
     if not lines:
       raise UsageError(f'the task {self.name} has no examples to evaluate')
     inputs = [line['input'] for line in lines]
@@ -347,7 +348,6 @@ class Evaluators:
         decoding=chosen,
         batch_size=config.batch_size,
         max_input_length=config.lengths['inputs'],
-        scored=any(_takes(task, 'PREDICTION_WITH_AUX') for _, task, _ in tasks),
       )
       decode = RowDecoder(predictor, continuous=continuous)
       self._decoded += [

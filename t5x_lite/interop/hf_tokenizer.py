@@ -30,8 +30,7 @@ _META = '▁'
 def read_vocabulary(directory: epath.Path) -> VocabularyConfig | None:
   """Returns the vocabulary of a folder, or None if it has none that we read.
 
-  Its model file is elsewhere, made now, if the folder has only tokenizer.json. Raises UsageError if
-  a file is damaged.
+  A model file is made elsewhere if there is only tokenizer.json. UsageError if one is damaged.
   """
   config = _read_json(directory / TOKENIZER_CONFIG)
   if str(config.get('tokenizer_class', '')).startswith('ByT5'):

@@ -39,6 +39,9 @@ class Exported:
     tokens, log_probs = self._call('generate', inputs)
     eos = self._about['eos_id']
     rows = [row[: [*row, eos].index(eos)] for row in np.asarray(tokens).tolist()]
+    for row in rows:
+      while row and row[-1] == self._about['pad_id']:  # it never ended
+        row.pop()
     return rows, np.asarray(log_probs).tolist()
 
   def encode(self, inputs):

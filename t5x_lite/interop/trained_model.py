@@ -1,7 +1,6 @@
 """A trained model of any format, ready to be read onto devices.
 
-What `infer` and `eval` take, and what `train` begins a new run from, and learns the architecture
-from if no one names it.
+What `infer` and `eval` take, and what `train` begins from and may learn the architecture from.
 """
 
 import dataclasses

@@ -76,8 +76,7 @@ def attention(
 ) -> Array:
   """Returns y_BLHK; see `blocked_attention.attention` for the other arguments.
 
-  A block has at most `block` rows and columns, a power of 2 from 16 on; the interpreter is for
-  tests without a GPU.
+  A block has at most `block` rows and columns, a power of 2 from 16 on; tests use the interpreter.
   """
   (B, L, _, K), M = q_BLHK.shape, k_BMHK.shape[1]
   width = max(_LEAST, pl.next_power_of_2(K))

@@ -128,8 +128,7 @@ class T5(nnx.Module):
 
   def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
     self.cfg = cfg
-    # The table is owned here and passed down: plain jax transforms silently untie a module that is
-    # reachable twice.
+    # The table is owned here and passed down: jax transforms untie what is reachable twice.
     self.token_embedder = layers.Embedding(cfg, rngs=rngs)
     if cfg.has_encoder:
       self.encoder = Stack(EncoderLayer, cfg, cfg.num_encoder_layers, 'encoder_norm', rngs=rngs)

@@ -1,7 +1,6 @@
 """Facts about accelerators: memory, bandwidths, how they are connected.
 
-The vendors' numbers, for default meshes, ahead-of-time reports and the planner: none needs them to
-better than some per cent.
+The vendors' numbers, for meshes, ahead-of-time reports and the planner: some per cent matter not.
 """
 
 import dataclasses

@@ -97,7 +97,10 @@ class Generation:
     for name, given in (('seed', seeds), ('temperature', temperatures)):
       if given is not None and len(given) != len(rows):
         raise UsageError(f'generate got {len(rows)} inputs and {len(given)} of {name}')
-    # Few sizes, so that what is compiled serves the next call too.
+    # Few sizes, and temperatures by row, so that what is compiled serves the next call too.
+    if config.temperature:
+      temperatures = temperatures or [config.temperature] * len(rows)
+      config = dataclasses.replace(config, temperature=1.0)
     size = min(batch_size, prediction.padded_length(len(rows), shortest=1))
     model = self.config
     if bidirectional_prefix is not None:

@@ -70,8 +70,7 @@ def infer(
     output: the file to write, JSONL, or CSV, Parquet or .npy by its ending: {'input', 'prediction',
       'score'} a line, the score being the prediction's log-probability, or of beams what
       'normalization' says; 'n_best' holds all of num_return_sequences, best first; '-' is standard
-      output. A file that is there already is refused, unless one of the last two arguments says
-      what to do with it.
+      output. A file that is there is refused, unless one of the last two arguments is given.
     adapter: a folder with LoRA (ours or PEFT's), adapters or a prompt to put on the model.
     param_dtype: to keep parameters in: 'bfloat16' takes half of float32's memory, 'int8' a fourth;
       the checkpoint's own by default.

@@ -110,6 +110,7 @@ def serve(
     signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
   place = f'[{host}]' if ':' in host else host
   address = f'http://{place}:{listener.getsockname()[1]}'
+  listener.listen()  # who reads the address may connect
   print(f'{name} is served at {address} (a page to try it; OpenAI: {address}/v1)', flush=True)
   server.run(sockets=[listener])
   log.info('all requests are answered: stopped')

@@ -45,6 +45,10 @@ def test_bad_values_are_named(field):
     ({'labels': 5}, 'texts that are not empty'),
     ({'labels': ['a\ud800']}, 'Unicode texts'),
     ({'json_schema': {'type': 'object'}}, 'a text'),
+    ({'labels': ['a'], 'min_new_tokens': 2}, 'min_new_tokens is 2, but labels is set too'),
+    ({'regex': 'a', 'no_repeat_ngram_size': 2}, 'but regex is set too, which may leave no token'),
+    ({'allowed_outputs': [[5]], 'forbidden_words': 'b'}, 'but allowed_outputs is set too'),
+    ({'regex': 'a', 'json_schema': '{}'}, 'json_schema is {}, but regex is set too'),
     ({'allowed_outputs': [[5, 6, 7]], 'max_decode_length': 3}, 'the end within 3 tokens'),
     ({'allowed_outputs': [[5], [6]], 'num_beams': 4, 'num_return_sequences': 3}, 'as many as'),
   ],
@@ -55,11 +59,9 @@ def test_what_would_do_nothing_or_cannot_be_is_an_error(fields, message):
 
 
 def test_settings_as_gin_and_flags_give_them():
-  config = DecodingConfig(
-    num_beams=4, early_stopping='true', labels='yes', forbidden_tokens=[[3, 4], 5]
-  )
+  config = DecodingConfig(num_beams=4, early_stopping='true', labels='yes')
   assert config.early_stopping is True and config.labels == ('yes',)
-  assert config.forbidden_tokens == ((3, 4), (5,))
+  assert DecodingConfig(forbidden_tokens=[[3, 4], 5]).forbidden_tokens == ((3, 4), (5,))
   assert hash(config) == hash(dataclasses.replace(config))
   vocabulary = types.SimpleNamespace(encode=lambda text: [len(text)])
   resolved = config.resolved(vocabulary, 9)

@@ -42,7 +42,7 @@ def test_metrics_by_task_and_predictions_beside_references(run, tmp_path):
   for task in results:
     lines = (tmp_path / 'out' / f'{task}.jsonl').read_text().splitlines()
     assert len(lines) == 9
-    assert set(json.loads(lines[0])) == {'input', 'prediction', 'target'}
+    assert set(json.loads(lines[0])) == {'input', 'prediction', 'target', 'score'}
 
 
 def test_by_default_results_lie_in_the_run(run):

@@ -6,8 +6,7 @@ the model takes, under SeqIO's names (seqio/feature_converters.py). Padding is w
 is 0, never where a token is 0.
 
 Differences from SeqIO: decoder_input_tokens is 0 on all padding (SeqIO's unpacked form leaves the
-last target one place after the end), loss weights are float32, and an example without targets
-contributes no loss.
+last target one place after the end), loss weights are float32, without targets there is no loss.
 """
 
 import dataclasses

@@ -52,8 +52,7 @@ def register_file_task(
     metrics: names from `data.metrics.METRICS`.
     reference_separator: if given, a target may hold several right answers between separators;
       training takes the first, metrics the best.
-    vocabulary: if given, registers `name` with it; else `name` joins the catalog, for whatever
-      vocabulary the model has.
+    vocabulary: if given, registers `name` with it; else `name` joins the catalog, for any.
   """
   splits, files = _split_files(name, train=train_file, validation=validation_file, test=test_file)
   for path in files:

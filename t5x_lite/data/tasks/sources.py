@@ -1,8 +1,7 @@
 """SeqIO sources for files: shuffled whole, shared by row, exact to resume.
 
 SeqIO's own file sources shuffle files, and then a window of 1,000 examples: on one sorted file (as
-a dictionary is) that gives correlated batches. Nor can they share one file among hosts without each
-host parsing all of it.
+a dictionary is) that gives correlated batches. Nor can hosts share a file unparsed.
 """
 
 import functools
@@ -65,8 +64,7 @@ class RowsDataSource(seqio.DataSource):
     """Returns the rows, or every `num_shards`-th of them, of one epoch.
 
     With `shuffle` each iteration is a new permutation, repeatable by `seed`. The shards are
-    disjoint and complete whatever the seed, so hosts need not agree on one. What else SeqIO passes
-    to sources has no effect.
+    disjoint and complete whatever the seed, so hosts need not agree on one. The rest has no effect.
     """
     columns = self._rows(split)
     index, step = 0, 1
