@@ -204,7 +204,7 @@ def test_new_lengths_batch_sizes_and_temperatures_compile_nothing_new(model):
 
   assert compilations(lambda: use(3, 9, 1.0)) > 0
   assert compilations(lambda: use(4, 13, 0.7)) == 0
-  assert compilations(lambda: use(3, 3)) == 0
+  assert compilations(lambda: use(3, 3, 1.0)) == 0
 
 
 def test_padding_to_a_size_is_not_seen(model):

@@ -2,8 +2,7 @@
 
 XLA's own cost analysis counts the body of a loop once, and a scan over layers is a loop. Here a
 loop counts as often as it runs: collectives with their bytes and device groups, and traffic to
-device memory. The text is read by hand: jaxlib's parser of it is private and gives a protobuf
-without the Python classes to read that.
+device memory. The text is read by hand: jaxlib's parser is private.
 """
 
 import collections

@@ -1,7 +1,6 @@
 """The steps as programs, with their shardings, ready to be compiled.
 
-Training and ahead-of-time compilation make the same program here, for devices that are there or for
-a topology that is only described.
+Training and ahead-of-time compilation make one program, for devices there or only described.
 """
 
 import dataclasses
@@ -90,8 +89,7 @@ def train_program(
   """Returns the train step: (state, batch, key) -> (state, metrics).
 
   The batch is shape and dtype of every array of a global one; total_steps is for the schedule; the
-  rest is that of `steps.make_train_step`. Raises UsageError if the batch, the model or the
-  optimizer does not suit the mesh.
+  rest is that of `steps.make_train_step`. UsageError if something does not suit the mesh.
   """
   batch_size = next(iter(batch.values()))[0][0]
   placement = _place(model, mesh, batch_size, devices)

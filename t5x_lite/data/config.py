@@ -21,8 +21,7 @@ class DatasetConfig:
     shuffle: whether files and examples are shuffled (by `seed`).
     seed: same seed, same stream.
     pack: several examples share a row.
-    num_epochs: passes over the data; None repeats for ever. A finite stream ends with a batch
-      filled up with rows of zero weight.
+    num_epochs: passes over the data, the last batch filled up with rows of weight 0; None: no end.
     drop_remainder: leave out that last batch if it is not full.
     module: Python module(s), comma-separated, whose import registers tasks.
     use_cached: read what seqio_cache_tasks wrote.
@@ -37,8 +36,7 @@ class DatasetConfig:
       makes every batch and keeps its rows, so that the batches do not depend on the number of
       hosts, at the cost of reading everything everywhere. Finite streams are always replicated:
       that gives all hosts the same number of batches.
-    allow_process_count_change: start a new stream when a position was saved by another number of
-      processes; see DatasetIterator.restore.
+    allow_process_count_change: begin anew after another number of processes, see DatasetIterator.
     allow_stateful_ops: accept a task whose TensorFlow ops keep hidden state (tf.random.uniform,
       variables): resuming is then not exact.
     window: examples fetched at a time; no effect on the result.

@@ -43,8 +43,7 @@ def token_rows(
 
   Inputs are a text, a list of texts, or ids below `num_ids`: a list of integers, a list of such
   lists or an array [B, L], whose padding at the end is dropped. Without a vocabulary only ids will
-  do. What is longer than `limit` is cut, EOS kept, and a warning counts it. UsageError if the
-  inputs are neither, or there are none.
+  do. What is longer than `limit` is cut, EOS kept, and a warning counts it. UsageError for others.
   """
   end: list[int] = []
   if is_text(inputs):

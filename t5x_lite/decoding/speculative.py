@@ -2,8 +2,7 @@
 
 What is kept of a draft, and the token after it, is distributed as if the large model alone had
 drawn every token (Leviathan et al. 2023, algorithm 1). A greedy choice is a distribution too, of
-one token: then all tokens are those of the large model. Rows keep as many tokens as they like, and
-so each has a position of its own.
+one token: then all tokens are those of the large model. Each row has a position of its own.
 
 Legend: R rows, K tokens of a draft, J = K + 1 tokens read, L new tokens, V vocabulary.
 """

@@ -206,10 +206,10 @@ class Decoded:
           kept.append(example)
           row = [*best.tokens, self.predictor.model.eos_id]
           ids.append((row + [pad_id] * length)[:length])
-        target = _text(example, 'targets', vocabulary)
+        target = text_of(example, 'targets', vocabulary)
         predictions.append(task.postprocess_fn(text, example=example, is_target=False))
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
-        source = _text(example, 'inputs', vocabulary)
+        source = text_of(example, 'inputs', vocabulary)
         line = {'input': source, 'prediction': text, 'target': target, 'score': best.score}
         lines.append(line)
     if not lines:
@@ -238,7 +238,7 @@ class Decoded:
     return Result('infer_eval', self.name, metrics, lines, failed)
 
 
-def _text(example: dict[str, Any], feature: str, vocabulary: Any) -> str:
+def text_of(example: dict[str, Any], feature: str, vocabulary: Any) -> str:
   """Returns a feature as text: as it was before tokenising, if that is kept."""
   original = example.get(f'{feature}_pretokenized')
   if isinstance(original, str | bytes):

@@ -122,8 +122,7 @@ def _peft_name(name: str) -> str:
 def put_on(source: Source, path: str) -> Source:
   """Returns an open base of any format, without LoRA, adapters or prompt, with a folder's adapter.
 
-  The path is of a folder that `write_alone` wrote, or PEFT. Raises UsageError if there is no
-  adapter, or it is for another model.
+  The folder is of `write_alone` or PEFT. UsageError if there is none, or for another model.
   """
   folder = epath.Path(path)
   if transfer.fields(source.config):

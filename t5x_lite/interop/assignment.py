@@ -127,8 +127,7 @@ _NUMERICS += 'layer_norm_epsilon pad_id eos_id decoder_start_id'.split()
 def check_numerics(source: Source, cfg: T5Config) -> None:
   """Raises UsageError if the model would compute something else with these.
 
-  Shapes do not show it: gelu or silu, a scaled head or not. A T5X checkpoint does not say, so it is
-  taken at the configuration's word.
+  Shapes do not show it: gelu or silu, a scaled head or not. The configuration is believed.
   """
   if source.format == 't5x':
     return

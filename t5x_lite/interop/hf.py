@@ -31,8 +31,7 @@ SHORT_DTYPES = ('float32', 'bfloat16', 'float16')
 
 _COMPARED = 1 << 24  # elements at a time, to see whether two tables are the same
 
-# Copies of the embedding that old versions saved, and a table of the decoder's cross-attention that
-# Mesh TensorFlow made and nothing reads.
+# Copies of the embedding of old versions, and a table that Mesh TensorFlow made and nothing reads.
 _COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 _UNREAD = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
 
@@ -135,8 +134,7 @@ def read_tensors(directory: epath.Path) -> dict[str, Tensor]:
 
 
 def _fetch(path: epath.Path, name: str, index: Index) -> np.ndarray:
-  # Opened each time: a file that stays open keeps every page that was ever read in the process's
-  # memory, in the end the whole model.
+  # Opened each time: a file that stays open keeps its pages in memory, in the end the whole model.
   with _opened(path) as file:
     return file.get_slice(name)[index] if index else file.get_tensor(name)
 

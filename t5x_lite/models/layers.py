@@ -199,8 +199,7 @@ class Attention(nnx.Module):
     the dropout of attention weights.
     """
     q_BLHK = x_BLD if x_BLD.ndim == 4 else self.queries(x_BLD)
-    # T5X draws one mask for all queries of a row, so that dropping weights is dropping keys: v_BMHK
-    # has L times fewer entries to scale.
+    # T5X draws one mask for all queries: dropping weights is dropping keys, with L times less work.
     v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))
     y_BLHK = attention.attention(q_BLHK, k_BMHK, v_BMHK, bias, mask, self.cfg.attention)
     return self.out(y_BLHK.reshape(*y_BLHK.shape[:2], -1))

@@ -76,8 +76,7 @@ def attention(
     b //= 2
   if values_HP is None:
     values_HP = jnp.zeros((H, L + M - 1), jnp.float32)
-  # By query minus key: -Mp..Lp-1 of the padded lengths. A window begins at a whole block, since
-  # first positions of blocks are b apart.
+  # By query minus key: -Mp..Lp-1 of the padded lengths. A window begins at a whole block.
   values_HP = jnp.pad(values_HP, ((0, 0), (-L % b, -M % b + 1)))[:, None, ::-1]
   queries_BL, keys_BM = visibility.codes(B, L, M)
   blocks = Blocks(b, b, M, visibility.causal, visibility.skips, interpret)

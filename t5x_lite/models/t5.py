@@ -351,8 +351,7 @@ class T5(nnx.Module):
     x_BPD = self.token_embedder(tokens_BP)
     x_BPD, kv = over_layers(body, x_BPD, self.decoder.layers, cross, self.lenders())
     hidden_BPD = self.decoder.norm(x_BPD)
-    # What follows a prompt is predicted at its last token; slots after it hold padding, and are
-    # written over before they are seen.
+    # What follows is predicted at a prompt's last token; slots of padding are written over unseen.
     last_B1D = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)
     n = cache.key_NBHSK[0].shape[-4] // B
 

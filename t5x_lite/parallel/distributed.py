@@ -70,8 +70,7 @@ def detect(environ: Mapping[str, str]) -> ProcessGroup | None:
     return ProcessGroup(source='SLURM')
   if several('OMPI_COMM_WORLD_SIZE'):
     return ProcessGroup(source='Open MPI')
-  # GKE names the others in the environment; for a slice that `launch/tpu_pod.sh` has rented, JAX
-  # asks Google's metadata server.
+  # GKE names the others in the environment; for a TPU slice JAX asks Google's metadata server.
   gke = ',' in environ.get('TPU_WORKER_HOSTNAMES', '') or several('MEGASCALE_NUM_SLICES')
   if gke or environ.get('T5X_LITE_TPU_SLICE'):
     return ProcessGroup(source='Cloud TPU')

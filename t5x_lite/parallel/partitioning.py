@@ -157,8 +157,7 @@ def resolve(
   """Returns the config with every size a positive number.
 
   Devices are all of them by default. The model's num_params and the global batch_size are for
-  'auto', num_heads is for 'fsdp_tp': 'model' should divide it. Raises UsageError if the axes do not
-  multiply to the number of devices.
+  'auto', num_heads is for 'fsdp_tp': 'model' should divide it. UsageError if they do not fit.
   """
   devices = list(jax.devices() if devices is None else devices)
   found = len(set(map(_slice, devices)))

@@ -11,8 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Annotations, less `| None`, whose arguments can be written on a command line: the type of one
-# value, and whether there may be many.
+# Annotations, less `| None`, of flags: the type of one value, and whether there may be many.
 _SIMPLE: Mapping[str, tuple[type, bool]] = {
   **{kind.__name__: (kind, False) for kind in (bool, float, int, str)},
   'bool | str': (str, False),

@@ -29,7 +29,7 @@ from t5x_lite.runs import progress, run_directory
 
 log = logging.getLogger(__name__)
 
-FORMATS = ('auto', *records.FORMATS)
+FORMATS = ('auto', 'task', *records.FORMATS)
 EMBEDDINGS = {'none': None, 'mean': 'mean', 'first': 'first'}  # flags to poolings
 # Relative positions reach as far as one likes, memory does not.
 MAX_INPUT_LENGTH = 1024
@@ -45,6 +45,7 @@ def infer(
   param_dtype: str = '',
   draft_model: str = '',
   input_format: str = 'auto',
+  module: str = '',
   field: str = '',
   template: str = '',
   prefix: str = '',
@@ -77,7 +78,9 @@ def infer(
     draft_model: a smaller model of the same vocabulary, whose proposals the model reads several at
       once: the same outputs sooner, see docs/generation.md.
     input_format: 'text' (a line is an input), 'csv', 'tsv', 'jsonl', 'json', 'parquet', 'tfrecord'
-      or 'datasets'; 'auto' goes by the file's ending, before .gz or .zst.
+      or 'datasets'; 'auto' goes by the file's ending, before .gz or .zst. With 'task', input is
+      TASK:SPLIT of SeqIO, such as 'pronounce:test'.
+    module: Python module(s), comma-separated, whose import registers tasks.
     field: the input's, or number from 0 without a header; a usual name or the only one by default.
     template: makes the input of several fields, 'summarize: {article}'.
     prefix: put before every input, such as 'pronounce: '.
@@ -101,19 +104,21 @@ def infer(
   check_one_of('embeddings', embeddings or 'none', EMBEDDINGS)
   if input == '-' and input_format not in ('auto', 'text'):
     raise UsageError('standard input is text, an input a line; name a file')
-  _check_paths(input, output, resume, overwrite)
+  _check_paths('' if input_format == 'task' else input, output, resume, overwrite)
   columns = Columns(input=field, template=template)
   file_format = '' if input_format == 'auto' else input_format
   read = functools.partial(pairs.read_inputs, input, columns, file_format=file_format)
   tell, known = text_files.refuse, text_files.refuse
   if skip_bad_rows:
     tell, known = functools.partial(log.warning, 'left out: %s'), lambda error: None
+  models = trained_model.open_together(model, adapter=adapter, param_dtype=param_dtype)
+  run, cfg = models[0], models[0].config
+  if input_format == 'task':
+    read = functools.partial(_task_inputs, input, module, run.vocabulary)
   num_lines = 0
   if input != '-':
     num_lines = sum(1 for _ in read(bad=tell))
     tell = known  # each is told once
-  models = trained_model.open_together(model, adapter=adapter, param_dtype=param_dtype)
-  run, cfg = models[0], models[0].config
   draft = None
   if draft_model:
     draft = trained_model.open_together(draft_model, param_dtype=param_dtype)[0]
@@ -211,6 +216,21 @@ def infer(
   took = f'{progress.format_duration(seconds)}, {(done - first) / max(seconds, 1e-9):.3g} lines/s'
   log.info('%d lines in %s%s', done, took, cut)
   return done
+
+
+def _task_inputs(name: str, module: str, vocabulary: Any, **_: Any) -> Iterator[str]:
+  """Yields the inputs of a task's or mixture's examples as text; the name is TASK:SPLIT."""
+  from t5x_lite.data.tasks import catalog  # TensorFlow
+  from t5x_lite.evaluation import evaluators
+
+  catalog.import_modules(module)
+  name, _, split = name.partition(':')
+  provider = catalog.find_provider(catalog.resolve(name, vocabulary))
+  for task in getattr(provider, 'tasks', None) or [provider]:
+    if split not in task.splits:
+      raise UsageError(f'{task.name} has no split {split!r}; it has {", ".join(task.splits)}')
+    for example in task.get_dataset(None, split, shuffle=False).as_numpy_iterator():
+      yield evaluators.text_of(example, 'inputs', vocabularies.make_vocabulary(vocabulary))
 
 
 def _decode(

@@ -57,6 +57,30 @@ def test_one_object_a_line_in_order(run, words, tmp_path):
     assert entry['score'] < 0
 
 
+def test_inputs_of_a_task_of_ones_own(run, words, tmp_path, monkeypatch):
+  """As from a file of the same lines; `--module` registers a plain seqio.Task."""
+  name = f'inputs_of_a_task_{tmp_path.parent.name}'.replace('-', '_')
+  (tmp_path / f'{name}.py').write_text(
+    'import functools, seqio, tensorflow as tf\n'
+    f'rows = [(word, "y") for word in {WORDS!r}]\n'
+    'def read(split, shuffle_files=False, seed=None):\n'
+    '  columns = dict(zip(("inputs", "targets"), map(list, zip(*rows))))\n'
+    '  return tf.data.Dataset.from_tensor_slices(columns)\n'
+    'feature = seqio.Feature(seqio.ByteVocabulary(125), add_eos=True)\n'
+    f'seqio.TaskRegistry.add({name!r}, source=seqio.FunctionDataSource(read, splits=["test"]),\n'
+    '  preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],\n'
+    '  output_features={"inputs": feature, "targets": feature})\n'
+  )
+  monkeypatch.syspath_prepend(str(tmp_path))
+  files, tasks = tmp_path / 'files.jsonl', tmp_path / 'tasks.jsonl'
+  infer(model=run, input=str(words), output=str(files), batch_size=8)
+  argv = ['infer', f'--model={run}', '--input_format=task', f'--module={name}', '--batch_size=8']
+  assert main.main([*argv, f'--input={name}:test', f'--output={tasks}']) == 0
+  assert read(files) == read(tasks)
+  with pytest.raises(UsageError, match="has no split 'train'; it has test"):
+    infer(model=run, input=f'{name}:train', output=f'{tasks}2', input_format='task')
+
+
 def test_a_draft_changes_nothing(run, words, tmp_path):
   small, alone, drafted = (tmp_path / name for name in ('small', 'alone.jsonl', 'drafted.jsonl'))
   tiny_run.save_untrained(small, seed=1, emb_dim=8)

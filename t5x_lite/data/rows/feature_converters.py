@@ -2,8 +2,7 @@
 
 A converter is two steps around packing: `prepare` arranges ragged task features (`inputs`,
 `targets`) into those that share a row, `convert` turns packed or padded rows into the arrays that
-the model takes, under SeqIO's names (seqio/feature_converters.py). Padding is where the segment id
-is 0, never where a token is 0.
+the model takes, under SeqIO's names (seqio/feature_converters.py). Padding has segment 0.
 
 Differences from SeqIO: decoder_input_tokens is 0 on all padding (SeqIO's unpacked form leaves the
 last target one place after the end), loss weights are float32, without targets there is no loss.
