@@ -136,7 +136,7 @@ class Model(Generation):
     """Returns float32 logits [B, L, V].
 
     The encoder's ids [B, M] are padded with pad_id, None for a model without one; the decoder's
-    [B, L] begin with decoder_start_id. decoder_causal_attention [B, L] is 1 at a model's prefix.
+    [B, L] begin with decoder_start_id. decoder_causal_attention [B, L] is 1 in a prefix.
     """
     if not self.config.has_decoder:
       raise UsageError("architecture='encoder' has no logits; use encode")

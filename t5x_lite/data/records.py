@@ -68,7 +68,7 @@ def dataset_splits(path: str) -> dict[str, str]:
 def rows(path: str, fields: Fields, file_format: str = '') -> Iterator[tuple[str, ...]]:
   """Yields the named fields (see `read`) of every row that is not blank, as text.
 
-  Of text a row is a line, whatever the fields. UsageError with file and line, if one is missing.
+  Of text a row is a line, whatever the fields. UsageError with file and line, if it lacks one.
   """
   if format_of(path, file_format) == 'text':
     yield from ((line,) for _, line in text_files.lines(path) if line.strip())

@@ -103,7 +103,7 @@ def open_together(paths: str | Sequence[str], last: int = 1, **options: Any) -> 
   On a CPU its layers come one by one: decoding need not copy each out of a stack (lab notes).
   """
   names = [paths] if isinstance(paths, str) else paths
-  options['scan_layers'] = False if jax.default_backend() == 'cpu' else ''
+  options.setdefault('scan_layers', False if jax.default_backend() == 'cpu' else '')
   models = [open_mean([path], last, **options) for path in names]
   check_alike(models)
   return models

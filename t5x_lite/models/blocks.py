@@ -37,12 +37,12 @@ class Cache:
   list, so are the arrays that begin with N: a step need not cut them out of one.
 
   Attributes:
-    key_NBHSK: self-attention keys; those at and after index are unwritten.
+    key_NBHSK: self-attention keys; those of positions from index on are unwritten.
     value_NBHSK: self-attention values.
     cross_key_NBHMK: keys of the encoder output, or None as the next two.
     cross_value_NBHMK: values of the encoder output.
     cross_mask_B11M: True at real encoder positions.
-    index: int32, the position of the next token: a scalar, or [B].
+    index: int32, the position of the next token: a scalar, or [R].
     owner_BnT: in beam search, the beam that wrote what beam n has read at each position: beams go
       on from others by changing this, and keys and values stay. The slots of a position are its
       beams'. None if every row reads its own.
@@ -301,5 +301,5 @@ def _write(cache_NBHSK, new_RLHK, i, index):
     new_NBHSK = new_BHSK if i is None else new_BHSK[None]
     return jax.lax.dynamic_update_slice(cache_NBHSK, new_NBHSK, (*layer, 0, 0, index * n, 0))
   at_BnL = index.reshape(B, n, 1) * n + (np.arange(n)[:, None] + np.arange(L))[None]
-  at = (*layer, np.arange(B)[:, None], slice(None), at_BnL.reshape(B, -1))
+  at = (*layer, jnp.arange(B)[:, None], slice(None), at_BnL.reshape(B, -1))
   return cache_NBHSK.at[at].set(new_BSHK, mode='drop')

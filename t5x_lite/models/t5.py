@@ -3,8 +3,8 @@
 `T5` is built only inside a traced function: at rest parameters are a plain nested dict
 (`init_params`), and `nnx.merge(graphdef, params)` makes the module. Unrolled it runs the same code.
 
-Legend: B batch, L decoder length, M encoder length, T slots of a cache, N layers, D emb_dim, H
-heads, K head_dim, V vocabulary.
+Legend: B batch, L decoder length, M encoder length, T positions and S slots of a cache, N layers, D
+emb_dim, H heads, K head_dim, V vocabulary.
 """
 
 import dataclasses

@@ -109,7 +109,7 @@ def finetune(
   """Fine-tunes a checkpoint on pairs of text and exports the result.
 
   Started again with the same output it continues what was interrupted. Returns metrics, and where
-  things are; None if a signal ended it early. UsageError, with nothing written, if one is bad.
+  things are; None if a signal ended it early. UsageError, nothing written, for bad data or model.
 
   Args:
     model: where to start: a folder of transformers or T5X, a run of ours, NAME@REVISION of the hub.

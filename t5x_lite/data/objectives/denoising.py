@@ -50,7 +50,7 @@ def num_noise_tokens_and_spans(
 ) -> tuple[int, int]:
   """Returns how many tokens, in how many spans, are noise among `length`.
 
-  At least one is noise and one is not, as in `random_spans_noise_mask`; ties round to even.
+  At least one span is noise, one token not, as in `random_spans_noise_mask`; ties round to even.
   """
   length = max(length, 2)
   tokens = min(max(round(length * noise_density), 1), length - 1)
@@ -131,7 +131,7 @@ def random_spans_noise_mask(
 ) -> tf.Tensor:
   """Returns a mask of an exact number of noise tokens in exact spans.
 
-  Spans alternate, text first; masks with the counts of `num_noise_tokens_and_spans` are as likely.
+  Spans alternate, text first; all masks of `num_noise_tokens_and_spans` are equally likely.
   """
   length_S = tf.maximum(_lengths(valid_SL), 2)
   # float64, so that ties round as they do in `num_noise_tokens_and_spans`.
