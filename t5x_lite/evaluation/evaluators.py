@@ -210,8 +210,7 @@ class Decoded:
         predictions.append(task.postprocess_fn(text, example=example, is_target=False))
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
         source = text_of(example, 'inputs', vocabulary)
-        line = {'input': source, 'prediction': text, 'target': target, 'score': best.score}
-        lines.append(line)
+        lines.append({'input': source, 'prediction': text, 'target': target, 'score': best.score})
     if not lines:
       raise UsageError(f'the task {self.name} has no examples to evaluate')
     inputs = [line['input'] for line in lines]

@@ -117,8 +117,9 @@ def load_together(models: Sequence[TrainedModel], specs: Any) -> Any:
 
 def check_alike(models: Sequence[TrainedModel]) -> None:
   """Refuses to combine models of several architectures or vocabularies."""
+  training = {'dropout_rate': 0.0, 'remat_policy': 'none'}  # makes no other model
   for other in models[1:]:
-    if other.config != models[0].config:
+    if other.config.replace(**training) != models[0].config.replace(**training):
       raise UsageError(f'{other.path} has another architecture than {models[0].path}')
     if not run_directory.same_vocabulary(other.vocabulary, models[0].vocabulary):
       raise UsageError(f'{other.path} has another vocabulary than {models[0].path}')
