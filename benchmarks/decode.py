@@ -158,6 +158,7 @@ WORKERS = {
   'scanned': lambda args: run_ours(args, scan_layers=True),
   'unrolled': lambda args: run_ours(args, scan_layers=False),
   'int8': lambda args: run_ours(args, scan_layers=False, dtype='int8'),
+  'int8-scanned': lambda args: run_ours(args, scan_layers=True, dtype='int8'),
 }
 
 
