@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -61,3 +63,12 @@ def test_the_embedding_must_have_a_row_for_every_id():
   official = t5x_lite.VocabularyConfig()
   with pytest.raises(UsageError, match='raise vocab_size to 32128'):
     trained_model.check_vocabulary(tiny_run.model(vocab_size=32000), official)
+
+
+def test_what_only_training_reads_makes_no_other_model(folders):
+  root, _ = folders
+  opened = trained_model.open_model(str(root / 'hf'))
+  change = lambda **to: dataclasses.replace(opened, config=opened.config.replace(**to))  # noqa: E731
+  trained_model.check_alike([opened, change(dropout_rate=0.3, remat_policy='full')])
+  with pytest.raises(UsageError, match='another architecture'):
+    trained_model.check_alike([opened, change(mlp_dim=8)])
