@@ -218,7 +218,7 @@ def infer(
   return done
 
 
-def _task_inputs(name: str, module: str, vocabulary: Any, **_: Any) -> Iterator[str]:
+def _task_inputs(name: str, module: str, vocabulary: Any, **bad: Any) -> Iterator[str]:
   """Yields the inputs of a task's or mixture's examples as text; the name is TASK:SPLIT."""
   from t5x_lite.data.tasks import catalog  # TensorFlow
   from t5x_lite.evaluation import evaluators
