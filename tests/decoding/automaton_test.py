@@ -110,7 +110,7 @@ def test_json_is_whole_however_short_the_output():
     # T5's vocabulary has no braces.
     ({'regex': r'\{\}'}, 'nothing that this vocabulary can write'),
     ({'regex': '[0-9]{60}', 'max_decode_length': 10}, r'max_decode_length is 10; .* above the '),
-    ({'regex': 'a', 'json_schema': '{}'}, 'choose one'),
+    ({'regex': 'a', 'json_schema': '{}'}, 'regex is set too'),
   ],
 )
 def test_what_cannot_be_followed_is_an_error(settings, message):

@@ -90,7 +90,9 @@ def compare(pair, n=1, *, size=SIZE, prefix=None, hf=None, **settings):
   found, outputs = ours(cfg, params, tokens, prefix=prefix, **settings)
   assert found == expected
   if scores is not None:
-    np.testing.assert_allclose([o.score for o in outputs], scores.numpy(), atol=1e-4)
+    # Sums of a hundred and more have no more digits in float32.
+    found_scores = [o.score for o in outputs]
+    np.testing.assert_allclose(found_scores, scores.numpy(), atol=1e-4, rtol=1e-6)
   return outputs
 
 

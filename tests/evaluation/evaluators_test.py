@@ -160,7 +160,9 @@ def test_decoded_gives_tasks_what_seqio_gives_them(setting):
   continuously = evaluators.Decoded('x', task, one, slots, num_examples=11).run(params)
   decoded = evaluators.Decoded('x', task, one, decode, num_examples=11)
   result = decoded.run(params)
-  assert continuously.lines == result.lines
+  for one_line, other in zip(continuously.lines, result.lines, strict=True):
+    assert one_line.pop('score') == pytest.approx(other['score'], rel=1e-5)
+    assert one_line == {name: other[name] for name in ('input', 'prediction', 'target')}
   assert continuously.metrics == pytest.approx(result.metrics, rel=1e-5)
 
   names = {'count', 'mean', 'same', 'likely', 'characters', 'of_function', 'of_object'}
@@ -191,13 +193,13 @@ def test_decoded_gives_tasks_what_seqio_gives_them(setting):
     assert metrics[f'likely_{end}'] == pytest.approx(metrics[f'mean_{end}'])
 
 
-def test_scores_are_kept_where_a_task_takes_them(setting):
-  cfg, where, _ = setting
-  seqio.TaskRegistry.add_provider('fake', seen_task(catalog.task_provider(config()))[0])
-  for name, wanted in (('language_id_byte', False), ('fake', True)):
-    one = evaluators.Evaluators(cfg, tiny_run.VOCABULARY, **where, infer_eval=[config(name)])
-    [output] = one._decoded[0].predictor.predict_all(setting[2], [[5, 1]])
-    assert (output[0].score is not None) == wanted
+def test_scores_are_kept_beside_predictions(setting):
+  cfg, where, params = setting
+  one = evaluators.Evaluators(
+    cfg, tiny_run.VOCABULARY, **where, infer_eval=[config()], infer_eval_examples=8
+  )
+  [result] = one.results(params)
+  assert len(result.lines) == 8 and all(line['score'] < 0 for line in result.lines)
 
 
 @pytest.mark.parametrize('kind', ['lm', 'prefix_lm'])

@@ -15,17 +15,30 @@ from tests.models import tiny
 @pytest.mark.parametrize('i', [0, 2])
 def test_a_position_is_written_for_all_rows_or_for_each(i):
   cache = jnp.arange(3 * 2 * 5 * 2 * 4, dtype=jnp.float32)
-  cache = cache.reshape(3, 2, 5, 2, 4)
+  cache = cache.reshape(3, 2, 2, 5, 4)
   new = -jnp.ones((2, 1, 2, 4))
   together = blocks._write(cache, new, i, jnp.asarray(3))
   apart = blocks._write(cache, new, i, jnp.asarray([3, 3]))
   np.testing.assert_array_equal(together, apart)
   expected = np.asarray(cache).copy()
-  expected[i, :, 3] = -1
+  expected[i, :, :, 3] = -1
   np.testing.assert_array_equal(together, expected)
   rows = np.asarray(cache).copy()
-  rows[i, 0, 1] = rows[i, 1, 4] = -1
+  rows[i, 0, :, 1] = rows[i, 1, :, 4] = -1
   np.testing.assert_array_equal(blocks._write(cache, new, i, jnp.asarray([1, 4])), rows)
+  by_layer = blocks._write([*cache], new, i, jnp.asarray([1, 4]))
+  np.testing.assert_array_equal(jnp.stack(by_layer), rows)
+
+
+def test_beams_of_a_position_are_written_side_by_side():
+  cache, new = (
+    jnp.zeros((3, 1, 2, 5 * 2, 4)),
+    jnp.ones((2, 1, 2, 4)) * jnp.asarray([[[[1]]], [[[2]]]]),
+  )
+  for index in (jnp.asarray(3), jnp.asarray([3, 3])):
+    written = blocks._write(cache, new, 1, index)
+    np.testing.assert_array_equal(written[1, 0, :, :, 0], [[0] * 6 + [1, 2] + [0] * 2] * 2)
+    assert not written[::2].any()
 
 
 def test_a_borrowing_decoder_layer_owns_only_cross_attention():
