@@ -98,11 +98,9 @@ def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedMod
 
 
 def open_together(paths: str | Sequence[str], last: int = 1, **options: Any) -> list[TrainedModel]:
-  """Opens a model to use, or those of an ensemble; each the mean of its last checkpoints.
-
-  On a CPU its layers come one by one: decoding need not copy each out of a stack (lab notes).
-  """
+  """Opens a model to use, or those of an ensemble; each the mean of its last checkpoints."""
   names = [paths] if isinstance(paths, str) else paths
+  # On a CPU layers one by one: no step of decoding copies one out of a stack (lab notes).
   options.setdefault('scan_layers', False if jax.default_backend() == 'cpu' else '')
   models = [open_mean([path], last, **options) for path in names]
   check_alike(models)

@@ -229,7 +229,8 @@ def _task_inputs(name: str, module: str, vocabulary: Any, **bad: Any) -> Iterato
   for task in getattr(provider, 'tasks', None) or [provider]:
     if split not in task.splits:
       raise UsageError(f'{task.name} has no split {split!r}; it has {", ".join(task.splits)}')
-    for example in task.get_dataset(None, split, shuffle=False).as_numpy_iterator():
+    lengths = dict.fromkeys(task.output_features, MAX_INPUT_LENGTH)  # objectives need them
+    for example in task.get_dataset(lengths, split, shuffle=False).as_numpy_iterator():
       yield evaluators.text_of(example, 'inputs', vocabularies.make_vocabulary(vocabulary))
 
 

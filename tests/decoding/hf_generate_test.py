@@ -29,7 +29,7 @@ def flan(tmp_path_factory):
 def load(name, tmp_path_factory, scan_layers=None):
   variant = VARIANTS[name]
   scan_layers = variant.scan_layers if scan_layers is None else scan_layers
-  model = hf_models.make(variant)
+  model = hf_models.make(variant).double()  # what both float32 are near
   with torch.no_grad():
     # Some outputs are to end early, some at the limit.
     model.lm_head.weight[1] *= 2.0 if variant.untied else 1.0
@@ -90,9 +90,7 @@ def compare(pair, n=1, *, size=SIZE, prefix=None, hf=None, **settings):
   found, outputs = ours(cfg, params, tokens, prefix=prefix, **settings)
   assert found == expected
   if scores is not None:
-    # Sums of a hundred and more have no more digits in float32.
-    found_scores = [o.score for o in outputs]
-    np.testing.assert_allclose(found_scores, scores.numpy(), atol=1e-4, rtol=1e-6)
+    np.testing.assert_allclose([o.score for o in outputs], scores.numpy(), atol=1e-4)
   return outputs
 
 

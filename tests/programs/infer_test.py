@@ -61,7 +61,7 @@ def test_inputs_of_a_task_of_ones_own(run, words, tmp_path, monkeypatch):
   """As from a file of the same lines; `--module` registers a plain seqio.Task."""
   name = f'inputs_of_a_task_{tmp_path.parent.name}'.replace('-', '_')
   (tmp_path / f'{name}.py').write_text(
-    'import functools, seqio, tensorflow as tf\n'
+    'import seqio, tensorflow as tf\n'
     f'rows = [(word, "y") for word in {WORDS!r}]\n'
     'def read(split, shuffle_files=False, seed=None):\n'
     '  columns = dict(zip(("inputs", "targets"), map(list, zip(*rows))))\n'

@@ -1,7 +1,7 @@
 """SeqIO sources for files: shuffled whole, shared by row, exact to resume.
 
 SeqIO's own file sources shuffle files, and then a window of 1,000 examples: on one sorted file (as
-a dictionary is) that gives correlated batches. Nor can hosts share a file unparsed.
+a dictionary is) that gives correlated batches. Nor can hosts share a file without all of it parsed.
 """
 
 import functools
