@@ -59,6 +59,15 @@ _DETERMINERS = frozenset(
 )
 
 
+def ranked_choice(score: float, *, example: Mapping[str, Any], is_target: bool = False) -> Any:
+  """For `rank_classification`: a target is (question, choice), whether right, weight, tokens."""
+  if not is_target:
+    return score
+  question, choice = (int(number) for number in example['idx'])
+  rest = bool(example['is_correct']), float(example.get('weight', 1.0)), len(example['targets'])
+  return (question, choice), *rest
+
+
 def names_referent(text: str, *, example: Mapping[str, Any], is_target: bool = False) -> int:
   """Returns whether a prediction names the example's noun; for a target its label.
 
@@ -94,15 +103,38 @@ def binary_f1(targets: Values, predictions: Values) -> dict[str, float]:
   return {'f1': _of_sklearn('f1_score', wanted, got, zero_division=0)}
 
 
-def mean_3class_f1(targets: Values, predictions: Values) -> dict[str, float]:
-  """Mean of the F1 of each of three classes."""
-  settings = {'labels': range(3), 'average': 'macro', 'zero_division': 0}
-  return {'mean_3class_f1': _of_sklearn('f1_score', targets, predictions, **settings)}
+def mean_multiclass_f1(
+  targets: Values, predictions: Values, *, num_classes: int = 3, **settings: Any
+) -> dict[str, float]:
+  """Mean of the F1 of each class; settings are scikit-learn's, such as sample_weight."""
+  settings |= {'labels': range(num_classes), 'average': 'macro', 'zero_division': 0}
+  name = f'mean_{num_classes}class_f1'
+  return {name: _of_sklearn('f1_score', targets, predictions, **settings)}
 
 
 def matthews(targets: Values, predictions: Values) -> dict[str, float]:
   """Matthews correlation."""
   return {'matthews_corrcoef': _of_sklearn('matthews_corrcoef', targets, predictions)}
+
+
+def auc(
+  targets: Values, predictions: Values, *, targets_threshold: float | None = None, **settings: Any
+) -> dict[str, float]:
+  """Areas under the ROC and the precision-recall curve, in percent (t5's `auc` has shares).
+
+  Targets are 0 or 1, or what reaches the threshold is 1.
+  """
+  if targets_threshold is not None:
+    targets = (np.asarray(targets) >= targets_threshold).astype(int).tolist()
+  names = {'auc-roc': 'roc_auc_score', 'auc-pr': 'average_precision_score'}
+  return {key: _of_sklearn(fn, targets, predictions, **settings) for key, fn in names.items()}
+
+
+def score_auc(
+  targets: Values, scores: Values, *, targets_threshold: float | None = None
+) -> dict[str, float]:
+  """The same of the log-probabilities of the targets' tokens."""
+  return auc(targets, scores, targets_threshold=targets_threshold)
 
 
 def _of_sklearn(name: str, targets: Any, predictions: Any, **settings: Any) -> float:
@@ -121,23 +153,97 @@ def correlations(targets: Values, predictions: Values) -> dict[str, float]:
   }
 
 
+def deduplicated(metric_fn: metrics.MetricFn) -> Callable[[Grouped, Grouped], dict[str, float]]:
+  """Returns the metric of the first example of each group (see `grouped`)."""
+
+  def metric(targets: Grouped, predictions: Grouped) -> dict[str, float]:
+    first: dict[Any, tuple[Any, Any]] = {}
+    for target, prediction in zip(targets, predictions, strict=True):
+      first.setdefault(target['group'], (target['value'], prediction['value']))
+    return metric_fn(*map(list, zip(*first.values(), strict=True)))
+
+  return metric
+
+
+def mean_of_groups(metric_fn: metrics.MetricFn) -> Callable[[Grouped, Grouped], dict[str, float]]:
+  """Returns the mean of the metric over the groups, which must be whole."""
+
+  def metric(targets: Grouped, predictions: Grouped) -> dict[str, float]:
+    groups: dict[Any, tuple[list, list]] = {}
+    for target, prediction in zip(targets, predictions, strict=True):
+      wanted, got = groups.setdefault(target['group'], ([], []))
+      wanted.append(target['value'])
+      got.append(prediction['value'])
+    found = [metric_fn(*group) for group in groups.values()]
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+  return metric
+
+
+def all_match(targets: Values, predictions: Values) -> dict[str, float]:
+  """100 if every prediction is its target, else 0."""
+  return {'exact_match': 100.0 * np.array_equal(targets, predictions)}
+
+
 def multirc(targets: Grouped, predictions: Grouped) -> dict[str, float]:
   """F1 over all answers (F1a), and the share of questions all right (EM)."""
-  wanted = [target['value'] for target in targets]
-  got = [prediction['value'] for prediction in predictions]
-  right: dict[Any, bool] = {}
-  for target, a, b in zip(targets, wanted, got, strict=True):
-    right[target['group']] = right.get(target['group'], True) and a == b
-  return binary_f1(wanted, got) | {'exact_match': 100.0 * sum(right.values()) / len(right)}
+  wanted, got = ([one['value'] for one in each] for each in (targets, predictions))
+  return binary_f1(wanted, got) | mean_of_groups(all_match)(targets, predictions)
 
 
-def record(targets: Grouped, predictions: Grouped) -> dict[str, float]:
-  """SQuAD's metrics with one prediction a query, whose answers are several rows."""
-  first: dict[Any, tuple[Any, Any]] = {}
+record = deduplicated(metrics.squad)  # a query has a row for each of its answers
+
+
+def rank_classification(
+  targets: Values,
+  scores: Values,
+  *,
+  num_classes: int | None = None,
+  normalize_by_target_length: bool = False,
+) -> dict[str, float]:
+  """Judges the likeliest of each question's choices; targets are those of `ranked_choice`.
+
+  Accuracy; with num_classes choices each, of which one is right, also F1, and of two the areas
+  under the curves of choice 1. With several right ones, any counts. Raises ValueError if a question
+  has not num_classes choices.
+  """
+  questions: dict[int, list[tuple[bool, float, float]]] = {}
+  for ((question, _), right, weight, length), score in sorted(zip(targets, scores, strict=True)):
+    score /= length if normalize_by_target_length else 1
+    questions.setdefault(question, []).append((right, weight, score))
+  columns = [[*zip(*rows, strict=True)] for rows in questions.values()]
+  chosen = [int(np.argmax(score)) for _, _, score in columns]
+  hits = [right[i] for (right, _, _), i in zip(columns, chosen, strict=True)]
+  of_each = {'sample_weight': [weight[0] for _, weight, _ in columns]}
+  found = {'accuracy': 100.0 * float(np.average(hits, weights=of_each['sample_weight']))}
+  if num_classes is None or any(sum(right) > 1 for right, _, _ in columns):
+    return found
+  if wrong := [key for key, rows in questions.items() if len(rows) != num_classes]:
+    raise ValueError(f'question {wrong[0]} has {len(questions[wrong[0]])} of {num_classes} choices')
+  labels = [int(np.argmax(right)) for right, _, _ in columns]
+  if num_classes > 2:
+    return found | mean_multiclass_f1(labels, chosen, num_classes=num_classes, **of_each)
+  found['f1'] = _of_sklearn('f1_score', labels, chosen, zero_division=0, **of_each)
+  # The softmax of two scores grows with their difference.
+  return found | auc(labels, [score[1] - score[0] for _, _, score in columns], **of_each)
+
+
+def span_squad(targets: Sequence[Mapping[str, Any]], predictions: metrics.Texts) -> metrics.Scores:
+  """SQuAD's metrics of spans written as 'start: 3 end: 6', word numbers of the context.
+
+  A target has 'answers' and 'context'; what is no such span is an empty answer.
+  """
+  texts = []
   for target, prediction in zip(targets, predictions, strict=True):
-    first.setdefault(target['group'], (target['value'], prediction['value']))
-  wanted, got = zip(*first.values(), strict=True)
-  return metrics.squad(wanted, got)
+    span = re.match(r'\W*\w+\W+(\d+)\W+\w+\W+(\d+)\b', prediction)
+    words = re.findall(r'\w+', target['context'])
+    texts.append(' '.join(words[int(span[1]) : int(span[2]) + 1]) if span else '')
+  return metrics.squad([target['answers'] for target in targets], texts)
+
+
+def coqa_f1(targets: Sequence[metrics.Target], predictions: metrics.Texts) -> metrics.Scores:
+  """Word F1 over all turns, best reference each (Reddy et al. 2019); SQuAD's by another name."""
+  return {'f1': metrics.squad(targets, predictions)['f1']}
 
 
 def trivia_qa(targets: Sequence[metrics.Target], predictions: Sequence[str]) -> dict[str, float]:

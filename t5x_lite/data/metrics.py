@@ -10,6 +10,7 @@ import importlib
 import inspect
 import itertools
 import re
+import statistics
 import string
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -109,10 +110,19 @@ def transcription_error_rates(targets: Targets, predictions: Texts) -> Scores:
   }
 
 
-def mean_edit_distance(targets: Targets, predictions: Texts) -> Scores:
-  """Mean number of word edits to the closest reference (not a percentage)."""
-  edits = [_closest(*pair, str.split)[0] for pair in _pairs(targets, predictions)]
-  return {'edit_distance': sum(edits) / len(edits)}
+def edit_distance(targets: Targets, predictions: Texts, *, lower: bool = True) -> Scores:
+  """Word edits to the closest reference as t5 counts them (no percentages): least to sum.
+
+  Words are what stands between characters that are no part of one, so there may be empty ones.
+  """
+
+  def words(text: str) -> list[str]:
+    return re.split(r'\W', text.lower() if lower else text)
+
+  edits = [_closest(*pair, words)[0] for pair in _pairs(targets, predictions)]
+  found = {'min': min(edits), 'max': max(edits), 'sum': sum(edits)}
+  found |= {'mean': statistics.mean(edits), 'median': statistics.median(edits)}
+  return {f'{name}_edit': float(value) for name, value in found.items()}
 
 
 def token_error_rate(targets: Targets, predictions: Texts, tokenize: Tokenize) -> float:
@@ -162,7 +172,7 @@ METRICS: dict[str, MetricFn] = {
   'squad': squad,
   'pronunciation_error_rates': pronunciation_error_rates,
   'transcription_error_rates': transcription_error_rates,
-  'edit_distance': mean_edit_distance,
+  'edit_distance': edit_distance,
   'bleu': bleu,
   'chrf': chrf,
   'rouge': rouge,

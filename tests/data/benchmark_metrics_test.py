@@ -21,7 +21,7 @@ def test_an_invalid_prediction_is_never_right():
 
 def test_mean_f1_of_three_classes():
   # Class 0: P 1, R 1/2. Class 1: P 1/2, R 1. Class 2: nothing right.
-  got = judged.mean_3class_f1([0, 0, 1, 2], [0, 1, 1, -1])['mean_3class_f1']
+  got = judged.mean_multiclass_f1([0, 0, 1, 2], [0, 1, 1, -1])['mean_3class_f1']
   assert got == pytest.approx(100 * (2 / 3 + 2 / 3 + 0) / 3)
 
 
@@ -100,3 +100,69 @@ def test_t5s_rouge_does_not_stem_and_splits_sentences():
   # As two sentences, each is found in the other order.
   got = judged.t5_rouge(['a b c . d e f .'], ['d e f . a b c .'])
   assert got['rougeLsum'] == pytest.approx(100.0)
+
+
+def test_areas_under_curves_are_counts_of_pairs():
+  targets, scores = [0, 1, 0, 1, 1], [0.1, 0.4, 0.5, 0.9, 0.5]
+  pairs = [(s, t) for s, a in zip(scores, targets, strict=True) if a
+           for t, b in zip(scores, targets, strict=True) if not b]  # fmt: skip
+  want = 100 * np.mean([1.0 if s > t else 0.5 if s == t else 0.0 for s, t in pairs])
+  got = judged.auc(targets, scores)
+  assert got['auc-roc'] == pytest.approx(want)
+  assert got['auc-pr'] == pytest.approx(100 * (1 / 3 * 1 + 1 / 3 * 2 / 3 + 1 / 3 * 3 / 4))
+  assert judged.score_auc([0.2, 3.0, 1.0, 2.0, 2.5], scores, targets_threshold=2.0) == got
+
+
+def choices(labels, scores, length=1):
+  """Returns targets and scores of questions with a row of scores each, in another order."""
+  rows = [
+    (judged.ranked_choice(0.0, example=example(
+      idx=[q, c], is_correct=c == label, targets=[0] * (length + c)), is_target=True), scores[q][c])
+    for q, label in enumerate(labels) for c in range(len(scores[q]))
+  ]  # fmt: skip
+  return [list(column) for column in zip(*reversed(rows), strict=True)]
+
+
+def test_the_likeliest_choice_is_the_answer():
+  scores = [[-1.0, -2.0], [-3.0, -0.5], [-1.0, -1.5], [-2.0, -1.9]]
+  targets, flat = choices([0, 1, 1, 0], scores)
+  assert judged.rank_classification(targets, flat) == {'accuracy': 50.0}
+  got = judged.rank_classification(targets, flat, num_classes=2)
+  likely = [-1.0, 2.5, -0.5, 0.1]
+  assert got == {'accuracy': 50.0, 'f1': 50.0, **judged.auc([0, 1, 1, 0], likely)}
+  # By the token, -1/1 against -1.5/2: the last choice.
+  targets, flat = choices([1], [[-1.0, -1.5]])
+  settings = {'normalize_by_target_length': True}
+  assert judged.rank_classification(targets, flat, **settings)['accuracy'] == 100.0
+  assert judged.rank_classification(targets, flat)['accuracy'] == 0.0
+
+
+def test_of_three_choices_f1_is_a_mean_and_a_missing_one_is_an_error():
+  targets, flat = choices([0, 1, 2, 2], [[3, 1, 1], [1, 3, 1], [1, 1, 3], [1, 3, 1]])
+  got = judged.rank_classification(targets, flat, num_classes=3)
+  assert got == {'accuracy': 75.0, **judged.mean_multiclass_f1([0, 1, 2, 2], [0, 1, 2, 1])}
+  with pytest.raises(ValueError, match='question 3 has 2 of 3 choices'):
+    judged.rank_classification(targets[1:], flat[1:], num_classes=3)
+
+
+def test_any_of_several_right_choices_counts_and_questions_have_weights():
+  targets = [((0, 0), True, 3.0, 1), ((0, 1), True, 3.0, 1), ((1, 0), True, 1.0, 1)]
+  targets += [((1, 1), False, 1.0, 1)]
+  got = judged.rank_classification(targets, [0.0, 1.0, 0.0, 1.0], num_classes=2)
+  assert got == {'accuracy': 75.0}
+
+
+def test_spans_are_words_of_the_context():
+  targets = [{'answers': ['the big-city life'], 'context': 'I like, the big-city life.'}] * 4
+  predictions = ['start: 2 end: 5', 'start 2', 'start: two end: 5', 'start: 3 end: 3']
+  got = judged.span_squad(targets, predictions)
+  assert got['em'] == 0.0  # 'big city' are two words of the span
+  assert got['f1'] == pytest.approx(100 * (0.4 + 0 + 0 + 0) / 4)
+  assert judged.coqa_f1([['a cat', 'dogs']], ['The cat!']) == {'f1': 100.0}
+
+
+def test_groups_are_averaged_or_their_first_taken():
+  rows = [{'group': g, 'value': v} for g, v in ((0, 1), (0, 2), (1, 3))]
+  got = [{**row, 'value': v} for row, v in zip(rows, (1, 0, 3), strict=True)]
+  assert judged.mean_of_groups(judged.class_accuracy)(rows, got) == {'accuracy': 75.0}
+  assert judged.deduplicated(judged.class_accuracy)(rows, got) == {'accuracy': 100.0}

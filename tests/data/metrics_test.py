@@ -80,9 +80,18 @@ def test_accuracies():
   }
 
 
-def test_mean_edit_distance():
-  scores = metrics.mean_edit_distance([['a b', 'c'], 'x'], ['a', 'x'])
-  assert scores == {'edit_distance': 0.5}
+def test_edit_distances_are_t5s():
+  scores = metrics.edit_distance([['A b', 'c'], 'x', 'it is, so'], ['a', 'X', 'it is so'])
+  # A comma and a space leave an empty word between them.
+  edits = {
+    'min_edit': 0.0,
+    'max_edit': 1.0,
+    'sum_edit': 2.0,
+    'mean_edit': 2 / 3,
+    'median_edit': 1.0,
+  }
+  assert scores == pytest.approx(edits)
+  assert metrics.edit_distance(['A'], ['a'], lower=False)['sum_edit'] == 1.0
 
 
 def test_squad_normalises_and_takes_the_best_answer():
@@ -127,7 +136,7 @@ def test_every_metric_is_perfect_on_itself_and_returns_floats(name):
   scores = metrics.METRICS[name](texts, texts)
   for key, value in scores.items():
     assert isinstance(value, float)
-    assert value == pytest.approx(0.0 if 'error_rate' in key or 'distance' in key else 100.0)
+    assert value == pytest.approx(0.0 if 'error_rate' in key or '_edit' in key else 100.0)
 
 
 def test_errors():

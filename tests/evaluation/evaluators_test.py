@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from typing import Any
 
 import flax
@@ -6,15 +7,18 @@ import jax
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 
+from t5x_lite.data import benchmark_metrics, vocabularies
 from t5x_lite.data.rows import packing
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
-from t5x_lite.data.tasks import catalog
+from t5x_lite.data.tasks import catalog, text_formats
 from t5x_lite.decoding import continuous, prediction
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
 from t5x_lite.models import model_sharding, t5
+from t5x_lite.programs.generation import Generation
 from t5x_lite.training.losses import cross_entropy_with_logits
 from tests import tiny_run
 from tests.models import tiny
@@ -191,6 +195,57 @@ def test_decoded_gives_tasks_what_seqio_gives_them(setting):
   metrics = drawn.run(params).metrics
   for end in ('low', 'high'):
     assert metrics[f'likely_{end}'] == pytest.approx(metrics[f'mean_{end}'])
+
+
+def test_choices_of_a_task_are_ranked_as_classify_ranks_them(setting):
+  """The preprocessor, postprocessor and metric together, beside `Generation.classify`."""
+  cfg, where, params = setting
+  one = config()
+  labels, rows = ['yes', 'no', 'perhaps'], [('a dog', 0), ('two', 1), ('so', 2), ('a cat', 1)]
+
+  def make(split, shuffle_files, seed=None):
+    texts, numbers = zip(*rows, strict=True)
+    return tf.data.Dataset.from_tensor_slices({'text': [*texts], 'label': [*numbers]})
+
+  formats = {'inputs_format': 'is it {text}?', 'targets_formats': labels}
+  rank = functools.partial(benchmark_metrics.rank_classification, num_classes=3)
+  task = seqio.Task(
+    'ranked',
+    source=seqio.FunctionDataSource(make, splits=['validation']),
+    preprocessors=[
+      functools.partial(text_formats.rank_classification, **formats),
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos,
+    ],
+    output_features=catalog.task_provider(one).output_features,
+    postprocess_fn=benchmark_metrics.ranked_choice,
+    metric_fns=[rank],
+  )
+  predictor = prediction.Predictor(
+    cfg,
+    **where,
+    decoding=DecodingConfig(max_decode_length=2),
+    batch_size=one.batch_size,
+    max_input_length=one.lengths['inputs'],
+  )
+  seqio.TaskRegistry.add_provider('ranked', task)
+  try:
+    ranked = dataclasses.replace(one, mixture_or_task_name='ranked')
+    found = evaluators.Decoded('x', task, ranked, continuous.RowDecoder(predictor)).run(params)
+  finally:
+    seqio.TaskRegistry.remove('ranked')
+  vocabulary = vocabularies.make_vocabulary(tiny_run.VOCABULARY)
+  chosen = Generation(cfg, params, where['placement'], vocabulary).classify(
+    [f'is it {text}?' for text, _ in rows], labels
+  )
+  right = [labels[label] == got for (_, label), got in zip(rows, chosen, strict=True)]
+  assert not found.failed
+  assert found.metrics['accuracy'] == 100.0 * np.mean(right)
+  assert set(found.metrics) == {'accuracy', 'mean_3class_f1'}
+  trained = text_formats.rank_classification(make('', False), **formats, only_right=True)
+  assert [row['targets'].decode() for row in trained.as_numpy_iterator()] == [
+    labels[label] for _, label in rows
+  ]
 
 
 def test_scores_are_kept_beside_predictions(setting):

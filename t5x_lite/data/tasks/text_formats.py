@@ -209,6 +209,32 @@ template = seqio.preprocessors.preprocess_tensorflow_examples
 plain_text = functools.partial(seqio.preprocessors.rekey, key_map={'targets': 'text'})
 
 
+def rank_classification(
+  dataset: tf.data.Dataset,
+  *,
+  inputs_format: str,
+  targets_formats: Sequence[str],
+  label_key: str = 'label',
+  only_right: bool = False,
+) -> tf.data.Dataset:
+  """A row of each choice, for `benchmark_metrics.rank_classification`; to train, the right alone.
+
+  Formats are those of `template`, one of the targets for each label; 'idx' is (row, choice).
+  """
+
+  def rows(number: tf.Tensor, row: Row) -> tf.data.Dataset:
+    found = []
+    for choice, text in enumerate(targets_formats):
+      one = tf.data.Dataset.from_tensors(row)
+      one = template(one, inputs_format=inputs_format, targets_format=text)
+      more = {'idx': [number, choice], 'is_correct': tf.cast(row[label_key], tf.int32) == choice}
+      found.append(one.map(lambda texts, more=more: {**texts, **more}))
+    choices = functools.reduce(tf.data.Dataset.concatenate, found)
+    return choices.filter(lambda one: one['is_correct']) if only_right else choices
+
+  return dataset.enumerate().flat_map(rows)
+
+
 @seqio.map_over_dataset
 def wiki40b(row: Row) -> Row:
   """Documents without Wiki40B's marks of structure, which become line breaks."""
