@@ -16,11 +16,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 import fastapi
+import fastapi_offline
 import numpy as np
 import prometheus_client
-import pydantic
 from fastapi import responses
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from t5x_lite.data.model_inputs import is_unicode
@@ -28,66 +29,9 @@ from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decoding.continuous import Request
 from t5x_lite.decoding.prediction import Output
 from t5x_lite.models import model_sharding
-from t5x_lite.serving import guard
+from t5x_lite.serving import bodies, guard
 from t5x_lite.serving.guard import Guard, Limits, Metrics
 from t5x_lite.serving.worker import Worker
-
-
-class GenerateBody(pydantic.BaseModel, extra='forbid'):
-  """Texts in, texts out; greedy unless a temperature is given."""
-
-  inputs: str | list[str]
-  max_new_tokens: int | None = pydantic.Field(None, ge=1)
-  temperature: float = pydantic.Field(0.0, ge=0.0, le=100.0)
-  top_k: int = pydantic.Field(0, ge=0)
-  top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
-  seed: int = 0
-  num_outputs: int = pydantic.Field(1, ge=1, description='samples of each input')
-  stop: list[str] = []
-  stream: bool = pydantic.Field(False, description='server-sent events, one input alone')
-  truncate: bool = pydantic.Field(False, description='cut long inputs instead of refusing them')
-  decoding: dict[str, Any] = pydantic.Field(
-    {}, description='settings of DecodingConfig instead of those above; not streamed'
-  )
-
-
-class ScoreBody(pydantic.BaseModel, extra='forbid'):
-  """Log-probabilities of given targets, EOS included, natural logarithm."""
-
-  inputs: list[str]
-  targets: list[str]
-
-
-class AttentionBody(pydantic.BaseModel, extra='forbid'):
-  """Where the model looks in the inputs while it writes the outputs, word by word."""
-
-  inputs: str
-  outputs: str
-
-
-class CompletionBody(pydantic.BaseModel, extra='allow'):
-  """OpenAI's /v1/completions, as far as it makes sense for an encoder-decoder."""
-
-  model: str = ''
-  prompt: str | list[str] | list[int] | list[list[int]]
-  max_tokens: int | None = pydantic.Field(None, ge=1)
-  temperature: float = pydantic.Field(1.0, ge=0.0, le=2.0)
-  top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
-  n: int = pydantic.Field(1, ge=1)
-  seed: int | None = None
-  stop: str | list[str] | None = None
-  stream: bool = False
-  stream_options: dict[str, Any] | None = None
-  best_of: int | None = None
-
-
-class EmbeddingBody(pydantic.BaseModel):
-  """OpenAI's /v1/embeddings."""
-
-  model: str = ''
-  input: str | list[str] | list[int] | list[list[int]]
-  encoding_format: str = 'float'
-  dimensions: int | None = None
 
 
 class _Text:
@@ -130,7 +74,16 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
     await asyncio.to_thread(worker.stop)
 
   title = f't5x_lite: {name}'
-  app = fastapi.FastAPI(title=title, lifespan=lifespan, docs_url=None, redoc_url=None)
+  app = fastapi_offline.FastAPIOffline(
+    title=title,
+    lifespan=lifespan,
+    docs_url=guard.DOCS,
+    redoc_url=None,
+    static_url=f'{guard.DOCS}-files',
+    responses=bodies.ERRORS,
+    # The guard asks for it; this tells the page of the schema.
+    dependencies=[fastapi.Depends(HTTPBearer(auto_error=False))] if token else [],
+  )
 
   def rows_of(inputs: Any, *, truncate: bool = False) -> list[list[int]]:
     """Returns token rows, EOS included, within the limits."""
@@ -213,9 +166,12 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
       return await asyncio.wrap_future(worker.call(call))
 
   async def stream(
-    requests: list[Request], stop: Sequence[str], wrap: Callable[[str, str | None, Output], Any]
+    requests: list[Request],
+    stop: Sequence[str],
+    wrap: Callable[[str, str | None, Output], Any],
+    last: Callable[[Output], Any] | None = None,
   ) -> responses.StreamingResponse:
-    """Answers with server-sent events; what is refused is refused before the first."""
+    """Answers with server-sent events, and the last; what is refused is so before the first."""
     if len(requests) > 1:
       raise HTTPException(400, 'stream takes one input and one output of it: num_outputs or n is 1')
     growing = outputs(requests[0], stop)
@@ -232,6 +188,8 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
             if ended:
               break
             text, output, ended = await anext(growing)
+        if last is not None:
+          yield f'data: {json.dumps(last(output))}\n\n'
       except Exception as error:
         yield f'data: {json.dumps(guard.error_body(*guard.explain(error)))}\n\n'
       yield 'data: [DONE]\n\n'
@@ -248,8 +206,8 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
       raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
 
-  @app.post('/generate')
-  async def generate(body: GenerateBody) -> Any:
+  @app.post('/generate', responses=bodies.OUTPUTS)
+  async def generate(body: bodies.GenerateBody) -> Any:
     rows = rows_of(body.inputs, truncate=body.truncate)
     length = check_length(body.max_new_tokens)
     if body.decoding:
@@ -263,7 +221,13 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
       metrics.tokens.labels('output').inc(sum(map(len, tokens)))
       each = len(tokens) // len(rows)
       found = [
-        {'text': vocabulary.decode(row), 'score': score, 'index': i // each}
+        {
+          'text': vocabulary.decode(row),
+          'score': score,
+          'finish_reason': 'stop' if len(row) < length else 'length',
+          'num_tokens': len(row),
+          'index': i // each,
+        }
         for i, (row, score) in enumerate(zip(tokens, scores, strict=True))
       ]
       return {'outputs': found}
@@ -281,8 +245,8 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
     ]
     return {'outputs': found}
 
-  @app.post('/score')
-  async def score(body: ScoreBody) -> Any:
+  @app.post('/score', responses=bodies.SCORES)
+  async def score(body: bodies.ScoreBody) -> Any:
     if len(body.inputs) != len(body.targets):
       raise HTTPException(400, f'{len(body.inputs)} inputs and {len(body.targets)} targets')
     rows, targets = rows_of(body.inputs), rows_of(body.targets)
@@ -293,8 +257,8 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
 
   token_texts = functools.cache(vocabulary.token_texts)
 
-  @app.post('/attention')
-  async def attention(body: AttentionBody) -> Any:
+  @app.post('/attention', responses=bodies.ATTENTION)
+  async def attention(body: bodies.AttentionBody) -> Any:
     [row], [target] = rows_of(body.inputs), rows_of(body.outputs)
     [weights] = await on_device(model.cross_attention, [row], [target], mean=True)
     (read, columns), (written, lines) = (_words(token_texts(), one) for one in (row, target))
@@ -303,13 +267,11 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
     table = np.add.reduceat(table, lines, axis=0) / np.diff([*lines, len(target)])[:, None]
     return {'inputs': read, 'outputs': written, 'weights': table.round(4).tolist()}
 
-  @app.post('/v1/completions')
-  async def completions(body: CompletionBody) -> Any:
+  @app.post('/v1/completions', responses=bodies.COMPLETION)
+  async def completions(body: bodies.CompletionBody) -> Any:
     for field in 'logprobs echo suffix logit_bias presence_penalty frequency_penalty'.split():
       if getattr(body, field, None):
         raise HTTPException(400, f'{field} is not supported')
-    if (body.stream_options or {}).get('include_usage'):
-      raise HTTPException(400, 'stream_options.include_usage is not supported')
     if body.best_of not in (None, body.n):
       raise HTTPException(400, 'best_of is not supported: ask for n and choose by score')
     rows = rows_of(body.prompt)
@@ -324,17 +286,23 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
     def choice(index: int, text: str, ended: str | None) -> dict[str, Any]:
       return {'index': index, 'text': text, 'logprobs': None, 'finish_reason': ended}
 
+    def usage(*outputs: Output) -> dict[str, int]:
+      return _usage(rows, completion_tokens=sum(len(output.tokens) for output in outputs))
+
     if body.stream:
-      return await stream(
-        requests, stop, lambda text, ended, _: {**head, 'choices': [choice(0, text, ended)]}
-      )
+
+      def part(text: str, ended: str | None, _: Output) -> dict[str, Any]:
+        return {**head, 'choices': [choice(0, text, ended)]}
+
+      wanted = (body.stream_options or {}).get('include_usage')
+      last = (lambda output: {**head, 'choices': [], 'usage': usage(output)}) if wanted else None
+      return await stream(requests, stop, part, last)
     found = await all_of(requests, stop)
     choices = [choice(i, text, ended) for i, (text, _, ended) in enumerate(found)]
-    written = sum(len(output.tokens) for _, output, _ in found)
-    return {**head, 'choices': choices, 'usage': _usage(rows, completion_tokens=written)}
+    return {**head, 'choices': choices, 'usage': usage(*(output for _, output, _ in found))}
 
-  @app.post('/v1/embeddings')
-  async def embeddings(body: EmbeddingBody) -> Any:
+  @app.post('/v1/embeddings', responses=bodies.EMBEDDINGS)
+  async def embeddings(body: bodies.EmbeddingBody) -> Any:
     if body.encoding_format not in ('float', 'base64'):
       raise HTTPException(400, f'encoding_format is {body.encoding_format!r}; float or base64')
     if body.dimensions is not None:

@@ -21,6 +21,10 @@ from starlette.requests import ClientDisconnect, Request
 from t5x_lite.errors import UsageError
 from t5x_lite.serving.worker import QueueFullError, StoppedError, Worker
 
+# What is shown without the token: pages without secrets, which have a field for it.
+DOCS = '/docs'
+OPEN = ('/', DOCS, '/openapi.json', '/healthz', '/readyz')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -108,8 +112,8 @@ class Guard:
 
   async def _body(self, request: Request) -> bytes:
     """Returns the whole body of a request that may be answered."""
-    # The page is one file without secrets, and has a field for the token.
-    if self._token and request.scope['path'] not in ('/', '/healthz', '/readyz'):
+    path = request.scope['path']
+    if self._token and path not in OPEN and not path.startswith(f'{DOCS}-files/'):
       given = dict(request.scope['headers']).get(b'authorization', b'')
       if not hmac.compare_digest(given, f'Bearer {self._token}'.encode()):
         raise HTTPException(401, 'no token, or a wrong one: Authorization: Bearer TOKEN')

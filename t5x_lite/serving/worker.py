@@ -1,8 +1,8 @@
-"""The one thread that talks to the device, between any number of waiting clients.
+"""The two threads that talk to the device, between any number of waiting clients.
 
-Requests wait in a bounded queue; the thread puts them into free slots of a `ContinuousBatch`,
+Requests wait in a bounded queue; one thread puts them into free slots of a `ContinuousBatch`,
 decodes a chunk, and hands every client what is there. Whatever else needs the device (embeddings,
-scores, beam search) runs between two chunks, one call a turn, so that nobody starves.
+scores, beam search), and may compile for seconds, runs in the other, one call at a time.
 """
 
 import collections
@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from t5x_lite.decoding.continuous import ContinuousBatch, Request
@@ -41,10 +41,9 @@ class Worker:
   """Feeds a ContinuousBatch from a queue. Its methods may be called from any thread."""
 
   def __init__(self, batch: ContinuousBatch, *, max_queue: int = 256):
-    """Starts the thread, which alone uses the batch; max_queue requests may wait, as many calls."""
+    """Starts the thread that alone uses the batch; max_queue requests may wait, as many calls."""
     self._batch, self.max_queue = batch, max_queue
     self._waiting: collections.deque[_Job] = collections.deque()
-    self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
     self._running: dict[int, _Job] = {}  # by slot
     self._starting: list[_Job] = []  # on their way into slots, which may compile for seconds
     self._cancelled: set[int] = set()
@@ -53,6 +52,7 @@ class Worker:
     self._stopping = False
     self._thread = threading.Thread(target=self._loop, name='device', daemon=True)
     self._thread.start()
+    self._calls, self._num_calls = ThreadPoolExecutor(1, thread_name_prefix='calls'), 0
 
   @property
   def num_waiting(self) -> int:
@@ -77,13 +77,24 @@ class Worker:
     and StoppedError after `stop`.
     """
     ticket = next(self._tickets)
-    self._put(self._waiting, _Job(ticket, request, deliver))
+    with self._changed:
+      self._check_room(len(self._waiting))
+      self._waiting.append(_Job(ticket, request, deliver))
+      self._changed.notify()
     return ticket
 
   def call(self, function: Callable[[], Any]) -> Future:
     """Queues a function that uses the device; raises as `submit` does."""
-    future: Future = Future()
-    self._put(self._calls, (function, future))
+
+    def done(_: Future) -> None:
+      with self._changed:
+        self._num_calls -= 1
+
+    with self._changed:
+      self._check_room(self._num_calls)
+      self._num_calls += 1
+      future = self._calls.submit(function)
+    future.add_done_callback(done)
     return future
 
   def cancel(self, ticket: int) -> None:
@@ -100,26 +111,21 @@ class Worker:
       self._stopping = True
       self._changed.notify()
     self._thread.join()
+    self._calls.shutdown()
 
-  def _put(self, queue: collections.deque, one: Any) -> None:
-    with self._changed:
-      if not self.alive:
-        raise StoppedError('the server is stopping')
-      if len(queue) >= self.max_queue:
-        raise QueueFullError(f'{len(queue)} requests are waiting already; try again later')
-      queue.append(one)
-      self._changed.notify()
+  def _check_room(self, waiting: int) -> None:
+    if not self.alive:
+      raise StoppedError('the server is stopping')
+    if waiting >= self.max_queue:
+      raise QueueFullError(f'{waiting} requests are waiting already; try again later')
 
   def _loop(self) -> None:
     while True:
       with self._changed:
-        while not (self._waiting or self._calls or self._running):
+        while not (self._waiting or self._running):
           if self._stopping:
             return
           self._changed.wait()
-        call = self._calls.popleft() if self._calls else None
-      if call is not None:
-        _run_call(*call)
       try:
         self._turn()
       except Exception as error:  # a bug or a lost device: say so to all, and go on
@@ -158,12 +164,3 @@ class Worker:
           del self._running[slot]
       if job.ticket not in self._cancelled:
         job.deliver(output)
-
-
-def _run_call(function: Callable[[], Any], future: Future) -> None:
-  if not future.set_running_or_notify_cancel():
-    return
-  try:
-    future.set_result(function())
-  except Exception as error:
-    future.set_exception(error)

@@ -231,6 +231,17 @@ def test_openai_clients_work_unmodified(server, model):
     model=entry.id, prompt=TEXTS[0], max_tokens=9, temperature=0, stream=True
   )
   assert ''.join(part.choices[0].text for part in parts) == done.choices[0].text
+  *parts, last = client.completions.create(
+    model=entry.id,
+    prompt=TEXTS[0],
+    max_tokens=9,
+    temperature=0,
+    stream=True,
+    stream_options={'include_usage': True},
+  )
+  assert ''.join(part.choices[0].text for part in parts) == done.choices[0].text
+  alone = client.completions.create(model=entry.id, prompt=TEXTS[0], max_tokens=9, temperature=0)
+  assert not last.choices and last.usage == alone.usage
   vectors = client.embeddings.create(model=entry.id, input=TEXTS)  # asks for base64
   np.testing.assert_allclose(
     vectors.data[1].embedding, model.encode(TEXTS[1], pooling='mean')[0], rtol=1e-3, atol=1e-4
@@ -309,6 +320,63 @@ def test_health_metrics_page_and_schema(server):
   assert {'/generate', '/score', '/v1/completions', '/v1/embeddings'} <= set(paths)
   page = httpx.get(f'{server.url}/').text  # asks for the token itself
   assert '<form' in page and 'src="http' not in page
+
+
+def test_answers_are_as_the_schema_says(server):
+  one = {'inputs': ['a'], 'max_new_tokens': 3}
+  sent = {
+    '/generate': [one, {**one, 'decoding': {'num_beams': 2, 'num_return_sequences': 2}}],
+    '/score': [{'inputs': ['a'], 'targets': ['b']}],
+    '/attention': [{'inputs': 'a', 'outputs': 'b'}],
+    '/v1/completions': [{'prompt': 'a', 'max_tokens': 3}],
+    '/v1/embeddings': [{'input': 'a'}],
+  }
+  schema = httpx.get(f'{server.url}/openapi.json').json()
+  assert schema['components']['securitySchemes']['HTTPBearer']['scheme'] == 'bearer'
+  posts = {path for path, one in schema['paths'].items() if 'post' in one}
+  assert posts == set(sent)
+  for path, bodies in sent.items():
+    answers = schema['paths'][path]['post']['responses']
+    assert set(answers) >= {'200', '400', '401', '408', '413', '429', '503', '504'}
+    for body, status in [*((body, '200') for body in bodies), ({}, '400')]:
+      answer = server.post(path, body)
+      assert str(answer.status_code) == status
+      name = answers[status]['content']['application/json']['schema']['$ref'].split('/')[-1]
+      check_schema(answer.json(), {'$ref': f'/{name}'}, schema['components']['schemas'])
+
+
+def check_schema(value, schema, named):
+  """The part of JSON Schema that there is: objects with all fields, lists, either, plain types."""
+  if '$ref' in schema:
+    schema = named[schema['$ref'].split('/')[-1]]
+  if 'anyOf' in schema:
+    kinds = {one['type'] for one in schema['anyOf']}
+    assert {str: 'string', list: 'array', type(None): 'null'}[type(value)] in kinds
+  elif schema['type'] == 'object':
+    assert set(value) == set(schema['properties']) == set(schema['required'])
+    for key, field in schema['properties'].items():
+      check_schema(value[key], field, named)
+  elif schema['type'] == 'array':
+    assert value
+    for item in value:
+      check_schema(item, schema['items'], named)
+  else:
+    kinds = {'string': str, 'number': float, 'integer': int, 'null': type(None)}
+    assert type(value) is kinds[schema['type']]
+
+
+@pytest.mark.skipif(not headless_chromium.EXECUTABLE, reason='needs a Chromium')
+def test_the_page_of_endpoints_needs_no_other_server(server, tmp_path):
+  text = httpx.get(f'{server.url}/docs').text
+  assert 'swagger-ui-bundle.js' in text
+  assert not [u for u in re.findall(r'(?:src|href)="(.*?)"', text) if not u.startswith('/docs-')]
+  page = headless_chromium.Page(f'{server.url}/docs', tmp_path)
+  try:
+    page.wait_for("document.body.innerText.includes('/v1/completions')")
+    assert page.value("document.querySelectorAll('.opblock-post').length") == 5
+    assert page.value("!!document.querySelector('.authorize')")
+  finally:
+    page.close()
 
 
 def test_what_cannot_start_says_so_at_once(model_dir, tmp_path):

@@ -41,7 +41,7 @@ def last(outputs):
       return output
 
 
-def test_everybody_gets_their_own_and_calls_go_between(worker):
+def test_everybody_gets_their_own_and_calls_go_beside(worker):
   rows = [[5 + i, 9, 1] for i in range(9)]
   expected = dict(make_batch().run(Request(tokens=row) for row in rows))
   waiting = [submit(worker, Request(tokens=row))[1] for row in rows]
@@ -49,24 +49,46 @@ def test_everybody_gets_their_own_and_calls_go_between(worker):
   assert [last(outputs).tokens for outputs in waiting] == [
     expected[i].tokens for i in range(len(rows))
   ]
-  assert call.result(timeout=60) == 'device'
+  assert call.result(timeout=60).startswith('calls')
   assert worker.num_waiting == worker.num_running == 0
 
 
 def test_a_full_queue_refuses_and_a_cancelled_request_gives_its_place():
-  hold = threading.Event()
-  worker = Worker(make_batch(num_slots=1), max_queue=2)
+  batch, hold, entered = make_batch(num_slots=1), threading.Event(), threading.Event()
+  advance = batch.advance
+
+  def slow():
+    entered.set()
+    hold.wait()
+    return advance()
+
+  batch.advance = slow
+  worker = Worker(batch, max_queue=2)
   try:
-    worker.call(hold.wait)  # the thread is busy
-    while worker._calls:
-      pass
+    _, first = submit(worker, Request(tokens=[7, 1]))
+    assert entered.wait(60)  # the thread is busy
     (ticket, cancelled), (_, kept) = [submit(worker, Request(tokens=[5, 1])) for _ in range(2)]
     with pytest.raises(QueueFullError, match='2 requests'):
       worker.submit(Request(tokens=[5, 1]), print)
     worker.cancel(ticket)
     hold.set()
-    assert last(kept).ended
+    assert last(first).ended and last(kept).ended
     assert cancelled.empty()
+  finally:
+    hold.set()
+    worker.stop()
+
+
+def test_a_long_call_holds_up_other_calls_alone():
+  hold, worker = threading.Event(), Worker(make_batch(), max_queue=2)
+  try:
+    calls = [worker.call(hold.wait), worker.call(lambda: 'next')]
+    with pytest.raises(QueueFullError, match='2 requests'):
+      worker.call(print)
+    assert last(submit(worker, Request(tokens=[5, 1]))[1]).ended
+    assert not any(call.done() for call in calls)
+    hold.set()
+    assert calls[1].result(timeout=60) == 'next'
   finally:
     hold.set()
     worker.stop()
