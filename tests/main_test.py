@@ -126,6 +126,7 @@ def test_a_dry_run_writes_nothing(toy):
     (['train'], 'required settings are missing'),
     (['train', '--gin_file=configs/runs/pretrain.gin'], 'MODEL_DIR=...'),
     (['infer', '--input=x'], 'add --model=... --output=...'),
+    (['infer', '--forbidden_tokens', '3,x'], "invalid ids value: '3,x'"),
   ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(toy, capfd, argv, message):

@@ -1,4 +1,4 @@
-"""Regular expressions as automata over the tokens of a vocabulary, for constrained decoding.
+"""Regular expressions and stop strings as automata over the tokens of a vocabulary.
 
 outlines-core (the extra `constrain`) makes an automaton over bytes, and a regex of a JSON schema;
 tokens are walked through it here, since a vocabulary has ways of its own to write spaces.
@@ -20,10 +20,10 @@ NEVER = 2**30
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Automaton:
-  """What may be written, from state 0 on."""
+  """What is read, from state 0 on."""
 
   next_SC: np.ndarray  # the state after a token
-  class_V: np.ndarray  # of each token; 0 is of those that lead nowhere
+  class_V: np.ndarray  # of each token; 0 is of those that are no text
   left_S: np.ndarray  # the fewest tokens to a whole text: 0 where it is one
 
 
@@ -61,21 +61,7 @@ def compiled(pattern: str, schema: str, vocabulary: Any) -> Automaton:
   if vocabulary.drops_space:  # a text never begins with one
     byte_SB[1, ord(' ')] = dead
 
-  @functools.cache
-  def after(text: bytes) -> np.ndarray:
-    """Returns the state that a text leads to from each."""
-    if not text:
-      return np.arange(dead + 1, dtype=np.int32)
-    return byte_SB[after(text[:-1]), text[-1]]
-
-  classes = {np.full(dead + 1, dead, np.int32).tobytes(): 0}
-  class_V = np.zeros(vocabulary.vocab_size, np.int32)
-  for token, text in enumerate(vocabulary.token_texts()):
-    if text:
-      after_S = after(text).copy()
-      after_S[0] = after(text.removeprefix(b' ') if vocabulary.drops_space else text)[1]
-      class_V[token] = classes.setdefault(after_S.tobytes(), len(classes))
-  next_SC = np.stack([np.frombuffer(row, np.int32) for row in classes], axis=1)
+  next_SC, class_V = _over_tokens(byte_SB, np.full(dead + 1, dead, np.int32), vocabulary)
   left_S = np.full(dead + 1, NEVER)
   left_S[[number[state] for state in ends]] = 0
   left_S[:2] = left_S[number[first]]
@@ -84,3 +70,57 @@ def compiled(pattern: str, schema: str, vocabulary: Any) -> Automaton:
   if left_S[0] >= NEVER:
     raise UsageError(f'nothing that this vocabulary can write matches {given}')
   return Automaton(next_SC, class_V, left_S)
+
+
+@functools.lru_cache(maxsize=64)
+def stopping(strings: tuple[str, ...], vocabulary: Any) -> Automaton:
+  """Returns the automaton that ends (left_S is 0) once a text holds one of the strings.
+
+  A state is how much of them the text ends with (Aho and Corasick 1975). UsageError if the
+  vocabulary has no texts.
+  """
+  wanted = tuple(text.encode() for text in strings)
+  parts = [text[:length] for text in wanted for length in range(1, len(text))]
+  number = {part: state for state, part in enumerate(dict.fromkeys([b'', *parts]), start=2)}
+  whole = len(number) + 2
+  byte_SB = np.full((whole + 1, 256), whole, np.int32)
+  for part, state in number.items():
+    for byte in range(256):
+      text = part + bytes([byte])
+      if not text.endswith(wanted):
+        byte_SB[state, byte] = next(
+          number[text[i:]] for i in range(len(text) + 1) if text[i:] in number
+        )
+  byte_SB[1] = byte_SB[2]
+  if vocabulary.drops_space:
+    byte_SB[1, ord(' ')] = 1
+  # What is no text may be shown as one, and so begins anew.
+  none_S = np.asarray([0, 1, *[2] * len(number), whole], np.int32)
+  left_S = np.ones(whole + 1, np.int32)
+  left_S[whole] = 0
+  return Automaton(*_over_tokens(byte_SB, none_S, vocabulary), left_S)
+
+
+def _over_tokens(
+  byte_SB: np.ndarray, none_S: np.ndarray, vocabulary: Any
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns next_SC and class_V of an automaton over bytes; none_S comes after what is no text.
+
+  State 0 is the start, where a space may be dropped, and 1 the start after that.
+  """
+
+  @functools.cache
+  def after(text: bytes) -> np.ndarray:
+    """Returns the state that a text leads to from each."""
+    if not text:
+      return np.arange(len(byte_SB), dtype=np.int32)
+    return byte_SB[after(text[:-1]), text[-1]]
+
+  classes = {none_S.tobytes(): 0}
+  class_V = np.zeros(vocabulary.vocab_size, np.int32)
+  for token, text in enumerate(vocabulary.token_texts()):
+    if text:
+      after_S = after(text).copy()
+      after_S[0] = after(text.removeprefix(b' ') if vocabulary.drops_space else text)[1]
+      class_V[token] = classes.setdefault(after_S.tobytes(), len(classes))
+  return np.stack([np.frombuffer(row, np.int32) for row in classes], axis=1), class_V

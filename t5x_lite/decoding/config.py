@@ -61,7 +61,8 @@ class DecodingConfig:
     regex: what a whole output is to match, without ^, $, look-around and back-references.
     json_schema: the same by a schema, as text: an output is JSON of this form.
     automaton: the `automaton.Automaton` of these two, by `resolved`.
-    stop_strings: a text is cut before the first of these.
+    stop_strings: an output ends with the first of these, and the text is cut before it.
+    stopper: the `automaton.Automaton` of these, by `resolved`.
     num_beams: hypotheses of beam search; 1 is greedy or sampling.
     length_penalty: rank by log-probability / length**length_penalty; above 0 favours long outputs.
     brevity_alpha: rank by log-probability / ((5 + length) / 6)**alpha instead, as T5X does (the
@@ -97,6 +98,7 @@ class DecodingConfig:
   json_schema: str = ''
   automaton: Any = None
   stop_strings: Sequence[str] = ()
+  stopper: Any = None
   num_beams: int = 1
   length_penalty: float = 1.0
   brevity_alpha: float | None = None
@@ -216,11 +218,14 @@ class DecodingConfig:
       tuple(tuple(vocabulary.encode(text)) for text in texts)
       for texts in (self.forbidden_words, self.labels)
     )
-    automaton, length = self.automaton, self.max_decode_length or max_decode_length
-    if self.regex or self.json_schema:
-      from t5x_lite.decoding.automaton import compiled  # `--help` shall not wait for numpy
+    stopper, automaton = self.stopper, self.automaton
+    length = self.max_decode_length or max_decode_length
+    from t5x_lite.decoding import automaton as automata  # `--help` shall not wait for numpy
 
-      automaton = compiled(self.regex, self.json_schema, vocabulary)
+    if self.stop_strings and vocabulary is not None:
+      stopper = automata.stopping(self.stop_strings, vocabulary)
+    if self.regex or self.json_schema:
+      automaton = automata.compiled(self.regex, self.json_schema, vocabulary)
       fine = (length or DEFAULT_LENGTH) > automaton.left_S[0]
       why = f'above the {automaton.left_S[0]} tokens of the shortest output that matches'
       given = dataclasses.replace(self, max_decode_length=length)
@@ -233,19 +238,21 @@ class DecodingConfig:
       regex='',
       json_schema='',
       automaton=automaton,
+      stopper=stopper,
       allowed_outputs=self.allowed_outputs + labels,
       forbidden_tokens=self.forbidden_tokens + words,
     )
 
-  def cut(self, text: str) -> str:
-    """Returns a text up to the first stop string."""
-    return text[: min((text.find(s) for s in self.stop_strings if s in text), default=len(text))]
+  def cut(self, text: str, start: int = 0) -> str:
+    """Returns a text up to the first stop string at `start` or later."""
+    found = [at for s in self.stop_strings if (at := text.find(s, start)) >= 0]
+    return text[: min(found, default=len(text))]
 
 
 def decoding_config(max_new_tokens: int, /, **settings: Any) -> DecodingConfig:
   """Returns the config that the Python interface's arguments mean; UsageError for others."""
   known = {field.name for field in dataclasses.fields(DecodingConfig)}
-  known -= {'max_decode_length', 'automaton'}
+  known -= {'max_decode_length', 'automaton', 'stopper'}
   for name in settings:
     if name not in known:
       raise UsageError(f'{name!r} is no setting of decoding; there are {", ".join(sorted(known))}')

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from t5x_lite.decoding import loop, prediction
+from t5x_lite.decoding import loop, prediction, processors
+from t5x_lite.decoding.automaton import Automaton
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.decoding.prediction import Output
 from t5x_lite.errors import UsageError, check_positive
@@ -54,6 +55,7 @@ class _Slots:
   tokens_SL: jax.Array
   log_probs_SL: jax.Array
   going_S: jax.Array  # holds a row that has not ended
+  stop_S: jax.Array  # where the stopper is
   limit_S: jax.Array
   temperature_S: jax.Array
   top_k_S: jax.Array
@@ -76,12 +78,14 @@ class ContinuousBatch:
     chunk: int = 8,
     seed: int = 0,
     fixed: bool = False,
+    stopper: Automaton | None = None,
   ):
     """Compiles nothing yet.
 
     The model has an encoder and a decoder; parameters, which may be given later, are on the
     placement, as `model_sharding.inference_params` says. num_slots rows decode at a time, `chunk`
     tokens between two looks at them; fixed says that there are always so many, and fewer compiles.
+    The stopper is a `DecodingConfig`'s.
     """
     if model.architecture != 'encoder_decoder':
       raise UsageError(
@@ -99,7 +103,7 @@ class ContinuousBatch:
     self._rows: list[int | None] = [None]  # the ticket of the request in each row
     graphdef, _, _ = t5.abstract_params(model)
     self._insert = jax.jit(functools.partial(_insert, graphdef), donate_argnums=1)
-    self._advance = jax.jit(functools.partial(_advance, graphdef, chunk), donate_argnums=1)
+    self._advance = jax.jit(functools.partial(_advance, graphdef, chunk, stopper), donate_argnums=1)
     self._slots = _empty(model, 1, self._width, max_decode_length)
 
   @property
@@ -219,9 +223,10 @@ def _empty(cfg: T5Config, S: int, M: int, L: int) -> _Slots:
   # An empty slot decodes along, and needs a key to look at.
   cross_mask = jnp.broadcast_to(jnp.arange(M) == 0, (S, 1, 1, M))
   seen, index = jnp.zeros((S,), jnp.int32), jnp.zeros((), jnp.int32)
-  numbers = {'last': 0, 'length': 0, 'going': False, 'limit': 1, 'temperature': 0.0, 'top_k': 1}
+  numbers = {'last': 0, 'length': 0, 'going': False, 'stop': 0, 'limit': 1}
+  numbers |= {'temperature': 0.0, 'top_k': 1, 'top_p': 1.0}
   return _Slots(
-    **{f'{name}_S': jnp.full((S,), value) for name, value in (numbers | {'top_p': 1.0}).items()},
+    **{f'{name}_S': jnp.full((S,), value) for name, value in numbers.items()},
     tokens_SL=jnp.full((S, L), cfg.pad_id, jnp.int32),
     log_probs_SL=jnp.zeros((S, L), jnp.float32),
     seed_S=jnp.zeros((S,), jnp.uint32),
@@ -266,13 +271,14 @@ def _insert(graphdef, params, slots, slots_B, tokens_BM, **settings_B) -> _Slots
     'tokens_SL': model.cfg.pad_id,
     'log_probs_SL': 0.0,
     'going_S': True,
+    'stop_S': 0,
     **settings_B,
   }
   fields = {name: getattr(slots, name).at[slots_B].set(value) for name, value in rows.items()}
   return _Slots(**fields, cache=cache)
 
 
-def _advance(graphdef, chunk: int, params, slots: _Slots, key) -> _Slots:
+def _advance(graphdef, chunk: int, stopper: Automaton | None, params, slots: _Slots, key) -> _Slots:
   """Decodes at most `chunk` tokens of every slot that goes on."""
   model = nnx.merge(graphdef, params)
   rows_S = jnp.arange(slots.last_S.shape[0])
@@ -285,13 +291,19 @@ def _advance(graphdef, chunk: int, params, slots: _Slots, key) -> _Slots:
     length_S = jnp.where(s.going_S, s.length_S + 1, s.length_S)
     # Out of bounds for slots that have ended, which drops the write.
     at_S = jnp.where(s.going_S, s.length_S, s.tokens_SL.shape[1])
+    going_S = s.going_S & (next_S != model.cfg.eos_id) & (length_S < s.limit_S)
+    stop_S = s.stop_S
+    if stopper is not None:
+      stop_S = processors.read_on(stopper, stop_S, next_S)
+      going_S &= jnp.asarray(stopper.left_S)[stop_S] > 0
     return i + 1, dataclasses.replace(
       s,
       last_S=jnp.where(s.going_S, next_S, s.last_S),
       length_S=length_S,
       tokens_SL=s.tokens_SL.at[rows_S, at_S].set(next_S, mode='drop'),
       log_probs_SL=s.log_probs_SL.at[rows_S, at_S].set(log_prob_S, mode='drop'),
-      going_S=s.going_S & (next_S != model.cfg.eos_id) & (length_S < s.limit_S),
+      going_S=going_S,
+      stop_S=stop_S,
       cache=cache,
     )
 
@@ -338,20 +350,25 @@ def in_batches(
 class RowDecoder:
   """Decodes any number of inputs by a predictor, in batches or in slots: a row gets the same."""
 
-  def __init__(self, predictor: prediction.Predictor, *, continuous: bool = False):
+  def __init__(
+    self, predictor: prediction.Predictor, *, continuous: bool = False, prefix: Sequence[int] = ()
+  ):
     """Compiles nothing yet. Raises UsageError if continuous batching cannot do what is wanted.
 
-    Slots are not cut over a mesh's data axes as batches are: every part decodes all of them.
+    The prefix is what all outputs begin with, as of `Predictor.predict_all`. Slots are not cut over
+    a mesh's data axes as batches are: every part decodes all of them.
     """
     self.predictor, self._batch, how = predictor, None, predictor.decoding
+    self.prefix = prefix
     if not continuous:
       return
-    names = ('max_decode_length', 'stop_strings', 'temperature', 'top_k', 'top_p', 'draft_tokens')
+    names = ('max_decode_length', 'stop_strings', 'stopper', 'temperature', 'top_k', 'top_p')
+    names += ('draft_tokens',)
     simple = DecodingConfig(**{name: getattr(how, name) for name in names}) == how
-    if not (simple and predictor.plain):
+    if not (simple and predictor.plain) or prefix:
       raise UsageError(
         'continuous batching is for greedy search or one sample by temperature, top_k and top_p, '
-        'without a draft'
+        'without a draft and a prefix'
       )
     if jax.process_count() > 1:
       raise UsageError('continuous batching is for one process')
@@ -363,6 +380,7 @@ class RowDecoder:
       max_decode_length=how.length,
       seed=predictor.seed,
       fixed=True,
+      stopper=how.stopper,
     )
 
   def __call__(
@@ -374,12 +392,14 @@ class RowDecoder:
     """
     predictor, how, batch = self.predictor, self.predictor.decoding, self._batch
     if batch is None:
-      yield from in_batches(
-        lambda part: predictor.predict_all(
-          params, [rows[i] for i in part], seeds=[seeds[i] for i in part]
-        ),
-        *(rows, predictor.batch_size),
-      )
+
+      def call(part: Sequence[int]) -> list[list[Output]]:
+        given: dict[str, Any] = {'seeds': [seeds[i] for i in part]}
+        if self.prefix:
+          given['prefixes'] = [self.prefix] * len(part)
+        return predictor.predict_all(params, [rows[i] for i in part], **given)
+
+      yield from in_batches(call, rows, predictor.batch_size)
       return
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # the cache grows with the longest
     settings = {name: getattr(how, name) for name in ('temperature', 'top_k', 'top_p')}

@@ -151,7 +151,8 @@ class Predictor:
     # Every process holds all rows.
     put = jax.make_array_from_callback
     on_mesh = {name: put(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
-    return _outputs(self.model, self._step(params, on_mesh, self._key), len(rows))
+    decoded = self._step(params, on_mesh, self._key)
+    return _outputs(self.model, self.decoding, decoded, len(rows))
 
 
 def _check(model: T5Config, decoding: DecodingConfig, draft: T5Config | None) -> None:
@@ -170,7 +171,9 @@ def _check(model: T5Config, decoding: DecodingConfig, draft: T5Config | None) ->
     raise UsageError(f'num_beams is {decoding.num_beams}: a draft is for greedy search and samples')
 
 
-def _outputs(model: T5Config, decoded: Decoded, num_rows: int) -> list[list[Output]]:
+def _outputs(
+  model: T5Config, decoding: DecodingConfig, decoded: Decoded, num_rows: int
+) -> list[list[Output]]:
   tokens, scores, log_probs = (None if x is None else to_host(x).tolist() for x in decoded)
   assert tokens is not None
 
@@ -183,6 +186,7 @@ def _outputs(model: T5Config, decoded: Decoded, num_rows: int) -> list[list[Outp
       end = length = len(row)
       while end and row[end - 1] == model.pad_id:  # it never ended
         end -= 1
+      length = length if decoding.stopper is None else end
     score = None if scores is None else scores[i][j]
     return Output(row[:end], score, None if log_probs is None else log_probs[i][j][:length])
 

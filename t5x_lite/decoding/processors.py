@@ -194,6 +194,27 @@ def follow(logits_RV, history: History, *, automaton: Automaton, length: int, eo
   return _hide(logits_RV, ~allowed_RV & jnp.any(allowed_RV, axis=1, keepdims=True))
 
 
+def read_on(automaton: Automaton, state_R, token_R) -> jax.Array:
+  """Returns the states of an automaton after one more token."""
+  # An embedding may have more rows than the vocabulary ids.
+  class_R = jnp.asarray(automaton.class_V).at[token_R].get(mode='fill', fill_value=0)
+  return jnp.asarray(automaton.next_SC)[state_R, class_R]
+
+
+def read_until(automaton: Automaton, tokens_RL, length_R) -> tuple[jax.Array, jax.Array]:
+  """Returns how many of length_R tokens are read until an automaton ends, and the last state."""
+
+  def read(i, carry):
+    state_R, count_R = carry
+    more_R = (i < length_R) & (jnp.asarray(automaton.left_S)[state_R] > 0)
+    after_R = read_on(automaton, state_R, tokens_RL[:, i])
+    return jnp.where(more_R, after_R, state_R), count_R + more_R
+
+  zeros_R = jnp.zeros(tokens_RL.shape[:1], jnp.int32)
+  state_R, count_R = jax.lax.fori_loop(0, jnp.max(length_R), read, (zeros_R, zeros_R))
+  return count_R, state_R
+
+
 # ---- By how likely it is: for sampling ---------------------------------------
 
 

@@ -26,7 +26,8 @@ class _State:
   last_R: jax.Array
   tokens_RL: jax.Array  # decoded so far; pad_id after the end
   log_probs_RL: jax.Array | None  # None if no score is wanted
-  ended_R: jax.Array  # rows that have produced eos_id
+  ended_R: jax.Array  # rows that have produced eos_id, or a stop string
+  stop_R: jax.Array  # where the config's stopper is
   cache: Any
 
 
@@ -78,13 +79,18 @@ def decode(
       log_prob_R = jnp.where(s.ended_R, 0.0, loop.log_prob(logits_RV, next_R))
       at = (0, s.position)
       log_probs_RL = jax.lax.dynamic_update_slice(log_probs_RL, log_prob_R[:, None], at)
+    ended_R, stop_R = s.ended_R | (next_R == eos_id), s.stop_R
+    if config.stopper is not None:
+      stop_R = processors.read_on(config.stopper, stop_R, next_R)
+      ended_R |= jnp.asarray(config.stopper.left_S)[stop_R] == 0
     return dataclasses.replace(
       s,
       position=s.position + 1,
       last_R=next_R,
       tokens_RL=jax.lax.dynamic_update_slice(s.tokens_RL, next_R[:, None], (0, s.position)),
       log_probs_RL=log_probs_RL,
-      ended_R=s.ended_R | (next_R == eos_id),
+      ended_R=ended_R,
+      stop_R=stop_R,
     )
 
   state = _State(
@@ -93,6 +99,7 @@ def decode(
     tokens_RL=jnp.full((num_rows, L), pad_id, jnp.int32),
     log_probs_RL=jnp.zeros((num_rows, L), jnp.float32) if scored else None,
     ended_R=jnp.zeros((num_rows,), bool),
+    stop_R=jnp.zeros((num_rows,), jnp.int32),
     cache=cache,
   )
   if read is None:
@@ -106,15 +113,21 @@ def decode(
     ids = {'start_id': start_id, 'eos_id': eos_id}
     state = speculative.run(read, step, state, chain, prompt, config, **ids, **random)
     tokens_RL, log_probs_RL = state.tokens_RL, state.log_probs_RL
-  tokens_BnL = tokens_RL.reshape(-1, n, L)
+  length_R = jnp.full((num_rows,), L)
+  if config.stopper is not None:
+    length_R, _ = processors.read_until(config.stopper, tokens_RL, length_R)
+  # A draft may have written more than the end.
+  kept_BnL = (jnp.arange(L)[None, :] < length_R[:, None]).reshape(-1, n, L)
+  tokens_BnL = jnp.where(kept_BnL, tokens_RL.reshape(-1, n, L), pad_id)
   if log_probs_RL is None:
     return Decoded(tokens_BnL, None, None)
-  log_probs_BnL = log_probs_RL.reshape(-1, n, L)
+  log_probs_BnL = jnp.where(kept_BnL, log_probs_RL.reshape(-1, n, L), 0.0)
   scores_Bn = jnp.sum(log_probs_BnL, axis=-1)
   if not config.best_of:
     return Decoded(tokens_BnL, scores_Bn, log_probs_BnL)
   is_end_BnL = tokens_BnL == eos_id
-  length_Bn = jnp.where(jnp.any(is_end_BnL, -1), jnp.argmax(is_end_BnL, -1) + 1, L)
+  end_Bn = jnp.argmax(is_end_BnL, -1) + 1
+  length_Bn = jnp.where(jnp.any(is_end_BnL, -1), end_Bn, length_R.reshape(-1, n))
   scores_Bn = config.normalized(scores_Bn, length_Bn.astype(jnp.float32))
   _, best_Bn = jax.lax.top_k(scores_Bn, config.num_return_sequences)
   return loop.pick(Decoded(tokens_BnL, scores_Bn, log_probs_BnL), best_Bn)

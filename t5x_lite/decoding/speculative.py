@@ -111,13 +111,18 @@ def run(
       log_probs_RJ = jax.vmap(loop.log_prob, 1, 1)(logits_RJV, new_RJ)
       log_probs_RL = log_probs_RL.at[where].set(log_probs_RJ, mode='drop')
     position_R = s.position + n_R
+    tokens_RL = s.tokens_RL.at[where].set(new_RJ, mode='drop')
+    ended_R = s.ended_R | jnp.any(valid_RJ & is_end_RJ, axis=1) | (position_R >= L)
+    if config.stopper is not None:
+      _, stop_R = processors.read_until(config.stopper, tokens_RL, position_R)
+      ended_R |= jnp.asarray(config.stopper.left_S)[stop_R] == 0
     return dataclasses.replace(
       s,
       position=position_R,
       last_R=jnp.where(n_R > 0, new_RJ[rows_R, n_R - 1], s.last_R),
-      tokens_RL=s.tokens_RL.at[where].set(new_RJ, mode='drop'),
+      tokens_RL=tokens_RL,
       log_probs_RL=log_probs_RL,
-      ended_R=s.ended_R | jnp.any(valid_RJ & is_end_RJ, axis=1) | (position_R >= L),
+      ended_R=ended_R,
       cache=tuple(x.rewound(base_R + position_R) for x in (cache, small_cache)),
     )
 

@@ -8,14 +8,21 @@ import contextlib
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+
+def ids(text: str) -> tuple[int, ...]:
+  """Reads '3,4', a sequence of ids; the name is what a message calls it."""
+  return tuple(map(int, text.split(',')))
+
+
 # Annotations, less `| None`, of flags: the type of one value, and whether there may be many.
-_SIMPLE: Mapping[str, tuple[type, bool]] = {
+_SIMPLE: Mapping[str, tuple[Callable[[str], Any], bool]] = {
   **{kind.__name__: (kind, False) for kind in (bool, float, int, str)},
   'bool | str': (str, False),
   'Sequence[int]': (int, True),
+  'tuple[tuple[int, ...], ...]': (ids, True),
   **dict.fromkeys(('Sequence[str]', 'str | Sequence[str]'), (str, True)),
 }
 
@@ -26,7 +33,7 @@ class Parameter:
 
   name: str
   help: str  # its entry in the docstring's Args section, on one line
-  type: type | None  # of one value; None if it cannot be written on a command line
+  type: Any  # makes a value of text; None if it cannot be written on a command line
   many: bool = False  # whether it takes several values
   default: str = ''  # as text; '' if there is none, or nothing that says more
 

@@ -132,7 +132,9 @@ class Generation:
       if not is_text:
         return tokens
       assert self.vocabulary is not None
-      return config.cut(self.vocabulary.decode(tokens))
+      text = self.vocabulary.decode(tokens)
+      given = self.vocabulary.decode(prefixes[row]) if prefixes else ''
+      return config.cut(text, len(given) if text.startswith(given) else 0)
 
     def result(of: Callable[[int, prediction.Output], Any]) -> Any:
       each = [[of(i, output) for output in outputs] for i, outputs in enumerate(found)]

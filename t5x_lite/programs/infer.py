@@ -51,6 +51,8 @@ def infer(
   prefix: str = '',
   skip_bad_rows: bool = False,
   continuous: bool = False,
+  decoder_prefix: str = '',
+  log_probs: bool = False,
   embeddings: str = '',
   batch_size: int = 32,
   max_input_length: int = MAX_INPUT_LENGTH,
@@ -87,6 +89,8 @@ def infer(
     skip_bad_rows: leave out rows that cannot be read, and say which, instead of refusing the file.
     continuous: lines whose outputs have ended make room for others at once, instead of waiting for
       the longest of their batch; see docs/generation.md.
+    decoder_prefix: what every prediction begins with; it does not count for length and score.
+    log_probs: write the log-probability of every token of a prediction too, EOS included.
     embeddings: write what the encoder makes of each input instead, as 'embedding': the 'mean' over
       its tokens, that of the 'first', or 'none' for one of each.
     batch_size: lines decoded at a time.
@@ -152,7 +156,10 @@ def infer(
       seed=seed,
       draft=draft.config if draft else None,
     )
-    decode = RowDecoder(predictor, continuous=continuous)
+    start = vocabulary.encode(decoder_prefix)
+    if start and not cfg.has_encoder:
+      raise UsageError('decoder_prefix is of models with an encoder; here inputs are prefixes')
+    decode = RowDecoder(predictor, continuous=continuous, prefix=start)
   params = trained_model.load_together(models, model_sharding.inference_params(cfg, placement))
   if draft:
     params = params, draft.load_params(model_sharding.inference_params(draft.config, placement))
@@ -161,7 +168,7 @@ def infer(
     encoder = Generation(cfg, params, placement)
     predict = functools.partial(_embed, encoder, EMBEDDINGS[embeddings], batch_size)
   else:
-    predict = functools.partial(_decode, decode, vocabulary, params)
+    predict = functools.partial(_decode, decode, vocabulary, params, log_probs)
   log.info('predicting with %s', ', '.join(one.checkpoint for one in models))
 
   # ---- Loop ----
@@ -235,14 +242,20 @@ def _task_inputs(name: str, module: str, vocabulary: Any, **bad: Any) -> Iterato
 
 
 def _decode(
-  decode: RowDecoder, vocabulary: Any, params: Any, rows: Any, numbers: list[int]
+  decode: RowDecoder, vocabulary: Any, params: Any, log_probs: bool, rows: Any, numbers: list[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields what is written of each line; its number decides what is drawn for it."""
   decoding = decode.predictor.decoding
+  given = vocabulary.decode(decode.prefix)
+
+  def entry_of(one: prediction.Output) -> dict[str, Any]:
+    text = vocabulary.decode([*decode.prefix, *one.tokens])
+    text = decoding.cut(text, len(given) if text.startswith(given) else 0)
+    more = {'log_probs': [round(x, 6) for x in one.log_probs or ()]} if log_probs else {}
+    return {'prediction': text, 'score': round(one.score or 0.0, 6), **more}
+
   for i, outputs in decode(params, rows, seeds=numbers):
-    texts = [decoding.cut(vocabulary.decode(one.tokens)) for one in outputs]
-    scores = [round(one.score or 0.0, 6) for one in outputs]
-    n_best = [{'prediction': x, 'score': y} for x, y in zip(texts, scores, strict=True)]
+    n_best = [entry_of(one) for one in outputs]
     entry = {**n_best[0], **({'n_best': n_best} if len(n_best) > 1 else {})}
     if decoding.num_beams > 1 or decoding.best_of:
       entry['normalization'] = decoding.normalization

@@ -4,12 +4,13 @@ import functools
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
 import t5x_lite
 from t5x_lite.data.vocabularies import VocabularyConfig, make_vocabulary
-from t5x_lite.decoding import automaton
+from t5x_lite.decoding import automaton, processors
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from tests.models import tiny
@@ -48,6 +49,36 @@ def test_the_automaton_takes_what_the_regex_does(name):
       tokens = vocabulary.encode(text)
       if vocabulary.decode(tokens) == text and vocabulary.unk_id not in tokens:
         assert accepts(found, vocabulary, tokens) == bool(re.fullmatch(pattern, text)), text
+
+
+@pytest.mark.parametrize('name', VOCABULARIES)
+def test_a_stop_string_is_found_with_the_token_that_completes_it(name):
+  vocabulary = make_vocabulary(VOCABULARIES[name])
+  rng = np.random.default_rng(0)
+  pieces = [*'abé. ', 'ab', '. ', ' a', 'the ', 'word']
+  found = 0
+  for strings in (('ab',), ('. ', 'b.a', 'aab'), ('é', 'the word'), (' ', 'aaaa'), ('abab', 'ba')):
+    stopper = automaton.stopping(strings, vocabulary)
+    read = jax.jit(functools.partial(processors.read_until, stopper))
+    for _ in range(100):
+      text = ''.join(rng.choice(pieces, rng.integers(1, 9)))
+      tokens = vocabulary.encode(text)
+      if rng.random() < 0.3:  # ids that are no text, among them
+        tokens.insert(rng.integers(len(tokens) + 1), int(rng.choice([0, vocabulary.unk_id])))
+      holds = [
+        any(s in vocabulary.decode(tokens[: n + 1]) for s in strings) for n in range(len(tokens))
+      ]
+      # Whatever comes after.
+      padded = np.asarray([(tokens + [7, 8, 9] * 40)[:100]], np.int32)
+      count, state = read(padded, np.asarray([len(tokens)]))
+      ends = stopper.left_S[np.asarray(state)] == 0
+      if {0, vocabulary.unk_id}.isdisjoint(tokens):
+        assert bool(ends[0]) == any(holds), (text, strings)
+        assert int(count[0]) == (holds.index(True) + 1 if any(holds) else len(tokens))
+      else:  # never where there is none
+        assert not ends[0] or holds[int(count[0]) - 1], (tokens, strings)
+      found += any(holds)
+  assert found > 100
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.decoding import continuous, prediction
+from t5x_lite.decoding.automaton import Automaton
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.decoding.continuous import ContinuousBatch, Request
 from t5x_lite.errors import UsageError
@@ -15,6 +16,10 @@ from t5x_lite.parallel.placement import single_device
 from tests.models import tiny
 
 LIMIT = 12
+# Ends with the second of these ids.
+STOPPER = Automaton(
+  np.asarray([[0, 1], [1, 2], [2, 2]]), (np.arange(64) % 5 == 2).astype(int), np.asarray([2, 1, 0])
+)
 
 
 def make(cfg, params, **arguments):
@@ -130,7 +135,12 @@ def test_a_dropped_slot_is_free_and_disturbs_nobody(model, rows):
 
 @pytest.mark.parametrize(
   'how',
-  [{}, {'temperature': 0.8}, {'temperature': 1.5, 'top_k': 7, 'top_p': 0.8}, {'num_beams': 2}],
+  [
+    {},
+    {'temperature': 0.8},
+    {'temperature': 1.5, 'top_k': 7, 'top_p': 0.8, 'stopper': STOPPER},
+    {'num_beams': 2},
+  ],
 )
 def test_rows_decode_as_in_batches(model, rows, how, monkeypatch):
   """Greedy, drawn or searched, and again after a caller who left in the middle."""

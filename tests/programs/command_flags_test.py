@@ -53,7 +53,7 @@ def test_fields_of_the_decoding_are_flags(name):
   own = {p.name for p in command_flags.read_parameters(main.COMMANDS[name].function)}
   fields = {p.name: p for p in found if p.name not in own}
   left_out = {f.name for f in dataclasses.fields(DecodingConfig)} - set(fields)
-  assert left_out == {'forbidden_tokens', 'allowed_outputs', 'automaton'}
+  assert left_out == {'automaton', 'stopper'}
   assert all(p.help and 'likewise' not in p.help for p in fields.values())
   assert (fields['num_beams'].type, fields['brevity_alpha'].type) == (int, float)
   assert fields['labels'].many and fields['max_decode_length'].type is int

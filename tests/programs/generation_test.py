@@ -2,11 +2,13 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from t5x_lite import api
 from t5x_lite.data.vocabularies import VocabularyConfig
+from t5x_lite.decoding import automaton, processors
 from t5x_lite.errors import UsageError
 from tests.models import tiny
 
@@ -73,6 +75,34 @@ def test_words_are_forbidden_and_texts_are_cut(model):
   )
   cut = model.generate('abc', max_new_tokens=20, min_new_tokens=20, stop_strings=[word, 'nowhere'])
   assert cut == plain[: plain.index(word)]
+
+
+@pytest.mark.parametrize('draft', [False, True])
+def test_what_stops_is_written_and_scored_up_to_there(model, draft):
+  """Rows end with the token that completes a stop string; what comes after has no part in it."""
+  more = {'max_new_tokens': 20, 'min_new_tokens': 20, 'return_log_probs': True}
+  rows = [[*model.vocabulary.encode(text), 1] for text in TEXTS]
+  tokens, log_probs = model.generate(rows, **more)
+  words = [model.vocabulary.decode(tokens[0][3:5])]
+  more |= {'draft': model} if draft else {}
+  shorter, scores, kept = model.generate(rows, stop_strings=words, return_scores=True, **more)
+  ends = [automaton.stopping(tuple(words), model.vocabulary)] * len(rows)
+  for row, all_of_them, score, own, every, stopper in zip(
+    shorter, tokens, scores, kept, log_probs, ends, strict=True
+  ):
+    [count], _ = processors.read_until(stopper, jnp.asarray([all_of_them]), np.asarray([20]))
+    assert row == all_of_them[:count]
+    np.testing.assert_allclose(own, every[:count], atol=1e-4)
+    assert score == pytest.approx(sum(every[:count]), abs=1e-3)
+  assert len(shorter[0]) == 5
+  # In the prefix it is no end.
+  found = model.generate('abc', prefix=words[0], stop_strings=words, max_new_tokens=6)
+  assert found.startswith(words[0])
+  # Of the best of several samples the length counts up to the end.
+  settings = {'temperature': 1.0, 'best_of': 3, 'length_penalty': 1.0, 'seed': 1}
+  settings |= {'return_scores': True, 'return_log_probs': True, 'max_new_tokens': 20}
+  _, [score], [own] = model.generate(rows[:1], stop_strings=['a', 'e', 'o'], **settings)
+  assert score == pytest.approx(sum(own) / len(own), abs=1e-4)
 
 
 def test_seeds_and_temperatures_belong_to_rows(model):

@@ -132,6 +132,15 @@ def test_settings_are_flags(run, words, tmp_path):
   assert main.main([*argv, '--overwrite', '--labels', 'yes', 'no']) == 0
   assert {entry['prediction'] for entry in read(output)} <= {'yes', 'no'}
   assert main.main([*argv, '--overwrite', '--num_beams=2', '--temperature=1']) == 2
+  # What outputs begin with, ids that none has, and how likely each token is.
+  more = ['--decoder_prefix=ab', '--log_probs', '--max_decode_length=4', '--stop_strings', 'b', 'z']
+  letters = [str(i + 3) for i in b'abcdefgh'] + ['3,4', '5,6']
+  assert main.main([*argv, *more, '--overwrite', '--forbidden_tokens', *letters]) == 0
+  for entry in read(output):
+    assert entry['prediction'].startswith('ab')
+    assert not set(entry['prediction'][2:]) & set('abcdefghz')
+    assert 1 <= len(entry['log_probs']) <= 4
+    assert entry['score'] == pytest.approx(sum(entry['log_probs']), abs=1e-4)
 
 
 def test_formats_agree(run, words, tmp_path):
@@ -429,6 +438,7 @@ def test_an_unreadable_line_is_named_before_anything_is_written(
     (dict(output='x.jsonl.gz'), 'cannot hold'),
     (dict(field='x'), r"words\.txt is text, a line an input, without a field 'x'"),
     (dict(embeddings='mean', decoding=DecodingConfig(num_beams=2)), 'are not decoded'),
+    (dict(decoder_prefix='a', continuous=True), 'without a draft and a prefix'),
     (dict(input='/dev/null'), 'is a pipe.* standard input'),
   ],
 )
