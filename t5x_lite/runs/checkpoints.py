@@ -26,7 +26,6 @@ from etils import epath
 
 from t5x_lite.errors import DamagedError, UsageError, check_fields
 from t5x_lite.parallel import checksums, distributed, pytrees
-from t5x_lite.parallel.distributed import LostProcessError
 from t5x_lite.runs import files
 
 log = logging.getLogger(__name__)
@@ -283,7 +282,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     """Turns a failed write, such as on a full disk, into a SaveError."""
     try:
       yield
-    except (LostProcessError, UsageError):
+    except (distributed.LostProcessError, UsageError):
       raise
     except Exception as error:
       latest = self.latest_step
@@ -354,7 +353,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       _all_alike(root, lambda: distributed.is_primary() and verify(os.fspath(root)))
     try:
       state, meta = load_state(os.fspath(root), abstract_state), read_meta(root)
-    except (UsageError, LostProcessError, MemoryError, jax.errors.JaxRuntimeError):
+    except (UsageError, distributed.LostProcessError, MemoryError, jax.errors.JaxRuntimeError):
       raise  # the device's or a peer's fault: the checkpoint is as it was
     except Exception as error:
       # The arrays were as they were written; it is what Orbax keeps beside them, for all processes.
@@ -378,7 +377,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     """Closes, but does not wait for a process that is gone."""
-    if kind is None or not issubclass(kind, LostProcessError):
+    if kind is None or not issubclass(kind, distributed.LostProcessError):
       self.close()
 
 

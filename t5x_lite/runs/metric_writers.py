@@ -25,7 +25,6 @@ from tensorboard.util import tensor_util
 
 from t5x_lite.errors import UsageError
 from t5x_lite.runs import files
-from t5x_lite.runs.files import retried
 from t5x_lite.training.steps import HISTOGRAM_BOUNDS
 
 # Generated when imported: a type checker finds no names in them.
@@ -44,7 +43,7 @@ _SAMPLE_COLUMNS = ('input', 'prediction', 'target')
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
   """Returns the lines of MODEL_DIR/metrics.jsonl, oldest first; less what a kill cut short."""
   path, found = epath.Path(model_dir) / METRICS_FILE, []
-  text = retried(path, path.read_bytes).decode('utf-8', 'replace') if path.exists() else ''
+  text = files.retried(path, path.read_bytes).decode('utf-8', 'replace') if path.exists() else ''
   for line in text.splitlines():
     with contextlib.suppress(json.JSONDecodeError):
       found.append(json.loads(line))
@@ -117,7 +116,7 @@ class MetricWriter(contextlib.AbstractContextManager):
     # JSON has no NaN or infinity.
     entry |= {name: x if math.isfinite(x) else None for name, x in scalars.items()}
     self._jsonl.write(json.dumps(entry) + '\n')
-    retried(METRICS_FILE, self._jsonl.flush)  # what was not written is kept for it
+    files.retried(METRICS_FILE, self._jsonl.flush)  # what was not written is kept for it
     for sink in self._sinks:
       sink.scalars(step, scalars)
 
@@ -139,14 +138,14 @@ class MetricWriter(contextlib.AbstractContextManager):
 
 def _opened(path: epath.Path, mode: str, stack: contextlib.ExitStack) -> Any:
   # Of a file on gs:// `open` returns a context manager, and no file.
-  return retried(path, lambda: stack.enter_context(path.open(mode)))
+  return files.retried(path, lambda: stack.enter_context(path.open(mode)))
 
 
 class _TensorBoard:
   """Event files, as TensorBoard's own writer makes them."""
 
   def __init__(self, directory: epath.Path, first_step: int, stack: contextlib.ExitStack):
-    retried(directory, lambda: directory.mkdir(parents=True, exist_ok=True))
+    files.retried(directory, lambda: directory.mkdir(parents=True, exist_ok=True))
     name = f'events.out.tfevents.{time.time():.0f}.{os.getpid()}.t5x_lite'
     self._events = record_writer.RecordWriter(_opened(directory / name, 'wb', stack))
     self._event(file_version='brain.Event:2')
@@ -172,7 +171,7 @@ class _TensorBoard:
   def _values(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
     found = [_summary_pb2.Summary.Value(**value) for value in values]
     self._event(step=step, summary=_summary_pb2.Summary(value=found))
-    retried(TENSORBOARD, self._events.flush)
+    files.retried(TENSORBOARD, self._events.flush)
 
   def _event(self, **fields: Any) -> None:
     event = _event_pb2.Event(wall_time=time.time(), **fields)

@@ -21,7 +21,6 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import files
-from t5x_lite.runs.files import retried
 
 MODEL_FILE = 'model.json'
 CONFIG_FILE = 'config.json'
@@ -37,7 +36,7 @@ def read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
     fix = 'name a run directory that `t5x-lite train` wrote'
     raise UsageError(f'{root} holds no {MODEL_FILE}; {fix}')
   try:
-    entry = json.loads(retried(file, file.read_text))
+    entry = json.loads(files.retried(file, file.read_text))
     return T5Config(**entry['model']), dict(entry.get('lengths', {}))
   except (ValueError, KeyError, TypeError) as error:
     raise UsageError(f'{file} is not a saved model: {error}') from error
@@ -59,11 +58,11 @@ def write_run(
   files, by name.
   """
   root = epath.Path(model_dir)
-  retried(root, lambda: root.mkdir(parents=True, exist_ok=True))
+  files.retried(root, lambda: root.mkdir(parents=True, exist_ok=True))
   has_one = (root / vocabularies.VOCABULARY_FILE).exists()
   kept = vocabularies.load_vocabulary(root) if has_one else vocabulary
   if kept == vocabulary or not same_vocabulary(kept, vocabulary):
-    retried(root, lambda: vocabularies.save_vocabulary(vocabulary, root))
+    files.retried(root, lambda: vocabularies.save_vocabulary(vocabulary, root))
   entry = {'model': dataclasses.asdict(model), 'lengths': dict(lengths or {})}
   files.write_json(root / MODEL_FILE, entry)
   if config is not None:

@@ -21,7 +21,6 @@ from t5x_lite.errors import UsageError, check_fields, check_one_of
 from t5x_lite.models import transfer
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
-from t5x_lite.training.adafactor import Axes
 from t5x_lite.training.schedules import ScheduleConfig
 
 # Optax's optimizers whose step is proportional to the learning rate of the same step alone, as
@@ -267,7 +266,7 @@ def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> 
   found = pytrees.leaves_with_axes(params, axes)
   known = {path: (leaf.shape, names) for path, leaf, names in found}
 
-  def find(path, leaf) -> Axes:
+  def find(path, leaf) -> adafactor_lib.Axes:
     path = pytrees.names_of(path)
     start = next((i for i in range(len(path)) if path[i:] in known), None)
     if start is None:
