@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5x_lite.errors import UsageError
-from t5x_lite.models.attention_inputs import SCOPE, Blocks, Visibility, dot, mean_gradient
+from t5x_lite.models.attention_inputs import Blocks, Visibility, dot, mean_gradient, vjp_of
 from t5x_lite.models.blocked_attention import pad
 
 BLOCK = 512
@@ -211,12 +211,6 @@ def _specs(b: int, K: int, num_keys: int, query: int, key: int):
   return vector, row, inputs
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(blocks, *inputs):
-  return _attention_fwd(blocks, *inputs)[0]
-
-
-@jax.named_scope(SCOPE)
 def _attention_fwd(blocks, q, k, v, values, queries, keys):
   (B, H, K, L), M, b = q.shape, k.shape[3], blocks.m
   vector, row, inputs = _specs(b, K, M // b, 2, 3)
@@ -234,7 +228,6 @@ def _attention_fwd(blocks, q, k, v, values, queries, keys):
   return y, (q, k, v, values, queries, keys, y, total, top)
 
 
-@jax.named_scope(SCOPE)
 def _attention_bwd(blocks, residuals, g):
   q, k, v, values, queries, keys, y, total, top = residuals
   (B, H, K, L), M, b = q.shape, k.shape[3], blocks.m
@@ -260,4 +253,4 @@ def _attention_bwd(blocks, residuals, g):
   return dq.astype(q.dtype), dk, dv, dvalues, None, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention = vjp_of(_attention_fwd, _attention_bwd)

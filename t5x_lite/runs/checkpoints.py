@@ -113,24 +113,6 @@ class DataArgs(ocp.args.CheckpointArgs):
   iterator: SavableIterator
 
 
-def explain_mismatch(
-  where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str
-) -> None:
-  """Raises UsageError, one clear line, unless names and shapes agree."""
-  has, needs = pytrees.flatten_names(saved), pytrees.flatten_names(wanted)
-  fix = f'use the {what} that wrote it, or another model_dir to start a new run'
-  for name in (*needs, *has):
-    if name not in has:
-      problem = f'no {name}, which this {what} needs'
-    elif name not in needs:
-      problem = f'{name}, which this {what} does not'
-    elif (found := tuple(has[name].shape)) != (shape := tuple(needs[name].shape)):
-      problem = f'{name} of shape {found}, this {what} needs {shape}'
-    else:
-      continue
-    raise UsageError(f'the checkpoint {where} has {problem}: {fix}')
-
-
 def steps_in(directory: epath.Path) -> list[int]:
   """Returns the committed steps in a `checkpoints` directory, ascending."""
   if not directory.is_dir():
@@ -202,7 +184,6 @@ def load_state(path: str, abstract_state: Any) -> Any:
     wanted = pytrees.leaves(abstract_state, is_leaf=lambda x: x is not abstract_state)
     part = {name: saved[name] for (name,), _ in wanted if name in saved}
     _check_names(root, part, plain)
-    explain_mismatch(os.fspath(root), part, plain, 'model and optimizer')
     how = ocp.checkpoint_utils.construct_restore_args(plain)
     arguments = ocp.args.PyTreeRestore(plain, restore_args=how, partial_restore=True)
     restored = checkpointer.restore(item, args=arguments)
@@ -382,13 +363,25 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 
 def _check_names(root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  """Tells metadata that lost an array from those of another model."""
-  written = read_meta(root)['checksums']
-  names, asked = (
-    {name.replace('/', '.') for name in pytrees.flatten_names(tree)} for tree in (saved, wanted)
-  )
-  if asked == written.keys() and names != asked:
+  """Raises UsageError, one clear line, unless names and shapes agree.
+
+  DamagedError where a checkpoint of this very model has metadata that lost an array.
+  """
+  has, needs = pytrees.flatten_names(saved), pytrees.flatten_names(wanted)
+  names, asked = ({name.replace('/', '.') for name in flat} for flat in (has, needs))
+  if asked == read_meta(root)['checksums'].keys() and names != asked:
     raise DamagedError(f'{root} has lost the metadata of its arrays')
+  for name in (*needs, *has):
+    if name not in has:
+      problem = f'no {name}, which this model and optimizer needs'
+    elif name not in needs:
+      problem = f'{name}, which this model and optimizer does not'
+    elif (found := tuple(has[name].shape)) != (shape := tuple(needs[name].shape)):
+      problem = f'{name} of shape {found}, this model and optimizer needs {shape}'
+    else:
+      continue
+    fix = 'use the model and optimizer that wrote it, or another model_dir to start a new run'
+    raise UsageError(f'the checkpoint {root} has {problem}: {fix}')
 
 
 def _all_alike(directory: epath.Path, call: Callable[[], Any]) -> None:

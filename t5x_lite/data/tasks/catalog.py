@@ -31,24 +31,18 @@ Rate = float | Callable[[seqio.Task], float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskRecipe:
-  """A task but for its vocabulary.
+  """A task but for its vocabulary."""
 
-  Attributes:
-    make_source: makes the source; called once, its rows serve all vocabularies.
-    features: names of the output features.
-    metric_fns: for the evaluation; empty means only the loss.
-    shuffle_buffer_size: examples; None where the source shuffles whole.
-    is_t5s: t5 has a task of this name. With T5's vocabulary it is registered under that name alone,
-      under which T5X users have it cached.
-  """
-
-  # Any: seqio.DataSource does not meet the registry's own annotation.
+  # Makes the source; called once, its rows serve all vocabularies. Any: seqio.DataSource does not
+  # meet the registry's own annotation.
   make_source: Callable[[], Any]
   preprocessors: tuple[Preprocessor, ...] = ()
-  features: tuple[str, ...] = ('inputs', 'targets')
-  metric_fns: tuple[metrics.MetricFn, ...] = ()
+  features: tuple[str, ...] = ('inputs', 'targets')  # names of the output features
+  metric_fns: tuple[metrics.MetricFn, ...] = ()  # for the evaluation; empty means only the loss
   postprocess_fn: Callable | None = None
-  shuffle_buffer_size: int | None = None
+  shuffle_buffer_size: int | None = None  # examples; None where the source shuffles whole
+  # t5 has a task of this name. With T5's vocabulary it is registered under that name alone, under
+  # which T5X users have it cached.
   is_t5s: bool = False
 
   def register(self, name: str, vocabulary: VocabularyConfig) -> None:
