@@ -15,7 +15,7 @@ from typing import Any
 
 from t5x_lite.data import records, text_files
 from t5x_lite.data.text_files import Bad
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 
 # Pairs are held in memory, several times over while they are read.
 MAX_BYTES = 4 << 30
@@ -46,10 +46,8 @@ class Columns:
   @property
   def template_fields(self) -> list[str]:
     """Names of the fields in the template."""
-    try:
+    with refusing(f'the template {self.template!r}', ValueError):
       parts = list(string.Formatter().parse(self.template))
-    except ValueError as error:
-      raise UsageError(f'the template {self.template!r}: {error}') from error
     if any(spec or conversion for _, _, spec, conversion in parts):
       raise UsageError(f'the template {self.template!r} has a format; a field is only {{name}}')
     return [name for _, name, _, _ in parts if name is not None]

@@ -17,7 +17,7 @@ from etils import epath
 
 from t5x_lite.data import text_files
 from t5x_lite.data.text_files import Bad, refuse
-from t5x_lite.errors import UsageError, first_line
+from t5x_lite.errors import UsageError, first_line, refusing
 
 Format = Literal['text', 'tsv', 'csv', 'jsonl', 'json', 'parquet', 'tfrecord', 'datasets']
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -114,10 +114,8 @@ def read(
   if kind in ('parquet', 'datasets'):
     return _arrow([epath.Path(path)], is_parquet=True) if kind == 'parquet' else _dataset(path)
   if kind == 'tfrecord':
-    try:
+    with refusing(f'{path}: TFRecords need TensorFlow, which is missing', ImportError):
       from t5x_lite.data import tfrecords
-    except ImportError as error:
-      raise UsageError(f'{path}: TFRecords need TensorFlow, which is missing: {error}') from error
     return tfrecords.read(path, bad)
   return (_jsonl if kind == 'jsonl' else _json)(path, bad)
 
@@ -253,12 +251,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _loads(text: str, place: str) -> Any:
-  try:
+  too_deep = refusing(f'{place} is JSON nested too deeply', RecursionError)
+  with refusing(f'{place} is not JSON', ValueError), too_deep:
     return json.loads(text, object_pairs_hook=_no_duplicates)
-  except ValueError as error:
-    raise UsageError(f'{place} is not JSON: {error}') from error
-  except RecursionError:
-    raise UsageError(f'{place} is JSON nested too deeply') from None
 
 
 def _jsonl(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
@@ -312,10 +307,8 @@ def _list_in(entry: Any) -> list[Any] | None:
 
 def _listed(path: epath.Path, key: str) -> list[Any]:
   """Returns the list that a JSON object in a file has under a key."""
-  try:
+  with refusing(f'{path} cannot be read', OSError, UnicodeDecodeError):
     entry = _loads(path.read_text(encoding='utf-8'), os.fspath(path))
-  except (OSError, UnicodeDecodeError) as error:
-    raise UsageError(f'{path} cannot be read: {first_line(error)}') from error
   listed = entry.get(key) if isinstance(entry, dict) else None
   if not isinstance(listed, list):
     raise UsageError(f'{path} is not a JSON object with a list {key!r}')

@@ -19,7 +19,7 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from t5x_lite.errors import UsageError, check_fields, check_one_of
+from t5x_lite.errors import UsageError, check_fields, check_one_of, refusing
 
 # Made when imported: a type checker finds no names in it.
 proto: Any = sentencepiece_model_pb2
@@ -121,13 +121,9 @@ class SentencePieceVocabulary(Vocabulary):
     sentinels = (f'▁<extra_id_{index}>' for index in reversed(range(extra_ids)))
     model = _read_model(path) + user_defined(sentinels)
     self._processor = sentencepiece.SentencePieceProcessor()
-    try:
+    fix = 'train one with `t5x-lite vocab --input FILE --output X.model`'
+    with refusing(f'{path} is not a SentencePiece model; {fix}', RuntimeError):
       self._processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
-      raise UsageError(
-        f'{path} is not a SentencePiece model ({error}); train one with '
-        '`t5x-lite vocab --input FILE --output X.model`'
-      ) from error
     ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
     if ids != (PAD_ID, EOS_ID, UNK_ID):
       raise UsageError(
@@ -191,13 +187,9 @@ class PassThroughVocabulary(Vocabulary):
 
   def encode(self, text: str | Sequence[int]) -> list[int]:
     """Returns the ids named by a text such as '17 4 256', without EOS."""
-    try:
+    numbers = "kind='passthrough' reads numbers between spaces"
+    with refusing(f'{text!r} is not a list of token ids; {numbers}', ValueError):
       ids = [int(i) for i in (text.split() if isinstance(text, str) else text)]
-    except ValueError as error:
-      raise UsageError(
-        f"{text!r} is not a list of token ids ({error}); kind='passthrough' reads numbers between "
-        'spaces'
-      ) from error
     for token in ids:
       if not 0 <= token < self.vocab_size:
         raise UsageError(
@@ -267,12 +259,10 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
     raise UsageError(
       f'{directory} holds no {VOCABULARY_FILE}; name a run directory that `t5x-lite train` wrote'
     )
-  try:
+  with refusing(f'{file} is not a saved vocabulary', ValueError, AttributeError, TypeError):
     entry = json.loads(file.read_text())
     sha256 = entry.pop('sha256', None)
     config = VocabularyConfig(**entry)
-  except (ValueError, AttributeError, TypeError) as error:
-    raise UsageError(f'{file} is not a saved vocabulary: {error}') from error
   if config.kind != 'sentencepiece':
     return config
   if os.path.basename(config.path) != config.path:
@@ -305,10 +295,8 @@ def user_defined(texts: Iterable[str]) -> bytes:
 
 def parse_model(data: bytes) -> Any:
   """Returns the ModelProto of a model file; UsageError if it is none."""
-  try:
+  with refusing('not a SentencePiece model', DecodeError):
     model = proto.ModelProto.FromString(data)
-  except DecodeError as error:
-    raise UsageError(f'not a SentencePiece model: {error}') from error
   if not model.pieces:
     raise UsageError('not a SentencePiece model: it has no pieces')
   return model

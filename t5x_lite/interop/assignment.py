@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.interop import tensor_names
 from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.interop.tensors import Index, Tensor
@@ -141,10 +141,8 @@ def check_numerics(source: Source, cfg: T5Config) -> None:
 
 
 def _compile(pattern: str) -> re.Pattern:
-  try:
+  with refusing(f'{pattern!r} in assignment_map is no regular expression', re.error):
     return re.compile(pattern)
-  except re.error as error:
-    raise UsageError(f'{pattern!r} in assignment_map is no regular expression: {error}') from error
 
 
 def _some(found: Sequence[str], limit: int = 3) -> str:

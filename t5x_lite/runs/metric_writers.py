@@ -23,7 +23,7 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer import record_writer
 from tensorboard.util import tensor_util
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.runs import files
 from t5x_lite.training.steps import HISTOGRAM_BOUNDS
 
@@ -62,19 +62,15 @@ def reporters(report_to: str | Sequence[str]) -> tuple[str, ...]:
   if WANDB in names:
     wandb = _wandb()
     if wandb.setup().settings.mode == 'online':
-      try:
+      with refusing('wandb needs a login, or WANDB_MODE=offline', wandb.Error):
         wandb.login()
-      except wandb.Error as error:
-        raise UsageError(f'wandb: {error} (or set WANDB_MODE=offline)') from error
   return tuple(dict.fromkeys(name for name in names if name != NONE))
 
 
 def _wandb() -> Any:
-  try:
+  fix = "in a checkout, pip install '.[wandb]'"
+  with refusing(f'report_to={WANDB} needs the package wandb; {fix}', ImportError):
     return importlib.import_module('wandb')
-  except ImportError as error:
-    fix = "in a checkout, pip install '.[wandb]'"
-    raise UsageError(f'report_to={WANDB} needs the package wandb ({error}): {fix}') from error
 
 
 class MetricWriter(contextlib.AbstractContextManager):

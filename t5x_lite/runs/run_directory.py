@@ -18,7 +18,7 @@ from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import files
 
@@ -35,11 +35,9 @@ def read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
   if not file.exists():
     fix = 'name a run directory that `t5x-lite train` wrote'
     raise UsageError(f'{root} holds no {MODEL_FILE}; {fix}')
-  try:
+  with refusing(f'{file} is not a saved model', ValueError, KeyError, TypeError):
     entry = json.loads(files.retried(file, file.read_text))
     return T5Config(**entry['model']), dict(entry.get('lengths', {}))
-  except (ValueError, KeyError, TypeError) as error:
-    raise UsageError(f'{file} is not a saved model: {error}') from error
 
 
 def write_run(

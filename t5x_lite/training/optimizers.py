@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from t5x_lite.errors import UsageError, check_fields, check_one_of
+from t5x_lite.errors import UsageError, check_fields, check_one_of, refusing
 from t5x_lite.models import transfer
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
@@ -83,12 +83,9 @@ class OptimizerConfig:
       unfreeze_every=(every is None or every >= 1, 'a number of steps, from 1, or None'),
     )
     for name in ('trainable', 'weight_decay_exclude'):
-      value = getattr(self, name)
-      try:
-        re.compile(value or '')
-      except re.error as error:
-        what = f'is {value!r}, which is no regular expression: {error}.'
-        raise UsageError(f'OptimizerConfig.{name} {what}') from error
+      what = f'is {getattr(self, name)!r}, which is no regular expression'
+      with refusing(f'OptimizerConfig.{name} {what}', re.error):
+        re.compile(getattr(self, name) or '')
     _arguments(self)
 
 

@@ -22,7 +22,7 @@ from etils import epath
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import feature_converters, packing
 from t5x_lite.data.tasks import catalog, text_preprocessors
-from t5x_lite.errors import UsageError, first_line
+from t5x_lite.errors import UsageError, first_line, refusing
 
 # TensorFlow only reads text here; it must not reserve an accelerator's memory.
 with contextlib.suppress(RuntimeError):  # already initialised by the caller
@@ -274,10 +274,7 @@ class RowStream:
     if self._counted:
       return
     checkpoint = tf.train.Checkpoint(iterator=self._iterator)
-    try:
+    task = f'{self._cfg.mixture_or_task_name}: was the task or its data changed?'
+    wrong = f'the saved position {prefix} does not fit the input pipeline of {task}'
+    with refusing(wrong, tf.errors.OpError, AssertionError):
       checkpoint.read(os.fspath(prefix)).assert_consumed()
-    except (tf.errors.OpError, AssertionError) as error:
-      raise UsageError(
-        f'the saved position {prefix} does not fit the input pipeline of '
-        f'{self._cfg.mixture_or_task_name}: was the task or its data changed? ({first_line(error)})'
-      ) from error

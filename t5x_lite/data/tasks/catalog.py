@@ -21,7 +21,7 @@ from t5x_lite.data.objectives.named import Preprocessor
 from t5x_lite.data.tasks import text_preprocessors, tfds_source
 from t5x_lite.data.tasks.seqio_vocabulary import to_seqio
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError, suggest
+from t5x_lite.errors import UsageError, refusing, suggest
 
 # Suffixes that can be read. Any other vocabulary gets its fingerprint.
 VOCABULARIES = {'t5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
@@ -277,11 +277,9 @@ def import_modules(modules: str = '') -> None:
   seqio.add_global_cache_dirs([path for path in cached.split(',') if path])
   ours = (f't5x_lite.data.tasks.{name}' for name in ('embedded', 'benchmarks', 'mixing'))
   for module in filter(None, map(str.strip, (*ours, *modules.split(',')))):
-    try:
+    fix = 'it must be installed or on PYTHONPATH'
+    with refusing(f'module {module!r} cannot be imported; {fix}', ModuleNotFoundError):
       importlib.import_module(module)
-    except ModuleNotFoundError as error:
-      how = 'it must be installed or on PYTHONPATH'
-      raise UsageError(f'module {module!r} cannot be imported: {error}; {how}') from error
 
 
 def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
