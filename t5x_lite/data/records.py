@@ -130,10 +130,8 @@ def as_text(row: Row, field: str | int, place: str) -> str:
     value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
   if isinstance(value, bool) or not isinstance(value, str | int | float):
     what = 'not there' if value is _MISSING else type(value).__name__
-    raise UsageError(
-      f'{place}: the field {field!r} must be text or a number; it is {what}. '
-      f'The fields are {", ".join(map(repr, row))}'
-    )
+    found = f'it is {what}. The fields are {", ".join(map(repr, row))}'
+    raise UsageError(f'{place}: the field {field!r} must be text or a number; {found}')
   if value != value:  # NaN, with which tables mark what is missing
     return ''
   text = str(value)
@@ -287,10 +285,8 @@ def _json(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
   entry = _loads(text, path) if text.strip() else []
   listed = entry if isinstance(entry, list) else _list_in(entry)
   if listed is None:
-    raise UsageError(
-      f'{path} holds no list of objects; write [{{...}}, {{...}}], or one object a line in a '
-      '.jsonl file'
-    )
+    fix = 'write [{...}, {...}], or one object a line in a .jsonl file'
+    raise UsageError(f'{path} holds no list of objects; {fix}')
   for number, item in enumerate(listed, start=1):
     try:
       yield number, _object(item, path, number)

@@ -126,10 +126,8 @@ class SentencePieceVocabulary(Vocabulary):
       self._processor.LoadFromSerializedProto(model)
     ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
     if ids != (PAD_ID, EOS_ID, UNK_ID):
-      raise UsageError(
-        f'{path} has pad, eos, unk = {ids}; T5 needs (0, 1, 2): train with --pad_id=0 --eos_id=1 '
-        '--unk_id=2 --bos_id=-1, or with `t5x-lite vocab`'
-      )
+      fix = 'train with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1, or with `t5x-lite vocab`'
+      raise UsageError(f'{path} has pad, eos, unk = {ids}; T5 needs (0, 1, 2): {fix}')
     self.vocab_size = self._processor.GetPieceSize()
 
   def encode(self, text: str) -> list[int]:
@@ -192,10 +190,8 @@ class PassThroughVocabulary(Vocabulary):
       ids = [int(i) for i in (text.split() if isinstance(text, str) else text)]
     for token in ids:
       if not 0 <= token < self.vocab_size:
-        raise UsageError(
-          f'Token id {token} is outside 0 to {self.vocab_size - 1}; raise '
-          'VocabularyConfig.size or mend the data'
-        )
+        fix = 'raise VocabularyConfig.size or mend the data'
+        raise UsageError(f'Token id {token} is outside 0 to {self.vocab_size - 1}; {fix}')
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -280,10 +276,8 @@ def _read_model(path: str) -> bytes:
   try:
     return epath.Path(path).read_bytes()
   except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-    raise UsageError(
-      f'Cannot read the vocabulary {path!r} ({error.strerror}); set VocabularyConfig.path to a '
-      "SentencePiece model, or to '' for the official T5 one"
-    ) from error
+    fix = "set VocabularyConfig.path to a SentencePiece model, or to '' for the official T5 one"
+    raise UsageError(f'Cannot read the vocabulary {path!r} ({error.strerror}); {fix}') from error
 
 
 def user_defined(texts: Iterable[str]) -> bytes:

@@ -134,10 +134,8 @@ def check_numerics(source: Source, cfg: T5Config) -> None:
   for field in (*_NUMERICS, *(['lora_alpha'] if source.config.lora_rank else [])):
     theirs, ours = getattr(source.config, field), getattr(cfg, field)
     if theirs != ours:
-      raise UsageError(
-        f'{source.path} has {field}={theirs!r}, the configuration {ours!r}: set T5Config.{field}, '
-        'or CheckpointConfig.strict=False to change it on purpose'
-      )
+      fix = f'set T5Config.{field}, or CheckpointConfig.strict=False to change it on purpose'
+      raise UsageError(f'{source.path} has {field}={theirs!r}, the configuration {ours!r}: {fix}')
 
 
 def _compile(pattern: str) -> re.Pattern:

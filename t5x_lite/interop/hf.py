@@ -184,10 +184,8 @@ def activations(entry: Mapping[str, Any]) -> tuple[str, ...]:
   plain = 'gelu_new' if kind == 'gated-gelu' else kind.removeprefix('gated-')
   name = str(entry.get('dense_act_fn') or plain)
   if name not in _ACTIVATIONS:
-    raise UsageError(
-      f'config.json has feed_forward_proj={kind!r} (activation {name!r}); supported activations '
-      f'are {", ".join(_ACTIVATIONS)}'
-    )
+    known = f'supported activations are {", ".join(_ACTIVATIONS)}'
+    raise UsageError(f'config.json has feed_forward_proj={kind!r} (activation {name!r}); {known}')
   return (_ACTIVATIONS[name], 'linear') if gated else (_ACTIVATIONS[name],)
 
 

@@ -98,10 +98,8 @@ class MeshConfig:
       _check_rule('additional_rules', rule)
     for rule in self.parameter_rules:
       if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
-        raise UsageError(
-          f'MeshConfig.parameter_rules has {rule!r}; each entry is (regular expression, '
-          '((logical axis, mesh axis), ...)).'
-        )
+        form = 'each entry is (regular expression, ((logical axis, mesh axis), ...)).'
+        raise UsageError(f'MeshConfig.parameter_rules has {rule!r}; {form}')
       for inner in rule[1]:
         _check_rule('parameter_rules', inner)
 
@@ -287,10 +285,8 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
   """Raises UsageError unless the batch divides over the mesh's data axes."""
   ways = math.prod(mesh.shape[name] for name in BATCH_AXES)
   if batch_size % ways:
-    raise UsageError(
-      f'The batch size {batch_size} does not divide over the mesh: data x fsdp is {ways}; use a '
-      f'multiple of {ways} or another mesh.'
-    )
+    fix = f'data x fsdp is {ways}; use a multiple of {ways} or another mesh.'
+    raise UsageError(f'The batch size {batch_size} does not divide over the mesh: {fix}')
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh):

@@ -55,10 +55,8 @@ def resolve_model(
     path = model_dir if has_begun else restore_path
     if not path:
       what = f'train.{"model" if model is None else "vocabulary"} is not set'
-      raise UsageError(
-        f'{what}, and there is no checkpoint to take it from: give a file of configs/models, or '
-        'CheckpointConfig.restore_path'
-      )
+      fix = 'give a file of configs/models, or CheckpointConfig.restore_path'
+      raise UsageError(f'{what}, and there is no checkpoint to take it from: {fix}')
     opened = checkpoint_source.open_source(path)
     model = model or opened.config
     vocabulary = vocabulary or opened.vocabulary

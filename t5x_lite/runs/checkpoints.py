@@ -143,10 +143,8 @@ def check_some_are_whole(model_dir: str) -> None:
   root = epath.Path(model_dir) / CHECKPOINTS
   damaged = root.is_dir() and any(path.name.endswith(DAMAGED) for path in root.iterdir())
   if damaged and not has_checkpoint(model_dir):
-    raise UsageError(
-      f'{root} holds damaged checkpoints alone (STEP{DAMAGED}): use another model_dir, or move '
-      'them away to begin anew'
-    )
+    fix = 'use another model_dir, or move them away to begin anew'
+    raise UsageError(f'{root} holds damaged checkpoints alone (STEP{DAMAGED}): {fix}')
 
 
 def find_checkpoint(path: str) -> tuple[str, int]:
@@ -162,10 +160,8 @@ def find_checkpoint(path: str) -> tuple[str, int]:
   for directory in (root / CHECKPOINTS, root):
     if steps := steps_in(directory):
       return os.fspath(directory), steps[-1]
-  raise UsageError(
-    f'{path} holds no checkpoint: give a run directory (with {CHECKPOINTS}/STEP inside) or one '
-    'STEP directory'
-  )
+  fix = f'give a run directory (with {CHECKPOINTS}/STEP inside) or one STEP directory'
+  raise UsageError(f'{path} holds no checkpoint: {fix}')
 
 
 def load_state(path: str, abstract_state: Any) -> Any:
@@ -304,10 +300,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         return self._restore(step, abstract_state, iterator, verify)
       except DamagedError as error:
         self._set_aside(step, error)
-    raise UsageError(
-      f'no checkpoint in {self.directory} is whole; the damaged ones are there as STEP.damaged: '
-      'use another model_dir to begin anew'
-    )
+    fix = 'the damaged ones are there as STEP.damaged: use another model_dir to begin anew'
+    raise UsageError(f'no checkpoint in {self.directory} is whole; {fix}')
 
   def _set_aside(self, step: int, error: DamagedError) -> None:
     """Gives a damaged checkpoint a name that says so."""

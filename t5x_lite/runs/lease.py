@@ -58,10 +58,8 @@ class Lease:
     while found and not (locked and here) and (age := self._age()) < EXPIRY:
       holder = _holder(found)
       if found != first:  # it is alive
-        raise UsageError(
-          f'another run is training in {self._path.parent}: {holder}, last seen {age:.0f} s ago: '
-          'wait for it, stop it, or use another model_dir'
-        )
+        fix = f'{holder}, last seen {age:.0f} s ago: wait for it, stop it, or use another model_dir'
+        raise UsageError(f'another run is training in {self._path.parent}: {fix}')
       log.warning('%s is held by %s, last seen %.0f s ago: waiting', self._path, holder, age)
       time.sleep(RENEWAL / 2)
       found = self._read()

@@ -91,10 +91,8 @@ def make_schedule(
   if total is None and total_steps is not None:
     total = total_steps - config.step_offset
   if total is None:
-    raise UsageError(
-      f'ScheduleConfig.shape is {config.shape!r} and total_steps is not set; set '
-      'ScheduleConfig.total_steps to the step at which it ends.'
-    )
+    fix = 'set ScheduleConfig.total_steps to the step at which it ends.'
+    raise UsageError(f'ScheduleConfig.shape is {config.shape!r} and total_steps is not set; {fix}')
   start = config.warmup_steps
   if config.shape == 'wsd':
     start = total - (config.decay_steps or 0)

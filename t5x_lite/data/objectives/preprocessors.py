@@ -144,10 +144,8 @@ def denoise(
   """
   vocabulary = output_features['targets'].vocabulary
   if output_features['inputs'].vocabulary != vocabulary:
-    raise UsageError(
-      'A denoising task needs one vocabulary for inputs and targets; it has '
-      f'{output_features["inputs"].vocabulary} and {vocabulary}'
-    )
+    found = f'it has {output_features["inputs"].vocabulary} and {vocabulary}'
+    raise UsageError(f'A denoising task needs one vocabulary for inputs and targets; {found}')
   _check_segment(tokens_length)
 
   # One seed for all examples that come of one element.

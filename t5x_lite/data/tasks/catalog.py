@@ -235,10 +235,8 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
       raise UsageError(f'{name!r} is a recipe: catalog.resolve(name, vocabulary) makes it a task')
     known = {*catalog(), *seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     hint = suggest(name, known) or f'; there are {", ".join(catalog())}.'
-    raise UsageError(
-      f'There is no task or mixture {name!r}{hint} Tasks of your own: name the module that '
-      'registers them in DatasetConfig.module'
-    )
+    fix = 'name the module that registers them in DatasetConfig.module'
+    raise UsageError(f'There is no task or mixture {name!r}{hint} Tasks of your own: {fix}')
   provider = seqio.get_mixture_or_task(name)
   for task in seqio.get_subtasks(provider):
     tfds_source.read_prepared(task.source)

@@ -1,0 +1,12 @@
+import pytest
+
+from t5x_lite import errors
+
+
+def test_refusing_makes_usage_errors_of_some_kinds_alone():
+  wrong = errors.refusing('a.json is not JSON', ValueError, OSError)
+  with pytest.raises(errors.UsageError, match=r'^a\.json is not JSON: no comma$') as caught, wrong:
+    raise ValueError('no comma\nin line 2')
+  assert isinstance(caught.value.__cause__, ValueError)
+  with pytest.raises(KeyError), errors.refusing('a.json is not JSON', ValueError):
+    raise KeyError('a')
