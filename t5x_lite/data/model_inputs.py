@@ -48,9 +48,8 @@ def token_rows(
   end: list[int] = []
   if is_text(inputs):
     if vocabulary is None:
-      raise UsageError(
-        'this model came without a vocabulary: give ids, or load it with vocabulary=...'
-      )
+      fix = 'give ids, or load it with vocabulary=...'
+      raise UsageError(f'this model came without a vocabulary: {fix}')
     texts = [inputs] if isinstance(inputs, str) else inputs
     for i, text in enumerate(texts):
       if not is_unicode(text):

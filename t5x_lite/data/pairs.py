@@ -38,10 +38,8 @@ class Columns:
     if self.template and self.input:
       raise UsageError('give input_column or template, not both')
     if self.template and not self.template_fields:
-      raise UsageError(
-        f'the template {self.template!r} names no field; write one in braces, '
-        "as in 'summarize: {article}'"
-      )
+      fix = "write one in braces, as in 'summarize: {article}'"
+      raise UsageError(f'the template {self.template!r} names no field; {fix}')
 
   @property
   def template_fields(self) -> list[str]:
@@ -243,10 +241,8 @@ def _of_memory(source: Any, what: str) -> Placed:
   elif isinstance(source, Sequence):
     rows = source
   else:
-    raise UsageError(
-      f'{what} is a {type(source).__name__}; give a path, a list of (input, target) pairs or of '
-      'dicts, a DataFrame or a datasets.Dataset'
-    )
+    known = 'a path, a list of (input, target) pairs or of dicts, a DataFrame or a datasets.Dataset'
+    raise UsageError(f'{what} is a {type(source).__name__}; give {known}')
   for number, row in enumerate(rows, start=1):
     place = f'{what}:{number}'
     if isinstance(row, Mapping):
@@ -277,10 +273,8 @@ def _choose(row: records.Row, columns: Columns, place: str) -> tuple[str, str]:
     raise _unclear('target', row, place)
   second = _known(row, records.SECOND_INPUT_NAMES, one)
   if not (columns.input or columns.template or numbered or second in ('', other)):
-    raise UsageError(
-      f'{place}: is the input {one!r} alone, or {second!r} too? Say --input_column {one}, '
-      f"or --template '{{{second}}} {{{one}}}'"
-    )
+    fix = f"Say --input_column {one}, or --template '{{{second}}} {{{one}}}'"
+    raise UsageError(f'{place}: is the input {one!r} alone, or {second!r} too? {fix}')
   return one or columns.template, other
 
 

@@ -209,9 +209,8 @@ def _column_names(path: str, cells: Sequence[str], fields: Fields) -> Fields:
         'is no header'
       )
     if isinstance(field, int) and not 0 <= field < len(cells):
-      raise UsageError(
-        f'{path} has {len(cells)} columns; there is no column {field} (counted from 0)'
-      )
+      counted = f'there is no column {field} (counted from 0)'
+      raise UsageError(f'{path} has {len(cells)} columns; {counted}')
   if named or (not fields and _is_header(path, cells)):
     for name in cells:
       if cells.count(name) > 1:

@@ -252,9 +252,8 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
   directory = epath.Path(directory)
   file = directory / VOCABULARY_FILE
   if not file.exists():
-    raise UsageError(
-      f'{directory} holds no {VOCABULARY_FILE}; name a run directory that `t5x-lite train` wrote'
-    )
+    fix = 'name a run directory that `t5x-lite train` wrote'
+    raise UsageError(f'{directory} holds no {VOCABULARY_FILE}; {fix}')
   with refusing(f'{file} is not a saved vocabulary', ValueError, AttributeError, TypeError):
     entry = json.loads(file.read_text())
     sha256 = entry.pop('sha256', None)
@@ -265,10 +264,8 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
     raise UsageError(f'{file} names the file {config.path!r}, which is not beside it')
   path = os.fspath(directory / config.path)
   if hashlib.sha256(_read_model(path)).hexdigest() != sha256:
-    raise UsageError(
-      f'{path} is not the model that was saved with the run (its sha256 is not {sha256}); copy the '
-      'original back'
-    )
+    why = f'its sha256 is not {sha256}; copy the original back'
+    raise UsageError(f'{path} is not the model that was saved with the run: {why}')
   return dataclasses.replace(config, path=path)
 
 

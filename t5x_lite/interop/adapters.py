@@ -140,9 +140,8 @@ def put_on(source: Source, path: str) -> Source:
   if peft:
     names = {ours: _peft_name(name) for name, ours in _lora_names(cfg).items()}
     if extra := sorted(stored.keys() - set(names.values())):
-      raise UsageError(
-        f'{folder} has {extra[0]}, which is no LoRA: merge it into its base with PEFT'
-      )
+      fix = 'merge it into its base with PEFT'
+      raise UsageError(f'{folder} has {extra[0]}, which is no LoRA: {fix}')
     stored = {ours: stored[n].transposed() for ours, n in names.items() if n in stored}
   shapes = tensor_names.shapes(cfg)
   for name in (*stored, *(n for n in shapes if transfer.is_added(n))):

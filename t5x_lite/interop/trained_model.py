@@ -80,9 +80,8 @@ def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedMod
   for path in paths:
     steps = checkpoints.steps_in(epath.Path(path) / checkpoints.CHECKPOINTS)
     if steps and len(steps) < last:
-      raise UsageError(
-        f'{path} has {len(steps)} checkpoints, not {last}: train with CheckpointConfig.keep={last}'
-      )
+      fix = f'train with CheckpointConfig.keep={last}'
+      raise UsageError(f'{path} has {len(steps)} checkpoints, not {last}: {fix}')
     newest = [f'{path}/{checkpoints.CHECKPOINTS}/{step}' for step in steps[-last:]]
     single += newest if last > 1 and newest else [path]
   models = [open_model(path, **options) for path in single]

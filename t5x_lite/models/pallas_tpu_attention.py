@@ -67,10 +67,8 @@ def attention(
   B, L, H, K = q_BLHK.shape
   M = k_BMHK.shape[1]
   if 8 * K * L > _MAX_QUERIES_BYTES:
-    raise UsageError(
-      f"T5Config.attention is 'pallas_tpu', whose memory on the chip does not hold {L} queries of "
-      f"{K} dims: use 'blocked'"
-    )
+    why = f'whose memory on the chip does not hold {L} queries of {K} dims'
+    raise UsageError(f"T5Config.attention is 'pallas_tpu', {why}: use 'blocked'")
   b = block or BLOCK
   while b > _LANES and b >= 2 * max(L, M):
     b //= 2

@@ -117,10 +117,9 @@ def _check_rule(name: str, rule: Any) -> None:
   target = rule[1] if isinstance(rule, tuple) and len(rule) == 2 else 0
   targets = target if isinstance(target, tuple) else (target,)
   if not {*targets} <= {*MESH_AXES, None} or len({*targets}) < len(targets):
-    raise UsageError(
-      f'MeshConfig.{name} has {rule!r}; a rule is (logical axis, mesh axis, several different '
-      f'ones, or None); mesh axes are {", ".join(MESH_AXES)}.'
-    )
+    form = '(logical axis, mesh axis, several different ones, or None)'
+    axes = f'mesh axes are {", ".join(MESH_AXES)}'
+    raise UsageError(f'MeshConfig.{name} has {rule!r}; a rule is {form}; {axes}.')
 
 
 def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:

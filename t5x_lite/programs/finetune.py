@@ -402,7 +402,7 @@ def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> st
 def summary(results: dict[str, Any], output: str, best: str, asked: str = '') -> str:
   """Returns the numbers and the commands to go on with; `asked` are infer's flags for the input."""
   shown = {name: value for name, value in results['metrics'].items() if '/' not in name}
-  numbers = ', '.join(f'{name} {value:.5g}' for name, value in shown.items())
+  numbers = evaluators.format_metrics(shown)
   run = quickstart.typed()
   text = f'best checkpoint: step {results["step"]}: {numbers}\n\n'
   if 'export' in results:

@@ -119,10 +119,9 @@ def plan(
   chosen = list(best.values())[:num_compiles]
   written = search.written(devices, num_microbatches)
   if not chosen and written is None:
-    raise UsageError(
-      f'no mesh of {len(devices)} devices divides the batch size {search.batch_size} and the '
-      f'{model.num_heads} heads: use a larger batch or fewer devices'
-    )
+    sizes = f'the batch size {search.batch_size} and the {model.num_heads} heads'
+    fix = 'use a larger batch or fewer devices'
+    raise UsageError(f'no mesh of {len(devices)} devices divides {sizes}: {fix}')
   if written is not None:
     chosen = [written, *(c for c in chosen if c.setting != written.setting)]
 

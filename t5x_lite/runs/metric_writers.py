@@ -56,9 +56,8 @@ def reporters(report_to: str | Sequence[str]) -> tuple[str, ...]:
   names = [name.strip() for one in listed for name in one.split(',') if name.strip()]
   for name in names:
     if name not in (TENSORBOARD, WANDB, NONE) or (name == NONE and len(names) > 1):
-      raise UsageError(
-        f'report_to is {",".join(names)}; allowed are {TENSORBOARD}, {WANDB}, both, or {NONE}'
-      )
+      allowed = f'{TENSORBOARD}, {WANDB}, both, or {NONE}'
+      raise UsageError(f'report_to is {",".join(names)}; allowed are {allowed}')
   if WANDB in names:
     wandb = _wandb()
     if wandb.setup().settings.mode == 'online':

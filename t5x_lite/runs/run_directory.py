@@ -79,9 +79,8 @@ def check_resumable(model_dir: str, *, model: T5Config, vocabulary: VocabularyCo
   for field in dataclasses.fields(T5Config):
     old, new = getattr(saved, field.name), getattr(model, field.name)
     if old != new and field.name not in _FREE_FIELDS:
-      raise UsageError(
-        f'the run in {model_dir} has {field.name}={old!r}, the configuration {new!r}: {fix}'
-      )
+      differ = f'{field.name}={old!r}, the configuration {new!r}'
+      raise UsageError(f'the run in {model_dir} has {differ}: {fix}')
   has_one = (root / vocabularies.VOCABULARY_FILE).exists()
   if has_one and not same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
     what = 'another vocabulary than the configuration names'

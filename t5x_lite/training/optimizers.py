@@ -212,10 +212,8 @@ def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
     return None
   mask = _map_paths(lambda name: bool(re.search(pattern, name)), params)
   if not any(jax.tree.leaves(mask)):
-    raise UsageError(
-      f'OptimizerConfig.trainable is {pattern!r}, which matches none of the {len(names)} '
-      f'parameters, such as {", ".join(names[:3])}.'
-    )
+    there = f'the {len(names)} parameters, such as {", ".join(names[:3])}.'
+    raise UsageError(f'OptimizerConfig.trainable is {pattern!r}, which matches none of {there}')
   return mask
 
 

@@ -135,15 +135,11 @@ def check_ids(cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Ex
     values = examples[name].values
     low, high = values.min(initial=0), values.max(initial=0)
     if low < 0 or high >= size:
-      raise UsageError(
-        f'id {low if low < 0 else high} in {name!r} of {task} is outside [0, {size}): the task and '
-        'the model need the same vocabulary'
-      )
+      token, fix = low if low < 0 else high, 'the task and the model need the same vocabulary'
+      raise UsageError(f'id {token} in {name!r} of {task} is outside [0, {size}): {fix}')
     if not cfg.has_segment_ids and not values.all():
-      raise UsageError(
-        f'id 0 occurs inside {name!r} of {task}, where it would be read as padding: set '
-        'segment_ids=True'
-      )
+      why = 'where it would be read as padding: set segment_ids=True'
+      raise UsageError(f'id 0 occurs inside {name!r} of {task}, {why}')
 
 
 def _to_numpy(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:

@@ -163,9 +163,8 @@ def register_mixture(
   for task, rate in rates.items():
     check_known(name, task)
     if not callable(rate) and rate <= 0:
-      raise UsageError(
-        f'The mixture {name!r} gives {task!r} the rate {rate}; rates must be more than 0'
-      )
+      what = f'The mixture {name!r} gives {task!r} the rate {rate}'
+      raise UsageError(f'{what}; rates must be more than 0')
   add(name, MixtureRecipe(rates=dict(rates)), vocabulary)
 
 
