@@ -52,8 +52,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusing(what: str, *kinds: type[Exception]) -> Iterator[None]:
-  """Turns an exception of one of these kinds into a UsageError: `what`, and its first line."""
+  """Turns an exception of one of these kinds into a UsageError: `what`, and why in one line."""
   try:
     yield
   except kinds as error:
-    raise UsageError(f'{what}: {first_line(error)}') from error
+    told = error if isinstance(error, UsageError) else first_line(error)
+    raise UsageError(f'{what}: {getattr(error, "strerror", None) or told}') from error

@@ -270,11 +270,10 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
 
 
 def _read_model(path: str) -> bytes:
-  try:
+  fix = "set VocabularyConfig.path to a SentencePiece model, or to '' for the official T5 one"
+  kinds = FileNotFoundError, IsADirectoryError, PermissionError
+  with refusing(f'Cannot read the vocabulary {path!r}; {fix}', *kinds):
     return epath.Path(path).read_bytes()
-  except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-    fix = "set VocabularyConfig.path to a SentencePiece model, or to '' for the official T5 one"
-    raise UsageError(f'Cannot read the vocabulary {path!r} ({error.strerror}); {fix}') from error
 
 
 def user_defined(texts: Iterable[str]) -> bytes:
