@@ -130,8 +130,8 @@ def as_text(row: Row, field: str | int, place: str) -> str:
     value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
   if isinstance(value, bool) or not isinstance(value, str | int | float):
     what = 'not there' if value is _MISSING else type(value).__name__
-    found = f'it is {what}. The fields are {", ".join(map(repr, row))}'
-    raise UsageError(f'{place}: the field {field!r} must be text or a number; {found}')
+    found = f'{what}. The fields are {", ".join(map(repr, row))}'
+    raise UsageError(f'{place}: the field {field!r} must be text or a number; it is {found}')
   if value != value:  # NaN, with which tables mark what is missing
     return ''
   text = str(value)

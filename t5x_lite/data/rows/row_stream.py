@@ -214,9 +214,7 @@ class RowStream:
     """Returns the rows that the next window of examples finishes."""
     if self._iterator is None:
       self._iterator = self._iterate()
-    try:
-      window = next(self._iterator)
-    except StopIteration:
+    if (window := next(self._iterator, None)) is None:
       return self._end()
     if not self._num_examples:
       self._counted = not self._can_checkpoint()
