@@ -248,9 +248,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _loads(text: str, place: str) -> Any:
-  too_deep = refusing(f'{place} is JSON nested too deeply', RecursionError)
-  with refusing(f'{place} is not JSON', ValueError), too_deep:
+  try:  # not `refusing`: this is done for every line
     return json.loads(text, object_pairs_hook=_no_duplicates)
+  except ValueError as error:
+    raise UsageError(f'{place} is not JSON: {error}') from error
+  except RecursionError:
+    raise UsageError(f'{place} is JSON nested too deeply') from None
 
 
 def _jsonl(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
