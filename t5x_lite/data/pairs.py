@@ -303,7 +303,6 @@ def _input(
 def _filled(row: records.Row, name: str, place: str, *, empty: bool = False) -> str:
   text = records.as_text(row, name if name in row else field(name), place)
   if not empty and not text.strip():
-    raise UsageError(
-      f'{place}: the field {name!r} is empty; fill it, or leave such rows out with --skip_bad_rows'
-    )
+    fix = 'fill it, or leave such rows out with --skip_bad_rows'
+    raise UsageError(f'{place}: the field {name!r} is empty; {fix}')
   return text

@@ -144,9 +144,8 @@ def _lock_here(model_dir: str, stack: contextlib.ExitStack) -> bool:
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
-    raise UsageError(
-      f'another run is training in {model_dir}: wait for it, stop it, or use another model_dir'
-    ) from error
+    fix = 'wait for it, stop it, or use another model_dir'
+    raise UsageError(f'another run is training in {model_dir}: {fix}') from error
   except OSError as error:
     log.warning('%s has no file locks (%s): a lease alone keeps others out', model_dir, error)
     return False

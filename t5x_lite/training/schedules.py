@@ -97,10 +97,9 @@ def make_schedule(
   if config.shape == 'wsd':
     start = total - (config.decay_steps or 0)
   if not config.warmup_steps <= start < total:
-    raise UsageError(
-      f'ScheduleConfig has {config.warmup_steps} warmup_steps and {config.decay_steps or 0} '
-      f'decay_steps in {total} total_steps; together they must be fewer.'
-    )
+    parts = f'{config.warmup_steps} warmup_steps and {config.decay_steps or 0} decay_steps'
+    fix = 'together they must be fewer.'
+    raise UsageError(f'ScheduleConfig has {parts} in {total} total_steps; {fix}')
 
   def schedule(step):
     step = _steps(config, step)

@@ -120,9 +120,8 @@ def _drop_empty(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def _length(sequence_length: Lengths, feature: str) -> int:
   if sequence_length is None or feature not in sequence_length:
-    raise UsageError(
-      f'This objective needs the length of {feature!r}; set it in task_feature_lengths'
-    )
+    fix = 'set it in task_feature_lengths'
+    raise UsageError(f'This objective needs the length of {feature!r}; {fix}')
   return sequence_length[feature]
 
 
