@@ -18,7 +18,6 @@ from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import prediction, steps
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, export, tensors, trained_model
-from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel.partitioning import MeshConfig
@@ -221,10 +220,10 @@ class Model(Generation):
     best = finetune.finetune_rows(data, validation, output=output, save=self.save, **arguments)
     return self._like_this(best)
 
-  def _source(self) -> Source:
+  def _source(self) -> checkpoint_source.Source:
     numbers = tensors.of_params(self.params, self.config)
     known: Any = {'vocabulary': self.vocabulary_config, 'step': self.step, 'lengths': self.lengths}
-    return Source('', 't5x_lite', self.config, numbers, **known)
+    return checkpoint_source.Source('', 't5x_lite', self.config, numbers, **known)
 
   def _check_vocabulary(self) -> VocabularyConfig:
     if self.vocabulary_config is None:

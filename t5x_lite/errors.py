@@ -1,7 +1,8 @@
 """Exceptions that stand for what a user can mend, not for bugs; and how settings are checked."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -47,3 +48,13 @@ def check_positive(name: str, value: int | None) -> None:
 def first_line(error: BaseException) -> str:
   """Returns the first line of an error: XLA's run to pages."""
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def refusing(what: str, *kinds: type[Exception]) -> Iterator[None]:
+  """Turns an exception of one of these kinds into a UsageError: `what`, and why in one line."""
+  try:
+    yield
+  except kinds as error:
+    told = error if isinstance(error, UsageError) else first_line(error)
+    raise UsageError(f'{what}: {getattr(error, "strerror", None) or told}') from error

@@ -21,7 +21,6 @@ from t5x_lite.parallel import logical_axes, partitioning
 from t5x_lite.parallel.partitioning import Devices, MeshConfig
 from t5x_lite.parallel.placement import Placement
 from t5x_lite.training import losses, optimizers, schedules, steps, train_state
-from t5x_lite.training.optimizers import OptimizerConfig
 
 # From how many parameters on the loop over layers is unrolled in training on CPUs: a fifth faster,
 # with 26% more memory and a longer compile, which small models do not earn back.
@@ -75,7 +74,7 @@ def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 def train_program(
   *,
   model: T5Config,
-  optimizer: OptimizerConfig,
+  optimizer: optimizers.OptimizerConfig,
   loss: losses.LossConfig,
   batch: BatchSpec,
   mesh: MeshConfig,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.data.rows import feature_converters
-from t5x_lite.errors import UsageError, check_fields
+from t5x_lite.errors import UsageError, check_fields, refusing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,9 @@ class DatasetConfig:
 
   def __post_init__(self):
     lengths = self.task_feature_lengths
-    try:
+    form = "must map names to lengths, for example {'inputs': 512, 'targets': 114}"
+    with refusing(f'task_feature_lengths is {lengths!r}, {form}', TypeError, ValueError):
       pairs = tuple((str(name), int(length)) for name, length in dict(lengths).items())
-    except (TypeError, ValueError):
-      raise UsageError(
-        f'task_feature_lengths is {lengths!r}, must map names to lengths, '
-        "for example {'inputs': 512, 'targets': 114}"
-      ) from None
     object.__setattr__(self, 'task_feature_lengths', pairs)
     kinds, needed = feature_converters.CONVERTERS, {'targets'}
     needed |= {'inputs'} if self.feature_converter != 'lm' else set()
@@ -125,10 +121,8 @@ class DatasetConfig:
     if not 0 <= index < count:
       raise UsageError(f'process_index is {index}, must be in [0, {count})')
     if self.batch_size % count:
-      raise UsageError(
-        f'batch_size {self.batch_size} does not divide over {count} processes: '
-        f'take a multiple of {count}'
-      )
+      fix = f'processes: take a multiple of {count}'
+      raise UsageError(f'batch_size {self.batch_size} does not divide over {count} {fix}')
 
 
 def batch_spec(cfg: DatasetConfig) -> dict[str, tuple[tuple, np.dtype]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.data.vocabularies import Vocabulary
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +48,8 @@ def token_rows(
   end: list[int] = []
   if is_text(inputs):
     if vocabulary is None:
-      raise UsageError(
-        'this model came without a vocabulary: give ids, or load it with vocabulary=...'
-      )
+      fix = 'give ids, or load it with vocabulary=...'
+      raise UsageError(f'this model came without a vocabulary: {fix}')
     texts = [inputs] if isinstance(inputs, str) else inputs
     for i, text in enumerate(texts):
       if not is_unicode(text):
@@ -75,16 +74,13 @@ def token_rows(
 
 
 def _id_rows(inputs: Any, num_ids: int, pad_id: int) -> list[list[int]]:
-  try:
+  ids = 'token ids (a list of integers, a list of such lists, an array [B, L])'
+  wrong = f'{type(inputs).__name__} is no input: give a text, a list of texts, or {ids}'
+  with refusing(wrong, TypeError, KeyError, IndexError, ValueError):
     rows = []
     if len(inputs):
       many = [inputs] if np.ndim(inputs[0]) == 0 else inputs
       rows = [[operator.index(i) for i in row] for row in many]
-  except (TypeError, KeyError, IndexError, ValueError) as error:
-    raise UsageError(
-      f'{type(inputs).__name__} is no input: give a text, a list of texts, or token ids (a list of '
-      'integers, a list of such lists, an array [B, L])'
-    ) from error
   if not rows:
     raise UsageError('there is no input')
   for row in rows:

@@ -15,7 +15,7 @@ from typing import Any
 
 from t5x_lite.data import records, text_files
 from t5x_lite.data.text_files import Bad
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 
 # Pairs are held in memory, several times over while they are read.
 MAX_BYTES = 4 << 30
@@ -38,18 +38,14 @@ class Columns:
     if self.template and self.input:
       raise UsageError('give input_column or template, not both')
     if self.template and not self.template_fields:
-      raise UsageError(
-        f'the template {self.template!r} names no field; write one in braces, '
-        "as in 'summarize: {article}'"
-      )
+      fix = "write one in braces, as in 'summarize: {article}'"
+      raise UsageError(f'the template {self.template!r} names no field; {fix}')
 
   @property
   def template_fields(self) -> list[str]:
     """Names of the fields in the template."""
-    try:
+    with refusing(f'the template {self.template!r}', ValueError):
       parts = list(string.Formatter().parse(self.template))
-    except ValueError as error:
-      raise UsageError(f'the template {self.template!r}: {error}') from error
     if any(spec or conversion for _, _, spec, conversion in parts):
       raise UsageError(f'the template {self.template!r} has a format; a field is only {{name}}')
     return [name for _, name, _, _ in parts if name is not None]
@@ -245,10 +241,8 @@ def _of_memory(source: Any, what: str) -> Placed:
   elif isinstance(source, Sequence):
     rows = source
   else:
-    raise UsageError(
-      f'{what} is a {type(source).__name__}; give a path, a list of (input, target) pairs or of '
-      'dicts, a DataFrame or a datasets.Dataset'
-    )
+    known = 'a path, a list of (input, target) pairs or of dicts, a DataFrame or a datasets.Dataset'
+    raise UsageError(f'{what} is a {type(source).__name__}; give {known}')
   for number, row in enumerate(rows, start=1):
     place = f'{what}:{number}'
     if isinstance(row, Mapping):
@@ -279,10 +273,8 @@ def _choose(row: records.Row, columns: Columns, place: str) -> tuple[str, str]:
     raise _unclear('target', row, place)
   second = _known(row, records.SECOND_INPUT_NAMES, one)
   if not (columns.input or columns.template or numbered or second in ('', other)):
-    raise UsageError(
-      f'{place}: is the input {one!r} alone, or {second!r} too? Say --input_column {one}, '
-      f"or --template '{{{second}}} {{{one}}}'"
-    )
+    fix = f"Say --input_column {one}, or --template '{{{second}}} {{{one}}}'"
+    raise UsageError(f'{place}: is the input {one!r} alone, or {second!r} too? {fix}')
   return one or columns.template, other
 
 
@@ -311,7 +303,6 @@ def _input(
 def _filled(row: records.Row, name: str, place: str, *, empty: bool = False) -> str:
   text = records.as_text(row, name if name in row else field(name), place)
   if not empty and not text.strip():
-    raise UsageError(
-      f'{place}: the field {name!r} is empty; fill it, or leave such rows out with --skip_bad_rows'
-    )
+    fix = 'fill it, or leave such rows out with --skip_bad_rows'
+    raise UsageError(f'{place}: the field {name!r} is empty; {fix}')
   return text

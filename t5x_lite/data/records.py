@@ -17,7 +17,7 @@ from etils import epath
 
 from t5x_lite.data import text_files
 from t5x_lite.data.text_files import Bad, refuse
-from t5x_lite.errors import UsageError, first_line
+from t5x_lite.errors import UsageError, first_line, refusing
 
 Format = Literal['text', 'tsv', 'csv', 'jsonl', 'json', 'parquet', 'tfrecord', 'datasets']
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -114,10 +114,8 @@ def read(
   if kind in ('parquet', 'datasets'):
     return _arrow([epath.Path(path)], is_parquet=True) if kind == 'parquet' else _dataset(path)
   if kind == 'tfrecord':
-    try:
+    with refusing(f'{path}: TFRecords need TensorFlow, which is missing', ImportError):
       from t5x_lite.data import tfrecords
-    except ImportError as error:
-      raise UsageError(f'{path}: TFRecords need TensorFlow, which is missing: {error}') from error
     return tfrecords.read(path, bad)
   return (_jsonl if kind == 'jsonl' else _json)(path, bad)
 
@@ -132,10 +130,8 @@ def as_text(row: Row, field: str | int, place: str) -> str:
     value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
   if isinstance(value, bool) or not isinstance(value, str | int | float):
     what = 'not there' if value is _MISSING else type(value).__name__
-    raise UsageError(
-      f'{place}: the field {field!r} must be text or a number; it is {what}. '
-      f'The fields are {", ".join(map(repr, row))}'
-    )
+    found = f'{what}. The fields are {", ".join(map(repr, row))}'
+    raise UsageError(f'{place}: the field {field!r} must be text or a number; it is {found}')
   if value != value:  # NaN, with which tables mark what is missing
     return ''
   text = str(value)
@@ -213,9 +209,8 @@ def _column_names(path: str, cells: Sequence[str], fields: Fields) -> Fields:
         'is no header'
       )
     if isinstance(field, int) and not 0 <= field < len(cells):
-      raise UsageError(
-        f'{path} has {len(cells)} columns; there is no column {field} (counted from 0)'
-      )
+      counted = f'there is no column {field} (counted from 0)'
+      raise UsageError(f'{path} has {len(cells)} columns; {counted}')
   if named or (not fields and _is_header(path, cells)):
     for name in cells:
       if cells.count(name) > 1:
@@ -253,7 +248,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _loads(text: str, place: str) -> Any:
-  try:
+  try:  # not `refusing`: this is done for every line
     return json.loads(text, object_pairs_hook=_no_duplicates)
   except ValueError as error:
     raise UsageError(f'{place} is not JSON: {error}') from error
@@ -292,10 +287,8 @@ def _json(path: str, bad: Bad) -> Iterator[tuple[int, Row]]:
   entry = _loads(text, path) if text.strip() else []
   listed = entry if isinstance(entry, list) else _list_in(entry)
   if listed is None:
-    raise UsageError(
-      f'{path} holds no list of objects; write [{{...}}, {{...}}], or one object a line in a '
-      '.jsonl file'
-    )
+    fix = 'write [{...}, {...}], or one object a line in a .jsonl file'
+    raise UsageError(f'{path} holds no list of objects; {fix}')
   for number, item in enumerate(listed, start=1):
     try:
       yield number, _object(item, path, number)
@@ -312,10 +305,8 @@ def _list_in(entry: Any) -> list[Any] | None:
 
 def _listed(path: epath.Path, key: str) -> list[Any]:
   """Returns the list that a JSON object in a file has under a key."""
-  try:
+  with refusing(f'{path} cannot be read', OSError, UnicodeDecodeError):
     entry = _loads(path.read_text(encoding='utf-8'), os.fspath(path))
-  except (OSError, UnicodeDecodeError) as error:
-    raise UsageError(f'{path} cannot be read: {first_line(error)}') from error
   listed = entry.get(key) if isinstance(entry, dict) else None
   if not isinstance(listed, list):
     raise UsageError(f'{path} is not a JSON object with a list {key!r}')

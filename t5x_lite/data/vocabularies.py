@@ -19,7 +19,7 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from t5x_lite.errors import UsageError, check_fields, check_one_of
+from t5x_lite.errors import UsageError, check_fields, check_one_of, refusing
 
 # Made when imported: a type checker finds no names in it.
 proto: Any = sentencepiece_model_pb2
@@ -121,19 +121,13 @@ class SentencePieceVocabulary(Vocabulary):
     sentinels = (f'▁<extra_id_{index}>' for index in reversed(range(extra_ids)))
     model = _read_model(path) + user_defined(sentinels)
     self._processor = sentencepiece.SentencePieceProcessor()
-    try:
+    fix = 'train one with `t5x-lite vocab --input FILE --output X.model`'
+    with refusing(f'{path} is not a SentencePiece model; {fix}', RuntimeError):
       self._processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
-      raise UsageError(
-        f'{path} is not a SentencePiece model ({error}); train one with '
-        '`t5x-lite vocab --input FILE --output X.model`'
-      ) from error
     ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
     if ids != (PAD_ID, EOS_ID, UNK_ID):
-      raise UsageError(
-        f'{path} has pad, eos, unk = {ids}; T5 needs (0, 1, 2): train with --pad_id=0 --eos_id=1 '
-        '--unk_id=2 --bos_id=-1, or with `t5x-lite vocab`'
-      )
+      fix = 'train with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1, or with `t5x-lite vocab`'
+      raise UsageError(f'{path} has pad, eos, unk = {ids}; T5 needs (0, 1, 2): {fix}')
     self.vocab_size = self._processor.GetPieceSize()
 
   def encode(self, text: str) -> list[int]:
@@ -191,19 +185,13 @@ class PassThroughVocabulary(Vocabulary):
 
   def encode(self, text: str | Sequence[int]) -> list[int]:
     """Returns the ids named by a text such as '17 4 256', without EOS."""
-    try:
+    numbers = "kind='passthrough' reads numbers between spaces"
+    with refusing(f'{text!r} is not a list of token ids; {numbers}', ValueError):
       ids = [int(i) for i in (text.split() if isinstance(text, str) else text)]
-    except ValueError as error:
-      raise UsageError(
-        f"{text!r} is not a list of token ids ({error}); kind='passthrough' reads numbers between "
-        'spaces'
-      ) from error
     for token in ids:
       if not 0 <= token < self.vocab_size:
-        raise UsageError(
-          f'Token id {token} is outside 0 to {self.vocab_size - 1}; raise '
-          'VocabularyConfig.size or mend the data'
-        )
+        fix = 'raise VocabularyConfig.size or mend the data'
+        raise UsageError(f'Token id {token} is outside 0 to {self.vocab_size - 1}; {fix}')
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -264,36 +252,28 @@ def load_vocabulary(directory: str | os.PathLike) -> VocabularyConfig:
   directory = epath.Path(directory)
   file = directory / VOCABULARY_FILE
   if not file.exists():
-    raise UsageError(
-      f'{directory} holds no {VOCABULARY_FILE}; name a run directory that `t5x-lite train` wrote'
-    )
-  try:
+    fix = 'name a run directory that `t5x-lite train` wrote'
+    raise UsageError(f'{directory} holds no {VOCABULARY_FILE}; {fix}')
+  with refusing(f'{file} is not a saved vocabulary', ValueError, AttributeError, TypeError):
     entry = json.loads(file.read_text())
     sha256 = entry.pop('sha256', None)
     config = VocabularyConfig(**entry)
-  except (ValueError, AttributeError, TypeError) as error:
-    raise UsageError(f'{file} is not a saved vocabulary: {error}') from error
   if config.kind != 'sentencepiece':
     return config
   if os.path.basename(config.path) != config.path:
     raise UsageError(f'{file} names the file {config.path!r}, which is not beside it')
   path = os.fspath(directory / config.path)
   if hashlib.sha256(_read_model(path)).hexdigest() != sha256:
-    raise UsageError(
-      f'{path} is not the model that was saved with the run (its sha256 is not {sha256}); copy the '
-      'original back'
-    )
+    why = f'its sha256 is not {sha256}; copy the original back'
+    raise UsageError(f'{path} is not the model that was saved with the run: {why}')
   return dataclasses.replace(config, path=path)
 
 
 def _read_model(path: str) -> bytes:
-  try:
+  fix = "set VocabularyConfig.path to a SentencePiece model, or to '' for the official T5 one"
+  kinds = FileNotFoundError, IsADirectoryError, PermissionError
+  with refusing(f'Cannot read the vocabulary {path!r}; {fix}', *kinds):
     return epath.Path(path).read_bytes()
-  except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-    raise UsageError(
-      f'Cannot read the vocabulary {path!r} ({error.strerror}); set VocabularyConfig.path to a '
-      "SentencePiece model, or to '' for the official T5 one"
-    ) from error
 
 
 def user_defined(texts: Iterable[str]) -> bytes:
@@ -305,10 +285,8 @@ def user_defined(texts: Iterable[str]) -> bytes:
 
 def parse_model(data: bytes) -> Any:
   """Returns the ModelProto of a model file; UsageError if it is none."""
-  try:
+  with refusing('not a SentencePiece model', DecodeError):
     model = proto.ModelProto.FromString(data)
-  except DecodeError as error:
-    raise UsageError(f'not a SentencePiece model: {error}') from error
   if not model.pieces:
     raise UsageError('not a SentencePiece model: it has no pieces')
   return model

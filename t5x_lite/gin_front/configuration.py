@@ -20,7 +20,7 @@ from etils import epath
 from gin import config as gin_config
 from gin import config_parser
 
-from t5x_lite.errors import UsageError, suggest
+from t5x_lite.errors import UsageError, refusing, suggest
 from t5x_lite.gin_front import validation
 
 SUMMARIZE = 'summarize_config_fn'
@@ -172,10 +172,8 @@ def _read(
     raise UsageError(f'no gin file {what} {where}{hint}')
   if path in included_by:
     raise UsageError(f'gin file {path} includes itself')
-  try:
+  with refusing(f'cannot read gin file {path}', OSError, UnicodeDecodeError):
     texts[path] = path.read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
-    raise UsageError(f'cannot read gin file {path}: {error}') from error
   for included in _INCLUDE.findall(texts[path]):
     _read(included, prefixes, texts, (*included_by, path))
   return path

@@ -74,10 +74,9 @@ class Walk:
 
 
 def _signature(wrapped: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-  try:
+  with contextlib.suppress(TypeError, ValueError):  # builtins
     return inspect.signature(wrapped).parameters
-  except (TypeError, ValueError):  # builtins
-    return {}
+  return {}
 
 
 def _bare(text: str) -> str:
@@ -87,10 +86,8 @@ def _bare(text: str) -> str:
 def references(text: str) -> Iterable[gin_config.ConfigurableReference]:
   """All references written anywhere: one that an experiment overrides is no misspelling."""
   for name in set(re.findall(r'@([\w./]+)', _bare(text))):
-    try:
+    with contextlib.suppress(KeyError, ValueError):  # several modules have such a name
       yield gin_config.ConfigurableReference(name, evaluate=True)
-    except (KeyError, ValueError):  # several modules have such a name
-      continue
 
 
 def _macros() -> dict[str, Any]:
@@ -167,10 +164,9 @@ def check_values(walk: Walk, root: str, given: Mapping[str, Any], flags: Collect
 
 
 def _hints(wrapped: Callable[..., Any]) -> dict[str, Any]:
-  try:
+  with contextlib.suppress(AttributeError, NameError, TypeError):  # not ours to judge
     return typing.get_type_hints(wrapped)
-  except (AttributeError, NameError, TypeError):  # not ours to judge
-    return {}
+  return {}
 
 
 def _is_required(value: Any) -> bool:

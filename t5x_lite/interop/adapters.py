@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.interop import hf, hf_export, tensor_names
 from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.interop.tensors import Index, Progress, Tensor
@@ -134,17 +134,14 @@ def put_on(source: Source, path: str) -> Source:
       raise UsageError(f'{path} holds no adapter: no {file}')
   entry = hf.read_json(folder / config)
   stored: dict[str, Tensor] = hf.read_tensors(folder)
-  try:
+  with refusing(f'{folder / config} describes no adapter', KeyError, TypeError, ValueError):
     changes = _peft_fields(entry) if peft else dict(entry['model'])
     cfg = source.config.replace(**changes)
-  except (KeyError, TypeError, ValueError) as error:
-    raise UsageError(f'{folder / config} describes no adapter: {error}') from error
   if peft:
     names = {ours: _peft_name(name) for name, ours in _lora_names(cfg).items()}
     if extra := sorted(stored.keys() - set(names.values())):
-      raise UsageError(
-        f'{folder} has {extra[0]}, which is no LoRA: merge it into its base with PEFT'
-      )
+      fix = 'merge it into its base with PEFT'
+      raise UsageError(f'{folder} has {extra[0]}, which is no LoRA: {fix}')
     stored = {ours: stored[n].transposed() for ours, n in names.items() if n in stored}
   shapes = tensor_names.shapes(cfg)
   for name in (*stored, *(n for n in shapes if transfer.is_added(n))):

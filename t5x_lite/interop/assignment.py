@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.interop import tensor_names
 from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.interop.tensors import Index, Tensor
@@ -134,17 +134,13 @@ def check_numerics(source: Source, cfg: T5Config) -> None:
   for field in (*_NUMERICS, *(['lora_alpha'] if source.config.lora_rank else [])):
     theirs, ours = getattr(source.config, field), getattr(cfg, field)
     if theirs != ours:
-      raise UsageError(
-        f'{source.path} has {field}={theirs!r}, the configuration {ours!r}: set T5Config.{field}, '
-        'or CheckpointConfig.strict=False to change it on purpose'
-      )
+      fix = f'set T5Config.{field}, or CheckpointConfig.strict=False to change it on purpose'
+      raise UsageError(f'{source.path} has {field}={theirs!r}, the configuration {ours!r}: {fix}')
 
 
 def _compile(pattern: str) -> re.Pattern:
-  try:
+  with refusing(f'{pattern!r} in assignment_map is no regular expression', re.error):
     return re.compile(pattern)
-  except re.error as error:
-    raise UsageError(f'{pattern!r} in assignment_map is no regular expression: {error}') from error
 
 
 def _some(found: Sequence[str], limit: int = 3) -> str:

@@ -11,7 +11,7 @@ from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import DamagedError, UsageError, check_one_of, first_line
+from t5x_lite.errors import DamagedError, UsageError, check_one_of, refusing
 from t5x_lite.interop import adafactor_moments, hf, hf_tokenizer, t5x, tensor_names, zarr
 from t5x_lite.interop.tensors import Tensor, of_leaf
 from t5x_lite.models.config import T5Config
@@ -76,19 +76,15 @@ def _from_hub(name: str) -> str:
   if not re.fullmatch(r'[\w.-]+/[\w.-]+', name) or bool(at) != bool(revision):
     raise UsageError(f'{name}{at}{revision} does not exist')
   missing = f'{name} is no local folder, and as the name of a model on the hub it cannot be fetched'
-  try:
+  hint = "huggingface_hub is not installed (in a checkout: pip install '.[hf]')"
+  with refusing(f'{missing}: {hint}', ImportError):
     import huggingface_hub as hub
     from huggingface_hub import constants
-  except ImportError as error:
-    hint = "huggingface_hub is not installed (in a checkout: pip install '.[hf]')"
-    raise UsageError(f'{missing}: {hint}') from error
   if not constants.ENDPOINT.startswith('https://'):
     raise UsageError(f'{missing}: HF_ENDPOINT is {constants.ENDPOINT}, not https')
   wanted = ['*.json', '*.safetensors', hf_tokenizer.SPIECE]
-  try:
+  with refusing(missing, Exception):
     folder = hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted)
-  except Exception as error:
-    raise UsageError(f'{missing}: {first_line(error)}') from error
   log.info('%s from the hub: %s@%s gives it again', name, name, os.path.basename(folder))
   return folder
 

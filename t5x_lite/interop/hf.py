@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.interop import tensor_names
 from t5x_lite.interop.tensors import Index, Tensor, Tensors, blocks
 from t5x_lite.models.config import T5Config
@@ -66,14 +66,9 @@ def is_hf(path: epath.Path) -> bool:
 
 def read_json(path: epath.Path) -> dict[str, Any]:
   """Reads a JSON object; UsageError if the file is not there or not one."""
-  try:
+  not_json = refusing(f'{path} is not JSON', ValueError, RecursionError)
+  with refusing(f'{path} cannot be read', OSError), not_json:
     value = json.loads(path.read_text())
-  except FileNotFoundError as error:
-    raise UsageError(f'{path} does not exist') from error
-  except OSError as error:
-    raise UsageError(f'{path} cannot be read: {error.strerror}') from error
-  except (ValueError, RecursionError) as error:
-    raise UsageError(f'{path} is not JSON: {error}') from error
   if not isinstance(value, dict):
     raise UsageError(f'{path} holds no JSON object')
   return value
@@ -109,10 +104,9 @@ def weight_files(directory: epath.Path) -> list[epath.Path]:
 
 
 def _opened(path: epath.Path) -> Any:
-  try:
+  wrong = f'{path} is not a safetensors file, or is cut short'
+  with refusing(wrong, safetensors.SafetensorError, OSError):
     return safetensors.safe_open(os.fspath(path), framework='numpy')
-  except (safetensors.SafetensorError, OSError) as error:
-    raise UsageError(f'{path} is not a safetensors file, or is cut short: {error}') from error
 
 
 def read_tensors(directory: epath.Path) -> dict[str, Tensor]:
@@ -190,10 +184,8 @@ def activations(entry: Mapping[str, Any]) -> tuple[str, ...]:
   plain = 'gelu_new' if kind == 'gated-gelu' else kind.removeprefix('gated-')
   name = str(entry.get('dense_act_fn') or plain)
   if name not in _ACTIVATIONS:
-    raise UsageError(
-      f'config.json has feed_forward_proj={kind!r} (activation {name!r}); supported activations '
-      f'are {", ".join(_ACTIVATIONS)}'
-    )
+    known = f'supported activations are {", ".join(_ACTIVATIONS)}'
+    raise UsageError(f'config.json has feed_forward_proj={kind!r} (activation {name!r}); {known}')
   return (_ACTIVATIONS[name], 'linear') if gated else (_ACTIVATIONS[name],)
 
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.interop import hf
 from t5x_lite.runs.files import scratch, write_json
 
@@ -25,6 +25,8 @@ SPIECE = 'spiece.model'
 TOKENIZER, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 SPECIAL = ('<pad>', '</s>', '<unk>')
 _META = '▁'
+# What JSON of another form raises where it is read.
+_MISSHAPEN = (AttributeError, IndexError, KeyError, TypeError)
 
 
 def read_vocabulary(directory: epath.Path) -> VocabularyConfig | None:
@@ -46,10 +48,8 @@ def read_vocabulary(directory: epath.Path) -> VocabularyConfig | None:
   inner = entry.get('model')
   if not isinstance(inner, dict) or inner.get('type') != 'Unigram':
     return None
-  try:
+  with refusing(f'{tokenizer} is no tokenizer of a Unigram model', *_MISSHAPEN, ValueError):
     model, extra_ids = _model_of_tokenizer(entry)
-  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-    raise UsageError(f'{tokenizer} is no tokenizer of a Unigram model: {error}') from error
   _warn_of_added(directory, entry)
   path = scratch() / SPIECE
   path.write_bytes(model)
@@ -58,13 +58,11 @@ def read_vocabulary(directory: epath.Path) -> VocabularyConfig | None:
 
 def _warn_of_added(directory: epath.Path, entry: Mapping[str, Any]) -> None:
   """Tells of tokens that somebody added to the tokenizer, which SentencePiece does not know."""
-  try:
+  with refusing(f'{directory / TOKENIZER} has added_tokens that are none', *_MISSHAPEN):
     known = {pair[0] for pair in (entry.get('model') or {}).get('vocab', ())}
     added = [token['content'] for token in entry.get('added_tokens', ())]
     added += _read_json(directory / 'added_tokens.json')
     lost = [x for x in dict.fromkeys(added) if x not in known and not x.startswith('<extra_id_')]
-  except (AttributeError, IndexError, KeyError, TypeError) as error:
-    raise UsageError(f'{directory / TOKENIZER} has added_tokens that are none: {error}') from error
   if lost:
     some = ', '.join(map(repr, lost[:3]))
     log.warning('%s adds %d tokens (%s): they are read as plain text', directory, len(lost), some)

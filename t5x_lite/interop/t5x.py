@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.interop import zarr
 from t5x_lite.interop.tensors import Tensor, Tensors, of_array
 from t5x_lite.models.config import T5Config
@@ -51,10 +51,8 @@ def read_tensors(path: epath.Path) -> dict[str, Tensor]:
     # Orbax from 2023-06 on: the tree is in its own metadata.
     found = zarr.orbax_tensors(folder, reader)
     return {name.replace('.', '/').removeprefix('_optimizer/'): t for name, t in found.items()}
-  try:
+  with refusing(f'{file} is not a msgpack file, or is cut short', Exception):
     contents = serialization.msgpack_restore(file.read_bytes())
-  except Exception as error:
-    raise UsageError(f'{file} is not a msgpack file, or is cut short: {error}') from error
   if not isinstance(contents, dict):
     raise UsageError(f'{file} holds no T5X checkpoint')
   # TensorStore's specs, which are dicts, are leaves.

@@ -16,10 +16,8 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import Vocabulary, VocabularyConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import adapters, assignment, checkpoint_source, tensors
-from t5x_lite.interop.checkpoint_source import Source
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import checkpoints, run_directory
-from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.training import train_state
 from t5x_lite.training.train_state import StateSpec, TrainState
 
@@ -30,7 +28,7 @@ Make = Callable[[optax.GradientTransformation, StateSpec, jax.Array], TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainedModel(Source):
+class TrainedModel(checkpoint_source.Source):
   """A checkpoint that has been checked, by the path that the user gave; only names were read."""
 
   vocabulary: VocabularyConfig  # its own
@@ -82,9 +80,8 @@ def open_mean(paths: Sequence[str], last: int = 1, **options: Any) -> TrainedMod
   for path in paths:
     steps = checkpoints.steps_in(epath.Path(path) / checkpoints.CHECKPOINTS)
     if steps and len(steps) < last:
-      raise UsageError(
-        f'{path} has {len(steps)} checkpoints, not {last}: train with CheckpointConfig.keep={last}'
-      )
+      fix = f'train with CheckpointConfig.keep={last}'
+      raise UsageError(f'{path} has {len(steps)} checkpoints, not {last}: {fix}')
     newest = [f'{path}/{checkpoints.CHECKPOINTS}/{step}' for step in steps[-last:]]
     single += newest if last > 1 and newest else [path]
   models = [open_model(path, **options) for path in single]
@@ -124,7 +121,7 @@ def check_alike(models: Sequence[TrainedModel]) -> None:
 
 
 def open_start(
-  config: CheckpointConfig, model: T5Config, vocabulary: VocabularyConfig, *, seed: int
+  config: checkpoints.CheckpointConfig, model: T5Config, vocabulary: VocabularyConfig, *, seed: int
 ) -> Make:
   """Checks that a new run can start from where its configuration says; UsageError if not.
 

@@ -1,20 +1,19 @@
 """Zarr arrays of T5X, Orbax and our own checkpoints, through TensorStore."""
 
 import concurrent.futures
-import contextlib
 import errno
 import functools
 import json
 import os
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from t5x_lite.errors import DamagedError, UsageError, first_line
+from t5x_lite.errors import DamagedError, UsageError, first_line, refusing
 from t5x_lite.interop.tensors import Index, Tensor, blocks
 from t5x_lite.parallel import checksums
 from t5x_lite.runs import checkpoints, files
@@ -53,24 +52,16 @@ class Reader:
 
     Raises UsageError with its name, here or when it is read, if it is not there or damaged.
     """
-    with _named_errors(name):
+    with refusing(f'cannot read {name}', ValueError, OSError):
       array = ts.open(dict(spec), open=True, read=True, **options).result()
 
     def fetch(index: Index) -> np.ndarray:
-      with _named_errors(name):
+      with refusing(f'cannot read {name}', ValueError, OSError):
         if _is_wasteful(array, index):
           return self._whole(array)[index]
         return np.asarray(array[index].read().result())
 
     return Tensor(tuple(array.shape), np.dtype(array.dtype.numpy_dtype), fetch, name)
-
-
-@contextlib.contextmanager
-def _named_errors(name: str) -> Iterator[None]:
-  try:
-    yield
-  except (ValueError, OSError) as error:
-    raise UsageError(f'cannot read {name}: {first_line(error)}') from error
 
 
 def _is_wasteful(array: Any, index: Index) -> bool:
@@ -101,10 +92,8 @@ def file_tensor(directory: epath.Path, name: str, reader: Reader, complete: bool
 def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
   """Opens all arrays of an Orbax item, of either layout, by its names: keys joined by dots."""
   file = directory / METADATA
-  try:
+  with refusing(f'{file} is not JSON', ValueError):
     entry = json.loads(file.read_text()) if file.is_file() else {}
-  except ValueError as error:
-    raise UsageError(f'{file} is not JSON: {error}') from error
   complete = bool(entry.get('store_array_data_equal_to_fill_value'))  # chunks of zeros as well
   if not (directory / _OCDBT).exists():
     children = [path for path in sorted(directory.iterdir()) if (path / _ZARRAY).exists()]

@@ -37,10 +37,9 @@ def choose(implementation: str, L: int, M: int, platform: str | None = None) -> 
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   allowed = _PLATFORMS.get(implementation, (platform,))
   if platform not in allowed:
-    raise UsageError(
-      f'T5Config.attention is {implementation!r}, which needs a {allowed[0].upper()}; this is a '
-      f"{platform.upper()}: use 'auto', 'dense' or 'blocked'"
-    )
+    there = f"this is a {platform.upper()}: use 'auto', 'dense' or 'blocked'"
+    need = f'which needs a {allowed[0].upper()}; {there}'
+    raise UsageError(f'T5Config.attention is {implementation!r}, {need}')
   if L == 1:
     return 'dense'
   if implementation == 'auto':

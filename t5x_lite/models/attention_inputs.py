@@ -90,6 +90,14 @@ class Blocks:
     return logits, seen
 
 
+def vjp_of(forward, backward):
+  """Returns fn(blocks, *inputs), the first result of forward, with backward for its gradient."""
+  forward, backward = map(jax.named_scope(SCOPE), (forward, backward))
+  fn = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=(0,))
+  fn.defvjp(forward, backward)
+  return fn
+
+
 def dot(a: Array, b: Array, a_dim: int, b_dim: int, dtype=None) -> Array:
   """Contracts a dim of each of the matrices in the last two; what is left of a comes first."""
   batch = tuple(range(a.ndim - 2))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from t5x_lite.models import attention_inputs
-from t5x_lite.models.attention_inputs import SCOPE, Blocks, Visibility, skew, unskew
+from t5x_lite.models.attention_inputs import Blocks, Visibility, skew, unskew, vjp_of
 
 # Entries of a block, whichever way; see docs/lab_notes.md.
 BLOCK = 512
@@ -106,12 +106,6 @@ def _unless_later(blocks: Blocks, i, j, run, skip, *operands):
   return jax.lax.cond(j * blocks.m < (i + 1) * blocks.l, run, skip, *operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(blocks, *inputs):
-  return _attention_fwd(blocks, *inputs)[0]
-
-
-@jax.named_scope(SCOPE)
 def _attention_fwd(blocks, *inputs):
   # As if bias and mask depended on q: differentiation of a scan over layers would else make what
   # does not, for all blocks, before the scan.
@@ -149,7 +143,6 @@ def _attention_fwd(blocks, *inputs):
   return y_BHLK, (*inputs, y_BHLK, total_NBHl, top_NBHl)
 
 
-@jax.named_scope(SCOPE)
 def _attention_bwd(blocks, residuals, g_BHLK):
   residuals, g_BHLK = jax.lax.optimization_barrier((residuals, g_BHLK))
   q_BHLK, k_BHMK, v_BHMK, values_HP, codes_BL, codes_BM = residuals[:6]
@@ -196,4 +189,4 @@ def _attention_bwd(blocks, residuals, g_BHLK):
   return _join(dq), dk, dv, dvalues_HP, None, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention = vjp_of(_attention_fwd, _attention_bwd)

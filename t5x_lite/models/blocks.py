@@ -35,29 +35,21 @@ class Cache:
 
   Heads come before positions: a step multiplies each head's keys as they lie. Where layers are a
   list, so are the arrays that begin with N: a step need not cut them out of one.
-
-  Attributes:
-    key_NBHSK: self-attention keys; those of positions from index on are unwritten.
-    value_NBHSK: self-attention values.
-    cross_key_NBHMK: keys of the encoder output, or None as the next two.
-    cross_value_NBHMK: values of the encoder output.
-    cross_mask_B11M: True at real encoder positions.
-    index: int32, the position of the next token: a scalar, or [R].
-    owner_BnT: in beam search, the beam that wrote what beam n has read at each position: beams go
-      on from others by changing this, and keys and values stay. The slots of a position are its
-      beams'. None if every row reads its own.
-    seen_B: in continuous batching, how many tokens each row has decoded, T - 1 at most. Slots are
-      then a ring that all rows write at the same index: a row sees as many slots back as it has
-      decoded, and T5's bias knows distances alone. None otherwise.
   """
 
-  key_NBHSK: PerLayer
-  value_NBHSK: PerLayer
-  cross_key_NBHMK: PerLayer | None
-  cross_value_NBHMK: PerLayer | None
-  cross_mask_B11M: jax.Array | None
-  index: jax.Array
+  key_NBHSK: PerLayer  # self-attention keys; those of positions from index on are unwritten
+  value_NBHSK: PerLayer  # self-attention values
+  cross_key_NBHMK: PerLayer | None  # keys of the encoder output, or None as the next two
+  cross_value_NBHMK: PerLayer | None  # values of the encoder output
+  cross_mask_B11M: jax.Array | None  # True at real encoder positions
+  index: jax.Array  # int32, the position of the next token: a scalar, or [R]
+  # In beam search, the beam that wrote what beam n has read at each position: beams go on from
+  # others by changing this, and keys and values stay. The slots of a position are its beams'. None
+  # if every row reads its own.
   owner_BnT: jax.Array | None = None
+  # In continuous batching, how many tokens each row has decoded, T - 1 at most. Slots are then a
+  # ring that all rows write at the same index: a row sees as many slots back as it has decoded, and
+  # T5's bias knows distances alone. None otherwise.
   seen_B: jax.Array | None = None
 
   @property

@@ -21,7 +21,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from t5x_lite.models.attention_inputs import SCOPE, Blocks, Visibility, dot, mean_gradient, unskew
+from t5x_lite.models.attention_inputs import Blocks, Visibility, dot, mean_gradient, unskew, vjp_of
 from t5x_lite.models.blocked_attention import pad
 
 BLOCK = 128
@@ -200,12 +200,6 @@ def _backward_values(blocks, *refs):
   dvalues[...] = jax.lax.fori_loop(0, B * length, step, jnp.zeros((b, b), jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(blocks, *inputs):
-  return _attention_fwd(blocks, *inputs)[0]
-
-
-@jax.named_scope(SCOPE)
 def _attention_fwd(blocks, q, k, v, values, queries, keys):
   B, L, H, _ = q.shape
   outputs = [_Shape(q.shape, v.dtype), *[_Shape((B, H, L), jnp.float32)] * 2]
@@ -214,7 +208,6 @@ def _attention_fwd(blocks, q, k, v, values, queries, keys):
   return y, (q, k, v, values, queries, keys, y, total, top)
 
 
-@jax.named_scope(SCOPE)
 def _attention_bwd(blocks, residuals, g):
   q, k, v, values, queries, keys, y, total, top = residuals
   H, b = q.shape[2], blocks.m
@@ -235,4 +228,4 @@ def _attention_bwd(blocks, residuals, g):
   return dq, dk, dv, (near + far).reshape(values.shape), None, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention = vjp_of(_attention_fwd, _attention_bwd)

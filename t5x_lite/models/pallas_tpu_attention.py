@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5x_lite.errors import UsageError
-from t5x_lite.models.attention_inputs import SCOPE, Blocks, Visibility, dot, mean_gradient
+from t5x_lite.models.attention_inputs import Blocks, Visibility, dot, mean_gradient, vjp_of
 from t5x_lite.models.blocked_attention import pad
 
 BLOCK = 512
@@ -67,10 +67,8 @@ def attention(
   B, L, H, K = q_BLHK.shape
   M = k_BMHK.shape[1]
   if 8 * K * L > _MAX_QUERIES_BYTES:
-    raise UsageError(
-      f"T5Config.attention is 'pallas_tpu', whose memory on the chip does not hold {L} queries of "
-      f"{K} dims: use 'blocked'"
-    )
+    why = f'whose memory on the chip does not hold {L} queries of {K} dims'
+    raise UsageError(f"T5Config.attention is 'pallas_tpu', {why}: use 'blocked'")
   b = block or BLOCK
   while b > _LANES and b >= 2 * max(L, M):
     b //= 2
@@ -211,12 +209,6 @@ def _specs(b: int, K: int, num_keys: int, query: int, key: int):
   return vector, row, inputs
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(blocks, *inputs):
-  return _attention_fwd(blocks, *inputs)[0]
-
-
-@jax.named_scope(SCOPE)
 def _attention_fwd(blocks, q, k, v, values, queries, keys):
   (B, H, K, L), M, b = q.shape, k.shape[3], blocks.m
   vector, row, inputs = _specs(b, K, M // b, 2, 3)
@@ -234,7 +226,6 @@ def _attention_fwd(blocks, q, k, v, values, queries, keys):
   return y, (q, k, v, values, queries, keys, y, total, top)
 
 
-@jax.named_scope(SCOPE)
 def _attention_bwd(blocks, residuals, g):
   q, k, v, values, queries, keys, y, total, top = residuals
   (B, H, K, L), M, b = q.shape, k.shape[3], blocks.m
@@ -260,4 +251,4 @@ def _attention_bwd(blocks, residuals, g):
   return dq.astype(q.dtype), dk, dv, dvalues, None, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention = vjp_of(_attention_fwd, _attention_bwd)

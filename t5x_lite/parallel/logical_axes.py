@@ -144,10 +144,8 @@ def _check_array(
       raise UsageError(f'the rule {rule} cannot cut {path}: {size} devices do not divide {dim}')
     for j, cut in enumerate(result):
       if j != i and set(_mesh_axes(cut)) & set(mesh_axes):
-        raise UsageError(
-          f'the rule {rule} collides in {path}: its dim {axes[j]!r} is cut over {cut!r} already; '
-          f'add ({axes[j]!r}, None) before it'
-        )
+        why = f'its dim {axes[j]!r} is cut over {cut!r} already; add ({axes[j]!r}, None) before it'
+        raise UsageError(f'the rule {rule} collides in {path}: {why}')
 
 
 # Set while a program traces its step; read by the model's constraints. A context, not an argument,

@@ -98,10 +98,8 @@ class MeshConfig:
       _check_rule('additional_rules', rule)
     for rule in self.parameter_rules:
       if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
-        raise UsageError(
-          f'MeshConfig.parameter_rules has {rule!r}; each entry is (regular expression, '
-          '((logical axis, mesh axis), ...)).'
-        )
+        form = 'each entry is (regular expression, ((logical axis, mesh axis), ...)).'
+        raise UsageError(f'MeshConfig.parameter_rules has {rule!r}; {form}')
       for inner in rule[1]:
         _check_rule('parameter_rules', inner)
 
@@ -119,10 +117,9 @@ def _check_rule(name: str, rule: Any) -> None:
   target = rule[1] if isinstance(rule, tuple) and len(rule) == 2 else 0
   targets = target if isinstance(target, tuple) else (target,)
   if not {*targets} <= {*MESH_AXES, None} or len({*targets}) < len(targets):
-    raise UsageError(
-      f'MeshConfig.{name} has {rule!r}; a rule is (logical axis, mesh axis, several different '
-      f'ones, or None); mesh axes are {", ".join(MESH_AXES)}.'
-    )
+    form = '(logical axis, mesh axis, several different ones, or None)'
+    axes = f'mesh axes are {", ".join(MESH_AXES)}'
+    raise UsageError(f'MeshConfig.{name} has {rule!r}; a rule is {form}; {axes}.')
 
 
 def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
@@ -287,10 +284,8 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
   """Raises UsageError unless the batch divides over the mesh's data axes."""
   ways = math.prod(mesh.shape[name] for name in BATCH_AXES)
   if batch_size % ways:
-    raise UsageError(
-      f'The batch size {batch_size} does not divide over the mesh: data x fsdp is {ways}; use a '
-      f'multiple of {ways} or another mesh.'
-    )
+    fix = f'data x fsdp is {ways}; use a multiple of {ways} or another mesh.'
+    raise UsageError(f'The batch size {batch_size} does not divide over the mesh: {fix}')
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh):

@@ -28,7 +28,7 @@ from t5x_lite.data import vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.pairs import Columns, Pairs
 from t5x_lite.data.tasks import catalog, from_files
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.evaluation import evaluators
 from t5x_lite.interop import export, trained_model
 from t5x_lite.parallel import distributed
@@ -359,12 +359,10 @@ def _same_plan(output: str, plan: Plan, prints: dict[str, str], *, total_steps: 
   path = epath.Path(output) / PLAN_FILE
   if not path.exists() or not checkpoints.has_checkpoint(output):
     return plan
-  try:
+  with refusing(f'{path} is damaged, use another output', ValueError, KeyError, TypeError):
     entry = json.loads(files.retried(path, path.read_text))
     kept = Plan(**entry['plan'])
     before = dict(entry['data'])
-  except (ValueError, KeyError, TypeError) as error:
-    raise UsageError(f'{path} is damaged ({error}): use another output') from error
   if before != prints:
     why = 'use another output, or the same rows in the same order'
     raise UsageError(f'the run in {output} was begun with other data: {why}')
@@ -404,7 +402,7 @@ def _export(best: str, output: str, name: str, *, to: str, card: str = '') -> st
 def summary(results: dict[str, Any], output: str, best: str, asked: str = '') -> str:
   """Returns the numbers and the commands to go on with; `asked` are infer's flags for the input."""
   shown = {name: value for name, value in results['metrics'].items() if '/' not in name}
-  numbers = ', '.join(f'{name} {value:.5g}' for name, value in shown.items())
+  numbers = evaluators.format_metrics(shown)
   run = quickstart.typed()
   text = f'best checkpoint: step {results["step"]}: {numbers}\n\n'
   if 'export' in results:

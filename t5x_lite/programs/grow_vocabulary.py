@@ -14,7 +14,6 @@ import numpy as np
 from etils import epath
 
 from t5x_lite.data import text_files, vocabularies
-from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of
 from t5x_lite.interop import assignment, export, trained_model
 from t5x_lite.interop.checkpoint_source import FORMATS, Source, open_source
@@ -103,7 +102,7 @@ def grow(
   return dataclasses.replace(source, tensors=grown, config=cfg, vocabulary=new), changes
 
 
-def _with_tokens(vocabulary: VocabularyConfig, tokens: Sequence[str]) -> str:
+def _with_tokens(vocabulary: vocabularies.VocabularyConfig, tokens: Sequence[str]) -> str:
   """Writes the model file with new pieces and returns its path."""
   if vocabulary.kind != 'sentencepiece':
     raise UsageError(f'a vocabulary of kind {vocabulary.kind!r} has no pieces to add to')

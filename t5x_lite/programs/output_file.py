@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from t5x_lite.data import pairs
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.runs import files
 
 Entry = dict[str, Any]
@@ -91,20 +91,16 @@ class OutputFile:
   def open(self, *, append: bool) -> Iterator[Callable[[Entry], None]]:
     """Yields a function that writes one object, at once."""
     path, opened = epath.Path(self.lines), contextlib.nullcontext(sys.stdout)
-    try:
+    with refusing(f'cannot write {path}', OSError):
       if self.path != '-':
         opened = files.retried(path, lambda: path.open('a' if append else 'w'))
-    except OSError as error:
-      raise UsageError(f'cannot write {path}: {error.strerror}') from error
     with opened as file:
 
       def write(entry: Entry) -> None:
-        try:
+        fix = 'make room, and continue with --resume'
+        with refusing(f'cannot write {path}; {fix}', OSError):
           file.write(json.dumps(entry, ensure_ascii=False) + '\n')
           files.retried(path, file.flush)
-        except OSError as error:
-          why = f'{error.strerror}; make room, and continue with --resume'
-          raise UsageError(f'cannot write {path}: {why}') from error
 
       yield write
 

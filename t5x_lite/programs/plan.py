@@ -15,7 +15,6 @@ import jax
 from etils import epath
 
 from t5x_lite.compiler import cost_model
-from t5x_lite.compiler.cost_model import Setup
 from t5x_lite.compiler.step_programs import BatchSpec
 from t5x_lite.data.config import DatasetConfig, batch_spec
 from t5x_lite.errors import UsageError, check_positive
@@ -29,7 +28,6 @@ from t5x_lite.programs import precompile
 from t5x_lite.runs import memory_report
 from t5x_lite.training import optimizers
 from t5x_lite.training.losses import LossConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ _MOST_MICROBATCHES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate(Setup):
+class Candidate(cost_model.Setup):
   """One way to run the experiment, and what is predicted of it."""
 
   chip: Chip
@@ -71,7 +69,7 @@ def plan(
   *,
   model: T5Config,
   dataset: DatasetConfig,
-  optimizer: OptimizerConfig,
+  optimizer: optimizers.OptimizerConfig,
   total_steps: int = 1_000_000,
   loss: LossConfig | None = None,
   mesh: MeshConfig | None = None,
@@ -121,10 +119,9 @@ def plan(
   chosen = list(best.values())[:num_compiles]
   written = search.written(devices, num_microbatches)
   if not chosen and written is None:
-    raise UsageError(
-      f'no mesh of {len(devices)} devices divides the batch size {search.batch_size} and the '
-      f'{model.num_heads} heads: use a larger batch or fewer devices'
-    )
+    sizes = f'the batch size {search.batch_size} and the {model.num_heads} heads'
+    fix = 'use a larger batch or fewer devices'
+    raise UsageError(f'no mesh of {len(devices)} devices divides {sizes}: {fix}')
   if written is not None:
     chosen = [written, *(c for c in chosen if c.setting != written.setting)]
 
@@ -165,7 +162,7 @@ class Search:
 
   model: T5Config
   batch: BatchSpec
-  optimizer: OptimizerConfig
+  optimizer: optimizers.OptimizerConfig
   loss: LossConfig
   mesh: MeshConfig
   num_slices: int

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from t5x_lite.errors import UsageError, first_line
+from t5x_lite.errors import UsageError, first_line, refusing
 from t5x_lite.interop import checkpoint_source, tensor_names
 from t5x_lite.models import relative_position
 from t5x_lite.models.config import T5Config
@@ -62,12 +62,9 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   found = [report_runs.read(one, name=name) for one, name in names]
   # A model may write half of a surrogate pair, which no encoding has.
   text = page(found).encode('utf-8', 'replace')
-  try:
+  with refusing(f'{path} cannot be written, name another --output', OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text)
-  except OSError as error:
-    why = error.strerror or error
-    raise UsageError(f'{path} cannot be written ({why}): name another --output') from error
   log.info('%s', path)
   print(os.fspath(path))
   return os.fspath(path)

@@ -176,18 +176,16 @@ def _listed(folder: epath.Path, suffix: str = '') -> list[epath.Path]:
 
 def read_text(path: epath.Path) -> str:
   """Returns a file's text; '' if it cannot be read."""
-  try:
+  with contextlib.suppress(OSError):
     return path.read_bytes().decode('utf-8', 'replace')
-  except OSError:
-    return ''
+  return ''
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
   """Returns a file's JSON object; empty if there is none."""
-  try:
+  with contextlib.suppress(ValueError):
     return as_dict(json.loads(read_text(path)))
-  except ValueError:
-    return {}
+  return {}
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.tasks import catalog, mixing, step_by_step
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.errors import check_positive as check_positive
 from t5x_lite.interop import checkpoint_source
 from t5x_lite.models.config import T5Config
@@ -37,11 +37,8 @@ def check_writable(directory: str) -> None:
     place = os.path.dirname(place)
   if not os.path.isdir(place):
     raise UsageError(f'{directory}: {place} is no directory')
-  try:
-    with tempfile.TemporaryFile(dir=place):
-      pass
-  except OSError as error:
-    raise UsageError(f'cannot write into {directory}: {error.strerror}') from error
+  with refusing(f'cannot write into {directory}', OSError), tempfile.TemporaryFile(dir=place):
+    pass
 
 
 def resolve_model(
@@ -58,10 +55,8 @@ def resolve_model(
     path = model_dir if has_begun else restore_path
     if not path:
       what = f'train.{"model" if model is None else "vocabulary"} is not set'
-      raise UsageError(
-        f'{what}, and there is no checkpoint to take it from: give a file of configs/models, or '
-        'CheckpointConfig.restore_path'
-      )
+      fix = 'give a file of configs/models, or CheckpointConfig.restore_path'
+      raise UsageError(f'{what}, and there is no checkpoint to take it from: {fix}')
     opened = checkpoint_source.open_source(path)
     model = model or opened.config
     vocabulary = vocabulary or opened.vocabulary

@@ -27,7 +27,7 @@ from typing import Any
 from etils import epath
 
 from t5x_lite.data.config import DatasetConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.programs import report_runs
 from t5x_lite.runs import files, progress
 
@@ -199,10 +199,8 @@ def study(
   runs = {run.directory: run for run in listed}
   if check is not None and not report:
     for run in runs.values():
-      try:
+      with refusing(f'stage {run.stage.name}', UsageError):
         _check_tasks(check(run.argv))
-      except UsageError as error:
-        raise UsageError(f'stage {run.stage.name}: {error}') from error
   if dry_run:
     for run in runs.values():
       print(shlex.join(['t5x-lite', *run.argv]))

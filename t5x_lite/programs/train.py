@@ -23,10 +23,8 @@ from t5x_lite.evaluation import evaluators
 from t5x_lite.interop import trained_model, zarr
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import distributed, hardware, partitioning
-from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import start_checks
 from t5x_lite.runs import checkpoints, lease, memory_report, metric_writers, run_directory
-from t5x_lite.runs.checkpoints import CheckpointConfig
 from t5x_lite.runs.progress import Progress, Window
 from t5x_lite.training.losses import LossConfig
 from t5x_lite.training.optimizers import OptimizerConfig
@@ -57,8 +55,8 @@ def train(
   model_changes: Mapping[str, Any] | None = None,
   vocabulary: VocabularyConfig | None = None,
   loss: LossConfig | None = None,
-  mesh: MeshConfig | None = None,
-  checkpoint: CheckpointConfig | None = None,
+  mesh: partitioning.MeshConfig | None = None,
+  checkpoint: checkpoints.CheckpointConfig | None = None,
   train_eval: Sequence[DatasetConfig] = (),
   infer_eval: Sequence[DatasetConfig] = (),
   eval_period: int = 1000,
@@ -112,8 +110,8 @@ def train(
     dry_run_file: where a dry run writes the configuration, and how every array is cut.
     summarize_config_fn: writes the resolved configuration into model_dir.
   """
-  loss, mesh = loss or LossConfig(), mesh or MeshConfig()
-  checkpoint = checkpoint or CheckpointConfig()
+  loss, mesh = loss or LossConfig(), mesh or partitioning.MeshConfig()
+  checkpoint = checkpoint or checkpoints.CheckpointConfig()
   given = dict(locals())
 
   # ---- What must fit together ----

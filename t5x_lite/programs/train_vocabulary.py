@@ -102,10 +102,8 @@ def train_vocabulary(
       why = 'which T5 defines itself; leave it out'
       raise UsageError(f'user_defined_symbols holds {symbol!r}, {why}')
   if epath.Path(output).exists() and not overwrite:
-    raise UsageError(
-      f'{output} exists, and models trained with it need it as it is; choose another name or set '
-      'overwrite'
-    )
+    fix = 'choose another name or set overwrite'
+    raise UsageError(f'{output} exists, and models trained with it need it as it is; {fix}')
   if task:
     # Not at the top: TensorFlow takes many seconds, and files do not need it.
     from t5x_lite.data.tasks import catalog

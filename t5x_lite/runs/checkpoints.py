@@ -26,7 +26,6 @@ from etils import epath
 
 from t5x_lite.errors import DamagedError, UsageError, check_fields
 from t5x_lite.parallel import checksums, distributed, pytrees
-from t5x_lite.parallel.distributed import LostProcessError
 from t5x_lite.runs import files
 
 log = logging.getLogger(__name__)
@@ -114,24 +113,6 @@ class DataArgs(ocp.args.CheckpointArgs):
   iterator: SavableIterator
 
 
-def explain_mismatch(
-  where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str
-) -> None:
-  """Raises UsageError, one clear line, unless names and shapes agree."""
-  has, needs = pytrees.flatten_names(saved), pytrees.flatten_names(wanted)
-  fix = f'use the {what} that wrote it, or another model_dir to start a new run'
-  for name in (*needs, *has):
-    if name not in has:
-      problem = f'no {name}, which this {what} needs'
-    elif name not in needs:
-      problem = f'{name}, which this {what} does not'
-    elif (found := tuple(has[name].shape)) != (shape := tuple(needs[name].shape)):
-      problem = f'{name} of shape {found}, this {what} needs {shape}'
-    else:
-      continue
-    raise UsageError(f'the checkpoint {where} has {problem}: {fix}')
-
-
 def steps_in(directory: epath.Path) -> list[int]:
   """Returns the committed steps in a `checkpoints` directory, ascending."""
   if not directory.is_dir():
@@ -162,10 +143,8 @@ def check_some_are_whole(model_dir: str) -> None:
   root = epath.Path(model_dir) / CHECKPOINTS
   damaged = root.is_dir() and any(path.name.endswith(DAMAGED) for path in root.iterdir())
   if damaged and not has_checkpoint(model_dir):
-    raise UsageError(
-      f'{root} holds damaged checkpoints alone (STEP{DAMAGED}): use another model_dir, or move '
-      'them away to begin anew'
-    )
+    fix = 'use another model_dir, or move them away to begin anew'
+    raise UsageError(f'{root} holds damaged checkpoints alone (STEP{DAMAGED}): {fix}')
 
 
 def find_checkpoint(path: str) -> tuple[str, int]:
@@ -181,10 +160,8 @@ def find_checkpoint(path: str) -> tuple[str, int]:
   for directory in (root / CHECKPOINTS, root):
     if steps := steps_in(directory):
       return os.fspath(directory), steps[-1]
-  raise UsageError(
-    f'{path} holds no checkpoint: give a run directory (with {CHECKPOINTS}/STEP inside) or one '
-    'STEP directory'
-  )
+  fix = f'give a run directory (with {CHECKPOINTS}/STEP inside) or one STEP directory'
+  raise UsageError(f'{path} holds no checkpoint: {fix}')
 
 
 def load_state(path: str, abstract_state: Any) -> Any:
@@ -203,7 +180,6 @@ def load_state(path: str, abstract_state: Any) -> Any:
     wanted = pytrees.leaves(abstract_state, is_leaf=lambda x: x is not abstract_state)
     part = {name: saved[name] for (name,), _ in wanted if name in saved}
     _check_names(root, part, plain)
-    explain_mismatch(os.fspath(root), part, plain, 'model and optimizer')
     how = ocp.checkpoint_utils.construct_restore_args(plain)
     arguments = ocp.args.PyTreeRestore(plain, restore_args=how, partial_restore=True)
     restored = checkpointer.restore(item, args=arguments)
@@ -283,7 +259,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     """Turns a failed write, such as on a full disk, into a SaveError."""
     try:
       yield
-    except (LostProcessError, UsageError):
+    except (distributed.LostProcessError, UsageError):
       raise
     except Exception as error:
       latest = self.latest_step
@@ -324,10 +300,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         return self._restore(step, abstract_state, iterator, verify)
       except DamagedError as error:
         self._set_aside(step, error)
-    raise UsageError(
-      f'no checkpoint in {self.directory} is whole; the damaged ones are there as STEP.damaged: '
-      'use another model_dir to begin anew'
-    )
+    fix = 'the damaged ones are there as STEP.damaged: use another model_dir to begin anew'
+    raise UsageError(f'no checkpoint in {self.directory} is whole; {fix}')
 
   def _set_aside(self, step: int, error: DamagedError) -> None:
     """Gives a damaged checkpoint a name that says so."""
@@ -354,7 +328,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       _all_alike(root, lambda: distributed.is_primary() and verify(os.fspath(root)))
     try:
       state, meta = load_state(os.fspath(root), abstract_state), read_meta(root)
-    except (UsageError, LostProcessError, MemoryError, jax.errors.JaxRuntimeError):
+    except (UsageError, distributed.LostProcessError, MemoryError, jax.errors.JaxRuntimeError):
       raise  # the device's or a peer's fault: the checkpoint is as it was
     except Exception as error:
       # The arrays were as they were written; it is what Orbax keeps beside them, for all processes.
@@ -378,18 +352,30 @@ class Checkpointer(contextlib.AbstractContextManager):
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     """Closes, but does not wait for a process that is gone."""
-    if kind is None or not issubclass(kind, LostProcessError):
+    if kind is None or not issubclass(kind, distributed.LostProcessError):
       self.close()
 
 
 def _check_names(root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  """Tells metadata that lost an array from those of another model."""
-  written = read_meta(root)['checksums']
-  names, asked = (
-    {name.replace('/', '.') for name in pytrees.flatten_names(tree)} for tree in (saved, wanted)
-  )
-  if asked == written.keys() and names != asked:
+  """Raises UsageError, one clear line, unless names and shapes agree.
+
+  DamagedError where a checkpoint of this very model has metadata that lost an array.
+  """
+  has, needs = pytrees.flatten_names(saved), pytrees.flatten_names(wanted)
+  names, asked = ({name.replace('/', '.') for name in flat} for flat in (has, needs))
+  if asked == read_meta(root)['checksums'].keys() and names != asked:
     raise DamagedError(f'{root} has lost the metadata of its arrays')
+  for name in (*needs, *has):
+    if name not in has:
+      problem = f'no {name}, which this model and optimizer needs'
+    elif name not in needs:
+      problem = f'{name}, which this model and optimizer does not'
+    elif (found := tuple(has[name].shape)) != (shape := tuple(needs[name].shape)):
+      problem = f'{name} of shape {found}, this model and optimizer needs {shape}'
+    else:
+      continue
+    fix = 'use the model and optimizer that wrote it, or another model_dir to start a new run'
+    raise UsageError(f'the checkpoint {root} has {problem}: {fix}')
 
 
 def _all_alike(directory: epath.Path, call: Callable[[], Any]) -> None:

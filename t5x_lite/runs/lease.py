@@ -58,10 +58,8 @@ class Lease:
     while found and not (locked and here) and (age := self._age()) < EXPIRY:
       holder = _holder(found)
       if found != first:  # it is alive
-        raise UsageError(
-          f'another run is training in {self._path.parent}: {holder}, last seen {age:.0f} s ago: '
-          'wait for it, stop it, or use another model_dir'
-        )
+        fix = f'{holder}, last seen {age:.0f} s ago: wait for it, stop it, or use another model_dir'
+        raise UsageError(f'another run is training in {self._path.parent}: {fix}')
       log.warning('%s is held by %s, last seen %.0f s ago: waiting', self._path, holder, age)
       time.sleep(RENEWAL / 2)
       found = self._read()
@@ -146,9 +144,8 @@ def _lock_here(model_dir: str, stack: contextlib.ExitStack) -> bool:
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
-    raise UsageError(
-      f'another run is training in {model_dir}: wait for it, stop it, or use another model_dir'
-    ) from error
+    fix = 'wait for it, stop it, or use another model_dir'
+    raise UsageError(f'another run is training in {model_dir}: {fix}') from error
   except OSError as error:
     log.warning('%s has no file locks (%s): a lease alone keeps others out', model_dir, error)
     return False

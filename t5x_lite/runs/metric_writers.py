@@ -23,9 +23,8 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer import record_writer
 from tensorboard.util import tensor_util
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.runs import files
-from t5x_lite.runs.files import retried
 from t5x_lite.training.steps import HISTOGRAM_BOUNDS
 
 # Generated when imported: a type checker finds no names in them.
@@ -44,7 +43,7 @@ _SAMPLE_COLUMNS = ('input', 'prediction', 'target')
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
   """Returns the lines of MODEL_DIR/metrics.jsonl, oldest first; less what a kill cut short."""
   path, found = epath.Path(model_dir) / METRICS_FILE, []
-  text = retried(path, path.read_bytes).decode('utf-8', 'replace') if path.exists() else ''
+  text = files.retried(path, path.read_bytes).decode('utf-8', 'replace') if path.exists() else ''
   for line in text.splitlines():
     with contextlib.suppress(json.JSONDecodeError):
       found.append(json.loads(line))
@@ -57,25 +56,20 @@ def reporters(report_to: str | Sequence[str]) -> tuple[str, ...]:
   names = [name.strip() for one in listed for name in one.split(',') if name.strip()]
   for name in names:
     if name not in (TENSORBOARD, WANDB, NONE) or (name == NONE and len(names) > 1):
-      raise UsageError(
-        f'report_to is {",".join(names)}; allowed are {TENSORBOARD}, {WANDB}, both, or {NONE}'
-      )
+      allowed = f'{TENSORBOARD}, {WANDB}, both, or {NONE}'
+      raise UsageError(f'report_to is {",".join(names)}; allowed are {allowed}')
   if WANDB in names:
     wandb = _wandb()
     if wandb.setup().settings.mode == 'online':
-      try:
+      with refusing('wandb needs a login, or WANDB_MODE=offline', wandb.Error):
         wandb.login()
-      except wandb.Error as error:
-        raise UsageError(f'wandb: {error} (or set WANDB_MODE=offline)') from error
   return tuple(dict.fromkeys(name for name in names if name != NONE))
 
 
 def _wandb() -> Any:
-  try:
+  fix = "in a checkout, pip install '.[wandb]'"
+  with refusing(f'report_to={WANDB} needs the package wandb; {fix}', ImportError):
     return importlib.import_module('wandb')
-  except ImportError as error:
-    fix = "in a checkout, pip install '.[wandb]'"
-    raise UsageError(f'report_to={WANDB} needs the package wandb ({error}): {fix}') from error
 
 
 class MetricWriter(contextlib.AbstractContextManager):
@@ -117,7 +111,7 @@ class MetricWriter(contextlib.AbstractContextManager):
     # JSON has no NaN or infinity.
     entry |= {name: x if math.isfinite(x) else None for name, x in scalars.items()}
     self._jsonl.write(json.dumps(entry) + '\n')
-    retried(METRICS_FILE, self._jsonl.flush)  # what was not written is kept for it
+    files.retried(METRICS_FILE, self._jsonl.flush)  # what was not written is kept for it
     for sink in self._sinks:
       sink.scalars(step, scalars)
 
@@ -139,14 +133,14 @@ class MetricWriter(contextlib.AbstractContextManager):
 
 def _opened(path: epath.Path, mode: str, stack: contextlib.ExitStack) -> Any:
   # Of a file on gs:// `open` returns a context manager, and no file.
-  return retried(path, lambda: stack.enter_context(path.open(mode)))
+  return files.retried(path, lambda: stack.enter_context(path.open(mode)))
 
 
 class _TensorBoard:
   """Event files, as TensorBoard's own writer makes them."""
 
   def __init__(self, directory: epath.Path, first_step: int, stack: contextlib.ExitStack):
-    retried(directory, lambda: directory.mkdir(parents=True, exist_ok=True))
+    files.retried(directory, lambda: directory.mkdir(parents=True, exist_ok=True))
     name = f'events.out.tfevents.{time.time():.0f}.{os.getpid()}.t5x_lite'
     self._events = record_writer.RecordWriter(_opened(directory / name, 'wb', stack))
     self._event(file_version='brain.Event:2')
@@ -172,7 +166,7 @@ class _TensorBoard:
   def _values(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
     found = [_summary_pb2.Summary.Value(**value) for value in values]
     self._event(step=step, summary=_summary_pb2.Summary(value=found))
-    retried(TENSORBOARD, self._events.flush)
+    files.retried(TENSORBOARD, self._events.flush)
 
   def _event(self, **fields: Any) -> None:
     event = _event_pb2.Event(wall_time=time.time(), **fields)

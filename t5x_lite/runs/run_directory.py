@@ -18,10 +18,9 @@ from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 from t5x_lite.models.config import T5Config
 from t5x_lite.runs import files
-from t5x_lite.runs.files import retried
 
 MODEL_FILE = 'model.json'
 CONFIG_FILE = 'config.json'
@@ -36,11 +35,9 @@ def read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
   if not file.exists():
     fix = 'name a run directory that `t5x-lite train` wrote'
     raise UsageError(f'{root} holds no {MODEL_FILE}; {fix}')
-  try:
-    entry = json.loads(retried(file, file.read_text))
+  with refusing(f'{file} is not a saved model', ValueError, KeyError, TypeError):
+    entry = json.loads(files.retried(file, file.read_text))
     return T5Config(**entry['model']), dict(entry.get('lengths', {}))
-  except (ValueError, KeyError, TypeError) as error:
-    raise UsageError(f'{file} is not a saved model: {error}') from error
 
 
 def write_run(
@@ -59,11 +56,11 @@ def write_run(
   files, by name.
   """
   root = epath.Path(model_dir)
-  retried(root, lambda: root.mkdir(parents=True, exist_ok=True))
+  files.retried(root, lambda: root.mkdir(parents=True, exist_ok=True))
   has_one = (root / vocabularies.VOCABULARY_FILE).exists()
   kept = vocabularies.load_vocabulary(root) if has_one else vocabulary
   if kept == vocabulary or not same_vocabulary(kept, vocabulary):
-    retried(root, lambda: vocabularies.save_vocabulary(vocabulary, root))
+    files.retried(root, lambda: vocabularies.save_vocabulary(vocabulary, root))
   entry = {'model': dataclasses.asdict(model), 'lengths': dict(lengths or {})}
   files.write_json(root / MODEL_FILE, entry)
   if config is not None:
@@ -82,9 +79,8 @@ def check_resumable(model_dir: str, *, model: T5Config, vocabulary: VocabularyCo
   for field in dataclasses.fields(T5Config):
     old, new = getattr(saved, field.name), getattr(model, field.name)
     if old != new and field.name not in _FREE_FIELDS:
-      raise UsageError(
-        f'the run in {model_dir} has {field.name}={old!r}, the configuration {new!r}: {fix}'
-      )
+      differ = f'{field.name}={old!r}, the configuration {new!r}'
+      raise UsageError(f'the run in {model_dir} has {differ}: {fix}')
   has_one = (root / vocabularies.VOCABULARY_FILE).exists()
   if has_one and not same_vocabulary(vocabularies.load_vocabulary(root), vocabulary):
     what = 'another vocabulary than the configuration names'

@@ -8,7 +8,6 @@ Sources: Shazeer and Stern 2018 (arXiv 1804.04235); t5x/adafactor.py.
 """
 
 import dataclasses
-import enum
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,28 +27,6 @@ Path = tuple[str, ...]
 Axes = tuple[str | None, ...]
 
 
-class FactorDim(enum.Enum):
-  """What Adafactor does with a dim."""
-
-  NONE = 'none'  # the parameter is not factored
-  BATCH = 'batch'  # many parameters in one array: nothing is averaged over it
-  ROW = 'row'
-  COLUMN = 'column'
-
-
-def standard_logical_factor_rules() -> dict[str, FactorDim]:
-  """Returns T5X's role of each logical axis (t5x/adafactor.py:104)."""
-  axes = {
-    FactorDim.ROW: 'embed',
-    FactorDim.COLUMN: 'vocab mlp heads kv joined_kv q_wi_fused o_wo_fused multiquery_heads kv_fused'
-    ' mlp_activations',
-    FactorDim.BATCH: 'layers stack',
-    # The last three are not T5X's.
-    FactorDim.NONE: 'relpos_buckets layer_norm_scale lora_rank adapter prompt',
-  }
-  return {axis: role for role, names in axes.items() for axis in names.split()}
-
-
 class AdafactorState(NamedTuple):
   """Moments in float32, each a nested dict of only the parameters that have it.
 
@@ -67,7 +44,7 @@ class AdafactorState(NamedTuple):
 class Factoring:
   """How one parameter is handled; dims are indices into its shape."""
 
-  averaging_dims: tuple[int, ...]  # of RMS and parameter scale: all but BATCH
+  averaging_dims: tuple[int, ...]  # of RMS and parameter scale: all but that of a stack's layers
   row_dims: tuple[int, ...] = ()  # empty if it is not factored, as column_dims
   column_dims: tuple[int, ...] = ()
 
@@ -83,46 +60,23 @@ def factoring(
   *,
   factored: bool = True,
   min_dim_size_to_factor: int = 128,
-  rules: Mapping[str, FactorDim] | None = None,
 ) -> Factoring:
   """Returns how a parameter is factored, as T5X does for each of its layers.
 
-  BATCH dims set aside, what is left is one layer's parameter. Up to two dims it goes by size: the
-  larger is the column, if both reach min_dim_size_to_factor (T5X's fall-back to the heuristic,
-  adafactor.py:384). From three dims on it goes by ROW and COLUMN, whole groups of dims at a time.
+  The dim of the layers of a stack set aside, what is left is one layer's parameter. It goes by
+  size: of the two largest dims, if both reach min_dim_size_to_factor, the larger is the column
+  (T5X's heuristic, adafactor.py:384).
 
-  T5X itself takes the second road for every stacked parameter, and so factors small ones, which it
-  does not for the same layers unstacked. Here both forms give the same update. Axes of None mean no
-  BATCH dims and no roles; the rest is as in `adafactor`. UsageError if an axis has no role, or a
-  parameter of three or more dims mixes ROW and COLUMN with NONE, or has no axes.
+  T5X itself goes by a table of logical axes for every stacked parameter, and so factors small ones,
+  which it does not for the same layers unstacked. Here both forms give the same update. Axes of
+  None mean no stack; the rest is as in `adafactor`.
   """
-  rules = standard_logical_factor_rules() if rules is None else rules
-  names = (None,) * len(shape) if axes is None else axes
-  if strange := [axis for axis in names if axis is not None and axis not in rules]:
-    raise UsageError(
-      f'Adafactor has no role for the logical axis {strange[0]!r} of a parameter with axes {axes}; '
-      f'known are {", ".join(rules)}.'
-    )
-  roles = [FactorDim.NONE if axis is None else rules[axis] for axis in names]
-  dims = tuple(i for i, r in enumerate(roles) if r is not FactorDim.BATCH)
+  dims = tuple(i for i in range(len(shape)) if axes is None or axes[i] != 'layers')
   if not factored or len(dims) < 2:
     return Factoring(dims)
-  if len(dims) == 2:
-    row, column = sorted(dims, key=lambda i: shape[i])  # ties keep their order
-    large = shape[row] >= min_dim_size_to_factor
-    return Factoring(dims, (row,), (column,)) if large else Factoring(dims)
-  if axes is None:
-    raise UsageError(
-      f'Adafactor needs the logical axes of a parameter of shape {shape}: from three dims on they '
-      'say which are factored together.'
-    )
-  row_dims = tuple(i for i in dims if roles[i] is FactorDim.ROW)
-  column_dims = tuple(i for i in dims if roles[i] is FactorDim.COLUMN)
-  if not row_dims or not column_dims:
-    return Factoring(dims)
-  if len(row_dims) + len(column_dims) < len(dims):
-    raise UsageError(f'Adafactor cannot factor axes {axes}: some of them have the role NONE.')
-  return Factoring(dims, row_dims, column_dims)
+  *_, row, column = sorted(dims, key=lambda i: shape[i])  # ties keep their order
+  large = shape[row] >= min_dim_size_to_factor
+  return Factoring(dims, (row,), (column,)) if large else Factoring(dims)
 
 
 def adafactor(
@@ -140,7 +94,6 @@ def adafactor(
   epsilon1: float = 1e-30,
   epsilon2: float = 1e-3,
   dtype_momentum: DTypeLike = jnp.float32,
-  logical_factor_rules: Mapping[str, FactorDim] | None = None,
   max_parameter_scale: float | None = None,
   skip_nan_updates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -155,12 +108,11 @@ def adafactor(
     step  = -learning_rate max(epsilon2, rms(p)) u
 
   Only if `factored`, and both dims of a matrix reach min_dim_size_to_factor, v is kept as means.
-  Stacked parameters and those of more than two dims need `axes`, a tree of tuples of logical axes,
-  whose roles are T5X's where logical_factor_rules is None. multiply_by_parameter_scale: whether the
-  step is relative to rms(p), at most max_parameter_scale, for all parameters or by (regular
-  expression searched in 'a/b/c', bool) pairs, of which the first that matches counts. step_offset
-  restarts the second moments at fine-tuning; clipping_threshold=None does not clip. beta1 is the
-  momentum of the steps, kept in dtype_momentum; None for none and no memory for it.
+  Stacked parameters need `axes`, a tree of tuples of logical axes. multiply_by_parameter_scale:
+  whether the step is relative to rms(p), at most max_parameter_scale, for all parameters or by
+  (regular expression searched in 'a/b/c', bool) pairs, of which the first that matches counts.
+  step_offset restarts the second moments at fine-tuning; clipping_threshold=None does not clip.
+  beta1 is the momentum of the steps, kept in dtype_momentum; None for none and no memory for it.
   weight_decay_rate: p is also multiplied by 1 - weight_decay_rate, whatever the learning rate; with
   weight_decay_rate_lr_exponent the rate (1 if None) is times learning_rate to this power.
   skip_nan_updates: an element whose update or moment turns NaN keeps its old value.
@@ -168,7 +120,7 @@ def adafactor(
   The transform's update needs params, and the extra argument learning_rate with momentum or weight
   decay, whose terms are not proportional to it.
 
-  Source: t5x/adafactor.py Adafactor, arguments and defaults included.
+  Source: t5x/adafactor.py Adafactor, arguments and defaults too, but for logical_factor_rules.
   """
   axes_of = {} if axes is None else dict(pytrees.leaves(axes, is_leaf=_is_axes))
   decays = weight_decay_rate is not None or weight_decay_rate_lr_exponent
@@ -177,8 +129,8 @@ def adafactor(
   def layout_of(path, shape) -> Factoring:
     if axes is not None and path not in axes_of:
       raise UsageError(f'Adafactor was given no logical axes for {"/".join(path)}.')
-    how = {'min_dim_size_to_factor': min_dim_size_to_factor, 'rules': logical_factor_rules}
-    return factoring(shape, axes_of.get(path), factored=factored, **how)
+    how = {'factored': factored, 'min_dim_size_to_factor': min_dim_size_to_factor}
+    return factoring(shape, axes_of.get(path), **how)
 
   def has_scale(path) -> bool:
     whole = multiply_by_parameter_scale

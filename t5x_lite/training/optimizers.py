@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from t5x_lite.errors import UsageError, check_fields, check_one_of
+from t5x_lite.errors import UsageError, check_fields, check_one_of, refusing
 from t5x_lite.models import transfer
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor as adafactor_lib
-from t5x_lite.training.adafactor import Axes
 from t5x_lite.training.schedules import ScheduleConfig
 
 # Optax's optimizers whose step is proportional to the learning rate of the same step alone, as
@@ -84,12 +83,9 @@ class OptimizerConfig:
       unfreeze_every=(every is None or every >= 1, 'a number of steps, from 1, or None'),
     )
     for name in ('trainable', 'weight_decay_exclude'):
-      value = getattr(self, name)
-      try:
-        re.compile(value or '')
-      except re.error as error:
-        what = f'is {value!r}, which is no regular expression: {error}.'
-        raise UsageError(f'OptimizerConfig.{name} {what}') from error
+      what = f'is {getattr(self, name)!r}, which is no regular expression'
+      with refusing(f'OptimizerConfig.{name} {what}', re.error):
+        re.compile(getattr(self, name) or '')
     _arguments(self)
 
 
@@ -216,10 +212,8 @@ def trainable_mask(config: OptimizerConfig, params: Any) -> Any:
     return None
   mask = _map_paths(lambda name: bool(re.search(pattern, name)), params)
   if not any(jax.tree.leaves(mask)):
-    raise UsageError(
-      f'OptimizerConfig.trainable is {pattern!r}, which matches none of the {len(names)} '
-      f'parameters, such as {", ".join(names[:3])}.'
-    )
+    there = f'the {len(names)} parameters, such as {", ".join(names[:3])}.'
+    raise UsageError(f'OptimizerConfig.trainable is {pattern!r}, which matches none of {there}')
   return mask
 
 
@@ -267,7 +261,7 @@ def opt_state_axes(tx: optax.GradientTransformation, params: Any, axes: Any) -> 
   found = pytrees.leaves_with_axes(params, axes)
   known = {path: (leaf.shape, names) for path, leaf, names in found}
 
-  def find(path, leaf) -> Axes:
+  def find(path, leaf) -> adafactor_lib.Axes:
     path = pytrees.names_of(path)
     start = next((i for i in range(len(path)) if path[i:] in known), None)
     if start is None:

@@ -91,18 +91,15 @@ def make_schedule(
   if total is None and total_steps is not None:
     total = total_steps - config.step_offset
   if total is None:
-    raise UsageError(
-      f'ScheduleConfig.shape is {config.shape!r} and total_steps is not set; set '
-      'ScheduleConfig.total_steps to the step at which it ends.'
-    )
+    fix = 'set ScheduleConfig.total_steps to the step at which it ends.'
+    raise UsageError(f'ScheduleConfig.shape is {config.shape!r} and total_steps is not set; {fix}')
   start = config.warmup_steps
   if config.shape == 'wsd':
     start = total - (config.decay_steps or 0)
   if not config.warmup_steps <= start < total:
-    raise UsageError(
-      f'ScheduleConfig has {config.warmup_steps} warmup_steps and {config.decay_steps or 0} '
-      f'decay_steps in {total} total_steps; together they must be fewer.'
-    )
+    parts = f'{config.warmup_steps} warmup_steps and {config.decay_steps or 0} decay_steps'
+    fix = 'together they must be fewer.'
+    raise UsageError(f'ScheduleConfig has {parts} in {total} total_steps; {fix}')
 
   def schedule(step):
     step = _steps(config, step)

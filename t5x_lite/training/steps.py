@@ -14,7 +14,6 @@ import optax
 from flax import nnx
 
 from t5x_lite.models import t5
-from t5x_lite.models.t5 import T5
 from t5x_lite.parallel import logical_axes, pytrees
 from t5x_lite.training import losses
 from t5x_lite.training.train_state import TrainState
@@ -22,7 +21,7 @@ from t5x_lite.training.train_state import TrainState
 Batch = Mapping[str, jax.Array]
 
 
-def _sums(model: T5, batch: Batch, weights, loss, key, num_tasks: int = 0, cross_ahead=False):
+def _sums(model: t5.T5, batch: Batch, weights, loss, key, num_tasks: int = 0, cross_ahead=False):
   """Returns the loss's sums over a batch; see `losses.loss_sums`."""
   hidden_BLD = model.hidden(batch, dropout_key=key, cross_ahead=cross_ahead)
   targets_BL = batch['decoder_target_tokens']
@@ -35,7 +34,7 @@ def _sums(model: T5, batch: Batch, weights, loss, key, num_tasks: int = 0, cross
   )
 
 
-def _cross_ahead(model: T5) -> bool:
+def _cross_ahead(model: t5.T5) -> bool:
   """Whether to make keys and values of all layers' cross-attention before the decoder's loop.
 
   The gradient of the encoder's output then crosses a model axis once, and not once a layer: one

@@ -78,10 +78,8 @@ def random_spans_helper(
     noise, spans = num_noise_tokens_and_spans(tokens_length, noise_density, mean_noise_span_length)
     return tokens_length - noise + spans + 1, noise + spans + 1
 
-  if lengths(2)[0] > inputs_length:
-    raise UsageError(
-      f'Span corruption needs an inputs length of at least {lengths(2)[0]}; got {inputs_length}'
-    )
+  if (least := lengths(2)[0]) > inputs_length:
+    raise UsageError(f'Span corruption needs an inputs length from {least} on; got {inputs_length}')
   # The inputs lose at most the noise and gain at least one token a span.
   tokens_length = 2
   while lengths(tokens_length + 1)[0] <= inputs_length:
@@ -108,10 +106,8 @@ def sentinel_capacity(vocabulary: seqio.Vocabulary, num_sentinels: int | None = 
   the extra ids means reusing ordinary ones, as t5 does silently and ByT5 by design.
   """
   if num_sentinels is not None:
-    if not 0 < num_sentinels <= vocabulary.vocab_size - 3:
-      raise UsageError(
-        f'num_sentinels is {num_sentinels}; this vocabulary allows 1 to {vocabulary.vocab_size - 3}'
-      )
+    if not 0 < num_sentinels <= (most := vocabulary.vocab_size - 3):
+      raise UsageError(f'num_sentinels is {num_sentinels}; this vocabulary allows 1 to {most}')
     return num_sentinels
   if isinstance(vocabulary, seqio.ByteVocabulary) and not vocabulary.extra_ids:
     return BYT5_SENTINELS

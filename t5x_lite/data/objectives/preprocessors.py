@@ -120,9 +120,8 @@ def _drop_empty(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def _length(sequence_length: Lengths, feature: str) -> int:
   if sequence_length is None or feature not in sequence_length:
-    raise UsageError(
-      f'This objective needs the length of {feature!r}; set it in task_feature_lengths'
-    )
+    fix = 'set it in task_feature_lengths'
+    raise UsageError(f'This objective needs the length of {feature!r}; {fix}')
   return sequence_length[feature]
 
 
@@ -144,10 +143,8 @@ def denoise(
   """
   vocabulary = output_features['targets'].vocabulary
   if output_features['inputs'].vocabulary != vocabulary:
-    raise UsageError(
-      'A denoising task needs one vocabulary for inputs and targets; it has '
-      f'{output_features["inputs"].vocabulary} and {vocabulary}'
-    )
+    found = f'it has {output_features["inputs"].vocabulary} and {vocabulary}'
+    raise UsageError(f'A denoising task needs one vocabulary for inputs and targets; {found}')
   _check_segment(tokens_length)
 
   # One seed for all examples that come of one element.
@@ -354,20 +351,16 @@ def full_lm(
 def _check_targets(sequence_length: Lengths, needed: int) -> None:
   length = _length(sequence_length, 'targets')
   if length < needed:
-    raise UsageError(
-      f'This objective makes targets of {needed} tokens from '
-      f'{_length(sequence_length, "inputs")} inputs, and '
-      f'task_feature_lengths has {length} for targets; set it to {needed}'
-    )
+    inputs = _length(sequence_length, 'inputs')
+    given = f'inputs, and task_feature_lengths has {length} for targets; set it to {needed}'
+    raise UsageError(f'This objective makes targets of {needed} tokens from {inputs} {given}')
 
 
 def _check_sentinels(output_features: Features, num_sentinels: int | None, spans: int) -> int:
   """Returns the sentinels there are, if they are enough for the spans."""
   capacity = denoising.sentinel_capacity(output_features['targets'].vocabulary, num_sentinels)
   if spans > capacity:
-    raise UsageError(
-      f'The objective needs {spans} sentinels per sequence and the vocabulary '
-      f'has {capacity}; raise VocabularyConfig.extra_ids, make the sequences '
-      'shorter, or set num_sentinels to reuse ordinary ids'
-    )
+    need = f'The objective needs {spans} sentinels per sequence and the vocabulary has {capacity}'
+    fix = 'make the sequences shorter, or set num_sentinels to reuse ordinary ids'
+    raise UsageError(f'{need}; raise VocabularyConfig.extra_ids, {fix}')
   return capacity

@@ -242,7 +242,6 @@ def _stream_config(cfg: DatasetConfig) -> dict[str, Any]:
 def _check_same_stream(cfg: DatasetConfig, saved: dict[str, Any]) -> None:
   for name, now in _stream_config(cfg).items():
     if saved.get(name, now) != now:
-      raise UsageError(
-        f'the data position was saved with {name}={saved[name]!r}, now it is {now!r}: change it '
-        'back, or start without the saved data position'
-      )
+      was = f'the data position was saved with {name}={saved[name]!r}'
+      fix = 'change it back, or start without the saved data position'
+      raise UsageError(f'{was}, now it is {now!r}: {fix}')

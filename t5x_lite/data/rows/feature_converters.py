@@ -87,10 +87,9 @@ class FeatureConverter:
     wrong = (weights.lengths != targets.lengths) & ~(cut & (weights.lengths > targets.lengths))
     if wrong.any():
       at = int(wrong.argmax())
-      raise UsageError(
-        f'an example has {targets.lengths[at]} targets and {weights.lengths[at]} '
-        f'{LOSS_WEIGHTS}: a task must give every token its weight, EOS too'
-      )
+      counts = f'{targets.lengths[at]} targets and {weights.lengths[at]} {LOSS_WEIGHTS}'
+      fix = 'a task must give every token its weight, EOS too'
+      raise UsageError(f'an example has {counts}: {fix}')
     if not np.isfinite(weights.values).all() or (weights.values < 0).any():
       raise UsageError(f'{LOSS_WEIGHTS} of a task must be numbers of 0 or more')
     keep = packing.ramp(weights.lengths) < np.repeat(targets.lengths, weights.lengths)

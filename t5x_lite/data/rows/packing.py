@@ -102,10 +102,8 @@ def _check(examples: Examples, lengths: Mapping[str, int]) -> None:
   for name, length in lengths.items():
     longest = examples[name].lengths.max(initial=0)
     if longest > length:
-      raise UsageError(
-        f'an example has {longest} values in {name!r}, a row holds {length}: trim it first or '
-        f'raise task_feature_lengths[{name!r}]'
-      )
+      fix = f'trim it first or raise task_feature_lengths[{name!r}]'
+      raise UsageError(f'an example has {longest} values in {name!r}, a row holds {length}: {fix}')
 
 
 def pad(

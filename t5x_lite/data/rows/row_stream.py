@@ -22,7 +22,7 @@ from etils import epath
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import feature_converters, packing
 from t5x_lite.data.tasks import catalog, text_preprocessors
-from t5x_lite.errors import UsageError, first_line
+from t5x_lite.errors import UsageError, first_line, refusing
 
 # TensorFlow only reads text here; it must not reserve an accelerator's memory.
 with contextlib.suppress(RuntimeError):  # already initialised by the caller
@@ -135,15 +135,11 @@ def check_ids(cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Ex
     values = examples[name].values
     low, high = values.min(initial=0), values.max(initial=0)
     if low < 0 or high >= size:
-      raise UsageError(
-        f'id {low if low < 0 else high} in {name!r} of {task} is outside [0, {size}): the task and '
-        'the model need the same vocabulary'
-      )
+      token, fix = low if low < 0 else high, 'the task and the model need the same vocabulary'
+      raise UsageError(f'id {token} in {name!r} of {task} is outside [0, {size}): {fix}')
     if not cfg.has_segment_ids and not values.all():
-      raise UsageError(
-        f'id 0 occurs inside {name!r} of {task}, where it would be read as padding: set '
-        'segment_ids=True'
-      )
+      why = 'where it would be read as padding: set segment_ids=True'
+      raise UsageError(f'id 0 occurs inside {name!r} of {task}, {why}')
 
 
 def _to_numpy(tensor: tf.Tensor | tf.RaggedTensor) -> packing.Ragged:
@@ -218,9 +214,7 @@ class RowStream:
     """Returns the rows that the next window of examples finishes."""
     if self._iterator is None:
       self._iterator = self._iterate()
-    try:
-      window = next(self._iterator)
-    except StopIteration:
+    if (window := next(self._iterator, None)) is None:
       return self._end()
     if not self._num_examples:
       self._counted = not self._can_checkpoint()
@@ -274,10 +268,7 @@ class RowStream:
     if self._counted:
       return
     checkpoint = tf.train.Checkpoint(iterator=self._iterator)
-    try:
+    task = f'{self._cfg.mixture_or_task_name}: was the task or its data changed?'
+    wrong = f'the saved position {prefix} does not fit the input pipeline of {task}'
+    with refusing(wrong, tf.errors.OpError, AssertionError):
       checkpoint.read(os.fspath(prefix)).assert_consumed()
-    except (tf.errors.OpError, AssertionError) as error:
-      raise UsageError(
-        f'the saved position {prefix} does not fit the input pipeline of '
-        f'{self._cfg.mixture_or_task_name}: was the task or its data changed? ({first_line(error)})'
-      ) from error

@@ -21,7 +21,7 @@ from t5x_lite.data.objectives.named import Preprocessor
 from t5x_lite.data.tasks import text_preprocessors, tfds_source
 from t5x_lite.data.tasks.seqio_vocabulary import to_seqio
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.errors import UsageError, suggest
+from t5x_lite.errors import UsageError, refusing, suggest
 
 # Suffixes that can be read. Any other vocabulary gets its fingerprint.
 VOCABULARIES = {'t5': VocabularyConfig(), 'byte': VocabularyConfig(kind='byte')}
@@ -31,24 +31,18 @@ Rate = float | Callable[[seqio.Task], float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskRecipe:
-  """A task but for its vocabulary.
+  """A task but for its vocabulary."""
 
-  Attributes:
-    make_source: makes the source; called once, its rows serve all vocabularies.
-    features: names of the output features.
-    metric_fns: for the evaluation; empty means only the loss.
-    shuffle_buffer_size: examples; None where the source shuffles whole.
-    is_t5s: t5 has a task of this name. With T5's vocabulary it is registered under that name alone,
-      under which T5X users have it cached.
-  """
-
-  # Any: seqio.DataSource does not meet the registry's own annotation.
+  # Makes the source; called once, its rows serve all vocabularies. Any: seqio.DataSource does not
+  # meet the registry's own annotation.
   make_source: Callable[[], Any]
   preprocessors: tuple[Preprocessor, ...] = ()
-  features: tuple[str, ...] = ('inputs', 'targets')
-  metric_fns: tuple[metrics.MetricFn, ...] = ()
+  features: tuple[str, ...] = ('inputs', 'targets')  # names of the output features
+  metric_fns: tuple[metrics.MetricFn, ...] = ()  # for the evaluation; empty means only the loss
   postprocess_fn: Callable | None = None
-  shuffle_buffer_size: int | None = None
+  shuffle_buffer_size: int | None = None  # examples; None where the source shuffles whole
+  # t5 has a task of this name. With T5's vocabulary it is registered under that name alone, under
+  # which T5X users have it cached.
   is_t5s: bool = False
 
   def register(self, name: str, vocabulary: VocabularyConfig) -> None:
@@ -169,9 +163,8 @@ def register_mixture(
   for task, rate in rates.items():
     check_known(name, task)
     if not callable(rate) and rate <= 0:
-      raise UsageError(
-        f'The mixture {name!r} gives {task!r} the rate {rate}; rates must be more than 0'
-      )
+      what = f'The mixture {name!r} gives {task!r} the rate {rate}'
+      raise UsageError(f'{what}; rates must be more than 0')
   add(name, MixtureRecipe(rates=dict(rates)), vocabulary)
 
 
@@ -241,10 +234,8 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
       raise UsageError(f'{name!r} is a recipe: catalog.resolve(name, vocabulary) makes it a task')
     known = {*catalog(), *seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     hint = suggest(name, known) or f'; there are {", ".join(catalog())}.'
-    raise UsageError(
-      f'There is no task or mixture {name!r}{hint} Tasks of your own: name the module that '
-      'registers them in DatasetConfig.module'
-    )
+    fix = 'name the module that registers them in DatasetConfig.module'
+    raise UsageError(f'There is no task or mixture {name!r}{hint} Tasks of your own: {fix}')
   provider = seqio.get_mixture_or_task(name)
   for task in seqio.get_subtasks(provider):
     tfds_source.read_prepared(task.source)
@@ -283,11 +274,9 @@ def import_modules(modules: str = '') -> None:
   seqio.add_global_cache_dirs([path for path in cached.split(',') if path])
   ours = (f't5x_lite.data.tasks.{name}' for name in ('embedded', 'benchmarks', 'mixing'))
   for module in filter(None, map(str.strip, (*ours, *modules.split(',')))):
-    try:
+    fix = 'it must be installed or on PYTHONPATH'
+    with refusing(f'module {module!r} cannot be imported; {fix}', ModuleNotFoundError):
       importlib.import_module(module)
-    except ModuleNotFoundError as error:
-      how = 'it must be installed or on PYTHONPATH'
-      raise UsageError(f'module {module!r} cannot be imported: {error}; {how}') from error
 
 
 def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:

@@ -190,10 +190,8 @@ def unsupervised(
   if isinstance(objective, str):
     found = find_objective(objective)
     if found is None:
-      raise UsageError(
-        f'There is no objective {objective!r}; there are {", ".join(OBJECTIVES)}, and others '
-        'such as span_corruption_rate0.25_span5'
-      )
+      known = f'{", ".join(OBJECTIVES)}, and others such as span_corruption_rate0.25_span5'
+      raise UsageError(f'There is no objective {objective!r}; there are {known}')
     objective = found
   is_lm = objective is preprocessors.full_lm
   end = () if is_lm else (seqio.preprocessors.append_eos_after_trim,)

@@ -11,7 +11,7 @@ import seqio
 
 from t5x_lite.data.tasks import catalog
 from t5x_lite.data.tasks.catalog import MixtureRecipe
-from t5x_lite.errors import UsageError, first_line
+from t5x_lite.errors import UsageError, refusing
 
 _NUMBER = r'\d*\.?\d+'
 _ENDING = re.compile(rf'(?P<equal>_equal)?(_limit(?P<limit>\d+))?(_temperature(?P<t>{_NUMBER}))?$')
@@ -50,11 +50,8 @@ def shares(provider: seqio.Task | seqio.Mixture, split: str) -> dict[str, float]
   if not isinstance(provider, seqio.Mixture):
     return {}
   tasks = [task for task in provider.tasks if split in task.splits]
-  try:
+  with refusing(f'the rates of {provider.name} cannot be told', TypeError, ValueError):
     rates = {task.name: float(provider.get_rate(task)) for task in tasks}
-  except (TypeError, ValueError) as error:
-    why = first_line(error)
-    raise UsageError(f'the rates of {provider.name} cannot be told: {why}') from error
   total = sum(rates.values())
   if not total > 0:
     raise UsageError(f'the tasks of {provider.name} with a split {split!r} have rates of 0')

@@ -15,7 +15,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from t5x_lite.errors import UsageError, first_line
+from t5x_lite.errors import UsageError, refusing
 
 
 def find_prepared(name: str, directory: str) -> epath.Path:
@@ -26,12 +26,10 @@ def find_prepared(name: str, directory: str) -> epath.Path:
   dataset, _, version = name.partition(':')
   root = epath.Path(directory).expanduser()
   versions = {}
-  try:
+  with refusing(f'{root} cannot be read', OSError, tf.errors.OpError):
     for path in (root / dataset).iterdir() if (root / dataset).exists() else ():
       if re.fullmatch(r'\d+\.\d+\.\d+', path.name) and (path / 'dataset_info.json').exists():
         versions[tuple(map(int, path.name.split('.')))] = path
-  except (OSError, tf.errors.OpError) as error:
-    raise UsageError(f'{root} cannot be read: {first_line(error)}') from error
   if not versions:
     raise UsageError(
       f'the TFDS dataset {dataset} is not prepared in {root}: run `tfds build {dataset} '
