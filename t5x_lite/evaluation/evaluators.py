@@ -211,6 +211,10 @@ class Decoded:
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
         source = text_of(example, 'inputs', vocabulary)
         lines.append({'input': source, 'prediction': text, 'target': target, 'score': best.score})
+        if len(outputs[i]) > 1:
+          texts = [self.predictor.decoding.cut(vocabulary.decode(x.tokens)) for x in outputs[i]]
+          pairs = zip(texts, outputs[i], strict=True)
+          lines[-1]['n_best'] = [{'prediction': x, 'score': one.score} for x, one in pairs]
     if not lines:
       raise UsageError(f'the task {self.name} has no examples to evaluate')
     inputs = [line['input'] for line in lines]
@@ -366,9 +370,9 @@ class Evaluators:
     for evaluator in (*self._forced, *self._decoded):
       start = time.monotonic()
       result = evaluator.run(params)
-      shown = format_metrics(result.metrics)
+      text = format_metrics(result.metrics)
       seconds = time.monotonic() - start
-      log.info('%s/%s: %s (%.1f s)', result.kind, result.task, shown, seconds)
+      log.info('%s/%s: %s (%.1f s)', result.kind, result.task, text, seconds)
       yield result
 
   def run(
@@ -397,13 +401,18 @@ def check_distinct(names: Sequence[str]) -> None:
       raise UsageError(f'the task {name} is to be evaluated twice: name each task once')
 
 
+def shown(metrics: Metrics) -> dict[str, str]:
+  """Returns metrics as texts, 'value [low, high]'."""
+  texts = {name: f'{value:.5g}' for name, value in metrics.items()}
+  for name in metrics:
+    if f'{name}_low' in texts and f'{name}_high' in texts:
+      texts[name] += f' [{texts.pop(f"{name}_low")}, {texts.pop(f"{name}_high")}]'
+  return texts
+
+
 def format_metrics(metrics: Metrics) -> str:
   """Returns metrics as 'name value [low, high]' on one line."""
-  shown = {name: f'{value:.5g}' for name, value in metrics.items()}
-  for name in metrics:
-    if f'{name}_low' in shown and f'{name}_high' in shown:
-      shown[name] += f' [{shown.pop(f"{name}_low")}, {shown.pop(f"{name}_high")}]'
-  return ', '.join(f'{name} {value}' for name, value in shown.items())
+  return ', '.join(f'{name} {text}' for name, text in shown(metrics).items())
 
 
 def write_lines(path: epath.Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs import report_runs, start_checks
-from t5x_lite.runs import checkpoints, files, run_directory
+from t5x_lite.runs import checkpoints, files, metric_writers, run_directory
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def evaluate(
       T5X, or NAME@REVISION of the hub; several decode together, by their mean log-probability.
     datasets: tasks or mixtures, their splits and lengths.
     output: directory for metrics.json and TASK.jsonl (input, prediction and target of each
-      example); by default MODEL_DIR/eval/STEP of a run; what is no run, or several, needs it.
+      example); by default MODEL_DIR/eval/STEP of a run; what is no run, or several, needs it. In it
+      or above STEP: metrics.md, a table of all that is there, metrics.jsonl and TensorBoard's.
     last: evaluate the mean of this many of the newest checkpoints.
     steps: evaluate these checkpoints of a run, or 'all', each into a folder STEP of the output,
       except those that were evaluated with the same settings before.
@@ -123,9 +125,13 @@ def evaluate(
     specs = model_sharding.inference_params(run.config, placement)
     params = trained_model.load_together(models, specs)
     failed: list[str] = []
+    scalars: Metrics = {}
+    samples: dict[str, evaluators_lib.Lines] = {}
     for result in itertools.chain.from_iterable(one.results(params) for one in evaluators):
       found = results.setdefault(result.task, {})
       failed += result.failed
+      prefix = f'{result.kind}/{result.task}'
+      scalars |= {f'{prefix}/{k}': v for k, v in result.metrics.items()}
       if result.kind == 'eval':
         found |= {f'eval/{k}': v for k, v in result.metrics.items()}
         continue
@@ -133,11 +139,21 @@ def evaluate(
       found['examples'] = float(len(result.lines))
       if distributed.is_primary():
         evaluators_lib.write_lines(root / f'{result.task}.jsonl', result.lines)
+        samples[prefix] = result.lines[: metric_writers.NUM_SAMPLES]
     if distributed.is_primary():
       checkpoint = ', '.join(one.checkpoint for one in models)
       summary: Any = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results}
       summary['settings'] = None if failed else settings  # None is measured again
       files.write_json(root / 'metrics.json', summary)
+      home = root.parent if several or not output else root
+      # Steps may be evaluated in any order, and keep what was written of others.
+      with metric_writers.MetricWriter(str(home), first_step=sys.maxsize) as writer:
+        writer.write(run.step, scalars)
+        for name, lines in samples.items():
+          writer.write_samples(run.step, name, lines)
+      table = _table([root] if home == root else report_runs.listed(home))
+      files.write_text(home / 'metrics.md', table)
+      print(table, end='', flush=True)
       log.info('metrics and predictions are in %s', root)
     if failed:
       raise UsageError(f'{failed[0]}; predictions and other metrics are in {root}')
@@ -155,6 +171,20 @@ def evaluate(
         raise
       log.warning('%s was deleted before it was evaluated', path)
   return results
+
+
+def _table(folders: Sequence[epath.Path]) -> str:
+  """Returns Markdown: a line for each metric of a task, a column for each evaluation."""
+  folders = sorted(folders, key=lambda one: (len(one.name), one.name))  # steps by number
+  every = {one.name: report_runs.read_json(one / 'metrics.json').get('tasks') for one in folders}
+  columns = {name: report_runs.as_dict(tasks) for name, tasks in every.items() if tasks}
+  tasks = dict.fromkeys(itertools.chain.from_iterable(columns.values()))
+  lines = [['task', 'metric', *columns], ['---', '---', *['---:'] * len(columns)]]
+  for task in tasks:
+    found = [evaluators_lib.shown(tasks.get(task, {})) for tasks in columns.values()]
+    for name in dict.fromkeys(itertools.chain.from_iterable(found)):
+      lines.append([task, name, *(one.get(name, '') for one in found)])
+  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def _measured(root: epath.Path, settings: Any) -> dict[str, Metrics]:

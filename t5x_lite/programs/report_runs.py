@@ -108,12 +108,12 @@ def read(path: str, *, name: str = '') -> Run:
   results, predictions = {}, _of_training(root)
   # Where `eval` and programs like it wrote; its newest step alone.
   folders = [name for name in ('test', 'evaluation') if (root / name).is_dir()]
-  evaluated = [p.name for p in _listed(root / 'eval') if p.name.isdigit()]
+  evaluated = [p.name for p in listed(root / 'eval') if p.name.isdigit()]
   folders += [f'eval/{step}' for step in sorted(evaluated, key=int)[-1:]]
   for folder in folders:
     if tasks := as_dict(read_json(root / folder / 'metrics.json').get('tasks')):
       results[folder] = {k: as_dict(v) for k, v in tasks.items()}
-    for file in _listed(root / folder, '.jsonl'):
+    for file in listed(root / folder, '.jsonl'):
       kind = f'{folder.split("/")[0]}/{file.stem}'
       predictions.append(Predictions(kind, f'{folder}/{file.name}', read_lines(file)))
   return Run(
@@ -160,15 +160,15 @@ def _number(value: Any) -> float:
 def _of_training(root: epath.Path) -> list[Predictions]:
   """Returns what the newest evaluation during training decoded."""
   found = []
-  for folder in _listed(root / 'infer_eval'):
-    steps = [path for path in _listed(folder, '.jsonl') if path.stem.isdigit()]
+  for folder in listed(root / 'infer_eval'):
+    steps = [path for path in listed(folder, '.jsonl') if path.stem.isdigit()]
     for path in sorted(steps, key=lambda path: int(path.stem))[-1:]:
       name = f'infer_eval/{folder.name}'
       found.append(Predictions(name, f'{name}/{path.name}', read_lines(path)))
   return found
 
 
-def _listed(folder: epath.Path, suffix: str = '') -> list[epath.Path]:
+def listed(folder: epath.Path, suffix: str = '') -> list[epath.Path]:
   """Returns what is in a folder, whatever the folder's name: no glob."""
   found = folder.iterdir() if folder.is_dir() else ()
   return sorted(path for path in found if path.name.endswith(suffix))

@@ -36,7 +36,7 @@ TENSORBOARD = 'tensorboard'
 WANDB = 'wandb'
 NONE = 'none'
 WANDB_RUN_ID_FILE = 'wandb_run_id'
-_NUM_SAMPLES = 10
+NUM_SAMPLES = 10
 _SAMPLE_COLUMNS = ('input', 'prediction', 'target')
 
 
@@ -117,7 +117,7 @@ class MetricWriter(contextlib.AbstractContextManager):
 
   def write_samples(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
     """Shows the first predictions of an evaluation, beside their references."""
-    rows = [[str(line[column]) for column in _SAMPLE_COLUMNS] for line in lines[:_NUM_SAMPLES]]
+    rows = [[str(line[column]) for column in _SAMPLE_COLUMNS] for line in lines[:NUM_SAMPLES]]
     for sink in self._sinks:
       sink.samples(step, name, rows)
 

@@ -5,10 +5,12 @@ import threading
 
 import pytest
 
+from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import trained_model
 from t5x_lite.programs import evaluate as evaluate_lib
 from t5x_lite.programs.evaluate import evaluate
+from t5x_lite.runs import metric_writers
 from tests import tiny_run
 
 
@@ -45,9 +47,23 @@ def test_metrics_by_task_and_predictions_beside_references(run, tmp_path):
     assert set(json.loads(lines[0])) == {'input', 'prediction', 'target', 'score'}
 
 
-def test_by_default_results_lie_in_the_run(run):
-  evaluate(model_dir=str(run), datasets=[dataset()], num_examples=1, teacher_forced=False)
+def test_by_default_results_lie_in_the_run(run, capsys):
+  n_best = DecodingConfig(num_beams=2, num_return_sequences=2)
+  settings = {'datasets': [dataset()], 'num_examples': 1, 'decoding': n_best}
+  found = evaluate(model_dir=str(run), **settings, teacher_forced=False)
   assert (run / 'eval' / '1' / 'metrics.json').exists()
+  line = json.loads((run / 'eval' / '1' / 'language_id.jsonl').read_text())
+  best, second = line['n_best']
+  assert best == {'prediction': line['prediction'], 'score': line['score']}
+  assert second['score'] <= best['score']
+  # A table of all evaluations, metrics.jsonl and TensorBoard's beside them.
+  assert capsys.readouterr().out == (run / 'eval' / 'metrics.md').read_text()
+  [entry] = metric_writers.read_metrics(str(run / 'eval'))
+  assert entry['step'] == 1
+  accuracy = found['language_id']['accuracy']
+  assert entry['infer_eval/language_id/accuracy'] == pytest.approx(accuracy)
+  [events] = (run / 'eval' / 'tensorboard').iterdir()
+  assert b'infer_eval/language_id/samples' in events.read_bytes()
 
 
 def longest(targets, predictions, inputs):
@@ -79,12 +95,25 @@ def test_steps_are_evaluated_once(tmp_path, caplog):
   trainer.start()
   evaluate(**arguments, steps=['2', '3'], follow=True)
   trainer.join()
-  assert sorted(path.name for path in (run / 'eval').iterdir()) == ['2', '3']
+  assert sorted(path.name for path in (run / 'eval').iterdir() if path.is_dir()) == [
+    '2',
+    '3',
+    'tensorboard',
+  ]
   assert (run / 'eval' / '2' / 'metrics.json').read_bytes() == first
   assert 'checkpoints/2 is evaluated already' in caplog.text
   more = dict(bootstrap=20, metrics=['tests.programs.evaluate_test:longest', 'rouge'])
   found = evaluate(**arguments, steps=['all'], **more)['language_id']
-  assert sorted(path.name for path in (run / 'eval').iterdir()) == ['1', '2', '3']
+  assert sorted(path.name for path in (run / 'eval').iterdir() if path.is_dir())[:3] == [
+    '1',
+    '2',
+    '3',
+  ]
+  head, _, *lines = (run / 'eval' / 'metrics.md').read_text().splitlines()
+  assert head == '| task | metric | 1 | 2 | 3 |'
+  assert any(line.startswith('| language_id | rouge1 | ') and '[' in line for line in lines)
+  steps = [entry['step'] for entry in metric_writers.read_metrics(str(run / 'eval'))]
+  assert steps == [2, 3, 1, 2, 3]
   assert found['longest_low'] <= found['longest_high'] == found['longest']
   assert found['rouge1_low'] <= found['rouge1'] <= found['rouge1_high']
   assert found == evaluate(**arguments, steps=['all'], **more)['language_id']
@@ -106,7 +135,7 @@ def test_a_followed_checkpoint_may_be_deleted_before_it_is_read(tmp_path, caplog
   arguments = dict(model_dir=str(tmp_path), datasets=[dataset()], num_examples=2)
   assert evaluate(**arguments, steps=['1', '2'], follow=True)['language_id']['examples'] == 2
   assert 'checkpoints/1 was deleted before it was evaluated' in caplog.text
-  assert [path.name for path in (tmp_path / 'eval').iterdir()] == ['2']
+  assert sorted(path.name for path in (tmp_path / 'eval').iterdir())[0] == '2'
 
 
 def broken(targets, predictions):
