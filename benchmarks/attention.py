@@ -22,7 +22,7 @@ def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--lengths', type=int, nargs='+', default=[512, 2048, 8192])
   names = ['dense', 'blocked', 'pallas_tpu', 'pallas_gpu', 'cudnn']
-  parser.add_argument('--implementations', nargs='+', default=names)
+  parser.add_argument('--implementations', nargs='+', choices=[*names, 'auto'], default=names)
   parser.add_argument('--skip', nargs='*', default=[], help='implementation:length')
   parser.add_argument('--kind', choices=('encoder', 'causal'), default='encoder')
   parser.add_argument('--batch_size', type=int, default=1)
@@ -114,7 +114,8 @@ def main() -> None:
       command = [sys.executable, *sys.argv, '--cell', cell]
       done = subprocess.run(command, capture_output=True, text=True)
       if done.returncode:
-        print(f'| {length} | {name} | failed: {done.stderr.strip().splitlines()[-1][:200]} |')
+        why = done.stderr.strip() or f'exit code {done.returncode}'
+        print(f'| {length} | {name} | failed: {why.splitlines()[-1][:200]} |')
         continue
       found = json.loads(done.stdout.splitlines()[-1])
       if 'missing' in found:

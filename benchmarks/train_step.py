@@ -11,7 +11,7 @@ own process with all cores, and they run in turns (see side_by_side.py). Wall
 and CPU seconds are medians over all steps; on a machine shared with other work
 the CPU column is the one to read. The matmul ceiling is that of a jitted
 product of two square float32 matrices, measured in turns with the rest; FLOPs
-are those of `t5x_lite.flops`.
+are those of `t5x_lite.compiler.flops`.
 
 Our programs make glibc keep freed memory where the CPU computes, and so does
 ours here (`--memory own`); `--memory kept` does the same for everyone,

@@ -318,7 +318,7 @@ def _choose(logits_SV, s: _Slots, key) -> jax.Array:
   def sample(_):
     scaled_SV = logits_SV / jnp.where(s.temperature_S > 0, s.temperature_S, 1.0)[:, None]
     sorted_SV = jnp.sort(scaled_SV, axis=-1, descending=True)
-    kept_SV = jnp.arange(sorted_SV.shape[-1])[None, :] < s.top_k_S[:, None]
+    kept_SV = sorted_SV >= jnp.take_along_axis(sorted_SV, s.top_k_S[:, None] - 1, axis=-1)
     probs_SV = jax.nn.softmax(jnp.where(kept_SV, sorted_SV, -jnp.inf), axis=-1)
     before_SV, p_S1 = jnp.cumsum(probs_SV, axis=-1) - probs_SV, s.top_p_S[:, None]
     kept_SV &= (before_SV < p_S1) | (p_S1 == 1)  # sums of all round to more than 1

@@ -29,8 +29,9 @@ _PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'pallas_gpu': ('gpu', 'cuda'), 'pallas_t
 def choose(implementation: str, L: int, M: int, platform: str | None = None) -> str:
   """Returns the implementation that a setting means for L queries and M keys.
 
-  One query alone, as in decoding, is always 'dense': its arrays are no larger than the keys. The
-  platform is that of the mesh being traced, or JAX's own; UsageError if it has no such thing.
+  One query alone, as in decoding, is always 'dense': its arrays are no larger than the keys. So are
+  odd lengths instead of 'cudnn', which trains none. The platform is that of the mesh being traced,
+  or JAX's own; UsageError if it has no such thing.
   """
   if platform is None:
     mesh = logical_axes.active_mesh()
@@ -40,7 +41,7 @@ def choose(implementation: str, L: int, M: int, platform: str | None = None) -> 
     there = f"this is a {platform.upper()}: use 'auto', 'dense' or 'blocked'"
     need = f'which needs a {allowed[0].upper()}; {there}'
     raise UsageError(f'T5Config.attention is {implementation!r}, {need}')
-  if L == 1:
+  if L == 1 or (implementation == 'cudnn' and (L % 2 or M % 2)):
     return 'dense'
   if implementation == 'auto':
     return 'dense' if L * M < _LONG.get(platform, _LONG_ELSEWHERE) else 'blocked'
@@ -89,6 +90,8 @@ def attention(
     return _dense(q_BLHK, k_BMHK, v_BMHK, bias, mask)
   if form == 'cudnn':
     assert not isinstance(mask, Visibility)
+    if mask is not None:
+      mask = jnp.broadcast_to(mask, (*mask.shape[:2], q_BLHK.shape[1], k_BMHK.shape[1]))
     # It takes no float32, and makes the mask part of the bias.
     return jax.nn.dot_product_attention(
       *(q_BLHK, k_BMHK, v_BMHK),
@@ -102,7 +105,7 @@ def attention(
     from t5x_lite.models import pallas_tpu_attention as kernel
   elif form == 'pallas_gpu':
     from t5x_lite.models import pallas_gpu_attention as kernel
-  vector = ('batch', 'length', 'heads', 'kv')
+  vector = ('batch', None, 'heads', 'kv')  # every query sees all keys, whatever cuts lengths
   axes = (vector, vector, vector, ('heads', None), ('batch', None))
   return logical_axes.per_shard(kernel.attention, axes, vector)(
     q_BLHK, k_BMHK, v_BMHK, bias, Visibility() if mask is None else mask

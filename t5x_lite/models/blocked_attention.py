@@ -73,7 +73,8 @@ def _split(size: int, *arrays: Array) -> tuple[Array, ...]:
     dim = min(2, x.ndim - 1)
     x = x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
     blocks.append(jnp.moveaxis(x, dim, 0))
-  return jnp.arange(len(blocks[0])), *blocks
+  # The numbers too as if they depended on q, see `_attention_fwd`: causal masks are made of them.
+  return jax.lax.optimization_barrier((jnp.arange(len(blocks[0])), *blocks))
 
 
 def _join(x_NBHlK: Array) -> Array:

@@ -1,9 +1,11 @@
-"""Metrics of the benchmarks on small cases worked out by hand, as t5 counts them."""
+"""Metrics of the benchmarks on small cases worked out by hand and on random ones, as t5 counts."""
 
 import numpy as np
 import pytest
+from rouge_score import rouge_scorer, scoring
 
 from t5x_lite.data import benchmark_metrics as judged
+from tests.data import metric_cases
 
 
 def test_labels_are_numbers_and_anything_else_is_minus_one():
@@ -166,3 +168,88 @@ def test_groups_are_averaged_or_their_first_taken():
   got = [{**row, 'value': v} for row, v in zip(rows, (1, 0, 3), strict=True)]
   assert judged.mean_of_groups(judged.class_accuracy)(rows, got) == {'accuracy': 75.0}
   assert judged.deduplicated(judged.class_accuracy)(rows, got) == {'accuracy': 100.0}
+
+
+# ---- Random values beside the formulas ---------------------------------------
+
+SEEDS = pytest.mark.parametrize('seed', range(4))
+
+
+@SEEDS
+def test_scores_of_classes_are_their_formulas(seed):
+  rng = np.random.default_rng(seed)
+  wanted, got = rng.integers(0, 3, 50), rng.integers(-1, 4, 50)  # anything may be predicted
+  assert judged.class_accuracy(wanted, got)['accuracy'] == pytest.approx(
+    100 * (wanted == got).mean()
+  )
+  mean = np.mean([metric_cases.f1(wanted, got, label) for label in range(3)])
+  assert judged.mean_multiclass_f1(wanted, got)['mean_3class_f1'] == pytest.approx(100 * mean)
+  # The correlation of several classes (Gorodkin 2004): covariances of one-hot rows.
+  a, b = (x[:, None] == np.arange(-1, 4) for x in (wanted, got))
+  a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+  matthews = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+  found = judged.matthews(wanted, got)['matthews_corrcoef']
+  assert found == pytest.approx(100 * matthews)
+
+
+@SEEDS
+def test_f1_with_invalid_predictions_is_t5s(seed):
+  rng = np.random.default_rng(seed)
+  wanted, got = rng.integers(0, 2, 50), rng.integers(-1, 3, 50)
+  changed = [b if b in (0, 1) else 1 - a for a, b in zip(wanted, got, strict=True)]
+  expected = 100 * metric_cases.f1(wanted, changed, 1)
+  assert judged.binary_f1(wanted, got)['f1'] == pytest.approx(expected)
+  groups = rng.integers(0, 20, 50)
+  rows = [
+    [{'value': int(x), 'group': (int(g),)} for x, g in zip(values, groups, strict=True)]
+    for values in (wanted, got)
+  ]
+  exact = [(wanted == got)[groups == group].all() for group in set(groups)]
+  assert judged.multirc(*rows) == {
+    'f1': pytest.approx(expected),
+    'exact_match': pytest.approx(100 * np.mean(exact)),
+  }
+
+
+@SEEDS
+def test_correlations_of_equal_values_too(seed):
+  rng = np.random.default_rng(seed)
+  a = rng.normal(size=40).round(1)
+  b = (a + rng.normal(size=40)).round(1)
+  found = judged.correlations(a, b)
+  assert found['pearson_corrcoef'] == pytest.approx(100 * np.corrcoef(a, b)[0, 1])
+  # An equal value's rank is the mean of theirs: how many are smaller, and half of the others.
+  ranks = [(x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) - 1) / 2 for x in (a, b)]
+  assert found['spearman_corrcoef'] == pytest.approx(100 * np.corrcoef(*ranks)[0, 1])
+
+
+@SEEDS
+def test_trivia_qa_and_record_are_t5s(seed):
+  targets, predictions = metric_cases.pairs(seed, size=100)
+  expected = metric_cases.question_answering(targets, predictions, metric_cases.trivia_qa_words)
+  assert judged.trivia_qa(targets, predictions) == pytest.approx(expected)
+  groups = np.random.default_rng(seed).integers(0, 30, 100).tolist()
+  rows = [
+    [{'value': x, 'group': (g,)} for x, g in zip(values, groups, strict=True)]
+    for values in (targets, predictions)
+  ]
+  first = [groups.index(group) for group in set(groups)]
+  expected = metric_cases.question_answering(
+    *([values[i] for i in first] for values in (targets, predictions)), metric_cases.squad_words
+  )
+  assert judged.record(*rows) == pytest.approx(expected)
+
+
+@SEEDS
+def test_t5s_rouge_is_the_middle_of_its_bootstrap(seed):
+  """t5 publishes the median of resampled means, a random number; ours is the mean itself."""
+  targets, predictions = metric_cases.pairs(seed, most=1)
+  kinds = ['rouge1', 'rouge2', 'rougeLsum']
+  scorer, resampled = rouge_scorer.RougeScorer(kinds), scoring.BootstrapAggregator()
+  np.random.seed(seed)
+  for pair in zip(targets, predictions, strict=True):
+    resampled.add_scores(scorer.score(*(text.replace(' . ', ' .\n') for text in pair)))
+  found = judged.t5_rouge(targets, predictions)
+  for kind, one in resampled.aggregate().items():
+    error = (one.high.fmeasure - one.low.fmeasure) / (2 * 1.96)
+    assert abs(found[kind] / 100 - one.mid.fmeasure) < 0.2 * error, kind

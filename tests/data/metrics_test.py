@@ -1,11 +1,17 @@
 import json
 import random
+import re
 
+import editdistance
+import numpy as np
 import pytest
 import sacrebleu
+from rouge_score import rouge_scorer
+from sklearn import metrics as sklearn_metrics
 
 from t5x_lite.data import metrics
 from t5x_lite.errors import UsageError
+from tests.data import metric_cases
 
 
 def reference_edit_distance(a, b):
@@ -128,6 +134,118 @@ def test_split_references():
   split = metrics.split_references
   assert split('A B | C', separator=' | ', is_target=True) == ['A B', 'C']
   assert split('A | B', separator=' | ', is_target=False, example={}) == 'A | B'
+
+
+# ---- Random texts beside the libraries and t5's formulas ---------------------
+
+SEEDS = pytest.mark.parametrize('seed', range(4))
+
+
+@SEEDS
+def test_bleu_is_t5s_and_chrf_is_sacrebleus(seed):
+  targets, predictions = metric_cases.pairs(seed, most=1)
+  expected = sacrebleu.BLEU(
+    smooth_method='exp', force=False, lowercase=False, tokenize='intl', effective_order=False
+  ).corpus_score(predictions, [targets])
+  assert metrics.bleu(targets, predictions)['bleu'] == pytest.approx(expected.score)
+  assert 0.0 < expected.score < 100.0
+  expected = sacrebleu.CHRF().corpus_score(predictions, [targets])
+  assert metrics.chrf(targets, predictions)['chrf'] == pytest.approx(expected.score)
+
+
+@SEEDS
+def test_references_of_any_number_are_as_with_one_of_them_again(seed):
+  """Which changes neither score, and makes the streams whole."""
+  targets, predictions = metric_cases.pairs(seed)
+  streams = [[(target * 3)[i] for target in targets] for i in range(3)]
+  for name, metric in (('bleu', sacrebleu.BLEU(tokenize='intl')), ('chrf', sacrebleu.CHRF())):
+    expected = metric.corpus_score(predictions, streams).score
+    assert metrics.METRICS[name](targets, predictions)[name] == pytest.approx(expected)
+
+
+@SEEDS
+def test_rouge_is_rouge_scores_best_reference(seed):
+  targets, predictions = metric_cases.pairs(seed)
+  for stemmed in (True, False):
+    scorer = rouge_scorer.RougeScorer(['rouge1', 'rouge2', 'rougeLsum'], use_stemmer=stemmed)
+    found = metrics.rouge(targets, predictions, use_stemmer=stemmed)
+    for kind, score in found.items():
+      best = [
+        max(scorer.score(text, prediction)[kind].fmeasure for text in texts)
+        for texts, prediction in zip(targets, predictions, strict=True)
+      ]
+      assert score == pytest.approx(100 * np.mean(best))
+
+
+@SEEDS
+def test_squad_is_t5s(seed):
+  targets, predictions = metric_cases.pairs(seed, size=100)
+  expected = metric_cases.question_answering(targets, predictions, metric_cases.squad_words)
+  assert metrics.squad(targets, predictions) == pytest.approx(expected)
+
+
+@SEEDS
+def test_accuracies_and_f1_are_sklearns(seed):
+  rng = np.random.default_rng(seed)
+  labels = ['', ' ', 'yes', 'Yes', ' yes', '\u00e9', 'e\u0301']
+  targets, predictions = rng.choice(labels, (2, 60)).tolist()
+  stripped = [[text.strip() for text in texts] for texts in (targets, predictions)]
+  for found, expected in (
+    (metrics.sequence_accuracy, sklearn_metrics.accuracy_score(targets, predictions)),
+    (metrics.accuracy, sklearn_metrics.accuracy_score(*stripped)),
+    (metrics.f1, np.mean([metric_cases.f1(*stripped, label) for label in sorted({*stripped[0]})])),
+  ):
+    [score] = found(targets, predictions).values()
+    assert score == pytest.approx(100 * expected)
+  several = [[target, predictions[i - 1]] for i, target in enumerate(targets)]
+  right = [one in texts for one, texts in zip(predictions, several, strict=True)]
+  found = metrics.sequence_accuracy(several, predictions)['sequence_accuracy']
+  assert found == pytest.approx(100 * np.mean(right))
+
+
+def edit_rate(targets, predictions):
+  edits = [editdistance.eval(*pair) for pair in zip(targets, predictions, strict=True)]
+  return 100 * sum(edits) / sum(map(len, targets))
+
+
+@SEEDS
+def test_error_rates_are_editdistances(seed):
+  targets, predictions = metric_cases.pairs(seed, most=1)
+  words = [[text.split() for text in texts] for texts in (targets, predictions)]
+  assert metrics.transcription_error_rates(targets, predictions) == {
+    'word_error_rate': pytest.approx(edit_rate(*words)),
+    'character_error_rate': pytest.approx(edit_rate(targets, predictions)),
+  }
+  phonemes = ('AH0', 'AH1', 'EY2', 'B', 'K')
+  targets, predictions = metric_cases.pairs(seed, most=1, words=phonemes, spaces=(' ', '  '))
+  words = [[text.split() for text in texts] for texts in (targets, predictions)]
+  bare = [[re.sub(r'\d', '', text).split() for text in texts] for texts in (targets, predictions)]
+  wrong, wrong_bare = (np.mean([a != b for a, b in zip(*x, strict=True)]) for x in (words, bare))
+  assert metrics.pronunciation_error_rates(targets, predictions) == {
+    'word_error_rate': pytest.approx(100 * wrong),
+    'phoneme_error_rate': pytest.approx(edit_rate(*words)),
+    'word_error_rate_no_stress': pytest.approx(100 * wrong_bare),
+    'phoneme_error_rate_no_stress': pytest.approx(edit_rate(*bare)),
+  }
+
+
+@SEEDS
+def test_edit_distance_is_t5s_mean_on_lower_case_words(seed):
+  """t5 also lowers case and takes what is no letter for a space; ours takes texts as they are."""
+  words = ('a', 'cat', 'dog', '\u00fcber', '\u5317', 'x')
+  targets, predictions = metric_cases.pairs(seed, most=1, words=words, spaces=(' ',))
+  texts = [[one.lower().strip() for one in texts] for texts in (targets, predictions)]
+  edits = [
+    editdistance.eval(*(re.split(r'\W', x) for x in pair)) for pair in zip(*texts, strict=True)
+  ]
+  assert metrics.mean_edit_distance(*texts)['edit_distance'] == pytest.approx(np.mean(edits))
+  several, predictions = metric_cases.pairs(seed, words=words)
+  edits = [
+    min(editdistance.eval(text.split(), got.split()) for text in texts)
+    for texts, got in zip(several, predictions, strict=True)
+  ]
+  found = metrics.mean_edit_distance(several, predictions)['edit_distance']
+  assert found == pytest.approx(np.mean(edits))
 
 
 @pytest.mark.parametrize('name', metrics.METRICS)

@@ -4,6 +4,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from t5x_lite.decoding import continuous, prediction
 from t5x_lite.decoding.automaton import Automaton
@@ -13,6 +14,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.models import model_sharding
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.parallel.placement import single_device
+from tests.decoding import filters_by_hand
 from tests.models import tiny
 
 LIMIT = 12
@@ -37,6 +39,53 @@ def model(request):
     num_decoder_layers=2,
   )
   return cfg, tiny.params(cfg)
+
+
+# Of a row's own settings, as a Predictor's.
+OWN = [
+  {'temperature': 1.0, **settings}
+  for settings in filters_by_hand.SETTINGS
+  if settings.keys() <= {'temperature', 'top_k', 'top_p'}
+]
+
+
+def choose(logits, settings):
+  """Returns what slots of these settings draw from [S, V], each by its number for a seed."""
+  (n, V), jnp = logits.shape, jax.numpy
+  slots = dataclasses.replace(
+    continuous._empty(tiny.config(), n, 16, LIMIT),
+    temperature_S=jnp.asarray([s['temperature'] for s in settings], jnp.float32),
+    top_k_S=jnp.asarray([min(s.get('top_k') or V, V) for s in settings], jnp.int32),
+    top_p_S=jnp.asarray([s.get('top_p', 1.0) for s in settings], jnp.float32),
+    seed_S=jnp.arange(n, dtype=jnp.uint32),
+    going_S=jnp.ones((n,), bool),
+  )
+  return np.asarray(continuous._choose(jnp.asarray(logits), slots, jax.random.key(0)))
+
+
+def test_a_rows_own_filters_are_those_of_the_papers(monkeypatch):
+  """Each row has other settings than its neighbours."""
+  pairs = [(row, one) for row in filters_by_hand.logits(30) for one in OWN]
+  logits = np.stack([row for row, _ in pairs])
+  bits = 2 ** np.arange(logits.shape[1])  # of the number "drawn": the tokens that may be
+  monkeypatch.setattr(
+    jax.random, 'categorical', lambda key, x: (jax.numpy.isfinite(x) * bits).sum()
+  )
+  found = choose(logits, [one for _, one in pairs])
+  for number, (row, one) in zip(found, pairs, strict=True):
+    kept = filters_by_hand.probabilities(row, **one) > 0
+    assert number == (kept * bits).sum(), (row, one, kept)
+
+
+def test_rows_are_drawn_by_their_own_distribution():
+  n = 4000
+  row = filters_by_hand.logits(1)[0]
+  drawn = choose(np.tile(row, (n * len(OWN), 1)), OWN * n).reshape(n, len(OWN))
+  for one, tokens in zip(OWN, drawn.T, strict=True):
+    p = filters_by_hand.probabilities(row, **one)
+    counts = np.bincount(tokens, minlength=len(p))
+    assert counts[p == 0].sum() == 0
+    assert stats.chisquare(counts[p > 0], n * p[p > 0]).pvalue > 1e-3 or (p > 0).sum() == 1, one
 
 
 def test_top_p_of_1_hides_nothing(monkeypatch):

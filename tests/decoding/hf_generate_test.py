@@ -16,8 +16,36 @@ from t5x_lite.interop import checkpoint_source, tensors
 from t5x_lite.parallel.placement import single_device
 from tests.interop import hf_models
 
-NEW, SIZE = 12, 24
+NEW, SIZE = 12, 50
 VARIANTS = {v.name: v for v in hf_models.VARIANTS}
+# Tied and untied heads, deep encoders, biases per layer, scanned and not; and what the end's logits
+# are multiplied by, so that some outputs end early and some at the limit.
+FAMILIES = {
+  't5_1_0_scanned': 4.0,
+  't5_1_1_lm_flan': 1.5,
+  'mt5_tied_unrolled': -3.0,
+  'byt5': 1.5,
+  'umt5_tied': 1.5,
+  'umt5_unrolled': 3.0,
+  'ul2': -3.0,
+}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+  """Products this small wait for each other's threads, twice as long where cores are shared."""
+  threads = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(threads)
+
+
+@pytest.fixture(
+  scope='module',
+  params=[pytest.param(x, marks=() if 'flan' in x else pytest.mark.slow) for x in FAMILIES],
+)
+def family(request, tmp_path_factory):
+  return load(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope='module')
@@ -31,8 +59,7 @@ def load(name, tmp_path_factory, scan_layers=None):
   scan_layers = variant.scan_layers if scan_layers is None else scan_layers
   model = hf_models.make(variant).double()  # what both float32 are near
   with torch.no_grad():
-    # Some outputs are to end early, some at the limit.
-    model.lm_head.weight[1] *= 2.0 if variant.untied else 1.0
+    model.lm_head.weight[1] *= FAMILIES[name]
   folder = tmp_path_factory.mktemp(name)
   model.save_pretrained(folder)
   source = checkpoint_source.open_source(str(folder))
@@ -57,17 +84,27 @@ def theirs(model, ids, *, prefix=None, **settings):
       max_new_tokens=NEW,
       return_dict_in_generate=True,
       output_scores=True,
+      output_logits=True,
       **{'do_sample': False, 'num_beams': 1, **prompt, **settings},
     )
   start = 1 + len(prefix or ())
   found = []
   for row in out.sequences[:, start:].tolist():
-    if 1 in row:
-      del row[row.index(1) :]
-    while len(row) == NEW and row and row[-1] == 0:  # as ours: padding is no output
-      row.pop()
-    found.append(row)
-  return found, getattr(out, 'sequences_scores', None)
+    end = row.index(1) if 1 in row else len(row)
+    while 1 not in row and end and row[end - 1] == 0:  # as ours: padding is no output
+      end -= 1
+    found.append(row[:end])
+  scores = out.sequences_scores if 'sequences_scores' in out else sums(out.sequences, out.logits)
+  return found, scores.numpy()
+
+
+def sums(sequences, logits):
+  """Sums of log-probabilities by the model's own logits, the end's included."""
+  log_probs = torch.stack(logits, dim=1).log_softmax(-1)
+  new = sequences[:, -len(logits) :]
+  ended = (new == 1).cumsum(-1) - (new == 1).long()  # before this position
+  chosen = log_probs.gather(-1, new[:, :, None])[:, :, 0]
+  return torch.where(ended > 0, 0.0, chosen).sum(-1)
 
 
 def ours(cfg, params, rows, *, prefix=None, **settings):
@@ -89,29 +126,52 @@ def compare(pair, n=1, *, size=SIZE, prefix=None, hf=None, **settings):
   expected, scores = theirs(model, ids, prefix=prefix, **(settings if hf is None else hf))
   found, outputs = ours(cfg, params, tokens, prefix=prefix, **settings)
   assert found == expected
-  if scores is not None:
-    np.testing.assert_allclose([o.score for o in outputs], scores.numpy(), atol=1e-4)
-  return outputs
-
-
-# Penalties of either sign and none by every rule to stop; BEAMS=all takes every pair.
-RULES = [(0.0, False), (0.6, True), (2.0, 'never'), (-1.0, False), (-1.0, 'never'), (1.0, 'never')]
-if os.environ.get('BEAMS') == 'all':
-  RULES = [
-    (penalty, stopping)
-    for stopping in (False, True, 'never')
-    for penalty in (0.0, 0.6, 1.0, 2.0, -1.0)
-  ]
-# What they are of: an old T5, tied and untied heads, deep encoders, biases per layer.
-FAMILIES = ('t5_1_0_scanned', 'byt5', 'umt5_unrolled', 'mt5_tied_unrolled', 'umt5_tied', 'ul2')
+  np.testing.assert_allclose([o.score for o in outputs], scores, atol=1e-4)
+  return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('index', range(len(RULES)))
-def test_beams(index, tmp_path_factory):
-  penalty, stopping = RULES[index]
-  pair = load(FAMILIES[index % len(FAMILIES)], tmp_path_factory)
-  compare(pair, 3, num_beams=4, length_penalty=penalty, early_stopping=stopping)
+def test_greedy(family):
+  plain = compare(family)
+  lengths = [len(row) for row in plain]
+  assert min(lengths) < NEW == max(lengths), 'all end early, or none'
+  assert len({tuple(row) for row in plain}) > 10, 'prompts hardly matter'
+  for settings in (
+    {'repetition_penalty': 1.7},
+    {'no_repeat_ngram_size': 2},
+    {'min_new_tokens': 6},
+    {'prefix': [11, 12, 13, 11]},
+  ):
+    assert compare(family, **settings) != plain, f'{settings} changes nothing'
+
+
+# Every rule to stop with a penalty below 1 and one above, and none and a negative one; BEAMS=all
+# takes every pair.
+STOPPING = (False, True, 'never')
+RULES = [(penalty, stopping) for stopping in STOPPING for penalty in (0.6, 2.0)]
+RULES += [(0.0, False), (-1.0, False), (-1.0, 'never')]
+if os.environ.get('BEAMS') == 'all':
+  RULES = [(penalty, stopping) for stopping in STOPPING for penalty in (0.0, 0.6, 1.0, 2.0, -1.0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rule', RULES, ids=str)
+def test_beams_all_four_returned(family, rule):
+  penalty, stopping = rule
+  compare(family, 4, num_beams=4, length_penalty=penalty, early_stopping=stopping)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {'repetition_penalty': 1.7, 'min_new_tokens': 6},
+    {'no_repeat_ngram_size': 2, 'prefix': [11] * 4},
+  ],
+  ids=' '.join,
+)
+def test_beams_with(family, settings):
+  compare(family, 3, num_beams=4, **settings)
 
 
 # Ours, and what transformers calls it where that differs.
@@ -142,13 +202,13 @@ PROCESSORS = {
 @pytest.mark.parametrize('name', [name for name in PROCESSORS if name != 'all'])
 def test_greedy_with_each_processor(flan, name):
   settings, hf = PROCESSORS[name]
-  compare(flan, size=50, hf=settings if hf is None else hf, **settings)
+  compare(flan, hf=settings if hf is None else hf, **settings)
 
 
-def test_beams_with_processors(flan):
+def test_beams_with_processors(family):
   settings, hf = PROCESSORS['all']
   beams = {'num_beams': 4, 'length_penalty': 0.6, 'early_stopping': True}
-  compare(flan, hf={**(hf or settings), **beams}, **settings, **beams)
+  compare(family, hf={**(hf or settings), **beams}, **settings, **beams)
 
 
 @pytest.mark.parametrize('num_beams', [1, 4])

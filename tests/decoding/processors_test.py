@@ -9,6 +9,7 @@ import pytest
 
 from t5x_lite.decoding import processors
 from t5x_lite.decoding.config import DecodingConfig
+from tests.decoding import filters_by_hand
 
 V, T = 7, 9
 
@@ -111,3 +112,14 @@ def test_filters_are_those_of_transformers(seed):
   ]:
     expected = reference(None, torch.tensor(x)).numpy()
     np.testing.assert_array_equal(np.asarray(ours(jnp.asarray(x), value=value)), expected)
+
+
+@pytest.mark.parametrize('settings', filters_by_hand.SETTINGS, ids=str)
+def test_filters_are_those_of_the_papers(settings):
+  """Over every subset of the tokens, likely, equal or hidden before."""
+  x = filters_by_hand.logits(60)
+  config = DecodingConfig(**{'temperature': 1.0, **settings})
+  found = processors.filtered(jnp.asarray(x), jnp.full(len(x), config.temperature), config)
+  expected = np.stack([filters_by_hand.probabilities(row, **settings) for row in x])
+  np.testing.assert_array_equal(np.isfinite(found), expected > 0)
+  np.testing.assert_allclose(jax.nn.softmax(found, axis=-1), expected, atol=2e-6)

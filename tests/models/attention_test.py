@@ -12,6 +12,7 @@ from t5x_lite.decoding import steps
 from t5x_lite.decoding.config import DecodingConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models import attention, blocked_attention, layers, model_sharding, t5
+from t5x_lite.models.attention_inputs import Visibility
 from t5x_lite.parallel.partitioning import MeshConfig
 from tests.models import tiny
 
@@ -135,25 +136,44 @@ def test_a_model_trains_the_same_with_blocked_attention(name, monkeypatch):
   )
 
 
-@pytest.mark.parametrize('policy', ['none', 'full'])
-def test_a_scanned_model_holds_no_array_of_every_pair(policy):
-  """JAX would move what does not depend on the layer out of the scan."""
-  fields = {'attention': 'blocked', 'remat_policy': policy, 'num_encoder_layers': 2}
-  cfg, M = tiny.config(architecture='encoder', **fields), 4096
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize(
+  ('architecture', 'policy', 'prefix'),
+  [
+    ('encoder', 'none', False),
+    ('encoder', 'full', False),
+    ('encoder_decoder', 'minimal', False),
+    ('decoder', 'full', False),
+    ('decoder', 'none', True),
+  ],
+)
+def test_a_scanned_model_holds_no_array_of_every_pair(architecture, policy, prefix, packed):
+  """JAX would move what does not depend on the layer out of the scan, causal masks included."""
+  fields = {'attention': 'blocked', 'remat_policy': policy, 'num_heads': 8, 'head_dim': 4}
+  cfg, M = tiny.config(architecture=architecture, **fields), 4096
   graphdef, shapes, _ = t5.abstract_params(cfg)
-  tokens = jax.ShapeDtypeStruct((1, M), jnp.int32)
+  names = ['encoder_input_tokens'] * cfg.has_encoder + ['encoder_segment_ids'] * packed
+  if cfg.has_decoder:
+    names += ['decoder_input_tokens', 'decoder_target_tokens', *['decoder_segment_ids'] * packed]
+  names += ['decoder_causal_attention'] * prefix
+  batch = {name: jax.ShapeDtypeStruct((1, M), jnp.int32) for name in names}
 
-  def loss(params, tokens):
-    return jnp.sum(nnx.merge(graphdef, params).encode(tokens, encoder_segment_ids=tokens) ** 2)
+  def loss(params, batch):
+    model = nnx.merge(graphdef, params)
+    if cfg.has_decoder:
+      return jnp.sum(model.hidden(batch) ** 2)
+    segments = {'encoder_segment_ids': batch['encoder_segment_ids']} if packed else {}
+    return jnp.sum(model.encode(batch['encoder_input_tokens'], **segments) ** 2)
 
-  stats = jax.jit(jax.grad(loss)).lower(shapes, tokens).compile().memory_analysis()
-  assert stats.temp_size_in_bytes < cfg.num_heads * M * M  # a quarter of one in float32
+  stats = jax.jit(jax.grad(loss)).lower(shapes, batch).compile().memory_analysis()
+  assert stats.temp_size_in_bytes < cfg.num_heads * M * M / 2  # an eighth of one in float32
 
 
-def test_8_devices_are_1():
+@pytest.mark.parametrize('rules', [(), (('length', 'model'),)])
+def test_8_devices_are_1(rules):
   cfg = tiny.config(num_encoder_layers=1, num_decoder_layers=1, attention='blocked')
   params, batch = tiny.params(cfg), tiny.pack(tiny.batch(B=8), rows=4)
-  placement = model_sharding.place_model(cfg, MeshConfig(data=2, fsdp=2, model=2))
+  placement = model_sharding.place_model(cfg, MeshConfig(data=2, fsdp=2, model=2, additional_rules=rules))
   assert_trees_close(
     value_and_grads(cfg, params, batch, placement), value_and_grads(cfg, params, batch)
   )
@@ -208,6 +228,32 @@ def test_auto_is_dense_until_it_is_long():
   assert attention.choose('auto', 8192, 114, 'tpu') == 'dense'
   assert attention.choose('blocked', 1, 8192, 'cpu') == 'dense'
   assert attention.choose('cudnn', 512, 512, 'gpu') == 'cudnn'
+  assert attention.choose('cudnn', 512, 229, 'gpu') == 'dense'  # it trains no odd lengths
+
+
+@pytest.mark.parametrize('segments', [False, True])
+@pytest.mark.parametrize('bias', [False, True])
+def test_cudnn_is_asked_for_what_it_takes(segments, bias, monkeypatch):
+  """JAX's own checks of shapes, which run without a GPU; the numbers need one."""
+  from jax._src.cudnn import fused_attention_stablehlo
+
+  class Versions:
+    cudnn_get_version = staticmethod(lambda: 91100)
+
+  monkeypatch.setattr(fused_attention_stablehlo, 'cuda_versions', Versions)
+  monkeypatch.setitem(attention._PLATFORMS, 'cudnn', ('cpu',))
+  B, L, M, H, K = 2, 64, 32, 4, 64
+  q, k = jnp.zeros((B, L, H, K), jnp.bfloat16), jnp.zeros((B, M, H, K), jnp.bfloat16)
+  ids = [jnp.ones((B, n), jnp.int32) for n in (L, M)]
+  seen = Visibility(key_seen_BM=ids[1] > 0, segments=tuple(ids) if segments else None)
+  bias_1HLM = jnp.zeros((1, H, L, M)) if bias else None
+
+  def loss(q, k, bias):
+    mask = attention.mask('cudnn', seen, L, M)
+    return jnp.sum(attention.attention(q, k, k, bias, mask, 'cudnn')).astype(jnp.float32)
+
+  found = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2) if bias else (0, 1)), q, k, bias_1HLM)
+  assert [one.shape for one in found] == [q.shape, k.shape, *[(1, H, L, M)] * bias]
 
 
 def test_description_names_each_attention():
