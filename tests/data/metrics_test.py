@@ -230,22 +230,25 @@ def test_error_rates_are_editdistances(seed):
 
 
 @SEEDS
-def test_edit_distance_is_t5s_mean_on_lower_case_words(seed):
-  """t5 also lowers case and takes what is no letter for a space; ours takes texts as they are."""
-  words = ('a', 'cat', 'dog', '\u00fcber', '\u5317', 'x')
-  targets, predictions = metric_cases.pairs(seed, most=1, words=words, spaces=(' ',))
-  texts = [[one.lower().strip() for one in texts] for texts in (targets, predictions)]
-  edits = [
-    editdistance.eval(*(re.split(r'\W', x) for x in pair)) for pair in zip(*texts, strict=True)
-  ]
-  assert metrics.mean_edit_distance(*texts)['edit_distance'] == pytest.approx(np.mean(edits))
+def test_edit_distances_are_t5s_formulas(seed):
+  words = ('a', 'Cat', 'dog,', '\u00dcber', '\u5317', 'x')
   several, predictions = metric_cases.pairs(seed, words=words)
-  edits = [
-    min(editdistance.eval(text.split(), got.split()) for text in texts)
-    for texts, got in zip(several, predictions, strict=True)
-  ]
-  found = metrics.mean_edit_distance(several, predictions)['edit_distance']
-  assert found == pytest.approx(np.mean(edits))
+
+  def cut(text, lower):
+    return re.split('[^\\w]', text.lower() if lower else text)
+
+  for lower in (True, False):
+    edits = [
+      min(editdistance.eval(cut(text, lower), cut(got, lower)) for text in texts)
+      for texts, got in zip(several, predictions, strict=True)
+    ]
+    assert metrics.edit_distance(several, predictions, lower=lower) == {
+      'min_edit': min(edits),
+      'max_edit': max(edits),
+      'mean_edit': pytest.approx(np.mean(edits)),
+      'median_edit': np.median(edits),
+      'sum_edit': sum(edits),
+    }
 
 
 @pytest.mark.parametrize('name', metrics.METRICS)

@@ -173,7 +173,9 @@ def test_a_scanned_model_holds_no_array_of_every_pair(architecture, policy, pref
 def test_8_devices_are_1(rules):
   cfg = tiny.config(num_encoder_layers=1, num_decoder_layers=1, attention='blocked')
   params, batch = tiny.params(cfg), tiny.pack(tiny.batch(B=8), rows=4)
-  placement = model_sharding.place_model(cfg, MeshConfig(data=2, fsdp=2, model=2, additional_rules=rules))
+  placement = model_sharding.place_model(
+    cfg, MeshConfig(data=2, fsdp=2, model=2, additional_rules=rules)
+  )
   assert_trees_close(
     value_and_grads(cfg, params, batch, placement), value_and_grads(cfg, params, batch)
   )
