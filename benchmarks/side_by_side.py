@@ -9,6 +9,7 @@ steps for each. A contender may fail to start: it is reported and left out.
 import dataclasses
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ class Contender:
     wall: seconds of each step.
     cpu: CPU seconds of each step, all threads together.
     last: what the last step returned.
+    peak: the most memory it has had, in bytes.
   """
 
   name: str
@@ -39,6 +41,7 @@ class Contender:
   wall: list[float] = dataclasses.field(default_factory=list)
   cpu: list[float] = dataclasses.field(default_factory=list)
   last: float = 0.0
+  peak: int = 0
 
   def measure(self, num_steps: int) -> None:
     """Runs steps and keeps their times."""
@@ -47,7 +50,7 @@ class Contender:
     answer = _read(self.process)
     self.wall += answer['wall']
     self.cpu += answer['cpu']
-    self.last = answer['last']
+    self.last, self.peak = answer['last'], answer['peak']
 
   @property
   def seconds(self) -> float:
@@ -100,7 +103,8 @@ def work(step: Callable[[], float], warm_up: int = 2, **facts) -> None:
       last = step()
       wall.append(time.perf_counter() - wall_start)
       cpu.append(time.process_time() - cpu_start)
-    print(json.dumps({'wall': wall, 'cpu': cpu, 'last': last}), flush=True)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+    print(json.dumps({'wall': wall, 'cpu': cpu, 'last': last, 'peak': peak}), flush=True)
 
 
 def rounds(contenders: Sequence[Contender], num: int, num_steps: int) -> None:

@@ -3,7 +3,9 @@
   python benchmarks/train_step.py --versus hf
 
 Both start from the same weights, see the same batch in every step (no padding)
-and use AdamW with the same arguments, so that their losses can be compared;
+and use AdamW with the same arguments, so that their losses can be compared
+(`--optimizer adafactor`: T5's, with transformers' Adafactor beside it, which
+factors more parameters, so that losses differ a little);
 dropout is the same rate in both (0 unless given: T5 1.1's pre-training). Ours
 is t5x_lite.training.steps jitted, norms and metrics in it; theirs is
 loss, backward and a fused AdamW, eager and under torch.compile. Each has its
@@ -46,6 +48,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument('--batch_size', type=int, default=8)
   parser.add_argument('--inputs', type=int, default=512)
   parser.add_argument('--targets', type=int, default=114)
+  parser.add_argument('--optimizer', choices=('adamw', 'adafactor'), default='adamw')
   parser.add_argument('--dropout_rate', type=float, default=0.0)
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--steps', type=int, default=2, help='steps per turn')
@@ -108,18 +111,11 @@ def run_ours(args: argparse.Namespace) -> None:
 
   cfg = model_config(args)
   graphdef, shapes, axes = t5.abstract_params(cfg)
-  tx = optimizers.make_optimizer(
-    optimizers.OptimizerConfig(
-      name='adamw',
-      b1=BETAS[0],
-      b2=BETAS[1],
-      eps=EPSILON,
-      weight_decay=WEIGHT_DECAY,
-      weight_decay_exclude='',
-    ),
-    axes,
-    shapes,
-  )
+  adamw = {'b1': BETAS[0], 'b2': BETAS[1], 'eps': EPSILON, 'weight_decay': WEIGHT_DECAY}
+  adamw['weight_decay_exclude'] = ''
+  settings = adamw if args.optimizer == 'adamw' else {}
+  config = optimizers.OptimizerConfig(name=args.optimizer, **settings)
+  tx = optimizers.make_optimizer(config, axes, shapes)
   if (Path(args.weights) / 'config.json').exists():
     from t5x_lite.interop import checkpoint_source, tensors
 
@@ -166,6 +162,10 @@ def run_hf(args: argparse.Namespace, compiled: bool) -> None:
     weight_decay=WEIGHT_DECAY,
     fused=True,
   )
+  if args.optimizer == 'adafactor':
+    from transformers.optimization import Adafactor
+
+    optimizer = Adafactor(model.parameters(), lr=LEARNING_RATE, relative_step=False)
   forward = torch.compile(model) if compiled else model
   data = make_batch(args, model.config.vocab_size)
   inputs = torch.from_numpy(data['inputs'])
@@ -260,7 +260,7 @@ def report(args: argparse.Namespace, contenders: list[side_by_side.Contender]) -
   print(
     f'{args.model}, {cfg.num_encoder_layers}+{cfg.num_decoder_layers} layers, '
     f'batch {args.batch_size}, {args.inputs}/{args.targets} tokens, float32, '
-    f'AdamW, dropout {args.dropout_rate}, scan {args.scan_layers}, huge pages '
+    f'{args.optimizer}, dropout {args.dropout_rate}, scan {args.scan_layers}, huge pages '
     f'{args.huge_pages}, memory {args.memory}, {os.cpu_count()} cores'
   )
   print(
@@ -271,7 +271,7 @@ def report(args: argparse.Namespace, contenders: list[side_by_side.Contender]) -
   print(
     f'{"":12}{"tokens/s":>10}{"s/step":>9}{"of ceiling":>12}{"ours is":>9}'
     f'{"tokens/CPU s":>15}{"CPU s":>8}{"of ceiling":>12}{"ours is":>9}'
-    f'{"last loss":>12}'
+    f'{"last loss":>12}{"peak GB":>9}'
   )
   for c in contenders:
     if c.name == 'matmul':
@@ -282,6 +282,7 @@ def report(args: argparse.Namespace, contenders: list[side_by_side.Contender]) -
       f'{tokens / c.cpu_seconds:15.0f}{c.cpu_seconds:8.2f}'
       f'{work / c.cpu_seconds / peak_cpu:12.1%}'
       f'{c.cpu_seconds / ours.cpu_seconds:8.2f}x{c.last:12.5f}'
+      f'{c.peak / 1e9:9.2f}'
     )
 
 

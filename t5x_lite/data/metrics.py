@@ -210,7 +210,10 @@ def _pairs(targets: Targets, predictions: Texts) -> list[tuple[list[str], str]]:
       f'{len(targets)} targets and {len(predictions)} predictions; there must be as many of one as '
       'of the other, and at least one'
     )
-  return list(zip(map(references, targets), predictions, strict=True))
+  wanted = [*map(references, targets)]
+  if [] in wanted:
+    raise ValueError(f'example {wanted.index([])} has no reference')
+  return list(zip(wanted, predictions, strict=True))
 
 
 def _percent_equal(targets: Targets, predictions: Texts, normalize: Callable) -> float:

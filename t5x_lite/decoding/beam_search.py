@@ -83,6 +83,7 @@ def search(
   eos_id: int,
   pad_id: int,
   reorder: Callable[[Any, jax.Array], Any],
+  limit_R: jax.Array | None = None,
   prompt: Prompt | None = None,
   extra: Sequence[processors.Processor] = (),
   grow: Callable[[Any, int], Any] | None = None,
@@ -95,6 +96,9 @@ def search(
   L, G = config.length, config.num_beam_groups
   K = config.num_beams // G
   B = num_rows // K
+  if limit_R is None:
+    limit_R = jnp.full((num_rows,), L)
+  limit_B1 = limit_R.reshape(B, K)[:, :1]
   chain = [*processors.make_processors(config, eos_id), *extra]
   stop = config.early_stopping
   alpha = config.length_penalty if config.brevity_alpha is None else config.brevity_alpha
@@ -116,7 +120,7 @@ def search(
     if used_BV is not None:
       new_RV -= config.diversity_penalty * jnp.repeat(used_BV, K, axis=0)
     tokens_RL = s.running.tokens_BkL.reshape(num_rows, L)
-    new_RV = loop.processed(chain, new_RV, prompt, start_id, tokens_RL, s.position)
+    new_RV = loop.processed(chain, new_RV, prompt, start_id, tokens_RL, s.position, limit_R)
     sums_BKV = new_RV.reshape(B, K, -1) + s.running.scores_Bk[:, :, None]
     sum_BC, beam_BC, token_BC = _best(sums_BKV, 2 * K)
     parents = pick(s.running, beam_BC)
@@ -126,7 +130,7 @@ def search(
       sum_BC,
     )
     length = (s.position + 1).astype(jnp.float32)
-    ended_BC = (token_BC == eos_id) | (s.position + 1 >= L)
+    ended_BC = (token_BC == eos_id) | (s.position + 1 >= limit_B1)
 
     running_BC = jnp.where(ended_BC, sum_BC + WORST, sum_BC)
     running_BK, at_BK = jax.lax.top_k(running_BC, K)
@@ -146,11 +150,11 @@ def search(
     finished = pick(merged, best_BK)
     full_BK = pick(jnp.concatenate([s.full_BK, finished_BC], axis=1), best_BK)
 
-    best_length = float(L) if stop == 'never' and alpha > 0.0 else length
+    best_length = limit_B1.astype(float) if stop == 'never' and alpha > 0.0 else length
     # The rule of groups is that of transformers' older searches: an end is a hope too.
     hope_BK = config.normalized((running_BK if G == 1 else sum_BC)[:, :1], best_length)
     worst_BK = jnp.where(full_BK, jnp.min(finished.scores_Bk, axis=1, keepdims=True), WORST)
-    open_B = s.open_B & jnp.any(hope_BK > worst_BK, axis=1)
+    open_B = s.open_B & jnp.any(hope_BK > worst_BK, axis=1) & (s.position + 1 < limit_B1[:, 0])
     last_R = pick(token_BC, at_BK).reshape(num_rows)
     cache = reorder(s.cache, pick(beam_BC, at_BK))
     return _State(s.position + 1, last_R, running, finished, full_BK, open_B, cache)

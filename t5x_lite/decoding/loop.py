@@ -67,26 +67,32 @@ def pick(tree: Any, at_Bk: jax.Array) -> Any:
 
 
 def processed(
-  chain: Sequence[Processor], logits_RV, prompt: Prompt | None, start_id: int, tokens_RL, new
+  chain: Sequence[Processor],
+  logits_RV,
+  prompt: Prompt | None,
+  start_id: int,
+  tokens_RL,
+  new,
+  limit_R,
 ) -> jax.Array:
   """Returns logits after all processors of the chain."""
   if chain:
-    read = history(prompt, start_id, tokens_RL, new)
+    read = history(prompt, start_id, tokens_RL, new, limit_R)
     for processor in chain:
       logits_RV = processor(logits_RV, read)
   return logits_RV
 
 
-def history(prompt: Prompt | None, start_id: int, tokens_RL: jax.Array, new) -> History:
+def history(prompt: Prompt | None, start_id: int, tokens_RL: jax.Array, new, limit_R) -> History:
   """Returns what the decoder has read, for processors."""
   R, L = tokens_RL.shape
   if prompt is None:
     read_RT = jnp.pad(tokens_RL, ((0, 0), (1, 0)), constant_values=start_id)
-    return History(read_RT, jnp.ones((R,), jnp.int32), new)
+    return History(read_RT, jnp.ones((R,), jnp.int32), new, limit_R)
   read_RT = jnp.pad(prompt.tokens_RP, ((0, 0), (0, L)))
   at_RL = prompt.lengths_R[:, None] + jnp.arange(L)[None, :]
   read_RT = read_RT.at[jnp.arange(R)[:, None], at_RL].set(tokens_RL)
-  return History(read_RT, prompt.lengths_R, new)
+  return History(read_RT, prompt.lengths_R, new, limit_R)
 
 
 def stages(length: int) -> list[int]:

@@ -115,6 +115,7 @@ class Predictor:
     prefixes: Sequence[Sequence[int]] | None = None,
     seeds: Sequence[int] | None = None,
     temperatures: Sequence[float] | None = None,
+    limit: int | None = None,
   ) -> list[list[Output]]:
     """Decodes at most `batch_size` inputs; returns the outputs of each.
 
@@ -122,7 +123,8 @@ class Predictor:
     draft's; rows are token ids, EOS included if the model expects it. Sampling differs from one
     index of a batch to the next, unless seeds of each row are given. Prefixes are what outputs are
     to begin with: ids that are read in one pass, are no part of the output, and do not count.
-    Temperatures of each row, 0 for greedy, are instead of the config's.
+    Temperatures of each row, 0 for greedy, are instead of the config's, and the limit of new tokens
+    of all rows, if it is no higher.
     """
     assert 0 < len(rows) <= self.batch_size, len(rows)
     longest = max(map(len, rows))
@@ -147,12 +149,14 @@ class Predictor:
     batch['seeds'] = np.asarray([*(x % 2**32 for x in seeds), *[0] * missing], np.uint32)
     if temperatures is not None:
       batch['temperature'] = np.asarray([*temperatures, *[0] * missing], np.float32)
+    if limit is not None:
+      batch['limit'] = np.full(size, limit, np.int32)
     sharding = partitioning.batch_sharding(self.placement.mesh)
     # Every process holds all rows.
     put = jax.make_array_from_callback
     on_mesh = {name: put(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
     decoded = self._step(params, on_mesh, self._key)
-    return _outputs(self.model, self.decoding, decoded, len(rows))
+    return _outputs(self.model, self.decoding, decoded, len(rows), limit)
 
 
 def _check(model: T5Config, decoding: DecodingConfig, draft: T5Config | None) -> None:
@@ -172,13 +176,13 @@ def _check(model: T5Config, decoding: DecodingConfig, draft: T5Config | None) ->
 
 
 def _outputs(
-  model: T5Config, decoding: DecodingConfig, decoded: Decoded, num_rows: int
+  model: T5Config, decoding: DecodingConfig, decoded: Decoded, num_rows: int, limit: int | None
 ) -> list[list[Output]]:
   tokens, scores, log_probs = (None if x is None else to_host(x).tolist() for x in decoded)
   assert tokens is not None
 
   def output(i: int, j: int) -> Output:
-    row = tokens[i][j]
+    row = tokens[i][j][:limit]
     if model.eos_id in row:
       end = row.index(model.eos_id)
       length = end + 1

@@ -28,6 +28,7 @@ class History:
   tokens_RT: jax.Array  # the start token, the prefix, the new tokens, then anything
   given_R: jax.Array  # how many of them were given: the start token and the prefix
   new: jax.Array  # how many tokens have been written after these, a scalar
+  limit_R: jax.Array  # how many may be
 
   @property
   def length_R(self) -> jax.Array:  # noqa: N802
@@ -61,10 +62,10 @@ def make_processors(config: DecodingConfig, eos_id: int) -> list[Processor]:
   if config.allowed_outputs:
     add(allow_only, outputs=tuple((*row, eos_id) for row in config.allowed_outputs))
   if config.automaton is not None:
-    add(follow, automaton=config.automaton, length=config.length, eos_id=eos_id)
-  for token, position in ((config.forced_bos_id, 0), (config.forced_eos_id, config.length - 1)):
+    add(follow, automaton=config.automaton, eos_id=eos_id)
+  for token, last in ((config.forced_bos_id, False), (config.forced_eos_id, True)):
     if token is not None:
-      add(force_at, token=token, position=position)
+      add(force, token=token, last=last)
   return found
 
 
@@ -152,10 +153,11 @@ def hide_before(logits_RV, history: History, *, token: int, position: int) -> ja
   return logits_RV.at[:, token].set(_hide(logits_RV[:, token], history.new < position))
 
 
-def force_at(logits_RV, history: History, *, token: int, position: int) -> jax.Array:
-  """Leaves one token, for sure, where `position` new tokens are written."""
+def force(logits_RV, history: History, *, token: int, last: bool) -> jax.Array:
+  """Leaves one token, for sure, as the first new one, or the last that may be."""
   forced_V = jnp.full(logits_RV.shape[1:], -jnp.inf).at[token].set(0.0)
-  return jnp.where(history.new == position, forced_V[None, :], logits_RV)
+  is_R = history.new == (history.limit_R - 1 if last else jnp.zeros_like(history.limit_R))
+  return jnp.where(is_R[:, None], forced_V[None, :], logits_RV)
 
 
 def allow_only(logits_RV, history: History, *, outputs: tuple[tuple[int, ...], ...]) -> jax.Array:
@@ -175,8 +177,8 @@ def allow_only(logits_RV, history: History, *, outputs: tuple[tuple[int, ...], .
   return _hide(logits_RV, ~allowed_RV & jnp.any(open_RS, axis=1, keepdims=True))
 
 
-def follow(logits_RV, history: History, *, automaton: Automaton, length: int, eos_id: int):
-  """Leaves the tokens after which an automaton can still end within `length` new tokens, EOS too.
+def follow(logits_RV, history: History, *, automaton: Automaton, eos_id: int):
+  """Leaves the tokens after which an automaton can still end within the limit, EOS too.
 
   The state is read anew from what was written: a few numbers a token, which no beam has to carry.
   """
@@ -188,7 +190,7 @@ def follow(logits_RV, history: History, *, automaton: Automaton, length: int, eo
     return next_SC[state_R, jnp.asarray(class_V)[token_R1[:, 0]]]
 
   state_R = jax.lax.fori_loop(0, history.new, read, jnp.zeros_like(history.given_R))
-  allowed_RC = left_S[next_SC[state_R]] + history.new + 2 <= length
+  allowed_RC = left_S[next_SC[state_R]] + history.new + 2 <= history.limit_R[:, None]
   allowed_RV = allowed_RC[:, class_V].at[:, eos_id].set(left_S[state_R] == 0)
   # Rows that have ended are over; leave them finite.
   return _hide(logits_RV, ~allowed_RV & jnp.any(allowed_RV, axis=1, keepdims=True))

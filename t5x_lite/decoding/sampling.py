@@ -42,6 +42,7 @@ def decode(
   pad_id: int,
   keys_R: jax.Array | None = None,
   temperature_R: jax.Array | None = None,
+  limit_R: jax.Array | None = None,
   prompt: Prompt | None = None,
   extra: Sequence[processors.Processor] = (),
   scored: bool = True,
@@ -53,8 +54,9 @@ def decode(
   R = num_rows is inputs times config.rows_per_input, the rows of an input together. step and grow
   are those of `loop.run`; read feeds several tokens a row, where step is a draft's and the cache a
   pair (see `speculative`). The random keys are needed when the temperature is not 0; temperature_R
-  goes before the config's. Extra processors come after the config's. scored says whether scores and
-  log-probabilities are wanted. Of a row, eos_id is a part, and pad_id fills what is after it.
+  and limit_R, how many tokens each row may have, go before the config's. Extra processors come
+  after the config's. scored says whether scores and log-probabilities are wanted. Of a row, eos_id
+  is a part, and pad_id fills what is after it.
   """
   L, n = config.length, config.rows_per_input
   sampled = config.temperature != 0.0 or temperature_R is not None
@@ -62,11 +64,14 @@ def decode(
     raise ValueError('Sampling needs keys.')
   if temperature_R is None:
     temperature_R = jnp.full((num_rows,), config.temperature)
+  if limit_R is None:
+    limit_R = jnp.full((num_rows,), L)
   chain = [*processors.make_processors(config, eos_id), *extra]
   scored |= bool(config.best_of)
 
   def choose(s: _State, logits_RV) -> _State:
-    seen_RV = loop.processed(chain, logits_RV, prompt, start_id, s.tokens_RL, s.position)
+    new = s.tokens_RL, s.position, limit_R
+    seen_RV = loop.processed(chain, logits_RV, prompt, start_id, *new)
     next_R = loop.likeliest(seen_RV)
     if sampled and keys_R is not None:
       keys = jax.vmap(jax.random.fold_in, (0, None))(keys_R, s.position)
@@ -79,7 +84,8 @@ def decode(
       log_prob_R = jnp.where(s.ended_R, 0.0, loop.log_prob(logits_RV, next_R))
       at = (0, s.position)
       log_probs_RL = jax.lax.dynamic_update_slice(log_probs_RL, log_prob_R[:, None], at)
-    ended_R, stop_R = s.ended_R | (next_R == eos_id), s.stop_R
+    ended_R = s.ended_R | (next_R == eos_id) | (s.position + 1 >= limit_R)
+    stop_R = s.stop_R
     if config.stopper is not None:
       stop_R = processors.read_on(config.stopper, stop_R, next_R)
       ended_R |= jnp.asarray(config.stopper.left_S)[stop_R] == 0
@@ -110,10 +116,10 @@ def decode(
     )
   else:
     random = {'keys_R': keys_R, 'temperature_R': temperature_R} if sampled else {}
-    ids = {'start_id': start_id, 'eos_id': eos_id}
-    state = speculative.run(read, step, state, chain, prompt, config, **ids, **random)
+    more: dict[str, Any] = {'start_id': start_id, 'eos_id': eos_id, 'limit_R': limit_R, **random}
+    state = speculative.run(read, step, state, chain, prompt, config, **more)
     tokens_RL, log_probs_RL = state.tokens_RL, state.log_probs_RL
-  length_R = jnp.full((num_rows,), L)
+  length_R = limit_R
   if config.stopper is not None:
     length_R, _ = processors.read_until(config.stopper, tokens_RL, length_R)
   # A draft may have written more than the end.

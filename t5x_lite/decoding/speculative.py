@@ -32,6 +32,7 @@ def run(
   *,
   start_id: int,
   eos_id: int,
+  limit_R: jax.Array,
   keys_R: jax.Array | None = None,
   temperature_R: jax.Array | None = None,
 ) -> Any:
@@ -44,13 +45,14 @@ def run(
   L, K, R = config.length, config.draft_tokens, len(state.last_R)
   rows_R, at_1J = jnp.arange(R), jnp.arange(K + 1)[None, :]
 
-  def row_processed(logits_V, given, tokens_L, position):
+  def row_processed(logits_V, given, tokens_L, position, limit):
     given = jax.tree.map(lambda x: x[None], given)
-    return loop.processed(chain, logits_V[None], given, start_id, tokens_L[None], position)[0]
+    row = tokens_L[None], position, limit[None]
+    return loop.processed(chain, logits_V[None], given, start_id, *row)[0]
 
   def distribution(logits_RV, tokens_RL, position_R):
     if chain:  # a row alone, since each has a position of its own
-      logits_RV = jax.vmap(row_processed)(logits_RV, prompt, tokens_RL, position_R)
+      logits_RV = jax.vmap(row_processed)(logits_RV, prompt, tokens_RL, position_R, limit_R)
     greedy_RV = jax.nn.one_hot(loop.likeliest(logits_RV), logits_RV.shape[1])
     if temperature_R is None:
       return greedy_RV
@@ -102,7 +104,7 @@ def run(
     drafts_RJ = jnp.pad(drafts_RK, ((0, 0), (0, 1)))
     new_RJ = jnp.where(at_1J < count_R[:, None], drafts_RJ, next_R[:, None])
     is_end_RJ = new_RJ == eos_id
-    valid_RJ = (at_1J <= count_R[:, None]) & (at_RJ < L) & ~s.ended_R[:, None]
+    valid_RJ = (at_1J <= count_R[:, None]) & (at_RJ < limit_R[:, None]) & ~s.ended_R[:, None]
     valid_RJ &= jnp.cumsum(is_end_RJ, axis=1) == is_end_RJ
     where = rows_R[:, None], jnp.where(valid_RJ, at_RJ, L)
     n_R = jnp.sum(valid_RJ, axis=1)
@@ -112,7 +114,7 @@ def run(
       log_probs_RL = log_probs_RL.at[where].set(log_probs_RJ, mode='drop')
     position_R = s.position + n_R
     tokens_RL = s.tokens_RL.at[where].set(new_RJ, mode='drop')
-    ended_R = s.ended_R | jnp.any(valid_RJ & is_end_RJ, axis=1) | (position_R >= L)
+    ended_R = s.ended_R | jnp.any(valid_RJ & is_end_RJ, axis=1) | (position_R >= limit_R)
     if config.stopper is not None:
       _, stop_R = processors.read_until(config.stopper, tokens_RL, position_R)
       ended_R |= jnp.asarray(config.stopper.left_S)[stop_R] == 0

@@ -103,7 +103,8 @@ def make_predict_step(
     decoder_prompt_tokens, decoder_prompt_lengths: what the decoder reads first, the start token
       included (see `T5.prefill`); without an encoder it is needed. Outputs are what follows.
     seeds: of each row's sampling, folded into the key; its number by default.
-    temperature: of each row, instead of the config's.
+    temperature, limit: of each row, instead of the config's; the limit is the most new tokens, up
+      to the config's length.
 
   Beams have scores even if not asked for; extra processors come after the config's. With a draft, a
   smaller model (see `speculative`), params are a pair, its own last.
@@ -140,6 +141,7 @@ def make_predict_step(
       'prompt': prompt,
       'extra': extra,
       'grow': lambda cache, length: cache.grown(P + length),
+      'limit_R': jnp.repeat(batch['limit'], n) if 'limit' in batch else None,
     }
     if config.num_beams > 1:
       common['reorder'] = lambda cache, parents_BK: cache.reordered(parents_BK)

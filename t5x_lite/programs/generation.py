@@ -97,7 +97,8 @@ class Generation:
     for name, given in (('seed', seeds), ('temperature', temperatures)):
       if given is not None and len(given) != len(rows):
         raise UsageError(f'generate got {len(rows)} inputs and {len(given)} of {name}')
-    # Few sizes, and temperatures by row, so that what is compiled serves the next call too.
+    # Few sizes, temperatures and limits by row, so that what is compiled serves the next call too.
+    config = dataclasses.replace(config, max_decode_length=prediction.padded_length(max_new_tokens))
     if config.temperature:
       temperatures = temperatures or [config.temperature] * len(rows)
       config = dataclasses.replace(config, temperature=1.0)
@@ -125,7 +126,7 @@ class Generation:
     for index, start in enumerate(range(0, len(rows), size)):
       part = slice(start, start + size)
       given = {name: values and values[part] for name, values in each.items()}
-      found += predictor.predict_all(params, rows[part], index=index, **given)
+      found += predictor.predict_all(params, rows[part], index=index, limit=max_new_tokens, **given)
 
     def read(row: int, output: prediction.Output) -> Any:
       tokens = [*(prefixes[row] if prefixes else ()), *output.tokens]

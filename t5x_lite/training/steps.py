@@ -125,7 +125,9 @@ def make_train_step(
       params = optax.apply_updates(old, updates)
       if trainable is not None:  # not even -0.0 + 0.0
         params = jax.tree.map(lambda a, b, train: a if train else b, params, old, trainable)
-    grad_norm = optax.global_norm(grads)
+    # Of groups, to tell where a gradient that is not finite comes from; each is read once.
+    norms = {name: optax.global_norm(parts) for name, parts in _groups(grads).items()}
+    grad_norm = optax.global_norm(norms)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     if skip_nonfinite:
       new, kept = (params, opt_state), (old, state.opt_state)
@@ -143,8 +145,7 @@ def make_train_step(
       'input_tokens': jnp.sum(real_inputs, dtype=jnp.float32),
       'learning_rate': learning_rate,
       'grad_norm': grad_norm,
-      # They tell where a gradient that is not finite comes from.
-      **{GROUP_NORM + name: optax.global_norm(parts) for name, parts in _groups(grads).items()},
+      **{GROUP_NORM + name: norm for name, norm in norms.items()},
       'update_norm': optax.global_norm(updates),
       'param_norm': optax.global_norm(params),
     }

@@ -263,5 +263,8 @@ def test_every_metric_is_perfect_on_itself_and_returns_floats(name):
 def test_errors():
   with pytest.raises(ValueError, match=r'2 targets and 1 predictions'):
     metrics.accuracy(['a', 'b'], ['a'])
+  for metric in metrics.METRICS.values():
+    with pytest.raises(ValueError, match='example 1 has no reference'):
+      metric(['a', []], ['a', 'b'])
   with pytest.raises(UsageError, match=r"the metric is 'bluer'.*bleu"):
     metrics.get_metrics(['accuracy', 'bluer'])

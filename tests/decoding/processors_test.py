@@ -21,7 +21,7 @@ def history(rng, R=6):
   return (
     tokens,
     given,
-    processors.History(jnp.asarray(tokens), jnp.asarray(given), jnp.asarray(new)),
+    processors.History(jnp.asarray(tokens), jnp.asarray(given), jnp.asarray(new), None),
   )
 
 
@@ -80,7 +80,7 @@ def test_allowed_outputs_are_a_trie():
   whole = [(*o, 1) for o in outputs]
   for prefix in [(), (2,), (2, 3), (2, 3, 4), (5,), (2, 6)]:
     tokens = jnp.asarray([[0, 6, *prefix, *[3] * (T - 2 - len(prefix))]], jnp.int32)
-    read = processors.History(tokens, jnp.asarray([2]), jnp.asarray(len(prefix)))
+    read = processors.History(tokens, jnp.asarray([2]), jnp.asarray(len(prefix)), None)
     found = run(processors.allow_only, np.zeros((1, V), np.float32), read, outputs=tuple(whole))
     n = len(prefix)
     allowed = {o[n] for o in whole if o[:n] == prefix and len(o) > n}

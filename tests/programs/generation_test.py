@@ -2,13 +2,14 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from t5x_lite import api
 from t5x_lite.data.vocabularies import VocabularyConfig
-from t5x_lite.decoding import automaton, processors
+from t5x_lite.decoding import automaton, prediction, processors
 from t5x_lite.errors import UsageError
 from tests.models import tiny
 
@@ -171,3 +172,30 @@ def test_perplexity_and_bits_per_byte(model):
 def test_mistakes(model, call, message):
   with pytest.raises(UsageError, match=message):
     call(model)
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {},
+    {'temperature': 1.0, 'seed': 3, 'forced_eos_id': 1},
+    {'temperature': 1.0, 'best_of': 3, 'length_penalty': 1.0},
+    {'num_beams': 3, 'num_return_sequences': 2, 'early_stopping': 'never'},
+    {'num_beams': 4, 'num_beam_groups': 2, 'diversity_penalty': 0.5},
+    {'num_beams': 2, 'forced_eos_id': 1},
+    {'draft': True},
+  ],
+)
+def test_another_limit_compiles_nothing_and_is_exact(model, settings):
+  """Limits up to one size share a program; outputs are those of a program of that very length."""
+  settings = {name: model if name == 'draft' else value for name, value in settings.items()}
+  more = {**settings, 'return_scores': True, 'return_log_probs': True}
+  found = {n: model.generate(TEXTS, max_new_tokens=n, **more) for n in (5, 16, 11)}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(prediction, 'padded_length', lambda n, *args, **kwargs: n)
+    for n, (texts, scores, log_probs) in found.items():
+      alone = model.generate(TEXTS, max_new_tokens=n, **more)
+      assert texts == alone[0]
+      for x, y in ((scores, alone[1]), (log_probs, alone[2])):
+        assert jax.tree.structure(x) == jax.tree.structure(y)
+        np.testing.assert_allclose(jax.tree.leaves(x), jax.tree.leaves(y), atol=1e-4)
