@@ -13,7 +13,7 @@ from t5x_lite.parallel import distributed, pytrees
 from t5x_lite.programs import finetune as finetune_lib
 from t5x_lite.programs import finetune_plan
 from t5x_lite.programs import train as train_lib
-from t5x_lite.runs import metric_writers
+from t5x_lite.runs import checkpoints, metric_writers
 from tests import tiny_run
 
 finetune = finetune_lib.finetune
@@ -143,7 +143,7 @@ def test_train_takes_its_architecture_from_the_checkpoint(start, tmp_path):
   del arguments['model'], arguments['vocabulary']
   with pytest.raises(UsageError, match='no checkpoint to take it from'):
     train_lib.train(**arguments)
-  arguments['checkpoint'] = train_lib.CheckpointConfig(restore_path=start)
+  arguments['checkpoint'] = checkpoints.CheckpointConfig(restore_path=start)
   arguments['model_changes'] = {'dropout_rate': 0.5}
   assert int(train_lib.train(**arguments).step) == 1
   saved = json.loads((tmp_path / 'run' / 'model.json').read_text())['model']
@@ -151,7 +151,7 @@ def test_train_takes_its_architecture_from_the_checkpoint(start, tmp_path):
   assert saved['dropout_rate'] == 0.5
   # Continued, it is the run's own.
   arguments['total_steps'] = 2
-  arguments['checkpoint'] = train_lib.CheckpointConfig()
+  arguments['checkpoint'] = checkpoints.CheckpointConfig()
   assert int(train_lib.train(**arguments).step) == 2
   with pytest.raises(UsageError, match="'depth' is no field"):
     train_lib.train(**{**arguments, 'model_changes': {'depth': 3}})

@@ -79,7 +79,8 @@ def random_spans_helper(
     return tokens_length - noise + spans + 1, noise + spans + 1
 
   if (least := lengths(2)[0]) > inputs_length:
-    raise UsageError(f'Span corruption needs an inputs length from {least} on; got {inputs_length}')
+    needed = f'at least {least}; got {inputs_length}'
+    raise UsageError(f'Span corruption needs an inputs length of {needed}')
   # The inputs lose at most the noise and gain at least one token a span.
   tokens_length = 2
   while lengths(tokens_length + 1)[0] <= inputs_length:
@@ -106,7 +107,8 @@ def sentinel_capacity(vocabulary: seqio.Vocabulary, num_sentinels: int | None = 
   the extra ids means reusing ordinary ones, as t5 does silently and ByT5 by design.
   """
   if num_sentinels is not None:
-    if not 0 < num_sentinels <= (most := vocabulary.vocab_size - 3):
+    most = vocabulary.vocab_size - 3
+    if not 0 < num_sentinels <= most:
       raise UsageError(f'num_sentinels is {num_sentinels}; this vocabulary allows 1 to {most}')
     return num_sentinels
   if isinstance(vocabulary, seqio.ByteVocabulary) and not vocabulary.extra_ids:
