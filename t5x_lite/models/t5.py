@@ -259,12 +259,17 @@ class T5(nnx.Module):
     return functools.partial(_project, constrain(kernel_DV, None, 'vocab'), scale)
 
   def hidden(self, batch: Mapping[str, Array], *, dropout_key=None, cross_ahead=False):
-    """Returns hidden_BLD of a training batch, packed or not; the rest is as of `decode`."""
+    """Returns hidden_BLD of a training batch, packed or not; the rest is as of `decode`.
+
+    Unpacked, there may be as many rows for the decoder as one likes for each of the encoder's.
+    """
     keys = layers.split_key(dropout_key, 2)
     encoded_BMD = None
     inputs, segments = batch.get('encoder_input_tokens'), batch.get('encoder_segment_ids')
     if self.cfg.has_encoder:
       encoded_BMD = self.encode(inputs, encoder_segment_ids=segments, dropout_key=keys[0])
+      if (each := len(batch['decoder_input_tokens']) // len(inputs)) > 1:  # targets of an input
+        encoded_BMD, inputs = (jnp.repeat(x, each, axis=0) for x in (encoded_BMD, inputs))
     names = ('encoder_segment_ids', 'decoder_segment_ids', 'decoder_causal_attention')
     more = {name: batch.get(name) for name in names}
     tokens = batch['decoder_input_tokens']

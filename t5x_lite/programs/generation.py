@@ -221,18 +221,23 @@ class Generation:
   def _score_rows(
     self, rows: Rows | None, targets: Rows, batch_size: int, matches: bool = False
   ) -> np.ndarray:
-    """Returns what `steps.make_score_step` does of each row of targets."""
-    lengths = [(len(rows[i]) if rows else 0, len(row)) for i, row in enumerate(targets)]
-    order = sorted(range(len(targets)), key=lengths.__getitem__)
-    scores = np.zeros((len(targets), 2) if matches else len(targets), np.float32)
-    for start in range(0, len(order), batch_size):
-      part = order[start : start + batch_size]
-      batch = self._batch(rows and [rows[i] for i in part], [targets[i] for i in part])
+    """Returns what `steps.make_score_step` does of each row of targets, as many for each input."""
+    each = len(targets) // len(rows) if rows else 1
+    groups = [targets[i : i + each] for i in range(0, len(targets), each)]
+    lengths = [(len(rows[i]) if rows else 0, max(map(len, x))) for i, x in enumerate(groups)]
+    order = sorted(range(len(groups)), key=lengths.__getitem__)
+    scores = np.zeros((len(groups), each, 2)[: 2 + matches], np.float32)
+    size = max(1, batch_size // each)
+    for start in range(0, len(order), size):
+      part = order[start : start + size]
+      wanted = [row for i in part for row in groups[i]]
+      batch = self._batch(rows and [rows[i] for i in part], wanted)
       real = np.arange(batch['decoder_target_tokens'].shape[1])
-      real = real < np.asarray([[lengths[i][1]] for i in part])
+      real = real < np.asarray([[len(row)] for row in wanted])
       batch['decoder_loss_weights'] = real.astype(np.float32)
-      scores[part] = self._call(steps.make_score_step, batch, matches)
-    return scores
+      found = self._call(steps.make_score_step, batch, matches)
+      scores[part] = found.reshape(len(part), *scores.shape[1:])
+    return scores.reshape(-1, *scores.shape[2:])
 
   def _batch(self, rows: Rows | None, targets: Rows) -> dict[str, np.ndarray]:
     """Returns a batch of these inputs and targets."""
@@ -271,24 +276,29 @@ class Generation:
     inputs: Texts | Ids,
     labels: Sequence[Any],
     *,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
+    batch_size: int = 32,
     length_normalized: bool = False,
     return_scores: bool = False,
-    **arguments: Any,
   ) -> Any:
-    """Returns the label that the model finds likeliest for each input.
+    """Returns the label that the model finds likeliest for each input, which is encoded once.
 
     Every label, a text or a list of ids with EOS, is scored (Brown et al. 2020; rank_classification
     of t5.evaluation.metrics); length_normalized by the log-probability a token, which favours
-    longer ones. With return_scores it is (labels, scores [inputs, labels]). The rest is `score`'s.
+    longer ones. With return_scores it is (labels, scores [inputs, labels]). The rest is `score`'s,
+    batch_size counts pairs.
     """
     if not len(labels) or isinstance(labels, str):
       raise UsageError(f'labels is {labels!r}; give a list of at least one label')
-    each = [inputs] if isinstance(inputs, str) else inputs
-    if not model_inputs.is_text(inputs):
-      each = self._rows(inputs)
-    read: Any = [one for one in each for _ in labels]
-    arguments['length_normalized'] = length_normalized
-    scores = self.score(read, [*labels] * len(each), **arguments).reshape(-1, len(labels))
+    if not self.config.has_encoder:
+      raise UsageError('classify needs an encoder: without one, compare texts by score')
+    check_positive('batch_size', batch_size)
+    read, wanted = self._rows(inputs, limit=max_input_tokens), self._rows(labels)
+    few = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
+    parts = [self._score_rows(read, part * len(read), batch_size) for part in few]
+    scores = np.concatenate([x.reshape(len(read), -1) for x in parts], axis=1)
+    if length_normalized:
+      scores /= np.maximum([len(row) for row in wanted], 1)
     found: Any = [labels[i] for i in scores.argmax(axis=1)]
     if isinstance(inputs, str):
       found, scores = found[0], scores[0]
@@ -326,12 +336,19 @@ class Generation:
   def _call(self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any) -> np.ndarray:
     """Runs a step that steps.py makes of arguments on a batch; whole on every process.
 
-    Rows are added, so that few sizes are compiled for, and their results dropped.
+    Inputs are added, so that few sizes are compiled for, and their results dropped; an array may
+    have several rows for each.
     """
-    size = len(next(iter(batch.values())))
+    size = min(map(len, batch.values()))
     full = self.placement.whole_batch(prediction.padded_length(size, shortest=1))
-    more = {name: np.repeat(array[:1], full - size, axis=0) for name, array in batch.items()}
-    batch = {name: np.concatenate([array, more[name]]) for name, array in batch.items()}
+
+    def filled(array: np.ndarray) -> np.ndarray:
+      grouped = array.reshape(size, -1, *array.shape[1:])
+      more = np.repeat(grouped[:1], full - size, axis=0)
+      return np.concatenate([grouped, more]).reshape(-1, *array.shape[1:])
+
+    filled_batch = {name: filled(array) for name, array in batch.items()}
     step = model_sharding.jit_step(make_step, self.config, self.placement, *arguments)
-    result = step(self.params, partitioning.global_batch(batch, self.placement.mesh))
-    return prediction.to_host(result)[:size]
+    result = step(self.params, partitioning.global_batch(filled_batch, self.placement.mesh))
+    found = prediction.to_host(result)
+    return found[: len(found) // full * size]

@@ -11,6 +11,7 @@ from t5x_lite import api
 from t5x_lite.data.vocabularies import VocabularyConfig
 from t5x_lite.decoding import automaton, prediction, processors
 from t5x_lite.errors import UsageError
+from t5x_lite.parallel.partitioning import MeshConfig
 from tests.models import tiny
 
 TEXTS = ['abc', 'a longer input', 'z']
@@ -199,3 +200,17 @@ def test_another_limit_compiles_nothing_and_is_exact(model, settings):
       for x, y in ((scores, alone[1]), (log_probs, alone[2])):
         assert jax.tree.structure(x) == jax.tree.structure(y)
         np.testing.assert_allclose(jax.tree.leaves(x), jax.tree.leaves(y), atol=1e-4)
+
+
+@pytest.mark.parametrize('mesh', [None, MeshConfig(data=4, model=2)])
+def test_labels_are_scored_as_pairs_are(model, mesh, tmp_path):
+  """Though an input is encoded once; of any number of labels, inputs and rows of a batch."""
+  labels = ['no', 'a', 'perhaps', 'yes', 'b', 'never']
+  model.save(str(tmp_path / 'model'))
+  one = api.load(str(tmp_path / 'model'), mesh=mesh)
+  pairs = [(text, label) for text in TEXTS for label in labels]
+  want = model.score(*map(list, zip(*pairs, strict=True))).reshape(len(TEXTS), -1)
+  for size in (1, 4, 7, 64):
+    found, scores = one.classify(TEXTS, labels, batch_size=size, return_scores=True)
+    np.testing.assert_allclose(scores, want, rtol=1e-4)
+    assert found == [labels[i] for i in want.argmax(axis=1)]
