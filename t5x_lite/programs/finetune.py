@@ -33,7 +33,7 @@ from t5x_lite.evaluation import evaluators
 from t5x_lite.interop import export, trained_model
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.programs import convert, evaluate, finetune_plan, quickstart, start_checks
+from t5x_lite.programs import convert, evaluate, finetune_plan, quickstart, report, start_checks
 from t5x_lite.programs import train as train_lib
 from t5x_lite.programs.finetune_plan import Plan
 from t5x_lite.runs import checkpoints, files, metric_writers, progress
@@ -283,9 +283,7 @@ def finetune_rows(
   distributed.barrier('start')
   finetune(model=start, output=output, **sources, **arguments)
   if progress.in_notebook():
-    path = os.path.join(output, quickstart.CURVES_FILE)
-    quickstart.draw_losses({'fine-tuning': output}, path)
-    progress.show_picture(path)
+    progress.show_page(epath.Path(report.report(runs=[output])).read_text())
   step = distributed.from_primary(lambda: best_step(output))
   return os.path.join(output, checkpoints.CHECKPOINTS, str(step))
 

@@ -8,7 +8,6 @@ import html
 import importlib.resources
 import itertools
 import json
-import logging
 import math
 import os
 import string
@@ -25,8 +24,6 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.programs import report_charts, report_runs
 from t5x_lite.programs.report_runs import Run
 from t5x_lite.runs import progress
-
-log = logging.getLogger(__name__)
 
 REPORT = 'report.html'
 SUFFIXES = ('.html', '.htm')
@@ -65,7 +62,6 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   with refusing(f'{path} cannot be written, name another --output', OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text)
-  log.info('%s', path)
   print(os.fspath(path))
   return os.fspath(path)
 

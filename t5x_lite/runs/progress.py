@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import html
 import importlib
 import logging
 import math
@@ -94,10 +95,10 @@ def in_notebook() -> bool:
   return getattr(shell, 'kernel', None) is not None
 
 
-def show_picture(path: str) -> None:
-  """Shows a picture below a notebook's cell."""
-  display = importlib.import_module('IPython.display')
-  display.display(display.Image(filename=path))
+def show_page(text: str) -> None:
+  """Shows an HTML page below a notebook's cell, in a frame: its style is not the notebook's."""
+  frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="600"></iframe>'
+  importlib.import_module('IPython.display').display({'text/html': frame}, raw=True)
 
 
 @contextlib.contextmanager

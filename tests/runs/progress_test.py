@@ -97,13 +97,12 @@ def test_format_count(value, text):
   assert progress.format_count(value) == text
 
 
-def test_a_notebook_is_a_place_where_lines_rewrite_themselves(monkeypatch, tmp_path):
+def test_a_notebook_is_a_place_where_lines_rewrite_themselves(monkeypatch):
   assert not progress.in_notebook()
   shown = []
   shell = types.ModuleType('IPython')
   display = types.ModuleType('IPython.display')
   shell.get_ipython = lambda: types.SimpleNamespace(kernel=object())
-  display.Image = lambda filename: filename
   cell = types.SimpleNamespace(update=lambda data, raw: shown.append(('again', data)))
 
   def show(data, **options):
@@ -127,8 +126,9 @@ def test_a_notebook_is_a_place_where_lines_rewrite_themselves(monkeypatch, tmp_p
   first, (again, second) = shown
   assert first['text/plain'].startswith('step 3/9') and 'ETA' in first['text/plain']
   assert again == 'again' and second['text/plain'].startswith('step 6/9')
-  progress.show_picture(str(tmp_path / 'x.png'))
-  assert shown[2:] == [str(tmp_path / 'x.png')]
+  progress.show_page('<p class="a">b</p>')
+  [page] = shown[2:]
+  assert 'srcdoc="&lt;p class=&quot;a&quot;&gt;b&lt;/p&gt;"' in page['text/html']
 
 
 def test_updates_left_out_are_counted_by_window():
