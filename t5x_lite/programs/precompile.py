@@ -183,17 +183,15 @@ def _state_bytes(program: step_programs.StepProgram) -> dict[str, Any]:
 
 def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
   """The compiler's own account of memory, in bytes per device."""
-  stats = compiled.memory_analysis()
+  stats: Any = compiled.memory_analysis()
   hbm = None if chip is None else chip.hbm_bytes
-  peak = None if stats is None else stats.peak_memory_in_bytes
-  fits = hbm is None or peak is None or peak <= hbm
-  found = {'fits': fits, 'peak_bytes_per_device': peak, 'hbm_bytes_per_device': hbm}
+  peak = stats.peak_memory_in_bytes
+  found = {'peak_bytes_per_device': peak, 'hbm_bytes_per_device': hbm}
   # Donated are outputs that lie where arguments were.
   names = {'argument': 'argument_size', 'temporary': 'temp_size', 'host': 'host_argument_size'}
   names |= {'code': 'generated_code_size', 'donated': 'alias_size'}
-  if stats is not None:
-    found |= {f'{x}_bytes': getattr(stats, f'{name}_in_bytes') for x, name in names.items()}
-  return found
+  found |= {f'{x}_bytes': getattr(stats, f'{name}_in_bytes') for x, name in names.items()}
+  return {'fits': hbm is None or peak <= hbm, **found}
 
 
 def _costs(
@@ -283,9 +281,8 @@ def format_report(report: dict[str, Any]) -> str:
       note = ' (gradients, activations, gathered weights)' if key == 'temporary_bytes' else ''
       lines.append(f'  {label:15}  {size(report[key])}{note}')
   peak, hbm = report['peak_bytes_per_device'], report['hbm_bytes_per_device']
-  if peak is not None:
-    room = f' of {size(hbm)} ({100 * peak / hbm:.0f}%)' if hbm else ''
-    lines.append(f'  peak             {size(peak)}{room}')
+  room = f' of {size(hbm)} ({100 * peak / hbm:.0f}%)' if hbm else ''
+  lines.append(f'  peak             {size(peak)}{room}')
   if report['fits']:
     lines.append('fits')
   else:
