@@ -62,10 +62,7 @@ class Plan:
   total_steps: int
   learning_rate: float
   dtype: str
-  metrics: tuple[str, ...]
-
-  def __post_init__(self):
-    object.__setattr__(self, 'metrics', tuple(self.metrics))  # JSON hands over a list
+  metrics: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +170,7 @@ def make_plan(
     total_steps=steps,
     learning_rate=learning_rate or METHODS[method],
     dtype=dtype or ('float32' if backend == 'cpu' else 'bfloat16'),
-    metrics=tuple(metrics) or choose_metrics(targets),
+    metrics=list(metrics) or choose_metrics(targets),
   )
 
 
@@ -211,16 +208,16 @@ def make_optimizer(method: str, plan: Plan) -> OptimizerConfig:
   return OptimizerConfig(name='adamw', schedule=schedule, global_norm_clip=1.0)
 
 
-def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
+def choose_metrics(targets: Sequence[str]) -> list[str]:
   """Returns metrics that suit the targets: labels, short answers, or text; refuses equal ones."""
   different = len(set(targets))
   if different == 1 and len(targets) > 1:
     raise UsageError(f'every target is {targets[0]!r:.60}: there is nothing to learn')
   if 1 < different <= 100 and different * 5 <= len(targets):  # few labels, and each of them often
-    return ('accuracy', 'f1')
+    return ['accuracy', 'f1']
   if np.mean([len(text.split()) for text in targets]) < 5:
-    return ('accuracy', 'squad', 'chrf')
-  return ('accuracy', 'bleu', 'chrf', 'rouge')
+    return ['accuracy', 'squad', 'chrf']
+  return ['accuracy', 'bleu', 'chrf', 'rouge']
 
 
 def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]:

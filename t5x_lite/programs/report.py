@@ -57,11 +57,10 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   given = list(dict.fromkeys(runs))
   names = zip(given, report_runs.names_of(given), strict=True)
   found = [report_runs.read(one, name=name) for one, name in names]
-  # A model may write half of a surrogate pair, which no encoding has.
-  text = page(found).encode('utf-8', 'replace')
+  text = page(found)
   with refusing(f'{path} cannot be written, name another --output', OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text)
+    path.write_text(text)
   print(os.fspath(path))
   return os.fspath(path)
 
@@ -86,8 +85,9 @@ def page(runs: Sequence[Run]) -> str:
 def whole_page(title: str, body: Sequence[str]) -> str:
   """Returns a page of its parts; empty ones are left out."""
   text = importlib.resources.files('t5x_lite.programs').joinpath('report.html').read_text()
-  shown = '\n'.join(filter(None, body))
-  return string.Template(text).substitute(title=escape(title), body=shown)
+  text = string.Template(text).substitute(title=escape(title), body='\n'.join(filter(None, body)))
+  # A model may write half of a surrogate pair, which no encoding has.
+  return text.encode('utf-8', 'replace').decode()
 
 
 def escape(value: Any) -> str:

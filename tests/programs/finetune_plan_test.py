@@ -96,7 +96,7 @@ def test_nonsense_is_refused(given, message):
   ],
 )
 def test_metrics_suit_the_targets(targets, wanted):
-  assert finetune_plan.choose_metrics(targets) == wanted
+  assert finetune_plan.choose_metrics(targets) == list(wanted)
 
 
 def test_one_class_is_nothing_to_learn():
