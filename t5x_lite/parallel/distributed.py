@@ -13,13 +13,14 @@ import os
 import signal
 import types
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from t5x_lite.errors import UsageError, first_line
+from t5x_lite.errors import DamagedError, UsageError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -169,26 +170,33 @@ def anywhere(condition: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.array(condition, np.int32))))
 
 
+def alike(what: object, call: Callable[[], Any]) -> Any:
+  """Returns what a call returns; made on all processes, an error of one is an error of all.
+
+  The others raise a DamagedError if it is one, else a UsageError, which name `what`.
+  """
+  found = problem = None
+  try:
+    found = call()
+  except Exception as error:  # raised below, when all know of it
+    problem = error
+  for kind, told in ((DamagedError, DamagedError), (Exception, UsageError)):
+    if anywhere(isinstance(problem, kind)):
+      raise problem or told(f'{what}: another process says why')
+  return found
+
+
 def from_primary(count: Callable[[], int]) -> int:
   """Returns, on every process, the number from 0 on that the first one, alone, comes to.
 
-  Raises what count raises, and UsageError on all other processes: none waits for another.
+  Raises what count raises, as `alike` does: no process waits for another.
   """
-  error, found = None, 0
-  if is_primary():
-    try:
-      found = count()
-    except Exception as caught:  # raised again below, when all know of it
-      error = caught
+  found = alike('process 0 failed', lambda: count() if is_primary() else 0)
   if jax.process_count() > 1:
     # Two numbers of 31 bits: jax has no int64 unless it is told to.
-    parts = [-1 if error else found >> 31, found & 0x7FFFFFFF]
-    parts = multihost_utils.broadcast_one_to_all(np.array(parts, np.int32))
-    if int(parts[0]) < 0 and error is None:
-      error = UsageError('process 0 failed; its log says why')
-    found = (int(parts[0]) << 31) + int(parts[1])
-  if error is not None:
-    raise error
+    parts = np.array([found >> 31, found & 0x7FFFFFFF], np.int32)
+    high, low = map(int, multihost_utils.broadcast_one_to_all(parts))
+    found = (high << 31) + low
   return found
 
 
