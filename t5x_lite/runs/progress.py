@@ -32,8 +32,7 @@ class Window:
 
   batch_shapes: Mapping[str, tuple[int, ...]]  # global, to tell how full it is
   step_flops: float  # of the model; see flops.py
-  peak_flops: float | None  # of one device; None where it is not known, as on CPUs: then no MFU
-  num_devices: int
+  peak_flops: float | None  # of all devices; None where it is not known, as on CPUs: then no MFU
 
   def __post_init__(self):
     self._sums: dict[str, float] = {}
@@ -77,7 +76,7 @@ class Window:
     rate = self.step_flops / seconds
     metrics['model_tflops_per_second'] = rate / 1e12
     if self.peak_flops is not None:
-      metrics['mfu'] = rate / (self.peak_flops * self.num_devices)
+      metrics['mfu'] = rate / self.peak_flops
     self.__post_init__()  # starts anew
     return metrics
 

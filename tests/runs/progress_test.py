@@ -21,8 +21,7 @@ def test_window_means_rates_and_utilisation(monkeypatch):
   window = Window(
     batch_shapes={'decoder_target_tokens': (4, 10), 'encoder_input_tokens': (4, 20)},
     step_flops=6e12,
-    peak_flops=1e12,
-    num_devices=2,
+    peak_flops=2e12,
   )
   for loss in (1.0, 3.0):
     window.add({'loss': loss, 'target_tokens': 20.0, 'input_tokens': 60.0})
@@ -43,7 +42,7 @@ def test_window_means_rates_and_utilisation(monkeypatch):
 
 
 def test_no_utilisation_without_a_peak():
-  window = Window(batch_shapes={}, step_flops=1.0, peak_flops=None, num_devices=1)
+  window = Window(batch_shapes={}, step_flops=1.0, peak_flops=None)
   window.add({'loss': 1.0})
   assert 'mfu' not in window.summary()
 
@@ -132,7 +131,7 @@ def test_a_notebook_is_a_place_where_lines_rewrite_themselves(monkeypatch):
 
 
 def test_updates_left_out_are_counted_by_window():
-  window = Window(batch_shapes={}, step_flops=1.0, peak_flops=None, num_devices=1)
+  window = Window(batch_shapes={}, step_flops=1.0, peak_flops=None)
   window.add({'loss': 1.0})
   window.skip()
   assert window.summary()['skipped_updates'] == 1.0
