@@ -95,8 +95,6 @@ def initialize(
   group = detect(os.environ) if given == ('', None, None) else _checked_group(*given)
   if group is None:
     return
-  # XLA:CPU talks between processes through gloo; other backends ignore this.
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
     jax.distributed.initialize(
       coordinator_address=group.coordinator_address or None,

@@ -278,9 +278,8 @@ def finetune_rows(
     for name, part in given.items():
       sources[name] = _write(pairs_lib.read(part, columns, what=name), output, name)
   start = os.path.join(output, 'start')
-  if distributed.is_primary() and not os.path.isdir(start):
-    save(start)
-  distributed.barrier('start')
+  new = distributed.is_primary() and not os.path.isdir(start)
+  distributed.alike(start, lambda: new and save(start))
   finetune(model=start, output=output, **sources, **arguments)
   if progress.in_notebook():
     progress.show_page(epath.Path(report.report(runs=[output])).read_text())
@@ -295,10 +294,9 @@ def _empty(source: Any) -> bool:
 def _write(pairs: Pairs, output: str, name: str) -> str:
   """Writes pairs as JSON lines and returns the file."""
   path = epath.Path(output) / 'data' / f'{name}.jsonl'
-  if distributed.is_primary():
-    rows = zip(pairs.inputs, pairs.targets, strict=True)
-    evaluators.write_lines(path, [{'input': x, 'target': y} for x, y in rows])
-  distributed.barrier('data')
+  rows = zip(pairs.inputs, pairs.targets, strict=True)
+  lines = [{'input': x, 'target': y} for x, y in rows]
+  distributed.alike(path, lambda: distributed.is_primary() and evaluators.write_lines(path, lines))
   return os.fspath(path)
 
 

@@ -28,7 +28,6 @@ from t5x_lite.training.optimizers import OptimizerConfig
 
 log = logging.getLogger(__name__)
 
-STEPS = ('train', 'decode')
 # What both functions take.
 _PASSED_ON = 'model optimizer total_steps num_microbatches topology num_slices hlo_file'.split()
 # What lies in a device's memory: a key of the report, and how it is printed.
@@ -79,7 +78,7 @@ def precompile(
     hlo_file: where to write the compiled program's text, if anywhere.
   """
   given = dict(locals())
-  check_one_of('precompile.step', step, STEPS)
+  check_one_of('precompile.step', step, ('train', 'decode'))
   report, _ = compile_step(
     batch=batch_spec(dataset),
     loss=loss or LossConfig(),
@@ -222,9 +221,6 @@ def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
   return {'bound': bound, 'roofline': seconds, 'roofline_step_seconds': seconds[bound]}
 
 
-_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-
-
 def parse_out_of_memory(text: str, argument_bytes: int = 0) -> tuple[int, int] | None:
   """Returns (used, available) of XLA's error about a program that does not fit, else None.
 
@@ -237,7 +233,8 @@ def parse_out_of_memory(text: str, argument_bytes: int = 0) -> tuple[int, int] |
   match = re.search(forms[0], text) or re.search(forms[1], text)
   if match is None:
     return 0, 0
-  used, available = (int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
+  units = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+  used, available = (int(float(match[i]) * units[match[i + 1]]) for i in (1, 3))
   if 'HLO temporaries' in text:  # which leaves out what goes in
     used += argument_bytes
   return used, available

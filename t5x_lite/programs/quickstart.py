@@ -32,8 +32,6 @@ from t5x_lite.runs.checkpoints import CheckpointConfig
 
 log = logging.getLogger(__name__)
 
-RESULTS_FILE = 'results.json'
-
 
 def quickstart(
   *,
@@ -94,7 +92,7 @@ def quickstart(
     report.report(runs=[output_dir, pretrain_dir])
     phase_ends('report')
     seconds['total'] = sum(seconds.values())
-    path = epath.Path(output_dir) / RESULTS_FILE
+    path = epath.Path(output_dir) / 'results.json'
     files.write_json(path, results)
     print(f'\n{summary(results)}\n\nresults: {path}\n\n{next_steps(output_dir)}')
   return results

@@ -25,7 +25,6 @@ from t5x_lite.programs import report_charts, report_runs
 from t5x_lite.programs.report_runs import Run
 from t5x_lite.runs import progress
 
-REPORT = 'report.html'
 SUFFIXES = ('.html', '.htm')
 _NUM_SAMPLES = 20
 # Longer texts are cut on the page; they are whole in the run's files.
@@ -50,7 +49,7 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   """
   if not runs:
     raise UsageError('report needs a run directory')
-  path = epath.Path(output or epath.Path(runs[0]) / REPORT)
+  path = epath.Path(output or epath.Path(runs[0]) / 'report.html')
   if path.suffix not in SUFFIXES:
     why = 'a page is named .html, so that no other file is replaced by mistake'
     raise UsageError(f'report.output is {output}: {why}')

@@ -201,7 +201,6 @@ class Checkpointer(contextlib.AbstractContextManager):
       # Only makes Orbax write the metrics; the policy above decides.
       best_fn=(lambda _: 0.0) if config.keep_best else None,
       cleanup_tmp_directories=True,
-      enable_async_checkpointing=True,
     )
     self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
