@@ -52,7 +52,7 @@ class Candidate(cost_model.Setup):
   @functools.cached_property
   def peak_bytes(self) -> float:
     """Per device."""
-    return cost_model.memory(self).total
+    return cost_model.memory(self)['peak']
 
   @functools.cached_property
   def seconds(self) -> dict[str, float]:

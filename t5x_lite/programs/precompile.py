@@ -244,7 +244,7 @@ def _does_not_fit(
   setup: cost_model.Setup, chip: Chip | None, used: int, available: int
 ) -> dict[str, Any]:
   available = available or (chip.hbm_bytes if chip else 0)
-  predicted = cost_model.memory(setup).total
+  predicted = cost_model.memory(setup)['peak']
   peak = used or predicted
   sizes = {lever: size * peak / predicted for lever, size in cost_model.levers(setup).items()}
   device = {'peak': peak, 'hbm': available, 'missing': max(0, peak - available)}
