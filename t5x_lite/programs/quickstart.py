@@ -87,10 +87,10 @@ def quickstart(
   metrics = evaluate.evaluate(model_dir=output_dir, datasets=test, output=test_dir, **how)
   phase_ends('test')
   results: dict[str, Any] = {'test': metrics, 'seconds': seconds}
+  report.report(runs=[output_dir, pretrain_dir])  # of all processes: it opens a checkpoint
+  phase_ends('report')
   if distributed.is_primary():
     show_predictions(test_dir, list(metrics), num_shown)
-    report.report(runs=[output_dir, pretrain_dir])
-    phase_ends('report')
     seconds['total'] = sum(seconds.values())
     path = epath.Path(output_dir) / 'results.json'
     files.write_json(path, results)

@@ -21,6 +21,7 @@ from t5x_lite.errors import UsageError, first_line, refusing
 from t5x_lite.interop import checkpoint_source, tensor_names
 from t5x_lite.models import relative_position
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import distributed
 from t5x_lite.programs import report_charts, report_runs
 from t5x_lite.programs.report_runs import Run
 from t5x_lite.runs import progress
@@ -57,10 +58,11 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   names = zip(given, report_runs.names_of(given), strict=True)
   found = [report_runs.read(one, name=name) for one, name in names]
   text = page(found)
-  with refusing(f'{path} cannot be written, name another --output', OSError):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-  print(os.fspath(path))
+  if distributed.is_primary():
+    with refusing(f'{path} cannot be written, name another --output', OSError):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(text)
+    print(os.fspath(path))
   return os.fspath(path)
 
 
