@@ -18,14 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 from t5x_lite.errors import DamagedError, UsageError, first_line
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_TIMEOUT_SECONDS = 60  # until a lost process is noticed; JAX's own default is 100
-BARRIER_TIMEOUT_SECONDS = 300  # that a start, `barrier` and an end wait for the slowest process
+START_TIMEOUT_SECONDS = 300  # that a start and an end wait for the slowest process
 
 
 class LostProcessError(RuntimeError):
@@ -100,13 +99,13 @@ def initialize(
       coordinator_address=group.coordinator_address or None,
       num_processes=group.process_count,
       process_id=group.process_index,
-      initialization_timeout=BARRIER_TIMEOUT_SECONDS,
+      initialization_timeout=START_TIMEOUT_SECONDS,
       heartbeat_timeout_seconds=heartbeat_timeout,
-      shutdown_timeout_seconds=BARRIER_TIMEOUT_SECONDS,
+      shutdown_timeout_seconds=START_TIMEOUT_SECONDS,
     )
   except RuntimeError as error:
     others = f'the other processes (found through {group.source})'
-    message = f'could not join {others} within {BARRIER_TIMEOUT_SECONDS} s'
+    message = f'could not join {others} within {START_TIMEOUT_SECONDS} s'
     raise LostProcessError(f'{message}: {first_line(error)}') from error
   index, count = jax.process_index(), jax.process_count()
   log.info('process %d of %d, found through %s', index, count, group.source)
@@ -150,15 +149,14 @@ def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, i
   return first // size, batch_size // size
 
 
-def barrier(name: str, timeout: int = BARRIER_TIMEOUT_SECONDS) -> None:
-  """Waits until every process is here; LostProcessError if one does not come within `timeout` s."""
+def barrier(name: str) -> None:
+  """Waits until every process is here; LostProcessError if one is lost meanwhile."""
   if jax.process_count() == 1:
     return
   try:
-    multihost.sync_global_processes(name, timeout=timeout)
+    multihost_utils.sync_global_devices(name)
   except Exception as error:
-    late = f'a process did not reach {name!r} within {timeout} s'
-    raise LostProcessError(f'{late}: {first_line(error)}') from error
+    raise LostProcessError(f'a process did not reach {name!r}: {first_line(error)}') from error
 
 
 def anywhere(condition: bool) -> bool:
