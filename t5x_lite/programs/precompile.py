@@ -6,7 +6,6 @@ With libtpu the real XLA:TPU compiler runs on any machine: memory, collectives a
 import dataclasses
 import json as json_lib
 import logging
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -292,13 +291,9 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append(f'  {kind}: {entry["count"]:.0f} a step, {size(entry["bytes"])} received')
   lines.append(f'model FLOPs a step: {report["model_flops_per_step"]:.4g}')
   if report.get('roofline'):
-    parts = ', '.join(f'{name} {_milliseconds(x)}' for name, x in report['roofline'].items())
-    best = _milliseconds(report['roofline_step_seconds'])
+    parts = ', '.join(f'{name} {1e3 * x:.3g} ms' for name, x in report['roofline'].items())
     note = ' (predicted)' if report.get('predicted') else ''
-    lines.append(f'roofline: {parts}; bound by {report["bound"]}, at best {best} a step{note}')
+    best = f'{1e3 * report["roofline_step_seconds"]:.3g} ms a step{note}'
+    lines.append(f'roofline: {parts}; bound by {report["bound"]}, at best {best}')
   lines.append(f'lowered in {report["lower_seconds"]} s, compiled in {report["compile_seconds"]} s')
   return '\n'.join(lines)
-
-
-def _milliseconds(seconds: float) -> str:
-  return f'{1e3 * seconds:.3g} ms' if math.isfinite(seconds) else '?'
