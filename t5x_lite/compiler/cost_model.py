@@ -58,23 +58,6 @@ class Setup:
     return encoder, self.model.num_decoder_layers if self.model.has_decoder else 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Predicted bytes per device, by kind."""
-
-  state: float
-  gradients: float
-  saved: float
-  working: float
-  logits: float
-  weights: float
-
-  @property
-  def total(self) -> float:
-    """All of them; logits and a layer's work are never there together."""
-    return self.state + self.gradients + self.saved + max(self.working, self.logits) + self.weights
-
-
 def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
   """Yields (layers, bytes of one layer's activations by kind) of each stack.
 
@@ -119,8 +102,8 @@ _KEPT = {
 }
 
 
-def memory(setup: Setup) -> Memory:
-  """Predicts the peak of a train step."""
+def memory(setup: Setup) -> dict[str, float]:
+  """Predicts the bytes of a train step by kind, and their 'peak'."""
   saved = working = 0.0
   for layers, kinds in _layer_activations(setup):
     kept = sum(kinds[kind] for kind in _KEPT[setup.model.remat_policy])
@@ -135,7 +118,10 @@ def memory(setup: Setup) -> Memory:
   layer = setup.params_bytes * setup.sizes['fsdp'] / max(sum(setup.num_layers), 1)
   # One layer at work, one under way.
   weights = 2 * layer * setup.itemsize / 4 if setup.sizes['fsdp'] > 1 else 0.0
-  return Memory(float(setup.state_bytes), gradients, saved, working, logits, weights)
+  found = {'state': float(setup.state_bytes), 'gradients': gradients, 'saved': saved}
+  found |= {'working': working, 'logits': logits, 'weights': weights}
+  # Logits and a layer's work are never there together.
+  return {**found, 'peak': sum(found.values()) - min(working, logits)}
 
 
 def hardware_flops(setup: Setup) -> float:
@@ -227,8 +213,8 @@ def levers(setup: Setup) -> dict[str, float]:
   found = {}
 
   def consider(text: str, **changes: Any) -> None:
-    new = memory(dataclasses.replace(setup, **changes)).total
-    if new < 0.99 * memory(setup).total:
+    new = memory(dataclasses.replace(setup, **changes))['peak']
+    if new < 0.99 * memory(setup)['peak']:
       found[text] = new
 
   replace, rows = setup.model.replace, setup.rows

@@ -13,18 +13,18 @@ import os
 import signal
 import types
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
-from t5x_lite.errors import UsageError, first_line
+from t5x_lite.errors import DamagedError, UsageError, first_line
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_TIMEOUT_SECONDS = 60  # until a lost process is noticed; JAX's own default is 100
-BARRIER_TIMEOUT_SECONDS = 300  # that a start, `barrier` and an end wait for the slowest process
+START_TIMEOUT_SECONDS = 300  # that a start and an end wait for the slowest process
 
 
 class LostProcessError(RuntimeError):
@@ -94,20 +94,18 @@ def initialize(
   group = detect(os.environ) if given == ('', None, None) else _checked_group(*given)
   if group is None:
     return
-  # XLA:CPU talks between processes through gloo; other backends ignore this.
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
     jax.distributed.initialize(
       coordinator_address=group.coordinator_address or None,
       num_processes=group.process_count,
       process_id=group.process_index,
-      initialization_timeout=BARRIER_TIMEOUT_SECONDS,
+      initialization_timeout=START_TIMEOUT_SECONDS,
       heartbeat_timeout_seconds=heartbeat_timeout,
-      shutdown_timeout_seconds=BARRIER_TIMEOUT_SECONDS,
+      shutdown_timeout_seconds=START_TIMEOUT_SECONDS,
     )
   except RuntimeError as error:
     others = f'the other processes (found through {group.source})'
-    message = f'could not join {others} within {BARRIER_TIMEOUT_SECONDS} s'
+    message = f'could not join {others} within {START_TIMEOUT_SECONDS} s'
     raise LostProcessError(f'{message}: {first_line(error)}') from error
   index, count = jax.process_index(), jax.process_count()
   log.info('process %d of %d, found through %s', index, count, group.source)
@@ -151,15 +149,14 @@ def data_shard(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, i
   return first // size, batch_size // size
 
 
-def barrier(name: str, timeout: int = BARRIER_TIMEOUT_SECONDS) -> None:
-  """Waits until every process is here; LostProcessError if one does not come within `timeout` s."""
+def barrier(name: str) -> None:
+  """Waits until every process is here; LostProcessError if one is lost meanwhile."""
   if jax.process_count() == 1:
     return
   try:
-    multihost.sync_global_processes(name, timeout=timeout)
+    multihost_utils.sync_global_devices(name)
   except Exception as error:
-    late = f'a process did not reach {name!r} within {timeout} s'
-    raise LostProcessError(f'{late}: {first_line(error)}') from error
+    raise LostProcessError(f'a process did not reach {name!r}: {first_line(error)}') from error
 
 
 def anywhere(condition: bool) -> bool:
@@ -169,26 +166,33 @@ def anywhere(condition: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.array(condition, np.int32))))
 
 
+def alike(what: object, call: Callable[[], Any]) -> Any:
+  """Returns what a call returns; made on all processes, an error of one is an error of all.
+
+  The others raise a DamagedError if it is one, else a UsageError, which name `what`.
+  """
+  found = problem = None
+  try:
+    found = call()
+  except Exception as error:  # raised below, when all know of it
+    problem = error
+  for kind, told in ((DamagedError, DamagedError), (Exception, UsageError)):
+    if anywhere(isinstance(problem, kind)):
+      raise problem or told(f'{what}: another process says why')
+  return found
+
+
 def from_primary(count: Callable[[], int]) -> int:
   """Returns, on every process, the number from 0 on that the first one, alone, comes to.
 
-  Raises what count raises, and UsageError on all other processes: none waits for another.
+  Raises what count raises, as `alike` does: no process waits for another.
   """
-  error, found = None, 0
-  if is_primary():
-    try:
-      found = count()
-    except Exception as caught:  # raised again below, when all know of it
-      error = caught
+  found = alike('process 0 failed', lambda: count() if is_primary() else 0)
   if jax.process_count() > 1:
     # Two numbers of 31 bits: jax has no int64 unless it is told to.
-    parts = [-1 if error else found >> 31, found & 0x7FFFFFFF]
-    parts = multihost_utils.broadcast_one_to_all(np.array(parts, np.int32))
-    if int(parts[0]) < 0 and error is None:
-      error = UsageError('process 0 failed; its log says why')
-    found = (int(parts[0]) << 31) + int(parts[1])
-  if error is not None:
-    raise error
+    parts = np.array([found >> 31, found & 0x7FFFFFFF], np.int32)
+    high, low = map(int, multihost_utils.broadcast_one_to_all(parts))
+    found = (high << 31) + low
   return found
 
 

@@ -6,7 +6,6 @@ The vendors' numbers, for meshes, ahead-of-time reports and the planner: some pe
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,11 +47,11 @@ def peak_flops(device_kind: str) -> float | None:
   return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Chip:
   """One device as JAX counts them, in bytes and seconds."""
 
-  name: str  # as in a topology ('v5p'), or the GPU's
+  kind: str  # prefix of jax.Device.device_kind
   # memory that a program can use. For TPUs this is what XLA:TPU (libtpu 0.0.42) itself says in its
   # out-of-memory errors, a little less than what is sold.
   hbm_bytes: int
@@ -61,7 +60,7 @@ class Chip:
   dcn_bandwidth: float  # bytes/s one way to other slices or nodes, per chip
   # default size of the mesh's model axis: one cube edge, or the GPUs that NVLink joins
   model_axis: int
-  kind: str  # prefix of jax.Device.device_kind
+  name: str = ''  # of a TPU, as in a topology: 'v5p'
   torus_dims: int = 0  # dims of the ICI torus, each with two links; 0 is a full switch
   # least extent from which a torus dim closes to a ring: 4 where cubes are joined optically (v4,
   # v5p), 16 on v5e and v6e
@@ -75,29 +74,22 @@ class Chip:
     return peak
 
 
-def _chip(name: str, memory: float, speeds: Sequence[float], model_axis: int, **rest: Any) -> Chip:
-  """Returns a chip with bandwidths (HBM, link, DCN) in GB/s; of its name's kind, if not told."""
-  hbm, link, dcn = (speed * 1e9 for speed in speeds)
-  rest = {'kind': name, 'hbm_bandwidth': hbm, 'link_bandwidth': link, 'dcn_bandwidth': dcn, **rest}
-  return Chip(name=name, hbm_bytes=int(memory), model_axis=model_axis, **rest)
-
-
 # TPU sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "System architecture" (HBM GB/s;
 # bidirectional ICI per chip / ports / 2; DCN per chip or per pod / chips). v4's DCN and its links'
 # 45 GB/s: "How to Scale Your Model" (jax-ml.github.io/scaling-book), section 2. GPU sources:
 # NVIDIA's data sheets; NVLink one way is half of what they give, between nodes one 400 Gb/s adapter
 # a GPU is assumed (200 Gb/s for A100).
 CHIPS: tuple[Chip, ...] = (
-  _chip('v4', 30.75 * GIB, (1228, 45, 6.25), 4, kind='TPU v4', torus_dims=3, wrap=4),
-  _chip('v5e', 15.75 * GIB, (819, 50, 3.125), 4, kind='TPU v5 lite', torus_dims=2, wrap=16),
-  _chip('v5p', 95.74 * GIB, (2765, 100, 6.25), 4, kind='TPU v5', torus_dims=3, wrap=4),
-  _chip('v6e', 31.25 * GIB, (1638, 100, 12.5), 4, kind='TPU v6', torus_dims=2, wrap=16),
-  _chip('NVIDIA A100-SXM4-40GB', 40e9, (1555, 300, 25), 8),
-  _chip('NVIDIA A100-SXM4-80GB', 80e9, (2039, 300, 25), 8),
-  _chip('NVIDIA H100 80GB', 80e9, (3350, 450, 50), 8),
-  _chip('NVIDIA H200', 141e9, (4800, 450, 50), 8),
-  _chip('NVIDIA B200', 180e9, (8000, 900, 50), 8),
-  _chip('NVIDIA L4', 24e9, (300, 32, 12.5), 1),
+  Chip('TPU v4', int(30.75 * GIB), 1228e9, 45e9, 6.25e9, 4, name='v4', torus_dims=3, wrap=4),
+  Chip('TPU v5 lite', int(15.75 * GIB), 819e9, 50e9, 3.125e9, 4, name='v5e', torus_dims=2, wrap=16),
+  Chip('TPU v5', int(95.74 * GIB), 2765e9, 100e9, 6.25e9, 4, name='v5p', torus_dims=3, wrap=4),
+  Chip('TPU v6', int(31.25 * GIB), 1638e9, 100e9, 12.5e9, 4, name='v6e', torus_dims=2, wrap=16),
+  Chip('NVIDIA A100-SXM4-40GB', 40 * 10**9, 1555e9, 300e9, 25e9, 8),
+  Chip('NVIDIA A100-SXM4-80GB', 80 * 10**9, 2039e9, 300e9, 25e9, 8),
+  Chip('NVIDIA H100 80GB', 80 * 10**9, 3350e9, 450e9, 50e9, 8),
+  Chip('NVIDIA H200', 141 * 10**9, 4800e9, 450e9, 50e9, 8),
+  Chip('NVIDIA B200', 180 * 10**9, 8000e9, 900e9, 50e9, 8),
+  Chip('NVIDIA L4', 24 * 10**9, 300e9, 32e9, 12.5e9, 1),
 )
 
 

@@ -42,7 +42,8 @@ class LogicalAxisRules:
     return tuple(itertools.chain.from_iterable(found))
 
 
-def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns what a rule, or an entry of a partition spec, names."""
   if target is None:
     return ()
   return (target,) if isinstance(target, str) else tuple(target)
@@ -71,7 +72,7 @@ def spec(
     for i, axis in enumerate(axes):
       if axis != name or done[i]:
         continue
-      names = _mesh_axes(target)
+      names = mesh_axes(target)
       size = math.prod(mesh_sizes[n] for n in names)
       if not names:
         done[i] = True
@@ -120,7 +121,7 @@ def check_axis_cuts(shapes: Any, axes: Any, mesh: Mesh, rules: LogicalAxisRules,
     targets = {axis for axis, to in rules.of(name) if to == cut}
     dims = [i for i, axis in enumerate(names) if axis in targets]
     result = spec(names, leaf.shape, mesh.shape, rules, name)
-    if dims and leaf.ndim > 1 and not any(cut in _mesh_axes(one) for one in result):
+    if dims and leaf.ndim > 1 and not any(cut in mesh_axes(one) for one in result):
       raise UsageError(
         f'{mesh.shape[cut]} devices along the mesh axis {cut!r} do not divide {name}, whose dim '
         f'{names[dims[0]]!r} is {leaf.shape[dims[0]]}: choose a MeshConfig.{cut} that does'
@@ -137,13 +138,13 @@ def _check_array(
     # A rule is for the first dim of that name.
     if rule is None or result[i] == rule[1] or axis in axes[:i]:
       continue
-    mesh_axes = _mesh_axes(rule[1])
-    size = math.prod(sizes[n] for n in mesh_axes)
+    wanted_axes = mesh_axes(rule[1])
+    size = math.prod(sizes[n] for n in wanted_axes)
     if shape[i] % size:
       dim = f'its dim {axis!r} of {shape[i]}'
       raise UsageError(f'the rule {rule} cannot cut {path}: {size} devices do not divide {dim}')
     for j, cut in enumerate(result):
-      if j != i and set(_mesh_axes(cut)) & set(mesh_axes):
+      if j != i and set(mesh_axes(cut)) & set(wanted_axes):
         why = f'its dim {axes[j]!r} is cut over {cut!r} already; add ({axes[j]!r}, None) before it'
         raise UsageError(f'the rule {rule} collides in {path}: {why}')
 

@@ -33,7 +33,7 @@ from t5x_lite.evaluation import evaluators
 from t5x_lite.interop import export, trained_model
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.programs import convert, evaluate, finetune_plan, quickstart, start_checks
+from t5x_lite.programs import convert, evaluate, finetune_plan, quickstart, report, start_checks
 from t5x_lite.programs import train as train_lib
 from t5x_lite.programs.finetune_plan import Plan
 from t5x_lite.runs import checkpoints, files, metric_writers, progress
@@ -278,14 +278,11 @@ def finetune_rows(
     for name, part in given.items():
       sources[name] = _write(pairs_lib.read(part, columns, what=name), output, name)
   start = os.path.join(output, 'start')
-  if distributed.is_primary() and not os.path.isdir(start):
-    save(start)
-  distributed.barrier('start')
+  new = distributed.is_primary() and not os.path.isdir(start)
+  distributed.alike(start, lambda: new and save(start))
   finetune(model=start, output=output, **sources, **arguments)
   if progress.in_notebook():
-    path = os.path.join(output, quickstart.CURVES_FILE)
-    quickstart.draw_losses({'fine-tuning': output}, path)
-    progress.show_picture(path)
+    progress.show_page(epath.Path(report.report(runs=[output])).read_text())
   step = distributed.from_primary(lambda: best_step(output))
   return os.path.join(output, checkpoints.CHECKPOINTS, str(step))
 
@@ -297,10 +294,9 @@ def _empty(source: Any) -> bool:
 def _write(pairs: Pairs, output: str, name: str) -> str:
   """Writes pairs as JSON lines and returns the file."""
   path = epath.Path(output) / 'data' / f'{name}.jsonl'
-  if distributed.is_primary():
-    rows = zip(pairs.inputs, pairs.targets, strict=True)
-    evaluators.write_lines(path, [{'input': x, 'target': y} for x, y in rows])
-  distributed.barrier('data')
+  rows = zip(pairs.inputs, pairs.targets, strict=True)
+  lines = [{'input': x, 'target': y} for x, y in rows]
+  distributed.alike(path, lambda: distributed.is_primary() and evaluators.write_lines(path, lines))
   return os.fspath(path)
 
 

@@ -62,10 +62,7 @@ class Plan:
   total_steps: int
   learning_rate: float
   dtype: str
-  metrics: tuple[str, ...]
-
-  def __post_init__(self):
-    object.__setattr__(self, 'metrics', tuple(self.metrics))  # JSON hands over a list
+  metrics: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +72,6 @@ class Lengths:
   inputs: np.ndarray  # [N]
   targets: np.ndarray  # [N]
   unknown: float  # share of tokens that the vocabulary has no piece for
-
-  def cut(self, input_length: int, target_length: int) -> dict[str, float]:
-    """Returns how much is lost at these lengths."""
-    over = np.maximum(self.inputs - input_length, 0) + np.maximum(self.targets - target_length, 0)
-    lost, total = float(over.sum()), float(self.inputs.sum() + self.targets.sum())
-    cut = {'cut_examples': float((over > 0).sum()), 'cut_tokens': lost}
-    return {**cut, 'cut_tokens_percent': 100.0 * lost / total}
 
 
 def measure(pairs: Pairs, vocabulary: Vocabulary) -> Lengths:
@@ -173,7 +163,7 @@ def make_plan(
     total_steps=steps,
     learning_rate=learning_rate or METHODS[method],
     dtype=dtype or ('float32' if backend == 'cpu' else 'bfloat16'),
-    metrics=tuple(metrics) or choose_metrics(targets),
+    metrics=list(metrics) or choose_metrics(targets),
   )
 
 
@@ -211,16 +201,16 @@ def make_optimizer(method: str, plan: Plan) -> OptimizerConfig:
   return OptimizerConfig(name='adamw', schedule=schedule, global_norm_clip=1.0)
 
 
-def choose_metrics(targets: Sequence[str]) -> tuple[str, ...]:
+def choose_metrics(targets: Sequence[str]) -> list[str]:
   """Returns metrics that suit the targets: labels, short answers, or text; refuses equal ones."""
   different = len(set(targets))
   if different == 1 and len(targets) > 1:
     raise UsageError(f'every target is {targets[0]!r:.60}: there is nothing to learn')
   if 1 < different <= 100 and different * 5 <= len(targets):  # few labels, and each of them often
-    return ('accuracy', 'f1')
+    return ['accuracy', 'f1']
   if np.mean([len(text.split()) for text in targets]) < 5:
-    return ('accuracy', 'squad', 'chrf')
-  return ('accuracy', 'bleu', 'chrf', 'rouge')
+    return ['accuracy', 'squad', 'chrf']
+  return ['accuracy', 'bleu', 'chrf', 'rouge']
 
 
 def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]:
@@ -230,17 +220,18 @@ def describe(plan: Plan, lengths: Lengths, **more: Any) -> list[tuple[str, str]]
     found = np.percentile(values, (50, 90, 99, 100))
     return f'{"/".join(f"{x:.0f}" for x in found)} (50/90/99/100%)'
 
-  loss, rows = lengths.cut(plan.input_length, plan.target_length), plan.row_lengths
+  inputs, targets, rows = lengths.inputs, lengths.targets, plan.row_lengths
+  over = np.maximum(inputs - plan.input_length, 0) + np.maximum(targets - plan.target_length, 0)
+  share = f'{over.sum() / (inputs.sum() + targets.sum()):.1%} of the tokens'
+  cut = f'{np.count_nonzero(over)} of {len(over)} examples, {share}'
   batch = f'{plan.batch_size} rows of {rows["inputs"]} + {rows["targets"]} tokens'
   epochs = f'{plan.total_steps / plan.steps_per_epoch:.1f} epochs of {plan.steps_per_epoch}'
-  share = f'{loss["cut_tokens_percent"]:.1f}% of the tokens'
-  cut = f'{loss["cut_examples"]:.0f} of {len(lengths.inputs)} examples, {share}'
   return [
     *((name.replace('_', ' '), str(value)) for name, value in more.items()),
-    ('input tokens', percentiles(lengths.inputs)),
-    ('target tokens', percentiles(lengths.targets)),
+    ('input tokens', percentiles(inputs)),
+    ('target tokens', percentiles(targets)),
     ('longest kept', f'{plan.input_length} + {plan.target_length} tokens'),
-    ('cut', cut if loss['cut_examples'] else 'none'),
+    ('cut', cut if over.any() else 'none'),
     ('batch', batch + (', packed' if plan.pack else '')),
     ('updates', f'{plan.total_steps}, about {epochs}'),
     ('learning rate', f'{plan.learning_rate:g}'),

@@ -52,7 +52,7 @@ class Candidate(cost_model.Setup):
   @functools.cached_property
   def peak_bytes(self) -> float:
     """Per device."""
-    return cost_model.memory(self).total
+    return cost_model.memory(self)['peak']
 
   @functools.cached_property
   def seconds(self) -> dict[str, float]:
@@ -187,7 +187,7 @@ class Search:
     for sizes in self._meshes(num_devices):
       rows = self.batch_size // (sizes['data'] * sizes['fsdp'])
       divisors = [n for n in _divisors(rows) if n <= _MOST_MICROBATCHES]
-      first = self._candidate(sizes)
+      first = self.candidate(sizes)
       for policy, parts in itertools.product(REMAT_POLICIES, divisors):
         model = self.model.replace(remat_policy=policy)
         found.append(dataclasses.replace(first, model=model, num_microbatches=parts))
@@ -199,7 +199,7 @@ class Search:
     if self.mesh.preset == 'auto' and not any(given):
       return None
     resolved = partitioning.resolve(self.mesh, devices, num_heads=self.model.num_heads)
-    found = self._candidate({name: getattr(resolved, name) for name in MESH_AXES})
+    found = self.candidate({name: getattr(resolved, name) for name in MESH_AXES})
     return dataclasses.replace(found, num_microbatches=num_microbatches, written=True)
 
   def _meshes(self, num_devices: int) -> Iterator[dict[str, int]]:
@@ -213,18 +213,15 @@ class Search:
         if self.batch_size % (data * fsdp) == 0:
           yield {'data': data, 'fsdp': fsdp, 'model': model}
 
-  def _state_bytes(self, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Returns bytes per device of all of the state, and of parameters."""
+  def candidate(self, sizes: Mapping[str, int]) -> Candidate:
+    """Returns a mesh with the model's own policy and no microbatches."""
     config = with_sizes(self.mesh, sizes)
     mesh: Any = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     placement = Placement(mesh, partitioning.logical_axis_rules(config), config)
     trees = (placement.specs(*tree) for tree in self._trees)
     params, opt_state = map(memory_report.bytes_per_device, trees)
-    return params + (0 if self.mesh.offload_optimizer else opt_state), params
-
-  def _candidate(self, sizes: Mapping[str, int]) -> Candidate:
-    state_bytes, params_bytes = self._state_bytes(sizes)
-    held = {'state_bytes': state_bytes, 'params_bytes': params_bytes, 'chunk': self.loss.chunk}
+    held = {'params_bytes': params, 'chunk': self.loss.chunk}
+    held['state_bytes'] = params + (0 if self.mesh.offload_optimizer else opt_state)
     same = {name: getattr(self, name) for name in ('model', 'batch', 'num_slices', 'chip')}
     return Candidate(sizes=sizes, num_microbatches=1, **held, **same)
 

@@ -6,7 +6,6 @@ With libtpu the real XLA:TPU compiler runs on any machine: memory, collectives a
 import dataclasses
 import json as json_lib
 import logging
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ from t5x_lite.training.optimizers import OptimizerConfig
 
 log = logging.getLogger(__name__)
 
-STEPS = ('train', 'decode')
 # What both functions take.
 _PASSED_ON = 'model optimizer total_steps num_microbatches topology num_slices hlo_file'.split()
 # What lies in a device's memory: a key of the report, and how it is printed.
@@ -79,7 +77,7 @@ def precompile(
     hlo_file: where to write the compiled program's text, if anywhere.
   """
   given = dict(locals())
-  check_one_of('precompile.step', step, STEPS)
+  check_one_of('precompile.step', step, ('train', 'decode'))
   report, _ = compile_step(
     batch=batch_spec(dataset),
     loss=loss or LossConfig(),
@@ -183,17 +181,15 @@ def _state_bytes(program: step_programs.StepProgram) -> dict[str, Any]:
 
 def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> dict[str, Any]:
   """The compiler's own account of memory, in bytes per device."""
-  stats = compiled.memory_analysis()
+  stats: Any = compiled.memory_analysis()
   hbm = None if chip is None else chip.hbm_bytes
-  peak = None if stats is None else stats.peak_memory_in_bytes
-  fits = hbm is None or peak is None or peak <= hbm
-  found = {'fits': fits, 'peak_bytes_per_device': peak, 'hbm_bytes_per_device': hbm}
+  peak = stats.peak_memory_in_bytes
+  found = {'peak_bytes_per_device': peak, 'hbm_bytes_per_device': hbm}
   # Donated are outputs that lie where arguments were.
   names = {'argument': 'argument_size', 'temporary': 'temp_size', 'host': 'host_argument_size'}
   names |= {'code': 'generated_code_size', 'donated': 'alias_size'}
-  if stats is not None:
-    found |= {f'{x}_bytes': getattr(stats, f'{name}_in_bytes') for x, name in names.items()}
-  return found
+  found |= {f'{x}_bytes': getattr(stats, f'{name}_in_bytes') for x, name in names.items()}
+  return {'fits': hbm is None or peak <= hbm, **found}
 
 
 def _costs(
@@ -224,9 +220,6 @@ def _roofline(seconds: dict[str, float]) -> dict[str, Any]:
   return {'bound': bound, 'roofline': seconds, 'roofline_step_seconds': seconds[bound]}
 
 
-_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-
-
 def parse_out_of_memory(text: str, argument_bytes: int = 0) -> tuple[int, int] | None:
   """Returns (used, available) of XLA's error about a program that does not fit, else None.
 
@@ -239,7 +232,8 @@ def parse_out_of_memory(text: str, argument_bytes: int = 0) -> tuple[int, int] |
   match = re.search(forms[0], text) or re.search(forms[1], text)
   if match is None:
     return 0, 0
-  used, available = (int(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
+  units = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+  used, available = (int(float(match[i]) * units[match[i + 1]]) for i in (1, 3))
   if 'HLO temporaries' in text:  # which leaves out what goes in
     used += argument_bytes
   return used, available
@@ -249,7 +243,7 @@ def _does_not_fit(
   setup: cost_model.Setup, chip: Chip | None, used: int, available: int
 ) -> dict[str, Any]:
   available = available or (chip.hbm_bytes if chip else 0)
-  predicted = cost_model.memory(setup).total
+  predicted = cost_model.memory(setup)['peak']
   peak = used or predicted
   sizes = {lever: size * peak / predicted for lever, size in cost_model.levers(setup).items()}
   device = {'peak': peak, 'hbm': available, 'missing': max(0, peak - available)}
@@ -283,9 +277,8 @@ def format_report(report: dict[str, Any]) -> str:
       note = ' (gradients, activations, gathered weights)' if key == 'temporary_bytes' else ''
       lines.append(f'  {label:15}  {size(report[key])}{note}')
   peak, hbm = report['peak_bytes_per_device'], report['hbm_bytes_per_device']
-  if peak is not None:
-    room = f' of {size(hbm)} ({100 * peak / hbm:.0f}%)' if hbm else ''
-    lines.append(f'  peak             {size(peak)}{room}')
+  room = f' of {size(hbm)} ({100 * peak / hbm:.0f}%)' if hbm else ''
+  lines.append(f'  peak             {size(peak)}{room}')
   if report['fits']:
     lines.append('fits')
   else:
@@ -298,13 +291,9 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append(f'  {kind}: {entry["count"]:.0f} a step, {size(entry["bytes"])} received')
   lines.append(f'model FLOPs a step: {report["model_flops_per_step"]:.4g}')
   if report.get('roofline'):
-    parts = ', '.join(f'{name} {_milliseconds(x)}' for name, x in report['roofline'].items())
-    best = _milliseconds(report['roofline_step_seconds'])
+    parts = ', '.join(f'{name} {1e3 * x:.3g} ms' for name, x in report['roofline'].items())
     note = ' (predicted)' if report.get('predicted') else ''
-    lines.append(f'roofline: {parts}; bound by {report["bound"]}, at best {best} a step{note}')
+    best = f'{1e3 * report["roofline_step_seconds"]:.3g} ms a step{note}'
+    lines.append(f'roofline: {parts}; bound by {report["bound"]}, at best {best}')
   lines.append(f'lowered in {report["lower_seconds"]} s, compiled in {report["compile_seconds"]} s')
   return '\n'.join(lines)
-
-
-def _milliseconds(seconds: float) -> str:
-  return f'{1e3 * seconds:.3g} ms' if math.isfinite(seconds) else '?'

@@ -104,8 +104,7 @@ def preview(
     if (segments := batch.get(f'{side}_segment_ids')) is not None:
       blocks.append(('rows', f'Packed {feature}: padding {np.mean(segments == 0):.1%}', segments))
   if output:
-    page = as_page(blocks, _length_charts(lengths))
-    epath.Path(output).write_bytes(page.encode('utf-8', 'replace'))
+    epath.Path(output).write_text(as_page(blocks, _length_charts(lengths)))
     print(output)
     return output
   print(as_text(blocks, color=sys.stdout.isatty()))

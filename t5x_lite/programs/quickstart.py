@@ -5,13 +5,12 @@ The sizes are the gin file's; this is only the order of things.
   OUTPUT_DIR/            the fine-tuned run: `t5x-lite infer --model OUTPUT_DIR`
   OUTPUT_DIR/pretrain/   the pretraining run
   OUTPUT_DIR/test/       metrics.json, and TASK.jsonl with every prediction
-  OUTPUT_DIR/results.json, loss_curves.png
+  OUTPUT_DIR/results.json, report.html
 """
 
 import dataclasses
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -27,14 +26,11 @@ from t5x_lite.errors import UsageError
 from t5x_lite.evaluation import evaluators
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
-from t5x_lite.programs import evaluate, report_runs, start_checks
-from t5x_lite.runs import files, metric_writers, progress
+from t5x_lite.programs import evaluate, report, report_runs, start_checks
+from t5x_lite.runs import files, progress
 from t5x_lite.runs.checkpoints import CheckpointConfig
 
 log = logging.getLogger(__name__)
-
-RESULTS_FILE = 'results.json'
-CURVES_FILE = 'loss_curves.png'
 
 
 def quickstart(
@@ -86,18 +82,17 @@ def quickstart(
       return None
     phase_ends('finetune')
 
-  # ---- Test, show, draw ----
+  # ---- Test, show, report ----
   how = {'mesh': mesh, 'decoding': decoding, 'num_examples': num_examples}
   metrics = evaluate.evaluate(model_dir=output_dir, datasets=test, output=test_dir, **how)
   phase_ends('test')
   results: dict[str, Any] = {'test': metrics, 'seconds': seconds}
+  report.report(runs=[output_dir, pretrain_dir])  # of all processes: it opens a checkpoint
+  phase_ends('report')
   if distributed.is_primary():
     show_predictions(test_dir, list(metrics), num_shown)
-    runs = {'pretraining': pretrain_dir, 'fine-tuning': output_dir}
-    draw_losses(runs, os.path.join(output_dir, CURVES_FILE))
-    phase_ends('report')
     seconds['total'] = sum(seconds.values())
-    path = epath.Path(output_dir) / RESULTS_FILE
+    path = epath.Path(output_dir) / 'results.json'
     files.write_json(path, results)
     print(f'\n{summary(results)}\n\nresults: {path}\n\n{next_steps(output_dir)}')
   return results
@@ -122,12 +117,11 @@ def typed() -> str:
 
 
 def next_steps(output_dir: str) -> str:
-  """Returns three commands to go on with."""
+  """Returns two commands to go on with."""
   run, model = typed(), shlex.quote(output_dir)
   return (
     f'try it:      echo "pronounce: hello" | {run} infer --model {model} --input - --output -\n'
-    f'fine-tune:   {run} finetune --model {model} --train FILE.csv --output runs/mine\n'
-    f'look at it:  {run} report {model}'
+    f'fine-tune:   {run} finetune --model {model} --train FILE.csv --output runs/mine'
   )
 
 
@@ -141,24 +135,3 @@ def show_predictions(directory: str, tasks: Sequence[str], num: int) -> None:
       print(f'  input       {entry["input"]}')
       print(f'  prediction  {entry["prediction"]}')
       print(f'  reference   {entry["target"]}\n')
-
-
-def draw_losses(runs: Mapping[str, str], path: str) -> None:
-  """Writes a PNG of the training and evaluation losses of runs: directories by title."""
-  from matplotlib import figure
-
-  # Not pyplot: that would look for a display.
-  canvas = figure.Figure(figsize=(5.5 * len(runs), 4), layout='constrained')
-  panels = canvas.subplots(1, len(runs), squeeze=False)[0]
-  for panel, (title, model_dir) in zip(panels, runs.items(), strict=True):
-    series, _ = report_runs.series_of(metric_writers.read_metrics(model_dir))
-    curves = {x: points for x, points in series.items() if re.fullmatch(r'loss|eval/.*/loss', x)}
-    for name, points in curves.items():
-      style, label = ('-', 'training') if name == 'loss' else ('o-', name.removesuffix('/loss'))
-      steps, values = zip(*points, strict=True)
-      panel.plot(steps, values, style, label=label, linewidth=1, markersize=3)
-    panel.set(title=title, xlabel='step', ylabel='loss (nats per token)')
-    panel.grid(alpha=0.3)
-    if curves:
-      panel.legend()
-  canvas.savefig(path, dpi=120)

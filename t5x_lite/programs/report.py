@@ -8,7 +8,6 @@ import html
 import importlib.resources
 import itertools
 import json
-import logging
 import math
 import os
 import string
@@ -22,13 +21,11 @@ from t5x_lite.errors import UsageError, first_line, refusing
 from t5x_lite.interop import checkpoint_source, tensor_names
 from t5x_lite.models import relative_position
 from t5x_lite.models.config import T5Config
+from t5x_lite.parallel import distributed
 from t5x_lite.programs import report_charts, report_runs
 from t5x_lite.programs.report_runs import Run
 from t5x_lite.runs import progress
 
-log = logging.getLogger(__name__)
-
-REPORT = 'report.html'
 SUFFIXES = ('.html', '.htm')
 _NUM_SAMPLES = 20
 # Longer texts are cut on the page; they are whole in the run's files.
@@ -53,20 +50,19 @@ def report(*, runs: Sequence[str], output: str = '') -> str:
   """
   if not runs:
     raise UsageError('report needs a run directory')
-  path = epath.Path(output or epath.Path(runs[0]) / REPORT)
+  path = epath.Path(output or epath.Path(runs[0]) / 'report.html')
   if path.suffix not in SUFFIXES:
     why = 'a page is named .html, so that no other file is replaced by mistake'
     raise UsageError(f'report.output is {output}: {why}')
   given = list(dict.fromkeys(runs))
   names = zip(given, report_runs.names_of(given), strict=True)
   found = [report_runs.read(one, name=name) for one, name in names]
-  # A model may write half of a surrogate pair, which no encoding has.
-  text = page(found).encode('utf-8', 'replace')
-  with refusing(f'{path} cannot be written, name another --output', OSError):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text)
-  log.info('%s', path)
-  print(os.fspath(path))
+  text = page(found)
+  if distributed.is_primary():
+    with refusing(f'{path} cannot be written, name another --output', OSError):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(text)
+    print(os.fspath(path))
   return os.fspath(path)
 
 
@@ -90,8 +86,9 @@ def page(runs: Sequence[Run]) -> str:
 def whole_page(title: str, body: Sequence[str]) -> str:
   """Returns a page of its parts; empty ones are left out."""
   text = importlib.resources.files('t5x_lite.programs').joinpath('report.html').read_text()
-  shown = '\n'.join(filter(None, body))
-  return string.Template(text).substitute(title=escape(title), body=shown)
+  text = string.Template(text).substitute(title=escape(title), body='\n'.join(filter(None, body)))
+  # A model may write half of a surrogate pair, which no encoding has.
+  return text.encode('utf-8', 'replace').decode()
 
 
 def escape(value: Any) -> str:

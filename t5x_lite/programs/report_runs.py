@@ -14,9 +14,6 @@ from etils import epath
 from t5x_lite.errors import UsageError
 from t5x_lite.runs import checkpoints, metric_writers, run_directory
 
-# A step without a value is a gap: NaN.
-Series = Mapping[str, Sequence[tuple[int, float]]]
-
 _EVALUATIONS = ('eval/', 'infer_eval/')
 # Counts of what was evaluated, not how well.
 _COUNTS = ('target_tokens', 'examples')
@@ -38,7 +35,8 @@ class Run:
 
   name: str
   path: str
-  series: Series
+  # (step, value) of each metric, by name; a step without a value is a gap: NaN.
+  series: Mapping[str, Sequence[tuple[int, float]]]
   times: Sequence[float]  # in seconds since 1970, at which metrics were written
   model: Mapping[str, Any]
   lengths: Mapping[str, Any]

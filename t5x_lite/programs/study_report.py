@@ -22,7 +22,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.models import model_sharding, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.programs import report, report_charts, report_runs, study
-from t5x_lite.runs import progress
+from t5x_lite.runs import files, progress
 
 _NOTE = (
   'Mean and standard deviation over seeds. **Bold**: within two deviations of the best of its '
@@ -216,10 +216,8 @@ def write(table: Table, stem: str, title: str) -> str:
   body.append('</div><h2>Curves of the first seed</h2><div class="charts">')
   page = report.whole_page(title, [*body, *_curves(table), '</div>'])
   os.makedirs(os.path.dirname(stem), exist_ok=True)
-  for ending, text in (('.md', '\n'.join(lines) + '\n'), ('.html', page)):
-    temporary = epath.Path(f'{stem}{ending}.tmp-{os.getpid()}')
-    temporary.write_bytes(text.encode('utf-8', 'replace'))
-    temporary.replace(stem + ending)
+  files.write_text(epath.Path(f'{stem}.md'), '\n'.join(lines) + '\n')
+  files.write_text(epath.Path(f'{stem}.html'), page)
   return f'{stem}.md'
 
 

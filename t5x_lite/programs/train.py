@@ -247,9 +247,9 @@ def train(
       writer.write(first_step, {'damaged_checkpoints': float(len(checkpointer.damaged))})
     progress = stack.enter_context(Progress(total_steps=total_steps, **start))
     peak = hardware.peak_flops(jax.devices()[0].device_kind)
-    devices = {'num_devices': jax.device_count(), 'peak_flops': peak}
+    peak = peak and peak * jax.device_count()
     cost = flops.batch_train_flops(model, batch_shapes)
-    window = Window(batch_shapes=shapes, step_flops=cost, **devices)
+    window = Window(batch_shapes=shapes, step_flops=cost, peak_flops=peak)
     skipped_in_a_row = 0
 
     def collect(pending: tuple[int, Any] | None) -> None:

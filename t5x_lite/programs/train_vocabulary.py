@@ -1,10 +1,10 @@
 """Trains a SentencePiece vocabulary for T5; the same text and settings give equal bytes."""
 
-import dataclasses
 import io
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 from absl import logging
@@ -25,23 +25,6 @@ _TRAINER = {'num_threads': 16, 'input_sentence_size': 0, 'shuffle_input_sentence
 _SETTINGS = 'vocab_size model_type character_coverage byte_fallback split_digits'.split()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VocabularySummary:
-  """What was trained; the last two are of a sample of the sentences, the rate in percent."""
-
-  config: VocabularyConfig  # with T5's 100 sentinels
-  vocab_size: int  # without them
-  num_sentences: int
-  characters_per_token: float
-  unknown_rate: float
-
-  def __str__(self) -> str:
-    return (
-      f'{self.config.path}: {self.vocab_size} pieces from {self.num_sentences} sentences, '
-      f'{self.characters_per_token:.2f} characters per token, {self.unknown_rate:.3f}% unknown'
-    )
-
-
 def train_vocabulary(
   *,
   output: str,
@@ -60,11 +43,13 @@ def train_vocabulary(
   max_sentences: int = 5_000_000,
   seed: int = 0,
   overwrite: bool = False,
-) -> VocabularySummary:
+) -> dict[str, Any]:
   """Trains a vocabulary with pad, eos, unk = 0, 1, 2 and no bos, as T5's.
 
-  UsageError if a setting cannot work, or the text has too few different pieces or too many
-  characters for `vocab_size`. Nothing is written then.
+  Prints and returns its config, with T5's 100 sentinels, its size without them, and of a sample of
+  the sentences the characters per token and the unknown tokens. UsageError if a setting cannot
+  work, or the text has too few different pieces or too many characters for `vocab_size`: nothing is
+  written then.
 
   Args:
     output: the model file to write.
@@ -126,7 +111,12 @@ def train_vocabulary(
   path = epath.Path(output)
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(model)
-  return _summary(VocabularyConfig(path=output), sentences)
+  found = _summary(VocabularyConfig(path=output), sentences)
+  print(
+    '{config.path}: {vocab_size} pieces from {num_sentences} sentences, {characters_per_token:.2f} '
+    'characters per token, {unknown_percent:.3f}% unknown'.format(**found)
+  )
+  return found
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -180,17 +170,17 @@ def _explain(message: str, vocab_size: int) -> str:
   return f'SentencePiece cannot train on this text: {message.strip()}'
 
 
-def _summary(config: VocabularyConfig, sentences: Sequence[str]) -> VocabularySummary:
+def _summary(config: VocabularyConfig, sentences: Sequence[str]) -> dict[str, Any]:
   # A later call may have written the same path: read what is there now.
   vocabularies.make_vocabulary.cache_clear()
   vocabularies.fingerprint.cache_clear()
   vocabulary = vocabularies.make_vocabulary(config)
   sample = sentences[:: max(1, len(sentences) // 10_000)]
   tokens = [token for text in sample for token in vocabulary.encode(text)]
-  return VocabularySummary(
-    config=config,
-    vocab_size=vocabulary.vocab_size - config.extra_ids,
-    num_sentences=len(sentences),
-    characters_per_token=sum(map(len, sample)) / max(1, len(tokens)),
-    unknown_rate=100.0 * tokens.count(UNK_ID) / max(1, len(tokens)),
-  )
+  return {
+    'config': config,
+    'vocab_size': vocabulary.vocab_size - config.extra_ids,
+    'num_sentences': len(sentences),
+    'characters_per_token': sum(map(len, sample)) / max(1, len(tokens)),
+    'unknown_percent': 100.0 * tokens.count(UNK_ID) / max(1, len(tokens)),
+  }

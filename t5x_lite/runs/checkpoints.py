@@ -201,7 +201,6 @@ class Checkpointer(contextlib.AbstractContextManager):
       # Only makes Orbax write the metrics; the policy above decides.
       best_fn=(lambda _: 0.0) if config.keep_best else None,
       cleanup_tmp_directories=True,
-      enable_async_checkpointing=True,
     )
     self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
@@ -325,7 +324,7 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> tuple[Any, dict[str, Any]]:
     root = self.directory / str(step)
     if verify is not None:
-      _all_alike(root, lambda: distributed.is_primary() and verify(os.fspath(root)))
+      distributed.alike(root, lambda: distributed.is_primary() and verify(os.fspath(root)))
     try:
       state, meta = load_state(os.fspath(root), abstract_state), read_meta(root)
     except (UsageError, distributed.LostProcessError, MemoryError, jax.errors.JaxRuntimeError):
@@ -335,7 +334,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       raise DamagedError(f'{root}: {files.cause(error)}') from error
     data = root / 'data'
     if iterator is not None and data.is_dir():
-      _all_alike(data, lambda: files.retried(data, iterator.restore, os.fspath(data)))
+      distributed.alike(data, lambda: files.retried(data, iterator.restore, os.fspath(data)))
     elif iterator is not None:
       log.warning('%s is not there: the data is read from its beginning', data)
     return state, meta
@@ -376,19 +375,6 @@ def _check_names(root: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str
       continue
     fix = 'use the model and optimizer that wrote it, or another model_dir to start a new run'
     raise UsageError(f'the checkpoint {root} has {problem}: {fix}')
-
-
-def _all_alike(directory: epath.Path, call: Callable[[], Any]) -> None:
-  """Calls on all processes; they must take the same checkpoint, so an error of one is all's."""
-  problem: Exception | None = None
-  try:
-    call()
-  except Exception as error:
-    problem = error
-  if distributed.anywhere(isinstance(problem, DamagedError)):
-    raise problem or DamagedError(f'{directory}: another process says why')
-  if distributed.anywhere(problem is not None):
-    raise problem or UsageError(f'{directory}: another process says why')
 
 
 def _preservation_policy(config: CheckpointConfig) -> Any:

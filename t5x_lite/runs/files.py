@@ -52,7 +52,8 @@ def retried(what: object, call: Callable[..., T], *args: Any) -> T:
 
 def write_text(path: epath.Path, text: str) -> None:
   """Writes all of the file or nothing: a run may be killed at any moment."""
-  temporary = path.parent / (path.name + '.tmp')
+  # Several cells of a study write one report.
+  temporary = path.parent / f'{path.name}.tmp-{os.getpid()}'
 
   def write() -> None:
     temporary.write_text(text)

@@ -14,6 +14,7 @@ from etils import epath
 from t5x_lite.models import attention as attention_lib
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
+from t5x_lite.parallel.logical_axes import mesh_axes
 from t5x_lite.runs import run_directory
 from t5x_lite.training import train_state
 
@@ -33,7 +34,9 @@ def sharding_table(spec: train_state.StateSpec) -> str:
   rows = [('array', 'shape', 'dtype', 'logical axes', 'sharding', 'per device')]
   for path, leaf, names in pytrees.leaves_with_axes(spec.shapes, spec.axes):
     sizes = leaf.sharding.mesh.shape
-    cut = [_mesh_axes(part, sizes) for part in leaf.sharding.spec]
+    # Mesh axes of size 1 cut nothing.
+    axes = [[axis for axis in mesh_axes(part) if sizes[axis] > 1] for part in leaf.sharding.spec]
+    cut = ['+'.join(part) or '-' for part in axes]
     if set(cut) <= {'-'}:
       cut = ['replicated']
     shape = 'x'.join(map(str, leaf.shape)) or 'scalar'
@@ -43,12 +46,6 @@ def sharding_table(spec: train_state.StateSpec) -> str:
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   padded = ('  '.join(map(str.ljust, row, widths)) for row in rows)
   return ''.join(f'{line.rstrip()}\n' for line in padded)
-
-
-def _mesh_axes(part: Any, sizes: Mapping[str, int]) -> str:
-  """Returns one entry of a spec as text; mesh axes of size 1 cut nothing."""
-  names = (part,) if isinstance(part, str) else part or ()
-  return '+'.join(name for name in names if sizes[name] > 1) or '-'
 
 
 def parameter_summary(params: Any) -> str:
@@ -69,9 +66,7 @@ def state_memory(spec: train_state.StateSpec) -> str:
 
 def compiled_memory(compiled: jax.stages.Compiled) -> str:
   """Returns the compiler's own account of a step's memory per device."""
-  stats = compiled.memory_analysis()
-  if stats is None:
-    return 'per device: the compiler reports no memory'
+  stats: Any = compiled.memory_analysis()
   outputs = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
   sizes = (stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs)
   text = 'per device, compiled: state and batch {}, temporaries {}, new outputs {}, together {}'

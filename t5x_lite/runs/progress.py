@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import html
 import importlib
 import logging
 import math
@@ -31,8 +32,7 @@ class Window:
 
   batch_shapes: Mapping[str, tuple[int, ...]]  # global, to tell how full it is
   step_flops: float  # of the model; see flops.py
-  peak_flops: float | None  # of one device; None where it is not known, as on CPUs: then no MFU
-  num_devices: int
+  peak_flops: float | None  # of all devices; None where it is not known, as on CPUs: then no MFU
 
   def __post_init__(self):
     self._sums: dict[str, float] = {}
@@ -76,7 +76,7 @@ class Window:
     rate = self.step_flops / seconds
     metrics['model_tflops_per_second'] = rate / 1e12
     if self.peak_flops is not None:
-      metrics['mfu'] = rate / (self.peak_flops * self.num_devices)
+      metrics['mfu'] = rate / self.peak_flops
     self.__post_init__()  # starts anew
     return metrics
 
@@ -94,10 +94,10 @@ def in_notebook() -> bool:
   return getattr(shell, 'kernel', None) is not None
 
 
-def show_picture(path: str) -> None:
-  """Shows a picture below a notebook's cell."""
-  display = importlib.import_module('IPython.display')
-  display.display(display.Image(filename=path))
+def show_page(text: str) -> None:
+  """Shows an HTML page below a notebook's cell, in a frame: its style is not the notebook's."""
+  frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="600"></iframe>'
+  importlib.import_module('IPython.display').display({'text/html': frame}, raw=True)
 
 
 @contextlib.contextmanager

@@ -71,10 +71,8 @@ def init_state(
   return start_from(jax.jit(init, out_shardings=spec.shardings.params)(key), tx, spec)
 
 
-def start_from(
-  params: Any, tx: optax.GradientTransformation, spec: StateSpec, step: int = 0
-) -> TrainState:
+def start_from(params: Any, tx: optax.GradientTransformation, spec: StateSpec) -> TrainState:
   """Makes a state from given parameters with a fresh optimizer state."""
   opt_state = jax.jit(tx.init, out_shardings=spec.shardings.opt_state)(params)
-  count = jax.device_put(jnp.asarray(step, jnp.int32), spec.shardings.step)
+  count = jax.device_put(jnp.zeros((), jnp.int32), spec.shardings.step)
   return TrainState(count, params, opt_state)

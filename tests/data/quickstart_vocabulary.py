@@ -56,7 +56,7 @@ def make(output: str) -> None:
   numbers = [str(number) for number in range(1, 15)]
   pieces = [*phonemes(), *numbers, *frequent_words()]
   symbols += [_SPACE + piece for piece in pieces]
-  summary = train_vocabulary.train_vocabulary(
+  train_vocabulary.train_vocabulary(
     output=output,
     input=[_path(f'{name}_train.tsv.gz') for name in _CORPORA],
     file_format='tsv',
@@ -68,7 +68,6 @@ def make(output: str) -> None:
     overwrite=True,
   )
   _as_unigram(output)
-  print(summary)
 
 
 def _as_unigram(path: str) -> None:

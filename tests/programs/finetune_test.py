@@ -302,7 +302,7 @@ def test_the_example_of_the_readme_has_something_to_learn(tmp_path, monkeypatch)
     '\n'.join(json.dumps({'input': a, 'target': b}) for a, b in given['data'])
   )
   parts = finetune_lib.read_parts(str(tmp_path / 'rows.jsonl'), (), finetune_lib.Columns(), 0.1)
-  assert finetune_plan.choose_metrics(parts['train'].targets) == ('accuracy', 'f1')
+  assert finetune_plan.choose_metrics(parts['train'].targets) == ['accuracy', 'f1']
 
 
 def test_too_few_inputs_to_hold_one_out(model, tmp_path):

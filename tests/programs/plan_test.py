@@ -59,8 +59,8 @@ def test_replicas_span_slices():
 
 def test_state_bytes_are_those_of_the_shards():
   one = search()
-  whole, params = one._state_bytes({'data': 8, 'fsdp': 1, 'model': 1})
-  cut, _ = one._state_bytes({'data': 1, 'fsdp': 4, 'model': 2})
+  whole = one.candidate({'data': 8, 'fsdp': 1, 'model': 1})
+  cut = one.candidate({'data': 1, 'fsdp': 4, 'model': 2})
   report, _ = precompile.compile_step(
     model=one.model,
     batch=one.batch,
@@ -70,9 +70,9 @@ def test_state_bytes_are_those_of_the_shards():
     mesh=MeshConfig(fsdp=4, model=2),
     num_microbatches=1,
   )
-  assert cut == report['params_bytes'] + report['optimizer_bytes']
+  assert cut.state_bytes == report['params_bytes'] + report['optimizer_bytes']
   # Adafactor keeps at most one value a parameter: those too small to factor.
-  assert params < whole < 2 * params
+  assert whole.params_bytes < whole.state_bytes < 2 * whole.params_bytes
 
 
 def row(**overrides):

@@ -61,7 +61,8 @@ def test_order_of_things(tmp_path, fake_evaluate, capsys):
   assert saved == results
   assert saved['test']['pronounce']['phoneme_error_rate'] == 12.5
   assert {'pretrain', 'finetune', 'test', 'total'} <= set(saved['seconds'])
-  assert (tmp_path / 'loss_curves.png').read_bytes().startswith(b'\x89PNG')
+  page = (tmp_path / 'report.html').read_text()
+  assert 'aria-label="loss"' in page
   printed = capsys.readouterr().out
   assert [part in printed for part in (': a0\n', ': a4\n', ': a8\n')] == [True] * 3
   assert printed.count('reference   EY1') == 3
@@ -125,7 +126,7 @@ def test_the_commands_at_the_end_can_be_typed(tmp_path, monkeypatch):
   monkeypatch.setattr('sys.argv', [str(program)])
   monkeypatch.setenv('PATH', '/nowhere')
   assert quickstart.typed() == '.venv/bin/t5x-lite'
-  assert quickstart.next_steps('my runs').endswith(".venv/bin/t5x-lite report 'my runs'")
+  assert ".venv/bin/t5x-lite finetune --model 'my runs'" in quickstart.next_steps('my runs')
   monkeypatch.setenv('PATH', str(program.parent))
   assert quickstart.typed() == 't5x-lite'
   monkeypatch.setattr('sys.argv', ['pytest'])

@@ -48,8 +48,8 @@ def test_init_does_not_depend_on_the_mesh():
 def test_starting_from_parameters_keeps_them():
   cfg, tx, spec = make(partitioning.MeshConfig())
   state = train_state.init_state(cfg, tx, spec, jax.random.key(0))
-  new = train_state.start_from(state.params, tx, spec, step=3)
-  assert int(new.step) == 3
+  new = train_state.start_from(state.params, tx, spec)
+  assert int(new.step) == 0
   assert new.params is state.params
   jax.tree.map(lambda x: np.testing.assert_array_equal(x, jnp.zeros_like(x)), new.opt_state)
   assert model_sharding.count_params(state.params) == sum(
