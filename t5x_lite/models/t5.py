@@ -180,41 +180,29 @@ class T5(nnx.Module):
     # Alone among the dropouts, this one is not broadcast over the length.
     return layers.dropout(x_BMD, cfg.dropout_rate, keys[2], ())
 
-  def decode(
-    self,
-    encoded_BMD,
-    encoder_input_tokens,
-    decoder_input_tokens,
-    *,
-    encoder_segment_ids=None,
-    decoder_segment_ids=None,
-    decoder_causal_attention=None,
-    dropout_key=None,
-    cross_ahead=False,
-  ) -> Array:
-    """Returns hidden_BLD, the decoder's output before the projection.
+  def hidden(self, batch: Mapping[str, Array], *, dropout_key=None, cross_ahead=False) -> Array:
+    """Returns hidden_BLD, the decoder's output before the projection, of a training batch.
 
-    encoded_BMD comes from `encode`, and the encoder's tokens [B, M] are for the padding mask; both
-    are None without an encoder. The decoder's [B, L] are targets shifted right. Segment ids, of the
-    same shapes, are those of packed rows; decoder_causal_attention [B, L] is 1 in a prefix, whose
-    positions see each other (prefix LM). Without a key nothing is dropped. With cross_ahead, where
-    layers are stacked, keys and values of all layers' cross-attention are made before the loop.
+    Encoder tokens are [B, M], unless there is no encoder, and decoder tokens [B, L], targets
+    shifted right. Segment ids, of the same shapes, are those of packed rows;
+    decoder_causal_attention [B, L] is 1 in a prefix, whose positions see each other (prefix LM).
+    Without a key nothing is dropped. With cross_ahead, where layers are stacked, keys and values of
+    all layers' cross-attention are made before the loop.
     """
-    cfg = self.cfg
-    keys = layers.split_key(dropout_key, 3)
-    L = decoder_input_tokens.shape[1]
-    visibility = Visibility(
-      segments=_pair(decoder_segment_ids, decoder_segment_ids),
-      prefix_BL=None if decoder_causal_attention is None else decoder_causal_attention != 0,
-      causal=True,
-    )
-    mask = attention.mask(cfg.attention, visibility, L, L)
-    cross_mask = None
+    cfg, tokens_BL = self.cfg, batch['decoder_input_tokens']
+    encoder_key, decoder_key = layers.split_key(dropout_key, 2)
+    keys, L = layers.split_key(decoder_key, 3), tokens_BL.shape[1]
+    segments, prefix_BL = batch.get('decoder_segment_ids'), batch.get('decoder_causal_attention')
+    encoded_BMD = cross_mask = None
     if cfg.has_encoder:
-      real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
-      segments = _pair(decoder_segment_ids, encoder_segment_ids)
-      visibility = Visibility(key_seen_BM=real_BM, segments=segments)
+      inputs_BM, theirs = batch['encoder_input_tokens'], batch.get('encoder_segment_ids')
+      encoded_BMD = self.encode(inputs_BM, encoder_segment_ids=theirs, dropout_key=encoder_key)
+      real_BM = self._real(inputs_BM, theirs)
+      visibility = Visibility(key_seen_BM=real_BM, segments=_pair(segments, theirs))
       cross_mask = attention.mask(cfg.attention, visibility, L, real_BM.shape[1])
+    prefix_BL = None if prefix_BL is None else prefix_BL != 0
+    visibility = Visibility(segments=_pair(segments, segments), prefix_BL=prefix_BL, causal=True)
+    mask = attention.mask(cfg.attention, visibility, L, L)
     bias = self.decoder.bias(L, L)
 
     def body(x_BLD, layer, key, lender, kv):
@@ -223,7 +211,7 @@ class T5(nnx.Module):
         kv = layer.encoder_decoder_attention.keys_values(encoded_BMD)
       return layer.read(x_BLD, kv, lender, bias=bias, **masks, key=key)[0]
 
-    x_BLD = self._embed(decoder_input_tokens, keys[0])
+    x_BLD = self._embed(tokens_BL, keys[0])
     ahead = None
     if cross_ahead:
       # By JAX's own product: of a custom gradient vmap makes one gradient of the output a layer.
@@ -257,19 +245,6 @@ class T5(nnx.Module):
     """
     kernel_DV, scale = self.head()
     return functools.partial(_project, constrain(kernel_DV, None, 'vocab'), scale)
-
-  def hidden(self, batch: Mapping[str, Array], *, dropout_key=None, cross_ahead=False):
-    """Returns hidden_BLD of a training batch, packed or not; the rest is as of `decode`."""
-    keys = layers.split_key(dropout_key, 2)
-    encoded_BMD = None
-    inputs, segments = batch.get('encoder_input_tokens'), batch.get('encoder_segment_ids')
-    if self.cfg.has_encoder:
-      encoded_BMD = self.encode(inputs, encoder_segment_ids=segments, dropout_key=keys[0])
-    names = ('encoder_segment_ids', 'decoder_segment_ids', 'decoder_causal_attention')
-    more = {name: batch.get(name) for name in names}
-    tokens = batch['decoder_input_tokens']
-    more |= {'dropout_key': keys[1], 'cross_ahead': cross_ahead}
-    return self.decode(encoded_BMD, inputs, tokens, **more)
 
   def __call__(self, batch: Mapping[str, Array], *, dropout_key=None):
     """Returns logits_BLV of a training batch."""
