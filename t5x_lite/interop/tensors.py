@@ -59,11 +59,8 @@ Tensors = Mapping[str, Tensor]
 
 def of_array(array: Any, origin: str = 'memory') -> Tensor:
   """Wraps a numpy or JAX array."""
-
-  def fetch(index: Index) -> np.ndarray:
-    return np.asarray(array[index] if index else array)
-
-  return Tensor(tuple(array.shape), np.dtype(array.dtype), fetch, origin)
+  shape, dtype = tuple(array.shape), np.dtype(array.dtype)
+  return Tensor(shape, dtype, lambda index: np.asarray(array[index]), origin)
 
 
 def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
