@@ -12,7 +12,7 @@ and values keep their dtype.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -212,23 +212,18 @@ class Packer:
     self._pending_row = row[rest]
     return _scatter(ready, row[closed] - first, end - first, self.lengths, self.aligned)
 
-  def state(self) -> Rows:
-    """Returns all that later rows depend on, as arrays by name."""
-    state = {'next_row': np.array(self._next_row), 'row': self._pending_row}
-    for name, ragged in self._pending.items():
-      state[f'values/{name}'] = ragged.values
-      state[f'lengths/{name}'] = ragged.lengths
-    return state
+  def state(self) -> dict[str, Any]:
+    """Returns all that later rows depend on, as arrays and dicts of arrays."""
+    values = {name: ragged.values for name, ragged in self._pending.items()}
+    lengths = {name: ragged.lengths for name, ragged in self._pending.items()}
+    numbers = {'next_row': np.array(self._next_row), 'row': self._pending_row}
+    return {**numbers, 'values': values, 'lengths': lengths}
 
-  def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-    """Continues from what `state` returned."""
-    self._next_row = int(state['next_row'])
-    self._pending_row = np.asarray(state['row'])
-    self._pending = {
-      name: Ragged(state[f'values/{name}'], state[f'lengths/{name}'])
-      for name in (*self.lengths, *self.aligned)
-      if f'values/{name}' in state
-    }
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Continues from what `state` returned, less empty dicts."""
+    self._next_row, self._pending_row = int(state['next_row']), np.asarray(state['row'])
+    values = state.get('values', {})
+    self._pending = {name: Ragged(values[name], state['lengths'][name]) for name in values}
 
 
 class RowBuffer:

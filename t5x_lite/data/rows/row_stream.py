@@ -246,23 +246,18 @@ class RowStream:
   def _write_iterator(self, prefix: epath.Path) -> None:
     tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(prefix))
 
-  def write(self, prefix: epath.Path) -> dict[str, np.ndarray]:
-    """Writes tf.data's position to files; returns the rest as arrays."""
+  def write(self, prefix: epath.Path) -> dict[str, Any]:
+    """Writes tf.data's position to files; returns the rest as arrays and dicts of them."""
     if not self._counted:
       self._write_iterator(prefix)
-    state = {f'packer/{k}': v for k, v in self._packer.state().items()}
-    state['num_examples'] = np.array(self._num_examples)
-    state['ended'] = np.array(self.ended)
-    state['counted'] = np.array(self._counted)
-    return state
+    counts = {'num_examples': self._num_examples, 'ended': self.ended, 'counted': self._counted}
+    return {'packer': self._packer.state(), **{k: np.array(v) for k, v in counts.items()}}
 
-  def read(self, prefix: epath.Path, state: Mapping[str, np.ndarray]) -> None:
+  def read(self, prefix: epath.Path, state: Mapping[str, Any]) -> None:
     """Goes from the beginning to what `write` wrote and returned."""
     self._num_examples = int(state['num_examples'])
     self.ended = bool(state['ended'])
-    self._packer.set_state(
-      {k.removeprefix('packer/'): v for k, v in state.items() if k.startswith('packer/')}
-    )
+    self._packer.set_state(state['packer'])
     self._counted = bool(state['counted'])
     self._iterator = self._iterate(skip=self._num_examples * self._counted)
     if self._counted:
