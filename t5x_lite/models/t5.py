@@ -118,9 +118,11 @@ class Stack(nnx.Module):
     """Applies the final norm, whose name is T5X's."""
     return getattr(self, self.norm_name)(x_BLD)
 
-  def bias(self, L: int, M: int):
-    """Returns the bias all layers share, or None if each has its own."""
-    return self.relpos_bias.of(L, M) if hasattr(self, 'relpos_bias') else None
+  def among(self, L: int, visibility: Visibility) -> dict[str, Any]:
+    """Returns mask and bias of self-attention among L positions; no bias if each layer has its."""
+    mask = attention.mask(self.cfg.attention, visibility, L, L)
+    bias = self.relpos_bias.of(L, L) if hasattr(self, 'relpos_bias') else None
+    return {'mask': mask, 'bias': bias}
 
 
 class T5(nnx.Module):
@@ -168,13 +170,11 @@ class T5(nnx.Module):
     real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
     M = real_BM.shape[1]
     segments = _pair(encoder_segment_ids, encoder_segment_ids)
-    visibility = Visibility(key_seen_BM=real_BM, segments=segments)
-    mask = attention.mask(cfg.attention, visibility, M, M)
+    how = self.encoder.among(M, Visibility(key_seen_BM=real_BM, segments=segments))
     prompt = self.encoder.prompt[...] if cfg.prompt_length is not None else None
-    bias = self.encoder.bias(M, M)
 
     def body(x_BMD, layer, key):
-      return layer(x_BMD, bias=bias, mask=mask, key=key)
+      return layer(x_BMD, **how, key=key)
 
     x_BMD = self.encoder(body, self._embed(encoder_input_tokens, keys[0], prompt), keys[1])
     # Alone among the dropouts, this one is not broadcast over the length.
@@ -202,14 +202,12 @@ class T5(nnx.Module):
       cross_mask = attention.mask(cfg.attention, visibility, L, real_BM.shape[1])
     prefix_BL = None if prefix_BL is None else prefix_BL != 0
     visibility = Visibility(segments=_pair(segments, segments), prefix_BL=prefix_BL, causal=True)
-    mask = attention.mask(cfg.attention, visibility, L, L)
-    bias = self.decoder.bias(L, L)
+    how = {**self.decoder.among(L, visibility), 'cross_mask': cross_mask}
 
     def body(x_BLD, layer, key, lender, kv):
-      masks = {'mask': mask, 'cross_mask': cross_mask}
       if cfg.has_encoder and kv is None:
         kv = layer.encoder_decoder_attention.keys_values(encoded_BMD)
-      return layer.read(x_BLD, kv, lender, bias=bias, **masks, key=key)[0]
+      return layer.read(x_BLD, kv, lender, **how, key=key)[0]
 
     x_BLD = self._embed(tokens_BL, keys[0])
     ahead = None
@@ -256,23 +254,21 @@ class T5(nnx.Module):
     Of a batch as of `hidden`, not packed, and of the inputs alone, without a prompt's positions;
     with mean, weights_BLM, the mean over layers and heads.
     """
-    cfg, tokens_BL = self.cfg, batch['decoder_input_tokens']
-    (B, L), inputs = tokens_BL.shape, batch['encoder_input_tokens']
-    sizes = {'batch_size': B, 'max_decode_length': 1}
-    cache = self.init_cache(self.encode(inputs), inputs, **sizes)
-    mask = attention.mask(cfg.attention, Visibility(causal=True), L, L)
-    bias = self.decoder.bias(L, L)
-    how = {'bias': bias, 'mask': mask, 'cross_mask': cache.cross_mask_B11M}
+    tokens_BL, inputs_BM = batch['decoder_input_tokens'], batch['encoder_input_tokens']
+    encoded_BMD, L = self.encode(inputs_BM), tokens_BL.shape[1]
+    cross_mask = self._real(inputs_BM, None)[:, None, None, :]
+    how = {**self.decoder.among(L, Visibility(causal=True)), 'cross_mask': cross_mask}
 
     def body(x_BLD, xs):
-      layer, lender, kv = xs[0], xs[2], _swapped(xs[1])
+      layer, lender = xs
+      kv = layer.encoder_decoder_attention.keys_values(encoded_BMD)
       weights_BHLM = layer.cross_weights(x_BLD, kv, lender, **how)
-      weights_BHLM = weights_BHLM[..., cfg.prompt_length or 0 :]
+      weights_BHLM = weights_BHLM[..., self.cfg.prompt_length or 0 :]
       found = jnp.mean(weights_BHLM, axis=1) if mean else weights_BHLM
       return layer.read(x_BLD, kv, lender, **how)[0], found
 
-    x_BLD, cross = self._embed(tokens_BL, None), (cache.cross_key_NBHMK, cache.cross_value_NBHMK)
-    _, found = over_layers(body, x_BLD, self.decoder.layers, cross, self.lenders())
+    x_BLD = self._embed(tokens_BL, None)
+    _, found = over_layers(body, x_BLD, self.decoder.layers, self.lenders())
     found = jnp.stack([*found])
     return jnp.mean(found, axis=0) if mean else found.swapaxes(0, 1)
 
@@ -308,17 +304,14 @@ class T5(nnx.Module):
     bidirectional_prefix the prompt's tokens and the start token see each other, and could not be
     fed one at a time (T5X's inputs_bidirectional_attention).
     """
-    cfg = self.cfg
     B, P = tokens_BP.shape
-    positions_P = jnp.arange(P)
-    real_BP = positions_P[None, :] < lengths_B[:, None]
-    visibility = Visibility(prefix_BL=real_BP if cfg.bidirectional_prefix else None, causal=True)
-    mask = attention.mask(cfg.attention, visibility, P, P)
-    bias = self.decoder.bias(P, P)
+    real_BP = jnp.arange(P)[None, :] < lengths_B[:, None]
+    prefix_BP = real_BP if self.cfg.bidirectional_prefix else None
+    how = self.decoder.among(P, Visibility(prefix_BL=prefix_BP, causal=True))
+    how['cross_mask'] = cache.cross_mask_B11M
 
     def body(x_BPD, xs):
       layer, cross_kv, lender = xs
-      how = {'bias': bias, 'mask': mask, 'cross_mask': cache.cross_mask_B11M}
       x_BPD, kv = layer.read(x_BPD, _swapped(cross_kv), lender, **how)
       return x_BPD, _swapped(kv)
 
