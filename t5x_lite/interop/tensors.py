@@ -136,7 +136,7 @@ def _assemble(parts: Sequence[Tensor], index: Index, leaf: Any, stacked: bool) -
   return out
 
 
-def blocks(shape: Sequence[int], limit: int) -> list[Index]:
+def blocks(shape: Sequence[int], limit: int = 1 << 26) -> list[Index]:
   """Cuts an array along its first dim into parts of at most limit elements, or of one row."""
   if not shape or int(np.prod(shape)) <= limit:
     return [(slice(None),) * len(shape)]

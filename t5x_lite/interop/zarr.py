@@ -19,8 +19,7 @@ from t5x_lite.parallel import checksums
 from t5x_lite.runs import checkpoints, files
 
 CHUNK_BYTES = 64 << 20  # as T5X: large enough for object stores, small enough to be read in parts
-_PART = 1 << 26  # elements in memory at a time
-_CHECKED = 1 << 24  # the same of each thread that verifies
+_CHECKED = 1 << 24  # elements in memory of each thread that verifies
 _THREADS = 4
 
 METADATA = '_METADATA'
@@ -140,7 +139,7 @@ def write(
     chunks.insert(axis, first)
   array, total = create(path, shape, dtype, chunks, compressor), 0
   for layer, part in enumerate(parts):
-    for index in blocks(part.shape, _PART):
+    for index in blocks(part.shape):
       block, where = part.read(index).astype(dtype, copy=False), list(index)
       if axis is not None:
         block = np.expand_dims(block, axis)
