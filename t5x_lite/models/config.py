@@ -23,7 +23,6 @@ _ALLOWED = {
   'attention': ATTENTIONS,
 }
 _SHAPE = 'emb_dim num_heads head_dim mlp_dim num_encoder_layers num_decoder_layers'.split()
-_AT_LEAST_1 = ('vocab_size', *_SHAPE[:4])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,7 @@ class T5Config:
     for name in ('mlp_activations', 'lora_targets', 'adapter_places'):
       object.__setattr__(self, name, tuple(getattr(self, name)))
     stacks = {'num_encoder_layers': self.has_encoder, 'num_decoder_layers': self.has_decoder}
-    positive = (*_AT_LEAST_1, *(name for name, there in stacks.items() if there))
+    positive = ('vocab_size', *_SHAPE[:4], *(name for name, there in stacks.items() if there))
     half_buckets = self.relpos_num_buckets // 2
     continues = self.architecture == 'decoder'
     alike = self.architecture == 'encoder_decoder'

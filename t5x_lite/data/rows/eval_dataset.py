@@ -43,6 +43,5 @@ class EvalDataset:
         for name, length in cut.items()
       }
       row_stream.check_ids(self._cfg, self._vocab_sizes, ragged)
-      rows = packing.pad(converter.prepare(ragged), converter.row_lengths, converter.aligned)
-      rows = packing.fill(converter.convert(rows), self._cfg.batch_size)
+      rows = packing.fill(converter.padded(ragged), self._cfg.batch_size)
       yield packing.host_rows(rows, self._index, self._count), examples

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_positive
 
 
 class Ragged(NamedTuple):
@@ -135,8 +135,7 @@ class Packer:
   num_open_rows: int = 64  # how many rows are filled at a time
 
   def __post_init__(self):
-    if self.num_open_rows < 1:
-      raise UsageError(f'num_open_rows is {self.num_open_rows}, must be >= 1')
+    check_positive('num_open_rows', self.num_open_rows)
     self._pending: dict[str, Ragged] = {}
     self._pending_row = np.zeros(0, np.int64)  # row number of each, ascending
     self._next_row = 0

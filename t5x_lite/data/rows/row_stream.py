@@ -225,12 +225,9 @@ class RowStream:
     if not sizes.all():  # nothing to learn from, nothing to place
       keep = np.flatnonzero(sizes)
       examples = {n: packing.take(r, keep) for n, r in examples.items()}
-    examples = self._converter.prepare(examples)
-    if self._cfg.pack:
-      rows = self._packer.add(examples)
-    else:
-      rows = packing.pad(examples, self._converter.row_lengths, self._converter.aligned)
-    return self._converter.convert(rows)
+    if not self._cfg.pack:
+      return self._converter.padded(examples)
+    return self._converter.convert(self._packer.add(self._converter.prepare(examples)))
 
   def _end(self) -> packing.Rows:
     if not self._num_examples:
