@@ -188,7 +188,8 @@ def _drawn_anew(cfg: T5Config, seed: int) -> Callable[[str], Tensor]:
     path, leaf = places[name]
     key = '/'.join(path)
     wanted.add(key)
-    whole = Tensor(leaf.shape, leaf.dtype, lambda index: drawn()[key][index], 'newly initialised')
+    dtype, origin = np.dtype(np.float32), 'newly initialised'
+    whole = Tensor(leaf.shape, dtype, lambda index: drawn()[key][index], origin)
     return of_leaf(whole, cfg, path)[name]
 
   return tensor

@@ -24,15 +24,20 @@ from t5x_lite.data.rows import feature_converters, packing
 from t5x_lite.data.tasks import catalog, text_preprocessors
 from t5x_lite.errors import UsageError, first_line, refusing
 
+Sizes = Mapping[str, int]
+
 # TensorFlow only reads text here; it must not reserve an accelerator's memory.
 with contextlib.suppress(RuntimeError):  # already initialised by the caller
   tf.config.set_visible_devices([], 'GPU')
 
 
-def vocab_sizes(cfg: DatasetConfig) -> dict[str, int]:
-  """Returns the first id that is too large, for each task feature."""
-  features = catalog.task_provider(cfg).output_features
-  return {name: cfg.vocab_size or features[name].vocabulary.vocab_size for name in cfg.lengths}
+def open_task(cfg: DatasetConfig) -> tuple[Any, feature_converters.FeatureConverter, Sizes]:
+  """Returns the task or mixture, its converter, and the first id that is too large by feature."""
+  provider = catalog.task_provider(cfg)
+  features = provider.output_features
+  weights = feature_converters.LOSS_WEIGHTS in features
+  sizes = {name: cfg.vocab_size or features[name].vocabulary.vocab_size for name in cfg.lengths}
+  return provider, dataclasses.replace(cfg.converter, loss_weights=weights), sizes
 
 
 def read_examples(
@@ -107,18 +112,10 @@ def _numbered(dataset: tf.data.Dataset, number: int) -> tf.data.Dataset:
   return dataset.map(lambda example: {**example, feature_converters.TASK_ID: [number]})
 
 
-def make_converter(cfg: DatasetConfig) -> feature_converters.FeatureConverter:
-  """Returns the config's converter, with what only the task can tell."""
-  features = catalog.task_provider(cfg).output_features
-  return dataclasses.replace(
-    cfg.converter, loss_weights=feature_converters.LOSS_WEIGHTS in features
-  )
-
-
 def _token_dataset(cfg: DatasetConfig, seed: int, shard: seqio.ShardInfo | None) -> tf.data.Dataset:
   """Returns the features that the converter needs, of all tasks."""
-  provider = catalog.task_provider(cfg)
-  names = (*cfg.lengths, *make_converter(cfg).extra_features)
+  provider, converter, _ = open_task(cfg)
+  names = (*cfg.lengths, *converter.extra_features)
   datasets = [
     dataset.map(lambda example: {name: example[name] for name in names})
     for dataset in read_examples(cfg, provider, seed=seed, shard=shard)
@@ -128,7 +125,7 @@ def _token_dataset(cfg: DatasetConfig, seed: int, shard: seqio.ShardInfo | None)
   return functools.reduce(tf.data.Dataset.concatenate, datasets)
 
 
-def check_ids(cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Examples) -> None:
+def check_ids(cfg: DatasetConfig, sizes: Sizes, examples: packing.Examples) -> None:
   """Refuses ids that the model has no row for, or would take for padding."""
   task = cfg.mixture_or_task_name
   for name, size in sizes.items():
@@ -160,8 +157,7 @@ class RowStream:
 
   def __init__(self, cfg: DatasetConfig, seed: int, index: int = 0, count: int = 1):
     self._cfg = cfg
-    self._converter = make_converter(cfg)
-    self._vocab_sizes = vocab_sizes(cfg)
+    _, self._converter, self._vocab_sizes = open_task(cfg)
     self._packer = packing.Packer(
       self._converter.row_lengths, self._converter.aligned, num_open_rows=cfg.num_open_rows
     )
