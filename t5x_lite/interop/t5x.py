@@ -96,7 +96,7 @@ def _legacy_tensor(folder: epath.Path, name: str, spec: Any, reader: zarr.Reader
     raise UsageError(f'{name} should be in {place}: not there')
   # The spec repeats the metadata, so the array can be read without its own.
   metadata = dict(spec['metadata'])
-  return reader.tensor(store, name, dtype=dtype, metadata=metadata, assume_metadata=True)
+  return reader.tensor(store, name, dtype=dtype, metadata=metadata)
 
 
 def _inside(folder: epath.Path, name: str, relative: str) -> str:

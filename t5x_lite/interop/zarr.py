@@ -47,14 +47,15 @@ class Reader:
     self._whole = functools.lru_cache(maxsize=1)(lambda array: array.read().result())
 
   def tensor(self, kvstore: Any, name: str, *, complete: bool = False, **more: Any) -> Tensor:
-    """Opens the array in a TensorStore kvstore, with more members of its spec.
+    """Opens the array in a TensorStore kvstore, with more members of its spec: its metadata, say.
 
     It is complete if chunks of zeros are stored too, so that one that is missing was lost. Raises
     UsageError with its name, here or when it is read, if it is not there or damaged.
     """
     spec = {'driver': 'zarr', 'kvstore': kvstore, 'fill_missing_data_reads': not complete, **more}
     with refusing(f'cannot read {name}', ValueError, OSError):
-      array = ts.open(spec, open=True, read=True).result()
+      options = {'open': True, 'read': True, 'assume_metadata': 'metadata' in more}
+      array = ts.open(spec, **options).result()
 
     def fetch(index: Index) -> np.ndarray:
       with refusing(f'cannot read {name}', ValueError, OSError):
