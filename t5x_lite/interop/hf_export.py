@@ -19,6 +19,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.runs.files import write_json
 
 SHARD_BYTES = 5_000_000_000  # as transformers shards
+_PART = 1 << 26  # elements of an untransposed tensor that are in memory at a time
 
 _ACTIVATIONS = {'relu': 'relu', 'gelu': 'gelu_new', 'silu': 'silu', 'swish': 'silu'}
 _PROJECTIONS: dict[tuple[str, ...], str] = {(k,): name for k, name in _ACTIVATIONS.items()}
@@ -115,7 +116,7 @@ def write_shard(path: epath.Path, shard: Tensors, dtype: np.dtype, progress: Pro
   with path.open('wb') as file:
     file.write(struct.pack('<Q', len(text)) + text)
     for name, tensor in shard.items():
-      for index in blocks(tensor.shape):
+      for index in blocks(tensor.shape, _PART):
         file.write(tensor.read(index).astype(dtype, copy=False).tobytes())
       progress(name)
 
