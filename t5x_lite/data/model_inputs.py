@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.data.vocabularies import Vocabulary
-from t5x_lite.errors import UsageError, refusing
+from t5x_lite.errors import UsageError, check_positive, refusing
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,7 @@ def token_rows(
     rows = _id_rows(inputs, num_ids, pad_id)
   if limit is None:
     return rows
-  if limit < 1:
-    raise UsageError(f'max_input_tokens is {limit}; it must be at least 1')
+  check_positive('max_input_tokens', limit)
   long = [row for row in rows if len(row) > limit]
   if long:
     log.warning(

@@ -231,15 +231,12 @@ def fingerprint(config: VocabularyConfig) -> str:
 
 def save_vocabulary(config: VocabularyConfig, directory: str | os.PathLike) -> None:
   """Writes vocabulary.json and the model file, so the directory stands alone; on one process."""
-  entry = dataclasses.asdict(config)
-  model = None
-  if config.kind == 'sentencepiece':
-    model = _read_model(model_path(config))
-    entry |= {'path': MODEL_FILE, 'sha256': hashlib.sha256(model).hexdigest()}
-  directory = epath.Path(directory)
+  entry, directory = dataclasses.asdict(config), epath.Path(directory)
+  model = _read_model(model_path(config)) if config.kind == 'sentencepiece' else None
   directory.mkdir(parents=True, exist_ok=True)
   if model is not None:
     (directory / MODEL_FILE).write_bytes(model)
+    entry |= {'path': MODEL_FILE, 'sha256': hashlib.sha256(model).hexdigest()}
   # Written last: a directory with a vocabulary.json is complete.
   (directory / VOCABULARY_FILE).write_text(json.dumps(entry, indent=2) + '\n')
 

@@ -21,7 +21,6 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
 from t5x_lite.training import adafactor, optimizers
 
-MIN_DIM = 128  # the least dims that are factored, T5X's default and ours
 _FIELDS = ('v_row', 'v_col', 'v', 'm')
 
 
@@ -50,14 +49,14 @@ Moments = Mapping[str, Moment]
 
 def new(cfg: T5Config) -> dict[str, Moment]:
   """Returns the moments of an optimizer that has not seen a gradient."""
-  return {
-    name: Moment(*(np.zeros(s, 'f4') for s in (shape if _is_factored(shape) else [shape])))
-    for name, shape in tensor_names.shapes(cfg).items()
-  }
+  shapes = tensor_names.shapes(cfg).items()
+  kept = {name: shape if _factoring(name, cfg).row_dims else [shape] for name, shape in shapes}
+  return {name: Moment(*(np.zeros(s, 'f4') for s in kept[name])) for name in kept}
 
 
-def _is_factored(shape: Sequence[int]) -> bool:
-  return len(shape) == 2 and min(shape) >= MIN_DIM
+def _factoring(name: str, cfg: T5Config, least: int = 128) -> adafactor.Factoring:
+  """Returns how one layer's parameter is factored, by default from T5X's and our least size on."""
+  return adafactor.factoring(tensor_names.shapes(cfg)[name], None, min_dim_size_to_factor=least)
 
 
 def _is_swapped(name: str, shape: Sequence[int], scanned: bool) -> bool:
@@ -100,7 +99,7 @@ def to_t5x(moments: Moments, cfg: T5Config) -> dict[str, Any]:
     found, shape = [moments[name] for name in names], tensor_names.shapes(cfg)[names[0]]
     stacked = cfg.relpos_per_layer and '/layers_' in names[0]
     # A scanned matrix is factored whatever its size.
-    if names[0].endswith('/kernel') if stacked else _is_factored(shape):
+    if names[0].endswith('/kernel') if stacked else _factoring(names[0], cfg).row_dims:
       firsts, seconds = zip(*(moment.as_means() for moment in found), strict=True)
       means = (np.stack(firsts, 1), np.stack(seconds)) if stacked else (firsts[0], seconds[0])
       means = means[::-1] if _is_swapped(names[0], shape, stacked) else means
@@ -118,46 +117,39 @@ def of_run(stored: Mapping[str, Tensor], cfg: T5Config) -> dict[str, Moment]:
   matches = {name: re.fullmatch(pattern, name) for name in stored}
   fields = {match.groups(): stored[name] for name, match in matches.items() if match}
   result: dict[str, Moment] = {}
-  for path, layout, found, stacked in _leaves(cfg):
-    place = '.'.join(path)
+  for path, _, found in tensor_names.leaves(cfg):
+    place, stacked = '.'.join(path), tensor_names.is_stacked(cfg, path)
     wanted = ('v',) if ('v', place) in fields else ('v_row', 'v_col')
     if not all((field, place) in fields for field in wanted):
       return {}
     arrays = [fields[field, place].read() for field in wanted]
-    if len(arrays) == 2 and layout.row_dims[0] != int(stacked):
+    if len(arrays) == 2 and _factoring(found[0], cfg, least=1).row_dims == (1,):
       arrays = arrays[::-1]
     for i, name in enumerate(found):
       result[name] = Moment(*(array[i] if stacked else array for array in arrays))
   return result
 
 
-def _leaves(cfg: T5Config):
-  """Yields (path, factoring, canonical names, whether it is stacked) of our tree's leaves."""
-  _, shapes, axes = t5.abstract_params(cfg)
-  for path, leaf, names in pytrees.leaves_with_axes(shapes, axes):
-    found, stacked = tensor_names.leaf_names(cfg, path), tensor_names.is_stacked(cfg, path)
-    yield path, adafactor.factoring(leaf.shape, names), found, stacked
-
-
 def to_run(moments: Moments, cfg: T5Config, step: int) -> dict[tuple[str, ...], Tensor]:
   """Returns the state of OptimizerConfig()'s Adafactor, by keys."""
   _, shapes, axes = t5.abstract_params(cfg)
   tx = optimizers.make_optimizer(optimizers.OptimizerConfig(), axes, shapes)
-  by_path = {leaf[0]: leaf[1:] for leaf in _leaves(cfg)}
+  by_path = {path: names for path, _, names in tensor_names.leaves(cfg)}
 
   def value(keys: tuple[str, ...]) -> np.ndarray:
     start = next((i for i in range(len(keys)) if keys[i:] in by_path), None)
     if start is None:
       assert keys[-1] == 'count', keys
       return np.asarray(step)
-    layout, names, stacked = by_path[keys[start:]]
+    path, names = keys[start:], by_path[keys[start:]]
     found = [moments[name] for name in names]
     if keys[start - 1] == 'v':
       parts = [moment.as_whole() for moment in found]
     else:
-      dims = layout.row_dims if keys[start - 1] == 'v_row' else layout.column_dims
-      parts = [moment.as_means()[dims[0] - int(stacked)] for moment in found]
-    return np.stack(parts) if stacked else parts[0]
+      layout = _factoring(names[0], cfg)
+      [dim] = layout.row_dims if keys[start - 1] == 'v_row' else layout.column_dims
+      parts = [moment.as_means()[dim] for moment in found]
+    return np.stack(parts) if tensor_names.is_stacked(cfg, path) else parts[0]
 
   result = {}
   for keys, leaf in pytrees.leaves(jax.eval_shape(tx.init, shapes)):

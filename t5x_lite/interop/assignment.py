@@ -17,7 +17,7 @@ import numpy as np
 from t5x_lite.errors import UsageError, refusing
 from t5x_lite.interop import tensor_names
 from t5x_lite.interop.checkpoint_source import Source
-from t5x_lite.interop.tensors import Index, Tensor
+from t5x_lite.interop.tensors import Index, Tensor, of_leaf
 from t5x_lite.models import t5, transfer
 from t5x_lite.models.config import T5Config
 from t5x_lite.parallel import pytrees
@@ -175,11 +175,7 @@ def _drawn_anew(cfg: T5Config, seed: int) -> Callable[[str], Tensor]:
   All that were asked for are drawn in one go when the first is read; the rest never is.
   """
   cfg = cfg.replace(scan_layers=True)
-  places = {
-    name: ('/'.join(path), layer if 'layers' in path else None)
-    for path, _, found in tensor_names.leaves(cfg)
-    for layer, name in enumerate(found)
-  }
+  places = {n: (path, leaf) for path, leaf, names in tensor_names.leaves(cfg) for n in names}
   wanted: set[str] = set()
 
   def draw(key: jax.Array) -> dict[str, Any]:
@@ -189,14 +185,11 @@ def _drawn_anew(cfg: T5Config, seed: int) -> Callable[[str], Tensor]:
   drawn = functools.cache(lambda: jax.device_get(jax.jit(draw)(jax.random.key(seed))))
 
   def tensor(name: str) -> Tensor:
-    path, layer = places[name]
-    wanted.add(path)
-
-    def fetch(index: Index) -> np.ndarray:
-      whole = drawn()[path]
-      return (whole if layer is None else whole[layer])[index]
-
-    shape = tensor_names.shapes(cfg)[name]
-    return Tensor(shape, np.dtype(np.float32), fetch, 'newly initialised')
+    path, leaf = places[name]
+    key = '/'.join(path)
+    wanted.add(key)
+    dtype, origin = np.dtype(np.float32), 'newly initialised'
+    whole = Tensor(leaf.shape, dtype, lambda index: drawn()[key][index], origin)
+    return of_leaf(whole, cfg, path)[name]
 
   return tensor

@@ -154,18 +154,12 @@ def canonical(found: Tensors, *, per_layer: bool) -> tuple[dict[str, Tensor], li
   matches = [re.match(r'(encoder|decoder)\.block\.([0-9]{1,9})\.', name) for name in rest]
   # The numbers that are there, not all up to the highest: that may be any.
   layers = sorted({(match[1], int(match[2])) for match in matches if match})
-  known = tensor_names.of_hf(layers)
+  known = tensor_names.of_hf(layers, per_layer=per_layer)
   result = {}
   for hf, tensor in rest.items():
     if name := known.get(hf):
       matrix = tensor_names.is_transposed(name) and len(tensor.shape) == 2
       result[name] = tensor.transposed() if matrix else tensor
-  if not per_layer:
-    # The table that Hugging Face keeps in the first block is the stack's.
-    for side in ('encoder', 'decoder'):
-      name = f'{side}/layers_0/relpos_bias/rel_embedding'
-      if name in result:
-        result[f'{side}/relpos_bias/rel_embedding'] = result.pop(name)
   return result, sorted(hf for hf in rest if hf not in known)
 
 

@@ -117,8 +117,7 @@ def write_shard(path: epath.Path, shard: Tensors, dtype: np.dtype, progress: Pro
     file.write(struct.pack('<Q', len(text)) + text)
     for name, tensor in shard.items():
       for index in blocks(tensor.shape, _PART):
-        part = tensor.read(index).astype(dtype, order='C', copy=False)
-        file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        file.write(tensor.read(index).astype(dtype, copy=False).tobytes())
       progress(name)
 
 

@@ -89,14 +89,14 @@ def _legacy_tensor(folder: epath.Path, name: str, spec: Any, reader: zarr.Reader
   if dtype == 'uint16':
     again = 'load and save it with T5X once to write version 3'
     raise UsageError(f'{name} is uint16, T5X version 2 for bfloat16; {again}')
-  store: dict[str, Any] = {'driver': 'zarr', 'kvstore': f'{zarr.url(place)}/'}
+  store = f'{zarr.url(place)}/'
   if (place / '.zarray').exists():
     return reader.tensor(store, name)
   if not place.is_dir():
     raise UsageError(f'{name} should be in {place}: not there')
   # The spec repeats the metadata, so the array can be read without its own.
-  store |= {'dtype': dtype, 'metadata': dict(spec['metadata'])}
-  return reader.tensor(store, name, assume_metadata=True)
+  metadata = dict(spec['metadata'])
+  return reader.tensor(store, name, dtype=dtype, metadata=metadata)
 
 
 def _inside(folder: epath.Path, name: str, relative: str) -> str:

@@ -72,11 +72,14 @@ def hf_name(name: str) -> str:
   return _WHOLE[name]
 
 
-def of_hf(layers: Iterable[tuple[str, int]]) -> dict[str, str]:
-  """Returns the canonical names by Hugging Face's of any variant with these layers of stacks."""
-  names = [name for name in _WHOLE if not name.endswith('/rel_embedding')]
-  names += [f'{side}/layers_{i}/{rest}' for side, i in layers for rest in _BLOCKS[side]]
-  return {hf_name(name): name for name in names}
+def of_hf(layers: Iterable[tuple[str, int]], *, per_layer: bool) -> dict[str, str]:
+  """Returns the canonical names by Hugging Face's of any variant with these layers of stacks.
+
+  Unless per_layer, the table of relative positions in the first of a stack is the stack's.
+  """
+  names = [f'{side}/layers_{i}/{rest}' for side, i in layers for rest in _BLOCKS[side]]
+  wholes = [name for name in _WHOLE if not (per_layer and name.endswith(_RELPOS))]
+  return {hf_name(name): name for name in (*names, *wholes)}
 
 
 def is_transposed(name: str) -> bool:

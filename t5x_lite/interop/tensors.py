@@ -59,11 +59,8 @@ Tensors = Mapping[str, Tensor]
 
 def of_array(array: Any, origin: str = 'memory') -> Tensor:
   """Wraps a numpy or JAX array."""
-
-  def fetch(index: Index) -> np.ndarray:
-    return np.asarray(array[index] if index else array)
-
-  return Tensor(tuple(array.shape), np.dtype(array.dtype), fetch, origin)
+  shape, dtype = tuple(array.shape), np.dtype(array.dtype)
+  return Tensor(shape, dtype, lambda index: np.asarray(array[index]), origin)
 
 
 def of_params(params: Any, cfg: T5Config) -> dict[str, Tensor]:
@@ -139,7 +136,7 @@ def _assemble(parts: Sequence[Tensor], index: Index, leaf: Any, stacked: bool) -
   return out
 
 
-def blocks(shape: Sequence[int], limit: int) -> list[Index]:
+def blocks(shape: Sequence[int], limit: int = 1 << 26) -> list[Index]:
   """Cuts an array along its first dim into parts of at most limit elements, or of one row."""
   if not shape or int(np.prod(shape)) <= limit:
     return [(slice(None),) * len(shape)]

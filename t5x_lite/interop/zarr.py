@@ -19,8 +19,7 @@ from t5x_lite.parallel import checksums
 from t5x_lite.runs import checkpoints, files
 
 CHUNK_BYTES = 64 << 20  # as T5X: large enough for object stores, small enough to be read in parts
-_PART = 1 << 26  # elements in memory at a time
-_CHECKED = 1 << 24  # the same of each thread that verifies
+_CHECKED = 1 << 24  # elements in memory of each thread that verifies
 _THREADS = 4
 
 METADATA = '_METADATA'
@@ -47,13 +46,16 @@ class Reader:
   def __init__(self):
     self._whole = functools.lru_cache(maxsize=1)(lambda array: array.read().result())
 
-  def tensor(self, spec: Mapping[str, Any], name: str, **options: Any) -> Tensor:
-    """Opens the array of a TensorStore spec, with `tensorstore.open`'s options.
+  def tensor(self, kvstore: Any, name: str, *, complete: bool = False, **more: Any) -> Tensor:
+    """Opens the array in a TensorStore kvstore, with more members of its spec: its metadata, say.
 
-    Raises UsageError with its name, here or when it is read, if it is not there or damaged.
+    It is complete if chunks of zeros are stored too, so that one that is missing was lost. Raises
+    UsageError with its name, here or when it is read, if it is not there or damaged.
     """
+    spec = {'driver': 'zarr', 'kvstore': kvstore, 'fill_missing_data_reads': not complete, **more}
     with refusing(f'cannot read {name}', ValueError, OSError):
-      array = ts.open(dict(spec), open=True, read=True, **options).result()
+      options = {'open': True, 'read': True, 'assume_metadata': 'metadata' in more}
+      array = ts.open(spec, **options).result()
 
     def fetch(index: Index) -> np.ndarray:
       with refusing(f'cannot read {name}', ValueError, OSError):
@@ -78,15 +80,11 @@ def _is_wasteful(array: Any, index: Index) -> bool:
   return decoded >= 2 * asked
 
 
-def file_tensor(directory: epath.Path, name: str, reader: Reader, complete: bool = False) -> Tensor:
-  """Opens an array that has a directory of its own; for the rest see `Reader.tensor`.
-
-  It is complete if chunks of zeros are stored too, so that one that is missing was lost.
-  """
+def file_tensor(directory: epath.Path, name: str, reader: Reader) -> Tensor:
+  """Opens an array that has a directory of its own; for the rest see `Reader.tensor`."""
   if not (directory / _ZARRAY).exists():
     raise UsageError(f'cannot read {name}: {directory} has no {_ZARRAY}')
-  spec = {'driver': 'zarr', 'kvstore': f'{url(directory)}/'}
-  return reader.tensor({**spec, 'fill_missing_data_reads': not complete}, name)
+  return reader.tensor(f'{url(directory)}/', name)
 
 
 def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
@@ -95,17 +93,15 @@ def orbax_tensors(directory: epath.Path, reader: Reader) -> dict[str, Tensor]:
   with refusing(f'{file} is not JSON', ValueError):
     entry = json.loads(file.read_text()) if file.is_file() else {}
   complete = bool(entry.get('store_array_data_equal_to_fill_value'))  # chunks of zeros as well
-  if not (directory / _OCDBT).exists():
-    children = [path for path in sorted(directory.iterdir()) if (path / _ZARRAY).exists()]
-    return {path.name: file_tensor(path, path.name, reader, complete) for path in children}
-  result: dict[str, Tensor] = {}
-  store = {'driver': 'ocdbt', 'base': f'{url(directory)}/'}
-  for key in sorted(key.decode() for key in ts.KvStore.open(store).result().list().result()):
-    if key.endswith(f'/{_ZARRAY}'):
-      name = key.removesuffix(f'/{_ZARRAY}')
-      spec = {'driver': 'zarr', 'kvstore': {**store, 'path': f'{name}/'}}
-      result[name] = reader.tensor({**spec, 'fill_missing_data_reads': not complete}, name)
-  return result
+  if (directory / _OCDBT).exists():
+    all_of_it = {'driver': 'ocdbt', 'base': f'{url(directory)}/'}
+    keys = sorted(key.decode() for key in ts.KvStore.open(all_of_it).result().list().result())
+    names = [key.removesuffix(f'/{_ZARRAY}') for key in keys if key.endswith(f'/{_ZARRAY}')]
+    stores: dict[str, Any] = {name: {**all_of_it, 'path': f'{name}/'} for name in names}
+  else:
+    paths = [path for path in sorted(directory.iterdir()) if (path / _ZARRAY).exists()]
+    stores = {path.name: f'{url(path)}/' for path in paths}
+  return {name: reader.tensor(store, name, complete=complete) for name, store in stores.items()}
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, *, whole_dims: int = 0) -> list[int]:
@@ -144,7 +140,7 @@ def write(
     chunks.insert(axis, first)
   array, total = create(path, shape, dtype, chunks, compressor), 0
   for layer, part in enumerate(parts):
-    for index in blocks(part.shape, _PART):
+    for index in blocks(part.shape):
       block, where = part.read(index).astype(dtype, copy=False), list(index)
       if axis is not None:
         block = np.expand_dims(block, axis)

@@ -43,7 +43,7 @@ class Visibility:
     return mask
 
   def codes(self, B: int, L: int, M: int) -> tuple[Array, Array]:
-    """Returns int32 codes [B, L] and [B, M] that `visible` compares.
+    """Returns int32 codes [B, L] and [B, M] that `Blocks.masked` compares.
 
     Twice the segment, plus 1 in the prefix; no query has the segment of a key that nobody sees.
     """
@@ -62,14 +62,6 @@ class Visibility:
     return self.causal and self.prefix_BL is None and self.key_seen_BM is None
 
 
-def visible(query_codes, key_codes, rows, columns, causal: bool) -> Array:
-  """Returns which pairs of codes, at rows and columns, see each other; all broadcast."""
-  seen = (query_codes >> 1) == (key_codes >> 1)
-  if causal:
-    seen &= (columns <= rows) | ((query_codes & key_codes & 1) == 1)
-  return seen
-
-
 @dataclasses.dataclass(frozen=True)
 class Blocks:
   """How lengths are cut, and what else is static where bias and mask are made by blocks."""
@@ -82,8 +74,10 @@ class Blocks:
   interpret: bool = False  # of a kernel
 
   def masked(self, logits, query_codes, key_codes, rows, columns) -> tuple[Array, Array]:
-    """Returns a block's logits, masked, and which pairs are seen; see `visible`."""
-    seen = visible(query_codes, key_codes, rows, columns, self.causal)
+    """Returns a block's logits, masked, and which pairs are seen; all broadcast."""
+    seen = (query_codes >> 1) == (key_codes >> 1)
+    if self.causal:
+      seen &= (columns <= rows) | ((query_codes & key_codes & 1) == 1)
     logits = jnp.where(seen, logits, MASK_VALUE)
     if self.M % self.m:  # padding does not even count for a query that sees nothing
       logits = jnp.where(columns < self.M, logits, -jnp.inf)

@@ -163,9 +163,14 @@ class _Layer(nnx.Module):
       if ('mlp' if block == 'mlp' else 'attention') in self.cfg.adapter_places:
         setattr(self, f'{block}_adapter', layers.Adapter(self.cfg, rngs=rngs))
 
-  def _bias(self, bias, L: int):
-    """Returns the layer's own bias, or the one that all share."""
-    return self.relpos_bias.of(L, L) if self.cfg.relpos_per_layer else bias
+  def _attend_self(self, norm, attention, x_BLD, bias, mask, key=None):
+    """Returns what self-attention makes of several positions, and its keys and values."""
+    y_BLD, L = norm(x_BLD), x_BLD.shape[1]
+    # The layer's own bias, or the one that all share.
+    bias = self.relpos_bias.of(L, L) if self.cfg.relpos_per_layer else bias
+    kv = attention.keys_values(y_BLD)
+    q_BLHK = attention.queries(y_BLD)
+    return attention.attend(q_BLHK, *kv, bias=bias, mask=mask, key=key), kv
 
   def _add(self, x_BLD, y_BLD, block: str, saved: str, key=None) -> jax.Array:
     """Returns the residual stream after a block: its adapter, if any, and dropout."""
@@ -194,9 +199,8 @@ class EncoderLayer(_Layer):
   def __call__(self, x_BMD, *, bias, mask, key) -> jax.Array:
     """Runs the layer on the residual stream."""
     keys = layers.split_key(key, 4)
-    y_BMD, bias = self.pre_attention_layer_norm(x_BMD), self._bias(bias, x_BMD.shape[1])
-    kv = self.attention.keys_values(y_BMD)
-    y_BMD = self.attention.attend(y_BMD, *kv, bias=bias, mask=mask, key=keys[0])
+    block = self.pre_attention_layer_norm, self.attention
+    y_BMD, _ = self._attend_self(*block, x_BMD, bias, mask, keys[0])
     x_BMD = self._add(x_BMD, y_BMD, 'attention', 'attention_out', keys[1])
     return self._add_mlp(x_BMD, self, keys[2:])
 
@@ -233,7 +237,8 @@ class DecoderLayer(_Layer):
       y_BLD = self.pre_cross_attention_layer_norm(x_BLD)
       # Several rows of one input (beams) are several queries of it.
       y_BLD = y_BLD.reshape(cross_kv[0].shape[0], -1, y_BLD.shape[-1])
-      y_BLD = self.encoder_decoder_attention.attend(y_BLD, *cross_kv, mask=cross_mask, key=keys[1])
+      q_BLHK = self.encoder_decoder_attention.queries(y_BLD)
+      y_BLD = self.encoder_decoder_attention.attend(q_BLHK, *cross_kv, mask=cross_mask, key=keys[1])
       # Where an example has no inputs, a query would average its neighbours'; adapters keep 0.
       y_BLD = jnp.where(sees_any(cross_mask)[:, :, None], y_BLD, 0).reshape(x_BLD.shape)
       x_BLD = self._add(x_BLD, y_BLD, 'encoder_decoder_attention', 'cross_attention_out', keys[2])
@@ -245,17 +250,12 @@ class DecoderLayer(_Layer):
     cross_kv is None without an encoder, lender the layer that owns shared parameters, or None.
     """
     keys = layers.split_key(key, 6)
-    norm, attention = self.self_block(lender)
-    y_BLD, bias = norm(x_BLD), self._bias(bias, x_BLD.shape[1])
-    kv = attention.keys_values(y_BLD)
-    y_BLD = attention.attend(y_BLD, *kv, bias=bias, mask=mask, key=keys[0])
+    y_BLD, kv = self._attend_self(*self.self_block(lender), x_BLD, bias, mask, keys[0])
     return self._rest(x_BLD, y_BLD, cross_kv, cross_mask, lender, keys[1:]), kv
 
   def cross_weights(self, x_BLD, cross_kv, lender, *, bias, mask, cross_mask) -> jax.Array:
     """Returns weights_BHLM, where cross-attention looks; the arguments are those of `read`."""
-    norm, attention = self.self_block(lender)
-    y_BLD, bias = norm(x_BLD), self._bias(bias, x_BLD.shape[1])
-    y_BLD = attention.attend(y_BLD, *attention.keys_values(y_BLD), bias=bias, mask=mask)
+    y_BLD, _ = self._attend_self(*self.self_block(lender), x_BLD, bias, mask)
     y_BLD = self._add(x_BLD, y_BLD, 'self_attention', 'attention_out')
     q_BLHK = self.encoder_decoder_attention.queries(self.pre_cross_attention_layer_norm(y_BLD))
     q_BHLK, k_BHMK = (x.swapaxes(1, 2) for x in (q_BLHK, cross_kv[0]))

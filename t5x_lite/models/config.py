@@ -23,7 +23,6 @@ _ALLOWED = {
   'attention': ATTENTIONS,
 }
 _SHAPE = 'emb_dim num_heads head_dim mlp_dim num_encoder_layers num_decoder_layers'.split()
-_AT_LEAST_1 = ('vocab_size', *_SHAPE[:4])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,7 @@ class T5Config:
     for name in ('mlp_activations', 'lora_targets', 'adapter_places'):
       object.__setattr__(self, name, tuple(getattr(self, name)))
     stacks = {'num_encoder_layers': self.has_encoder, 'num_decoder_layers': self.has_decoder}
-    positive = (*_AT_LEAST_1, *(name for name, there in stacks.items() if there))
+    positive = ('vocab_size', *_SHAPE[:4], *(name for name, there in stacks.items() if there))
     half_buckets = self.relpos_num_buckets // 2
     continues = self.architecture == 'decoder'
     alike = self.architecture == 'encoder_decoder'
@@ -143,24 +142,21 @@ class T5Config:
       if value is None and (alone := [name for name in more if getattr(self, name)]):
         raise UsageError(f'T5Config.{alone[0]} is set, but {size} is None: set it too')
       check_fields(self, **{size: (value is None or value >= 1, 'at least 1, or None for none')})
-    gated = len(self.mlp_activations) > 1
-    mlp = [f'wi_{i}' for i in range(len(self.mlp_activations))] if gated else ['wi']
-    for field, allowed in (
-      ('mlp_activations', ACTIVATIONS),
-      ('lora_targets', ('query', 'key', 'value', 'out', *mlp, 'wo')),
-      ('adapter_places', ADAPTER_PLACES),
-    ):
-      known = set(getattr(self, field)) <= set(allowed)
-      check_fields(self, **{field: (known, f'of {", ".join(allowed)}')})
     if self.lora_rank is not None:
       object.__setattr__(self, 'lora_targets', self.lora_targets or ('query', 'value'))
       if self.lora_alpha is None:
         object.__setattr__(self, 'lora_alpha', float(self.lora_rank))
     if self.adapter_dim is not None:
       object.__setattr__(self, 'adapter_places', self.adapter_places or ADAPTER_PLACES)
+    gated = len(self.mlp_activations) > 1
+    mlp = [f'wi_{i}' for i in range(len(self.mlp_activations))] if gated else ['wi']
+    targets = 'query', 'key', 'value', 'out', *mlp, 'wo'
+    known: dict[str, tuple[str, ...]] = {'mlp_activations': ACTIVATIONS, 'lora_targets': targets}
+    known['adapter_places'] = ADAPTER_PLACES
     reads = self.prompt_length is None or self.has_encoder
     check_fields(
       self,
+      **{k: (set(getattr(self, k)) <= {*x}, f'of {", ".join(x)}') for k, x in known.items()},
       lora_alpha=(self.lora_alpha is None or self.lora_alpha > 0, 'positive'),
       prompt_length=(reads, 'None: there is no encoder, whose input a prompt stands before'),
     )

@@ -192,13 +192,12 @@ class Attention(nnx.Module):
     """Returns q_BLHK."""
     return self._heads(self.query(x_BLD))
 
-  def attend(self, x_BLD, k_BMHK, v_BMHK, *, bias=None, mask=None, key=None) -> Array:
-    """Attends from x_BLD, or from queries [B, L, H, K], to given keys and values.
+  def attend(self, q_BLHK, k_BMHK, v_BMHK, *, bias=None, mask=None, key=None) -> Array:
+    """Returns what given queries find among given keys and values.
 
     See `attention.attention` for bias and mask; without mask everything is seen. The key is that of
     the dropout of attention weights.
     """
-    q_BLHK = x_BLD if x_BLD.ndim == 4 else self.queries(x_BLD)
     # T5X draws one mask for all queries: dropping weights is dropping keys, with L times less work.
     v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))
     y_BLHK = attention.attention(q_BLHK, k_BMHK, v_BMHK, bias, mask, self.cfg.attention)

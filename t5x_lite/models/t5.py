@@ -118,9 +118,11 @@ class Stack(nnx.Module):
     """Applies the final norm, whose name is T5X's."""
     return getattr(self, self.norm_name)(x_BLD)
 
-  def bias(self, L: int, M: int):
-    """Returns the bias all layers share, or None if each has its own."""
-    return self.relpos_bias.of(L, M) if hasattr(self, 'relpos_bias') else None
+  def among(self, L: int, visibility: Visibility) -> dict[str, Any]:
+    """Returns mask and bias of self-attention among L positions; no bias if each layer has its."""
+    mask = attention.mask(self.cfg.attention, visibility, L, L)
+    bias = self.relpos_bias.of(L, L) if hasattr(self, 'relpos_bias') else None
+    return {'mask': mask, 'bias': bias}
 
 
 class T5(nnx.Module):
@@ -168,62 +170,49 @@ class T5(nnx.Module):
     real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
     M = real_BM.shape[1]
     segments = _pair(encoder_segment_ids, encoder_segment_ids)
-    visibility = Visibility(key_seen_BM=real_BM, segments=segments)
-    mask = attention.mask(cfg.attention, visibility, M, M)
+    how = self.encoder.among(M, Visibility(key_seen_BM=real_BM, segments=segments))
     prompt = self.encoder.prompt[...] if cfg.prompt_length is not None else None
-    bias = self.encoder.bias(M, M)
 
     def body(x_BMD, layer, key):
-      return layer(x_BMD, bias=bias, mask=mask, key=key)
+      return layer(x_BMD, **how, key=key)
 
     x_BMD = self.encoder(body, self._embed(encoder_input_tokens, keys[0], prompt), keys[1])
     # Alone among the dropouts, this one is not broadcast over the length.
     return layers.dropout(x_BMD, cfg.dropout_rate, keys[2], ())
 
-  def decode(
-    self,
-    encoded_BMD,
-    encoder_input_tokens,
-    decoder_input_tokens,
-    *,
-    encoder_segment_ids=None,
-    decoder_segment_ids=None,
-    decoder_causal_attention=None,
-    dropout_key=None,
-    cross_ahead=False,
-  ) -> Array:
-    """Returns hidden_BLD, the decoder's output before the projection.
+  def hidden(self, batch: Mapping[str, Array], *, dropout_key=None, cross_ahead=False) -> Array:
+    """Returns hidden_BLD, the decoder's output before the projection, of a training batch.
 
-    encoded_BMD comes from `encode`, and the encoder's tokens [B, M] are for the padding mask; both
-    are None without an encoder. The decoder's [B, L] are targets shifted right. Segment ids, of the
-    same shapes, are those of packed rows; decoder_causal_attention [B, L] is 1 in a prefix, whose
-    positions see each other (prefix LM). Without a key nothing is dropped. With cross_ahead, where
-    layers are stacked, keys and values of all layers' cross-attention are made before the loop.
+    Encoder tokens are [B, M], unless there is no encoder, and decoder tokens [B, L], targets
+    shifted right; unpacked, there may be several of these rows for each of the encoder's. Segment
+    ids, of the same shapes, are those of packed rows; decoder_causal_attention [B, L] is 1 in a
+    prefix, whose positions see each other (prefix LM).
+    Without a key nothing is dropped. With cross_ahead, where layers are stacked, keys and values of
+    all layers' cross-attention are made before the loop.
     """
-    cfg = self.cfg
-    keys = layers.split_key(dropout_key, 3)
-    L = decoder_input_tokens.shape[1]
-    visibility = Visibility(
-      segments=_pair(decoder_segment_ids, decoder_segment_ids),
-      prefix_BL=None if decoder_causal_attention is None else decoder_causal_attention != 0,
-      causal=True,
-    )
-    mask = attention.mask(cfg.attention, visibility, L, L)
-    cross_mask = None
+    cfg, tokens_BL = self.cfg, batch['decoder_input_tokens']
+    encoder_key, decoder_key = layers.split_key(dropout_key, 2)
+    keys, L = layers.split_key(decoder_key, 3), tokens_BL.shape[1]
+    segments, prefix_BL = batch.get('decoder_segment_ids'), batch.get('decoder_causal_attention')
+    encoded_BMD = cross_mask = None
     if cfg.has_encoder:
-      real_BM = self._real(encoder_input_tokens, encoder_segment_ids)
-      segments = _pair(decoder_segment_ids, encoder_segment_ids)
-      visibility = Visibility(key_seen_BM=real_BM, segments=segments)
+      inputs_BM, theirs = batch['encoder_input_tokens'], batch.get('encoder_segment_ids')
+      encoded_BMD = self.encode(inputs_BM, encoder_segment_ids=theirs, dropout_key=encoder_key)
+      if (each := len(tokens_BL) // len(inputs_BM)) > 1:
+        encoded_BMD, inputs_BM = (jnp.repeat(x, each, axis=0) for x in (encoded_BMD, inputs_BM))
+      real_BM = self._real(inputs_BM, theirs)
+      visibility = Visibility(key_seen_BM=real_BM, segments=_pair(segments, theirs))
       cross_mask = attention.mask(cfg.attention, visibility, L, real_BM.shape[1])
-    bias = self.decoder.bias(L, L)
+    prefix_BL = None if prefix_BL is None else prefix_BL != 0
+    visibility = Visibility(segments=_pair(segments, segments), prefix_BL=prefix_BL, causal=True)
+    how = {**self.decoder.among(L, visibility), 'cross_mask': cross_mask}
 
     def body(x_BLD, layer, key, lender, kv):
-      masks = {'mask': mask, 'cross_mask': cross_mask}
       if cfg.has_encoder and kv is None:
         kv = layer.encoder_decoder_attention.keys_values(encoded_BMD)
-      return layer.read(x_BLD, kv, lender, bias=bias, **masks, key=key)[0]
+      return layer.read(x_BLD, kv, lender, **how, key=key)[0]
 
-    x_BLD = self._embed(decoder_input_tokens, keys[0])
+    x_BLD = self._embed(tokens_BL, keys[0])
     ahead = None
     if cross_ahead:
       # By JAX's own product: of a custom gradient vmap makes one gradient of the output a layer.
@@ -258,24 +247,6 @@ class T5(nnx.Module):
     kernel_DV, scale = self.head()
     return functools.partial(_project, constrain(kernel_DV, None, 'vocab'), scale)
 
-  def hidden(self, batch: Mapping[str, Array], *, dropout_key=None, cross_ahead=False):
-    """Returns hidden_BLD of a training batch, packed or not; the rest is as of `decode`.
-
-    Unpacked, there may be as many rows for the decoder as one likes for each of the encoder's.
-    """
-    keys = layers.split_key(dropout_key, 2)
-    encoded_BMD = None
-    inputs, segments = batch.get('encoder_input_tokens'), batch.get('encoder_segment_ids')
-    if self.cfg.has_encoder:
-      encoded_BMD = self.encode(inputs, encoder_segment_ids=segments, dropout_key=keys[0])
-      if (each := len(batch['decoder_input_tokens']) // len(inputs)) > 1:  # targets of an input
-        encoded_BMD, inputs = (jnp.repeat(x, each, axis=0) for x in (encoded_BMD, inputs))
-    names = ('encoder_segment_ids', 'decoder_segment_ids', 'decoder_causal_attention')
-    more = {name: batch.get(name) for name in names}
-    tokens = batch['decoder_input_tokens']
-    more |= {'dropout_key': keys[1], 'cross_ahead': cross_ahead}
-    return self.decode(encoded_BMD, inputs, tokens, **more)
-
   def __call__(self, batch: Mapping[str, Array], *, dropout_key=None):
     """Returns logits_BLV of a training batch."""
     return self.project(self.hidden(batch, dropout_key=dropout_key))
@@ -286,23 +257,21 @@ class T5(nnx.Module):
     Of a batch as of `hidden`, not packed, and of the inputs alone, without a prompt's positions;
     with mean, weights_BLM, the mean over layers and heads.
     """
-    cfg, tokens_BL = self.cfg, batch['decoder_input_tokens']
-    (B, L), inputs = tokens_BL.shape, batch['encoder_input_tokens']
-    sizes = {'batch_size': B, 'max_decode_length': 1}
-    cache = self.init_cache(self.encode(inputs), inputs, **sizes)
-    mask = attention.mask(cfg.attention, Visibility(causal=True), L, L)
-    bias = self.decoder.bias(L, L)
-    how = {'bias': bias, 'mask': mask, 'cross_mask': cache.cross_mask_B11M}
+    tokens_BL, inputs_BM = batch['decoder_input_tokens'], batch['encoder_input_tokens']
+    encoded_BMD, L = self.encode(inputs_BM), tokens_BL.shape[1]
+    cross_mask = self._real(inputs_BM, None)[:, None, None, :]
+    how = {**self.decoder.among(L, Visibility(causal=True)), 'cross_mask': cross_mask}
 
     def body(x_BLD, xs):
-      layer, lender, kv = xs[0], xs[2], _swapped(xs[1])
+      layer, lender = xs
+      kv = layer.encoder_decoder_attention.keys_values(encoded_BMD)
       weights_BHLM = layer.cross_weights(x_BLD, kv, lender, **how)
-      weights_BHLM = weights_BHLM[..., cfg.prompt_length or 0 :]
+      weights_BHLM = weights_BHLM[..., self.cfg.prompt_length or 0 :]
       found = jnp.mean(weights_BHLM, axis=1) if mean else weights_BHLM
       return layer.read(x_BLD, kv, lender, **how)[0], found
 
-    x_BLD, cross = self._embed(tokens_BL, None), (cache.cross_key_NBHMK, cache.cross_value_NBHMK)
-    _, found = over_layers(body, x_BLD, self.decoder.layers, cross, self.lenders())
+    x_BLD = self._embed(tokens_BL, None)
+    _, found = over_layers(body, x_BLD, self.decoder.layers, self.lenders())
     found = jnp.stack([*found])
     return jnp.mean(found, axis=0) if mean else found.swapaxes(0, 1)
 
@@ -338,17 +307,14 @@ class T5(nnx.Module):
     bidirectional_prefix the prompt's tokens and the start token see each other, and could not be
     fed one at a time (T5X's inputs_bidirectional_attention).
     """
-    cfg = self.cfg
     B, P = tokens_BP.shape
-    positions_P = jnp.arange(P)
-    real_BP = positions_P[None, :] < lengths_B[:, None]
-    visibility = Visibility(prefix_BL=real_BP if cfg.bidirectional_prefix else None, causal=True)
-    mask = attention.mask(cfg.attention, visibility, P, P)
-    bias = self.decoder.bias(P, P)
+    real_BP = jnp.arange(P)[None, :] < lengths_B[:, None]
+    prefix_BP = real_BP if self.cfg.bidirectional_prefix else None
+    how = self.decoder.among(P, Visibility(prefix_BL=prefix_BP, causal=True))
+    how['cross_mask'] = cache.cross_mask_B11M
 
     def body(x_BPD, xs):
       layer, cross_kv, lender = xs
-      how = {'bias': bias, 'mask': mask, 'cross_mask': cache.cross_mask_B11M}
       x_BPD, kv = layer.read(x_BPD, _swapped(cross_kv), lender, **how)
       return x_BPD, _swapped(kv)
 

@@ -129,6 +129,21 @@ def test_ours_and_back(scan_layers):
   assert [int(t.read()) for t in count] == [9]
 
 
+def test_a_run_that_factors_smaller_matrices_is_read():
+  cfg = tiny.config()
+  stored = {}
+  for path, leaf, names in tensor_names.leaves(cfg):
+    layers = leaf.shape[: tensor_names.is_stacked(cfg, path)]
+    shape, fields = tensor_names.shapes(cfg)[names[0]], {'v': leaf.shape}
+    if len(shape) == 2:
+      fields = {'v_row': (*layers, min(shape)), 'v_col': (*layers, max(shape))}
+    for field, size in fields.items():
+      stored['.'.join(('opt_state', field, *path))] = tensors.of_array(np.zeros(size))
+  found = adafactor_moments.of_run(stored, cfg)
+  for name, shape in tensor_names.shapes(cfg).items():
+    assert found[name].as_whole().shape == shape
+
+
 def test_another_optimizer_is_no_adafactor():
   cfg = config()
   assert adafactor_moments.of_t5x({}, cfg) == {}

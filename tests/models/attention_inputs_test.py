@@ -33,12 +33,12 @@ def test_masks_are_the_pairs_that_see_each_other(kind, packed):
   dense = visibility.dense(L)
   np.testing.assert_array_equal(np.broadcast_to(dense, (B, 1, L, M))[:, 0], expected)
   queries, keys = visibility.codes(B, L, M)
-  found = attention_inputs.visible(
+  _, found = attention_inputs.Blocks(1, 1, M, visibility.causal, visibility.skips).masked(
+    jnp.zeros((B, L, M)),
     queries[:, :, None],
     keys[:, None, :],
     jnp.arange(L)[None, :, None],
     jnp.arange(M)[None, None, :],
-    visibility.causal,
   )
   np.testing.assert_array_equal(found, expected)
   if not visibility.causal:

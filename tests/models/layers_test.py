@@ -49,7 +49,7 @@ def test_attention_by_hand():
       weights = np.exp(logits - logits.max(-1, keepdims=True))
       heads.append(weights / weights.sum(-1, keepdims=True) @ v)
     expected[b] = np.concatenate(heads, -1) @ w['out']
-  ours = module.attend(x, *module.keys_values(memory), bias=bias, mask=mask)
+  ours = module.attend(module.queries(x), *module.keys_values(memory), bias=bias, mask=mask)
   np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_a_row_with_nothing_to_see_is_finite():
   mask = jnp.zeros((1, 1, 2, 2), bool)
 
   def total(x):
-    return module.attend(x, *module.keys_values(x), mask=mask).sum()
+    return module.attend(module.queries(x), *module.keys_values(x), mask=mask).sum()
 
   assert np.isfinite(jax.grad(total)(x)).all()
 

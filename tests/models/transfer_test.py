@@ -60,10 +60,8 @@ def test_adapters_stand_before_the_residual_is_added(places):
     down = np.asarray(getattr(layer, name).down.kernel[...])
     return y + np.maximum(y @ down, 0) @ ups[name]
 
-  y = layer.pre_attention_layer_norm(x)
-  h = x + adapted(
-    'attention_adapter', np.asarray(layer.attention.attend(y, *layer.attention.keys_values(y)))
-  )
+  y, own = layer.pre_attention_layer_norm(x), layer.attention
+  h = x + adapted('attention_adapter', np.asarray(own.attend(own.queries(y), *own.keys_values(y))))
   wanted = h + adapted('mlp_adapter', np.asarray(layer.mlp(layer.pre_mlp_layer_norm(h))))
   got = layer(x, bias=None, mask=None, key=None)
   np.testing.assert_allclose(got, wanted, atol=1e-4)

@@ -15,12 +15,9 @@ from t5x_lite.data.objectives import denoising, preprocessors
 Preprocessor = Callable[..., tf.data.Dataset]
 
 
-def _spans(noise_density: float, mean_noise_span_length: float) -> Preprocessor:
-  return functools.partial(
-    preprocessors.span_corruption,
-    noise_density=noise_density,
-    mean_noise_span_length=mean_noise_span_length,
-  )
+def _spans(density: float, length: float) -> Preprocessor:
+  settings = {'noise_density': density, 'mean_noise_span_length': length}
+  return functools.partial(preprocessors.span_corruption, **settings)
 
 
 def _iid(**settings: Any) -> Preprocessor:

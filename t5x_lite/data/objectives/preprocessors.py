@@ -51,20 +51,12 @@ def select_random_chunk(
   @seqio.map_over_dataset(num_seeds=1)
   def select(example, seed):
     tokens = example['targets']
-
-    def cut():
-      num_chunks = tf.cast(tf.math.ceil(tf.size(tokens) / max_length), tf.int32)
-      # t5 splits the seed to draw an optional length first; so do we, to make
-      # the same choice from the same seed.
-      chunk = tf.random.stateless_uniform(
-        [],
-        maxval=num_chunks,
-        dtype=tf.int32,
-        seed=tf.random.experimental.stateless_split(seed, 2)[1],
-      )
-      return tokens[max_length * chunk : max_length * (chunk + 1)]
-
-    return {'targets': tf.cond(tf.size(tokens) > max_length, cut, lambda: tokens)}
+    num_chunks = tf.cast(tf.math.ceil(tf.size(tokens) / max_length), tf.int32)
+    # t5 splits the seed to draw an optional length first; so do we, to make the same choice from
+    # the same seed.
+    seed = tf.random.experimental.stateless_split(seed, 2)[1]
+    chunk = tf.random.stateless_uniform([], maxval=num_chunks, dtype=tf.int32, seed=seed)
+    return {'targets': tokens[max_length * chunk : max_length * (chunk + 1)]}
 
   return select(_drop_empty(dataset))
 
@@ -79,27 +71,17 @@ def reduce_concat_tokens(
   )
 
 
-def split_tokens(
-  dataset: tf.data.Dataset,
-  *,
-  max_tokens_per_segment: int,
-  min_tokens_per_segment: int | None = None,
-) -> tf.data.Dataset:
+def split_tokens(dataset: tf.data.Dataset, *, max_tokens_per_segment: int) -> tf.data.Dataset:
   """Cuts every example into segments, in order, each token in exactly one.
 
-  The last segment may have fewer than `max_tokens_per_segment`. With a minimum, the length of an
-  example's segments is drawn log-uniformly from there to the maximum.
+  The last segment may have fewer than `max_tokens_per_segment`. t5's may draw a length.
   """
   _check_segment(max_tokens_per_segment)
 
+  # The seed, which t5 draws that from, is taken so that the seeds of later steps stay the same.
   @seqio.map_over_dataset(num_seeds=1)
   def split(example, seed):
-    length = tf.constant(max_tokens_per_segment, tf.int64)
-    if min_tokens_per_segment is not None:
-      low, high = math.log(min_tokens_per_segment), math.log(max_tokens_per_segment)
-      log_length = tf.random.stateless_uniform([], minval=low, maxval=high, seed=seed)
-      length = tf.cast(tf.exp(log_length), tf.int64)
-    tokens = denoising.segments(_one_row(example['targets']), length)
+    tokens = denoising.segments(_one_row(example['targets']), max_tokens_per_segment)
     return tf.data.Dataset.from_tensor_slices({'targets': tokens})
 
   return split(_drop_empty(dataset)).flat_map(lambda x: x)

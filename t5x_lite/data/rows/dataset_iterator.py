@@ -22,7 +22,7 @@ from etils import epath
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import packing, row_stream
 from t5x_lite.errors import DamagedError, UsageError
-from t5x_lite.parallel import checksums
+from t5x_lite.parallel import checksums, pytrees
 
 _PATIENCE_SECONDS = 60
 
@@ -158,10 +158,9 @@ class DatasetIterator:
     with self._reading:
       if self._error:
         raise UsageError(f'the data cannot be read on: {self._error!r:.300}') from self._error
-      arrays: dict[str, Any] = dict(self._stream.write(directory / files))
-      arrays |= {f'rows/{k}': v for k, v in self._buffer.peek().items()}
+      arrays = {**self._stream.write(directory / files), 'rows': self._buffer.peek()}
     stream = io.BytesIO()
-    np.savez(stream, **arrays)
+    np.savez(stream, **pytrees.flatten_names(arrays))
     (directory / f'{files}.npz').write_bytes(stream.getvalue())
     meta = {
       'process_index': self._index,
@@ -200,12 +199,11 @@ class DatasetIterator:
       return
     files = meta['files']
     with io.BytesIO((directory / f'{files}.npz').read_bytes()) as stream:
-      arrays = dict(np.load(stream))
+      arrays = pytrees.nested((name.split('/'), x) for name, x in np.load(stream).items())
     self._rewind(meta['stream_seed'])
     self._untouched = False
     self._stream.read(directory / files, arrays)
-    rows = {k.removeprefix('rows/'): v for k, v in arrays.items() if k.startswith('rows/')}
-    self._buffer.push(rows)
+    self._buffer.push(arrays.get('rows', {}))
     self._ended = self._stream.ended
     self.num_batches = meta['num_batches']
 

@@ -5,11 +5,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows import packing, row_stream
-from t5x_lite.data.tasks import catalog
 
 
 class EvalDataset:
@@ -29,23 +26,19 @@ class EvalDataset:
       cfg, pack=False, shuffle=False, num_epochs=1, per_task_loss=False
     )
     self._index, self._count = process_index, process_count
-    self._vocab_sizes = row_stream.vocab_sizes(self._cfg)
-    provider = catalog.task_provider(self._cfg)
+    provider, self._converter, self._vocab_sizes = row_stream.open_task(self._cfg)
     self._datasets = row_stream.read_examples(self._cfg, provider, seed=cfg.seed, trim=False)
 
   def __iter__(self) -> Iterator[tuple[packing.Rows, list[dict[str, Any]]]]:
-    converter = row_stream.make_converter(self._cfg)
     passes = (dataset.as_numpy_iterator() for dataset in self._datasets)
+    # What else an example has is cut by the converter.
+    cut = {**self._cfg.lengths, **dict.fromkeys(self._converter.extra_features)}
     all_examples = itertools.chain.from_iterable(passes)
     while examples := list(itertools.islice(all_examples, self._cfg.batch_size)):
       ragged = {
-        name: packing.Ragged.from_arrays([example[name][:length] for example in examples], np.int64)
-        for name, length in self._cfg.lengths.items()
+        name: packing.Ragged.from_arrays([example[name][:length] for example in examples])
+        for name, length in cut.items()
       }
-      for name in converter.extra_features:
-        values = [example[name] for example in examples]
-        ragged[name] = packing.Ragged.from_arrays(values, np.float32)
       row_stream.check_ids(self._cfg, self._vocab_sizes, ragged)
-      rows = packing.pad(converter.prepare(ragged), converter.row_lengths, converter.aligned)
-      rows = packing.fill(converter.convert(rows), self._cfg.batch_size)
+      rows = packing.fill(self._converter.padded(ragged), self._cfg.batch_size)
       yield packing.host_rows(rows, self._index, self._count), examples

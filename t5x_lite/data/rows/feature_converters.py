@@ -130,12 +130,15 @@ class FeatureConverter:
       batch['decoder_positions'] = positions
     return batch
 
+  def padded(self, examples: packing.Examples) -> packing.Rows:
+    """Returns model features of ragged task features, one example a row."""
+    return self.convert(packing.pad(self.prepare(examples), self.row_lengths, self.aligned))
+
   def spec(self) -> dict[str, tuple[int, np.dtype]]:
     """Returns the length and dtype of every model feature."""
     none = packing.Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
     empty = dict.fromkeys((*self.lengths, *self.extra_features), none)
-    rows = packing.pad(self.prepare(empty), self.row_lengths, self.aligned)
-    return {k: (v.shape[1], v.dtype) for k, v in self.convert(rows).items()}
+    return {k: (v.shape[1], v.dtype) for k, v in self.padded(empty).items()}
 
 
 def _as(dtype: type, ragged: packing.Ragged) -> packing.Ragged:

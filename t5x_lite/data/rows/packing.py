@@ -12,11 +12,11 @@ and values keep their dtype.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, check_positive
 
 
 class Ragged(NamedTuple):
@@ -135,8 +135,7 @@ class Packer:
   num_open_rows: int = 64  # how many rows are filled at a time
 
   def __post_init__(self):
-    if self.num_open_rows < 1:
-      raise UsageError(f'num_open_rows is {self.num_open_rows}, must be >= 1')
+    check_positive('num_open_rows', self.num_open_rows)
     self._pending: dict[str, Ragged] = {}
     self._pending_row = np.zeros(0, np.int64)  # row number of each, ascending
     self._next_row = 0
@@ -212,23 +211,18 @@ class Packer:
     self._pending_row = row[rest]
     return _scatter(ready, row[closed] - first, end - first, self.lengths, self.aligned)
 
-  def state(self) -> Rows:
-    """Returns all that later rows depend on, as arrays by name."""
-    state = {'next_row': np.array(self._next_row), 'row': self._pending_row}
-    for name, ragged in self._pending.items():
-      state[f'values/{name}'] = ragged.values
-      state[f'lengths/{name}'] = ragged.lengths
-    return state
+  def state(self) -> dict[str, Any]:
+    """Returns all that later rows depend on, as arrays and dicts of arrays."""
+    values = {name: ragged.values for name, ragged in self._pending.items()}
+    lengths = {name: ragged.lengths for name, ragged in self._pending.items()}
+    numbers = {'next_row': np.array(self._next_row), 'row': self._pending_row}
+    return {**numbers, 'values': values, 'lengths': lengths}
 
-  def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-    """Continues from what `state` returned."""
-    self._next_row = int(state['next_row'])
-    self._pending_row = np.asarray(state['row'])
-    self._pending = {
-      name: Ragged(state[f'values/{name}'], state[f'lengths/{name}'])
-      for name in (*self.lengths, *self.aligned)
-      if f'values/{name}' in state
-    }
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Continues from what `state` returned, less empty dicts."""
+    self._next_row, self._pending_row = int(state['next_row']), np.asarray(state['row'])
+    values = state.get('values', {})
+    self._pending = {name: Ragged(values[name], state['lengths'][name]) for name in values}
 
 
 class RowBuffer:

@@ -24,15 +24,20 @@ from t5x_lite.data.rows import feature_converters, packing
 from t5x_lite.data.tasks import catalog, text_preprocessors
 from t5x_lite.errors import UsageError, first_line, refusing
 
+Sizes = Mapping[str, int]
+
 # TensorFlow only reads text here; it must not reserve an accelerator's memory.
 with contextlib.suppress(RuntimeError):  # already initialised by the caller
   tf.config.set_visible_devices([], 'GPU')
 
 
-def vocab_sizes(cfg: DatasetConfig) -> dict[str, int]:
-  """Returns the first id that is too large, for each task feature."""
-  features = catalog.task_provider(cfg).output_features
-  return {name: cfg.vocab_size or features[name].vocabulary.vocab_size for name in cfg.lengths}
+def open_task(cfg: DatasetConfig) -> tuple[Any, feature_converters.FeatureConverter, Sizes]:
+  """Returns the task or mixture, its converter, and the first id that is too large by feature."""
+  provider = catalog.task_provider(cfg)
+  features = provider.output_features
+  weights = feature_converters.LOSS_WEIGHTS in features
+  sizes = {name: cfg.vocab_size or features[name].vocabulary.vocab_size for name in cfg.lengths}
+  return provider, dataclasses.replace(cfg.converter, loss_weights=weights), sizes
 
 
 def read_examples(
@@ -107,18 +112,10 @@ def _numbered(dataset: tf.data.Dataset, number: int) -> tf.data.Dataset:
   return dataset.map(lambda example: {**example, feature_converters.TASK_ID: [number]})
 
 
-def make_converter(cfg: DatasetConfig) -> feature_converters.FeatureConverter:
-  """Returns the config's converter, with what only the task can tell."""
-  features = catalog.task_provider(cfg).output_features
-  return dataclasses.replace(
-    cfg.converter, loss_weights=feature_converters.LOSS_WEIGHTS in features
-  )
-
-
 def _token_dataset(cfg: DatasetConfig, seed: int, shard: seqio.ShardInfo | None) -> tf.data.Dataset:
   """Returns the features that the converter needs, of all tasks."""
-  provider = catalog.task_provider(cfg)
-  names = (*cfg.lengths, *make_converter(cfg).extra_features)
+  provider, converter, _ = open_task(cfg)
+  names = (*cfg.lengths, *converter.extra_features)
   datasets = [
     dataset.map(lambda example: {name: example[name] for name in names})
     for dataset in read_examples(cfg, provider, seed=seed, shard=shard)
@@ -128,7 +125,7 @@ def _token_dataset(cfg: DatasetConfig, seed: int, shard: seqio.ShardInfo | None)
   return functools.reduce(tf.data.Dataset.concatenate, datasets)
 
 
-def check_ids(cfg: DatasetConfig, sizes: Mapping[str, int], examples: packing.Examples) -> None:
+def check_ids(cfg: DatasetConfig, sizes: Sizes, examples: packing.Examples) -> None:
   """Refuses ids that the model has no row for, or would take for padding."""
   task = cfg.mixture_or_task_name
   for name, size in sizes.items():
@@ -160,8 +157,7 @@ class RowStream:
 
   def __init__(self, cfg: DatasetConfig, seed: int, index: int = 0, count: int = 1):
     self._cfg = cfg
-    self._converter = make_converter(cfg)
-    self._vocab_sizes = vocab_sizes(cfg)
+    _, self._converter, self._vocab_sizes = open_task(cfg)
     self._packer = packing.Packer(
       self._converter.row_lengths, self._converter.aligned, num_open_rows=cfg.num_open_rows
     )
@@ -225,12 +221,9 @@ class RowStream:
     if not sizes.all():  # nothing to learn from, nothing to place
       keep = np.flatnonzero(sizes)
       examples = {n: packing.take(r, keep) for n, r in examples.items()}
-    examples = self._converter.prepare(examples)
-    if self._cfg.pack:
-      rows = self._packer.add(examples)
-    else:
-      rows = packing.pad(examples, self._converter.row_lengths, self._converter.aligned)
-    return self._converter.convert(rows)
+    if not self._cfg.pack:
+      return self._converter.padded(examples)
+    return self._converter.convert(self._packer.add(self._converter.prepare(examples)))
 
   def _end(self) -> packing.Rows:
     if not self._num_examples:
@@ -246,23 +239,18 @@ class RowStream:
   def _write_iterator(self, prefix: epath.Path) -> None:
     tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(prefix))
 
-  def write(self, prefix: epath.Path) -> dict[str, np.ndarray]:
-    """Writes tf.data's position to files; returns the rest as arrays."""
+  def write(self, prefix: epath.Path) -> dict[str, Any]:
+    """Writes tf.data's position to files; returns the rest as arrays and dicts of them."""
     if not self._counted:
       self._write_iterator(prefix)
-    state = {f'packer/{k}': v for k, v in self._packer.state().items()}
-    state['num_examples'] = np.array(self._num_examples)
-    state['ended'] = np.array(self.ended)
-    state['counted'] = np.array(self._counted)
-    return state
+    counts = {'num_examples': self._num_examples, 'ended': self.ended, 'counted': self._counted}
+    return {'packer': self._packer.state(), **{k: np.array(v) for k, v in counts.items()}}
 
-  def read(self, prefix: epath.Path, state: Mapping[str, np.ndarray]) -> None:
+  def read(self, prefix: epath.Path, state: Mapping[str, Any]) -> None:
     """Goes from the beginning to what `write` wrote and returned."""
     self._num_examples = int(state['num_examples'])
     self.ended = bool(state['ended'])
-    self._packer.set_state(
-      {k.removeprefix('packer/'): v for k, v in state.items() if k.startswith('packer/')}
-    )
+    self._packer.set_state(state['packer'])
     self._counted = bool(state['counted'])
     self._iterator = self._iterate(skip=self._num_examples * self._counted)
     if self._counted:

@@ -205,9 +205,8 @@ TRIMMED_TOKENIZERS = (
 def texts(name: str, split: str = 'train') -> Iterator[str]:
   """Yields a task's or mixture's untokenized text; UsageError if there is no such name or split."""
   import_modules()
-  provider = find_provider(name if is_registered(name) else resolve(name, VOCABULARIES['byte']))
-  if split not in provider.splits:
-    raise UsageError(f'{name!r} has no split {split!r}, only {", ".join(provider.splits)}')
+  full_name = name if is_registered(name) else resolve(name, VOCABULARIES['byte'])
+  provider = find_provider(full_name, split)
   for task in (one for one in seqio.get_subtasks(provider) if split in one.splits):
     dataset = task.source.get_dataset(split=split, shuffle=False)
     for step in task.preprocessors:
@@ -227,8 +226,8 @@ def is_registered(name: str) -> bool:
   return name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
-def find_provider(name: str) -> seqio.Task | seqio.Mixture:
-  """Returns the task or mixture of this full name in SeqIO; UsageError if there is none."""
+def find_provider(name: str, split: str = '') -> seqio.Task | seqio.Mixture:
+  """Returns SeqIO's task or mixture of this full name; UsageError if it, or the split, is none."""
   if not is_registered(name):
     if name in catalog():
       raise UsageError(f'{name!r} is a recipe: catalog.resolve(name, vocabulary) makes it a task')
@@ -239,6 +238,8 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
   provider = seqio.get_mixture_or_task(name)
   for task in seqio.get_subtasks(provider):
     tfds_source.read_prepared(task.source)
+  if split and split not in provider.splits:
+    raise UsageError(f'{name} has no split {split!r}, only {sorted(provider.splits)}')
   return provider
 
 
@@ -283,9 +284,7 @@ def task_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
   """Returns the config's task or mixture; UsageError for no such name, split, feature or module."""
   import_modules(cfg.module)
   name = cfg.mixture_or_task_name
-  provider = find_provider(name)
-  if cfg.split not in provider.splits:
-    raise UsageError(f'{name} has no split {cfg.split!r}, only {sorted(provider.splits)}')
+  provider = find_provider(name, cfg.split)
   for feature in cfg.lengths:
     spec = provider.output_features.get(feature)
     if spec is None:

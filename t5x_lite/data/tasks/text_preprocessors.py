@@ -7,16 +7,13 @@ data set stages for every short row would cost many times the work that they do.
 import contextlib
 import contextvars
 import re
-from collections.abc import Mapping
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from t5x_lite.data.objectives.denoising import ragged
-
-Features = Mapping[str, seqio.Feature]
-Lengths = Mapping[str, int] | None
+from t5x_lite.data.objectives.preprocessors import Features, Lengths
 
 # Documents in one call of SentencePiece; as many are read ahead and lie in checkpoints.
 _DOCUMENTS_AT_ONCE = 16
