@@ -239,7 +239,7 @@ def find_provider(name: str, split: str = '') -> seqio.Task | seqio.Mixture:
   for task in seqio.get_subtasks(provider):
     tfds_source.read_prepared(task.source)
   if split and split not in provider.splits:
-    raise UsageError(f'{name} has no split {split!r}, only {sorted(provider.splits)}')
+    raise UsageError(f'{name} has no split {split!r}, only {", ".join(sorted(provider.splits))}')
   return provider
 
 
