@@ -71,17 +71,27 @@ def reduce_concat_tokens(
   )
 
 
-def split_tokens(dataset: tf.data.Dataset, *, max_tokens_per_segment: int) -> tf.data.Dataset:
+def split_tokens(
+  dataset: tf.data.Dataset,
+  *,
+  max_tokens_per_segment: int,
+  min_tokens_per_segment: int | None = None,
+) -> tf.data.Dataset:
   """Cuts every example into segments, in order, each token in exactly one.
 
-  The last segment may have fewer than `max_tokens_per_segment`. t5's may draw a length.
+  The last segment may have fewer than `max_tokens_per_segment`. With a minimum, the length of an
+  example's segments is drawn log-uniformly from there to the maximum.
   """
   _check_segment(max_tokens_per_segment)
 
-  # The seed, which t5 draws that from, is taken so that the seeds of later steps stay the same.
   @seqio.map_over_dataset(num_seeds=1)
   def split(example, seed):
-    tokens = denoising.segments(_one_row(example['targets']), max_tokens_per_segment)
+    length = tf.constant(max_tokens_per_segment, tf.int64)
+    if min_tokens_per_segment is not None:
+      low, high = math.log(min_tokens_per_segment), math.log(max_tokens_per_segment)
+      log_length = tf.random.stateless_uniform([], minval=low, maxval=high, seed=seed)
+      length = tf.cast(tf.exp(log_length), tf.int64)
+    tokens = denoising.segments(_one_row(example['targets']), length)
     return tf.data.Dataset.from_tensor_slices({'targets': tokens})
 
   return split(_drop_empty(dataset)).flat_map(lambda x: x)
