@@ -13,6 +13,6 @@ def test_every_error_that_is_sent_is_described():
 
 
 def test_a_field_that_is_not_there_is_refused_and_openais_others_are_looked_at():
-  with pytest.raises(pydantic.ValidationError, match='temperatur'):
-    bodies.GenerateBody(inputs='a', temperatur=1.0)
+  with pytest.raises(pydantic.ValidationError, match='warmth'):
+    bodies.GenerateBody(inputs='a', warmth=1.0)
   assert bodies.CompletionBody(prompt='a', logprobs=3).logprobs == 3
