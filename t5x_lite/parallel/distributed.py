@@ -7,6 +7,7 @@ calls `initialize` before it touches a device, and the train loop asks `StopSign
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import os
@@ -159,9 +160,24 @@ def barrier(name: str) -> None:
     raise LostProcessError(f'a process did not reach {name!r}: {first_line(error)}') from error
 
 
+# True in what process 0 does by itself, where nothing may wait for the others.
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar('alone', default=False)
+
+
+def primary_alone(what: object, call: Callable[[], Any]) -> None:
+  """Makes a call on process 0, whose error is one of all, as `alike` says."""
+
+  def run() -> None:
+    context = contextvars.copy_context()
+    context.run(_alone.set, True)
+    context.run(call)
+
+  alike(what, lambda: is_primary() and run())
+
+
 def anywhere(condition: bool) -> bool:
   """Returns, on every process, whether the condition holds on any of them."""
-  if jax.process_count() == 1:
+  if jax.process_count() == 1 or _alone.get():
     return condition
   return bool(np.any(multihost_utils.process_allgather(np.array(condition, np.int32))))
 
@@ -188,7 +204,7 @@ def from_primary(count: Callable[[], int]) -> int:
   Raises what count raises, as `alike` does: no process waits for another.
   """
   found = alike('process 0 failed', lambda: count() if is_primary() else 0)
-  if jax.process_count() > 1:
+  if jax.process_count() > 1 and not _alone.get():
     # Two numbers of 31 bits: jax has no int64 unless it is told to.
     parts = np.array([found >> 31, found & 0x7FFFFFFF], np.int32)
     high, low = map(int, multihost_utils.broadcast_one_to_all(parts))

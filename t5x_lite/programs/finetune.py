@@ -236,7 +236,7 @@ def finetune(
   results: dict[str, Any] = {'step': step, 'metrics': found[TASK]}
 
   # ---- Export, and tell ----
-  if distributed.is_primary():
+  def tell() -> None:
     if export_hf:
       lora = f'LoRA of rank {settings["lora_rank"]}, merged into the weights'
       told = lora if method == 'lora' else method
@@ -251,7 +251,8 @@ def finetune(
     asked = {'prefix': prefix, 'template': template}
     how_asked = ''.join(f' --{name} {shlex.quote(text)}' for name, text in asked.items() if text)
     print(summary(results, output, best, how_asked))
-  distributed.barrier('finetune')
+
+  distributed.primary_alone(output, tell)
   return results
 
 

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+import t5x_lite
 from t5x_lite import main
 from t5x_lite.runs import checkpoints, metric_writers
 from tests import tiny_run, xla_flags
@@ -171,3 +172,21 @@ def test_inference_is_continued_by_all_processes_alike(tmp_path):
   processes = infer(tmp_path / 'b', tmp_path / 'other.txt')
   assert [process.wait(timeout=120) for process in processes] == [2, 2]
   assert 'is not the prediction of line 1' in read_log(tmp_path / 'b', 0)
+
+
+def test_processes_fine_tune_and_the_first_one_exports(tmp_path):
+  """What it does alone, such as opening a checkpoint, waits for nobody."""
+  start, output, rows = tmp_path / 'start', tmp_path / 'out', tmp_path / 'rows.csv'
+  config = tiny_run.model(scan_layers=False)
+  t5x_lite.new(config, tiny_run.VOCABULARY).save(str(start), format='hf')
+  lines = [f'word {i % 7} {i},{"even" if i % 2 else "odd"}' for i in range(60)]
+  rows.write_text('\n'.join(['text,label', *lines]) + '\n')
+  command = ['t5x_lite.main', 'finetune', '--model', start, '--train', rows, '--steps', 4]
+  command = [str(c) for c in [*command, '--method', 'lora', '--output', output]]
+  wait(start_module(command, output, 2), output)
+  results = json.loads((output / 'results.json').read_text())
+  assert results['metrics']['examples'] > 0
+  model = t5x_lite.load(results['export'])
+  adapted = t5x_lite.load(str(start), adapter=results['adapter'])
+  texts = ['word 3 3', 'word 5 12']
+  assert model.generate(texts, max_new_tokens=4) == adapted.generate(texts, max_new_tokens=4)
