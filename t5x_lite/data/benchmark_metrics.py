@@ -68,6 +68,12 @@ def ranked_choice(score: float, *, example: Mapping[str, Any], is_target: bool =
   return (question, choice), *rest
 
 
+def in_groups(target: Any) -> bool:
+  """Whether a target is of `grouped` or `ranked_choice`: examples are judged together."""
+  ranked = isinstance(target, tuple) and any(isinstance(x, tuple) for x in target[:1])
+  return ranked or (isinstance(target, Mapping) and 'group' in target)
+
+
 def names_referent(text: str, *, example: Mapping[str, Any], is_target: bool = False) -> int:
   """Returns whether a prediction names the example's noun; for a target its label.
 
@@ -216,10 +222,11 @@ def rank_classification(
   hits = [right[i] for (right, _, _), i in zip(columns, chosen, strict=True)]
   of_each = {'sample_weight': [weight[0] for _, weight, _ in columns]}
   found = {'accuracy': 100.0 * float(np.average(hits, weights=of_each['sample_weight']))}
+  wrong = [key for key, rows in questions.items() if num_classes not in (None, len(rows))]
+  if wrong:
+    raise ValueError(f'question {wrong[0]} has {len(questions[wrong[0]])} of {num_classes} choices')
   if num_classes is None or any(sum(right) > 1 for right, _, _ in columns):
     return found
-  if wrong := [key for key, rows in questions.items() if len(rows) != num_classes]:
-    raise ValueError(f'question {wrong[0]} has {len(questions[wrong[0]])} of {num_classes} choices')
   labels = [int(np.argmax(right)) for right, _, _ in columns]
   if num_classes > 2:
     return found | mean_multiclass_f1(labels, chosen, num_classes=num_classes, **of_each)

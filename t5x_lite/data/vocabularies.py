@@ -92,7 +92,7 @@ class Vocabulary:
 
   def token_texts(self) -> list[bytes]:
     """Returns what each id adds to a text, in UTF-8; b'' for ids that are none of it."""
-    raise UsageError('stop_strings, regex and json_schema need a vocabulary of texts')
+    raise UsageError('regex and json_schema need a vocabulary of texts')
 
 
 def _clean(ids: Iterable[int], base_size: int, unk_id: int | None) -> list[int]:

@@ -73,11 +73,11 @@ def compiled(pattern: str, schema: str, vocabulary: Any) -> Automaton:
 
 
 @functools.lru_cache(maxsize=64)
-def stopping(strings: tuple[str, ...], vocabulary: Any) -> Automaton:
+def stopping(strings: tuple[str, ...], vocabulary: Any, prefixed: bool = False) -> Automaton:
   """Returns the automaton that ends (left_S is 0) once a text holds one of the strings.
 
-  A state is how much of them the text ends with (Aho and Corasick 1975). UsageError if the
-  vocabulary has no texts.
+  A state is how much of them the text ends with (Aho and Corasick 1975). Prefixed is what goes on
+  from another text, so that a space it begins with is not dropped.
   """
   wanted = tuple(text.encode() for text in strings)
   parts = [text[:length] for text in wanted for length in range(1, len(text))]
@@ -92,17 +92,19 @@ def stopping(strings: tuple[str, ...], vocabulary: Any) -> Automaton:
           number[text[i:]] for i in range(len(text) + 1) if text[i:] in number
         )
   byte_SB[1] = byte_SB[2]
-  if vocabulary.drops_space:
+  if vocabulary.drops_space and not prefixed:
     byte_SB[1, ord(' ')] = 1
-  # What is no text may be shown as one, and so begins anew.
-  none_S = np.asarray([0, 1, *[2] * len(number), whole], np.int32)
+  # What is no text is left out, or shown as a sign, after which all begins anew.
+  none_S = np.arange(whole + 1, dtype=np.int32)
+  if vocabulary.decode([vocabulary.unk_id]):
+    none_S[2:whole] = 2
   left_S = np.ones(whole + 1, np.int32)
   left_S[whole] = 0
-  return Automaton(*_over_tokens(byte_SB, none_S, vocabulary), left_S)
+  return Automaton(*_over_tokens(byte_SB, none_S, vocabulary, prefixed), left_S)
 
 
 def _over_tokens(
-  byte_SB: np.ndarray, none_S: np.ndarray, vocabulary: Any
+  byte_SB: np.ndarray, none_S: np.ndarray, vocabulary: Any, prefixed: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns next_SC and class_V of an automaton over bytes; none_S comes after what is no text.
 
@@ -121,6 +123,7 @@ def _over_tokens(
   for token, text in enumerate(vocabulary.token_texts()):
     if text:
       after_S = after(text).copy()
-      after_S[0] = after(text.removeprefix(b' ') if vocabulary.drops_space else text)[1]
+      first = text if prefixed or not vocabulary.drops_space else text.removeprefix(b' ')
+      after_S[0] = after(first)[1]
       class_V[token] = classes.setdefault(after_S.tobytes(), len(classes))
   return np.stack([np.frombuffer(row, np.int32) for row in classes], axis=1), class_V

@@ -205,11 +205,13 @@ class DecodingConfig:
       return total / ((5.0 + length) / 6.0) ** self.brevity_alpha
     return total / length**self.length_penalty
 
-  def resolved(self, vocabulary: Any, max_decode_length: int | None = None) -> 'DecodingConfig':
+  def resolved(
+    self, vocabulary: Any, max_decode_length: int | None = None, *, prefixed: bool = False
+  ) -> 'DecodingConfig':
     """Returns the config with ids for texts, and a length where it names none.
 
-    The vocabulary is a `data.vocabularies.Vocabulary` or None. Raises UsageError if the texts need
-    one, no output matches the regex or schema, or none is short enough.
+    The vocabulary is a `data.vocabularies.Vocabulary` or None; prefixed outputs go on from a text.
+    UsageError if texts need one, no output matches the regex or schema, or none is short enough.
     """
     if vocabulary is None:
       for name in ('labels', 'forbidden_words', 'regex', 'json_schema'):
@@ -222,8 +224,8 @@ class DecodingConfig:
     length = self.max_decode_length or max_decode_length
     from t5x_lite.decoding import automaton as automata  # `--help` shall not wait for numpy
 
-    if self.stop_strings and vocabulary is not None:
-      stopper = automata.stopping(self.stop_strings, vocabulary)
+    if self.stop_strings and getattr(vocabulary, 'unk_id', None) is not None:  # it has texts
+      stopper = automata.stopping(self.stop_strings, vocabulary, prefixed)
     if self.regex or self.json_schema:
       automaton = automata.compiled(self.regex, self.json_schema, vocabulary)
       fine = (length or DEFAULT_LENGTH) > automaton.left_S[0]

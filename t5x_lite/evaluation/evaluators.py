@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from t5x_lite.data import vocabularies
+from t5x_lite.data import benchmark_metrics, vocabularies
 from t5x_lite.data.config import DatasetConfig
 from t5x_lite.data.rows.dataset_iterator import DatasetIterator
 from t5x_lite.data.rows.eval_dataset import EvalDataset
@@ -229,10 +229,12 @@ class Decoded:
       measured.append((_with_object(metric, task.output_features), columns))
     metrics: Metrics = {}
     failed = []
+    # Groups would have to be drawn whole.
+    num_bootstrap = 0 if benchmark_metrics.in_groups(targets[0]) else self._num_bootstrap
     for fn, columns in measured:
       try:
         metrics |= bootstrap.measured(
-          lambda *drawn, fn=fn: _scalars(fn(*drawn)), columns, self._num_bootstrap
+          lambda *drawn, fn=fn: _scalars(fn(*drawn)), columns, num_bootstrap
         )
       except Exception as error:  # a user's code; predictions and other metrics are worth keeping
         name, kind = getattr(fn, '__name__', fn), type(error).__name__

@@ -166,13 +166,9 @@ _alone: contextvars.ContextVar[bool] = contextvars.ContextVar('alone', default=F
 
 def primary_alone(what: object, call: Callable[[], Any]) -> None:
   """Makes a call on process 0, whose error is one of all, as `alike` says."""
-
-  def run() -> None:
-    context = contextvars.copy_context()
-    context.run(_alone.set, True)
-    context.run(call)
-
-  alike(what, lambda: is_primary() and run())
+  context = contextvars.copy_context()
+  context.run(_alone.set, True)
+  alike(what, lambda: is_primary() and context.run(call))
 
 
 def anywhere(condition: bool) -> bool:

@@ -45,6 +45,7 @@ def evaluate(
   metrics: Sequence[str] = (),
   bootstrap: int | None = None,
   continuous: bool = False,
+  report_to: str | Sequence[str] = 'tensorboard',
 ) -> dict[str, Metrics]:
   """Evaluates a run's newest checkpoint, the given one, or several, on tasks.
 
@@ -72,11 +73,13 @@ def evaluate(
     bootstrap: test sets to draw, such as 1000, for the 95% interval of each metric of decoded text,
       NAME_low and NAME_high.
     continuous: rows whose outputs have ended make room for others at once; see docs/generation.md.
+    report_to: tensorboard, wandb or both, beside metrics.jsonl; or none.
   """
   for name, count in (('num_examples', num_examples), ('last', last), ('bootstrap', bootstrap)):
     start_checks.check_positive(f'evaluate.{name}', count)
   if not datasets:
     raise UsageError('evaluate.datasets is empty: name at least one task')
+  reporters = metric_writers.reporters(report_to) if distributed.is_primary() else ()
   metric_fns = [metrics_lib.with_inputs(name) for name in metrics]
   steps, several = [*map(str, steps)], bool(steps) or follow
   settings = {'decoding': decoding, 'num_examples': num_examples, 'teacher_forced': teacher_forced}
@@ -140,14 +143,16 @@ def evaluate(
       if distributed.is_primary():
         evaluators_lib.write_lines(root / f'{result.task}.jsonl', result.lines)
         samples[prefix] = result.lines[: metric_writers.NUM_SAMPLES]
-    if distributed.is_primary():
+
+    def write() -> None:
       checkpoint = ', '.join(one.checkpoint for one in models)
       summary: Any = {'checkpoint': checkpoint, 'step': run.step, 'tasks': results}
       summary['settings'] = None if failed else settings  # None is measured again
       files.write_json(root / 'metrics.json', summary)
-      home = root.parent if several or not output else root
+      home = root.parent if several or (not output and last == 1) else root
       # Steps may be evaluated in any order, and keep what was written of others.
-      with metric_writers.MetricWriter(str(home), first_step=sys.maxsize) as writer:
+      how = {'first_step': sys.maxsize, 'report_to': reporters}
+      with metric_writers.MetricWriter(str(home), **how) as writer:
         writer.write(run.step, scalars)
         for name, lines in samples.items():
           writer.write_samples(run.step, name, lines)
@@ -155,6 +160,8 @@ def evaluate(
       files.write_text(home / 'metrics.md', table)
       print(table, end='', flush=True)
       log.info('metrics and predictions are in %s', root)
+
+    distributed.primary_alone(root, write)
     if failed:
       raise UsageError(f'{failed[0]}; predictions and other metrics are in {root}')
     return results

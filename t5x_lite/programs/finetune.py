@@ -232,6 +232,7 @@ def finetune(
   best = os.path.join(output, checkpoints.CHECKPOINTS, str(step))
   place = os.path.join(output, EVALUATION)
   how: dict[str, Any] = {'datasets': [_eval_dataset(plan)], 'num_examples': eval_examples}
+  how['report_to'] = 'none'
   found = evaluate.evaluate(model_dir=best, output=place, mesh=mesh, **how)
   results: dict[str, Any] = {'step': step, 'metrics': found[TASK]}
 

@@ -87,7 +87,7 @@ class Generation:
     if temperatures and not min(temperatures) >= 0:
       raise UsageError(f'temperature has {min(temperatures)}; it must be 0 (greedy) or positive')
     config = decoding_config(max_new_tokens, **settings)
-    config = config.resolved(self.vocabulary)
+    config = config.resolved(self.vocabulary, prefixed=prefix is not None)
     is_text = model_inputs.is_text(inputs)
     check_positive('batch_size', batch_size)
     eos = self.config.has_encoder or 'inputs' in self.lengths

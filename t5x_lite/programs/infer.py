@@ -130,7 +130,8 @@ def infer(
     raise UsageError(f'{draft_model} has another vocabulary than {run.path}: it cannot draft')
   if continuous and (embeddings or len(models) > 1):
     raise UsageError('continuous batching writes texts of one model')
-  if embeddings and (draft or decoding or len(models) > 1 or not cfg.has_encoder):
+  texts_only = draft or decoding or log_probs or decoder_prefix or len(models) > 1
+  if embeddings and (texts_only or not cfg.has_encoder):
     raise UsageError('embeddings are of one model, which has an encoder, and are not decoded')
   width = cfg.emb_dim if EMBEDDINGS.get(embeddings) else 0
   file = OutputFile(output, key='embedding' if embeddings else 'prediction', width=width)
@@ -146,7 +147,8 @@ def infer(
   batch_size = placement.whole_batch(batch_size)
   decode = None
   if not embeddings:
-    decoding = (decoding or DecodingConfig()).resolved(vocabulary, run.lengths.get('targets'))
+    how = {'max_decode_length': run.lengths.get('targets'), 'prefixed': bool(decoder_prefix)}
+    decoding = (decoding or DecodingConfig()).resolved(vocabulary, **how)
     predictor = prediction.Predictor(
       cfg,
       placement=placement,

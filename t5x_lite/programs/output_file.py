@@ -126,19 +126,20 @@ class OutputFile:
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    is_csv = self._ending == '.csv'
-    best = {'prediction': pa.string(), 'score': pa.float64()}
+    is_csv, first = self._ending == '.csv', next(entries, None)
+    log = {'log_probs': pa.list_(pa.float64())} if 'log_probs' in (first or ()) else {}
+    best = {'prediction': pa.string(), 'score': pa.float64(), **log}
     vector = pa.list_(pa.float32(), self._width or -1)
     kinds = {**best, 'input': pa.string(), 'normalization': pa.string(), 'truncated': pa.bool_()}
-    kinds['n_best'] = pa.string() if is_csv else pa.list_(pa.struct(best.items()))
+    kinds['n_best'] = pa.list_(pa.struct(best.items()))
+    as_text = ('n_best', 'log_probs') if is_csv else ()  # which CSV has alone
+    kinds |= dict.fromkeys(as_text, pa.string())
     kinds['embedding'] = vector if self._width else pa.list_(vector)
-    first = next(entries, None)
     names = [name for name in first or _COLUMNS[self._key] if name != 'truncated']
     schema = pa.schema([(name, kinds[name]) for name in (*names, 'truncated')])
     rows = itertools.chain([first] if first else [], entries)
     with (csv.CSVWriter if is_csv else parquet.ParquetWriter)(target, schema) as writer:
       while chunk := [{'truncated': False, **row} for row in itertools.islice(rows, 1024)]:
         for row in chunk:
-          if is_csv and 'n_best' in row:  # as text, which CSV has alone
-            row['n_best'] = json.dumps(row['n_best'], ensure_ascii=False)
+          row |= {x: json.dumps(row[x], ensure_ascii=False) for x in as_text if x in row}
         writer.write_table(pa.Table.from_pylist(chunk, schema))

@@ -17,7 +17,7 @@ from t5x_lite.runs import checkpoints, metric_writers, run_directory
 _EVALUATIONS = ('eval/', 'infer_eval/')
 # Counts of what was evaluated, not how well.
 _COUNTS = ('target_tokens', 'examples')
-_LOWER_IS_BETTER = ('loss', 'perplexity', 'error_rate', 'distance')
+_LOWER_IS_BETTER = ('loss', 'perplexity', 'error_rate', '_edit')
 
 
 @dataclasses.dataclass(frozen=True)

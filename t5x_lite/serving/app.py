@@ -73,9 +73,8 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
     yield
     await asyncio.to_thread(worker.stop)
 
-  title = f't5x_lite: {name}'
   app = fastapi_offline.FastAPIOffline(
-    title=title,
+    title=f't5x_lite: {name}',
     lifespan=lifespan,
     docs_url=guard.DOCS,
     redoc_url=None,
@@ -349,6 +348,9 @@ def make_app(name: str, model: Any, worker: Worker, limits: Limits, *, token: st
 
   for kind in (*guard.STATUS, RequestValidationError, HTTPException, Exception):
     app.add_exception_handler(kind, explained)
+  for operations in app.openapi()['paths'].values():
+    for one in operations.values():
+      one['responses'].pop('422', None)  # FastAPI's own; a wrong body is 400
   return Guard(app, limits=limits, token=token, metrics=metrics)
 
 

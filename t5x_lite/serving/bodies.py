@@ -90,15 +90,8 @@ _HEAD = {'id': str, 'object': str, 'created': int, 'model': str}
 COMPLETION = _answer('Completion', **_HEAD, choices=list[_CHOICE], usage=_USAGE)
 EMBEDDINGS = _answer('Embeddings', object=str, model=str, data=list[_EMBEDDING], usage=_READ)
 
+# What each means is said in guard.py.
 ERRORS: dict[int | str, dict[str, Any]] = {
-  status: {'model': _schema('ErrorBody', error=_ERROR), 'description': why}
-  for status, why in {
-    400: 'What is asked makes no sense, or is too long.',
-    401: 'No token, or a wrong one.',
-    408: 'The body did not come.',
-    413: 'The body is too large.',
-    429: 'The queue is full: try again later.',
-    503: 'The server stops.',
-    504: 'It took too long.',
-  }.items()
+  status: {'model': _schema('ErrorBody', error=_ERROR)}
+  for status in (400, 401, 408, 413, 429, 500, 503, 504)
 }

@@ -91,7 +91,7 @@ class Worker:
         self._num_calls -= 1
 
     with self._changed:
-      self._check_room(self._num_calls)
+      self._check_room(self._num_calls - 1)  # one is running
       self._num_calls += 1
       future = self._calls.submit(function)
     future.add_done_callback(done)

@@ -154,6 +154,13 @@ def test_any_of_several_right_choices_counts_and_questions_have_weights():
   assert got == {'accuracy': 75.0}
 
 
+def test_targets_of_groups_are_known():
+  assert judged.in_groups({'group': (0,), 'value': 1}) and judged.in_groups(
+    choices([0], [[1, 2]])[0][0]
+  )
+  assert not any(map(judged.in_groups, ('text', ['a', 'b'], 1, {'answers': []}, ('a', 'b'), ())))
+
+
 def test_spans_are_words_of_the_context():
   targets = [{'answers': ['the big-city life'], 'context': 'I like, the big-city life.'}] * 4
   predictions = ['start: 2 end: 5', 'start 2', 'start: two end: 5', 'start: 3 end: 3']

@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -79,6 +80,22 @@ def test_a_stop_string_is_found_with_the_token_that_completes_it(name):
         assert not ends[0] or holds[int(count[0]) - 1], (tokens, strings)
       found += any(holds)
   assert found > 100
+
+
+def test_a_space_after_a_prefix_and_ids_that_are_left_out():
+  """The first is not dropped there; the others join what is around them."""
+  vocabulary = make_vocabulary(VOCABULARIES['t5'])
+  the = np.asarray([[*vocabulary.encode('the')[:1], 3]])
+  for prefixed in (False, True):
+    stopper = automaton.stopping((' the',), vocabulary, prefixed)
+    _, state = processors.read_until(stopper, jnp.asarray(the), np.asarray([1]))
+    assert (stopper.left_S[np.asarray(state)] == 0) == prefixed
+  vocabulary = make_vocabulary(VOCABULARIES['byte'])
+  stopper = automaton.stopping(('ca',), vocabulary)
+  ids = [ord('c') + 3, 0, 2, 300, ord('a') + 3]
+  assert vocabulary.decode(ids) == 'ca'
+  _, state = processors.read_until(stopper, jnp.asarray([ids]), np.asarray([5]))
+  assert stopper.left_S[np.asarray(state)] == 0
 
 
 @functools.cache

@@ -439,6 +439,7 @@ def test_an_unreadable_line_is_named_before_anything_is_written(
     (dict(field='x'), r"words\.txt is text, a line an input, without a field 'x'"),
     (dict(embeddings='mean', decoding=DecodingConfig(num_beams=2)), 'are not decoded'),
     (dict(decoder_prefix='a', continuous=True), 'without a draft and a prefix'),
+    (dict(embeddings='mean', log_probs=True), 'are not decoded'),
     (dict(input='/dev/null'), 'is a pipe.* standard input'),
   ],
 )

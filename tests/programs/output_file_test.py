@@ -1,3 +1,4 @@
+import csv
 import json
 
 import numpy as np
@@ -93,3 +94,22 @@ def test_what_infer_did_not_write_is_not_cut(tmp_path, notes):
 def test_endings_that_cannot_hold_it(tmp_path, name):
   with pytest.raises(UsageError, match='cannot hold embeddings'):
     OutputFile(str(tmp_path / name), key='embedding')
+
+
+@pytest.mark.parametrize('n_best', [False, True])
+@pytest.mark.parametrize('ending', ['.csv', '.parquet'])
+def test_log_probabilities_have_a_column(tmp_path, ending, n_best):
+  best = {'prediction': 'a', 'score': -1.5, 'log_probs': [-1.0, -0.5]}
+  entry = {'input': 'x', **best, **({'n_best': [best, best]} if n_best else {})}
+  path = tmp_path / f'out{ending}'
+  file = OutputFile(str(path), key='prediction')
+  with file.open(append=False) as write:
+    write(entry)
+  file.finish(1)
+  if ending == '.parquet':
+    [row] = parquet.read_table(path).to_pylist()
+    assert row == {**entry, 'truncated': False}
+  else:
+    [row] = csv.DictReader(path.read_text().splitlines())
+    assert json.loads(row['log_probs']) == best['log_probs']
+    assert not n_best or json.loads(row['n_best']) == [best, best]

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from t5x_lite.data import metrics
 from t5x_lite.errors import UsageError
 from t5x_lite.programs import report_runs
 from t5x_lite.programs.report_runs import best, names_of, read
@@ -106,3 +107,11 @@ def test_no_run(tmp_path):
   for path in (tmp_path, tmp_path / 'missing'):
     with pytest.raises(UsageError, match='is no run directory'):
       read(str(path))
+
+
+def test_every_metric_has_a_direction():
+  texts, other = ['one two three', 'four five'], ['one three', 'five six']
+  for metric in metrics.METRICS.values():
+    perfect, worse = metric(texts, texts), metric(texts, other)
+    for name, value in perfect.items():
+      assert report_runs.lower_is_better(f'infer_eval/x/{name}') == (worse[name] > value), name

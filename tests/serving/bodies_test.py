@@ -7,7 +7,7 @@ from t5x_lite.serving import bodies, guard
 
 
 def test_every_error_that_is_sent_is_described():
-  assert set(guard.STATUS.values()) | {401, 408, 413} == set(bodies.ERRORS)
+  assert set(guard.STATUS.values()) | {401, 408, 413, 500} == set(bodies.ERRORS)
   model = bodies.ERRORS[429]['model']
   assert model.model_validate(guard.error_body(429, 'full')).error.message == 'full'
 

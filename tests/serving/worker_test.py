@@ -82,7 +82,7 @@ def test_a_full_queue_refuses_and_a_cancelled_request_gives_its_place():
 def test_a_long_call_holds_up_other_calls_alone():
   hold, worker = threading.Event(), Worker(make_batch(), max_queue=2)
   try:
-    calls = [worker.call(hold.wait), worker.call(lambda: 'next')]
+    calls = [worker.call(hold.wait), worker.call(lambda: 'next'), worker.call(lambda: 'last')]
     with pytest.raises(QueueFullError, match='2 requests'):
       worker.call(print)
     assert last(submit(worker, Request(tokens=[5, 1]))[1]).ended
