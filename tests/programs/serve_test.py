@@ -372,7 +372,7 @@ def test_the_page_of_endpoints_needs_no_other_server(server, tmp_path):
   assert not [u for u in re.findall(r'(?:src|href)="(.*?)"', text) if not u.startswith('/docs-')]
   page = headless_chromium.Page(f'{server.url}/docs', tmp_path)
   try:
-    page.wait_for("document.body.innerText.includes('/v1/completions')")
+    page.wait_for("document.body && document.body.innerText.includes('/v1/completions')")
     assert page.value("document.querySelectorAll('.opblock-post').length") == 5
     assert page.value("!!document.querySelector('.authorize')")
   finally:
