@@ -373,8 +373,8 @@ def test_the_page_of_endpoints_needs_no_other_server(server, tmp_path):
   page = headless_chromium.Page(f'{server.url}/docs', tmp_path)
   try:
     page.wait_for("document.body && document.body.innerText.includes('/v1/completions')")
-    assert page.value("document.querySelectorAll('.opblock-post').length") == 5
-    assert page.value("!!document.querySelector('.authorize')")
+    page.wait_for("document.querySelectorAll('.opblock-post').length == 5")
+    page.wait_for("!!document.querySelector('.authorize')")
   finally:
     page.close()
 
