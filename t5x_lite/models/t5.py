@@ -198,7 +198,8 @@ class T5(nnx.Module):
     if cfg.has_encoder:
       inputs_BM, theirs = batch['encoder_input_tokens'], batch.get('encoder_segment_ids')
       encoded_BMD = self.encode(inputs_BM, encoder_segment_ids=theirs, dropout_key=encoder_key)
-      if (each := len(tokens_BL) // len(inputs_BM)) > 1:
+      if tokens_BL.shape[0] != inputs_BM.shape[0]:  # which may be symbols
+        each = tokens_BL.shape[0] // inputs_BM.shape[0]
         encoded_BMD, inputs_BM = (jnp.repeat(x, each, axis=0) for x in (encoded_BMD, inputs_BM))
       real_BM = self._real(inputs_BM, theirs)
       visibility = Visibility(key_seen_BM=real_BM, segments=_pair(segments, theirs))
