@@ -148,6 +148,10 @@ def compile_step(
     params_bytes=held['params_bytes'],
     **how,
   )
+  if decoding is None and chip and cost_model.memory(setup)['peak'] > 2 * chip.hbm_bytes:
+    # Predictions are far nearer than that, and huge arrays make XLA:TPU abort the process.
+    report |= {'lower_seconds': 0.0, 'compile_seconds': 0.0} | _does_not_fit(setup, chip, 0, 0)
+    return report, program
   start = time.monotonic()
   lowered = program.lower()
   report['lower_seconds'] = round(time.monotonic() - start, 1)
@@ -295,5 +299,6 @@ def format_report(report: dict[str, Any]) -> str:
     note = ' (predicted)' if report.get('predicted') else ''
     best = f'{1e3 * report["roofline_step_seconds"]:.3g} ms a step{note}'
     lines.append(f'roofline: {parts}; bound by {report["bound"]}, at best {best}')
-  lines.append(f'lowered in {report["lower_seconds"]} s, compiled in {report["compile_seconds"]} s')
+  done = f'lowered in {report["lower_seconds"]} s, compiled in {report["compile_seconds"]} s'
+  lines.append(done if report['compile_seconds'] else 'not compiled: predicted to need twice that')
   return '\n'.join(lines)
