@@ -73,7 +73,8 @@ def _layer_activations(setup: Setup) -> Iterator[tuple[int, dict[str, float]]]:
       continue
     lengths, kind = (q, cross) if cross else (q,), model.attention
     attentions = len(lengths)
-    forms = [kind if kind == 'cudnn' else attention.choose(kind, q, m, 'tpu') for m in lengths]
+    platform = attention.PLATFORMS.get(kind, ('tpu',))[0]
+    forms = [attention.choose(kind, q, m, platform) for m in lengths]
     dense = [m for m, form in zip(lengths, forms, strict=True) if form in ('dense', 'cudnn')]
     pairs = q * sum(dense)
     sums = 2 * q * (attentions - len(dense))  # softmax's top and total, of the others
@@ -103,13 +104,14 @@ _KEPT = {
 
 
 def memory(setup: Setup) -> dict[str, float]:
-  """Predicts the bytes of a train step by kind, and their 'peak'."""
-  saved = working = 0.0
+  """Predicts the bytes of a train step by kind, their 'peak', and the 'largest' array's."""
+  saved = working = largest = 0.0
   for layers, kinds in _layer_activations(setup):
     kept = sum(kinds[kind] for kind in _KEPT[setup.model.remat_policy])
     saved += layers * kept
     # What one layer makes again, and gradients.
     working = max(working, sum(kinds.values()) - kept)
+    largest = max(largest, kinds['gradients'])
   model, tp = setup.model, setup.sizes['model']
   positions = min(setup.chunk or setup.targets, setup.targets)
   logits = 3 * 4 * setup.rows * positions * model.vocab_size / tp
@@ -121,7 +123,7 @@ def memory(setup: Setup) -> dict[str, float]:
   found = {'state': float(setup.state_bytes), 'gradients': gradients, 'saved': saved}
   found |= {'working': working, 'logits': logits, 'weights': weights}
   # Logits and a layer's work are never there together.
-  return {**found, 'peak': sum(found.values()) - min(working, logits)}
+  return {**found, 'peak': sum(found.values()) - min(working, logits), 'largest': largest}
 
 
 def hardware_flops(setup: Setup) -> float:

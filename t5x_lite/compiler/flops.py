@@ -12,8 +12,13 @@ from t5x_lite.models import transfer
 from t5x_lite.models.config import T5Config
 
 
-def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: int) -> float:
-  """Returns the FLOPs of a forward pass; inputs and targets are tokens a row, padding included."""
+def forward_flops(
+  config: T5Config, *, batch_size: int, inputs: int, targets: int, outputs: int = 1
+) -> float:
+  """Returns the FLOPs of a forward pass; inputs and targets are tokens a row, padding included.
+
+  Each row of inputs is decoded to so many outputs, as by beam search.
+  """
   joined = config.num_heads * config.head_dim
   projection = 2 * config.emb_dim * joined  # of one token, one of q, k, v, out
   mlp = 2 * (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
@@ -26,9 +31,12 @@ def forward_flops(config: T5Config, *, batch_size: int, inputs: int, targets: in
     attention = 4 * projection + 2 * targets * joined
     layer = targets * (attention + mlp)
     if config.has_encoder:
-      layer += targets * (2 * projection + 4 * inputs * joined) + inputs * 2 * projection
+      layer += targets * (2 * projection + 4 * inputs * joined)
+    layer *= outputs
+    if config.has_encoder:
+      layer += inputs * 2 * projection
     total += config.num_decoder_layers * layer
-    total += targets * 2 * config.emb_dim * config.vocab_size
+    total += outputs * targets * 2 * config.emb_dim * config.vocab_size
   return batch_size * total
 
 

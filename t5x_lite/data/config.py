@@ -8,6 +8,8 @@ import numpy as np
 from t5x_lite.data.rows import feature_converters
 from t5x_lite.errors import UsageError, check_fields, refusing
 
+_ARCHITECTURES = {'encoder_decoder': ('enc_dec',), 'decoder': ('lm', 'prefix_lm'), 'encoder': ()}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
@@ -115,6 +117,15 @@ class DatasetConfig:
       segment_ids=self.has_segment_ids,
       task_ids=self.per_task_loss,
     )
+
+  def check_architecture(self, name: str) -> None:
+    """Refuses models that take no such batches."""
+    kinds = _ARCHITECTURES[name]
+    if self.feature_converter not in kinds:
+      allowed = ' or '.join(map(repr, kinds)) or 'none that trains'
+      kind = f'feature_converter={self.feature_converter!r}'
+      read = f'{self.mixture_or_task_name} is read with {kind}'
+      raise UsageError(f'{read}; the architecture {name!r} needs {allowed}')
 
   def check_processes(self, index: int, count: int) -> None:
     """Refuses a batch that the processes cannot share equally."""

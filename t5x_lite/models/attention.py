@@ -23,7 +23,7 @@ _LONG_ELSEWHERE = 2048 * 2048
 
 # These take bias and mask as arrays of every pair.
 _DENSE = ('dense', 'cudnn')
-_PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'pallas_gpu': ('gpu', 'cuda'), 'pallas_tpu': ('tpu',)}
+PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'pallas_gpu': ('gpu', 'cuda'), 'pallas_tpu': ('tpu',)}
 
 
 def _platform() -> str:
@@ -40,7 +40,7 @@ def choose(implementation: str, L: int, M: int, platform: str | None = None) -> 
   or JAX's own; UsageError if it has no such thing.
   """
   platform = platform or _platform()
-  allowed = _PLATFORMS.get(implementation, (platform,))
+  allowed = PLATFORMS.get(implementation, (platform,))
   if platform not in allowed:
     there = f"this is a {platform.upper()}: use 'auto', 'dense' or 'blocked'"
     need = f'which needs a {allowed[0].upper()}; {there}'
@@ -109,7 +109,7 @@ def attention(
     from t5x_lite.models import pallas_tpu_attention as kernel
   elif form == 'pallas_gpu':
     from t5x_lite.models import pallas_gpu_attention as kernel
-  vector = ('batch', None, 'heads', 'kv')  # every query sees all keys, whatever cuts lengths
+  vector = ('batch', None, 'heads', None)  # whatever cuts lengths: a query sees whole keys, all
   axes = (vector, vector, vector, ('heads', None), ('batch', None))
   return logical_axes.per_shard(kernel.attention, axes, vector)(
     q_BLHK, k_BMHK, v_BMHK, bias, Visibility() if mask is None else mask

@@ -68,7 +68,7 @@ class Blocks:
 
   l: int  # queries of a block
   m: int  # keys of a block
-  M: int  # keys without padding, which ends the last block
+  M: int  # keys, where padding ends the last block; else 0
   causal: bool  # this and the next as in Visibility
   skips: bool
   interpret: bool = False  # of a kernel
@@ -79,7 +79,7 @@ class Blocks:
     if self.causal:
       seen &= (columns <= rows) | ((query_codes & key_codes & 1) == 1)
     logits = jnp.where(seen, logits, MASK_VALUE)
-    if self.M % self.m:  # padding does not even count for a query that sees nothing
+    if self.M:  # padding does not even count for a query that sees nothing
       logits = jnp.where(columns < self.M, logits, -jnp.inf)
     return logits, seen
 

@@ -51,7 +51,7 @@ def attention(
   B, L, _, _ = q_BLHK.shape
   M = k_BMHK.shape[1]
   l, m = cut(L, block or BLOCK), cut(M, block or BLOCK)
-  blocks = Blocks(l, m, M, visibility.causal, visibility.skips)
+  blocks = Blocks(l, m, M % m and M, visibility.causal, visibility.skips)
   if values_HP is not None:
     # Distances -(Lp-1)..Mp of the padded lengths Lp and Mp.
     values_HP = jnp.pad(values_HP, ((0, 0), (-L % l, -M % m + 1)))

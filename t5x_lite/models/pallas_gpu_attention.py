@@ -87,7 +87,7 @@ def attention(
     values_HP = jnp.pad(values_HP, ((0, 0), (-L % b, -M % b + 1)))
   queries_BL, keys_BM = visibility.codes(B, L, M)
   y_BLHK = _attention(
-    Blocks(b, max(_LEAST, b // 2), M, visibility.causal, visibility.skips, interpret),
+    Blocks(b, max(_LEAST, b // 2), M % b and M, visibility.causal, visibility.skips, interpret),
     *(pad(pad(x, 3, width), 1, b) for x in (q_BLHK, k_BMHK, v_BMHK)),
     *(values_HP, pad(queries_BL, 1, b), pad(keys_BM, 1, b)),
   )

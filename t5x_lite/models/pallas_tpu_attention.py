@@ -77,7 +77,7 @@ def attention(
   # By query minus key: -Mp..Lp-1 of the padded lengths. A window begins at a whole block.
   values_HP = jnp.pad(values_HP, ((0, 0), (-L % b, -M % b + 1)))[:, None, ::-1]
   queries_BL, keys_BM = visibility.codes(B, L, M)
-  blocks = Blocks(b, b, M, visibility.causal, visibility.skips, interpret)
+  blocks = Blocks(b, b, M % b and M, visibility.causal, visibility.skips, interpret)
   y_BHKL = _attention(
     blocks,
     *(pad(x.transpose(0, 2, 3, 1), 3, b) for x in (q_BLHK, k_BMHK, v_BMHK)),

@@ -32,6 +32,7 @@ PEAK_FLOPS: dict[str, float] = {
   'NVIDIA A10': 125e12,
   'NVIDIA L4': 121e12,
   'NVIDIA L40': 181e12,
+  'NVIDIA L40S': 362e12,
   'NVIDIA H100 PCIe': 756e12,
   'NVIDIA H100': 989e12,
   'NVIDIA H200': 989e12,
@@ -90,12 +91,14 @@ CHIPS: tuple[Chip, ...] = (
   Chip('NVIDIA H200', 141 * 10**9, 4800e9, 450e9, 50e9, 8),
   Chip('NVIDIA B200', 180 * 10**9, 8000e9, 900e9, 50e9, 8),
   Chip('NVIDIA L4', 24 * 10**9, 300e9, 32e9, 12.5e9, 1),
+  Chip('NVIDIA L40', 48 * 10**9, 864e9, 32e9, 12.5e9, 1),
 )
 
 
 def find_chip(device_kind: str) -> Chip | None:
   """Returns the chip of a jax.Device.device_kind, or None if unknown."""
-  found = [chip for chip in CHIPS if device_kind.startswith(chip.kind)]
+  kind = device_kind.replace('v5e', 'v5 lite')
+  found = [chip for chip in CHIPS if kind.startswith(chip.kind)]
   return max(found, key=lambda chip: len(chip.kind)) if found else None
 
 

@@ -41,6 +41,7 @@ class Candidate(cost_model.Setup):
   """One way to run the experiment, and what is predicted of it."""
 
   chip: Chip
+  mesh: MeshConfig  # with the sizes
   written: bool = False  # it is what the experiment itself says
 
   @property
@@ -100,6 +101,7 @@ def plan(
     output: gin file to write the winning bindings to.
   """
   check_positive('plan.num_compiles', num_compiles)
+  dataset.check_architecture(model.architecture)
   devices = topology_devices(topology, num_slices)
   chip = find_chip(devices[0].device_kind)
   if chip is None:
@@ -129,7 +131,7 @@ def plan(
   for i, candidate in enumerate(chosen):
     log.info('compiling %d of %d: %s', i + 1, len(chosen), candidate.setting)
     experiment['model'] = candidate.model
-    experiment['mesh'] = with_sizes(mesh, candidate.sizes)
+    experiment['mesh'] = candidate.mesh
     experiment['num_microbatches'] = candidate.num_microbatches
     report, _ = precompile.compile_step(**experiment, total_steps=total_steps, topology=topology)
     rows.append(_row(candidate, report))
@@ -152,8 +154,8 @@ def plan(
 
 def with_sizes(mesh: MeshConfig, sizes: Mapping[str, int]) -> MeshConfig:
   """Returns the config with other sizes and the same rules."""
-  changes: dict[str, Any] = {'preset': 'auto', 'num_partitions': None, 'parameter_dims': 2, **sizes}
-  return dataclasses.replace(mesh, **changes)
+  changes: dict[str, Any] = {'preset': 'auto', 'num_partitions': None, **sizes}
+  return dataclasses.replace(mesh, parameter_dims=mesh.parameter_dims or 2, **changes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,8 @@ class Search:
     if self.mesh.preset == 'auto' and not any(given):
       return None
     resolved = partitioning.resolve(self.mesh, devices, num_heads=self.model.num_heads)
-    found = self.candidate({name: getattr(resolved, name) for name in MESH_AXES})
+    search = dataclasses.replace(self, mesh=resolved)
+    found = search.candidate({name: getattr(resolved, name) for name in MESH_AXES})
     return dataclasses.replace(found, num_microbatches=num_microbatches, written=True)
 
   def _meshes(self, num_devices: int) -> Iterator[dict[str, int]]:
@@ -223,7 +226,7 @@ class Search:
     held = {'params_bytes': params, 'chunk': self.loss.chunk}
     held['state_bytes'] = params + (0 if self.mesh.offload_optimizer else opt_state)
     same = {name: getattr(self, name) for name in ('model', 'batch', 'num_slices', 'chip')}
-    return Candidate(sizes=sizes, num_microbatches=1, **held, **same)
+    return Candidate(sizes=sizes, mesh=config, num_microbatches=1, **held, **same)
 
 
 def _divisors(number: int) -> list[int]:
@@ -234,6 +237,7 @@ def _row(candidate: Candidate, report: Mapping[str, Any]) -> dict[str, Any]:
   same = ('fits', 'roofline_step_seconds', 'bound', 'compile_seconds')
   return {
     'mesh': dict(candidate.sizes),
+    'parameter_dims': candidate.mesh.parameter_dims,
     'remat_policy': candidate.model.remat_policy,
     'num_microbatches': candidate.num_microbatches,
     'written': candidate.written,
@@ -278,7 +282,7 @@ from t5x_lite.programs import train
 partitioning.MeshConfig:
   preset = 'auto'
   num_partitions = None
-  parameter_dims = 2
+  parameter_dims = {row['parameter_dims']}
 {mesh}
 
 models.T5Config.remat_policy = {row['remat_policy']!r}

@@ -78,6 +78,7 @@ def precompile(
   """
   given = dict(locals())
   check_one_of('precompile.step', step, ('train', 'decode'))
+  dataset.check_architecture(model.architecture)
   report, _ = compile_step(
     batch=batch_spec(dataset),
     loss=loss or LossConfig(),
@@ -118,7 +119,7 @@ def compile_step(
     program = step_programs.decode_program(config=decoding, **both)
     (rows, inputs), _ = batch['encoder_input_tokens']
     size = {'batch_size': rows, 'inputs': inputs, 'targets': decoding.length}
-    needed = flops.forward_flops(model, **size)
+    needed = flops.forward_flops(model, **size, outputs=decoding.rows_per_input)
   else:
     program = step_programs.train_program(num_microbatches=num_microbatches, **training, **both)
     needed = flops.batch_train_flops(model, program.arguments[1])
@@ -148,8 +149,8 @@ def compile_step(
     params_bytes=held['params_bytes'],
     **how,
   )
-  if decoding is None and chip and cost_model.memory(setup)['peak'] > 2 * chip.hbm_bytes:
-    # Predictions are far nearer than that, and huge arrays make XLA:TPU abort the process.
+  if decoding is None and chip and cost_model.memory(setup)['largest'] > 2 * chip.hbm_bytes:
+    # Not even half of its bits would fit, and such arrays make XLA:TPU abort the process.
     report |= {'lower_seconds': 0.0, 'compile_seconds': 0.0} | _does_not_fit(setup, chip, 0, 0)
     return report, program
   start = time.monotonic()
@@ -164,6 +165,8 @@ def compile_step(
       raise
     log.info('%s', str(error)[:4000])
     report |= _does_not_fit(setup, chip, *out_of_memory)
+    if decoding is not None:  # the predictions are of training
+      report |= {'levers': [], 'bound': None, 'roofline': None}
     return report, program
   finally:
     report['compile_seconds'] = round(time.monotonic() - start, 1)
@@ -287,7 +290,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append('fits')
   else:
     missing = size(report['missing_bytes_per_device'])
-    lines.append(f'DOES NOT FIT: {missing} too much. What would change that:')
+    fix = 'What would change that:' if report['levers'] else 'Use a smaller batch.'
+    lines.append(f'DOES NOT FIT: {missing} too much. {fix}')
     for lever in report['levers']:
       verdict = 'fits' if lever['fits'] else 'still too much'
       lines.append(f'  {lever["lever"]}: about {size(lever["predicted_peak_bytes"])}, {verdict}')
@@ -300,5 +304,5 @@ def format_report(report: dict[str, Any]) -> str:
     best = f'{1e3 * report["roofline_step_seconds"]:.3g} ms a step{note}'
     lines.append(f'roofline: {parts}; bound by {report["bound"]}, at best {best}')
   done = f'lowered in {report["lower_seconds"]} s, compiled in {report["compile_seconds"]} s'
-  lines.append(done if report['compile_seconds'] else 'not compiled: predicted to need twice that')
+  lines.append(done if report['compile_seconds'] else 'not compiled: an array is twice as large')
   return '\n'.join(lines)

@@ -21,8 +21,6 @@ from t5x_lite.runs import checkpoints, run_directory
 
 log = logging.getLogger(__name__)
 
-_CONVERTERS = {'encoder_decoder': ('enc_dec',), 'decoder': ('lm', 'prefix_lm'), 'encoder': ()}
-
 
 def check_writable(directory: str) -> None:
   """Refuses a directory that cannot be written to, before hours of work."""
@@ -71,11 +69,7 @@ def resolve_dataset(
   """Returns the config under the task's full name; refuses one unknown, or of another model."""
   catalog.import_modules(dataset.module)
   name = dataset.mixture_or_task_name
-  kinds = _CONVERTERS[model.architecture]
-  if dataset.feature_converter not in kinds:
-    allowed = ' or '.join(map(repr, kinds)) or 'none that trains'
-    read = f'{name} is read with feature_converter={dataset.feature_converter!r}'
-    raise UsageError(f'{read}; the architecture {model.architecture!r} needs {allowed}')
+  dataset.check_architecture(model.architecture)
   if dataset.decoder_start_id != model.decoder_start_id:
     read = f'{name} is read with decoder_start_id={dataset.decoder_start_id}'
     raise UsageError(f'{read}, the model has {model.decoder_start_id}: make them equal')

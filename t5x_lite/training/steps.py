@@ -34,6 +34,11 @@ def _sums(model: t5.T5, batch: Batch, weights, loss, key, num_tasks: int = 0, cr
   )
 
 
+def _norm(tree: Any) -> jax.Array:
+  """Returns the norm of all elements, in float32."""
+  return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+
+
 def _cross_ahead(model: t5.T5) -> bool:
   """Whether to make keys and values of all layers' cross-attention before the decoder's loop.
 
@@ -126,7 +131,7 @@ def make_train_step(
       if trainable is not None:  # not even -0.0 + 0.0
         params = jax.tree.map(lambda a, b, train: a if train else b, params, old, trainable)
     # Of groups, to tell where a gradient that is not finite comes from; each is read once.
-    norms = {name: optax.global_norm(parts) for name, parts in _groups(grads).items()}
+    norms = {name: _norm(parts) for name, parts in _groups(grads).items()}
     grad_norm = optax.global_norm(norms)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     if skip_nonfinite:
@@ -146,8 +151,8 @@ def make_train_step(
       'learning_rate': learning_rate,
       'grad_norm': grad_norm,
       **{GROUP_NORM + name: norm for name, norm in norms.items()},
-      'update_norm': optax.global_norm(updates),
-      'param_norm': optax.global_norm(params),
+      'update_norm': _norm(updates),
+      'param_norm': _norm(params),
     }
     if histograms:
       metrics |= group_histograms(grads)

@@ -101,11 +101,12 @@ def test_peaks_are_the_compilers_within_a_fifth(name, policy, rows, lengths, mes
   assert abs(cost_model.memory(given)['peak'] / GIB / compiled - 1) < 0.2
 
 
-def test_blocked_attention_keeps_no_pairs():
+@pytest.mark.parametrize('name', ['blocked', 'pallas_tpu', 'pallas_gpu'])
+def test_blocked_attention_keeps_no_pairs(name):
   """And is named as what would help where pairs fill the memory."""
   batch = {'encoder_input_tokens': ((64, 16384), None), 'decoder_target_tokens': ((64, 512), None)}
   dense, blocked = (
-    setup(batch=batch, model=setup().model.replace(attention=name)) for name in ('dense', 'blocked')
+    setup(batch=batch, model=setup().model.replace(attention=name)) for name in ('dense', name)
   )
   assert cost_model.memory(dense)['working'] > 10 * cost_model.memory(blocked)['working']
   lever = "models.T5Config.attention = 'blocked'"

@@ -52,6 +52,16 @@ def test_forward_flops_are_those_of_the_models_matmuls(overrides):
   assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_beams_share_the_encoder_and_its_keys():
+  """The difference to one output is the decoder's alone, and half that of two more."""
+  cfg = named_config('t5_1_1_small')
+  one, two, three = (flops.forward_flops(cfg, **SHAPE, outputs=n) for n in (1, 2, 3))
+  assert three - two == pytest.approx(two - one)
+  decoder = cfg.replace(architecture='decoder')
+  assert two - one > flops.forward_flops(decoder, **{**SHAPE, 'inputs': 0})
+  assert two < 2 * one
+
+
 def test_training_costs_three_forward_passes():
   cfg = named_config('t5_1_1_small')
   batch = {'encoder_input_tokens': np.zeros((3, 10)), 'decoder_target_tokens': np.zeros((3, 7))}

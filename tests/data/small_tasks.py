@@ -83,10 +83,12 @@ def registered():
   add('dt_float', features=floats)
   seqio.MixtureRegistry.add('dt_mixture', [('dt_low', 1), ('dt_high', 2)])
   seqio.MixtureRegistry.add('dt_mixed', [('dt_random', 1), ('dt_plain', 1)])
+  seqio.MixtureRegistry.add('dt_rare', [('dt_plain', 100.0), ('dt_python', 0.5)])
+  seqio.MixtureRegistry.add('dt_partly', [('dt_plain', 1), ('dt_none', 1)])
   yield
   for name in [n for n in seqio.TaskRegistry.names() if n.startswith('dt_')]:
     seqio.TaskRegistry.remove(name)
-  for name in ('dt_mixture', 'dt_mixed'):
+  for name in ('dt_mixture', 'dt_mixed', 'dt_rare', 'dt_partly'):
     seqio.MixtureRegistry.remove(name)
 
 

@@ -169,7 +169,7 @@ def test_a_scanned_model_holds_no_array_of_every_pair(architecture, policy, pref
   assert stats.temp_size_in_bytes < cfg.num_heads * M * M / 2  # an eighth of one in float32
 
 
-@pytest.mark.parametrize('rules', [(), (('length', 'model'),)])
+@pytest.mark.parametrize('rules', [(), (('length', 'model'),), (('heads', None), ('kv', 'model'))])
 def test_8_devices_are_1(rules):
   cfg = tiny.config(num_encoder_layers=1, num_decoder_layers=1, attention='blocked')
   params, batch = tiny.params(cfg), tiny.pack(tiny.batch(B=8), rows=4)
@@ -243,7 +243,7 @@ def test_cudnn_is_asked_for_what_it_takes(segments, bias, monkeypatch):
     cudnn_get_version = staticmethod(lambda: 91100)
 
   monkeypatch.setattr(fused_attention_stablehlo, 'cuda_versions', Versions)
-  monkeypatch.setitem(attention._PLATFORMS, 'cudnn', ('cpu',))
+  monkeypatch.setitem(attention.PLATFORMS, 'cudnn', ('cpu',))
   B, L, M, H, K = 2, 64, 32, 4, 64
   q, k = jnp.zeros((B, L, H, K), jnp.bfloat16), jnp.zeros((B, M, H, K), jnp.bfloat16)
   ids = [jnp.ones((B, n), jnp.int32) for n in (L, M)]

@@ -46,7 +46,7 @@ def test_devices_share_rows_and_heads(monkeypatch):
   """By the config field, on a mesh."""
   interpreted = functools.partial(pallas_gpu_attention.attention, interpret=True)
   monkeypatch.setattr(pallas_gpu_attention, 'attention', interpreted)
-  monkeypatch.setitem(attention._PLATFORMS, 'pallas_gpu', ('cpu',))
+  monkeypatch.setitem(attention.PLATFORMS, 'pallas_gpu', ('cpu',))
   (q, k, v, values), visibility = attention_cases.problem(kind='causal', B=2, L=9, M=9, H=4, K=4)
   cfg = tiny.config(attention='pallas_gpu')
 

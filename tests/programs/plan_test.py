@@ -4,6 +4,7 @@ import importlib.util
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -75,10 +76,22 @@ def test_state_bytes_are_those_of_the_shards():
   assert whole.params_bytes < whole.state_bytes < 2 * whole.params_bytes
 
 
+@pytest.mark.parametrize(
+  ('config', 'dims'),
+  [
+    (MeshConfig(fsdp=8, parameter_dims=1), 1),
+    (MeshConfig(num_partitions=2), 1),
+    (MeshConfig(fsdp=8), 2),
+  ],
+)
+def test_what_is_written_is_kept(config, dims):
+  found = search(mesh=config).written(jax.devices(), 1)
+  assert found is not None and found.mesh.parameter_dims == dims
+
+
 def row(**overrides):
-  fields = dict(
-    mesh={'data': 1, 'fsdp': 4, 'model': 2}, remat_policy='save_names', num_microbatches=2
-  )
+  fields = dict(mesh={'data': 1, 'fsdp': 4, 'model': 2}, parameter_dims=2)
+  fields |= dict(remat_policy='save_names', num_microbatches=2)
   return {**fields, **overrides}
 
 
@@ -127,6 +140,9 @@ def test_mistakes_are_told():
     plan.plan(**given, topology='local')
   with pytest.raises(UsageError, match='at least 1'):
     plan.plan(**given, topology='v5e:2x2', num_compiles=0)
+  given['model'] = tiny.config(architecture='encoder')
+  with pytest.raises(UsageError, match="'encoder' needs none that trains"):
+    plan.plan(**given, topology='v5e:2x2')
 
 
 def test_more_devices_than_can_be_used_are_an_error(monkeypatch):

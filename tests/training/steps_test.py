@@ -215,6 +215,14 @@ def test_norms_of_groups_add_up():
   np.testing.assert_allclose(total, metrics['grad_norm'], rtol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_norms_are_float32_whatever_the_parameters(dtype):
+  _, metrics = train(tiny.config(param_dtype=dtype, vocab_size=2**17), tiny.batch())
+  norms = {k: v for k, v in metrics.items() if k.endswith('_norm') or k.startswith('grad_norm')}
+  assert {v.dtype for v in norms.values()} == {np.dtype(np.float32)}
+  assert np.isfinite(list(norms.values())).all()  # the embedding alone overflows float16
+
+
 def test_histograms_count_every_gradient_once():
   rng = np.random.default_rng(0)
   sizes = 10.0 ** rng.uniform(-14, 5, (3, 50))

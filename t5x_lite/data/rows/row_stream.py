@@ -179,19 +179,14 @@ class RowStream:
     rest = self._dataset.skip(skip) if skip else self._dataset
     return iter(rest.ragged_batch(self._cfg.window))
 
-  def _can_checkpoint(self) -> bool:
-    """Tries it: a run must not learn it at its first checkpoint.
-
-    Only once a window was read, because tf.data makes the inner iterators, whose state is the
-    question, when they are first asked for an element.
-    """
+  def _write_iterator(self, prefix: epath.Path) -> bool:
+    """Writes tf.data's position, and returns whether it has one; UsageError where it should."""
     task = self._cfg.mixture_or_task_name
-    with tempfile.TemporaryDirectory() as directory:
-      try:
-        self._write_iterator(epath.Path(directory) / 'probe')
-        return True
-      except tf.errors.FailedPreconditionError as error:
-        match = re.search(r'(\w+) is stateful', str(error))
+    try:
+      tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(prefix))
+      return True
+    except tf.errors.FailedPreconditionError as error:
+      match = re.search(r'(\w+) is stateful', str(error))
     op = match[1] if match else 'an op'
     if 'PyFunc' not in op and not self._cfg.allow_stateful_ops:
       raise UsageError(
@@ -212,8 +207,9 @@ class RowStream:
       self._iterator = self._iterate()
     if (window := next(self._iterator, None)) is None:
       return self._end()
-    if not self._num_examples:
-      self._counted = not self._can_checkpoint()
+    if not self._num_examples:  # tried at once: a run must not learn it at its first checkpoint
+      with tempfile.TemporaryDirectory() as directory:
+        self._counted = not self._write_iterator(epath.Path(directory) / 'probe')
     examples = {name: _to_numpy(tensor) for name, tensor in window.items()}
     check_ids(self._cfg, self._vocab_sizes, examples)
     sizes = np.sum([examples[name].lengths for name in self._cfg.lengths], axis=0)
@@ -226,23 +222,20 @@ class RowStream:
     return self._converter.convert(self._packer.add(self._converter.prepare(examples)))
 
   def _end(self) -> packing.Rows:
-    if not self._num_examples:
+    if not self._num_examples or self._cfg.num_epochs is None:
       raise UsageError(
         f'{self._cfg.mixture_or_task_name} has no examples in split {self._cfg.split!r} for this '
-        "host: check its preprocessors, or set host_sharding='replicated' if there are more hosts "
-        'than examples'
+        'host, or a task of it has none: check its preprocessors, or set '
+        "host_sharding='replicated' if there are more hosts than examples"
       )
     self.ended = True
     rows = self._packer.flush()
     return self._converter.convert(rows) if rows else {}
 
-  def _write_iterator(self, prefix: epath.Path) -> None:
-    tf.train.Checkpoint(iterator=self._iterator).write(os.fspath(prefix))
-
   def write(self, prefix: epath.Path) -> dict[str, Any]:
     """Writes tf.data's position to files; returns the rest as arrays and dicts of them."""
-    if not self._counted:
-      self._write_iterator(prefix)
+    if not self._counted:  # of a task that is drawn rarely, it shows late
+      self._counted = not self._write_iterator(prefix)
     counts = {'num_examples': self._num_examples, 'ended': self.ended, 'counted': self._counted}
     return {'packer': self._packer.state(), **{k: np.array(v) for k, v in counts.items()}}
 

@@ -25,6 +25,7 @@ def tasks():
     ('dt_random', True, 40),  # epochs later
     ('dt_mixed', False, 9),
     ('dt_python', True, 7),  # its position is a count
+    ('dt_rare', True, 200),  # and that one's too, once Python was drawn
   ],
 )
 def test_restored_continues_exactly(tmp_path, name, pack, taken):

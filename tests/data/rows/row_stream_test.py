@@ -46,6 +46,7 @@ def test_wrong_tasks_are_refused_at_once(kwargs, message):
     ),
     ({'name': 'dt_stateful'}, 'RandomShuffle.*allow_stateful_ops=True'),
     ({'name': 'dt_none'}, "dt_none has no examples in split 'train'"),
+    ({'name': 'dt_partly'}, 'dt_partly has no examples.*, or a task of it has none'),
   ],
 )
 def test_wrong_examples_are_refused_when_met(tmp_path, kwargs, message):
