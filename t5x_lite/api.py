@@ -1,8 +1,7 @@
 """The Python interface: load, new, and Model, which generates, scores, trains.
 
 `model = t5x_lite.load('path-or-hub-id')` holds its config, parameters and vocabulary. It gives
-logits, encodings, generated text and scores, can be saved in any format, and trained. TensorFlow is
-not loaded before it is trained.
+logits, encodings, text and scores, is saved in any format and trained, which loads TensorFlow.
 """
 
 import dataclasses

@@ -98,8 +98,7 @@ class Vocabulary:
 def _clean(ids: Iterable[int], base_size: int, unk_id: int | None) -> list[int]:
   """Cuts after the first EOS; ids from `base_size` on become unk, as in SeqIO's decode.
 
-  Where an embedding is padded beyond the vocabulary (32,128 rows for 32,100 ids) a model can
-  predict such ids, so they are no error.
+  A model whose embedding is padded (32,128 rows for 32,100 ids) can predict such: no error.
   """
   clean = []
   for token in ids:

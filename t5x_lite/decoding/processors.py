@@ -1,8 +1,7 @@
 """What changes the logits of the next token: a list of small pure functions.
 
-Each takes (logits_RV, history) and returns logits_RV. The order and the meaning are those of
-transformers (generation/logits_process.py), whose numbers they are tested against. A user's own
-function is put between the two groups.
+Each takes (logits_RV, history) and returns logits_RV, with order and meaning of transformers'
+(generation/logits_process.py), its reference. A user's own is put between the two groups.
 
 Legend: R rows (inputs times beams or samples), V vocabulary, T decoder tokens, S sequences of n.
 """

@@ -82,8 +82,7 @@ def write(
 
   Half-written ones never get the name. The source may be open or in memory; its param_dtype is what
   is written; LoRA is added to its matrices in 'hf' and 't5x'. No vocabulary means ids without text.
-  The second_moments are Adafactor's or none; origin is kept for the record, and shard_bytes are the
-  most bytes of one file of 'hf'.
+  The second_moments are Adafactor's or none; origin is kept for the record; shard_bytes: of 'hf'.
   """
   temporary = target.parent / f'.{target.name}.tmp-{os.getpid()}'
   temporary.mkdir(parents=True)

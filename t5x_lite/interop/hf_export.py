@@ -1,7 +1,6 @@
 """Writes Hugging Face folders: config, tokenizer, and safetensors in shards.
 
-A shard's header says where every tensor goes before the first is read, so the numbers stream
-through memory one tensor at a time.
+A shard's header says where every tensor goes, so numbers stream through memory one at a time.
 """
 
 import json

@@ -1,5 +1,4 @@
 """The T5 family: one model file, every variant through its config.
 
-Modules hold parameters and static configuration; randomness and caches are arguments. No loss, no
-optimizer, no files, no text.
+Modules hold parameters and static configuration; randomness and caches are arguments.
 """

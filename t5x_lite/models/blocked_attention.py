@@ -4,8 +4,7 @@ Softmax is taken online, a block of keys at a time (Milakov & Gimelshein 2018; D
 FlashAttention), and the backward pass makes every block again. T5's bias of a block is a skewed
 slice of the values by distance, and its gradient a sum over diagonals.
 
-Legend: B batch, L length of queries, M length of keys, H heads, K head_dim, P distances, l and m
-the lengths of a block, N blocks.
+Legend: B batch, L queries, M keys, H heads, K head_dim, P distances, N blocks of l and m.
 """
 
 import functools

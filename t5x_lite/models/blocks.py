@@ -43,9 +43,8 @@ class Cache:
   cross_value_NBHMK: PerLayer | None  # values of the encoder output
   cross_mask_B11M: jax.Array | None  # True at real encoder positions
   index: jax.Array  # int32, the position of the next token: a scalar, or [R]
-  # In beam search, the beam that wrote what beam n has read at each position: beams go on from
-  # others by changing this, and keys and values stay. The slots of a position are its beams'. None
-  # if every row reads its own.
+  # In beam search, the beam that wrote what beam n has read at each position, its slot: beams go on
+  # from others by changing this, and keys and values stay. None if every row reads its own.
   owner_BnT: jax.Array | None = None
   # In continuous batching, how many tokens each row has decoded, T - 1 at most. Slots are then a
   # ring that all rows write at the same index: a row sees as many slots back as it has decoded, and
@@ -106,8 +105,7 @@ class Cache:
   def next_slots(self, L: int) -> tuple['Cache', jax.Array]:
     """Returns it with the next slot owned by the row that writes it, and the mask of L queries.
 
-    The mask is [R or 1, 1, L, T]; with beams [B, 1, n, T n]: the beams of an input see each other's
-    slots, and of these what they have read.
+    The mask is [R or 1, 1, L, T]; with beams [B, 1, n, T n]: of all slots what they have read.
     """
     assert L == 1 or (self.seen_B is None and self.owner_BnT is None)
     T = self.length

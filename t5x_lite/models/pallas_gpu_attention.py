@@ -1,8 +1,7 @@
 """Attention in Pallas kernels for GPUs that make T5's bias themselves.
 
 As blocked_attention.py, by Pallas' Triton backend. A program holds a block of queries and goes over
-those of keys, or the other way around for the gradients of keys and values, and reads the biases of
-a block from the values by distance.
+those of keys (for their gradients the other way around); biases come from values by distance.
 
 The gradient of these values has a kernel of its own, which goes along a diagonal of blocks: an
 entry of each of them has the same distance, so that blocks are added up as they are, and sums over

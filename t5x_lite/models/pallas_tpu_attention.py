@@ -5,8 +5,7 @@ queries, keys and values are [K, l], so that a head of 64 wastes no half of a re
 are [m, l], so that what is kept of a query is a row.
 
 The b x b biases of a block come from 2 b values, which are two blocks of the values by distance and
-arrive like any other input: a rotation by one more in every row makes them, and the backward pass
-rotates back and sums the rows.
+arrive like any other input: each row is rotated by one more, and back to be summed in backward.
 
 Legend: B batch, L queries, M keys, H heads, K head_dim, b a block, P distances.
 """

@@ -230,8 +230,7 @@ def lost_process_is_an_error() -> Iterator[None]:
 class StopSignal:
   """Says when to save and stop: after SIGTERM, or a first Ctrl-C.
 
-  With several processes, JAX's preemption service catches SIGTERM on any of them and names one step
-  at which all of them see True.
+  With several processes, JAX's preemption service names one step at which all of them see True.
   """
 
   def __init__(self):

@@ -125,8 +125,7 @@ def _check_rule(name: str, rule: Any) -> None:
 def logical_axis_rules(config: MeshConfig) -> LogicalAxisRules:
   """Returns the rules, in order of precedence.
 
-  Source: t5x/partitioning.py standard_logical_axis_rules. What T5X cuts over 'data' with two
-  parameter dims is cut over 'fsdp' here.
+  Source: t5x/partitioning.py standard_logical_axis_rules; its second parameter dim is on 'fsdp'.
   """
   rules: list[tuple[str, Any]] = [*config.additional_rules, ('batch', BATCH_AXES), ('kv', None)]
   rules += [(name, 'model') for name in ('vocab', 'mlp', 'heads', 'joined_kv')]

@@ -336,8 +336,7 @@ class Generation:
   def _call(self, make_step: Any, batch: Mapping[str, np.ndarray], *arguments: Any) -> np.ndarray:
     """Runs a step that steps.py makes of arguments on a batch; whole on every process.
 
-    Inputs are added, so that few sizes are compiled for, and their results dropped; an array may
-    have several rows for each.
+    Inputs are added, so that few sizes compile, and their results (of several rows each) dropped.
     """
     size = min(map(len, batch.values()))
     full = self.placement.whole_batch(prediction.padded_length(size, shortest=1))

@@ -58,8 +58,7 @@ def precompile(
 ) -> dict[str, Any]:
   """Compiles the step of an experiment and reports what it costs.
 
-  Returns the report: what `json` prints. DoesNotFitError if the compiler runs out of memory, after
-  it was reported like all else.
+  Returns the report: what `json` prints. DoesNotFitError if there is too little memory, afterwards.
 
   Args:
     model: the architecture.

@@ -44,8 +44,7 @@ class CheckpointConfig:
     period: steps between checkpoints; the last step is always saved.
     keep: how many of the newest to keep; 0 keeps every one.
     keep_best: how many of the best by `best_metric` to keep besides those.
-    best_metric: a metric's name as in metrics.jsonl, for example 'eval/cmudict/loss'. Its value
-      counts for a checkpoint of the same step.
+    best_metric: a metric of metrics.jsonl, such as 'eval/cmudict/loss', at the checkpoint's step.
     best_mode: 'min' or 'max'.
     restore_path: where a run that has no checkpoint of its own starts from: another run's directory
       or one STEP directory of it, or a checkpoint of T5X or transformers.

@@ -238,8 +238,7 @@ def adamw_scale(
   The learning rate is relative to max(epsilon2, rms(p)), of each layer of a stack; nanoT5 peaks at
   2e-2. The weight decay is decoupled and not scaled by rms(p). All else is as in optax.adamw.
 
-  Source: nanoT5/utils/copied_utils.py AdamWScale (Nawrot 2023, arXiv 2309.02373); the RMS from
-  Shazeer and Stern 2018, section 8.
+  Source: AdamWScale of nanoT5 (Nawrot 2023, arXiv 2309.02373); RMS: Shazeer and Stern 2018, 8.
   """
   return optax.chain(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),

@@ -31,8 +31,7 @@ class ScheduleConfig:
     steps_per_cycle: for cosine_decay.
     step_offset: step at which the schedule starts, such as that of the checkpoint fine-tuned from.
     min_learning_rate: T5X's floor; for shape 'factors' only.
-    total_steps: step at which 'linear', 'cosine' and 'wsd' end, counted from step_offset; None
-      takes the training program's.
+    total_steps: where 'linear', 'cosine' and 'wsd' end, from step_offset; None is the program's.
     decay_steps: for 'wsd', length of the last, falling part.
     final_learning_rate: what the decay of 'linear', 'cosine', 'wsd' ends at.
 

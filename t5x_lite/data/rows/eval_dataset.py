@@ -15,8 +15,7 @@ class EvalDataset:
   Iterating gives `(batch, examples)`: this host's rows of each global batch, and the raw examples
   of the WHOLE batch in row order (so every host can score gathered predictions; rows after
   len(examples) are padding). An example is what SeqIO passes to postprocess functions: untrimmed
-  features and `inputs_pretokenized`, `targets_pretokenized` and the like as numpy values, text as
-  bytes. Every pass reads the data again.
+  features, `inputs_pretokenized` and the like, in numpy, text as bytes. Each pass reads anew.
   """
 
   def __init__(self, cfg: DatasetConfig, *, process_index: int = 0, process_count: int = 1):

@@ -6,8 +6,7 @@ int32 arrays: `<feature>_segment_ids` (1, 2, ... for the examples of the row, 0 
 
 What SeqIO's loses (seqio/utils.py:1014-1130) is kept: lengths are counted, never guessed from
 non-zero values, so id 0 may stand inside a sequence; the segment id is the example's number in the
-row, the same for every feature, so an empty feature in one example does not shift its neighbours;
-and values keep their dtype.
+row, the same for every feature, so that an empty one shifts no neighbours; values keep their dtype.
 """
 
 import dataclasses
@@ -129,8 +128,7 @@ class Packer:
   """
 
   lengths: Mapping[str, int]  # feature -> row length
-  # Feature -> the feature of `lengths` that it follows value by value (a weight per token, say); it
-  # gets no segment ids of its own.
+  # Feature -> the one of `lengths` that it follows value by value, with no segment ids of its own.
   aligned: Mapping[str, str] = dataclasses.field(default_factory=dict)
   num_open_rows: int = 64  # how many rows are filled at a time
 

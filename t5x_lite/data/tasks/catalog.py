@@ -41,8 +41,7 @@ class TaskRecipe:
   metric_fns: tuple[metrics.MetricFn, ...] = ()  # for the evaluation; empty means only the loss
   postprocess_fn: Callable | None = None
   shuffle_buffer_size: int | None = None  # examples; None where the source shuffles whole
-  # t5 has a task of this name. With T5's vocabulary it is registered under that name alone, under
-  # which T5X users have it cached.
+  # t5 has a task of this name: with T5's vocabulary it has that alone, as T5X users cached it.
   is_t5s: bool = False
 
   def register(self, name: str, vocabulary: VocabularyConfig) -> None:
