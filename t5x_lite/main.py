@@ -319,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(sys.argv[1:] if argv is None else argv)
   except UsageError as error:
     _tell(error)
-    return 2
+    cause = error.__cause__ or getattr(error.__context__, '__cause__', None)  # gin raises a copy
+    return _FILE_ERRORS.get(getattr(cause, 'errno', None) or 0, 2)
   except KeyboardInterrupt:
     _tell('interrupted')
     return 130

@@ -17,7 +17,7 @@ from t5x_lite.parallel import distributed
 from t5x_lite.runs import files
 
 TOY = """
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 
 def play(*, text: str, times: int = 1, verbose: bool = False,
         share: float | None = None, dry_run: bool = False,
@@ -45,6 +45,9 @@ def play(*, text: str, times: int = 1, verbose: bool = False,
     raise Lost('lost a process\\nwith details')
   if text == 'oom':
     raise RuntimeError('RESOURCE_EXHAUSTED: ran out; allocating 3.5GiB (x)')
+  if text == 'output':
+    with refusing('cannot write out', OSError):
+      raise OSError(28, 'No space left on device')
   if text == 'disk':
     raise ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device [y]')
   if not dry_run:
@@ -154,6 +157,8 @@ def test_a_device_out_of_memory_is_one_line(toy, capfd):
 def test_a_full_disk_is_no_full_device(toy, capfd):
   assert main(['toy', 'disk']) == 7
   assert capfd.readouterr().err == 't5x-lite: cannot write: No space left on device\n'
+  assert main(['toy', 'output']) == 7
+  assert capfd.readouterr().err == 't5x-lite: cannot write out: No space left on device\n'
 
 
 def test_other_exits(toy, capfd):

@@ -354,8 +354,7 @@ class RowDecoder:
     The prefix is what all outputs begin with, as of `Predictor.predict_all`. Slots are not cut over
     a mesh's data axes as batches are: every part decodes all of them.
     """
-    self.predictor, self._batch, how = predictor, None, predictor.decoding
-    self.prefix = prefix
+    self.predictor, self.prefix, self._batch, how = predictor, prefix, None, predictor.decoding
     if not continuous:
       return
     names = 'max_decode_length stop_strings stopper temperature top_k top_p draft_tokens'.split()
