@@ -209,8 +209,8 @@ def infer(
         if len(ids[i]) + len(end) > max_input_length:
           entry['truncated'] = True
           if not truncated:
-            what = f'line {done} is longer than max_input_length={max_input_length} tokens'
-            log.warning(f'{what} and was truncated; such lines have "truncated": true')
+            what = 'tokens and was truncated; such lines have "truncated": true'
+            log.warning(f'line {done} is longer than max_input_length={max_input_length} {what}')
           truncated += 1
         if write is not None:
           write(entry)
