@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import importlib
 import logging
+import math
 import os
 import re
 import sys
@@ -23,18 +24,19 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from t5x_lite import __version__
-from t5x_lite.errors import UsageError, suggest
+from t5x_lite.errors import UsageError, refusing, suggest
 from t5x_lite.parallel import host_memory
 from t5x_lite.programs import command_flags
-from t5x_lite.programs.command_flags import Parameter
 
 PROGRAM_NAME = 't5x-lite'
 COMPLETION = 'completion'
 EXIT_STOPPED = 6
 DECODING = 't5x_lite.decoding.config.DecodingConfig'
+# Flags of text; others may name files, whose names may be any bytes.
+_TEXTS = 'prefix decoder_prefix template field tokens user_defined_symbols'.split()
 # No bugs either: places that cannot be written to, and disks that are full or fail.
 _CODES = {
-  2: 'EACCES EPERM EROFS EEXIST ENOTDIR ENAMETOOLONG',
+  2: 'EACCES EPERM EROFS EEXIST ENOTDIR EISDIR ENOENT ENAMETOOLONG',
   7: 'ENOSPC EDQUOT EIO ESTALE ETIMEDOUT',
 }
 _FILE_ERRORS = {getattr(errno, name): code for code in _CODES for name in _CODES[code].split()}
@@ -54,12 +56,12 @@ class Command:
   # Given gin files without their flag, checks and runs other commands, and is no process of theirs.
   runs_commands: bool = False
 
-  def parameters(self) -> list[Parameter]:
+  def parameters(self) -> list[command_flags.Parameter]:
     """Returns what can be written on the command line."""
     found = [*command_flags.read_parameters(self.function), *self.fields()]
     return [parameter for parameter in found if parameter.type is not None]
 
-  def fields(self) -> list[Parameter]:
+  def fields(self) -> list[command_flags.Parameter]:
     """Returns the fields of `decoding`, if there is one."""
     return command_flags.read_parameters(DECODING) if self.decodes else []
 
@@ -99,9 +101,8 @@ _add('quickstart', 'pretrain, fine-tune, evaluate and predict on the embedded te
 _add('report', 'write one HTML page about a run, or about several side by side', 'runs')
 _add('preview', 'look at what a task or mixture feeds the model', 'task')
 _add('vocab', 'train a SentencePiece vocabulary on your own text')
-_add(
-  'convert', 'convert checkpoints between t5x_lite, Hugging Face and T5X', 'source', 'destination'
-)
+_help = 'convert checkpoints between t5x_lite, Hugging Face and T5X'
+_add('convert', _help, 'source', 'destination')
 _help = 'write a model as StableHLO or a SavedModel, for programs without t5x_lite'
 _add('export', _help, 'model', 'destination')
 _add('average', 'average the last checkpoints of a run, or several runs', 'sources', 'destination')
@@ -174,7 +175,7 @@ def _epilog(command: Command) -> str:
   return f'Set by gin alone: {", ".join(rest)}. See configs/runs/ for examples.' if rest else ''
 
 
-def _add_flag(parser: argparse.ArgumentParser, parameter: Parameter, *, positional: bool) -> None:
+def _add_flag(parser: Any, parameter: command_flags.Parameter, *, positional: bool) -> None:
   name, text = parameter.name, parameter.help
   if parameter.default:
     text = f'{text} (default: {parameter.default})'
@@ -185,8 +186,8 @@ def _add_flag(parser: argparse.ArgumentParser, parameter: Parameter, *, position
     return
   options: dict[str, Any] = {} if positional else {'type': parameter.type}
   flag = name if positional else f'--{name}'
-  nargs = '+' if parameter.many else None
-  parser.add_argument(flag, metavar=name.upper(), nargs=nargs, help=text, **options)
+  options |= {'nargs': '+', 'action': 'extend'} if parameter.many else {}  # given twice, of both
+  parser.add_argument(flag, metavar=name.upper(), help=text, **options)
 
 
 def _add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -237,11 +238,15 @@ def _configure(args: argparse.Namespace) -> Any:
 
   command = COMMANDS[args.command]
   flags = [parameter.name for parameter in command.parameters()]
-  given: dict[str, Any] = {name: getattr(args, name) for name in flags}
-  given = {name: value for name, value in given.items() if value is not None}
+  given: dict[str, Any] = {x: found for x in flags if (found := getattr(args, x)) is not None}
   for name, value in given.items():
     if re.match(r"(\['?)?(https?|ftp)://", str(value)):
       raise UsageError(f'--{name} {value}: nothing is read from the network, download it first')
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UsageError(f'--{name} is {value}; give a finite number')
+    if name in _TEXTS:
+      with refusing(f'--{name} is {value!a}, which is not UTF-8', UnicodeError):
+        ''.join(value).encode()
   fields = command.bindings(given)
   if command.runs_commands:
     given['check'] = lambda argv: _configure(_parse(argv)).arguments()
@@ -314,14 +319,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(sys.argv[1:] if argv is None else argv)
   except UsageError as error:
     _tell(error)
-    return 2
+    cause = error.__cause__ or getattr(error.__context__, '__cause__', None)  # gin raises a copy
+    return _FILE_ERRORS.get(getattr(cause, 'errno', None) or 0, 2)
   except KeyboardInterrupt:
     _tell('interrupted')
     return 130
   except Exception as error:
     if 'RESOURCE_EXHAUSTED' in str(error) and not hasattr(error, 'exit_code'):
-      _tell(_out_of_memory(error))
-      return 3
+      from t5x_lite.runs import files
+
+      on_disk = isinstance(error, ValueError)  # tensorstore's; JAX's are RuntimeErrors
+      _tell(f'cannot write: {files.cause(error)}' if on_disk else _out_of_memory(error))
+      return 7 if on_disk else 3
     # gin raises a copy of an error, without what OSError holds.
     found = error if getattr(error, 'errno', None) else error.__context__
     if isinstance(found, OSError) and found.errno in _FILE_ERRORS:

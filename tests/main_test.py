@@ -17,7 +17,7 @@ from t5x_lite.parallel import distributed
 from t5x_lite.runs import files
 
 TOY = """
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, refusing
 
 def play(*, text: str, times: int = 1, verbose: bool = False,
         share: float | None = None, dry_run: bool = False,
@@ -45,6 +45,11 @@ def play(*, text: str, times: int = 1, verbose: bool = False,
     raise Lost('lost a process\\nwith details')
   if text == 'oom':
     raise RuntimeError('RESOURCE_EXHAUSTED: ran out; allocating 3.5GiB (x)')
+  if text == 'output':
+    with refusing('cannot write out', OSError):
+      raise OSError(28, 'No space left on device')
+  if text == 'disk':
+    raise ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device [y]')
   if not dry_run:
     summarize_config_fn('out')
   print(text * times, verbose)
@@ -87,6 +92,8 @@ def test_a_flag_may_take_what_the_shell_expands(toy, monkeypatch):
   flags = ['--input', 'a.txt', 'b.txt', '--output', 'seen']
   assert main(['vocab', *flags]) == 0
   assert (toy / 'seen').read_text() == 'a.txt b.txt'
+  assert main(['vocab', *flags, '--input', 'c.txt']) == 0
+  assert (toy / 'seen').read_text() == 'a.txt b.txt c.txt'
 
 
 def test_gin_bindings_become_arguments_and_flags_win(toy, capfd):
@@ -127,6 +134,9 @@ def test_a_dry_run_writes_nothing(toy):
     (['train', '--gin_file=configs/runs/pretrain.gin'], 'MODEL_DIR=...'),
     (['infer', '--input=x'], 'add --model=... --output=...'),
     (['infer', '--forbidden_tokens', '3,x'], "invalid ids value: '3,x'"),
+    (['infer', '--temperature=nan'], '--temperature is nan; give a finite number'),
+    (['infer', '--prefix=a\udcff'], r"--prefix is 'a\udcff', which is not UTF-8"),
+    (['grow_vocab', 'a', 'b', '--tokens', 'c', '\udcff'], r"--tokens is ['c', '\udcff'], which"),
   ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(toy, capfd, argv, message):
@@ -142,6 +152,13 @@ def test_a_device_out_of_memory_is_one_line(toy, capfd):
   assert main(['toy', 'oom']) == 3
   [line] = capfd.readouterr().err.splitlines()
   assert 'out of memory (3.5GiB more' in line and 'num_microbatches' in line
+
+
+def test_a_full_disk_is_no_full_device(toy, capfd):
+  assert main(['toy', 'disk']) == 7
+  assert capfd.readouterr().err == 't5x-lite: cannot write: No space left on device\n'
+  assert main(['toy', 'output']) == 7
+  assert capfd.readouterr().err == 't5x-lite: cannot write out: No space left on device\n'
 
 
 def test_other_exits(toy, capfd):
@@ -279,7 +296,8 @@ def test_completion_in_a_real_bash(capfd, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('code', 'exit_code'), [('EROFS', 2), ('EACCES', 2), ('ENOSPC', 7), ('EIO', 7)]
+  ('code', 'exit_code'),
+  [('EROFS', 2), ('EACCES', 2), ('EISDIR', 2), ('ENOENT', 2), ('ENOSPC', 7), ('EIO', 7)],
 )
 def test_a_file_system_that_refuses_is_no_bug(toy, capfd, monkeypatch, code, exit_code):
   """Told in one line, also through gin, which raises a copy of the error."""

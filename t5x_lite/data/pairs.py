@@ -36,7 +36,7 @@ class Columns:
 
   def __post_init__(self):
     if self.template and self.input:
-      raise UsageError('give input_column or template, not both')
+      raise UsageError('give the column of the input or a template, not both')
     if self.template and not self.template_fields:
       fix = "write one in braces, as in 'summarize: {article}'"
       raise UsageError(f'the template {self.template!r} names no field; {fix}')
@@ -79,9 +79,8 @@ class Pairs:
 
   def take(self, chosen: Sequence[int]) -> 'Pairs':
     """Returns some of the pairs, in the order given."""
-    columns = {name: getattr(self, name) for name in ('inputs', 'targets', 'places')}
-    taken = {name: [values[i] for i in chosen] for name, values in columns.items()}
-    return dataclasses.replace(self, **taken)
+    names = 'inputs', 'targets', 'places'
+    return dataclasses.replace(self, **{x: [getattr(self, x)[i] for i in chosen] for x in names})
 
   def hold_out(self, count: int) -> tuple['Pairs', 'Pairs']:
     """Splits off about `count` pairs: the same ones whatever the order.
@@ -100,7 +99,7 @@ class Pairs:
 
 def field(name: str) -> str | int:
   """Returns a column's name, or its number if that is what it says."""
-  return int(name) if re.fullmatch(r'\d+', name) else name
+  return int(name) if re.fullmatch(r'\d{1,9}', name) else name
 
 
 def read(
@@ -159,7 +158,7 @@ def read_inputs(
       alone = str(next(iter(row))) if len(row) == 1 else ''
       name = columns.input or alone or _known(row, records.INPUT_NAMES, '')
       if not name:
-        raise _unclear('input', row, place)
+        raise _unclear('input', row, place, '--field')
     try:
       text = _input(row, columns, name, place, empty=True)  # an empty input has an output too
     except UsageError as error:
@@ -189,11 +188,9 @@ def _of_files(source: Any, columns: Columns, targets: Paths, bad: Bad, split: st
   paths = text_files.expand(source)
   files = [path for path in paths if not text_files.is_dataset_folder(path)]
   if (size := text_files.total_bytes(files)) > MAX_BYTES:
-    raise UsageError(
-      f'{len(paths)} files of {size / 1e9:.1f} GB are more than is held in memory '
-      f'({MAX_BYTES >> 30} GiB): fine-tune on a part, or write a task with a streaming source and '
-      'use `t5x-lite train`'
-    )
+    what = f'{len(paths)} files of {size / 1e9:.1f} GB are more than is held in memory'
+    fix = 'fine-tune on a part, or write a task with a streaming source and use `t5x-lite train`'
+    raise UsageError(f'{what} ({MAX_BYTES >> 30} GiB): {fix}')
   if targets:
     yield from _parallel(paths, text_files.expand(targets))
     return
@@ -283,9 +280,9 @@ def _known(row: records.Row, names: Sequence[str], taken: str) -> str:
   return next((lower[name] for name in names if lower.get(name, taken) != taken), '')
 
 
-def _unclear(which: str, row: records.Row, place: str) -> UsageError:
-  shown = ', '.join(repr(name) for name in row)
-  return UsageError(f'{place}: which of the columns {shown} is the {which}? Say --{which}_column')
+def _unclear(which: str, row: records.Row, place: str, flag: str = '') -> UsageError:
+  shown, flag = ', '.join(map(repr, row)), flag or f'--{which}_column'
+  return UsageError(f'{place}: which of the columns {shown} is the {which}? Say {flag}')
 
 
 def _input(

@@ -81,6 +81,8 @@ def lines(path: str, *, keep_ends: bool = False, bad: Bad = refuse) -> Iterator[
   file is missing, or not UTF-8, or not whole gzip or zstd.
   """
   number = 0
+  if path == '-' and sys.stdin is None:
+    raise UsageError('standard input is closed: name a file')
   try:
     stdin = contextlib.nullcontext(sys.stdin.buffer) if path == '-' else None
     with stdin or epath.Path(path).open('rb') as raw:

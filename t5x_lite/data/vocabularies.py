@@ -11,6 +11,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -24,17 +25,14 @@ from t5x_lite.errors import UsageError, check_fields, check_one_of, refusing
 # Made when imported: a type checker finds no names in it.
 proto: Any = sentencepiece_model_pb2
 
-PAD_ID = 0
-EOS_ID = 1
-UNK_ID = 2
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SPECIAL_IDS = {'pad_id': PAD_ID, 'eos_id': EOS_ID, 'unk_id': UNK_ID, 'bos_id': -1}
 
 # What each kind has when nothing is said: 100 sentinels as in T5 (Raffel et al. 2020, 3.1.4); 125
 # bring the 259 byte ids to the 384 of ByT5's embedding (t5x/examples/t5/byt5/base.gin).
 _DEFAULT_EXTRA_IDS = {'sentencepiece': 100, 'byte': 125, 'passthrough': 0}
 
-VOCABULARY_FILE = 'vocabulary.json'
-MODEL_FILE = 'vocabulary.model'
+VOCABULARY_FILE, MODEL_FILE = 'vocabulary.json', 'vocabulary.model'
 _PACKAGED = 'package:'
 
 
@@ -101,8 +99,7 @@ def _clean(ids: Iterable[int], base_size: int, unk_id: int | None) -> list[int]:
   A model whose embedding is padded (32,128 rows for 32,100 ids) can predict such: no error.
   """
   clean = []
-  for token in ids:
-    token = int(token)
+  for token in map(int, ids):
     if token < 0:
       raise UsageError(f'Token id {token} cannot be decoded; ids are 0 to {base_size - 1}')
     clean.append(token if unk_id is None or token < base_size else unk_id)
@@ -187,10 +184,9 @@ class PassThroughVocabulary(Vocabulary):
     numbers = "kind='passthrough' reads numbers between spaces"
     with refusing(f'{text!r} is not a list of token ids; {numbers}', ValueError):
       ids = [int(i) for i in (text.split() if isinstance(text, str) else text)]
-    for token in ids:
-      if not 0 <= token < self.vocab_size:
-        fix = 'raise VocabularyConfig.size or mend the data'
-        raise UsageError(f'Token id {token} is outside 0 to {self.vocab_size - 1}; {fix}')
+    if wrong := [token for token in ids if not 0 <= token < self.vocab_size]:
+      fix = 'raise VocabularyConfig.size or mend the data'
+      raise UsageError(f'Token id {wrong[0]} is outside 0 to {self.vocab_size - 1}; {fix}')
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -277,6 +273,14 @@ def user_defined(texts: Iterable[str]) -> bytes:
   kind = proto.ModelProto.SentencePiece.USER_DEFINED
   pieces = [{'piece': text, 'score': 0.0, 'type': kind} for text in texts]
   return proto.ModelProto(pieces=pieces).SerializeToString()
+
+
+def check_pieces(name: str, pieces: Iterable[str]) -> None:
+  """Refuses new pieces that are empty, or those of T5."""
+  for piece in pieces:
+    if not piece or re.fullmatch(r'<pad>|</s>|<unk>|▁?<extra_id_\d+>', piece):
+      why = 'which T5 defines itself' if piece else 'which is empty'
+      raise UsageError(f'{name} holds {piece!r}, {why}; leave it out')
 
 
 def parse_model(data: bytes) -> Any:

@@ -9,8 +9,7 @@ from t5x_lite.errors import UsageError, check_fields
 
 DEFAULT_LENGTH = 128
 INF = float('inf')
-_POSITIVE, _FROM_0, _FROM_1, _UP_TO_1, _WITHIN_1 = (
-  (1e-9, INF, 'above 0'),
+_FROM_0, _FROM_1, _UP_TO_1, _WITHIN_1 = (
   (0, INF, '0 or more'),
   (1, INF, 'at least 1'),
   (1e-9, 1.0, 'above 0 and at most 1'),
@@ -22,9 +21,12 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
   **dict.fromkeys(('min_new_tokens', 'top_k', 'no_repeat_ngram_size', 'best_of'), _FROM_0),
   **dict.fromkeys(('min_p', 'epsilon_cutoff', 'eta_cutoff'), _WITHIN_1),
   **dict.fromkeys(('top_p', 'typical_p'), _UP_TO_1),
-  'temperature': (0.0, INF, '0 (greedy) or positive'),
-  'repetition_penalty': _POSITIVE,
-  'diversity_penalty': _FROM_0,
+  # float32 holds what is made of these.
+  'temperature': (0.0, 1e4, '0 (greedy) or positive, up to 10,000'),
+  'repetition_penalty': (1e-4, 1e4, '0.0001 to 10,000'),
+  'frequency_penalty': (-1e4, 1e4, '-10,000 to 10,000'),
+  'diversity_penalty': (0.0, 1e4, '0 to 10,000'),
+  **dict.fromkeys(('length_penalty', 'brevity_alpha'), (-10.0, 10.0, '-10 to 10')),
 }
 _OF_SAMPLING = ('top_k', 'top_p', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff', 'best_of')
 # What says which outputs there are, and what forbids tokens without regard to that.
@@ -133,9 +135,8 @@ class DecodingConfig:
       whole, value = type(field.default) is int or name in _IDS, getattr(self, name)
       number = isinstance(value, numbers.Integral if whole else numbers.Real)
       if whole or type(field.default) is float or name == 'brevity_alpha':
-        check_fields(
-          self, **{name: (number or value is field.default, f'a {"whole " * whole}number')}
-        )
+        what = f'a {"whole " * whole}number'
+        check_fields(self, **{name: (number or value is field.default, what)})
     for name, (least, most, allowed) in _BOUNDS.items():
       value = getattr(self, name)
       check_fields(self, **{name: (value is None or least <= value <= most, allowed)})

@@ -88,18 +88,15 @@ class ContinuousBatch:
     The stopper is a `DecodingConfig`'s.
     """
     if model.architecture != 'encoder_decoder':
-      raise UsageError(
-        f'architecture={model.architecture!r} cannot be decoded continuously; it takes '
-        "'encoder_decoder'"
-      )
+      what = f'architecture={model.architecture!r} cannot be decoded continuously'
+      raise UsageError(f"{what}; it takes 'encoder_decoder'")
     check_positive('num_slots', num_slots)
     check_positive('max_decode_length', max_decode_length)
     self.model, self.params, self.placement = model, params, placement
     self.max_decode_length, self._num_slots = max_decode_length, num_slots
-    self._key = jax.random.key(seed)
+    self._key = jax.random.key(seed % 2**32)
     self._least = num_slots if fixed else 1
-    self._width = prediction.SHORTEST
-    self._tickets = itertools.count()
+    self._width, self._tickets = prediction.SHORTEST, itertools.count()
     self._rows: list[int | None] = [None]  # the ticket of the request in each row
     graphdef, _, _ = t5.abstract_params(model)
     self._insert = jax.jit(functools.partial(_insert, graphdef), donate_argnums=1)
@@ -134,8 +131,7 @@ class ContinuousBatch:
     width = prediction.padded_length(max(len(r.tokens) for r in requests))
     if width > self._width:
       wide = self._slots.cache.widened(width + (self.model.prompt_length or 0))
-      self._slots = dataclasses.replace(self._slots, cache=wide)
-      self._width = width
+      self._slots, self._width = dataclasses.replace(self._slots, cache=wide), width
     # Rows past the last repeat the first: it is written twice, with the same.
     size = prediction.padded_length(len(requests), shortest=-(-self._least // 4))
     missing = size - len(requests)
@@ -358,18 +354,14 @@ class RowDecoder:
     The prefix is what all outputs begin with, as of `Predictor.predict_all`. Slots are not cut over
     a mesh's data axes as batches are: every part decodes all of them.
     """
-    self.predictor, self._batch, how = predictor, None, predictor.decoding
-    self.prefix = prefix
+    self.predictor, self.prefix, self._batch, how = predictor, prefix, None, predictor.decoding
     if not continuous:
       return
-    names = ('max_decode_length', 'stop_strings', 'stopper', 'temperature', 'top_k', 'top_p')
-    names += ('draft_tokens',)
+    names = 'max_decode_length stop_strings stopper temperature top_k top_p draft_tokens'.split()
     simple = DecodingConfig(**{name: getattr(how, name) for name in names}) == how
     if not (simple and predictor.plain) or prefix:
-      raise UsageError(
-        'continuous batching is for greedy search or one sample by temperature, top_k and top_p, '
-        'without a draft and a prefix'
-      )
+      what = 'greedy search or one sample by temperature, top_k and top_p'
+      raise UsageError(f'continuous batching is for {what}, without a draft and a prefix')
     if jax.process_count() > 1:
       raise UsageError('continuous batching is for one process')
     self._batch = ContinuousBatch(

@@ -92,15 +92,13 @@ class Predictor:
     processors come after those of `decoding`; a draft is a smaller model, see `speculative`.
     """
     if not model.has_decoder:
-      raise UsageError(
-        f'architecture={model.architecture!r} cannot predict outputs from inputs; it takes '
-        "'encoder_decoder' or 'decoder'"
-      )
+      what = f'architecture={model.architecture!r} cannot predict outputs from inputs'
+      raise UsageError(f"{what}; it takes 'encoder_decoder' or 'decoder'")
     assert not (decoding.labels or decoding.forbidden_words), 'not resolved'
     _check(model, decoding, draft)
     self.model, self.placement, self.decoding = model, placement, decoding
     self.batch_size, self.max_input_length = placement.whole_batch(batch_size), max_input_length
-    self.seed, self._key = seed, jax.random.key(seed)
+    self.seed, self._key = seed, jax.random.key(seed % 2**32)
     self.plain = not extra and draft is None
     self._step = model_sharding.jit_step(
       steps.make_predict_step, model, placement, decoding, scored, extra, draft
@@ -129,8 +127,7 @@ class Predictor:
     assert 0 < len(rows) <= self.batch_size, len(rows)
     longest = max(map(len, rows))
     assert longest <= self.max_input_length, (longest, self.max_input_length)
-    size = self.batch_size
-    missing = size - len(rows)
+    size, missing = self.batch_size, self.batch_size - len(rows)
     padded = functools.partial(pad_rows, batch_size=size, pad_id=self.model.pad_id)
     batch: dict[str, np.ndarray] = {}
     if self.model.has_encoder:

@@ -85,8 +85,7 @@ def evaluate(
   settings = {'decoding': decoding, 'num_examples': num_examples, 'teacher_forced': teacher_forced}
   settings |= {'metrics': metrics, 'bootstrap': bootstrap, 'param_dtype': param_dtype}
   settings = run_directory.to_json({'datasets': datasets, **settings})
-  evaluators: list[evaluators_lib.Evaluators] = []
-  results: dict[str, Metrics] = {}
+  evaluators, results = list[evaluators_lib.Evaluators](), dict[str, Metrics]()
 
   def measure(path: str | Sequence[str]) -> dict[str, Metrics]:
     models = trained_model.open_together(path, last, param_dtype=param_dtype)
@@ -100,8 +99,7 @@ def evaluate(
         raise UsageError(f'evaluate.output is empty, and {why}')
       mean = f'-mean-of-{last}' if last > 1 else ''
       root = epath.Path(run.directory) / 'eval' / f'{run.step}{mean}'
-    results = _measured(root, settings) if several else {}
-    if results:
+    if results := _measured(root, settings) if several else {}:
       log.info('%s is evaluated already, in %s', path, root)
       return results
     start_checks.check_writable(str(root))
@@ -127,8 +125,7 @@ def evaluate(
     evaluators_lib.check_distinct([n for one in evaluators for n in one.names])
     specs = model_sharding.inference_params(run.config, placement)
     params = trained_model.load_together(models, specs)
-    failed: list[str] = []
-    scalars: Metrics = {}
+    failed, scalars = list[str](), dict[str, float]()
     samples: dict[str, evaluators_lib.Lines] = {}
     for result in itertools.chain.from_iterable(one.results(params) for one in evaluators):
       found = results.setdefault(result.task, {})
@@ -138,8 +135,7 @@ def evaluate(
       if result.kind == 'eval':
         found |= {f'eval/{k}': v for k, v in result.metrics.items()}
         continue
-      found |= result.metrics
-      found['examples'] = float(len(result.lines))
+      found |= {**result.metrics, 'examples': float(len(result.lines))}
       if distributed.is_primary():
         evaluators_lib.write_lines(root / f'{result.task}.jsonl', result.lines)
         samples[prefix] = result.lines[: metric_writers.NUM_SAMPLES]
@@ -206,9 +202,9 @@ def _checkpoints(model_dir: Any, last: int, steps: Sequence[str], follow: bool) 
   root = epath.Path(path) / checkpoints.CHECKPOINTS
   if more or last > 1:
     raise UsageError('evaluate.steps and follow are of one run, and of no mean of checkpoints')
-  if wrong := [step for step in steps if not step.isdigit() and [*steps] != ['all']]:
+  if wrong := [step for step in steps if not step.isdecimal() and [*steps] != ['all']]:
     raise UsageError(f"evaluate.steps has {wrong[0]!r}; give numbers, or 'all' alone")
-  wanted, seen = {int(step) for step in steps if step.isdigit()}, set[int]()
+  wanted, seen = {int(step) for step in steps if step.isdecimal()}, set[int]()
   there = checkpoints.steps_in(root)
   if not follow and (not there or wanted - {*there}):
     what = f'has checkpoints of the steps {there}, not {sorted(wanted) or "any"}'

@@ -77,9 +77,9 @@ def grow(
   if vocabulary is None:
     raise UsageError(f'{source.path} has no vocabulary that could grow')
   extra_ids = vocabulary.extra_ids if extra_ids is None else extra_ids
-  if extra_ids < vocabulary.extra_ids:
+  if not vocabulary.extra_ids <= extra_ids <= 1_000_000:
     there = f'extra_ids is {extra_ids}, the vocabulary has {vocabulary.extra_ids} already'
-    raise UsageError(f'{there}; sentinels can be added, not taken away')
+    raise UsageError(f'{there}; sentinels can be added, up to 1,000,000, not taken away')
   if not tokens and extra_ids == vocabulary.extra_ids:
     raise UsageError('name new tokens, or more extra_ids than there are')
   old = trained_model.check_vocabulary(cfg, vocabulary, 'they do not belong together')
@@ -87,8 +87,7 @@ def grow(
   new = dataclasses.replace(vocabulary, path=path, extra_ids=extra_ids)
   size = old.vocab_size + len(tokens) + extra_ids - vocabulary.extra_ids
   new_id = np.arange(old.vocab_size)
-  first_sentinel = old.vocab_size - vocabulary.extra_ids
-  new_id[first_sentinel:] += size - old.vocab_size
+  new_id[old.vocab_size - vocabulary.extra_ids :] += size - old.vocab_size  # of sentinels
   rows = -(-max(size, cfg.vocab_size) // MULTIPLE) * MULTIPLE
   changes = f'{old.vocab_size} ids become {size}, {cfg.vocab_size} rows {rows}'
   if size > old.vocab_size and vocabulary.extra_ids:
@@ -108,14 +107,12 @@ def _with_tokens(vocabulary: vocabularies.VocabularyConfig, tokens: Sequence[str
     raise UsageError(f'a vocabulary of kind {vocabulary.kind!r} has no pieces to add to')
   data = epath.Path(vocabularies.model_path(vocabulary)).read_bytes()
   known = {piece.piece for piece in vocabularies.parse_model(data).pieces}
-  texts: list[str] = []
-  for token in tokens:
-    if not token:
-      raise UsageError('a new token is empty')
-    texts.append(token.replace(' ', _META))
-    if texts[-1] in known:
+  texts = [token.replace(' ', _META) for token in tokens]
+  vocabularies.check_pieces('tokens', texts)
+  for token, text in zip(tokens, texts, strict=True):
+    if text in known:
       raise UsageError(f'{token!r} is in the vocabulary already')
-    known.add(texts[-1])
+    known.add(text)
   grown = files.scratch() / vocabularies.MODEL_FILE  # saving copies it
   # Messages that are joined are merged and their lists joined, so the file's own bytes stay.
   grown.write_bytes(data + vocabularies.user_defined(texts))

@@ -24,8 +24,8 @@ from t5x_lite.models import model_sharding
 from t5x_lite.parallel import distributed
 from t5x_lite.parallel.partitioning import MeshConfig
 from t5x_lite.programs.generation import Generation
-from t5x_lite.programs.output_file import OutputFile
-from t5x_lite.runs import progress, run_directory
+from t5x_lite.programs.output_file import PARTIAL, OutputFile
+from t5x_lite.runs import files, progress, run_directory
 
 log = logging.getLogger(__name__)
 
@@ -136,10 +136,8 @@ def infer(
   width = cfg.emb_dim if EMBEDDINGS.get(embeddings) else 0
   file = OutputFile(output, key='embedding' if embeddings else 'prediction', width=width)
   if not (resume or overwrite) and file.holds_something():
-    raise UsageError(
-      f'{output} holds predictions already: continue it with --resume, replace it with '
-      '--overwrite, or name another file'
-    )
+    fix = 'continue it with --resume, replace it with --overwrite, or name another file'
+    raise UsageError(f'{output} holds predictions already: {fix}')
 
   # ---- Model ----
   vocabulary = vocabularies.make_vocabulary(run.vocabulary)
@@ -211,10 +209,8 @@ def infer(
         if len(ids[i]) + len(end) > max_input_length:
           entry['truncated'] = True
           if not truncated:
-            log.warning(
-              f'line {done} is longer than max_input_length={max_input_length} tokens and was '
-              'truncated; such lines have "truncated": true'
-            )
+            what = 'tokens and was truncated; such lines have "truncated": true'
+            log.warning(f'line {done} is longer than max_input_length={max_input_length} {what}')
           truncated += 1
         if write is not None:
           write(entry)
@@ -298,8 +294,7 @@ def _check_paths(path: str, output: str, resume: bool, overwrite: bool) -> None:
     raise UsageError(f'no such directory for the output: {place.parent}')
   if place.is_dir():
     raise UsageError(f'the output {output} is a directory: name a file')
-  there = os.path.exists(output) and os.path.exists(path)
-  if path == output or (there and os.path.samefile(path, output)):
+  if files.same(path, output) or files.same(path, output + PARTIAL):
     raise UsageError(f'input and output are the same file: {path}')
   if resume and overwrite:
     raise UsageError('resume and overwrite contradict each other')

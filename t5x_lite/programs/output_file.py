@@ -5,6 +5,7 @@ are made of OUTPUT.partial.jsonl once every line is there, and appear by one ren
 """
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from t5x_lite.errors import UsageError, refusing
 from t5x_lite.runs import files
 
 Entry = dict[str, Any]
+PARTIAL = '.partial.jsonl'  # after the name of a table: its lines until it is made
 # The columns of a table that there is no row for.
 _COLUMNS = {'prediction': ('input', 'prediction', 'score'), 'embedding': ('input', 'embedding')}
 
@@ -31,7 +33,7 @@ class OutputFile:
     """Checks that the file can hold it; `key` is 'prediction' or 'embedding'."""
     self.path, self._key, self._width = path, key, width
     self._ending = os.path.splitext(path)[1].lower()
-    self.lines = f'{path}.partial.jsonl' if self._ending in ('.csv', '.parquet', '.npy') else path
+    self.lines = path + PARTIAL if self._ending in ('.csv', '.parquet', '.npy') else path
     cannot = {'.gz': True, '.zst': True, '.csv': key == 'embedding', '.npy': not width}
     if cannot.get(self._ending):
       can = '.jsonl and .parquet can, .csv predictions, .npy embeddings that are pooled'
@@ -47,12 +49,9 @@ class OutputFile:
     if self.path == self.lines or epath.Path(self.lines).exists() or not self.holds_something():
       return False
     if self._ending == '.npy':
-      with epath.Path(self.path).open('rb') as file:
-        same = len(np.load(file)) == sum(1 for _ in inputs)
-    else:
-      written = pairs.read_inputs(self.path, pairs.Columns(input='input'))
-      same = all(a == b for a, b in itertools.zip_longest(written, inputs))
-    if not same:
+      raise UsageError(f'{self.path} is there, and says of no input: start over with --overwrite')
+    written = pairs.read_inputs(self.path, pairs.Columns(input='input'))
+    if any(a != b for a, b in itertools.zip_longest(written, inputs)):
       raise UsageError(f'{self.path} is whole, but of another input: start over with --overwrite')
     return True
 
@@ -64,7 +63,7 @@ class OutputFile:
     path, ends = epath.Path(self.lines), [0]  # byte offset after each good line
     if not path.exists():
       return 0
-    with path.open('rb') as file:
+    with _locked(self.lines), path.open('rb') as file:
       for number, line in enumerate(file, start=1):
         try:
           entry = json.loads(line) if line.endswith(b'\n') else {}
@@ -90,26 +89,31 @@ class OutputFile:
   @contextlib.contextmanager
   def open(self, *, append: bool) -> Iterator[Callable[[Entry], None]]:
     """Yields a function that writes one object, at once."""
-    path, opened = epath.Path(self.lines), contextlib.nullcontext(sys.stdout)
-    with refusing(f'cannot write {path}', OSError):
+    path, opened, file = epath.Path(self.lines), contextlib.ExitStack(), sys.stdout
+    what = f'cannot write {path}'
+    with refusing(what, OSError):
       if self.path != '-':
-        opened = files.retried(path, lambda: path.open('a' if append else 'w'))
-    with opened as file:
+        opened.enter_context(_locked(self.lines))
+        file = files.retried(path, lambda: opened.enter_context(path.open('a' if append else 'w')))
+        what += '; make room, and continue with --resume'
 
-      def write(entry: Entry) -> None:
-        fix = 'make room, and continue with --resume'
-        with refusing(f'cannot write {path}; {fix}', OSError):
-          file.write(json.dumps(entry, ensure_ascii=False) + '\n')
-          files.retried(path, file.flush)
+    def write(entry: Entry) -> None:
+      with refusing(what, OSError):
+        file.write(json.dumps(entry, ensure_ascii=False) + '\n')
+        files.retried(path, file.flush)
 
+    try:
       yield write
+    finally:
+      with refusing(what, OSError):  # closing tries again to write what was not
+        opened.close()
 
   def finish(self, num_lines: int) -> None:
     """Makes the table of all lines, if the output is one."""
     if self.path == self.lines:
       return
     path, lines = epath.Path(self.path), epath.Path(self.lines)
-    temporary = path.parent / f'{path.name}.tmp'
+    temporary = path.parent / f'{path.name}.tmp-{os.getpid()}'
     with lines.open('rb') as source, temporary.open('wb') as target:
       entries: Iterator[Entry] = map(json.loads, source)
       if self._ending == '.npy':
@@ -143,3 +147,13 @@ class OutputFile:
         for row in chunk:
           row |= {x: json.dumps(row[x], ensure_ascii=False) for x in as_text if x in row}
         writer.write_table(pa.Table.from_pylist(chunk, schema))
+
+
+def _locked(path: str) -> Any:
+  """Returns what holds the lock of a file, if it can have one; UsageError if another infer does."""
+  if '://' in path or os.path.exists(path) > os.path.isfile(path):
+    return contextlib.nullcontext()
+  file, what = open(path, 'ab'), f'another infer writes {path}: wait, or name another output'
+  with contextlib.suppress(OSError), refusing(what, BlockingIOError):
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  return file

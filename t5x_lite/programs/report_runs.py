@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from t5x_lite.errors import UsageError
-from t5x_lite.runs import checkpoints, metric_writers, run_directory
+from t5x_lite.runs import checkpoints, files, metric_writers, run_directory
 
 _EVALUATIONS = ('eval/', 'infer_eval/')
 # Counts of what was evaluated, not how well.
@@ -106,7 +105,7 @@ def read(path: str, *, name: str = '') -> Run:
   results, predictions = {}, _of_training(root)
   # Where `eval` and programs like it wrote; its newest step alone.
   folders = [name for name in ('test', 'evaluation') if (root / name).is_dir()]
-  evaluated = [p.name for p in listed(root / 'eval') if p.name.isdigit()]
+  evaluated = [p.name for p in listed(root / 'eval') if p.name.isdecimal()]
   folders += [f'eval/{step}' for step in sorted(evaluated, key=int)[-1:]]
   for folder in folders:
     if tasks := as_dict(read_json(root / folder / 'metrics.json').get('tasks')):
@@ -159,7 +158,7 @@ def _of_training(root: epath.Path) -> list[Predictions]:
   """Returns what the newest evaluation during training decoded."""
   found = []
   for folder in listed(root / 'infer_eval'):
-    steps = [path for path in listed(folder, '.jsonl') if path.stem.isdigit()]
+    steps = [path for path in listed(folder, '.jsonl') if path.stem.isdecimal()]
     for path in sorted(steps, key=lambda path: int(path.stem))[-1:]:
       name = f'infer_eval/{folder.name}'
       found.append(Predictions(name, f'{name}/{path.name}', read_lines(path)))
@@ -181,21 +180,14 @@ def read_text(path: epath.Path) -> str:
 
 def read_json(path: epath.Path) -> dict[str, Any]:
   """Returns a file's JSON object; empty if there is none."""
-  with contextlib.suppress(ValueError):
-    return as_dict(json.loads(read_text(path)))
-  return {}
+  return files.json_object(read_text(path))
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
   """Returns the predictions of a file; lines that are none are left out."""
-  found = []
   # Not splitlines: what a model writes may hold Unicode's other line ends.
-  for line in read_text(path).split('\n'):
-    with contextlib.suppress(ValueError):
-      entry = as_dict(json.loads(line))
-      if {'input', 'prediction', 'target'} <= set(entry):
-        found.append(entry)
-  return found
+  entries = map(files.json_object, read_text(path).split('\n'))
+  return [entry for entry in entries if {'input', 'prediction', 'target'} <= entry.keys()]
 
 
 def as_dict(value: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from etils import epath
 from t5x_lite.data import records, text_files, vocabularies
 from t5x_lite.data.vocabularies import SPECIAL_IDS, UNK_ID, VocabularyConfig
 from t5x_lite.errors import UsageError, check_one_of, check_positive
+from t5x_lite.runs import files
 
 MODEL_TYPES = ('unigram', 'bpe', 'char')
 NORMALIZATIONS = ('nmt_nfkc', 'nfkc', 'nmt_nfkc_cf', 'identity')
@@ -75,18 +76,18 @@ def train_vocabulary(
     raise UsageError('output is empty; name the model file to write')
   if bool(input) == bool(task):
     raise UsageError('Give either input or task: the text to learn from')
-  if vocab_size < 4:
-    raise UsageError(f'vocab_size is {vocab_size}; it must be 4 or more, special pieces included')
+  if not 4 <= vocab_size <= 10_000_000:  # SentencePiece counts in 32 bits
+    raise UsageError(f'vocab_size is {vocab_size}; it must be 4 to 10,000,000, special pieces too')
   check_one_of('model_type', model_type, MODEL_TYPES)
   check_one_of('normalization', normalization, NORMALIZATIONS)
   check_positive('max_sentences', max_sentences)
   if not 0.9 <= character_coverage <= 1.0:
     raise UsageError(f'character_coverage is {character_coverage}; it must lie between 0.9 and 1.0')
-  for symbol in user_defined_symbols:
-    if not symbol or re.fullmatch(r'<pad>|</s>|<unk>|▁?<extra_id_\d+>', symbol):
-      why = 'which T5 defines itself; leave it out'
-      raise UsageError(f'user_defined_symbols holds {symbol!r}, {why}')
-  if epath.Path(output).exists() and not overwrite:
+  vocabularies.check_pieces('user_defined_symbols', user_defined_symbols)
+  path = epath.Path(output)
+  if path.is_dir():
+    raise UsageError(f'the output {output} is a directory: name a file')
+  if path.exists() and not overwrite:
     fix = 'choose another name or set overwrite'
     raise UsageError(f'{output} exists, and models trained with it need it as it is; {fix}')
   if task:
@@ -95,27 +96,23 @@ def train_vocabulary(
 
     texts = catalog.texts(task, split)
   else:
-    files = text_files.expand(input)
-    texts = (text for path in files for text in records.texts(path, fields, file_format))
+    paths = text_files.expand(input)
+    if any(files.same(one, output) for one in paths):
+      raise UsageError(f'input and output are the same file: {output}')
+    texts = (text for one in paths for text in records.texts(one, fields, file_format))
   sentences, total = _sample(_sentences(texts), max_sentences, seed)
   if not sentences:
     raise UsageError(f'There is no text in {task or input!r}')
   if total > len(sentences):
     logging.info('Learning from %d of %d sentences', len(sentences), total)
-  model = _train(
-    sentences,
-    user_defined_symbols=list(user_defined_symbols),
-    normalization_rule_name=normalization,
-    **{name: given[name] for name in _SETTINGS},
-  )
-  path = epath.Path(output)
+  settings = {'user_defined_symbols': [*user_defined_symbols], **{x: given[x] for x in _SETTINGS}}
+  model = _train(sentences, normalization_rule_name=normalization, **settings)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(model)
+  files.write_text(path, model)
   found = _summary(VocabularyConfig(path=output), sentences)
-  print(
-    '{config.path}: {vocab_size} pieces from {num_sentences} sentences, {characters_per_token:.2f} '
-    'characters per token, {unknown_percent:.3f}% unknown'.format(**found)
-  )
+  text = '{config.path}: {vocab_size} pieces from {num_sentences} sentences, '
+  text += '{characters_per_token:.2f} characters per token, {unknown_percent:.3f}% unknown'
+  print(text.format(**found))
   return found
 
 

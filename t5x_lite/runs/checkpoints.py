@@ -116,7 +116,7 @@ def steps_in(directory: epath.Path) -> list[int]:
   """Returns the committed steps in a `checkpoints` directory, ascending."""
   if not directory.is_dir():
     return []
-  found = (path for path in directory.iterdir() if path.name.isdigit())
+  found = (path for path in directory.iterdir() if path.name.isdecimal())
   return sorted(int(path.name) for path in found if (path / 'state').is_dir())
 
 
@@ -154,7 +154,7 @@ def find_checkpoint(path: str) -> tuple[str, int]:
   root = epath.Path(path)
   if not root.exists():
     raise UsageError(f'no such checkpoint or run directory: {path}')
-  if root.name.isdigit() and (root / 'state').is_dir():
+  if root.name.isdecimal() and (root / 'state').is_dir():
     return os.fspath(root.parent), int(root.name)
   for directory in (root / CHECKPOINTS, root):
     if steps := steps_in(directory):
@@ -263,10 +263,9 @@ class Checkpointer(contextlib.AbstractContextManager):
       latest = self.latest_step
       last = 'there is none' if latest is None else f'it is of step {latest}'
       what = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
-      raise files.SaveError(
-        f'{what} could not be written into {self.directory}: {files.cause(error)}; the last '
-        f'good one stays ({last}): make room and start again'
-      ) from error
+      why = f'{what} could not be written into {self.directory}: {files.cause(error)}'
+      fix = f'the last good one stays ({last}): make room and start again'
+      raise files.SaveError(f'{why}; {fix}') from error
 
   def _best(self, metrics: Mapping[str, float] | None) -> Any:
     """The metric that ranks a checkpoint, if it was measured at this step."""

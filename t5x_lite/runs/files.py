@@ -4,6 +4,7 @@ Network file systems hang and recover; what is written here waits for them. A ch
 be written is told in one line, and nothing is lost before it.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -50,13 +51,19 @@ def retried(what: object, call: Callable[..., T], *args: Any) -> T:
   return call(*args)
 
 
-def write_text(path: epath.Path, text: str) -> None:
+def same(one: str, other: str) -> bool:
+  """Whether two paths are one file, which need not be there."""
+  there = all(map(os.path.exists, (one, other)))
+  return one == other or (there and os.path.samefile(one, other))
+
+
+def write_text(path: epath.Path, text: str | bytes) -> None:
   """Writes all of the file or nothing: a run may be killed at any moment."""
   # Several cells of a study write one report.
   temporary = path.parent / f'{path.name}.tmp-{os.getpid()}'
 
   def write() -> None:
-    temporary.write_text(text)
+    temporary.write_text(text) if isinstance(text, str) else temporary.write_bytes(text)
     temporary.replace(path)
 
   retried(path, write)
@@ -65,6 +72,13 @@ def write_text(path: epath.Path, text: str) -> None:
 def write_json(path: epath.Path, value: Any) -> None:
   """The same of a value as JSON."""
   write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def json_object(text: str) -> dict[str, Any]:
+  """Returns the JSON object that a text is; an empty one if it is none, or damaged."""
+  with contextlib.suppress(ValueError, RecursionError):
+    return found if isinstance(found := json.loads(text), dict) else {}
+  return {}
 
 
 # Made by `scratch`; removed when the process ends.
@@ -101,8 +115,5 @@ def cause(error: BaseException) -> str:
     if isinstance(found, OSError) and found.strerror:
       return found.strerror
     found = found.__cause__ or found.__context__
-  text = str(error)
-  for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-    if os.strerror(code) in text:
-      return os.strerror(code)
-  return first_line(error)
+  codes = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO
+  return next((text for text in map(os.strerror, codes) if text in str(error)), first_line(error))

@@ -32,9 +32,7 @@ _event_pb2: Any = importlib.import_module('tensorboard.compat.proto.event_pb2')
 _summary_pb2: Any = importlib.import_module('tensorboard.compat.proto.summary_pb2')
 
 METRICS_FILE = 'metrics.jsonl'
-TENSORBOARD = 'tensorboard'
-WANDB = 'wandb'
-NONE = 'none'
+TENSORBOARD, WANDB, NONE = 'tensorboard', 'wandb', 'none'
 WANDB_RUN_ID_FILE = 'wandb_run_id'
 NUM_SAMPLES = 10
 _SAMPLE_COLUMNS = ('input', 'prediction', 'target')
@@ -42,12 +40,9 @@ _SAMPLE_COLUMNS = ('input', 'prediction', 'target')
 
 def read_metrics(model_dir: str) -> list[dict[str, Any]]:
   """Returns the lines of MODEL_DIR/metrics.jsonl, oldest first; less what a kill cut short."""
-  path, found = epath.Path(model_dir) / METRICS_FILE, []
+  path = epath.Path(model_dir) / METRICS_FILE
   text = files.retried(path, path.read_bytes).decode('utf-8', 'replace') if path.exists() else ''
-  for line in text.splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
-      found.append(json.loads(line))
-  return [entry for entry in found if isinstance(entry, dict)]
+  return [entry for entry in map(files.json_object, text.splitlines()) if entry]
 
 
 def reporters(report_to: str | Sequence[str]) -> tuple[str, ...]:

@@ -35,8 +35,10 @@ def read_model(root: epath.Path) -> tuple[T5Config, dict[str, int]]:
   if not file.exists():
     fix = 'name a run directory that `t5x-lite train` wrote'
     raise UsageError(f'{root} holds no {MODEL_FILE}; {fix}')
-  with refusing(f'{file} is not a saved model', ValueError, KeyError, TypeError):
+  with refusing(f'{file} is not a saved model', ValueError, KeyError, TypeError, RecursionError):
     entry = json.loads(files.retried(file, file.read_text))
+    if unknown := set(entry) - {'model', 'lengths'}:
+      raise ValueError(f'what is {min(unknown)!r}? It holds model and lengths')
     return T5Config(**entry['model']), dict(entry.get('lengths', {}))
 
 

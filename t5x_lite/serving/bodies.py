@@ -5,14 +5,14 @@ from typing import Any
 import pydantic
 
 
-class GenerateBody(pydantic.BaseModel, extra='forbid'):
+class GenerateBody(pydantic.BaseModel, extra='forbid', allow_inf_nan=False):
   """Texts in, texts out; greedy unless a temperature is given."""
 
   inputs: str | list[str]
   max_new_tokens: int | None = pydantic.Field(None, ge=1)
   temperature: float = pydantic.Field(0.0, ge=0.0, le=100.0)
   top_k: int = pydantic.Field(0, ge=0)
-  top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
+  top_p: float = pydantic.Field(1.0, ge=1e-9, le=1.0)
   seed: int = 0
   num_outputs: int = pydantic.Field(1, ge=1, description='samples of each input')
   stop: list[str] = []
@@ -37,14 +37,14 @@ class AttentionBody(pydantic.BaseModel, extra='forbid'):
   outputs: str
 
 
-class CompletionBody(pydantic.BaseModel, extra='allow'):
+class CompletionBody(pydantic.BaseModel, extra='allow', allow_inf_nan=False):
   """OpenAI's /v1/completions, as far as it makes sense for an encoder-decoder."""
 
   model: str = ''
   prompt: str | list[str] | list[int] | list[list[int]]
   max_tokens: int | None = pydantic.Field(None, ge=1)
   temperature: float = pydantic.Field(1.0, ge=0.0, le=2.0)
-  top_p: float = pydantic.Field(1.0, gt=0.0, le=1.0)
+  top_p: float = pydantic.Field(1.0, ge=1e-9, le=1.0)
   n: int = pydantic.Field(1, ge=1)
   seed: int | None = None
   stop: str | list[str] | None = None

@@ -68,6 +68,10 @@ def test_what_is_unclear_is_asked(tmp_path):
     pairs.read(path)
   with pytest.raises(UsageError, match=r'is the target\? Say --target_column'):
     pairs.read(path, Columns(input='left'))
+  with pytest.raises(UsageError, match=r'is the input\? Say --field'):
+    list(pairs.read_inputs(path))
+  with pytest.raises(UsageError, match='1111'):  # more digits than int() takes
+    list(pairs.read_inputs(path, Columns(input='1' * 5000)))
 
 
 def test_several_files_patterns_and_paths_with_spaces(tmp_path):

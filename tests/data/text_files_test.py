@@ -1,4 +1,5 @@
 import gzip
+import sys
 
 import pytest
 
@@ -37,6 +38,12 @@ def test_broken_files(tmp_path):
     list(text_files.lines(str(tmp_path / 'plain.gz')))
   with pytest.raises(UsageError, match=r'Cannot read'):
     list(text_files.lines(str(tmp_path / 'none.txt')))
+
+
+def test_standard_input_may_be_closed(monkeypatch):
+  monkeypatch.setattr(sys, 'stdin', None)
+  with pytest.raises(UsageError, match='standard input is closed'):
+    list(text_files.lines('-'))
 
 
 def test_expand(tmp_path):

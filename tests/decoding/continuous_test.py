@@ -200,7 +200,7 @@ def test_rows_decode_as_in_batches(model, rows, how, monkeypatch):
     decoding=DecodingConfig(max_decode_length=LIMIT, **how),
     batch_size=len(rows),
     max_input_length=64,
-    seed=3,
+    seed=2**63 + 3,
   )
   seeds = [7 * i for i in range(len(rows))]
   expected = whole.predict_all(params, rows, seeds=seeds)

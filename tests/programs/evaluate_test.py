@@ -81,6 +81,8 @@ def test_steps_are_evaluated_once(tmp_path, caplog):
     evaluate(**arguments, steps=['2', '3'])
   with pytest.raises(UsageError, match="has '1x'; give numbers, or 'all' alone"):
     evaluate(**arguments, steps=['1x'])
+  with pytest.raises(UsageError, match="has '²'; give numbers"):
+    evaluate(**arguments, steps=['²'])
   with pytest.raises(UsageError, match='of no mean'):
     evaluate(**arguments, steps=['all'], last=2)
   evaluate(**arguments, steps=[2])

@@ -112,7 +112,9 @@ def test_bytes_can_have_more_sentinels():
     ({'extra_ids': 4}, 'not taken away'),
     ({'tokens': ['{', '{']}, 'in the vocabulary already'),
     ({'tokens': ['▁the']}, 'in the vocabulary already'),
+    ({'extra_ids': 99_999_999_999}, 'up to 1,000,000'),
     ({'tokens': ['']}, 'is empty'),
+    ({'tokens': ['<extra_id_0>']}, 'T5 defines itself'),
   ],
 )
 def test_mistakes(vocabulary, arguments, match):

@@ -452,6 +452,9 @@ def test_mistakes_are_one_clear_line(run, words, tmp_path, overrides, message):
 def test_the_input_is_not_overwritten(run, words):
   with pytest.raises(UsageError, match='same file'):
     infer(model=run, input=str(words), output=str(words))
+  partial = words.rename(words.parent / 'out.csv.partial.jsonl')
+  with pytest.raises(UsageError, match='same file'):
+    infer(model=run, input=str(partial), output=str(words.parent / 'out.csv'), overwrite=True)
 
 
 def test_lines_end_where_the_file_says(tmp_path):

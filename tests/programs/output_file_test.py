@@ -1,5 +1,7 @@
 import csv
 import json
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -60,9 +62,9 @@ def test_embeddings_keep_every_bit(tmp_path, ending):
     found = np.asarray([json.loads(x)['embedding'] for x in path.open()], np.float32)
   np.testing.assert_array_equal(found, vectors)
   if ending == 'npy':
-    assert found.dtype == np.float32 and file.is_whole(iter('01234'))
-    with pytest.raises(UsageError, match='of another input'):
-      file.is_whole(iter('0123'))
+    assert found.dtype == np.float32
+    with pytest.raises(UsageError, match='start over with --overwrite'):  # it holds no inputs
+      file.is_whole(iter('01234'))
 
 
 @pytest.mark.parametrize('ending', ['jsonl', 'csv', 'parquet'])
@@ -79,6 +81,31 @@ def test_no_predictions_are_lost_to_another_input(tmp_path, ending):
   assert (tmp_path / file.lines).read_bytes() == before
   assert file.resume(iter(TEXTS), 4) == len(TEXTS)
   assert file.resume(iter([*TEXTS, 'more']), 4) == 4
+
+
+@pytest.mark.parametrize('ending', ['jsonl', 'csv'])
+def test_one_infer_alone_writes_a_file(tmp_path, ending):
+  path = str(tmp_path / f'out.{ending}')
+  with OutputFile(path, key='prediction').open(append=False) as write:
+    write(ROWS[0])
+    other = OutputFile(path, key='prediction')
+    with pytest.raises(UsageError, match=r'another infer writes .*name another output'):
+      other.resume(iter(TEXTS), 1)
+    with pytest.raises(UsageError, match='another infer writes'):
+      fill(other, ROWS)
+    write(ROWS[1])
+  assert len(open(other.lines).readlines()) == 2
+  fill(other, ROWS)
+
+
+@pytest.mark.parametrize('path', ['/dev/full', '-'])
+def test_a_full_disk_is_named(monkeypatch, path):
+  full = mock.Mock(flush=mock.Mock(side_effect=OSError(28, 'No space left on device')))
+  monkeypatch.setattr(sys, 'stdout', full)
+  with pytest.raises(UsageError, match='No space left') as caught:
+    fill(OutputFile(path, key='prediction'), ROWS[:1])
+  assert str(caught.value).startswith(f'cannot write {path}')
+  assert ('--resume' in str(caught.value)) == (path != '-')
 
 
 @pytest.mark.parametrize('notes', [b'my notes\n', b'a,b\n1,2\n', b'{"text": "a"}\n', b'a'])

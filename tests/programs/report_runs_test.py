@@ -26,6 +26,7 @@ def test_nulls_are_gaps_and_broken_lines_are_not_there(tmp_path):
     {'loss': 9.0},
     {'step': 3, 'time': 12.0, 'loss': None},
     '{"step": 4, "loss": Infinity}',
+    '{"a":' * 99_999,
     {'step': 5, 'loss': 2},
   )
   assert list(run.series) == ['loss']
@@ -78,7 +79,7 @@ def test_the_newest_predictions_of_each_kind(tmp_path):
   line = json.dumps({'input': 'a', 'prediction': 'b', 'target': 'c'})
   for name in ('infer_eval/t/90.jsonl', 'infer_eval/t/100.jsonl',
                'eval/90/t.jsonl', 'eval/100/t.jsonl', 'test/u.jsonl',
-               'evaluation/v.jsonl'):  # fmt: skip
+               'evaluation/v.jsonl', 'infer_eval/t/².jsonl', 'eval/²/t.jsonl'):  # fmt: skip
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).write_text(line + '\n')
   (root / 'test' / 'none.jsonl').write_text('{}\n')

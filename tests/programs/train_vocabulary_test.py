@@ -1,10 +1,13 @@
+import errno
 import gzip
 import hashlib
 import json
+import os
 import pathlib
 import random
 
 import pytest
+from etils import epath
 
 from t5x_lite.data import vocabularies
 from t5x_lite.data.vocabularies import VocabularyConfig, make_vocabulary
@@ -128,6 +131,8 @@ def test_text_of_a_registered_task(tmp_path):
     ({'task': 'pronounce'}, 'either input or task'),
     ({'input': 'none.txt'}, 'There is no file'),
     ({'vocab_size': 3}, 'vocab_size is 3'),
+    ({'vocab_size': 99_999_999_999}, '4 to 10,000,000'),
+    ({'output': '.', 'overwrite': True}, 'is a directory'),
     ({'vocab_size': 20_000}, r'gives no more than \d+ pieces; set it to'),
     ({'vocab_size': 9}, r'characters of this text alone need \d+'),
     ({'model_type': 'word'}, "is 'word'; allowed: bpe, char, unigram"),
@@ -136,6 +141,7 @@ def test_text_of_a_registered_task(tmp_path):
     ({'max_sentences': 0}, 'max_sentences is 0'),
     ({'user_defined_symbols': ('<extra_id_0>',)}, 'T5 defines itself'),
     ({'user_defined_symbols': ('</s>',)}, 'T5 defines itself'),
+    ({'user_defined_symbols': ('',)}, "holds '', which is empty"),
     ({'file_format': 'xml'}, "file format is 'xml'"),
   ],
 )
@@ -147,6 +153,22 @@ def test_errors_write_nothing(text, tmp_path, settings, message):
   assert not output.exists()
 
 
+def test_a_full_disk_leaves_the_vocabulary_that_was_there(text, tmp_path, monkeypatch):
+  output = tmp_path / 'x.model'
+  output.write_text('precious')
+  full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def write_half(path, data):
+    with open(path, 'wb') as file:
+      file.write(data[:9])
+    raise full
+
+  monkeypatch.setattr(type(epath.Path(output)), 'write_bytes', write_half)
+  with pytest.raises(OSError, match='No space left'):
+    train_vocabulary(input=text, output=str(output), vocab_size=30, overwrite=True)
+  assert output.read_text() == 'precious'
+
+
 def test_empty_text_and_existing_output(text, tmp_path):
   (tmp_path / 'empty.txt').write_text('\n  \n')
   output = tmp_path / 'x.model'
@@ -156,6 +178,9 @@ def test_empty_text_and_existing_output(text, tmp_path):
   settings = {'input': text, 'output': str(output), 'vocab_size': 30}
   with pytest.raises(UsageError, match=r'exists, and models'):
     train_vocabulary(**settings)
+  assert output.read_text() == 'precious'
+  with pytest.raises(UsageError, match='same file'):
+    train_vocabulary(**settings | {'input': str(output)}, overwrite=True)
   assert output.read_text() == 'precious'
   train_vocabulary(**settings, overwrite=True)
   before = vocabularies.fingerprint(VocabularyConfig(path=str(output)))

@@ -228,6 +228,9 @@ def test_says_when_there_is_none(run, tmp_path):
     checkpoints.find_checkpoint(str(tmp_path))
   with pytest.raises(UsageError, match='no such checkpoint'):
     checkpoints.find_checkpoint(str(run / 'checkpoints' / '9'))
+  (tmp_path / 'checkpoints' / '²' / 'state').mkdir(parents=True)  # a digit, and no number
+  with pytest.raises(UsageError, match='holds no checkpoint'):
+    checkpoints.find_checkpoint(str(tmp_path))
 
 
 def load_params(path, wanted):

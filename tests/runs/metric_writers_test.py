@@ -53,7 +53,8 @@ def test_writes_jsonl_and_tensorboard(tmp_path):
 
 
 def test_a_damaged_line_is_left_out(tmp_path):
-  lines = b'{"step": 1}\n\xff\xfe\n{"step": 2}\n{"st'
+  odd = b'[' * 99_999 + b'\n{"step": ' + b'1' * 5000 + b'}\n'
+  lines = b'{"step": 1}\n\xff\xfe\n' + odd + b'{"step": 2}\n{"st'
   (tmp_path / 'metrics.jsonl').write_bytes(lines)
   steps = [e['step'] for e in metric_writers.read_metrics(str(tmp_path))]
   assert steps == [1, 2]

@@ -77,7 +77,8 @@ def test_what_is_no_run_says_so(tmp_path):
   with pytest.raises(UsageError, match=r'holds no model\.json'):
     run_directory.read_model(epath.Path(tmp_path))
   # Another version's, and with a damaged byte.
-  for damaged in (b'{"model": {"emb_dims": 3}}', b'{"model": {"dtype": "\xff"}}'):
+  deep, unknown = b'{"a":' * 99_999, b'{"model": {}, "hengths": {}}'
+  for damaged in (b'{"model": {"emb_dims": 3}}', b'{"model": {"dtype": "\xff"}}', deep, unknown):
     (tmp_path / 'model.json').write_bytes(damaged)
     with pytest.raises(UsageError, match='not a saved model'):
       run_directory.read_model(epath.Path(tmp_path))
