@@ -123,8 +123,8 @@ class DatasetConfig:
     kinds = _ARCHITECTURES[name]
     if self.feature_converter not in kinds:
       allowed = ' or '.join(map(repr, kinds)) or 'none that trains'
-      kind = f'feature_converter={self.feature_converter!r}'
-      read = f'{self.mixture_or_task_name} is read with {kind}'
+      task, kind = self.mixture_or_task_name, self.feature_converter
+      read = f'{task} is read with feature_converter={kind!r}'
       raise UsageError(f'{read}; the architecture {name!r} needs {allowed}')
 
   def check_processes(self, index: int, count: int) -> None:
