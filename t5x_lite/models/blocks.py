@@ -105,7 +105,7 @@ class Cache:
   def next_slots(self, L: int) -> tuple['Cache', jax.Array]:
     """Returns it with the next slot owned by the row that writes it, and the mask of L queries.
 
-    The mask is [R or 1, 1, L, T]; with beams [B, 1, n, T n]: of all slots what they have read.
+    The mask is [R or 1, 1, L, T]; with beams [B, 1, n, T n]: of all slots those read.
     """
     assert L == 1 or (self.seen_B is None and self.owner_BnT is None)
     T = self.length

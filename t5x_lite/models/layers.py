@@ -195,7 +195,7 @@ class Attention(nnx.Module):
   def attend(self, q_BLHK, k_BMHK, v_BMHK, *, bias=None, mask=None, key=None) -> Array:
     """Returns what given queries find among given keys and values.
 
-    See `attention.attention` for bias and mask (None sees all); the key is of weights' dropout.
+    See `attention.attention` for bias and mask (None sees all); the key is that of dropout.
     """
     # T5X draws one mask for all queries: dropping weights is dropping keys, with L times less work.
     v_BMHK = dropout(v_BMHK, self.cfg.dropout_rate, key, (-1,))

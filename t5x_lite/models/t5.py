@@ -281,7 +281,7 @@ class T5(nnx.Module):
   ) -> Cache:
     """Returns an empty cache for max_decode_length positions; cross-attention keys are made here.
 
-    encoded_BMD and inputs [B, M] may be None. Rows that share an input: batch_size is B times them.
+    encoded_BMD and inputs [B, M] are None without an encoder; batch_size is a multiple of B.
     """
     cfg = self.cfg
     rows = (batch_size, cfg.num_heads, max_decode_length, cfg.head_dim)
@@ -390,7 +390,7 @@ def abstract_params(cfg: T5Config) -> tuple[Any, dict, dict]:
   """Returns (graphdef, shapes, axes) without allocating anything.
 
   `nnx.merge(graphdef, params)` makes the model; shapes are a nested dict of ShapeDtypeStructs, axes
-  with a tuple of logical axis names at each leaf. They are shared: leave them as they are.
+  the same with a tuple of logical axis names at each leaf. They are shared: change nothing in them.
   """
   model = nnx.eval_shape(lambda: T5(cfg, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model, graph=False)

@@ -58,7 +58,7 @@ def precompile(
 ) -> dict[str, Any]:
   """Compiles the step of an experiment and reports what it costs.
 
-  Returns the report: what `json` prints. DoesNotFitError if there is too little memory, afterwards.
+  Returns the report: what `json` prints. DoesNotFitError, after it, if memory is too little.
 
   Args:
     model: the architecture.

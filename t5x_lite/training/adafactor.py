@@ -155,7 +155,7 @@ def adafactor(
     if params is None or (needs_rate and learning_rate is None):
       extra = ', with momentum or weight decay update(..., learning_rate=...)'
       raise ValueError(f'Adafactor needs update(grads, state, params){extra}.')
-    # The caller multiplies by the rate: what is not proportional is divided by it, 0 is no NaN.
+    # The caller multiplies by the rate: what is not proportional to it is divided by it, 0 or not.
     rate = jnp.float32(1.0 if learning_rate is None else learning_rate)
     safe_rate = jnp.maximum(rate, jnp.finfo(jnp.float32).tiny)
     step = jnp.asarray(state.count - step_offset, jnp.float32)
